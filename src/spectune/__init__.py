@@ -1,0 +1,1 @@
+"""spectune fine-tunes a whole SDXL checkpoint by training only its principal spectrum."""

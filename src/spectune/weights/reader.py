@@ -1,0 +1,365 @@
+"""Tensors by name out of safetensors files, one at a time; never a pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+from spectune.errors import InputError, some_of
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+INDEX_SUFFIX = ".index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DOWNLOAD_AGAIN = "the file is damaged or not what its name says; download or copy it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known about a tensor before its numbers are read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Anything that yields tensors by name, lazily: a file, or a merge computed on the fly."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors in file order."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """The name used in messages: a file name."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """The tensor on the CPU; callers never change it in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Tensors that are already in memory, as a source."""
+
+    values: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    label: str = "memory"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.values.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class _Header:
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    offsets: dict[str, int]  # byte of the file where the tensor begins
+
+
+class _SafetensorsFile:
+    """One open safetensors file.
+
+    Tensors are read into storage of their own and not mapped: the memory in use is then what the
+    caller holds, and a file that shrinks meanwhile is an error message instead of a crash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file = _open_binary(path)
+        try:
+            header = _read_header(self._file, path)
+        except BaseException:
+            self._file.close()
+            raise
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+        self._offsets = header.offsets
+
+    def load(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        with self._lock:
+            self._file.seek(self._offsets[name])
+            count = self._file.readinto(data.numpy().data)
+        if count != info.nbytes:
+            raise InputError(
+                f"{self.path.name} ended inside tensor {name}: expected {info.nbytes} bytes, got {count}",
+                hint="was the file changed while it was being read?",
+            )
+        return data.view(info.dtype).view(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Checkpoint:
+    """An open checkpoint of one or several safetensors files; a context manager."""
+
+    def __init__(self, path: Path, files: list[_SafetensorsFile], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.label = path.name
+        self.metadata = metadata
+        self._files = files
+        self._home = {name: file for file in files for name in file.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {n: i for file in files for n, i in file.tensors.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self._home[name].load(name)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a single `.safetensors` file, a `*.index.json` with its shards, or a folder that holds one.
+
+    Raises InputError when the file is missing, damaged, incomplete or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_sharded(_index_of_folder(path))
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_sharded(path)
+    if path.suffix.lower() in PICKLES:
+        raise InputError(
+            f"{path.name} is a pickle, which can run any program when it is opened; it is never unpickled",
+            hint="look for the .safetensors form of the same model, or convert it in a sandbox",
+        )
+    file = _SafetensorsFile(path)
+    return Checkpoint(path, [file], file.metadata)
+
+
+def _open_binary(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _index_of_folder(folder: Path) -> Path:
+    if (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder} is a diffusers folder, which cannot be read yet",
+            hint="pass the single-file .safetensors checkpoint of the model",
+        )
+    indices = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        return indices[0]
+    if indices:
+        raise InputError(
+            f"{folder} holds {len(indices)} sharded checkpoints: {some_of([p.name for p in indices])}",
+            hint=f"pass one of the *{INDEX_SUFFIX} files itself",
+        )
+    raise InputError(
+        f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX}",
+        hint="pass the .safetensors file itself",
+    )
+
+
+def _open_sharded(index: Path) -> Checkpoint:
+    weight_map = _read_index(index)
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index.name} lists {len(names)} shards, of which {len(missing)} are missing beside it: "
+            f"{some_of(missing)}",
+            hint=f"put all shards into {index.parent}",
+        )
+    files: list[_SafetensorsFile] = []
+    try:
+        for name in names:
+            files.append(_SafetensorsFile(index.parent / name))
+        _check_shards(index, weight_map, dict(zip(names, files, strict=True)))
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    metadata = {key: value for file in files for key, value in file.metadata.items()}
+    return Checkpoint(index, files, metadata)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    with _open_binary(index) as file:
+        raw = file.read()
+    try:
+        weight_map = json.loads(raw)["weight_map"]
+        items = cast(dict[str, Any], dict(weight_map))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index.name} is no index of shards: expected JSON with a `weight_map`") from None
+    if not items:
+        raise InputError(f"{index.name} lists no tensors")
+    for name, shard in items.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(
+                f"{index.name} places tensor {name} in {shard!r}: expected a file name beside it"
+            )
+    return items
+
+
+def _check_shards(index: Path, weight_map: Mapping[str, str], files: Mapping[str, _SafetensorsFile]) -> None:
+    absent = [name for name, shard in weight_map.items() if name not in files[shard].tensors]
+    if absent:
+        raise InputError(
+            f"{len(absent)} tensors are not in the shard that {index.name} names: {some_of(absent)}"
+        )
+    homes: dict[str, str] = {}
+    for shard, file in files.items():
+        twice = [name for name in file.tensors if name in homes]
+        if twice:
+            raise InputError(
+                f"{len(twice)} tensors of {shard} also stand in {homes[twice[0]]}: {some_of(twice)}"
+            )
+        homes |= dict.fromkeys(file.tensors, shard)
+
+
+def _read_header(file: BufferedReader, path: Path) -> _Header:
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        file.seek(0)
+        raise InputError(f"{path.name} is not a safetensors file{_guess(file.read(64))}", hint=DOWNLOAD_AGAIN)
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"the header of {path.name} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
+    return _parse_header(cast(dict[str, Any], header), path, start=8 + length, size=size)
+
+
+def _guess(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return ": it is the pointer that git leaves when git-lfs is not installed"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return ": it is a web page"
+    return ": it is a zip archive or a pickle" if head.startswith((b"PK\3\4", b"\x80")) else ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return record
+
+
+def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) -> _Header:
+    metadata = cast(object, header.pop("__metadata__", None) or {})
+    if not _is_table_of_strings(metadata):
+        raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
+    spans = sorted((_span(name, entry, path) for name, entry in header.items()), key=lambda span: span.begin)
+    end = 0
+    for span in spans:
+        if span.begin != end:
+            raise InputError(
+                f"the header of {path.name} leaves a gap before {span.info.name}", hint=DOWNLOAD_AGAIN
+            )
+        end += span.info.nbytes
+    if start + end != size:
+        raise InputError(
+            f"{path.name} is {'cut short' if size < start + end else 'too long'}: "
+            f"expected {start + end} bytes by its header, got {size}",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return _Header(
+        metadata=metadata,
+        tensors={span.info.name: span.info for span in spans},
+        offsets={span.info.name: start + span.begin for span in spans},
+    )
+
+
+def _is_table_of_strings(value: object) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in cast(dict[str, Any], value).values())
+
+
+@dataclass(frozen=True)
+class _Span:
+    info: TensorInfo
+    begin: int  # bytes after the header
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError
+    return value
+
+
+def _span(name: str, entry: Any, path: Path) -> _Span:
+    try:
+        dtype, shape = entry["dtype"], tuple(_whole(n) for n in entry["shape"])
+        begin, end = (_whole(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"the header of {path.name} is wrong at tensor {name}", hint=DOWNLOAD_AGAIN
+        ) from None
+    if dtype not in DTYPES:
+        raise InputError(f"tensor {name} of {path.name} has a type that is not supported: {dtype}")
+    info = TensorInfo(name, DTYPES[dtype], shape)
+    if min(shape, default=0) < 0 or end - begin != info.nbytes:
+        raise InputError(
+            f"tensor {name} of {path.name}: expected {info.nbytes} bytes for {dtype} {shape}, "
+            f"got {end - begin}",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return _Span(info, begin)

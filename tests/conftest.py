@@ -1,0 +1,64 @@
+"""Checkpoints that all tests share: a tiny SDXL on disk, names and shapes of the full one."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectune.weights.layout import hints_metadata
+from spectune.weights.reader import TensorInfo
+from spectune.weights.writer import write_tensors
+from tests.layouts import TINY, Modules, build_modules
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_modules() -> Modules:
+    """The modules of the tiny SDXL in float32 (of fp16 numbers), every parameter random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        modules = build_modules(TINY)
+        with torch.no_grad():
+            for module in (modules.unet, modules.te1, modules.te2, modules.vae):
+                for parameter in module.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter)).copy_(parameter.half())
+                module.eval().requires_grad_(False)
+    return modules
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL as a single file in fp16 (4.5 MB); copy it before changing it."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    tensors = {
+        name: t.half() if t.is_floating_point() else t for name, t in tiny_modules.single_file().items()
+    }
+    write_tensors(path, tensors, metadata=hints_metadata(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def full_infos() -> Mapping[str, TensorInfo]:
+    """Names and shapes of all 2515 tensors of the SDXL base checkpoint, in fp16."""
+    lines = gzip.decompress((DATA / "sdxl_keys.tsv.gz").read_bytes()).decode().splitlines()[1:]
+    return {info.name: info for info in map(_info, lines)}
+
+
+def _info(line: str) -> TensorInfo:
+    name, shape = line.split("\t")
+    dtype = torch.int64 if name.endswith("position_ids") else torch.float16
+    return TensorInfo(name, dtype, () if shape == "scalar" else tuple(int(n) for n in shape.split("x")))
+
+
+@pytest.fixture(scope="session")
+def diffusers_modules() -> Mapping[str, tuple[int, ...]]:
+    """Weight shapes of every linear layer and convolution of SDXL, by diffusers path: `unet.conv_in`."""
+    text = gzip.decompress((DATA / "sdxl_modules_diffusers.csv.gz").read_bytes()).decode()
+    rows = csv.DictReader(text.splitlines())
+    return {f"{row['model']}.{row['module']}": tuple(int(n) for n in row["shape"].split("x")) for row in rows}
