@@ -1,0 +1,171 @@
+"""Adapters in place: factored layers of a running model, trained in the delta or the residual form.
+
+Both forms are the same function of the same weights, W' = W + scale*(dB (A0+dA) + B0 dA):
+
+* delta:    the base layer holds W; dA and dB are trained from zero, A0 and B0 are fixed.
+* residual: the base layer holds R = W - scale*B0 A0; A = A0+dA and B = B0+dB are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectune.errors import InputError
+from spectune.model.sdxl import Sdxl
+from spectune.weights.adapter import Delta, LowRank
+
+Form = Literal["delta", "residual"]
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen linear or convolution with a trainable low-rank change beside it.
+
+    down is (rank, in) or (rank, in, kh, kw), up is (out, rank) or (out, rank, 1, 1). The trainable
+    tensors are float32 unless `dtype` says otherwise; products run in the type of the input.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, frame: LowRank, form: Form, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = base
+        self.form: Form = form
+        self.scale = frame.scale
+        self.alpha = frame.alpha
+        self.enabled = True
+        device = base.weight.device
+        # Buffers and not plain attributes, so that moving the model moves the frame.
+        self.register_buffer("frame_down", frame.down.to(device), persistent=False)
+        self.register_buffer("frame_up", frame.up.to(device), persistent=False)
+        start_down = frame.down if form == "residual" else torch.zeros_like(frame.down)
+        start_up = frame.up if form == "residual" else torch.zeros_like(frame.up)
+        self.down = nn.Parameter(start_down.to(device=device, dtype=dtype, copy=True))
+        self.up = nn.Parameter(start_up.to(device=device, dtype=dtype, copy=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        if not self.enabled:
+            return out
+        down, up = self._factors(x.dtype)
+        return out + self._apply(x, down, up) * self.scale
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The pair whose product is the layer's change: rank r in the residual form, 2r in the delta form."""
+        if self.form == "residual":
+            return self.down.to(dtype), self.up.to(dtype)
+        # dB (A0+dA) + B0 dA as one product: [dB, B0] [A0+dA; dA]
+        down = torch.cat([self.frame_down + self.down, self.down])
+        up = torch.cat([self.up, self.frame_up.to(self.up.dtype)], dim=1)
+        return down.to(dtype), up.to(dtype)
+
+    def _apply(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        if isinstance(self.base, nn.Linear):
+            return F.linear(F.linear(x, down), up)
+        base = self.base
+        hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
+        return F.conv2d(hidden, up)
+
+    def delta(self) -> Delta:
+        """The change trained so far, as float32 dA and dB with their frame."""
+        frame = LowRank(down=self.frame_down, up=self.frame_up, alpha=self.alpha)
+        down, up = self.down.detach().float(), self.up.detach().float()
+        if self.form == "residual":
+            down, up = down - frame.down.float(), up - frame.up.float()
+        return Delta(frame=frame, down=down.clone(), up=up.clone())
+
+    @torch.no_grad()
+    def load(self, delta: Delta) -> None:
+        """Continue from a trained change of the same frame."""
+        start = delta if self.form == "delta" else _absolute(delta)
+        self.down.copy_(start.down)
+        self.up.copy_(start.up)
+
+
+def _absolute(delta: Delta) -> LowRank:
+    frame = delta.frame
+    return LowRank(frame.down.float() + delta.down, frame.up.float() + delta.up, frame.alpha)
+
+
+@dataclass(frozen=True)
+class Injection:
+    """The adapted layers of a model by layer name; `eject` puts the original modules back."""
+
+    layers: Mapping[str, AdaptedLayer]
+    places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trainable tensors, in layer order: down, up, down, up, ..."""
+        return [tensor for layer in self.layers.values() for tensor in (layer.down, layer.up)]
+
+    def named_deltas(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The trainable pair (down, up) of each layer."""
+        return {name: (layer.down, layer.up) for name, layer in self.layers.items()}
+
+    def deltas(self) -> dict[str, Delta]:
+        """What was trained so far, ready to be written as a tuned adapter."""
+        return {name: layer.delta() for name, layer in self.layers.items()}
+
+    def load(self, deltas: Mapping[str, Delta]) -> None:
+        """Continue from `deltas`, which must cover exactly the injected layers."""
+        if set(deltas) != set(self.layers):
+            odd = sorted(set(deltas) ^ set(self.layers))
+            raise InputError(
+                f"{len(odd)} layers differ between the trained adapter and this run: {', '.join(odd[:3])}",
+                hint="use the principal, parts and layers that the adapter was trained with",
+            )
+        for name, layer in self.layers.items():
+            layer.load(deltas[name])
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Run the model without the adapters: in the delta form, the original."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    def eject(self) -> None:
+        """Put the original modules back."""
+        for name, (parent, attribute) in self.places.items():
+            setattr(parent, attribute, self.layers[name].base)
+
+
+def inject(
+    model: Sdxl, frames: Mapping[str, LowRank], *, form: Form = "delta", dtype: torch.dtype = torch.float32
+) -> Injection:
+    """Put a trainable change beside every layer of `frames` (layer name -> frame) and freeze all else.
+
+    The model must hold the original weights for the delta form and the residual for the residual form.
+    Raises InputError when a layer is not in the model or a frame does not fit its shape.
+    """
+    for module in (model.unet, model.te1, model.te2):
+        module.requires_grad_(False)
+    layers: dict[str, AdaptedLayer] = {}
+    places: dict[str, tuple[nn.Module, str]] = {}
+    for name, frame in frames.items():
+        parent, attribute = model.place(name)
+        base = getattr(parent, attribute)
+        _check_fit(name, base, frame)
+        layers[name] = AdaptedLayer(base, frame, form, dtype)
+        places[name] = (parent, attribute)
+        setattr(parent, attribute, layers[name])
+    return Injection(layers=layers, places=places)
+
+
+def _check_fit(name: str, base: nn.Module, frame: LowRank) -> None:
+    if not isinstance(base, nn.Linear | nn.Conv2d):
+        raise InputError(f"{name} is a {type(base).__name__}: expected a linear or a convolution")
+    found = (frame.up.shape[0], *frame.down.shape[1:])
+    if tuple(base.weight.shape) != found:
+        raise InputError(
+            f"{name}: the frame is made for a weight of {found}, the model has {tuple(base.weight.shape)}",
+            hint="the principal belongs to another checkpoint",
+        )

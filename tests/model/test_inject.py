@@ -1,0 +1,177 @@
+"""Adapters in place: both forms are the same function with the same gradients, and nothing at step 0."""
+
+import pytest
+import torch
+
+from spectune.errors import InputError
+from spectune.factor.matrix import product
+from spectune.factor.split import split_weight
+from spectune.model.inject import inject
+from spectune.model.sdxl import build_model
+from spectune.model.text import tokenize
+from spectune.weights.adapter import LowRank
+from spectune.weights.catalogue import build_catalogue, layer_weight
+from spectune.weights.reader import MemorySource, open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint):
+    with open_checkpoint(tiny_checkpoint) as checkpoint:
+        values = {name: checkpoint.load(name) for name in checkpoint.tensors}
+        return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
+
+
+@pytest.fixture(scope="module")
+def frames(source):
+    layers = build_catalogue(source)
+    return {
+        layer.name: split_weight(layer_weight(source, layer), rank=4, store=torch.float32).low_rank
+        for layer in layers
+    }
+
+
+def answer(model):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 8, 8, generator=generator).to(model.unet.dtype)
+    text = model.encode_text(tokenize(["a cat", "two dogs"], model.layout.te1.context))
+    return model.denoise(x, torch.tensor([10, 700]), text, torch.full((2, 6), 64.0))
+
+
+def double_model(source):
+    return build_model(source, dtype=torch.float64)
+
+
+def residual_source(source, frames):
+    """The source with R = W - B0 A0 in float64, so that the two forms agree beyond float32."""
+    values = {
+        name: value.double() if value.is_floating_point() else value for name, value in source.values.items()
+    }
+    for layer in build_catalogue(source):
+        frame = frames[layer.name]
+        principal = frame.scale * (frame.up.flatten(1).double() @ frame.down.flatten(1).double()).view(
+            layer.shape
+        )
+        rows = slice(None) if layer.rows is None else slice(*layer.rows)
+        changed = values[layer.tensor].clone()
+        changed[rows] -= principal
+        values[layer.tensor] = changed
+    return MemorySource(values, source.metadata)
+
+
+def test_delta_form_is_the_original_bit_for_bit_at_step_0(source, frames):
+    model = build_model(source)
+    before = answer(model)
+    inject(model, frames)
+    assert torch.equal(answer(model), before)
+
+
+def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames):
+    delta_model, residual_model = double_model(source), double_model(residual_source(source, frames))
+    delta = inject(delta_model, frames, form="delta", dtype=torch.float64)
+    residual = inject(residual_model, frames, form="residual", dtype=torch.float64)
+    optimizers = [torch.optim.AdamW(i.parameters(), lr=1e-3, weight_decay=0.0) for i in (delta, residual)]
+    target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for _ in range(3):
+        outputs = [answer(delta_model), answer(residual_model)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            (output - target).square().mean().backward()
+        for one, other in zip(delta.parameters(), residual.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, one in delta.deltas().items():
+        other = residual.deltas()[name]
+        # float32: deltas are kept in the precision of the file
+        torch.testing.assert_close(one.down, other.down, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one.up, other.up, rtol=1e-4, atol=1e-7)
+
+
+def test_every_trainable_tensor_gets_a_gradient_and_the_base_none(source, frames):
+    model = build_model(source)
+    injection = inject(model, frames)
+    answer(model).square().mean().backward()
+    unused = {
+        f"te1.text_model.encoder.layers.{model.layout.te1.layers - 1}."
+    }  # SDXL reads the state before it
+    for name, layer in injection.layers.items():
+        if not any(name.startswith(prefix) for prefix in unused):
+            assert layer.up.grad is not None, name
+            assert layer.up.grad.abs().sum() > 0, name
+        assert layer.base.weight.grad is None
+
+
+def test_a_change_equals_the_merged_weight(source, frames):
+    """W + scale*(dB (A0+dA) + B0 dA) in place = the same network with the weight itself changed."""
+    from spectune.factor.matrix import change
+
+    model, merged = build_model(source), build_model(source)
+    injection = inject(model, frames)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in injection.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 1e-2)
+    for name, delta in injection.deltas().items():
+        parent, attribute = merged.place(name)
+        with torch.no_grad():
+            getattr(parent, attribute).weight += change(delta)
+    torch.testing.assert_close(answer(model), answer(merged), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(answer(build_model(source)), answer(merged), rtol=1e-3, atol=1e-4)
+
+
+def test_alpha_scales_the_frame(source, frames):
+    name = next(iter(frames))
+    frame = frames[name]
+    halved = {name: LowRank(down=frame.down, up=frame.up, alpha=frame.rank / 2)}
+    model = build_model(source)
+    layer = inject(model, halved).layers[name]
+    with torch.no_grad():
+        layer.up.fill_(0.1)
+    x = torch.randn(1, *frame.down.shape[1:2], *([6, 6] if frame.down.ndim == 4 else []))
+    full = inject(build_model(source), {name: frame}).layers[name]
+    with torch.no_grad():
+        full.up.fill_(0.1)
+    torch.testing.assert_close(layer(x) - layer.base(x), (full(x) - full.base(x)) / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_switched_off_and_ejected(source, frames):
+    model = build_model(source)
+    before = answer(model)
+    injection = inject(model, frames)
+    with torch.no_grad():
+        for tensor in injection.parameters():
+            tensor.add_(0.05)
+    assert not torch.equal(answer(model), before)
+    with injection.switched_off():
+        assert torch.equal(answer(model), before)
+    injection.eject()
+    assert torch.equal(answer(model), before)
+
+
+def test_load_continues_in_either_form(source, frames):
+    first = inject(build_model(source), frames)
+    with torch.no_grad():
+        for tensor in first.parameters():
+            tensor.fill_(1e-3)
+    for form in ("delta", "residual"):
+        second = inject(build_model(source), frames, form=form)
+        second.load(first.deltas())
+        for name, delta in second.deltas().items():
+            torch.testing.assert_close(delta.up, first.deltas()[name].up, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="1 layers differ"):
+        second.load(dict(list(first.deltas().items())[1:]))
+
+
+def test_frame_of_another_model_is_refused(source, frames):
+    name, frame = next(iter(frames.items()))
+    wrong = LowRank(down=frame.down[:, :-1], up=frame.up, alpha=frame.alpha)
+    with pytest.raises(InputError, match=f"{name}: the frame is made for a weight of"):
+        inject(build_model(source), {name: wrong})
+
+
+def test_product_of_frame_reproduces_energy(source, frames):
+    name, frame = next(iter(frames.items()))
+    layer = build_catalogue(source).by_name[name]
+    weight = layer_weight(source, layer).float()
+    assert (weight - product(frame)).norm() < weight.norm()

@@ -1,0 +1,78 @@
+"""A model built from the tensors of a checkpoint alone."""
+
+import pytest
+import torch
+
+from spectune.errors import InputError
+from spectune.model.sdxl import build_model
+from spectune.model.text import tokenize
+from spectune.weights.reader import MemorySource, open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint):
+    with open_checkpoint(tiny_checkpoint) as checkpoint:
+        values = {name: checkpoint.load(name) for name in checkpoint.tensors}
+        return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return build_model(source)
+
+
+def test_every_stage_runs(model):
+    text = model.encode_text(tokenize(["a cat", ""], model.layout.te1.context))
+    assert text.context.shape == (2, model.layout.te1.context, model.layout.unet.context)
+    assert text.pooled.shape == (2, model.layout.unet.pooled)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode_images(pixels)
+    edge = 32 // model.pixels_per_latent
+    assert latents.shape == (2, 4, edge, edge)
+    out = model.denoise(latents, torch.tensor([10, 900]), text, torch.zeros(2, 6))
+    assert out.shape == latents.shape
+    assert torch.isfinite(out).all()
+    assert model.decode_latents(latents).shape == pixels.shape
+
+
+def test_modules_hold_the_numbers_of_the_file(model, source):
+    block = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    attention = model.te2.text_model.encoder.layers[0].self_attn
+    joined = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.equal(joined, source.load(block).float())
+    projection = source.load("conditioner.embedders.1.model.text_projection").float()
+    assert torch.equal(model.te2.text_projection.weight, projection.T)
+
+
+def test_place_finds_each_layer_of_the_catalogue(model, source):
+    from spectune.weights.catalogue import build_catalogue, layer_weight
+
+    for layer in build_catalogue(source, all_layers=True):
+        parent, attribute = model.place(layer.name)
+        assert torch.equal(getattr(parent, attribute).weight, layer_weight(source, layer).float()), layer.name
+
+
+def test_unknown_layer_is_named(model):
+    with pytest.raises(InputError, match=r"the model has no layer unet\.nowhere"):
+        model.place("unet.nowhere")
+
+
+def test_prediction_comes_from_the_metadata(source):
+    assert build_model(source).prediction.name == "eps"
+    flow = {**source.metadata, "spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
+    prediction = build_model(MemorySource(source.values, flow)).prediction
+    assert (prediction.name, prediction.shift) == ("flow", 2.5)
+
+
+def test_missing_tensor_is_named(source):
+    values = dict(source.values)
+    del values["model.diffusion_model.out.2.bias"]
+    with pytest.raises(InputError, match=r"out\.2\.bias"):
+        build_model(MemorySource(values, source.metadata))
+
+
+def test_wrong_shape_is_named(source):
+    name = "model.diffusion_model.time_embed.2.bias"
+    values = {**source.values, name: torch.zeros(3, dtype=torch.float16)}
+    with pytest.raises(InputError, match=r"time_embedding\.linear_2\.bias: expected \(\d+,\), got \(3,\)"):
+        build_model(MemorySource(values, source.metadata))
