@@ -1,0 +1,1 @@
+"""Pictures from a running model, and pictures of pictures: generation and comparison."""
