@@ -149,6 +149,14 @@ def test_switched_off_and_ejected(source, frames):
     assert torch.equal(answer(model), before)
 
 
+def test_moving_the_model_moves_the_adapters(source, frames):
+    model = build_model(source)
+    injection = inject(model, frames)
+    model.unet.to(torch.float64)
+    layer = next(iter(injection.layers.values()))
+    assert {layer.base.weight.dtype, layer.down.dtype, layer.frame_up.dtype} == {torch.float64}
+
+
 def test_load_continues_in_either_form(source, frames):
     first = inject(build_model(source), frames)
     with torch.no_grad():

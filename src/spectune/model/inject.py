@@ -31,6 +31,9 @@ class AdaptedLayer(nn.Module):
     tensors are float32 unless `dtype` says otherwise; products run in the type of the input.
     """
 
+    frame_down: Tensor
+    frame_up: Tensor
+
     def __init__(self, base: nn.Linear | nn.Conv2d, frame: LowRank, form: Form, dtype: torch.dtype) -> None:
         super().__init__()
         self.base = base
@@ -52,7 +55,7 @@ class AdaptedLayer(nn.Module):
         if not self.enabled:
             return out
         down, up = self._factors(x.dtype)
-        return out + self._apply(x, down, up) * self.scale
+        return out + self._change(x, down, up) * self.scale
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The pair whose product is the layer's change: rank r in the residual form, 2r in the delta form."""
@@ -63,7 +66,7 @@ class AdaptedLayer(nn.Module):
         up = torch.cat([self.up, self.frame_up.to(self.up.dtype)], dim=1)
         return down.to(dtype), up.to(dtype)
 
-    def _apply(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def _change(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         if isinstance(self.base, nn.Linear):
             return F.linear(F.linear(x, down), up)
         base = self.base

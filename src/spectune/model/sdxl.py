@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -65,7 +66,7 @@ class Sdxl:
 
         A sample of the posterior with a generator, its mode without.
         """
-        posterior = self._vae.encode(pixels.to(self._vae.dtype)).latent_dist
+        posterior = cast("Any", self._vae.encode(pixels.to(self._vae.dtype))).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         layout = self._vae_layout
         return (latents.float() - layout.shift) * layout.scale
@@ -74,7 +75,7 @@ class Sdxl:
         """Pixels (batch, 3, H, W) in -1..1, float32, of scaled latents."""
         layout = self._vae_layout
         raw = latents / layout.scale + layout.shift
-        return self._vae.decode(raw.to(self._vae.dtype)).sample.float().clamp(-1, 1)
+        return cast("Any", self._vae).decode(raw.to(self._vae.dtype)).sample.float().clamp(-1, 1)
 
     def place(self, layer_name: str) -> tuple[nn.Module, str]:
         """Parent module and attribute of a factored layer, named as in the catalogue.
@@ -169,22 +170,24 @@ def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
     """A UNet with text_time conditioning of the given sizes, weights as diffusers initialises them."""
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in layout.depths)
     up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(layout.depths))
-    return UNet2DConditionModel(
-        in_channels=layout.in_channels,
-        out_channels=layout.out_channels,
-        block_out_channels=layout.channels,
-        down_block_types=down,
-        up_block_types=up,
-        transformer_layers_per_block=tuple(max(depth, 1) for depth in layout.depths),
-        attention_head_dim=layout.heads,  # diffusers' name for the number of heads
-        cross_attention_dim=layout.context,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=layout.time_id_channels,
-        projection_class_embeddings_input_dim=layout.pooled + 6 * layout.time_id_channels,
-        layers_per_block=layout.resnets,
-        norm_num_groups=layout.norm_groups,
-    )
+    # diffusers annotates its tuples as having one element
+    sizes: dict[str, Any] = {
+        "in_channels": layout.in_channels,
+        "out_channels": layout.out_channels,
+        "block_out_channels": layout.channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "transformer_layers_per_block": tuple(max(depth, 1) for depth in layout.depths),
+        "attention_head_dim": layout.heads,  # diffusers' name for the number of heads
+        "cross_attention_dim": layout.context,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": layout.time_id_channels,
+        "projection_class_embeddings_input_dim": layout.pooled + 6 * layout.time_id_channels,
+        "layers_per_block": layout.resnets,
+        "norm_num_groups": layout.norm_groups,
+    }
+    return UNet2DConditionModel(**sizes)
 
 
 def text_config(layout: TextLayout) -> CLIPTextConfig:
@@ -206,11 +209,12 @@ def text_config(layout: TextLayout) -> CLIPTextConfig:
 def new_vae(layout: VaeLayout) -> AutoencoderKL:
     """An autoencoder of the given sizes, weights as diffusers initialises them."""
     levels = len(layout.channels)
-    return AutoencoderKL(
-        block_out_channels=layout.channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=layout.resnets,
-        norm_num_groups=layout.norm_groups,
-        latent_channels=layout.latent_channels,
-    )
+    sizes: dict[str, Any] = {
+        "block_out_channels": layout.channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": layout.resnets,
+        "norm_num_groups": layout.norm_groups,
+        "latent_channels": layout.latent_channels,
+    }
+    return AutoencoderKL(**sizes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def clip_tokenizer() -> CLIPTokenizer:
     symbols = _byte_symbols()
     words = symbols + [symbol + "</w>" for symbol in symbols]
     words += [left + right for left, right in merges] + [BOS, EOS]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=merges)
+    # pairs, whatever its annotation says
+    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=cast("Any", merges))
 
 
 def tokenize(captions: Sequence[str], context: int = 77) -> TokenIds:

@@ -24,14 +24,14 @@ from spectune.model.sdxl import Sdxl, TextStates
 from spectune.model.text import tokenize
 
 # SDXL's published scheduler configuration.
-_DDPM = {
+_DDPM: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-_DDPM_SAMPLERS: Mapping[str, Callable[[str], Any]] = {
+_DDPM_SAMPLERS: Mapping[str, Callable[[Any], Any]] = {
     "euler": lambda kind: EulerDiscreteScheduler(prediction_type=kind, **_DDPM),
     "euler_a": lambda kind: EulerAncestralDiscreteScheduler(prediction_type=kind, **_DDPM),
     "ddim": lambda kind: DDIMScheduler(

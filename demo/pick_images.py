@@ -1,0 +1,49 @@
+"""Pick the demo's 3D pictures: 120 to train on and 40 held out, with captions, in kohya layout.
+
+    python demo/pick_images.py --flat fluent_flat.tar --three-d fluent_3d.tar
+
+Both archives hold 128 px WebP pictures on white, rasterised from the npm package fluentui-emoji 1.3.0
+(MIT, Copyright (c) Microsoft Corporation). Only subjects that exist in both styles are taken, in the
+order of the SHA-256 of their names, so the choice is arbitrary but always the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tarfile
+from pathlib import Path
+
+TRAIN, HELD_OUT = 120, 40
+HERE = Path(__file__).parent
+
+
+def subjects(archive: Path) -> set[str]:
+    with tarfile.open(archive) as tar:
+        return {Path(name).stem for name in tar.getnames() if name.endswith(".webp")}
+
+
+def copy(tar: tarfile.TarFile, names: list[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for member in tar.getmembers():
+        path = Path(member.name)
+        if path.stem in names and path.suffix in (".webp", ".txt"):
+            (folder / path.name).write_bytes(tar.extractfile(member).read())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--flat", type=Path, required=True)
+    parser.add_argument("--three-d", type=Path, required=True)
+    args = parser.parse_args()
+    shared = subjects(args.flat) & subjects(args.three_d)
+    order = sorted(shared, key=lambda name: hashlib.sha256(name.encode()).digest())
+    with tarfile.open(args.three_d) as tar:
+        copy(tar, order[:TRAIN], HERE / "images" / "10_emoji3d")
+        copy(tar, order[TRAIN : TRAIN + HELD_OUT], HERE / "validation" / "1_emoji3d")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The command line: parse, call the library, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectune.apps.console import print_error
+from spectune.errors import SpectuneError
+
+app = typer.Typer(
+    name="spectune",
+    help="Fine-tune a whole SDXL checkpoint by training only its principal spectrum.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+
+_DTYPES = "float16, bfloat16 or float32"
+
+
+def example(command: str) -> str:
+    """The last line of a command's help."""
+    return f"**Example:** `{command}`"
+
+
+@app.command(epilog=example("spectune inspect model.safetensors"))
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
+    json: Json = False,
+) -> None:
+    """What a file is: parts, sizes, prediction type, factored layers and what a rank costs."""
+    from spectune.apps.commands import weights
+
+    weights.inspect(model, as_json=json)
+
+
+@app.command(epilog=example("spectune split model.safetensors --rank 64 -o split/"))
+def split(
+    model: Annotated[Path, typer.Argument(help="The original checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two files.")] = Path(),
+    rank: Annotated[int, typer.Option(min=1, help="Singular directions kept per layer.")] = 64,
+    conv_rank: Annotated[int | None, typer.Option(min=1, help="Another rank for 3x3 convolutions.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Type of the stored factors: {_DTYPES}.")] = "float16",
+    residual_dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of the residual; float32 makes the pair exact. Default: the model's own."),
+    ] = None,
+    no_residual: Annotated[bool, typer.Option("--no-residual", help="Write the principal only.")] = False,
+    layers: Annotated[str, typer.Option(help="default (LyCORIS preset=full) or all.")] = "default",
+    svd: Annotated[str, typer.Option(help="auto or exact.")] = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Split a checkpoint into its principal adapter and the residual model."""
+    from spectune.apps.commands import weights
+
+    weights.split(
+        model,
+        out,
+        rank=rank,
+        conv_rank=conv_rank,
+        store=dtype,
+        residual_dtype=residual_dtype,
+        with_residual=not no_residual,
+        layers=layers,
+        svd=svd,
+        force=force,
+        dry_run=dry_run,
+        as_json=json,
+    )
+
+
+@app.command(
+    epilog=example("spectune verify model.safetensors m.residual.safetensors m.principal-r64.safetensors")
+)
+def verify(
+    model: Annotated[Path, typer.Argument(help="The original checkpoint.")],
+    residual: Annotated[Path, typer.Argument(help="The residual model.")],
+    principal: Annotated[Path, typer.Argument(help="The principal adapter.")],
+    json: Json = False,
+) -> None:
+    """Prove that residual and principal give the original back; exit code 1 when they do not."""
+    from spectune.apps.commands import weights
+
+    if not weights.verify(model, residual, principal, as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=example("spectune train recipes/emoji3d_eps.toml --set run.steps=200"))
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe in TOML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Overrule a key: section.key=value.")
+    ] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train a recipe, or continue it where it stopped; Ctrl-C saves first."""
+    from spectune.apps.commands import training
+
+    if not training.train(recipe, overrides or [], force=force, dry_run=dry_run, as_json=json):
+        raise typer.Exit(130)
+
+
+@app.command(
+    epilog=example("spectune rebuild style.safetensors --base model.safetensors -o tuned.safetensors")
+)
+def rebuild(
+    adapter: Annotated[
+        Path, typer.Argument(help="A tuned adapter or a LoRA; a principal with its residual as base.")
+    ],
+    base: Annotated[Path, typer.Option(help="The original checkpoint, or the residual.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    strength: Annotated[float, typer.Option(help="How strongly the adapter counts.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Type of changed tensors: {_DTYPES}. Default: as they were.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write the full checkpoint that an adapter makes of a base."""
+    from spectune.apps.commands import weights
+
+    weights.rebuild(adapter, base, out, strength=strength, dtype=dtype, force=force, as_json=json)
+
+
+@app.command(
+    epilog=example("spectune export style.safetensors --base model.safetensors -o style_lora.safetensors")
+)
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A tuned adapter.")],
+    base: Annotated[Path, typer.Option(help="The checkpoint it was trained from.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Truncate to this rank. Default: twice the trained rank, exact.")
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="lora (for the original) or principal (takes the principal's place beside the residual)."
+        ),
+    ] = "lora",
+    dtype: Annotated[str, typer.Option(help=f"Type of the stored factors: {_DTYPES}.")] = "float16",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn a tuned adapter into a plain LoRA that loads everywhere."""
+    from spectune.apps.commands import weights
+
+    weights.export(adapter, base, out, rank=rank, form=form, store=dtype, force=force, as_json=json)
+
+
+Captions = Annotated[
+    list[str] | None, typer.Option("-c", "--caption", help="What to draw; may be given several times.")
+]
+CaptionFile = Annotated[Path | None, typer.Option("--captions", help="A text file with a caption a line.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture; each further one takes the next.")]
+SizePx = Annotated[str, typer.Option("--size", help="Pixels: 1024 or 1216x832.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 turns it off.")]
+Sampler = Annotated[str, typer.Option(help="eps, v: euler, euler_a, ddim, dpmpp_2m; flow: euler, heun.")]
+Negative = Annotated[str, typer.Option(help="Negative prompt.")]
+PredictionName = Annotated[
+    str | None, typer.Option("--prediction", help="eps, v or flow, where the file does not say.")
+]
+FlowShift = Annotated[float | None, typer.Option(help="Shift of flow sampling, where the file does not say.")]
+
+
+@app.command(
+    epilog=example('spectune sample model.safetensors style.safetensors:0.8 -c "a red fox" -o pictures/')
+)
+def sample(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, or a residual with its principal as adapter.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapters, each FILE or FILE:STRENGTH.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("pictures"),
+    caption: Captions = None,
+    captions: CaptionFile = None,
+    seed: Seed = 0,
+    size: SizePx = "1024",
+    steps: Steps = 25,
+    cfg: Cfg = 5.0,
+    sampler: Sampler = "euler",
+    negative: Negative = "",
+    prediction: PredictionName = None,
+    flow_shift: FlowShift = None,
+    force: Force = False,
+) -> None:
+    """Draw pictures with a checkpoint and any adapters on top of it."""
+    from spectune.apps.arguments import ModelSpec, parse_weighted, read_captions
+    from spectune.apps.commands import drawing
+
+    spec = ModelSpec(model, tuple(parse_weighted(word) for word in adapters or []))
+    settings = drawing.settings(size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative)
+    overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
+    drawing.sample(spec, read_captions(caption or [], captions), seed, settings, overrule, out, force=force)
+
+
+@app.command(
+    epilog=example(
+        'spectune compare base.safetensors base.safetensors+style.safetensors -c "a cat" -o sheet.png'
+    )
+)
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="Models (FILE or FILE+ADAPTER:STRENGTH+...) or picture folders.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The contact sheet to write.")] = Path(
+        "compare.png"
+    ),
+    caption: Captions = None,
+    captions: CaptionFile = None,
+    seed: Seed = 0,
+    size: SizePx = "1024",
+    steps: Steps = 25,
+    cfg: Cfg = 5.0,
+    sampler: Sampler = "euler",
+    negative: Negative = "",
+    cell: Annotated[int, typer.Option(min=32, help="Width of a picture on the sheet, in pixels.")] = 256,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Draw the same captions and seeds with several models: one contact sheet, PSNR against the first."""
+    from spectune.apps.commands import drawing
+
+    settings = drawing.settings(size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative)
+    drawing.compare(
+        models, caption or [], captions, seed, settings, out, cell_px=cell, force=force, as_json=json
+    )
+
+
+@app.command(epilog=example("spectune demo"))
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything the demo makes.")] = Path(
+        "spectune-demo"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Training steps; the recipe's own number if not given.")
+    ] = None,
+) -> None:
+    """The whole way on the embedded tiny SDXL: split, prove, tune, rebuild, export, compare."""
+    from spectune.apps.demo import run_demo
+
+    run_demo(out, steps=steps)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from spectune.weights.provenance import spectune_version
+
+        print(spectune_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line; every failure a user can mend is a message and exit code 2, without a traceback."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    try:
+        app(args=arguments, prog_name="spectune")
+    except SpectuneError as error:
+        print_error(error)
+        return error.exit_code
+    except OSError as error:
+        # A full disk, a folder without permission: the system's own words say what and where.
+        print_error(SpectuneError(str(error)))
+        return SpectuneError.exit_code
+    except SystemExit as finished:  # how typer ends, with its own messages for wrong arguments
+        return finished.code if isinstance(finished.code, int) else 0
+    return 0

@@ -1,0 +1,104 @@
+"""Commands that draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from spectune.apps.arguments import ModelSpec, parse_model, parse_size, read_captions
+from spectune.apps.console import print_json, progress, say
+from spectune.apps.pictures import load_model, read_pictures, save_pictures
+from spectune.errors import InputError
+from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr
+from spectune.sample.generate import Request, SampleSettings, generate
+
+
+@dataclass(frozen=True)
+class Overrule:
+    """What the user says of a model whose file does not."""
+
+    prediction: str | None = None
+    flow_shift: float | None = None
+
+
+def settings(*, size: str, steps: int, cfg: float, sampler: str, negative: str) -> SampleSettings:
+    edge = parse_size(size)
+    return SampleSettings(
+        width=edge.width, height=edge.height, steps=steps, cfg=cfg, sampler=sampler, negative=negative
+    )
+
+
+def draw(
+    spec: ModelSpec, captions: Sequence[str], seed: int, how: SampleSettings, overrule: Overrule, title: str
+) -> list[Image.Image]:
+    """One picture per caption, with seeds counting up from `seed`."""
+    model = load_model(spec, prediction=overrule.prediction, flow_shift=overrule.flow_shift)
+    requests = [Request(caption, seed + number) for number, caption in enumerate(captions)]
+    with progress(title) as report:
+        return generate(model, requests, how, progress=lambda done: report(done, len(requests), ""))
+
+
+def sample(
+    spec: ModelSpec,
+    captions: Sequence[str],
+    seed: int,
+    how: SampleSettings,
+    overrule: Overrule,
+    folder: Path,
+    *,
+    force: bool,
+) -> None:
+    pictures = draw(spec, captions, seed, how, overrule, "sample")
+    for path in save_pictures(folder, captions, pictures, force=force):
+        say(f"wrote {path}")
+
+
+def compare(
+    models: Sequence[str],
+    captions: list[str],
+    caption_file: Path | None,
+    seed: int,
+    how: SampleSettings,
+    target: Path,
+    *,
+    cell_px: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    if len(models) < 2:
+        raise InputError(f"{len(models)} model to compare: expected two or more")
+    if target.exists() and not force:
+        raise InputError(f"{target} exists", hint="pass --force to overwrite it, or -o for another name")
+    folders = [Path(word).is_dir() and any(Path(word).glob("*.png")) for word in models]
+    if all(folders):
+        columns, rows = _from_folders([Path(word) for word in models])
+    elif any(folders):
+        raise InputError("picture folders and models cannot be compared with one another")
+    else:
+        rows = read_captions(captions, caption_file)
+        specs = [parse_model(word) for word in models]
+        columns = [Column(spec.label, draw(spec, rows, seed, how, Overrule(), spec.label)) for spec in specs]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(columns, rows, cell_px=cell_px).save(target)
+    reference = columns[0].pictures
+    decibels = {column.label: mean_psnr(reference, column.pictures) for column in columns[1:]}
+    if as_json:
+        print_json({"sheet": target, "psnr_db": {label: str(value) for label, value in decibels.items()}})
+        return
+    for label, value in decibels.items():
+        say(f"{label}: {format_psnr(value)}")
+    say(f"wrote {target}")
+
+
+def _from_folders(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
+    read = [read_pictures(folder, folder.name) for folder in folders]
+    captions = read[0][1]
+    for folder, (_, found) in zip(folders, read, strict=True):
+        if found != captions:
+            raise InputError(
+                f"{folder} and {folders[0]} show other captions", hint="sample both with the same captions"
+            )
+    return [column for column, _ in read], captions

@@ -1,0 +1,103 @@
+"""What the commands say and how: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from spectune.errors import SpectuneError
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Report = Callable[[int, int, str], None]
+
+
+def print_error(error: SpectuneError) -> None:
+    """`error:` what happened, `hint:` what to do next, on stderr."""
+    err.print(Text.assemble(("error: ", "bold red"), error.what), soft_wrap=True)
+    if error.hint:
+        err.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
+
+
+def print_warning(what: str) -> None:
+    err.print(Text.assemble(("warning: ", "bold yellow"), what), soft_wrap=True)
+
+
+def print_json(record: Any) -> None:
+    """A record as JSON on stdout."""
+    print(json.dumps(asdict(cast("Any", record)) if is_dataclass(record) else record, indent=2, default=str))
+
+
+def say(line: str = "") -> None:
+    # no markup: a path may hold square brackets
+    err.print(line, soft_wrap=True, markup=False)
+
+
+def heading(line: str) -> None:
+    err.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """A table on stderr; the first `left` columns are text, the others figures."""
+    grid = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    err.print(grid)
+
+
+class _Rate(ProgressColumn):
+    """Finished items a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A progress bar with rate and time left; the report takes (done, total, what is being done)."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", style="dim", markup=False),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, name=name[-48:])
+
+        yield report
+
+
+def megabytes(nbytes: int | float) -> str:
+    """A size for people: 1 MB is 1e6 bytes, as files are sold."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

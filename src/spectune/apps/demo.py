@@ -1,0 +1,205 @@
+"""The whole way on the embedded tiny SDXL, with a proof at each step and one picture of it all."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from spectune.apps.arguments import ModelSpec, Weighted
+from spectune.apps.commands.drawing import Overrule, draw
+from spectune.apps.console import err, heading, megabytes, out, progress, say, table
+from spectune.errors import InputError, SpectuneError
+from spectune.rebuild import files
+from spectune.rebuild.verify import VerifyReport
+from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr
+from spectune.sample.generate import SampleSettings
+from spectune.train.callbacks import ConsoleProgress, TrainReport
+from spectune.train.loop import train
+from spectune.train.recipe import load_recipe
+
+RANK = 16
+SEED = 11
+PICTURES = SampleSettings(width=64, height=64, steps=25, cfg=4.0, batch=8)
+LORA_AGREES_DB = 45.0  # what 16-bit rounding of the exported factors may cost at most
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """What the demo starts from."""
+
+    base: Path
+    checksum: Path  # sha256sum's format
+    recipe: Path
+    captions: Path  # one a line
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        heading(f"{len(self.seconds) + 1}. {title}")
+        started = time.perf_counter()
+        yield
+        self.seconds[title] = time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The five columns of the contact sheet."""
+
+    original: list[Image.Image]
+    residual: list[Image.Image]
+    pair: list[Image.Image]
+    tuned: list[Image.Image]
+    lora: list[Image.Image]
+
+
+def demo_files() -> DemoFiles:
+    """The embedded default: beside the package when it was installed as a wheel, else in the repository."""
+    here = Path(__file__).resolve()
+    for folder in (here.parents[1] / "demo_files", here.parents[3] / "demo"):
+        if (folder / "base.safetensors").exists():
+            return DemoFiles(
+                base=folder / "base.safetensors",
+                checksum=folder / "base.sha256",
+                recipe=folder / "demo.toml",
+                captions=folder / "captions.txt",
+            )
+    raise InputError("the demo's files are not installed", hint="run it from a clone of the repository")
+
+
+def check_hash(path: Path, checksum: Path) -> str:
+    """The SHA-256 of `path`; raises InputError with both hashes when it is not the one in `checksum`."""
+    expected = checksum.read_text(encoding="utf-8").split()[0]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(
+            f"{path.name} is damaged: expected sha256 {expected}, got {found}",
+            hint="get it again; git-lfs is not used, a fresh clone has it",
+        )
+    return found
+
+
+def run_demo(folder: Path, *, steps: int | None = None) -> Path:
+    """Run every stage into `folder`, replacing what an earlier demo left there; returns the contact sheet.
+
+    Raises SpectuneError when a proof fails.
+    """
+    source, clock = demo_files(), Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    with clock.stage("the embedded base is what it should be"):
+        digest = check_hash(source.base, source.checksum)
+        say(f"   {source.base.name}, {megabytes(source.base.stat().st_size)}, sha256 {digest[:16]}...")
+    with clock.stage(f"split it at rank {RANK} into principal and residual"), progress("split") as report:
+        split = files.split_checkpoint(
+            source.base, folder, rank=RANK, residual_dtype=torch.float32, force=True, progress=report
+        )
+    say(f"   {len(split.layers)} layers; the principal holds {split.energy:.1%} of their energy")
+    assert split.residual is not None
+    with clock.stage("prove that nothing was lost"), progress("verify") as report:
+        proof = files.verify_files(source.base, split.residual, split.principal, progress=report)
+    _require(proof.exact, "residual + principal do not give the base back bit for bit")
+    say(f"   {proof.exact_tensors} of {len(proof.records)} tensors rebuilt bit for bit")
+    with clock.stage("tune the principal spectrum on 120 pictures in 3D style (delta form)"):
+        trained = _train(source, folder, split.principal, steps)
+    tuned = folder / "emoji3d.safetensors"
+    rebuilt, lora = folder / "base-emoji3d.safetensors", folder / "emoji3d-lora.safetensors"
+    with clock.stage("rebuild the full model"), progress("rebuild") as report:
+        files.rebuild_checkpoint(tuned, source.base, rebuilt, force=True, progress=report)
+    with clock.stage("export a plain LoRA"), progress("export") as report:
+        exported = files.export_adapter(tuned, source.base, lora, force=True, progress=report)
+    captions = [line for line in source.captions.read_text(encoding="utf-8").splitlines() if line]
+    with clock.stage("draw the same captions and seeds with each"):
+        drawn = Drawn(
+            original=_draw(ModelSpec(source.base, ()), captions),
+            residual=_draw(ModelSpec(split.residual, ()), captions),
+            pair=_draw(ModelSpec(split.residual, (Weighted(split.principal, 1.0),)), captions),
+            tuned=_draw(ModelSpec(rebuilt, ()), captions),
+            lora=_draw(ModelSpec(source.base, (Weighted(lora, 1.0),)), captions),
+        )
+    sheet = folder / "demo.png"
+    contact_sheet(_columns(drawn), captions, cell_px=128).save(sheet)
+    lora_db = mean_psnr(drawn.tuned, drawn.lora)
+    _print_summary(
+        clock,
+        proof,
+        trained,
+        exported.error,
+        drawn,
+        [source.base, split.principal, split.residual, tuned, rebuilt, lora],
+    )
+    _require(
+        mean_psnr(drawn.original, drawn.pair) == float("inf"), "the pair draws other pictures than the base"
+    )
+    _require(lora_db >= LORA_AGREES_DB, f"base + LoRA and the rebuilt model agree only to {lora_db:.1f} dB")
+    out.print(str(sheet))
+    return sheet
+
+
+def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) -> TrainReport:
+    overrides = [
+        f"model.principal='{principal.resolve()}'",
+        f"run.output='{folder.resolve()}'",
+        "run.resume=false",
+    ]
+    if steps is not None:
+        overrides.append(f"run.steps={steps}")
+    return train(load_recipe(source.recipe, overrides), callbacks=[ConsoleProgress(err)], force=True)
+
+
+def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
+    return draw(spec, captions, SEED, PICTURES, Overrule(), spec.label)
+
+
+def _columns(drawn: Drawn) -> list[Column]:
+    return [
+        Column("original", drawn.original),
+        Column("residual", drawn.residual),
+        Column("res. + principal", drawn.pair),
+        Column("tuned", drawn.tuned),
+        Column("original + LoRA", drawn.lora, reference=3),
+    ]
+
+
+def _print_summary(
+    clock: Clock,
+    proof: VerifyReport,
+    trained: TrainReport,
+    export_error: float,
+    drawn: Drawn,
+    written: list[Path],
+) -> None:
+    table("files", ("file", "size"), [(path.name, megabytes(path.stat().st_size)) for path in written])
+    table(
+        "time", ("stage", "seconds"), [(title, f"{seconds:.1f}") for title, seconds in clock.seconds.items()]
+    )
+    rows = [
+        ("base vs residual + principal, weights", f"{proof.share:.2%} bit-identical"),
+        ("base vs residual + principal, pictures", format_psnr(mean_psnr(drawn.original, drawn.pair))),
+        ("tuned change vs exported LoRA, weights", f"{export_error:.3%} off"),
+        ("rebuilt model vs base + LoRA, pictures", format_psnr(mean_psnr(drawn.tuned, drawn.lora))),
+        ("held-out loss on unseen 3D pictures, base", _loss(trained.validation_before)),
+        ("held-out loss on unseen 3D pictures, tuned", _loss(trained.validation_after)),
+    ]
+    table("result", ("what", "measured"), rows)
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise SpectuneError(what, hint="this is a defect of spectune; please report it with the output above")

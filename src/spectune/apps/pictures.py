@@ -1,0 +1,106 @@
+"""Pictures of models given as files: what `sample` and `compare` share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from spectune.apps.arguments import ModelSpec
+from spectune.errors import InputError
+from spectune.model.prediction import make_prediction
+from spectune.model.sdxl import Sdxl, build_model
+from spectune.rebuild.merge import merged
+from spectune.sample.compare import Column
+from spectune.weights.adapter import open_adapter
+from spectune.weights.catalogue import build_catalogue
+from spectune.weights.reader import WeightSource, open_checkpoint
+
+
+@contextmanager
+def open_model(spec: ModelSpec) -> Iterator[WeightSource]:
+    """The weights of a model with its adapters applied, computed when they are asked for."""
+    with open_checkpoint(spec.model) as base:
+        if not spec.adapters:
+            yield base
+            return
+        catalogue = build_catalogue(base, all_layers=True)
+        yield merged(
+            base, [(open_adapter(adapter.path, catalogue), adapter.strength) for adapter in spec.adapters]
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where pictures are computed and in which type."""
+
+    name: str
+    dtype: torch.dtype
+
+
+def best_device() -> Device:
+    """A GPU in 16 bits where there is one, else the CPU in float32."""
+    if torch.cuda.is_available():
+        return Device("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    if torch.backends.mps.is_available():
+        return Device("mps", torch.float16)
+    return Device("cpu", torch.float32)
+
+
+def load_model(spec: ModelSpec, *, prediction: str | None = None, flow_shift: float | None = None) -> Sdxl:
+    """The model in memory; `prediction` and `flow_shift` overrule what the files say of themselves."""
+    device = best_device()
+    with open_model(spec) as source:
+        model = build_model(source, device=device.name, dtype=device.dtype)
+    if prediction is None and flow_shift is None:
+        return model
+    name = prediction or ("flow" if flow_shift is not None else model.prediction.name)
+    shift = flow_shift if flow_shift is not None else getattr(model.prediction, "shift", 1.0)
+    return Sdxl(
+        model.unet, model.te1, model.te2, model.vae, model.layout, make_prediction(name, flow_shift=shift)
+    )
+
+
+def file_name(number: int, caption: str) -> str:
+    """`003-a-red-balloon.png`: sortable, and legal on every system."""
+    words = re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:60].strip("-")
+    return f"{number:03d}-{words}.png" if words else f"{number:03d}.png"
+
+
+def save_pictures(
+    folder: Path, captions: Sequence[str], pictures: Sequence[Image.Image], *, force: bool
+) -> list[Path]:
+    """PNG files with their captions as text chunks; refuses to overwrite before anything is written."""
+    targets = [folder / file_name(number, caption) for number, caption in enumerate(captions)]
+    existing = [target for target in targets if target.exists()]
+    if existing and not force:
+        raise InputError(
+            f"{len(existing)} pictures exist in {folder}, first {existing[0].name}", hint="pass --force"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, caption, picture in zip(targets, captions, pictures, strict=True):
+        text = PngInfo()
+        text.add_itxt("caption", caption)
+        picture.save(target, pnginfo=text)
+    return targets
+
+
+def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:
+    """The PNG files of a folder in the order of their names, with their captions."""
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise InputError(
+            f"{folder} holds no .png pictures", hint="make them with `spectune sample ... -o FOLDER`"
+        )
+    pictures, captions = [], []
+    for file in files:
+        with Image.open(file) as picture:
+            captions.append(str(picture.info.get("caption", file.stem)))
+            pictures.append(picture.convert("RGB"))
+    return Column(label, pictures), captions

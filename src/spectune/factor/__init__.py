@@ -1,0 +1,1 @@
+"""Linear algebra of the principal spectrum: plain tensors in, plain tensors out."""

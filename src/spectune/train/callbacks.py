@@ -1,0 +1,209 @@
+"""Who listens to a run: the console, TensorBoard, previews, a user interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from spectune.errors import SpectuneError
+from spectune.model.sdxl import Sdxl
+
+
+@dataclass(frozen=True)
+class RunStart:
+    name: str
+    steps: int  # of the whole run
+    first_step: int  # finished steps at the start, above 0 when resumed
+    images: int
+    trained_numbers: int
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished optimiser step."""
+
+    step: int  # counted from 1
+    loss: float  # mean over the step's batches
+    learning_rate: float
+    grad_norm: float | None  # before clipping; None when gradients are not clipped
+    step_size: float | None  # Prodigy's d
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did."""
+
+    steps: int  # finished in all
+    first_step: int  # where this run took over
+    seconds: float  # in training steps
+    training_loss: float | None  # mean of the last steps of this run
+    validation_before: float | None
+    validation_after: float | None
+    files: tuple[Path, ...]
+    interrupted: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def steps_per_second(self) -> float | None:
+        done = self.steps - self.first_step
+        return done / self.seconds if done and self.seconds else None
+
+
+class Callbacks:
+    """A listener that hears nothing; override what matters. Called on the main process only."""
+
+    def on_message(self, text: str) -> None:
+        """A stage begins, or something is worth knowing."""
+
+    def on_start(self, start: RunStart) -> None:
+        """Training begins."""
+
+    def on_step(self, info: StepInfo) -> None:
+        """A step is done."""
+
+    def on_validation(self, step: int, loss: float) -> None:
+        """The loss on held-out images after `step` steps."""
+
+    def on_preview(self, step: int, model: Sdxl) -> None:
+        """Time to draw pictures: `model` carries the weights as they would be saved."""
+
+    def on_save(self, step: int, file: Path) -> None:
+        """An adapter file is complete."""
+
+    def on_end(self, report: TrainReport) -> None:
+        """The run is over; also called when it was interrupted."""
+
+
+class ConsoleProgress(Callbacks):
+    """A bar with loss, rate and time left on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._loss: float | None = None
+        self._held_out = ""
+
+    def on_message(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def on_start(self, start: RunStart) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(
+            start.name, total=start.steps, completed=start.first_step, rate="", loss=""
+        )
+        self._bar.start()
+
+    def on_step(self, info: StepInfo) -> None:
+        if self._bar is None:
+            return
+        self._loss = info.loss if self._loss is None else 0.95 * self._loss + 0.05 * info.loss
+        self._bar.update(
+            self._task,
+            completed=info.step,
+            rate=f"{1 / info.seconds:.2f} it/s" if info.seconds else "",
+            loss=f"loss {self._loss:.4f}{self._held_out}",
+        )
+
+    def on_validation(self, step: int, loss: float) -> None:
+        self._held_out = f" held-out {loss:.4f}"
+        if self._bar is None:
+            self.on_message(f"held-out loss before training: {loss:.4f}")
+
+    def on_end(self, report: TrainReport) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class TensorBoardLog(Callbacks):
+    """Scalars for TensorBoard in `folder`; a resumed run replaces what was logged after its first step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer = None
+        self._before: float | None = None
+
+    def on_start(self, start: RunStart) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise SpectuneError(
+                "TensorBoard is not installed", hint="pip install tensorboard, or --set run.tensorboard=false"
+            ) from error
+        self._writer = SummaryWriter(
+            str(self.folder), purge_step=start.first_step + 1 if start.first_step else None
+        )
+        if self._before is not None:
+            self._add("loss/held_out", self._before, start.first_step)
+
+    def on_step(self, info: StepInfo) -> None:
+        self._add("loss/train", info.loss, info.step)
+        self._add("optimizer/learning_rate", info.learning_rate, info.step)
+        self._add("speed/seconds_per_step", info.seconds, info.step)
+        if info.grad_norm is not None:
+            self._add("optimizer/grad_norm", info.grad_norm, info.step)
+        if info.step_size is not None:
+            self._add("optimizer/d", info.step_size, info.step)
+
+    def on_validation(self, step: int, loss: float) -> None:
+        if self._writer is None:
+            self._before = loss
+        else:
+            self._add("loss/held_out", loss, step)
+
+    def on_end(self, report: TrainReport) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+
+class Listeners(Callbacks):
+    """Several listeners as one."""
+
+    def __init__(self, listeners: list[Callbacks]) -> None:
+        self.listeners = listeners
+
+    def on_message(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.on_message(text)
+
+    def on_start(self, start: RunStart) -> None:
+        for listener in self.listeners:
+            listener.on_start(start)
+
+    def on_step(self, info: StepInfo) -> None:
+        for listener in self.listeners:
+            listener.on_step(info)
+
+    def on_validation(self, step: int, loss: float) -> None:
+        for listener in self.listeners:
+            listener.on_validation(step, loss)
+
+    def on_preview(self, step: int, model: Sdxl) -> None:
+        for listener in self.listeners:
+            listener.on_preview(step, model)
+
+    def on_save(self, step: int, file: Path) -> None:
+        for listener in self.listeners:
+            listener.on_save(step, file)
+
+    def on_end(self, report: TrainReport) -> None:
+        for listener in self.listeners:
+            listener.on_end(report)

@@ -1,0 +1,83 @@
+"""Sizes that images are trained at, and how an image is brought to one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def aspect(self) -> float:
+        return self.width / self.height
+
+
+def bucket_sizes(resolution: int, *, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
+    """Sizes of at most `resolution`^2 pixels, sides multiples of `step` in minimum..maximum.
+
+    1024 with 768..1280 in steps of 64 gives 768x1280, 832x1216, 896x1152, 960x1088, 1024x1024 and
+    their transposes, as kohya's make_bucket_resolutions does.
+    """
+    side = resolution // step * step
+    found = {Size(side, side)}
+    for width in range(minimum, maximum + 1, step):
+        height = min(maximum, resolution**2 // width // step * step)
+        if height >= minimum:
+            found |= {Size(width, height), Size(height, width)}
+    return tuple(sorted(found))
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket of the nearest aspect, compared as a ratio so that portrait and landscape count alike."""
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket.aspect / size.aspect)), bucket))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How an image becomes a training picture: mirrored, resized to cover the target, cut out. In pixels."""
+
+    original: Size
+    resized: Size
+    target: Size
+    left: int  # of the cut, in the resized image before it is mirrored
+    top: int
+    flipped: bool
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's size conditioning: original height, width; crop top, left; target height, width.
+
+        The crop is counted in the picture as it is seen: mirroring turns a left margin into a right one.
+        """
+        left = self.resized.width - self.left - self.target.width if self.flipped else self.left
+        return (
+            self.original.height,
+            self.original.width,
+            self.top,
+            left,
+            self.target.height,
+            self.target.width,
+        )
+
+
+def place(original: Size, target: Size, *, flipped: bool = False, random: Random | None = None) -> Placement:
+    """The placement of an image in a bucket, cut from its middle, or anywhere with `random`."""
+    scale = max(target.width / original.width, target.height / original.height)
+    resized = Size(
+        max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale))
+    )
+    free_x, free_y = resized.width - target.width, resized.height - target.height
+    left, top = (
+        (free_x // 2, free_y // 2)
+        if random is None
+        else (random.randint(0, free_x), random.randint(0, free_y))
+    )
+    return Placement(original=original, resized=resized, target=target, left=left, top=top, flipped=flipped)

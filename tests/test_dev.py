@@ -1,0 +1,197 @@
+"""dev.py's pure functions, and its messages for people who start it wrongly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import dev
+
+PYPROJECT = '[project]\nname = "x"\ndependencies = ["torch>=2.4"]\n[tool.ruff]\nline-length = 110\n'
+
+
+def run_dev(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, dev.ROOT / "dev.py", *args], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 8, 10), (3, 10, 14)])
+def test_an_old_python_is_named_with_the_one_that_is_needed(version: tuple[int, int, int]) -> None:
+    complaint = dev.python_complaint(version, "python-of-mine")
+    got = ".".join(str(part) for part in version)
+    assert f"needs Python 3.11 or newer, python-of-mine is Python {got}\n" in complaint
+    assert "hint: " in complaint
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 14, 2), (4, 0, 0)])
+def test_a_new_python_is_no_complaint(version: tuple[int, int, int]) -> None:
+    assert dev.python_complaint(version, "python") == ""
+
+
+def test_dev_parses_on_pythons_that_are_too_old() -> None:
+    """Else they would report a syntax error and never come to the message about their age."""
+    ast.parse((dev.ROOT / "dev.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_dev_needs_the_standard_library_only() -> None:
+    tree = ast.parse((dev.ROOT / "dev.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_venv_python_of_both_families() -> None:
+    assert dev.venv_python(Path("v"), windows=False) == Path("v/bin/python")
+    assert dev.venv_python(Path("v"), windows=True) == Path("v/Scripts/python.exe")
+
+
+def test_comments_and_blank_lines_of_a_lock_are_left_out() -> None:
+    assert dev.without_comments("# head\n\na==1  # why\n-r other.lock\n") == ["a==1", "-r other.lock"]
+
+
+def test_the_fingerprint_follows_what_is_installed_and_nothing_else() -> None:
+    first = dev.fingerprint(["a==1"], PYPROJECT, "(3, 11)")
+    assert dev.fingerprint(["a==1"], PYPROJECT.replace("110", "100"), "(3, 11)") == first
+    assert dev.fingerprint(["a==2"], PYPROJECT, "(3, 11)") != first
+    assert dev.fingerprint(["a==1"], PYPROJECT.replace(">=2.4", ">=2.5"), "(3, 11)") != first
+    assert dev.fingerprint(["a==1"], PYPROJECT, "(3, 12)") != first
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that `dev.ensure` runs, in a virtual environment that is only pretended."""
+    commands: list[list[str]] = []
+
+    def run(*command: object) -> int:
+        commands.append([str(word) for word in command])
+        return 0
+
+    monkeypatch.setattr(dev, "VENV", tmp_path)
+    monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(dev, "run", run)
+    monkeypatch.setattr(dev, "make_venv", lambda: Path("python"))
+    monkeypatch.setattr(dev, "query", lambda _python, code: "2.12.0+cu130" if "torch" in code else "(3, 11)")
+    return commands
+
+
+def test_what_is_installed_is_not_installed_again(installed: list[list[str]]) -> None:
+    dev.ensure(dev.DEV_LOCK)
+    assert len(installed) == 2
+    dev.ensure(dev.DEV_LOCK)
+    dev.ensure(dev.RUN_LOCK)
+    assert len(installed) == 2
+
+
+def test_the_demo_installs_no_tools_and_the_tests_add_them(installed: list[list[str]]) -> None:
+    dev.ensure(dev.RUN_LOCK)
+    pinned = (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
+    assert "torch==2.12.0+cu130\n" in pinned
+    assert "pytest==" not in pinned
+    dev.ensure(dev.DEV_LOCK)
+    assert len(installed) == 4
+    assert "pytest==" in (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
+
+
+def test_a_failed_installation_is_tried_again(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr(dev, "run", lambda *_command: 1)
+        with pytest.raises(dev.DevError, match="pip could not install"):
+            dev.ensure(dev.RUN_LOCK)
+    dev.ensure(dev.RUN_LOCK)
+    assert len(installed) == 2
+
+
+def test_arguments_of_setup_go_to_pip(installed: list[list[str]]) -> None:
+    dev.ensure(dev.DEV_LOCK)
+    dev.ensure(dev.DEV_LOCK, ["--upgrade"])
+    assert [command[-3:-1] for command in installed if "--upgrade" in command] == [
+        ["--upgrade", "-r"],
+        ["--no-deps", "-e"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("installed", "stays"),
+    [
+        ("2.4.0", True),
+        ("2.13.0+cpu", True),
+        ("3.0.0.dev20270101+cu130", True),
+        ("2.3.1", False),
+        (None, False),
+        ("", False),
+    ],
+)
+def test_an_installed_torch_stays_when_it_is_new_enough(installed: str | None, stays: bool) -> None:
+    lines = ["numpy==2.4.6", "torch==2.13.0", "torch-other==1"]
+    kept = ["numpy==2.4.6", f"torch=={installed}", "torch-other==1"]
+    assert dev.with_torch(lines, installed) == (kept if stays else lines)
+
+
+def test_the_oldest_torch_and_python_are_those_of_the_package() -> None:
+    project = tomllib.loads((dev.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (torch,) = [line for line in project["dependencies"] if Requirement(line).name == "torch"]
+    assert torch == "torch>=" + ".".join(map(str, dev.MIN_TORCH))
+    assert project["requires-python"] == ">=" + ".".join(map(str, dev.MIN_PYTHON))
+
+
+def test_the_dev_lock_includes_the_other_one() -> None:
+    assert set(dev.read_lock(dev.RUN_LOCK)) < set(dev.read_lock(dev.DEV_LOCK))
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[]"])
+def test_a_lost_or_damaged_stamp_means_that_nothing_is_installed(
+    damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp.json")
+    if damage is not None:
+        dev.STAMP.write_text(damage, encoding="utf-8")
+    assert dev.read_stamps() == {}
+
+
+def test_help_names_every_command_on_stdout() -> None:
+    done = run_dev("--help")
+    assert done.returncode == 0
+    assert [name for name in dev.COMMANDS if f"python dev.py {name}" not in done.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(("tset",), "error: dev.py has no command `tset`"), ((), "error: dev.py needs a command")],
+)
+def test_a_wrong_command_is_refused(args: tuple[str, ...], message: str) -> None:
+    done = run_dev(*args)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev, "BENCHMARKS", tmp_path)
+    for name in ("split", "train", "_shared"):
+        (tmp_path / f"{name}.py").touch()
+    with pytest.raises(dev.DevError, match=r"no benchmark `splt`\nhint: split, train$"):
+        dev.bench(["splt"])
+
+
+def test_lint_fails_when_only_one_checker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(*command: object) -> int:
+        ran.append(str(command[2]))
+        return -9 if command[3] == "format" else 0
+
+    monkeypatch.setattr(dev, "ensure", lambda _lock: Path("python"))
+    monkeypatch.setattr(dev, "run", run)
+    assert dev.lint([]) == 1
+    assert ran == ["ruff", "ruff", "pyright"]

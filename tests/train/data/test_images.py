@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spectune.train.data.buckets import Size, place
+from spectune.train.data.images import UnusableImage, open_image, render
+
+
+def colour(path: Path) -> tuple[int, ...]:
+    pixel = open_image(path).getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return tuple(int(level) for level in pixel)
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "print.tif")
+    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([9, 8, 7] + [0] * 765)
+    palette.save(tmp_path / "palette.png", transparency=0)
+
+    assert colour(tmp_path / "clear.png") == (255, 255, 255)
+    assert colour(tmp_path / "grey.png") == (7, 7, 7)
+    assert colour(tmp_path / "print.tif") == (0, 0, 0)
+    assert colour(tmp_path / "deep.png") == (128, 128, 128)
+    assert colour(tmp_path / "palette.png") == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_unusable_files_say_why(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 255)]
+    frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:])
+
+    for name, why in (
+        ("text.png", "is not an image that Pillow can read"),
+        ("torn.jpg", "is damaged: "),
+        ("film.webp", r"is animated \(2 frames\)"),
+    ):
+        with pytest.raises(UnusableImage, match=why):
+            open_image(tmp_path / name)
+
+
+def test_render_range_and_shape() -> None:
+    image = Image.new("RGB", (6, 4), (0, 255, 0))
+    pixels = render(image, place(Size(6, 4), Size(4, 4)))
+    assert pixels.shape == (3, 4, 4)
+    assert pixels.dtype == torch.float32
+    assert [pixels[channel].unique().tolist() for channel in range(3)] == [[-1.0], [1.0], [-1.0]]

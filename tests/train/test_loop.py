@@ -1,0 +1,228 @@
+"""Whole runs on the tiny SDXL."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectune.errors import InputError
+from spectune.train import state
+from spectune.train.callbacks import Callbacks, StepInfo
+from spectune.train.loop import train
+from spectune.weights.adapter import TunedAdapter, open_adapter
+from spectune.weights.catalogue import build_catalogue
+from spectune.weights.provenance import Provenance, Role
+from spectune.weights.reader import open_checkpoint
+from tests.train.conftest import MakeRecipe
+
+GUIDE = {"betas": [0.8, 0.8], "schedulefree_c": 10, "d0": 1e-3, "use_stableadamw": False, "d_limiter": False}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw", "learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2},
+    "prodigy_plus": {"name": "prodigy_plus_schedule_free", "learning_rate": ..., "options": GUIDE},
+}
+
+
+class Losses(Callbacks):
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+        self.held_out: dict[int, float] = {}
+
+    def on_step(self, info: StepInfo) -> None:
+        self.by_step[info.step] = info.loss
+
+    def on_validation(self, step: int, loss: float) -> None:
+        self.held_out[step] = loss
+
+
+class StopAt(Callbacks):
+    """Sends this process a signal after a step, as Ctrl-C or a scheduler would."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, info: StepInfo) -> None:
+        if info.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(("optimizer", "stop"), [("adamw", signal.SIGINT), ("prodigy_plus", signal.SIGTERM)])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    make_recipe: MakeRecipe, tmp_path: Path, optimizer: str, stop: signal.Signals
+) -> None:
+    data = {
+        "random_crop": True,
+        "flip_probability": 0.5,
+        "caption": {"shuffle": True, "dropout_probability": 0.3},
+    }
+    sections = {"optimizer": OPTIMIZERS[optimizer], "data": data}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = {"steps": 7, "accumulation": 2}
+    losses, resumed = Losses(), Losses()
+
+    train(make_recipe(**sections, run=run | {"output": whole}), callbacks=[losses])
+    first = train(make_recipe(**sections, run=run | {"output": parts}), callbacks=[StopAt(3, stop)])
+    # looking at the run on the way must not change it
+    second = train(
+        make_recipe(**sections, run=run | {"output": parts, "save_every_steps": 2, "preview_every_steps": 1}),
+        callbacks=[resumed],
+    )
+
+    assert (first.interrupted, first.steps) == (True, 3)
+    assert (second.interrupted, second.first_step, second.steps) == (False, 3, 7)
+    assert resumed.by_step == {step: losses.by_step[step] for step in (4, 5, 6, 7)}
+    assert same_tensors(whole / "t.safetensors", parts / "t.safetensors")
+    for file in (state.TRAINED, state.OPTIMIZER):
+        assert same_tensors(whole / "t-step00000007.state" / file, parts / "t-step00000007.state" / file)
+
+
+def test_names_and_origin_of_the_files(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    report = train(make_recipe(run={"steps": 5, "save_every_steps": 1, "keep_last": 2}))
+
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "t-step00000003.safetensors",
+        "t-step00000004.safetensors",
+        "t-step00000004.state",
+        "t-step00000005.state",
+        "t.safetensors",
+    ]
+    assert sorted(path.name for path in report.files) == names
+    with open_checkpoint(tiny_checkpoint) as base:
+        tuned = open_adapter(tmp_path / "out" / "t.safetensors", build_catalogue(base))
+    assert isinstance(tuned, TunedAdapter)
+    origin = Provenance.from_metadata(tuned.metadata)
+    assert (origin.role, origin.prediction, origin.flow_shift) == (Role.TUNED, "eps", None)
+    assert origin.base_name == tiny_checkpoint.name
+
+
+def test_training_lowers_the_loss_on_its_own_images(make_recipe: MakeRecipe, picture_folder: Path) -> None:
+    heard = Losses()
+    recipe = make_recipe(
+        data={"validation_folder": picture_folder, "flip_probability": 0.0},
+        optimizer={"learning_rate": 3e-3},
+        run={"steps": 30, "batch": 6, "validate_every_steps": 10},
+    )
+    report = train(recipe, callbacks=[heard])
+
+    assert heard.held_out.keys() == {0, 10, 20, 30}
+    assert report.validation_before == heard.held_out[0]
+    assert report.validation_after == heard.held_out[30]
+    assert heard.held_out[30] < 0.95 * heard.held_out[0]
+    assert "also trained on" in report.warnings[-1]
+
+
+def test_flow_with_shift_is_recorded(make_recipe: MakeRecipe, tmp_path: Path, picture_folder: Path) -> None:
+    recipe = make_recipe(
+        objective={"kind": "flow", "flow_shift": 2.5},
+        data={"validation_folder": picture_folder / "held_out"},
+        run={"steps": 10},
+    )
+    report = train(recipe)
+
+    with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
+        origin = Provenance.from_metadata(file.metadata)
+    assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
+    assert report.validation_before is not None
+    assert report.validation_after is not None
+    assert report.validation_after < report.validation_before
+
+
+def test_zero_steps_leave_zero_deltas(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(make_recipe(run={"steps": 0}))
+
+    tensors = load_file(tmp_path / "out" / "t.safetensors")
+    deltas = [tensor for name, tensor in tensors.items() if ".delta_" in name]
+    assert deltas
+    assert all(not tensor.any() for tensor in deltas)
+
+
+def test_parts_choose_the_layers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(make_recipe(model={"parts": ["te2"]}, run={"steps": 1}))
+
+    names = load_file(tmp_path / "out" / "t.safetensors")
+    assert names
+    assert all(name.startswith("lora_te2_") for name in names)
+
+
+def test_a_text_cache_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    losses = []
+    for cache in (False, True):
+        heard = Losses()
+        recipe = make_recipe(
+            model={"parts": ["unet"]},
+            data={"cache_text": cache, "caption": {"dropout_probability": 0.5}},
+            run={"output": tmp_path / str(cache)},
+        )
+        train(recipe, callbacks=[heard])
+        losses.append(list(heard.by_step.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_checkpointing_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        heard = Losses()
+        run = {"output": tmp_path / str(checkpointing), "gradient_checkpointing": checkpointing}
+        train(make_recipe(run=run), callbacks=[heard])
+        losses.append(list(heard.by_step.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_both_forms_learn_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    losses = []
+    for form in ("delta", "residual"):
+        heard = Losses()
+        train(
+            make_recipe(model={"form": form}, run={"output": tmp_path / form, "steps": 5}), callbacks=[heard]
+        )
+        losses.append(list(heard.by_step.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_tensorboard_scalars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(make_recipe(run={"tensorboard": True}))
+
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "t")).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
+    assert events.Scalars("optimizer/learning_rate")[0].value == pytest.approx(1e-2)
+
+
+def test_results_are_not_overwritten(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+
+    with pytest.raises(InputError, match=r"already holds 2 results of a run named t, such as t\.safetensors"):
+        train(make_recipe(run={"steps": 1, "resume": False}))
+    assert train(make_recipe(run={"steps": 1, "resume": False}), force=True).first_step == 0
+
+
+def test_a_finished_run_can_be_made_longer(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+    report = train(make_recipe(run={"steps": 2}))
+    assert (report.first_step, report.steps) == (1, 2)
+
+
+def test_another_recipe_does_not_take_over(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+    with pytest.raises(InputError, match=r"belongs to another run: run\.batch was 2, is 3") as caught:
+        train(make_recipe(run={"steps": 2, "batch": 3}))
+    assert "run.resume=false" in (caught.value.hint or "")
+
+
+def test_sizes_that_the_model_cannot_hold(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match="training size 40x40: this model needs multiples of 16 pixels"):
+        train(make_recipe(data={"resolution_px": 40}))
