@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from spectune.errors import InputError
-from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr, psnr
+from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr, picture_grid, psnr
 
 
 def flat(level: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -50,3 +50,11 @@ def test_sheet_holds_every_picture_in_its_place():
 def test_missing_picture_is_an_error():
     with pytest.raises(InputError, match="column 'one' has 1 pictures for 2 captions"):
         contact_sheet([Column("one", [flat(0)])], ["a", "b"])
+
+
+def test_grid_holds_every_picture():
+    grid = picture_grid([flat(level) for level in (10, 20, 30)], ["a", "b", "c"], cell_px=32, columns=2)
+    pixels = grid.load()
+    found = {pixels[x, y] for x in range(grid.width) for y in range(grid.height)}
+    assert {(10, 10, 10), (20, 20, 20), (30, 30, 30)} <= found
+    assert grid.width < 3 * 40

@@ -196,6 +196,9 @@ def sample(
     negative: Negative = "",
     prediction: PredictionName = None,
     flow_shift: FlowShift = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write all pictures with their captions on one sheet.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Draw pictures with a checkpoint and any adapters on top of it."""
@@ -205,7 +208,8 @@ def sample(
     spec = ModelSpec(model, tuple(parse_weighted(word) for word in adapters or []))
     settings = drawing.settings(size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative)
     overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
-    drawing.sample(spec, read_captions(caption or [], captions), seed, settings, overrule, out, force=force)
+    rows = read_captions(caption or [], captions)
+    drawing.sample(spec, rows, seed, settings, overrule, out, sheet=sheet, force=force)
 
 
 @app.command(

@@ -143,6 +143,8 @@ def run_demo(folder: Path, *, steps: int | None = None) -> Path:
     _require(
         mean_psnr(drawn.original, drawn.pair) == float("inf"), "the pair draws other pictures than the base"
     )
+    if trained.steps:
+        _require(_improved(trained), "training did not lower the loss on held-out pictures")
     _require(lora_db >= LORA_AGREES_DB, f"base + LoRA and the rebuilt model agree only to {lora_db:.1f} dB")
     out.print(str(sheet))
     return sheet
@@ -194,6 +196,11 @@ def _print_summary(
         ("held-out loss on unseen 3D pictures, tuned", _loss(trained.validation_after)),
     ]
     table("result", ("what", "measured"), rows)
+
+
+def _improved(trained: TrainReport) -> bool:
+    before, after = trained.validation_before, trained.validation_after
+    return before is not None and after is not None and after < before
 
 
 def _loss(value: float | None) -> str:

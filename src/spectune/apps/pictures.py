@@ -73,22 +73,28 @@ def file_name(number: int, caption: str) -> str:
     return f"{number:03d}-{words}.png" if words else f"{number:03d}.png"
 
 
-def save_pictures(
-    folder: Path, captions: Sequence[str], pictures: Sequence[Image.Image], *, force: bool
-) -> list[Path]:
-    """PNG files with their captions as text chunks; refuses to overwrite before anything is written."""
-    targets = [folder / file_name(number, caption) for number, caption in enumerate(captions)]
+def picture_files(folder: Path, captions: Sequence[str]) -> list[Path]:
+    """Where the pictures of these captions go."""
+    return [folder / file_name(number, caption) for number, caption in enumerate(captions)]
+
+
+def refuse_existing(targets: Sequence[Path], *, force: bool) -> None:
+    """Raise InputError, before any work, when a file would be overwritten without `force`."""
     existing = [target for target in targets if target.exists()]
     if existing and not force:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise InputError(
-            f"{len(existing)} pictures exist in {folder}, first {existing[0].name}", hint="pass --force"
+            f"{existing[0]}{more} exists", hint="pass --force to overwrite, or -o for another place"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+    """PNG files with their captions as text chunks."""
     for target, caption, picture in zip(targets, captions, pictures, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
         text.add_itxt("caption", caption)
         picture.save(target, pnginfo=text)
-    return targets
 
 
 def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:

@@ -95,6 +95,25 @@ def contact_sheet(
     return sheet
 
 
+def picture_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, cell_px: int = 128, columns: int = 6
+) -> Image.Image:
+    """Pictures in rows of `columns`, each with its caption below."""
+    font = ImageFont.load_default(max(10, cell_px // 10))
+    line = cell_px // 8
+    across, down = cell_px + _MARGIN, cell_px + 2 * line + _MARGIN
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (across * columns + _MARGIN, down * rows + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = _MARGIN + number % columns * across, _MARGIN + number // columns * down
+        sheet.paste(picture.resize((cell_px, cell_px), Image.Resampling.LANCZOS), (left, top))
+        for index, part in enumerate(_wrapped(caption, font, cell_px)[:2]):
+            draw.text((left, top + cell_px + index * line), part, _INK, font)
+    return sheet
+
+
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines: list[str] = []
     for word in text.split():

@@ -10,9 +10,9 @@ from PIL import Image
 
 from spectune.apps.arguments import ModelSpec, parse_model, parse_size, read_captions
 from spectune.apps.console import print_json, progress, say
-from spectune.apps.pictures import load_model, read_pictures, save_pictures
+from spectune.apps.pictures import load_model, picture_files, read_pictures, refuse_existing, save_pictures
 from spectune.errors import InputError
-from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr
+from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr, picture_grid
 from spectune.sample.generate import Request, SampleSettings, generate
 
 
@@ -49,11 +49,18 @@ def sample(
     overrule: Overrule,
     folder: Path,
     *,
+    sheet: Path | None,
     force: bool,
 ) -> None:
+    targets = picture_files(folder, captions)
+    refuse_existing([*targets, *([] if sheet is None else [sheet])], force=force)
     pictures = draw(spec, captions, seed, how, overrule, "sample")
-    for path in save_pictures(folder, captions, pictures, force=force):
-        say(f"wrote {path}")
+    save_pictures(targets, captions, pictures)
+    say(f"wrote {len(targets)} pictures to {folder}")
+    if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        picture_grid(pictures, captions).save(sheet)
+        say(f"wrote {sheet}")
 
 
 def compare(
@@ -70,8 +77,7 @@ def compare(
 ) -> None:
     if len(models) < 2:
         raise InputError(f"{len(models)} model to compare: expected two or more")
-    if target.exists() and not force:
-        raise InputError(f"{target} exists", hint="pass --force to overwrite it, or -o for another name")
+    refuse_existing([target], force=force)
     folders = [Path(word).is_dir() and any(Path(word).glob("*.png")) for word in models]
     if all(folders):
         columns, rows = _from_folders([Path(word) for word in models])
