@@ -266,6 +266,16 @@ def random_time_ids(batch: int, generator: torch.Generator) -> Tensor:
     return torch.cat([original, fixed], dim=1).float()
 
 
+@torch.no_grad()
+def forget_unseen_tokens(denoiser: Denoiser, captions: list[str]) -> None:
+    """Zero the embeddings of tokens that no caption has: they still hold their random start."""
+    ids = tokenize([*captions, ""])
+    for encoder, seen in ((denoiser.te1, ids.te1), (denoiser.te2, ids.te2)):
+        weight = encoder.get_input_embeddings().weight
+        unseen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, seen.unique(), False)
+        weight[unseen] = 0
+
+
 def write_base(denoiser: Denoiser, vae: AutoencoderKL, path: Path) -> None:
     """One fp16 file in SDXL's single-file spelling; what its tensors cannot tell goes into the metadata."""
     parts = (denoiser.unet, denoiser.te1, denoiser.te2, vae)
@@ -297,6 +307,7 @@ def main() -> None:
     vae = train_vae(both, args.work, args.vae_steps)
     vae = rescale_latents(vae, torch.stack([p.pixels for p in flat]))
     denoiser = train_denoiser(flat, vae, args.work, args.steps)
+    forget_unseen_tokens(denoiser, [picture.caption for picture in flat])
     write_base(denoiser, vae, args.work / "base.safetensors")
 
 

@@ -143,7 +143,7 @@ def run_demo(folder: Path, *, steps: int | None = None) -> Path:
     _require(
         mean_psnr(drawn.original, drawn.pair) == float("inf"), "the pair draws other pictures than the base"
     )
-    if trained.steps:
+    if steps is None:  # a few steps by hand need not improve anything
         _require(_improved(trained), "training did not lower the loss on held-out pictures")
     _require(lora_db >= LORA_AGREES_DB, f"base + LoRA and the rebuilt model agree only to {lora_db:.1f} dB")
     out.print(str(sheet))
