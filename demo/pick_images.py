@@ -2,9 +2,9 @@
 
     python demo/pick_images.py --flat fluent_flat.tar --three-d fluent_3d.tar
 
-Both archives hold 128 px WebP pictures on white, rasterised from the npm package fluentui-emoji 1.3.0
-(MIT, Copyright (c) Microsoft Corporation). Only subjects that exist in both styles are taken, in the
-order of the SHA-256 of their names, so the choice is arbitrary but always the same.
+Both archives hold 128 px WebP pictures on white, rasterised from the npm packages fluentui-emoji 1.3.0 and
+@lobehub/fluent-emoji-3d 1.1.0 (MIT, Copyright (c) Microsoft Corporation). Only subjects that exist in both
+styles are taken, in the order of the SHA-256 of their names, so the choice is arbitrary but always the same.
 """
 
 from __future__ import annotations

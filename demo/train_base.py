@@ -3,9 +3,9 @@
     python demo/train_base.py --flat fluent_flat.tar --three-d fluent_3d.tar --work base_run
 
 The two archives hold 128 px WebP images on white with a caption beside each (`cat.webp`, `cat.txt`),
-rasterised from the npm package fluentui-emoji 1.3.0 (MIT, Copyright (c) Microsoft Corporation). The
-autoencoder sees both styles, the UNet and the text encoders only the flat one. Each stage keeps a
-checkpoint in the work folder and continues from it; the last stage writes base.safetensors.
+rasterised from the npm packages fluentui-emoji 1.3.0 and @lobehub/fluent-emoji-3d 1.1.0 (MIT, Copyright (c)
+Microsoft Corporation). The autoencoder sees both styles, the UNet and the text encoders only the flat one.
+Each stage keeps a checkpoint in the work folder and continues from it; the last one writes base.safetensors.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for checkpoints and the finished file"
     )
     parser.add_argument("--vae-steps", type=int, default=3900)
-    parser.add_argument("--steps", type=int, default=4600, help="steps of the UNet and the text encoders")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of the UNet and the text encoders")
     args = parser.parse_args()
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -67,3 +67,10 @@ def test_one_step_does_change_it(folder):
     assert run(["train", str(folder / "recipe.toml"), "--set", "run.steps=1"]) == 0
     assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(whole)]) == 0
     assert not same_bits(base, whole)
+
+
+def test_previews_are_drawn_on_request(folder):
+    recipe = str(folder / "recipe.toml")
+    assert run(["train", recipe, "--set", "run.steps=2", "--set", "run.preview_every_steps=2"]) == 0
+    with Image.open(folder / "previews" / "nothing-step00000002.png") as sheet:
+        assert sheet.width > 3 * 32

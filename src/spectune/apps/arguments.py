@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,10 @@ class Weighted:
     path: Path
     strength: float
 
+    @property
+    def label(self) -> str:
+        return self.path.stem if self.strength == 1.0 else f"{self.path.stem}:{self.strength:g}"
+
 
 def parse_weighted(word: str) -> Weighted:
     """`style.safetensors` or `style.safetensors:0.8`; a drive letter's colon is no strength."""
@@ -66,7 +71,7 @@ class ModelSpec:
 
     @property
     def label(self) -> str:
-        return " + ".join([self.model.stem, *(adapter.path.stem for adapter in self.adapters)])
+        return " + ".join([self.model.stem, *(adapter.label for adapter in self.adapters)])
 
 
 def parse_model(word: str) -> ModelSpec:
@@ -75,6 +80,21 @@ def parse_model(word: str) -> ModelSpec:
         return ModelSpec(Path(word), ())
     pieces = re.split(r"(?<=\.safetensors)\+|(?<=\d)\+(?=.*\.safetensors)", word)
     return ModelSpec(Path(pieces[0]), tuple(parse_weighted(piece) for piece in pieces[1:]))
+
+
+def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:
+    """A name for each model; where two files are called the same, their folder tells them apart."""
+    plain = [spec.label for spec in specs]
+    return [
+        label if plain.count(label) == 1 else f"{spec.model.resolve().parent.name}/{label}"
+        for spec, label in zip(specs, plain, strict=True)
+    ]
+
+
+def check_sheet_name(path: Path) -> None:
+    """Raise InputError, before anything is drawn, for a sheet that would not be a picture file."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{path} has no picture's ending", hint="name it like sheet.png")
 
 
 def read_captions(captions: list[str], file: Path | None) -> list[str]:

@@ -167,9 +167,10 @@ Captions = Annotated[
 CaptionFile = Annotated[Path | None, typer.Option("--captions", help="A text file with a caption a line.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; each further one takes the next.")]
 SizePx = Annotated[str, typer.Option("--size", help="Pixels: 1024 or 1216x832.")]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")]
 Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 turns it off.")]
 Sampler = Annotated[str, typer.Option(help="eps, v: euler, euler_a, ddim, dpmpp_2m; flow: euler, heun.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
 Negative = Annotated[str, typer.Option(help="Negative prompt.")]
 PredictionName = Annotated[
     str | None, typer.Option("--prediction", help="eps, v or flow, where the file does not say.")
@@ -194,6 +195,7 @@ def sample(
     cfg: Cfg = 5.0,
     sampler: Sampler = "euler",
     negative: Negative = "",
+    batch: Batch = 4,
     prediction: PredictionName = None,
     flow_shift: FlowShift = None,
     sheet: Annotated[
@@ -206,7 +208,9 @@ def sample(
     from spectune.apps.commands import drawing
 
     spec = ModelSpec(model, tuple(parse_weighted(word) for word in adapters or []))
-    settings = drawing.settings(size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative)
+    settings = drawing.settings(
+        size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative, batch=batch
+    )
     overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
     rows = read_captions(caption or [], captions)
     drawing.sample(spec, rows, seed, settings, overrule, out, sheet=sheet, force=force)
@@ -232,6 +236,9 @@ def compare(
     cfg: Cfg = 5.0,
     sampler: Sampler = "euler",
     negative: Negative = "",
+    batch: Batch = 4,
+    prediction: PredictionName = None,
+    flow_shift: FlowShift = None,
     cell: Annotated[int, typer.Option(min=32, help="Width of a picture on the sheet, in pixels.")] = 256,
     force: Force = False,
     json: Json = False,
@@ -239,7 +246,9 @@ def compare(
     """Draw the same captions and seeds with several models: one contact sheet, PSNR against the first."""
     from spectune.apps.commands import drawing
 
-    settings = drawing.settings(size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative)
+    settings = drawing.settings(
+        size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative, batch=batch
+    )
     drawing.compare(
         models, caption or [], captions, seed, settings, out, cell_px=cell, force=force, as_json=json
     )
@@ -289,6 +298,16 @@ def run(arguments: list[str] | None = None) -> int:
     except SpectuneError as error:
         print_error(error)
         return error.exit_code
+    except RuntimeError as error:
+        # torch's class, by name: `--help` need not wait for torch
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        short = SpectuneError(
+            f"the GPU ran out of memory: {str(error).splitlines()[0]}",
+            hint="draw or train with a smaller --size, --batch, run.batch or data.resolution_px",
+        )
+        print_error(short)
+        return short.exit_code
     except OSError as error:
         # A full disk, a folder without permission: the system's own words say what and where.
         print_error(SpectuneError(str(error)))

@@ -25,7 +25,6 @@ from rich.text import Text
 from spectune.errors import SpectuneError
 
 err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
 
 Report = Callable[[int, int, str], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from PIL import Image
 
 from spectune.apps.arguments import ModelSpec, Weighted
 from spectune.apps.commands.drawing import Overrule, draw
-from spectune.apps.console import err, heading, megabytes, out, progress, say, table
+from spectune.apps.console import err, heading, megabytes, progress, say, table
 from spectune.errors import InputError, SpectuneError
 from spectune.rebuild import files
 from spectune.rebuild.verify import VerifyReport
@@ -146,14 +147,14 @@ def run_demo(folder: Path, *, steps: int | None = None) -> Path:
     if steps is None:  # a few steps by hand need not improve anything
         _require(_improved(trained), "training did not lower the loss on held-out pictures")
     _require(lora_db >= LORA_AGREES_DB, f"base + LoRA and the rebuilt model agree only to {lora_db:.1f} dB")
-    out.print(str(sheet))
+    print(sheet)
     return sheet
 
 
 def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) -> TrainReport:
     overrides = [
-        f"model.principal='{principal.resolve()}'",
-        f"run.output='{folder.resolve()}'",
+        f"model.principal={json.dumps(str(principal.resolve()))}",  # JSON's strings are TOML's
+        f"run.output={json.dumps(str(folder.resolve()))}",
         "run.resume=false",
     ]
     if steps is not None:
@@ -162,7 +163,8 @@ def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) 
 
 
 def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
-    return draw(spec, captions, SEED, PICTURES, Overrule(), spec.label)
+    # float32 on every device: the proofs are about weights, not about the rounding of 16-bit arithmetic
+    return draw(spec, captions, SEED, PICTURES, Overrule(), spec.label, dtype=torch.float32)
 
 
 def _columns(drawn: Drawn) -> list[Column]:

@@ -47,17 +47,25 @@ class Device:
 def best_device() -> Device:
     """A GPU in 16 bits where there is one, else the CPU in float32."""
     if torch.cuda.is_available():
-        return Device("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+        # older cards only emulate bf16, slowly
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device("cuda", torch.bfloat16 if native else torch.float16)
     if torch.backends.mps.is_available():
         return Device("mps", torch.float16)
     return Device("cpu", torch.float32)
 
 
-def load_model(spec: ModelSpec, *, prediction: str | None = None, flow_shift: float | None = None) -> Sdxl:
+def load_model(
+    spec: ModelSpec,
+    *,
+    prediction: str | None = None,
+    flow_shift: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Sdxl:
     """The model in memory; `prediction` and `flow_shift` overrule what the files say of themselves."""
     device = best_device()
     with open_model(spec) as source:
-        model = build_model(source, device=device.name, dtype=device.dtype)
+        model = build_model(source, device=device.name, dtype=dtype or device.dtype)
     if prediction is None and flow_shift is None:
         return model
     name = prediction or ("flow" if flow_shift is not None else model.prediction.name)

@@ -96,13 +96,13 @@ class Sdxl:
     @property
     def _vae(self) -> AutoencoderKL:
         if self.vae is None:
-            raise InputError("the checkpoint has no VAE", hint="name one with --vae")
+            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
         return self.vae
 
     @property
     def _vae_layout(self) -> VaeLayout:
         if self.layout.vae is None:
-            raise InputError("the checkpoint has no VAE", hint="name one with --vae")
+            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
         return self.layout.vae
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from spectune.errors import InputError
 
@@ -88,7 +88,7 @@ def contact_sheet(
             draw.text((left, _MARGIN + line), f"{mean}{name}", _FAINT, small)
         for row, picture in enumerate(column.pictures):
             top = head + row * down
-            sheet.paste(picture.resize((cell_px, cell_px), Image.Resampling.LANCZOS), (left, top))
+            sheet.paste(_fitted(picture, cell_px), (left, top))
             if measured:
                 value = format_psnr(psnr(reference[row], picture))
                 draw.text((left, top + cell_px), value, _FAINT, small)
@@ -108,10 +108,15 @@ def picture_grid(
     draw = ImageDraw.Draw(sheet)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = _MARGIN + number % columns * across, _MARGIN + number // columns * down
-        sheet.paste(picture.resize((cell_px, cell_px), Image.Resampling.LANCZOS), (left, top))
+        sheet.paste(_fitted(picture, cell_px), (left, top))
         for index, part in enumerate(_wrapped(caption, font, cell_px)[:2]):
             draw.text((left, top + cell_px + index * line), part, _INK, font)
     return sheet
+
+
+def _fitted(picture: Image.Image, cell_px: int) -> Image.Image:
+    """The picture in a square cell, its aspect kept."""
+    return ImageOps.pad(picture, (cell_px, cell_px), Image.Resampling.LANCZOS, color=_PAPER)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

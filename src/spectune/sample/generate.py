@@ -55,7 +55,7 @@ class SampleSettings:
     cfg: float = 5.0
     sampler: str = "euler"
     negative: str = ""
-    batch: int = 8
+    batch: int = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def generate(
     pictures: list[Image.Image] = []
     for start in range(0, len(requests), settings.batch):
         chunk = requests[start : start + settings.batch]
-        pictures += to_images(model.decode_latents(sample_latents(model, chunk, settings)))
+        latents = sample_latents(model, chunk, settings)
+        # one by one: the decoder needs gigabytes for a single large picture
+        pictures += [to_images(model.decode_latents(row[None]))[0] for row in latents]
         if progress is not None:
             progress(len(pictures))
     return pictures

@@ -6,9 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from spectune.apps.arguments import ModelSpec, parse_model, parse_size, read_captions
+from spectune.apps.arguments import (
+    ModelSpec,
+    check_sheet_name,
+    parse_model,
+    parse_size,
+    read_captions,
+    unique_labels,
+)
 from spectune.apps.console import print_json, progress, say
 from spectune.apps.pictures import load_model, picture_files, read_pictures, refuse_existing, save_pictures
 from spectune.errors import InputError
@@ -24,18 +32,31 @@ class Overrule:
     flow_shift: float | None = None
 
 
-def settings(*, size: str, steps: int, cfg: float, sampler: str, negative: str) -> SampleSettings:
+def settings(*, size: str, steps: int, cfg: float, sampler: str, negative: str, batch: int) -> SampleSettings:
     edge = parse_size(size)
     return SampleSettings(
-        width=edge.width, height=edge.height, steps=steps, cfg=cfg, sampler=sampler, negative=negative
+        width=edge.width,
+        height=edge.height,
+        steps=steps,
+        cfg=cfg,
+        sampler=sampler,
+        negative=negative,
+        batch=batch,
     )
 
 
 def draw(
-    spec: ModelSpec, captions: Sequence[str], seed: int, how: SampleSettings, overrule: Overrule, title: str
+    spec: ModelSpec,
+    captions: Sequence[str],
+    seed: int,
+    how: SampleSettings,
+    overrule: Overrule,
+    title: str,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """One picture per caption, with seeds counting up from `seed`."""
-    model = load_model(spec, prediction=overrule.prediction, flow_shift=overrule.flow_shift)
+    model = load_model(spec, prediction=overrule.prediction, flow_shift=overrule.flow_shift, dtype=dtype)
     requests = [Request(caption, seed + number) for number, caption in enumerate(captions)]
     with progress(title) as report:
         return generate(model, requests, how, progress=lambda done: report(done, len(requests), ""))
@@ -53,6 +74,8 @@ def sample(
     force: bool,
 ) -> None:
     targets = picture_files(folder, captions)
+    if sheet is not None:
+        check_sheet_name(sheet)
     refuse_existing([*targets, *([] if sheet is None else [sheet])], force=force)
     pictures = draw(spec, captions, seed, how, overrule, "sample")
     save_pictures(targets, captions, pictures)
@@ -69,6 +92,7 @@ def compare(
     caption_file: Path | None,
     seed: int,
     how: SampleSettings,
+    overrule: Overrule,
     target: Path,
     *,
     cell_px: int,
@@ -78,6 +102,7 @@ def compare(
     if len(models) < 2:
         raise InputError(f"{len(models)} model to compare: expected two or more")
     refuse_existing([target], force=force)
+    check_sheet_name(target)
     folders = [Path(word).is_dir() and any(Path(word).glob("*.png")) for word in models]
     if all(folders):
         columns, rows = _from_folders([Path(word) for word in models])
@@ -86,16 +111,21 @@ def compare(
     else:
         rows = read_captions(captions, caption_file)
         specs = [parse_model(word) for word in models]
-        columns = [Column(spec.label, draw(spec, rows, seed, how, Overrule(), spec.label)) for spec in specs]
+        labels = unique_labels(specs)
+        columns = [
+            Column(label, draw(spec, rows, seed, how, overrule, spec.label))
+            for spec, label in zip(specs, labels, strict=True)
+        ]
     target.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, rows, cell_px=cell_px).save(target)
     reference = columns[0].pictures
-    decibels = {column.label: mean_psnr(reference, column.pictures) for column in columns[1:]}
+    decibels = [mean_psnr(reference, column.pictures) for column in columns]
     if as_json:
-        print_json({"sheet": target, "psnr_db": {label: str(value) for label, value in decibels.items()}})
+        found = [{"model": c.label, "psnr_db": str(db)} for c, db in zip(columns, decibels, strict=True)]
+        print_json({"sheet": target, "columns": found})
         return
-    for label, value in decibels.items():
-        say(f"{label}: {format_psnr(value)}")
+    for column, value in zip(columns[1:], decibels[1:], strict=True):
+        say(f"{column.label}: {format_psnr(value)}")
     say(f"wrote {target}")
 
 

@@ -6,9 +6,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectune.apps.console import err, print_json, print_warning, say
-from spectune.train.callbacks import ConsoleProgress, TrainReport
+from spectune.model.sdxl import Sdxl
+from spectune.sample.compare import picture_grid
+from spectune.sample.generate import Request, SampleSettings, generate
+from spectune.train.callbacks import Callbacks, ConsoleProgress, TrainReport
+from spectune.train.data.folders import scan_held_out, scan_parents
 from spectune.train.loop import train as run_training
-from spectune.train.recipe import load_recipe
+from spectune.train.recipe import Recipe, load_recipe
+
+PREVIEWS = 6  # pictures on a preview sheet
+
+
+class Previews(Callbacks):
+    """A sheet of held-out captions, or trained ones where nothing is held out, as the recipe asks."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def on_preview(self, step: int, model: Sdxl) -> None:
+        captions = self._captions()
+        edge = self._recipe.data.resolution_px
+        how = SampleSettings(width=edge, height=edge)
+        requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
+        target = self._recipe.run.output / "previews" / f"{self._recipe.run.name}-step{step:08d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture_grid(generate(model, requests, how), captions, cell_px=min(edge, 256)).save(target)
+
+    def _captions(self) -> list[str]:
+        data = self._recipe.data
+        if data.validation_folder is not None:
+            scan = scan_held_out(data.validation_folder, data.caption.extensions)
+        else:
+            scan = scan_parents(data.folders, data.caption.extensions)
+        return list(dict.fromkeys(image.caption for image in scan.images))[:PREVIEWS]
 
 
 def train(path: Path, overrides: Sequence[str], *, force: bool, dry_run: bool, as_json: bool) -> bool:
@@ -17,7 +47,7 @@ def train(path: Path, overrides: Sequence[str], *, force: bool, dry_run: bool, a
     if dry_run:
         print(recipe.model_dump_json(indent=2))
         return True
-    report = run_training(recipe, callbacks=[ConsoleProgress(err)], force=force)
+    report = run_training(recipe, callbacks=[ConsoleProgress(err), Previews(recipe)], force=force)
     if as_json:
         print_json(report)
     else:

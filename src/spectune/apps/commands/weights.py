@@ -237,13 +237,19 @@ def export(
         )
     if as_json:
         print_json(
-            {"path": result.path, "hash": result.hash, "layers": len(result.layers), "error": result.error}
+            {
+                "path": result.path,
+                "hash": result.hash,
+                "layers": len(result.layers),
+                "error": result.error,
+                "layer_errors": {layer.name: layer.error for layer in result.layers},
+            }
         )
         return
     say(_written(result.path, started))
     say(
-        f"{len(result.layers)} layers; the change they make is off by {result.error:.3%} "
-        "(rounding and truncation)"
+        f"{len(result.layers)} layers; the change they make is off by {result.error:.3%} by rounding and "
+        f"truncation, at most {result.worst.error:.3%} in {result.worst.name}"
     )
 
 
