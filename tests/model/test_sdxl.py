@@ -5,7 +5,7 @@ import torch
 
 from spectune.errors import InputError
 from spectune.model.sdxl import build_model
-from spectune.model.text import tokenize
+from spectune.model.text import TokenIds, tokenize
 from spectune.weights.reader import MemorySource, open_checkpoint
 
 
@@ -75,4 +75,68 @@ def test_wrong_shape_is_named(source):
     name = "model.diffusion_model.time_embed.2.bias"
     values = {**source.values, name: torch.zeros(3, dtype=torch.float16)}
     with pytest.raises(InputError, match=r"time_embedding\.linear_2\.bias: expected \(\d+,\), got \(3,\)"):
+        build_model(MemorySource(values, source.metadata))
+
+
+def test_text_agrees_with_the_diffusers_pipeline(model):
+    """The oracle is StableDiffusionXLPipeline.encode_prompt with our tokenizer in both places."""
+    pipeline = oracle_pipeline(model)
+    captions = ["a cat", "a red fox in the snow"]  # no "!": the second tokenizer of diffusers pads with it
+    for caption in captions:
+        context, _, pooled, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+        ours = model.encode_text(tokenize([caption], model.layout.te1.context))
+        torch.testing.assert_close(ours.context, context)
+        torch.testing.assert_close(ours.pooled, pooled)
+
+
+def oracle_pipeline(model):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    from spectune.model.text import clip_tokenizer
+
+    first = clip_tokenizer()
+    vocabulary = first.get_vocab()
+    merges = [tuple(merge) for merge in first._merges]
+    second = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!")
+    first.model_max_length = second.model_max_length = 77
+    return StableDiffusionXLPipeline(
+        vae=model.vae,
+        text_encoder=model.te1,
+        text_encoder_2=model.te2,
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=model.unet,
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def test_pooled_text_is_read_at_the_first_end_token(model):
+    ids = tokenize(["a cat"], model.layout.te1.context)
+    twice = ids.te2.clone()
+    twice[0, 10] = 49407
+    state = model.te2.text_model(twice).last_hidden_state[0, 3]
+    torch.testing.assert_close(
+        model.encode_text(TokenIds(ids.te1, twice)).pooled[0], model.te2.text_projection(state)
+    )
+
+
+def test_latents_are_shifted_and_scaled(source):
+    """latents = (z - shift) * scale, here with the numbers of the EQ-D-VR autoencoder."""
+    metadata = {**source.metadata, "spectune.vae_scale": "0.1406", "spectune.vae_shift": "-0.4743"}
+    model = build_model(MemorySource(source.values, metadata))
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    z = model.vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(model.encode_images(pixels), (z + 0.4743) * 0.1406)
+    torch.testing.assert_close(
+        model.decode_latents((z + 0.4743) * 0.1406),
+        model.vae.decode(z).sample.clamp(-1, 1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_zero_terminal_snr_models_are_refused(source):
+    values = {**source.values, "ztsnr": torch.zeros(())}
+    with pytest.raises(InputError, match="zero-terminal-SNR"):
         build_model(MemorySource(values, source.metadata))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectune.errors import InputError
+from spectune.factor.matrix import absolute, weight_shape
 from spectune.model.sdxl import Sdxl
 from spectune.weights.adapter import Delta, LowRank
 
@@ -74,24 +75,27 @@ class AdaptedLayer(nn.Module):
         return F.conv2d(hidden, up)
 
     def delta(self) -> Delta:
-        """The change trained so far, as float32 dA and dB with their frame."""
-        frame = LowRank(down=self.frame_down, up=self.frame_up, alpha=self.alpha)
-        down, up = self.down.detach().float(), self.up.detach().float()
+        """The change trained so far, as float32 dA and dB on the CPU with their frame."""
+        # layer by layer to the CPU: a copy of all of them would need another gigabyte of the GPU
+        frame = LowRank(down=self.frame_down.cpu(), up=self.frame_up.cpu(), alpha=self.alpha)
+        down, up = self.down.detach().cpu().float(), self.up.detach().cpu().float()
         if self.form == "residual":
             down, up = down - frame.down.float(), up - frame.up.float()
         return Delta(frame=frame, down=down.clone(), up=up.clone())
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
-        """Continue from a trained change of the same frame."""
-        start = delta if self.form == "delta" else _absolute(delta)
+        """Continue from a trained change of the same frame; raises InputError for another frame."""
+        same = torch.equal(
+            delta.frame.down, self.frame_down.cpu().to(delta.frame.down.dtype)
+        ) and torch.equal(delta.frame.up, self.frame_up.cpu().to(delta.frame.up.dtype))
+        if not same or delta.frame.alpha != self.alpha:
+            raise InputError(
+                "the trained change belongs to another frame", hint="use the principal it was trained from"
+            )
+        start = delta if self.form == "delta" else absolute(delta)
         self.down.copy_(start.down)
         self.up.copy_(start.up)
-
-
-def _absolute(delta: Delta) -> LowRank:
-    frame = delta.frame
-    return LowRank(frame.down.float() + delta.down, frame.up.float() + delta.up, frame.alpha)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def inject(
 def _check_fit(name: str, base: nn.Module, frame: LowRank) -> None:
     if not isinstance(base, nn.Linear | nn.Conv2d):
         raise InputError(f"{name} is a {type(base).__name__}: expected a linear or a convolution")
-    found = (frame.up.shape[0], *frame.down.shape[1:])
+    found = weight_shape(frame)
     if tuple(base.weight.shape) != found:
         raise InputError(
             f"{name}: the frame is made for a weight of {found}, the model has {tuple(base.weight.shape)}",

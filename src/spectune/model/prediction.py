@@ -160,7 +160,7 @@ def make_prediction(name: str, *, flow_shift: float = 1.0) -> Prediction:
     }
     if name not in makers:
         raise InputError(f"unknown prediction type {name!r}: expected one of {', '.join(makers)}")
-    if flow_shift <= 0:
+    if not flow_shift > 0:  # also NaN
         raise InputError(
             f"flow shift {flow_shift} is not positive", hint="SDXL flow models use 1 to 12; the guide 2.5"
         )

@@ -135,7 +135,13 @@ def build_model(
 def source_prediction(source: WeightSource) -> Prediction:
     """The prediction type that a checkpoint declares, eps if it declares none."""
     shift = Provenance.from_metadata(source.metadata).flow_shift
-    return make_prediction(declared_prediction(source) or "eps", flow_shift=shift or 1.0)
+    if "ztsnr" in source.tensors:
+        raise InputError(
+            f"{source.label} is a zero-terminal-SNR model, whose noise schedule is not supported yet",
+            hint="the commands on files alone (split, verify, rebuild, export) work with it",
+        )
+    name = declared_prediction(source) or "eps"
+    return make_prediction(name, flow_shift=1.0 if shift is None else shift)
 
 
 def _fill(
