@@ -34,9 +34,11 @@ def test_drawn_and_held_out_captions_are_not_trained_on():
 
 def test_demo_keeps_all_its_promises(tmp_path, capfd):
     """run_demo itself raises unless the pair is exact, its pictures identical and the LoRA within 45 dB."""
-    sheet = run_demo(tmp_path / "demo", steps=2)
-    assert capfd.readouterr().out.strip() == str(sheet)
-    with Image.open(sheet) as picture:
+    report = run_demo(tmp_path / "demo", steps=2)
+    assert capfd.readouterr().out.strip() == str(report.sheet)
+    assert report.share == 1.0
+    assert report.lora_db > report.tuned_db + 6, "the LoRA draws the tuned model and not the original"
+    with Image.open(report.sheet) as picture:
         assert picture.width > 5 * 128
     written = {path.name for path in (tmp_path / "demo").glob("*.safetensors")}
     assert {"base.principal-r16.safetensors", "base.residual.safetensors", "emoji3d.safetensors"} <= written

@@ -88,6 +88,14 @@ def test_damaged_weights_are_named_and_counted() -> None:
         split_weight(weight, rank=2, name="unet.mid")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
+def test_other_types_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        InputError, match=r"te1\.x is stored in .*: expected one of float16, bfloat16, float32"
+    ):
+        split_weight(torch.zeros(4, 4).to(dtype), rank=1, name="te1.x")
+
+
 def test_factors_too_large_for_fp16_are_refused() -> None:
     weight = torch.full((4, 4), 1e10)
     with pytest.raises(InputError, match=r"te1.x: 4 of 4 numbers up to 1e\+05 do not fit float16") as caught:

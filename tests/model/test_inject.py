@@ -51,9 +51,8 @@ def residual_source(source, frames):
         principal = frame.scale * (frame.up.flatten(1).double() @ frame.down.flatten(1).double()).view(
             layer.shape
         )
-        rows = slice(None) if layer.rows is None else slice(*layer.rows)
         changed = values[layer.tensor].clone()
-        changed[rows] -= principal
+        changed[layer.row_slice] -= principal
         values[layer.tensor] = changed
     return MemorySource(values, source.metadata)
 

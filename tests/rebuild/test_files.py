@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from spectune.apps.arguments import ModelSpec, Weighted
+from spectune.apps.pictures import open_model
 from spectune.errors import InputError, PairingError
 from spectune.factor.matrix import change
 from spectune.rebuild.files import export_adapter, rebuild_checkpoint, split_checkpoint, verify_files
-from spectune.weights.adapter import Adapter, open_adapter
+from spectune.weights.adapter import Adapter, open_adapter, save_tuned
 from spectune.weights.catalogue import build_catalogue
-from spectune.weights.provenance import Provenance, Role, weights_hash
+from spectune.weights.provenance import Provenance, Role, spectune_version, weights_hash
 from spectune.weights.reader import open_checkpoint
 from tests.rebuild.conftest import TinySplit
 from tests.rebuild.pairs import (
@@ -262,6 +264,11 @@ def test_rebuild_refuses_another_base_and_names_both_hashes(
     assert found[:16] in caught.value.what
     assert not (tmp_path / "full.safetensors").exists()
     assert not list(tmp_path.glob("*.partial"))
+    with (
+        pytest.raises(PairingError, match=report.base_hash[:16]),
+        open_model(ModelSpec(other, (Weighted(tuned, 1.0),))),
+    ):
+        pass
 
 
 def test_rebuild_refuses_roles_that_exclude_each_other(
@@ -350,3 +357,64 @@ def test_a_bf16_principal_loses_most_of_a_small_change(
     )
     assert plain.error < 0.01
     assert whole.error > 0.5
+
+
+def test_a_partial_or_unpaired_adapter_is_no_principal(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    report = tiny_split(None)
+    out = tmp_path / "p.safetensors"
+    part = saved_tuned(
+        tuned_from(tiny_checkpoint, report, size=0.01, only="unet"), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(
+        InputError, match=r"a\.safetensors lacks \d+ of \d+ layers of a principal: te1"
+    ) as caught:
+        export_adapter(part, tiny_checkpoint, out, form="principal")
+    assert caught.value.hint == "leave out --form principal: a plain LoRA goes on the original model"
+    tuned = tuned_from(tiny_checkpoint, report, size=0.01)
+    save_tuned(tmp_path / "b.safetensors", tuned, Provenance(base_hash=report.base_hash))
+    with pytest.raises(InputError, match="was not trained from the principal of a residual"):
+        export_adapter(tmp_path / "b.safetensors", tiny_checkpoint, out, form="principal")
+    assert not out.exists()
+    export_adapter(tmp_path / "b.safetensors", tiny_checkpoint, out, rank=1)
+    assert read_metadata(tmp_path / "b.safetensors")["spectune.version"] == spectune_version()
+
+
+def test_the_report_counts_changed_bits_and_carries_warnings(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0, only="unet.middle_block")
+    path = saved_tuned(tuned, tmp_path / "t.safetensors")
+    rebuilt = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "a.safetensors")
+    assert (rebuilt.identical, rebuilt.changed_tensors, rebuilt.warnings) == (True, 0, ())
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.1, only="unet.middle_block")
+    path = saved_tuned(tuned, tmp_path / "u.safetensors")
+    bare = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(".alpha")}
+    save_file(bare, tmp_path / "v.safetensors", metadata=read_metadata(path))
+    rebuilt = rebuild_checkpoint(tmp_path / "v.safetensors", tiny_checkpoint, tmp_path / "b.safetensors")
+    assert (rebuilt.identical, rebuilt.changed_tensors) == (False, len(tuned.layers))
+    assert rebuilt.warnings[0].startswith(f"{len(tuned.layers)} layers of v.safetensors have no alpha")
+
+
+def test_inputs_are_never_overwritten(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0, only="unet.middle_block")
+    path = saved_tuned(tuned, tmp_path / "t.safetensors")
+    before = path.read_bytes(), tiny_checkpoint.read_bytes()
+    for target in (path, tiny_checkpoint):
+        with pytest.raises(InputError, match="is one of the files that are read"):
+            rebuild_checkpoint(path, tiny_checkpoint, target, force=True)
+        with pytest.raises(InputError, match="is one of the files that are read"):
+            export_adapter(path, tiny_checkpoint, target, force=True)
+    assert (path.read_bytes(), tiny_checkpoint.read_bytes()) == before
+
+
+def test_quantised_weights_are_refused_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    small = load_file(tiny_checkpoint)[name].to(torch.float8_e4m3fn)
+    base = changed_copy(tiny_checkpoint, tmp_path / "f8.safetensors", {name: small})
+    with pytest.raises(
+        InputError, match=r"layer unet\.middle_block\.0\.in_layers\.2 of f8\.safetensors is stored"
+    ):
+        split(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

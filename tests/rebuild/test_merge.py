@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from spectune.factor.matrix import change, product
 from spectune.rebuild.merge import add, merged, restored
 from spectune.weights.adapter import Adapter, LowRank
 from spectune.weights.catalogue import Layer, build_catalogue
-from spectune.weights.reader import Checkpoint, TensorInfo, open_checkpoint
+from spectune.weights.provenance import Prediction, Provenance
+from spectune.weights.reader import Checkpoint, MemorySource, TensorInfo, open_checkpoint
 from tests.rebuild.conftest import TinySplit
 from tests.rebuild.pairs import open_principal, tuned_from
 
@@ -103,6 +104,40 @@ def test_numbers_beyond_fp16_are_refused(base: Checkpoint) -> None:
         merged(base, [(huge, 1.0)]).load(tensor)
     assert caught.value.hint == "rebuild in bfloat16 or float32, or lower the strength"
     assert merged(base, [(huge, 1.0)], dtype=torch.bfloat16).load(tensor).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_no_model(base: Checkpoint, number: float) -> None:
+    name = "unet.middle_block.0.in_layers.2"
+    tensor = build_catalogue(base).by_name[name].tensor
+    adapter = lora(base, [name])
+    adapter.layers[name].up[0, 0] = number
+    with pytest.raises(InputError, match=f"the change of {name}: .* numbers are NaN or infinite") as caught:
+        merged(base, [(adapter, 1.0)]).load(tensor)
+    assert caught.value.hint == "if the training diverged, rebuild an earlier step"
+    with pytest.raises(InputError, match=r"the strength of lora0\.safetensors is (nan|inf)"):
+        merged(base, [(lora(base, [name]), number)])
+
+
+def test_only_floats_of_a_model_are_changed(base: Checkpoint) -> None:
+    name = "unet.middle_block.0.in_layers.2"
+    tensor = build_catalogue(base).by_name[name].tensor
+    values = {key: base.load(key) for key in base.tensors}
+    values[tensor] = values[tensor].to(torch.float8_e4m3fn)
+    source = MemorySource(values, base.metadata, "tiny.safetensors")
+    with pytest.raises(InputError, match=f"layer {name} of tiny.safetensors is stored in float8_e4m3fn"):
+        merged(source, [(lora(base, [name]), 1.0)])
+
+
+@pytest.mark.parametrize(("tuned_for", "told"), [("flow", None), ("v", "v"), ("eps", "epsilon")])
+def test_other_programs_are_told_the_new_prediction(
+    base: Checkpoint, tuned_for: Prediction, told: str | None
+) -> None:
+    source = MemorySource({n: base.load(n) for n in base.tensors}, {"modelspec.prediction_type": "v"})
+    adapter = replace(lora(base, ["unet.middle_block.0.in_layers.2"]), metadata={})
+    assert merged(source, [(adapter, 1.0)]).metadata["modelspec.prediction_type"] == "v"
+    adapter = replace(adapter, metadata=Provenance(prediction=tuned_for).to_metadata())
+    assert merged(source, [(adapter, 1.0)]).metadata.get("modelspec.prediction_type") == told
 
 
 def test_unknown_layers_and_other_shapes_are_named(base: Checkpoint) -> None:

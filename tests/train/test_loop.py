@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
+from collections import Counter
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from rich.console import Console
 from safetensors.torch import load_file
 
-from spectune.errors import InputError
-from spectune.train import state
-from spectune.train.callbacks import Callbacks, StepInfo
+from spectune.errors import InputError, SpectuneError
+from spectune.train import loop, prepare, state
+from spectune.train.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.train.loop import train
 from spectune.weights.adapter import TunedAdapter, open_adapter
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import Provenance, Role
 from spectune.weights.reader import open_checkpoint
+from spectune.weights.writer import write_tensors
 from tests.train.conftest import MakeRecipe
 
 GUIDE = {"betas": [0.8, 0.8], "schedulefree_c": 10, "d0": 1e-3, "use_stableadamw": False, "d_limiter": False}
@@ -48,7 +54,7 @@ class StopAt(Callbacks):
 
     def on_step(self, info: StepInfo) -> None:
         if info.step == self.step:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -171,13 +177,34 @@ def test_a_text_cache_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_checkpointing_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    losses = []
+def test_checkpointing_changes_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Path
+) -> None:
+    losses, seen = [], Counter[str]()
+    inner: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # pyright: ignore
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # diffusers hands over a method of a module, transformers a partial whose first argument is one
+        module = function.args[0] if isinstance(function, partial) else function.__self__
+        seen[type(module).__name__] += 1
+        return inner(function, *args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", counted)
     for checkpointing in (False, True):
         heard = Losses()
-        run = {"output": tmp_path / str(checkpointing), "gradient_checkpointing": checkpointing}
-        train(make_recipe(run=run), callbacks=[heard])
+        run = {
+            "output": tmp_path / str(checkpointing),
+            "gradient_checkpointing": checkpointing,
+            "validate_every_steps": 1,
+            "preview_every_steps": 1,
+        }
+        data = {"validation_folder": picture_folder / "held_out"}
+        train(make_recipe(run=run, data=data), callbacks=[heard])
         losses.append(list(heard.by_step.values()))
+        if not checkpointing:
+            assert not seen
+    assert seen["CLIPEncoderLayer"] == 3 * 4  # steps, layers of both tiny encoders
+    assert seen["ResnetBlock2D"] >= 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -199,6 +226,7 @@ def test_tensorboard_scalars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "t")).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
+    assert len(events.Scalars("optimizer/grad_norm")) == 3
     assert events.Scalars("optimizer/learning_rate")[0].value == pytest.approx(1e-2)
 
 
@@ -226,3 +254,141 @@ def test_another_recipe_does_not_take_over(make_recipe: MakeRecipe) -> None:
 def test_sizes_that_the_model_cannot_hold(make_recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match="training size 40x40: this model needs multiples of 16 pixels"):
         train(make_recipe(data={"resolution_px": 40}))
+
+
+def test_results_stay_when_the_run_that_replaces_them_cannot_start(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    train(make_recipe(run={"steps": 1}))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(InputError, match="multiples of 16 pixels"):
+        train(make_recipe(data={"resolution_px": 40}, run={"resume": False}), force=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["t.safetensors", "t-step00000001.safetensors"])
+def test_a_base_is_not_a_result(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path, name: str
+) -> None:
+    base = tmp_path / "out" / name
+    base.parent.mkdir()
+    shutil.copy(tiny_checkpoint, base)
+    (tmp_path / "link.safetensors").symlink_to(base)
+    for path in (base, tmp_path / "link.safetensors"):
+        with pytest.raises(InputError, match=r"model\.base is .*would replace as its own result t"):
+            train(make_recipe(model={"base": path}), force=True)
+    assert base.exists()
+
+
+def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) -> Path:
+    """A copy of a checkpoint that says of itself what `metadata` and empty tensors named `keys` say."""
+    with open_checkpoint(base) as source:
+        tensors = {name: source.load(name) for name in source.tensors}
+        tensors |= {key: torch.zeros(1) for key in keys}
+        write_tensors(target, tensors, metadata={**source.metadata, **metadata})
+    return target
+
+
+def test_the_base_says_what_it_predicts(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    flow = {"spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
+    base = declaring(tiny_checkpoint, tmp_path / "flow.safetensors", flow)
+    report = train(make_recipe(model={"base": base}, run={"steps": 0}))
+    with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
+        origin = Provenance.from_metadata(file.metadata)
+    assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
+    assert not any("converts" in warning for warning in report.warnings)
+
+    with pytest.raises(InputError, match="which flow does not use"):
+        train(make_recipe(model={"base": base}, loss={"weighting": "min_snr"}, run={"name": "other"}))
+    converted = train(
+        make_recipe(model={"base": base}, objective={"kind": "v"}, run={"name": "v", "steps": 0})
+    )
+    assert (
+        "flow.safetensors declares that it predicts flow, objective.kind is v: this run converts the model"
+        in converted.warnings
+    )
+
+
+def test_zero_terminal_snr_is_not_supported(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    base = declaring(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
+    with pytest.raises(InputError, match=r"z\.safetensors has a zero-terminal-SNR schedule .* not supported"):
+        train(make_recipe(model={"base": base}))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_reaches_no_file(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
+) -> None:
+    ask = loop.ask_at_random
+    calls: list[int] = []
+
+    def broken(*args: Any) -> Any:
+        question = ask(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            question.target[0, 0, 0, 0] = torch.inf
+        return question
+
+    monkeypatch.setattr(loop, "ask_at_random", broken)
+    recipe = make_recipe(
+        optimizer={"max_grad_norm": max_grad_norm}, run={"save_every_steps": 1, "tensorboard": False}
+    )
+    with pytest.raises(SpectuneError, match=r"the gradient norm of step 2 is \w+: nothing of this step"):
+        train(recipe)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "t-step00000001.safetensors",
+        "t-step00000001.state",
+    ]
+
+
+def test_deltas_that_are_not_finite_are_not_saved(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Break(Callbacks):
+        def on_step(self, info: StepInfo) -> None:
+            next(iter(trained.values())).data.fill_(torch.nan)
+
+    trained: dict[str, torch.nn.Parameter] = {}
+    named = state.trained_tensors
+    monkeypatch.setattr(state, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained)  # pyright: ignore
+    with pytest.raises(SpectuneError, match=r"the changes of 1 layers are not finite after step 1, nothing"):
+        train(make_recipe(run={"steps": 1}), callbacks=[Break()])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_goes_on_with_the_frames_it_began_with(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_recipe(run={"steps": 1}))
+    assert (tmp_path / "out" / "t-step00000001.state" / state.FRAMES).is_file()
+
+    def another_rounding(*args: Any) -> Any:
+        raise AssertionError("the base was split again")
+
+    monkeypatch.setattr(prepare, "_split_frames", another_rounding)
+    assert train(make_recipe(run={"steps": 2})).first_step == 1
+
+
+def test_each_part_has_its_step_size(make_recipe: MakeRecipe) -> None:
+    class Sizes(Callbacks):
+        def on_step(self, info: StepInfo) -> None:
+            found.append(set(info.step_size))
+
+    found: list[set[str]] = []
+    train(make_recipe(optimizer=OPTIMIZERS["prodigy_plus"], run={"steps": 1}), callbacks=[Sizes()])
+    assert found == [{"unet", "te1", "te2"}]
+
+
+def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
+    class Progress(Callbacks):
+        def on_progress(self, stage: str, done: int, total: int) -> None:
+            heard.append((stage, done, total))
+
+    heard: list[tuple[str, int, int]] = []
+    console = ConsoleProgress(Console(file=StringIO()))
+    train(make_recipe(data={"flip_probability": 0.5}, run={"steps": 0}), callbacks=[Progress(), console])
+    assert heard[:2] == [("encoding images", 8, 12), ("encoding images", 12, 12)]

@@ -6,7 +6,14 @@ import pytest
 import torch
 from prodigyplus import ProdigyPlusScheduleFree
 
-from spectune.train.optim import OPTIMIZERS, build_optimizer, finished_weights, rate_factor, step_size
+from spectune.train.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    finished_weights,
+    groups_by_part,
+    rate_factor,
+    step_sizes,
+)
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -42,7 +49,11 @@ def test_looking_at_the_finished_weights_changes_nothing(name: str) -> None:
 
 def test_a_schedule_free_optimizer_stands_for_other_weights_than_it_steps_on() -> None:
     tensors = parameters()
-    optimizer = build_optimizer("prodigy_plus_schedule_free", [{"params": tensors}], options={"d0": 1e-2})
+    optimizer = build_optimizer(
+        "prodigy_plus_schedule_free",
+        groups_by_part(dict(zip(("unet.down", "te1.up"), tensors, strict=True))),
+        options={"d0": 1e-2},
+    )
     for seed in range(3):
         step(optimizer, tensors, seed)
     stepping = [tensor.detach().clone() for tensor in tensors]
@@ -51,7 +62,10 @@ def test_a_schedule_free_optimizer_stands_for_other_weights_than_it_steps_on() -
         with pytest.raises(Exception, match="Not in train mode"):
             optimizer.step()
     assert torch.equal(tensors[0], stepping[0])
-    assert (step_size(optimizer) or 0) > 0
+    found = step_sizes(optimizer)
+    assert list(found) == ["unet", "te1"]
+    assert min(found.values()) > 0
+    assert all(group["split_groups"] for group in optimizer.param_groups)  # off with a single group
 
 
 def test_stdout_stays_clean(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_defaults(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert recipe.model.form == "delta"
     assert recipe.model.parts == ("unet", "te1", "te2")
-    assert (recipe.objective.kind, recipe.loss.kind, recipe.loss.weighting) == ("eps", "mse", "none")
+    assert (recipe.objective.kind, recipe.loss.kind, recipe.loss.weighting) == (None, "mse", "none")
     assert recipe.caches_latents
     assert not recipe.caches_text  # the encoders are trained
 
@@ -93,10 +93,16 @@ def test_overrides_are_toml_values(
         ("optimizer.name=adam", "`adam` is none of adamw, prodigy_plus_schedule_free; did you mean `adamw`?"),
         ("objective.kind=epsilon", "[objective] `epsilon` is none of eps, v, flow; did you mean `eps`?"),
         ("run.batch=0", "[run] `batch`: input should be greater than or equal to 1, got 0"),
-        ("run.epochs=1", "[run] give either `steps` or `epochs`"),
+        (
+            "optimizer.options.betas=[0.9, 1.0]",
+            "option `betas` of adamw: Input should be less than 1, got 1.0",
+        ),
+        ("data.caption.keep_tokens=1", "[data.caption] `keep_tokens` does nothing without `shuffle`"),
+        ('data.caption.extensions=["txt"]', "`extensions` begin with a dot, such as `.txt`; got `txt`"),
+        ("loss.min_snr_gamma=5", '[loss] `min_snr_gamma` does nothing without weighting = "min_snr"'),
         ('model.principal="p"', "[model] give either `principal`"),
         ("model.parts=[]", "[model] `parts` is empty"),
-        ("objective.flow_shift=2.5", '`flow_shift` belongs to kind = "flow", not to "eps"'),
+        ("objective={kind='eps', flow_shift=2.5}", '`flow_shift` belongs to kind = "flow", not to "eps"'),
         (
             "data.cache_text=true",
             "data.cache_text needs frozen text encoders, but model.parts trains te1, te2",
@@ -119,6 +125,15 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
         (["objective.kind=flow", "loss.weighting=min_snr"], "which flow does not use"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.learning_rate=1e-3"], "set it to 1"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.schedule=cosine"], "is schedule-free"),
+        (["run.steps=1", "run.epochs=1"], r"\[run\] give either `steps` or `epochs`"),
+        (
+            ["data.bucket={enabled=true, min_px=8, max_px=64, step_px=64}", "data.resolution_px=32"],
+            "`bucket.step_px` 64 is larger than `resolution_px` 32: no bucket fits",
+        ),
+        (
+            ["optimizer.name=prodigy_plus_schedule_free", "optimizer.options.beta3=-0.1"],
+            "option `beta3` of prodigy_plus_schedule_free",
+        ),
         (["data.random_crop=true", "data.cache_latents=true"], "`cache_latents` needs fixed crops"),
         (["data.bucket.enabled=true", "data.bucket.max_px=768"], "`resolution_px` 1024 lies outside"),
     ],
@@ -126,6 +141,13 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
 def test_contradictions(recipe_file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(recipe_file, overrides)
+
+
+def test_an_override_of_the_length_replaces_the_other_unit(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["run.epochs=2"]).run.epochs == 2
+    recipe_file.write_text(MINIMAL.replace("steps = 10", "epochs = 3"))
+    run = load_recipe(recipe_file, ["run.steps=500"]).run
+    assert (run.steps, run.epochs) == (500, None)
 
 
 def test_missing_keys_and_files(tmp_path: Path) -> None:

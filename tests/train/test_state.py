@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spectune.errors import InputError
 from spectune.train import state
 from spectune.train.optim import OPTIMIZERS, build_optimizer
+from spectune.weights.adapter import LowRank
 
 PLAIN = (
     st.none()
@@ -48,7 +49,9 @@ def test_tensors_leave_the_structure() -> None:
 def progress(step: int = 3, **changes: Any) -> state.Progress:
     values: dict[str, Any] = {
         "step": step,
+        "steps": 10,
         "position": 2 * step,
+        "base_hash": "b" * 64,
         "recipe": {"run": {"batch": 2, "steps": 10}},
         "frame_hash": "f" * 64,
         "data_hash": "d",
@@ -142,7 +145,34 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     assert "their order is a new one" in state.check_continues(saved, progress(data_hash="x"))[0]
     with pytest.raises(InputError, match=r"run\.batch was 2, is 4"):
         state.check_continues(saved, progress(recipe={"run": {"batch": 4, "steps": 10}}))
+    with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb, is 0000000000000000"):
+        state.check_continues(saved, progress(base_hash="0" * 64))
     with pytest.raises(InputError, match="frames were ffffffffffff, are 000000000000"):
         state.check_continues(saved, progress(frame_hash="0" * 64))
     with pytest.raises(InputError, match=r"1 trained tensors differ from this run's, first a\.up"):
         saved.restore({"a.down": trained["a.down"]}, optimizer)
+
+
+@pytest.mark.parametrize(("schedule", "count"), [("constant", 0), ("cosine", 1)])
+def test_a_new_length_under_a_schedule_is_told(tmp_path: Path, schedule: str, count: int) -> None:
+    trained, optimizer = trained_pair("adamw")
+    recipe = {"optimizer": {"schedule": schedule}}
+    state.save_state(tmp_path / "t.state", progress(recipe=recipe), trained, optimizer)
+    saved = state.load_state(tmp_path / "t.state")
+
+    warnings = state.check_continues(saved, progress(recipe=recipe, steps=20))
+    assert len(warnings) == count
+    assert all(f"the run had 10 steps, now it has 20: its {schedule} schedule" in text for text in warnings)
+    assert state.check_continues(saved, progress(recipe=recipe)) == []
+
+
+def test_frames_come_back(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    frames = {"a": LowRank(torch.rand(2, 40), torch.rand(40, 2), alpha=2.0)}
+    state.save_state(tmp_path / "t.state", progress(), trained, optimizer, frames=frames)
+    loaded = state.load_state(tmp_path / "t.state").frames
+    assert loaded is not None
+    assert list(loaded) == ["a"]
+    assert torch.equal(loaded["a"].down, frames["a"].down)
+    assert torch.equal(loaded["a"].up, frames["a"].up)
+    assert loaded["a"].alpha == 2.0

@@ -24,12 +24,12 @@ from spectune.weights.adapter import (
     factor_shapes,
     kohya_metadata,
     open_adapter,
-    save_adapter,
     save_tuned,
 )
 from spectune.weights.catalogue import Catalogue, Kind, Layer, build_catalogue
 from spectune.weights.provenance import Provenance, Role, weights_hash
 from spectune.weights.reader import TensorInfo, open_checkpoint
+from spectune.weights.writer import StreamWriter
 
 PROVENANCE = Provenance(role=Role.PRINCIPAL, version="0", base_hash="ab" * 32, prediction="eps")
 
@@ -54,8 +54,17 @@ def same(one: LowRank, other: LowRank) -> bool:
     return torch.equal(one.down, other.down) and torch.equal(one.up, other.up) and one.alpha == other.alpha
 
 
+def save(path: Path, adapter: Adapter, catalogue: Catalogue) -> str:
+    layers = [catalogue.by_name[name] for name in adapter.layers]
+    ranks = {layer.name: adapter.layers[layer.name].rank for layer in layers}
+    with AdapterWriter(path, layers, ranks, dtype=torch.float16, provenance=PROVENANCE) as writer:
+        for layer in layers:
+            writer.write(layer, adapter.layers[layer.name])
+    return writer.hash
+
+
 def saved(path: Path, adapter: Adapter, catalogue: Catalogue) -> dict[str, Tensor]:
-    save_adapter(path, adapter, catalogue, PROVENANCE)
+    save(path, adapter, catalogue)
     return load_file(path)
 
 
@@ -68,7 +77,7 @@ def message(path: Path, tensors: Mapping[str, Tensor], catalogue: Catalogue) -> 
 
 def test_round_trip(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    written = save_adapter(path, adapter, catalogue, PROVENANCE)
+    written = save(path, adapter, catalogue)
     again = open_adapter(path, catalogue)
     assert isinstance(again, Adapter)
     assert list(again.layers) == list(adapter.layers)
@@ -298,3 +307,25 @@ def test_alpha_of_shape_one(adapter: Adapter, catalogue: Catalogue, tmp_path: Pa
 
 def test_an_empty_file(catalogue: Catalogue, tmp_path: Path) -> None:
     assert message(tmp_path / "b.safetensors", {}, catalogue).what == "b.safetensors holds no layers"
+
+
+def test_leaving_an_adapter_closes_its_file(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(path, adapter, catalogue)
+    with open_adapter(path, catalogue) as opened:
+        name = next(iter(opened.layers))
+        assert opened.layers[name] is not None
+    with pytest.raises(ValueError, match="closed file"):
+        opened.layers[name]
+
+
+def test_a_hash_that_fails_leaves_no_partial_file(
+    adapter: Adapter, catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: StreamWriter) -> str:
+        raise OSError("read error")
+
+    monkeypatch.setattr(StreamWriter, "payload_sha256", fail)
+    with pytest.raises(OSError, match="read error"):
+        save(tmp_path / "a.safetensors", adapter, catalogue)
+    assert list(tmp_path.iterdir()) == []

@@ -151,6 +151,16 @@ def test_missing_and_surplus_tensors_are_named(tiny_modules: Modules) -> None:
         module_tensors(TINY, "unet", surplus)
 
 
+def test_what_sdxl_does_not_use_of_the_first_clip(tiny_modules: Modules) -> None:
+    unused = {
+        f"conditioner.embedders.0.{name}": torch.zeros(1)
+        for name in ("transformer.text_projection.weight", "transformer.logit_scale", "logit_scale")
+    }
+    tensors = tiny_modules.single_file()
+    source = MemorySource({**tensors, **unused}, {})
+    assert module_tensors(TINY, "te1", source) == module_tensors(TINY, "te1", MemorySource(tensors, {}))
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     channels=st.lists(st.sampled_from([8, 16]), min_size=1, max_size=4),

@@ -18,7 +18,8 @@ from spectune.weights.provenance import (
 )
 from spectune.weights.reader import MemorySource
 
-numbers = st.none() | st.floats(allow_nan=False)
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+shifts = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
 @given(
@@ -30,7 +31,7 @@ numbers = st.none() | st.floats(allow_nan=False)
         base_name=st.none() | st.text(),
         principal_hash=st.none() | st.just("cd" * 32),
         prediction=st.sampled_from([None, "eps", "v", "flow"]),
-        flow_shift=numbers,
+        flow_shift=shifts,
         vae_scale=numbers,
         vae_shift=numbers,
     )
@@ -57,6 +58,9 @@ def test_foreign_files_say_nothing() -> None:
          "residual, tuned, lora; did you mean `principal`?"),
         ("prediction", "x0", "metadata spectune.prediction is `x0`: expected one of eps, v, flow"),
         ("flow_shift", "2,5", "metadata spectune.flow_shift is `2,5`: expected a number"),
+        ("flow_shift", "nan", "metadata spectune.flow_shift is `nan`: expected a number"),
+        ("vae_scale", "inf", "metadata spectune.vae_scale is `inf`: expected a number"),
+        ("flow_shift", "0.0", "metadata spectune.flow_shift is `0.0`: expected a positive number"),
     ],
 )  # fmt: skip
 def test_wrong_values(key: str, value: str, message: str) -> None:

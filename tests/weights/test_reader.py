@@ -225,3 +225,17 @@ def test_memory_source() -> None:
     source = MemorySource(TENSORS, {})
     assert source.tensors["a"].shape == (2, 3)
     assert source.load("a") is TENSORS["a"]
+
+
+def test_an_empty_tensor_may_follow_the_one_that_begins_where_it_does(tmp_path: Path) -> None:
+    """Markers such as `v_pred` have no bytes, and a header may list them anywhere."""
+    header = {"x": entry(0, 4, [1]), "v_pred": entry(0, 0, [0]), "end": entry(4, 4, [0])}
+    with open_checkpoint(raw(tmp_path / "x.safetensors", header, b"\0" * 4)) as source:
+        assert source.load("v_pred").shape == (0,)
+        assert source.load("x").shape == (1,)
+
+
+def test_a_type_that_is_no_string(tmp_path: Path) -> None:
+    header = {"x": {**entry(0, 4, [1]), "dtype": ["F32"]}}
+    path = raw(tmp_path / "x.safetensors", header, b"\0" * 4)
+    assert message(path) == "the header of x.safetensors is wrong at tensor x"

@@ -15,7 +15,7 @@ from spectune.errors import InputError
 from spectune.weights import writer as writer_module
 from spectune.weights.provenance import weights_hash
 from spectune.weights.reader import DTYPE_NAMES, TensorInfo, open_checkpoint
-from spectune.weights.writer import StreamWriter, write_tensors
+from spectune.weights.writer import StreamWriter, refuse_inputs, write_tensors
 
 TENSORS = {
     "byte": torch.tensor([1, 2, 255], dtype=torch.uint8),
@@ -195,3 +195,29 @@ def test_round_trip(
         for name, tensor in tensors.items():
             assert source.load(name).dtype == tensor.dtype
             assert torch.equal(source.load(name).double(), tensor.double())
+
+
+def test_a_finished_file_that_cannot_be_renamed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(InputError, match=r"cannot name the finished file .*: Permission denied") as caught:
+        write_tensors(tmp_path / "x.safetensors", TENSORS)
+    (left,) = tmp_path.iterdir()
+    assert caught.value.hint == f"nothing is lost: rename {left} yourself"
+    left.rename(tmp_path / "y.safetensors")
+    with open_checkpoint(tmp_path / "y.safetensors") as source:
+        assert torch.equal(source.load("half"), TENSORS["half"])
+
+
+def test_a_file_that_is_read_is_no_target(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, TENSORS)
+    (tmp_path / "link.safetensors").hardlink_to(path)
+    refuse_inputs(tmp_path / "new.safetensors", [path])
+    for target in (path, tmp_path / "link.safetensors"):
+        with pytest.raises(InputError, match="is one of the files that are read"):
+            refuse_inputs(target, [path])

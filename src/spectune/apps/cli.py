@@ -249,8 +249,18 @@ def compare(
     settings = drawing.settings(
         size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative, batch=batch
     )
+    overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
     drawing.compare(
-        models, caption or [], captions, seed, settings, out, cell_px=cell, force=force, as_json=json
+        models,
+        caption or [],
+        captions,
+        seed,
+        settings,
+        overrule,
+        out,
+        cell_px=cell,
+        force=force,
+        as_json=json,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spectune.apps.arguments import ModelSpec
+from spectune.apps.console import print_warning
 from spectune.errors import InputError
 from spectune.model.prediction import make_prediction
 from spectune.model.sdxl import Sdxl, build_model
 from spectune.rebuild.merge import merged
+from spectune.rebuild.pairing import check_base_hash
 from spectune.sample.compare import Column
-from spectune.weights.adapter import open_adapter
+from spectune.weights.adapter import Adapter, TunedAdapter, open_adapter
 from spectune.weights.catalogue import build_catalogue
+from spectune.weights.provenance import Provenance, Role, weights_hash
 from spectune.weights.reader import WeightSource, open_checkpoint
 
 
@@ -31,9 +34,27 @@ def open_model(spec: ModelSpec) -> Iterator[WeightSource]:
             yield base
             return
         catalogue = build_catalogue(base, all_layers=True)
-        yield merged(
-            base, [(open_adapter(adapter.path, catalogue), adapter.strength) for adapter in spec.adapters]
-        )
+        with ExitStack() as stack:
+            adapters = [stack.enter_context(open_adapter(a.path, catalogue)) for a in spec.adapters]
+            for warning in (warning for adapter in adapters for warning in adapter.warnings):
+                print_warning(warning)
+            _check_bases(base, adapters)
+            yield merged(base, list(zip(adapters, [a.strength for a in spec.adapters], strict=True)))
+
+
+def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
+    """Raise PairingError for a tuned adapter of another base; the base is read only where one is recorded."""
+    if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
+        return
+    recorded = [
+        adapter
+        for adapter in adapters
+        if isinstance(adapter, TunedAdapter) and Provenance.from_metadata(adapter.metadata).base_hash
+    ]
+    if recorded:
+        found = weights_hash(base)
+        for adapter in recorded:
+            check_base_hash(found, adapter, base.label)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from spectune.errors import InputError
 
+# Quantised types may have scales in other tensors; float64 would be computed in float32.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 STORE_WIDER = "store in bfloat16 or float32"
 
 
@@ -23,6 +25,16 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_W
             hint=hint,
         )
     return result
+
+
+def check_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise InputError when the numbers of a weight may need more than their type to be understood."""
+    if dtype not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{name} is stored in {dtype_name(dtype)}: "
+            f"expected one of {', '.join(dtype_name(known) for known in WEIGHT_DTYPES)}",
+            hint="get the fp16, bf16 or fp32 form of the model",
+        )
 
 
 def check_finite(weight: Tensor, name: str, *, hint: str) -> None:

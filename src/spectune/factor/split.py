@@ -11,7 +11,7 @@ from spectune.factor.linalg import norm
 from spectune.factor.matrix import product, to_factors, to_matrix
 from spectune.factor.rank import full_rank
 from spectune.factor.report import LayerReport
-from spectune.factor.rounding import check_finite, rounded
+from spectune.factor.rounding import check_dtype, check_finite, rounded
 from spectune.factor.svd import Method, top_singular
 from spectune.weights.adapter import LowRank
 
@@ -41,8 +41,10 @@ def split_weight(
     """B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` largest singular values, rounded to `store`.
 
     weight is (out, in) or (out, in, kh, kw). alpha is the true rank, which min(out, in*kh*kw) caps.
-    Raises InputError for NaN or infinite weights, and when `store` cannot hold a factor.
+    Raises InputError for types other than fp16, bf16 and fp32, for NaN or infinite weights, and when `store`
+    cannot hold a factor.
     """
+    check_dtype(weight.dtype, name)
     check_finite(weight, name, hint=_DAMAGED)
     shape = tuple(weight.shape)
     true_rank = min(rank, full_rank(shape))
@@ -70,8 +72,9 @@ def split_weight(
 def residual(weight: Tensor, low_rank: LowRank, dtype: torch.dtype, *, name: str = "weight") -> Tensor:
     """R = W - scale*B0 A0 from the factors as stored, in float32, rounded once to `dtype`.
 
-    float32 brings an fp16 weight back bit for bit where the principal is below 0.5 in magnitude; a 16-bit
-    residual costs one rounding. Raises InputError when `dtype` cannot hold a residual.
+    float32 brings an fp16 weight back bit for bit where the principal is below 0.5 in magnitude, and mostly
+    where it is not: `spectune split` counts the exceptions. A 16-bit residual costs one rounding. Raises
+    InputError when `dtype` cannot hold a residual.
     """
     original = weight.float()
     if weight.dtype == torch.float16 and dtype == torch.float32:

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectune.errors import InputError
+from spectune.errors import InputError, some_of
 from spectune.factor.rank import FixedRank, rank_of
 from spectune.factor.report import Agreement, LayerReport, total_energy, total_share
+from spectune.factor.rounding import check_dtype
 from spectune.factor.svd import Method
 from spectune.rebuild.export import ExportedLayer, export_layer, exported_rank, total_error, tuned_principal
 from spectune.rebuild.merge import merged
@@ -30,10 +31,12 @@ from spectune.weights.provenance import (
     spectune_version,
 )
 from spectune.weights.reader import INDEX_SUFFIX, Checkpoint, TensorInfo, WeightSource, open_checkpoint
-from spectune.weights.writer import StreamWriter
+from spectune.weights.writer import StreamWriter, refuse_inputs
 
 Progress = Callable[[int, int, str], None]  # done, total, name of what is at hand
 ExportForm = Literal["lora", "principal"]
+
+_PLAIN_LORA = "leave out --form principal: a plain LoRA goes on the original model"
 
 # True of the bytes of the original file only.
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -82,8 +85,9 @@ class RebuildReport:
     hash: str
     base_hash: str  # of the file that was built upon
     original_hash: str | None  # of the model that the files were made from, if they say so
-    changed_tensors: int
+    changed_tensors: int  # whose bits, type or shape are not those of the base
     tensors: int
+    warnings: tuple[str, ...] = ()  # of the adapter
 
     @property
     def identical(self) -> bool:
@@ -140,13 +144,16 @@ def split_checkpoint(
 ) -> SplitReport:
     """Write the principal adapter of `model` and, unless told otherwise, its residual model into `folder`.
 
-    `residual_dtype` None keeps each tensor's own type; float32 makes the pair exact for fp16 models.
+    `residual_dtype` None keeps each tensor's own type; float32 makes the pair exact for fp16
+    models, but for rare numbers whose principal part is 0.5 or larger; the report counts them.
     Progress counts tensors. Raises InputError when `model` is itself only a part of a model.
     """
     plan = SplitPlan(FixedRank(rank, conv_rank), store, residual_dtype, method)
     with open_checkpoint(model) as base:
         _refuse_parts(base)
         catalogue = build_catalogue(base, all_layers=all_layers)
+        for layer in catalogue:
+            check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")
         folder.mkdir(parents=True, exist_ok=True)
         stem = checkpoint_stem(model)
         principal = folder / principal_name(stem, rank)
@@ -239,9 +246,11 @@ def rebuild_checkpoint(
     Tensors that nothing changes are carried byte for byte. Progress counts tensors. Raises PairingError,
     and leaves no file, when the adapter records another base than the one that was read.
     """
-    with open_checkpoint(base) as source:
-        catalogue = build_catalogue(source, all_layers=True)
-        opened = open_adapter(adapter, catalogue)
+    with (
+        open_checkpoint(base) as source,
+        open_adapter(adapter, build_catalogue(source, all_layers=True)) as opened,
+    ):
+        _refuse_inputs(out, source, opened)
         hashed = _Hashed(source, WeightsHasher())
         model = merged(hashed, [(opened, strength)], dtype=dtype)
         base_role = Provenance.from_metadata(source.metadata).role
@@ -260,8 +269,9 @@ def rebuild_checkpoint(
         hash=writer.hash,
         base_hash=base_hash,
         original_hash=Provenance.from_metadata(opened.metadata).base_hash,
-        changed_tensors=len(model.changes),
+        changed_tensors=writer.differing(hashed.hasher),
         tensors=len(model.tensors),
+        warnings=opened.warnings,
     )
 
 
@@ -307,35 +317,60 @@ def export_adapter(
     principal: the tuned factors, which take the principal's place beside the residual.
     Progress counts layers; only the names and shapes of `base` are read.
     """
-    with open_checkpoint(base) as source:
-        catalogue = build_catalogue(source, all_layers=True)
-    opened = open_adapter(tuned, catalogue)
-    if not isinstance(opened, TunedAdapter):
-        raise InputError(
-            f"{opened.label} is no tuned adapter: it is a LoRA already",
-            hint="pass the file that `train` wrote",
-        )
-    if form == "principal" and rank is not None:
+    with (
+        open_checkpoint(base) as source,
+        open_adapter(tuned, catalogue := build_catalogue(source, all_layers=True)) as opened,
+    ):
+        _refuse_inputs(out, source, opened)
+        if not isinstance(opened, TunedAdapter):
+            raise InputError(
+                f"{opened.label} is no tuned adapter: it is a LoRA already",
+                hint="pass the file that `train` wrote",
+            )
+        if form == "principal":
+            _check_whole_principal(opened, catalogue, rank)
+        layers = [catalogue.by_name[name] for name in opened.layers]
+        # the sizes must be known before the first tensor is written, so every layer is read twice
+        ranks = {layer.name: _form_rank(opened, layer.name, rank, form) for layer in layers}
+        made_from = Provenance.from_metadata(opened.metadata)
+        role = Role.LORA if form == "lora" else Role.PRINCIPAL
+        provenance = replace(made_from, role=role, version=spectune_version())
+        reports: list[ExportedLayer] = []
+        with AdapterWriter(out, layers, ranks, dtype=store, provenance=provenance, force=force) as writer:
+            for done, layer in enumerate(layers):
+                _tell(progress, done, len(layers), layer.name)
+                delta = opened.layers[layer.name]
+                if form == "lora":
+                    exported = export_layer(delta, rank=rank, store=store, name=layer.name)
+                else:
+                    exported = tuned_principal(delta, store=store, name=layer.name)
+                writer.write(layer, exported.low_rank)
+                reports.append(exported.report)
+            _tell(progress, len(layers), len(layers), "")
+        return ExportReport(path=out, hash=writer.hash, layers=tuple(reports))
+
+
+def _check_whole_principal(tuned: TunedAdapter, catalogue: Catalogue, rank: int | None) -> None:
+    """Raise InputError unless the tuned factors can take the place of all of a residual's principal."""
+    if rank is not None:
         raise InputError("a tuned principal keeps its rank", hint="leave out --rank, or export a plain LoRA")
-    layers = [catalogue.by_name[name] for name in opened.layers]
-    # the sizes must be known before the first tensor is written, so every layer is read twice
-    ranks = {layer.name: _form_rank(opened, layer.name, rank, form) for layer in layers}
-    made_from = Provenance.from_metadata(opened.metadata)
-    role = Role.LORA if form == "lora" else Role.PRINCIPAL
-    provenance = replace(made_from, role=role, version=spectune_version())
-    reports: list[ExportedLayer] = []
-    with AdapterWriter(out, layers, ranks, dtype=store, provenance=provenance, force=force) as writer:
-        for done, layer in enumerate(layers):
-            _tell(progress, done, len(layers), layer.name)
-            delta = opened.layers[layer.name]
-            if form == "lora":
-                exported = export_layer(delta, rank=rank, store=store, name=layer.name)
-            else:
-                exported = tuned_principal(delta, store=store, name=layer.name)
-            writer.write(layer, exported.low_rank)
-            reports.append(exported.report)
-        _tell(progress, len(layers), len(layers), "")
-    return ExportReport(path=out, hash=writer.hash, layers=tuple(reports))
+    if Provenance.from_metadata(tuned.metadata).principal_hash is None:
+        raise InputError(
+            f"{tuned.label} was not trained from the principal of a residual: there is none that it fits",
+            hint=_PLAIN_LORA,
+        )
+    wanted = [layer.name for layer in catalogue if layer.default]
+    missing = [name for name in wanted if name not in tuned.layers]
+    if missing:
+        raise InputError(
+            f"{tuned.label} lacks {len(missing)} of {len(wanted)} layers of a principal: {some_of(missing)}",
+            hint=_PLAIN_LORA,
+        )
+
+
+def _refuse_inputs(out: Path, base: Checkpoint, adapter: Adapter | TunedAdapter) -> None:
+    assert adapter.file is not None
+    refuse_inputs(out, [*base.paths, *adapter.file.paths])
 
 
 def _form_rank(tuned: TunedAdapter, name: str, rank: int | None, form: ExportForm) -> int:
@@ -347,8 +382,11 @@ def verify_files(
     model: Path, residual: Path, principal: Path, *, progress: Progress | None = None
 ) -> VerifyReport:
     """Compare `model` with what `residual` and `principal` make together. Progress counts tensors."""
-    with open_checkpoint(model) as source, open_checkpoint(residual) as rest:
-        opened = open_adapter(principal, build_catalogue(source, all_layers=True))
+    with (
+        open_checkpoint(model) as source,
+        open_checkpoint(residual) as rest,
+        open_adapter(principal, build_catalogue(source, all_layers=True)) as opened,
+    ):
         if not isinstance(opened, Adapter):
             raise InputError(
                 f"{opened.label} is a tuned adapter: expected a principal",

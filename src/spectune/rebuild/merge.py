@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,17 +11,25 @@ from torch import Tensor
 
 from spectune.errors import InputError, some_of
 from spectune.factor.matrix import absolute, change, product
-from spectune.factor.rounding import rounded
+from spectune.factor.rounding import check_dtype, check_finite, rounded
 from spectune.rebuild.pairing import BASE_DTYPES_KEY, check_goes_on, check_residual_pair, read_base_dtypes
 from spectune.weights.adapter import Adapter, Delta, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
-from spectune.weights.provenance import PREFIX, Provenance, Role, spectune_version
+from spectune.weights.provenance import (
+    MODELSPEC_PREDICTION_KEY,
+    PREFIX,
+    Provenance,
+    Role,
+    modelspec_metadata,
+    spectune_version,
+)
 from spectune.weights.reader import TensorInfo, WeightSource
 
 Strengths = Sequence[tuple[Adapter | TunedAdapter, float]]
 Change = Callable[[str], Tensor]  # layer name -> what is added to its weight, float32
 
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
+_DIVERGED = "if the training diverged, rebuild an earlier step"
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Merged:
     label: str
 
     def load(self, name: str) -> Tensor:
-        """The merged tensor; raises InputError when a change does not fit or leaves the range of the type."""
+        """The merged tensor; raises InputError if a change is not finite, misfits or overflows the type."""
         stored = self.base.load(name)
         dtype = self.tensors[name].dtype
         amounts = [(layer, self._amount(layer, of)) for layer, of in self.changes.get(name, ())]
@@ -46,8 +55,7 @@ class Merged:
             return stored
         result = stored.to(torch.float32, copy=True)
         for layer, amount in amounts:
-            rows = slice(None) if layer.rows is None else slice(*layer.rows)
-            result[rows] = add(result[rows], amount)
+            result[layer.row_slice] = add(result[layer.row_slice], amount)
         return rounded(result, dtype, f"{name} of {self.label}", hint=_TOO_LARGE)
 
     def _amount(self, layer: Layer, of: Change) -> Tensor:
@@ -58,6 +66,7 @@ class Merged:
                 f"the adapter is made for {tuple(amount.shape)}",
                 hint="the adapter belongs to a model of another size",
             )
+        check_finite(amount, f"the change of {layer.name}", hint=_DIVERGED)
         return amount
 
 
@@ -67,7 +76,9 @@ def merged(base: WeightSource, adapters: Strengths, *, dtype: torch.dtype | None
     Changed tensors have the base's type, or the one that a float32 residual records for the original, or
     `dtype`. Raises PairingError when roles exclude each other, InputError for layers the base does not have.
     """
-    for adapter, _ in adapters:
+    for adapter, strength in adapters:
+        if not math.isfinite(strength):
+            raise InputError(f"the strength of {adapter.label} is {strength}: expected a finite number")
         check_goes_on(base, adapter)
     if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
         # a residual becomes the model again by its one principal, at full strength
@@ -135,6 +146,7 @@ def _merged(
             )
         for name in layers:
             layer = catalogue.by_name[name]
+            check_dtype(base.tensors[layer.tensor].dtype, f"layer {name} of {base.label}")
             changes[layer.tensor] = (*changes.get(layer.tensor, ()), (layer, of))
     original = read_base_dtypes(base)
     tensors = {
@@ -156,5 +168,7 @@ def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapte
             provenance = replace(provenance, vae_scale=tuned_for.vae_scale, vae_shift=tuned_for.vae_shift)
     provenance = replace(provenance, role=Role.MODEL, principal_hash=None, version=spectune_version())
     replaced = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {BASE_DTYPES_KEY}
+    if provenance.prediction is not None:
+        replaced.add(MODELSPEC_PREDICTION_KEY)
     kept = {key: value for key, value in base.metadata.items() if key not in replaced}
-    return kept | provenance.to_metadata()
+    return kept | provenance.to_metadata() | modelspec_metadata(provenance.prediction)

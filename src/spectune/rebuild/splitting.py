@@ -45,7 +45,7 @@ def split_tensor(tensor: Tensor, layers: Sequence[Layer], plan: SplitPlan) -> Sp
     low_ranks: list[tuple[Layer, LowRank]] = []
     reports: list[LayerReport] = []
     for layer in layers:
-        rows = slice(None) if layer.rows is None else slice(*layer.rows)
+        rows = layer.row_slice
         rank = plan.rule.wanted(layer.shape)
         split = split_weight(tensor[rows], rank=rank, store=plan.store, method=plan.method, name=layer.name)
         left[rows] = residual(tensor[rows], split.low_rank, left.dtype, name=layer.name)

@@ -123,7 +123,7 @@ def _compare(
     rebuilt = residual.to(torch.float32, copy=True)
     excess: dict[str, float] = {}
     for layer in layers:
-        rows = slice(None) if layer.rows is None else slice(*layer.rows)
+        rows = layer.row_slice
         low_rank = principal.layers[layer.name]
         rebuilt[rows] = add(rebuilt[rows], product(low_rank))
         error = (rebuilt[rows] - weight[rows].float()).abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,8 @@ class StepInfo:
     step: int  # counted from 1
     loss: float  # mean over the step's batches
     learning_rate: float
-    grad_norm: float | None  # before clipping; None when gradients are not clipped
-    step_size: float | None  # Prodigy's d
+    grad_norm: float  # before clipping
+    step_size: Mapping[str, float]  # Prodigy's d of each part; empty for other optimisers
     seconds: float
 
 
@@ -59,6 +60,9 @@ class Callbacks:
     def on_message(self, text: str) -> None:
         """A stage begins, or something is worth knowing."""
 
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """How far a stage before the training is; it is over when `done` is `total`."""
+
     def on_start(self, start: RunStart) -> None:
         """Training begins."""
 
@@ -84,12 +88,32 @@ class ConsoleProgress(Callbacks):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
+        self._stage_bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
         self._held_out = ""
 
     def on_message(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        if done >= total:
+            if self._stage_bar is not None:
+                self._stage_bar.stop()
+            self._stage_bar = None
+            return
+        if self._stage_bar is None:
+            self._stage_bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._stage_bar.add_task(stage, total=total)
+            self._stage_bar.start()
+        self._stage_bar.update(self._stage_bar.task_ids[0], completed=done)
 
     def on_start(self, start: RunStart) -> None:
         self._bar = Progress(
@@ -153,10 +177,9 @@ class TensorBoardLog(Callbacks):
         self._add("loss/train", info.loss, info.step)
         self._add("optimizer/learning_rate", info.learning_rate, info.step)
         self._add("speed/seconds_per_step", info.seconds, info.step)
-        if info.grad_norm is not None:
-            self._add("optimizer/grad_norm", info.grad_norm, info.step)
-        if info.step_size is not None:
-            self._add("optimizer/d", info.step_size, info.step)
+        self._add("optimizer/grad_norm", info.grad_norm, info.step)
+        for part, size in info.step_size.items():
+            self._add(f"optimizer/d_{part}", size, info.step)
 
     def on_validation(self, step: int, loss: float) -> None:
         if self._writer is None:
@@ -183,6 +206,10 @@ class Listeners(Callbacks):
     def on_message(self, text: str) -> None:
         for listener in self.listeners:
             listener.on_message(text)
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener.on_progress(stage, done, total)
 
     def on_start(self, start: RunStart) -> None:
         for listener in self.listeners:

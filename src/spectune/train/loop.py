@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spectune.errors import InputError, SpectuneError
+from spectune.errors import InputError, SpectuneError, some_of
 from spectune.train import state
 from spectune.train.callbacks import Callbacks, Listeners, RunStart, StepInfo, TensorBoardLog, TrainReport
 from spectune.train.data.dataset import Batch, as_it_is
@@ -24,12 +25,12 @@ from spectune.train.data.plan import PlannedBatches
 from spectune.train.denoiser import checked_latents
 from spectune.train.interrupt import StopWish
 from spectune.train.objective import ask_at_random
-from spectune.train.optim import OPTIMIZERS, finished_weights, rate_factor, step_size
+from spectune.train.optim import OPTIMIZERS, finished_weights, rate_factor, step_sizes
 from spectune.train.recipe import Recipe
 from spectune.train.run import Run, assemble
 from spectune.train.seeds import derived_generator, derived_seed
 from spectune.train.validation import held_out_loss
-from spectune.weights.adapter import TunedAdapter, save_tuned
+from spectune.weights.adapter import Delta, TunedAdapter, save_tuned
 from spectune.weights.provenance import Role
 
 RECENT_STEPS = 20  # for the mean loss in the report
@@ -53,34 +54,55 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         if recipe.run.tensorboard:
             listeners.append(TensorBoardLog(recipe.run.output / "logs" / recipe.run.name))
     hear = Listeners(listeners)
-    resumed = claim_output(recipe, force=force, writes=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    run = assemble(recipe, accelerator, hear, resumed)
+    claim = claim_output(recipe, force=force)
+    run = assemble(recipe, accelerator, hear, claim.resumed)
+    accelerator.wait_for_everyone()  # all have seen the folder as it was
+    if accelerator.is_main_process:
+        for path in claim.replaced:
+            state.remove(path)
+        recipe.run.output.mkdir(parents=True, exist_ok=True)
     return _run(run)
 
 
-def claim_output(recipe: Recipe, *, force: bool, writes: bool = True) -> Path | None:
-    """The state to go on from, if any.
+@dataclass(frozen=True)
+class Claim:
+    """What a run finds in its output folder: the state to go on from, or what it replaces."""
 
-    Raises InputError when the folder holds results of this name that nothing can go on from.
+    resumed: Path | None = None
+    replaced: tuple[Path, ...] = ()
+
+
+def claim_output(recipe: Recipe, *, force: bool) -> Claim:
+    """What becomes of what is in the output folder; changes nothing.
+
+    Raises InputError when it holds results of this name that nothing can go on from, or the run's own input.
     """
     output, name = recipe.run.output, recipe.run.name
+    taken = state.results(output, name)
+    _check_inputs_stay(recipe, taken)
     states = state.saved_states(output, name)
     if states and recipe.run.resume:
-        return states[-1]
-    taken = [*states, *state.step_files(output, name)]
-    if (final := state.adapter_file(output, name)).exists():
-        taken.append(final)
+        return Claim(resumed=states[-1])
     if taken and not force:
         raise InputError(
             f"{output} already holds {len(taken)} results of a run named {name}, such as {taken[-1].name}",
             hint="give another run.name or run.output, or pass --force to replace them",
         )
-    if writes:
-        for path in taken:
-            state.remove(path)
-        output.mkdir(parents=True, exist_ok=True)
-    return None
+    return Claim(replaced=tuple(taken))
+
+
+def _check_inputs_stay(recipe: Recipe, taken: Sequence[Path]) -> None:
+    for key in ("base", "principal"):
+        path: Path | None = getattr(recipe.model, key)
+        if path is None or not path.exists():
+            continue
+        whole = path.resolve()
+        for result in taken:
+            if result.resolve() in (whole, *whole.parents):
+                raise InputError(
+                    f"model.{key} is {path}, which this run would replace as its own result {result.name}",
+                    hint="give another run.name or run.output",
+                )
 
 
 def _run(run: Run) -> TrainReport:
@@ -141,6 +163,7 @@ def _steps(run: Run, wish: StopWish, recent: deque[float]) -> float:
         return 0.0
     settings, accelerator = run.recipe.run, run.accelerator
     per_step = settings.accumulation * accelerator.num_processes
+    run.distributed.train()  # transformers checkpoints gradients in training mode only
     losses: list[Tensor] = []
     seconds, began = 0.0, time.perf_counter()
     for batch in _batches(run, run.position + (run.steps - run.step) * per_step):
@@ -178,12 +201,10 @@ def _batches(run: Run, stop: int) -> Iterable[Batch]:
 
 def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Loss of one batch, its gradient added; on the last batch of a step also the optimiser's step."""
-    accelerator, settings = run.accelerator, run.recipe.optimizer
+    accelerator = run.accelerator
     seed = run.recipe.run.seed
     # Whatever still draws from the global generator (dropout, stochastic rounding) follows the position too.
     torch.manual_seed(derived_seed(seed, "step", batch.position))
-    if not run.distributed.training:
-        run.distributed.train()
     grad_norm = None
     with accelerator.accumulate(run.distributed):
         question = ask_at_random(
@@ -193,12 +214,28 @@ def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
         loss = run.cost(run.prediction, answer, question)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            if settings.max_grad_norm:
-                grad_norm = accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm)
+            grad_norm = _clipped(run)
             _set_rates(run)
         run.stepper.step()
         run.stepper.zero_grad()
     return loss.detach(), grad_norm
+
+
+def _clipped(run: Run) -> Tensor:
+    """The norm of all gradients before they are clipped; raises SpectuneError when it is not finite."""
+    # a bound of inf leaves the gradients as they are
+    bound = run.recipe.optimizer.max_grad_norm or math.inf
+    norm = cast("Tensor", run.accelerator.clip_grad_norm_(run.parameters, bound))
+    _check_finite("gradient norm", float(norm), run.step + 1)
+    return norm
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise SpectuneError(
+            f"the {what} of step {step} is {value}: nothing of this step is saved",
+            hint="lower the learning rate; the run can go on from its last state",
+        )
 
 
 @torch.no_grad()
@@ -223,17 +260,14 @@ def _set_rates(run: Run) -> None:
 
 def _step_info(run: Run, losses: Sequence[Tensor], grad_norm: Tensor | None, seconds: float) -> StepInfo:
     loss = float(cast("Tensor", run.accelerator.reduce(torch.stack(list(losses)).mean(), reduction="mean")))
-    if not math.isfinite(loss):
-        raise SpectuneError(
-            f"the loss of step {run.step} is {loss}: nothing of this step is saved",
-            hint="lower the learning rate; the run can go on from its last state",
-        )
+    _check_finite("loss", loss, run.step)
+    assert grad_norm is not None
     return StepInfo(
         step=run.step,
         loss=loss,
         learning_rate=run.optimizer.param_groups[0]["lr"],
-        grad_norm=None if grad_norm is None else float(grad_norm),
-        step_size=step_size(run.optimizer),
+        grad_norm=float(grad_norm),
+        step_size=step_sizes(run.optimizer),
         seconds=seconds,
     )
 
@@ -262,17 +296,26 @@ def _finish(run: Run, *, interrupted: bool) -> None:
         _save(run)
         return
     run.validation_after = run.validation_before if run.steps == 0 else _validate(run)
+    _save_adapter(run, state.adapter_file(run.recipe.run.output, run.recipe.run.name))
     folder = state.state_folder(run.recipe.run.output, run.recipe.run.name, run.step)
     if not folder.exists():
         _save_state(run, folder)
-    _save_adapter(run, state.adapter_file(run.recipe.run.output, run.recipe.run.name))
+
+
+@contextmanager
+def _as_finished(run: Run) -> Iterator[None]:
+    """Within, the model is as it would be saved and does not train."""
+    run.denoiser.eval()
+    with finished_weights(run.optimizer, run.parameters):
+        yield
+    run.distributed.train()
 
 
 def _validate(run: Run) -> float | None:
     if not run.held_out:
         return None
     settings = run.recipe.run
-    with finished_weights(run.optimizer, run.parameters):
+    with _as_finished(run):
         loss = held_out_loss(
             run.denoiser, run.held_out, run.prediction, times=settings.validation_times, batch=settings.batch
         )
@@ -283,8 +326,7 @@ def _validate(run: Run) -> float | None:
 def _preview(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
-    run.denoiser.eval()
-    with finished_weights(run.optimizer, run.parameters), torch.no_grad():
+    with _as_finished(run), torch.no_grad():
         run.hear.on_preview(run.step, run.model)
 
 
@@ -297,7 +339,7 @@ def _save(run: Run) -> None:
 def _save_state(run: Run, folder: Path) -> None:
     if not run.accelerator.is_main_process:
         return
-    state.save_state(folder, run.progress(), run.trained, run.optimizer)
+    state.save_state(folder, run.progress(), run.trained, run.optimizer, frames=run.frames())
     run.files.append(folder)
     state.keep_last(run.recipe.run.output, run.recipe.run.name, run.recipe.run.keep_last)
 
@@ -309,10 +351,26 @@ def _save_adapter(run: Run, path: Path) -> None:
         run.prepared.origin,
         role=Role.TUNED,
         prediction=run.prediction.name,
-        flow_shift=run.recipe.objective.shift if run.prediction.name == "flow" else None,
+        flow_shift=run.recipe.objective.flow_shift,
     )
     with finished_weights(run.optimizer, run.parameters):
-        tuned = TunedAdapter(layers=run.injection.deltas(), metadata={}, label=path.name)
+        deltas = run.injection.deltas()
+        _check_deltas(deltas, run.step)
+        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name)
         save_tuned(path, tuned, origin, force=True)
     run.files.append(path)
     run.hear.on_save(run.step, path)
+
+
+def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:
+    odd = [
+        name
+        for name, delta in deltas.items()
+        if not bool(torch.isfinite(delta.down).all() and torch.isfinite(delta.up).all())
+    ]
+    if odd:
+        raise SpectuneError(
+            f"the changes of {len(odd)} layers are not finite after step {step}, nothing is saved: "
+            f"{some_of(odd)}",
+            hint="lower the learning rate; the run can go on from its last state",
+        )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from spectune.errors import SpectuneError, did_you_mean
 
-Beta = Field(ge=0, lt=1)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Options(BaseModel):
@@ -26,7 +26,7 @@ class Options(BaseModel):
 class AdamWOptions(Options):
     """Loshchilov and Hutter 2019; defaults as in torch, but without decay: the deltas start at zero."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -34,8 +34,8 @@ class AdamWOptions(Options):
 class ProdigyPlusOptions(Options):
     """Arguments of ProdigyPlusScheduleFree 2.0.1 with its defaults."""
 
-    betas: tuple[float, float] = (0.9, 0.99)
-    beta3: float | None = None
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    beta3: Beta | None = None
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_by_lr: bool = True
     d0: float = Field(default=1e-6, gt=0)
@@ -60,7 +60,7 @@ class ProdigyPlusOptions(Options):
     use_focus: bool = False
 
 
-Groups = Sequence[dict[str, Any]]  # as torch takes them: {"params": [...]}
+Groups = Sequence[dict[str, Any]]  # as torch takes them: {"params": [...], "part": "unet"}
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,17 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -
                 parameter.copy_(value)
 
 
-def step_size(optimizer: Optimizer) -> float | None:
-    """Prodigy's estimate d of the distance to the solution, or None for other optimisers."""
-    return cast("float | None", optimizer.param_groups[0].get("d"))
+def groups_by_part(trained: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """A parameter group for each part, in the order of the tensors: Prodigy estimates d for each group."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(name.partition(".")[0], []).append(parameter)
+    return [{"params": parameters, "part": part} for part, parameters in groups.items()]
+
+
+def step_sizes(optimizer: Optimizer) -> dict[str, float]:
+    """Prodigy's estimate d of the distance to the solution for each part; empty for other optimisers."""
+    return {group["part"]: float(group["d"]) for group in optimizer.param_groups if "d" in group}
 
 
 Schedule = Callable[[float], float]  # share of the run done, 0..1 -> factor of the learning rate

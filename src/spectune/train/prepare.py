@@ -15,10 +15,10 @@ from spectune.factor.split import split_weight
 from spectune.model.inject import Injection, inject
 from spectune.model.sdxl import Sdxl, build_model
 from spectune.rebuild.pairing import adapter_hash, check_residual_pair, shown
-from spectune.train.recipe import ModelSection
+from spectune.train.recipe import ModelSection, Recipe, parse_recipe
 from spectune.weights.adapter import Adapter, LowRank, open_adapter
 from spectune.weights.catalogue import Catalogue, build_catalogue, layer_weight
-from spectune.weights.provenance import Provenance, Role, WeightsHasher, weights_hash
+from spectune.weights.provenance import Provenance, Role, WeightsHasher, declared_prediction, weights_hash
 from spectune.weights.reader import WeightSource, open_checkpoint
 
 
@@ -32,15 +32,57 @@ class Prepared:
     frame_hash: str
 
 
+@dataclass(frozen=True)
+class KnownFrames:
+    """Frames that a run made of a base before."""
+
+    base_hash: str | None
+    layers: Mapping[str, LowRank]
+
+
+def with_resolved_objective(recipe: Recipe) -> Recipe:
+    """The recipe with the objective that its base declares where it names none.
+
+    Raises InputError when the rest of the recipe does not fit that, and for bases that cannot be trained.
+    """
+    section = recipe.objective
+    with open_checkpoint(recipe.model.base) as base:
+        if "ztsnr" in base.tensors:
+            raise InputError(
+                f"{base.label} has a zero-terminal-SNR schedule (key `ztsnr`): that is not supported yet",
+                hint="train on a base with SDXL's own noise schedule",
+            )
+        kind = section.kind or declared_prediction(base) or "eps"
+        shift = section.flow_shift
+        if kind == "flow" and shift is None:
+            shift = Provenance.from_metadata(base.metadata).flow_shift or 1.0
+        data = recipe.model_dump() | {"objective": {"kind": kind, "flow_shift": shift}}
+        return parse_recipe(data, label=f"recipe, trained as {kind} for {base.label}")
+
+
+def conversion_warnings(recipe: Recipe) -> list[str]:
+    """What to know about a run that teaches its base another prediction type."""
+    with open_checkpoint(recipe.model.base) as base:
+        declared = declared_prediction(base)
+        if declared is None or recipe.objective.kind in (None, declared):
+            return []
+        return [
+            f"{base.label} declares that it predicts {declared}, objective.kind is {recipe.objective.kind}: "
+            "this run converts the model"
+        ]
+
+
 def prepare(
     section: ModelSection,
     *,
+    known: KnownFrames | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
     """Build the model and put the frames of the chosen parts in place.
 
+    `known` stands in for splitting the base, if it was made of this one.
     Raises InputError for files that are of no use here, PairingError for files that do not belong together.
     """
     with open_checkpoint(section.base) as base:
@@ -51,7 +93,9 @@ def prepare(
         catalogue = build_catalogue(base, all_layers=True)
         frames: Mapping[str, LowRank]
         principal_hash = None
-        if section.principal is None:
+        if section.principal is None and known is not None and known.base_hash == found:
+            frames = known.layers
+        elif section.principal is None:
             say(f"splitting {section.base.name} at rank {section.rank}")
             frames = _split_frames(base, section)
         else:

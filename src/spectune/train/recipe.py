@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -67,6 +67,15 @@ class CaptionSection(Section):
     keep_tokens: int = Field(default=0, ge=0)  # leading tags that keep their place
     dropout_probability: float = Field(default=0.0, ge=0, le=1)  # caption -> ""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for extension in self.extensions:
+            if not extension.startswith(".") or extension == ".":
+                raise ValueError(f"`extensions` begin with a dot, such as `.txt`; got `{extension}`")
+        if self.keep_tokens and not self.shuffle:
+            raise ValueError("`keep_tokens` does nothing without `shuffle`; turn that on or leave it out")
+        return self
+
 
 class DataSection(Section):
     folders: tuple[Path, ...] = Field(min_length=1)  # parents of `N_name` folders, N = repeats
@@ -94,36 +103,40 @@ class DataSection(Section):
                 f"`resolution_px` {self.resolution_px} lies outside the sides of the buckets, "
                 f"{sides.min_px}..{sides.max_px}"
             )
+        if sides.enabled and sides.step_px > self.resolution_px:
+            raise ValueError(
+                f"`bucket.step_px` {sides.step_px} is larger than `resolution_px` {self.resolution_px}: "
+                "no bucket fits"
+            )
         return self
 
 
 class ObjectiveSection(Section):
     """What the network learns to answer; `flow_shift` moves the times of flow towards noise."""
 
-    kind: str = "eps"
-    flow_shift: float | None = Field(default=None, gt=0)
+    kind: str | None = None  # None: what the base declares, else eps
+    flow_shift: float | None = Field(default=None, gt=0)  # None: what a flow base declares, else 1
 
     @model_validator(mode="after")
     def _shift_is_for_flow(self) -> Self:
-        _known(self.kind, OBJECTIVES)
-        if self.flow_shift is not None and self.kind != "flow":
+        if self.kind is not None:
+            _known(self.kind, OBJECTIVES)
+        if self.flow_shift is not None and self.kind not in (None, "flow"):
             raise ValueError(f'`flow_shift` belongs to kind = "flow", not to "{self.kind}"')
         return self
-
-    @property
-    def shift(self) -> float:
-        return 1.0 if self.flow_shift is None else self.flow_shift
 
 
 class LossSection(Section):
     kind: str = "mse"
     weighting: str = "none"
-    min_snr_gamma: float = Field(default=5.0, gt=0)
+    min_snr_gamma: float | None = Field(default=None, gt=0)  # None: 5, as in the paper
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:
         _known(self.kind, LOSSES)
         _known(self.weighting, WEIGHTINGS)
+        if self.min_snr_gamma is not None and self.weighting != "min_snr":
+            raise ValueError('`min_snr_gamma` does nothing without weighting = "min_snr"')
         return self
 
 
@@ -234,6 +247,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     data = with_absolute_paths(data, path.parent.resolve())
+    data = _without_replaced_length(data, overrides)
     return parse_recipe(_overridden(data, overrides), label=path.name)
 
 
@@ -258,6 +272,17 @@ def _overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             single = {name: single}
         data = _merged(data, with_absolute_paths(single, Path.cwd()), text)
     return data
+
+
+def _without_replaced_length(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` without the length of the run that an override gives in the other unit."""
+    keys = {text.partition("=")[0].replace(" ", "") for text in overrides}
+    run = data.get("run")
+    if not isinstance(run, dict) or {"run.steps", "run.epochs"} <= keys:
+        return data
+    replaced = {"epochs"} if "run.steps" in keys else {"steps"} if "run.epochs" in keys else set[str]()
+    section = cast("dict[str, Any]", run)
+    return {**data, "run": {key: value for key, value in section.items() if key not in replaced}}
 
 
 def _parsed_value(text: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,18 @@ from spectune.train.data.plan import BatchPlan
 from spectune.train.denoiser import Denoiser, encode_captions, encode_pictures
 from spectune.train.loss import LOSSES
 from spectune.train.objective import OBJECTIVES, Cost
-from spectune.train.optim import build_optimizer
-from spectune.train.prepare import Prepared, prepare
+from spectune.train.optim import build_optimizer, groups_by_part
+from spectune.train.prepare import (
+    KnownFrames,
+    Prepared,
+    conversion_warnings,
+    prepare,
+    with_resolved_objective,
+)
 from spectune.train.recipe import DataSection, Recipe
 from spectune.train.validation import HeldOut, encode_held_out
 from spectune.train.weighting import WEIGHTINGS, WeightingOptions
+from spectune.weights.adapter import LowRank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,6 +76,13 @@ class Run:
     def injection(self) -> Injection:
         return self.prepared.injection
 
+    def frames(self) -> dict[str, LowRank] | None:
+        """The frames by layer where the run split the base itself: rounding differs between machines."""
+        if self.recipe.model.rank is None:
+            return None
+        layers = self.injection.layers
+        return {name: LowRank(it.frame_down, it.frame_up, it.alpha) for name, it in layers.items()}
+
     @property
     def model(self) -> Sdxl:
         """The model with the prediction type that it is trained for."""
@@ -80,8 +95,10 @@ class Run:
     def progress(self) -> state.Progress:
         return state.Progress(
             step=self.step,
+            steps=self.steps,
             position=self.position,
             recipe=self.recipe.model_dump(mode="json"),
+            base_hash=self.prepared.origin.base_hash,
             frame_hash=self.prepared.frame_hash,
             data_hash=self.data_hash,
             validation_before=self.validation_before,
@@ -93,6 +110,12 @@ class Run:
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed: Path | None) -> Run:
+    """Everything checked and in place for the first step; nothing is written."""
+    warnings = conversion_warnings(recipe)
+    recipe = with_resolved_objective(recipe)
+    saved = None if resumed is None else state.load_state(resumed)
+    if saved is not None:
+        state.check_recipe(saved, recipe.model_dump(mode="json"))
     data = recipe.data
     scan = scan_parents(data.folders, data.caption.extensions)
     held_out_scan = (
@@ -102,12 +125,16 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     )
     sizes = training_sizes(data)
     pictures = Pictures(scan.images, sizes, _variation(data), seed=recipe.run.seed)
-    warnings = _data_warnings(scan, pictures, held_out_scan)
+    warnings += _data_warnings(scan, pictures, held_out_scan)
     for warning in warnings:
         hear.on_message(f"warning: {warning}")
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
     prepared = prepare(
-        recipe.model, device=accelerator.device, dtype=DTYPES[recipe.run.precision], say=hear.on_message
+        recipe.model,
+        known=_known_frames(saved),
+        device=accelerator.device,
+        dtype=DTYPES[recipe.run.precision],
+        say=hear.on_message,
     )
     _check_sizes(prepared.model, sizes)
     denoiser = Denoiser(prepared.model, trains_text=any(part != "unet" for part in recipe.model.parts))
@@ -119,7 +146,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     settings = recipe.optimizer
     optimizer = build_optimizer(
         settings.name,
-        [{"params": list(trained.values())}],
+        groups_by_part(trained),
         learning_rate=settings.learning_rate,
         options=settings.options,
     )
@@ -132,7 +159,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         prepared=prepared,
         denoiser=denoiser,
         distributed=distributed,
-        prediction=OBJECTIVES[recipe.objective.kind](recipe.objective.shift),
+        prediction=_prediction(recipe),
         cost=_cost(recipe),
         optimizer=optimizer,
         stepper=stepper,
@@ -146,9 +173,21 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         warnings=warnings,
         files=[],
     )
-    if resumed is not None:
-        _take_over(run, resumed)
+    if saved is not None:
+        _take_over(run, saved)
     return run
+
+
+def _known_frames(saved: state.SavedState | None) -> KnownFrames | None:
+    if saved is None or saved.frames is None:
+        return None
+    return KnownFrames(saved.progress.base_hash, saved.frames)
+
+
+def _prediction(recipe: Recipe) -> Prediction:
+    section = recipe.objective
+    assert section.kind is not None, "the objective is not resolved"
+    return OBJECTIVES[section.kind](section.flow_shift or 1.0)
 
 
 def training_sizes(data: DataSection) -> tuple[Size, ...]:
@@ -204,22 +243,30 @@ def _fill_caches(
 ) -> None:
     if recipe.caches_latents:
         hear.on_message(f"encoding {len(pictures)} images")
-        pictures.latents = encode_pictures(
-            model, pictures, flips=pictures.variation.flips, seed=recipe.run.seed
-        )
+        stage = "encoding images"
+        try:
+            pictures.latents = encode_pictures(
+                model,
+                pictures,
+                flips=pictures.variation.flips,
+                seed=recipe.run.seed,
+                progress=partial(hear.on_progress, stage),
+            )
+        finally:
+            # also after an error: a progress bar must give the terminal back
+            hear.on_progress(stage, 1, 1)
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
         denoiser.text = encode_captions(model, captions.union(*(group.captions for group in held_out)))
 
 
 def _cost(recipe: Recipe) -> Cost:
+    gamma = recipe.loss.min_snr_gamma
+    name = _prediction(recipe).name
     return Cost(
         loss=LOSSES[recipe.loss.kind],
         weighting=WEIGHTINGS[recipe.loss.weighting],
-        options=WeightingOptions(
-            prediction=OBJECTIVES[recipe.objective.kind](recipe.objective.shift).name,
-            min_snr_gamma=recipe.loss.min_snr_gamma,
-        ),
+        options=WeightingOptions(name) if gamma is None else WeightingOptions(name, min_snr_gamma=gamma),
     )
 
 
@@ -238,8 +285,7 @@ def _data_hash(pictures: Pictures) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
-def _take_over(run: Run, folder: Path) -> None:
-    saved = state.load_state(folder)
+def _take_over(run: Run, saved: state.SavedState) -> None:
     warnings = state.check_continues(saved, run.progress())
     saved.restore(run.trained, run.optimizer)
     run.step, run.position = saved.progress.step, saved.progress.position
@@ -247,4 +293,4 @@ def _take_over(run: Run, folder: Path) -> None:
     run.warnings += warnings
     for warning in warnings:
         run.hear.on_message(f"warning: {warning}")
-    run.hear.on_message(f"going on after step {run.step} from {folder.name}")
+    run.hear.on_message(f"going on after step {run.step} from {saved.folder.name}")

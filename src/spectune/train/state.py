@@ -4,6 +4,7 @@ A state is a folder `{name}-step{:08d}.state`:
 
     trained.safetensors     the trainable tensors as the optimiser steps on them
     optimizer.safetensors   the tensors of its state
+    frames.safetensors      the frames, if the run split the base itself: others round otherwise
     state.json              everything else: step, position in the data, optimiser structure, recipe
 
 Random generators are not in it: every random choice is derived from the seed and the position.
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.errors import InputError
+from spectune.rebuild.pairing import shown
+from spectune.weights.adapter import LowRank
 
-FORMAT = 1
+FORMAT = 2  # 2: a parameter group for each part, frames
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+FRAMES = "frames.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,10 @@ class Progress:
     """Where a run stands."""
 
     step: int  # finished optimiser steps
+    steps: int  # of the whole run
     position: int  # batches drawn from the plan, of all processes
     recipe: Mapping[str, Any]
+    base_hash: str | None
     frame_hash: str  # of the frames that the trained tensors belong to
     data_hash: str  # of the images, captions and sizes
     validation_before: float | None
@@ -99,7 +105,14 @@ def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
     return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")
 
 
-def save_state(folder: Path, progress: Progress, trained: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+def save_state(
+    folder: Path,
+    progress: Progress,
+    trained: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    *,
+    frames: Mapping[str, LowRank] | None = None,
+) -> None:
     """Write a state; the folder appears under its name only when it is complete."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +124,8 @@ def save_state(folder: Path, progress: Progress, trained: Mapping[str, Tensor], 
             {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, partial / TRAINED
         )
         save_file(tensors, partial / OPTIMIZER)
+        if frames is not None:
+            save_file(_frame_tensors(frames), partial / FRAMES)
         document = {**asdict(progress), "trained": list(trained), "optimizer": structure}
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
         for file in partial.iterdir():
@@ -121,6 +136,23 @@ def save_state(folder: Path, progress: Progress, trained: Mapping[str, Tensor], 
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _frame_tensors(frames: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors of frames by name. Inverse: _frames_of."""
+    tensors: dict[str, Tensor] = {}
+    for name, frame in frames.items():
+        tensors[f"{name}.down"] = frame.down.detach().cpu().contiguous()
+        tensors[f"{name}.up"] = frame.up.detach().cpu().contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(frame.alpha, dtype=torch.float64)
+    return tensors
+
+
+def _frames_of(tensors: Mapping[str, Tensor], order: Iterable[str]) -> dict[str, LowRank]:
+    return {
+        name: LowRank(tensors[f"{name}.down"], tensors[f"{name}.up"], float(tensors[f"{name}.alpha"]))
+        for name in order
+    }
 
 
 def keep_last(output: Path, name: str, count: int) -> None:
@@ -147,6 +179,13 @@ def step_files(output: Path, name: str) -> list[Path]:
     return _numbered(output, name, ".safetensors")
 
 
+def results(output: Path, name: str) -> list[Path]:
+    """Everything in the folder that the run `name` may have written, the final adapter last."""
+    found = [*_numbered(output, name, ".state"), *step_files(output, name)]
+    final = adapter_file(output, name)
+    return [*found, final] if final.exists() else found
+
+
 def _numbered(output: Path, name: str, ending: str) -> list[Path]:
     if not output.is_dir():
         return []
@@ -166,6 +205,7 @@ class SavedState:
     progress: Progress
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]  # a torch optimiser's state_dict
+    frames: Mapping[str, LowRank] | None = None  # by layer, where the run split the base itself
 
     def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Put everything back, bit for bit.
@@ -219,7 +259,11 @@ def load_state(folder: Path) -> SavedState:
         tensors = load_file(folder / OPTIMIZER)
         structure = unflatten(document.pop("optimizer"), tensors)
         order = document.pop("trained")
-        return SavedState(folder, Progress(**document), {name: trained[name] for name in order}, structure)
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
+        frames = _frames_of(load_file(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
+        return SavedState(
+            folder, Progress(**document), {name: trained[name] for name in order}, structure, frames
+        )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{folder} is not a complete training state: {error}",
@@ -227,32 +271,54 @@ def load_state(folder: Path) -> SavedState:
         ) from error
 
 
+def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
+    """Raises InputError when the recipe is of another run than `state`."""
+    _refuse(
+        state,
+        [
+            f"{key} was {before!r}, is {after!r}"
+            for key, before, after in _differences(state.progress.recipe, recipe)
+            if key not in FREE
+        ],
+    )
+
+
 def check_continues(state: SavedState, now: Progress) -> list[str]:
     """Warnings about what changed since `state` was saved.
 
     Raises InputError when the change makes another run of it.
     """
+    check_recipe(state, now.recipe)
     saved = state.progress
-    changed = [
-        f"{key} was {before!r}, is {after!r}"
-        for key, before, after in _differences(saved.recipe, now.recipe)
-        if key not in FREE
-    ]
+    changed: list[str] = []
+    if saved.base_hash != now.base_hash:
+        changed.append(f"base was {shown(saved.base_hash)}, is {shown(now.base_hash)}")
     if saved.frame_hash != now.frame_hash:
         changed.append(f"frames were {saved.frame_hash[:12]}, are {now.frame_hash[:12]}")
     if saved.optimizer_package != now.optimizer_package:
         changed.append(f"optimiser was {saved.optimizer_package}, is {now.optimizer_package}")
+    _refuse(state, changed)
+    warnings: list[str] = []
+    schedule = now.recipe.get("optimizer", {}).get("schedule", "constant")
+    if saved.steps != now.steps and schedule != "constant":
+        warnings.append(
+            f"the run had {saved.steps} steps, now it has {now.steps}: its {schedule} schedule is laid out "
+            "anew, and the learning rate jumps"
+        )
+    if saved.data_hash != now.data_hash:
+        warnings.append(f"images or captions changed since {state.folder.name}: their order is a new one")
+    return warnings
+
+
+def _refuse(state: SavedState, changed: Sequence[str]) -> None:
     if changed:
         raise InputError(f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_FRESH)
-    if saved.data_hash != now.data_hash:
-        return [f"images or captions changed since {state.folder.name}: their order is a new one"]
-    return []
 
 
 # What may change between two parts of a run without making another run of it.
 FREE = frozenset(
     {
-        "model.base",  # the frames' hash tells whether it is the same one
+        "model.base",  # the hashes tell whether it is the same one
         "model.principal",
         "data.folders",
         "data.workers",

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectune.errors import InputError, some_of
 from spectune.weights.catalogue import Catalogue, Kind, Layer
 from spectune.weights.names import is_peft_key, kohya_stem, split_adapter_key
-from spectune.weights.provenance import Provenance, Role
+from spectune.weights.provenance import Provenance, Role, modelspec_metadata, spectune_version
 from spectune.weights.reader import Checkpoint, TensorInfo, open_checkpoint
 from spectune.weights.writer import RESERVE_BYTES, StreamWriter
 
@@ -55,23 +55,29 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A low-rank matrix per layer: a principal or any LoRA."""
-
-    layers: Mapping[str, LowRank]  # by the layer's canonical name
+class _Layers(Generic[T]):
+    layers: Mapping[str, T]  # by the layer's canonical name
     metadata: Mapping[str, str]
     label: str
     warnings: tuple[str, ...] = ()  # what the file left open and how it was read
+    file: Checkpoint | None = None  # from which layers are read on access; closed on leaving the context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
-@dataclass(frozen=True)
-class TunedAdapter:
+class Adapter(_Layers[LowRank]):
+    """A low-rank matrix per layer: a principal or any LoRA."""
+
+
+class TunedAdapter(_Layers[Delta]):
     """A trained delta per layer."""
-
-    layers: Mapping[str, Delta]
-    metadata: Mapping[str, str]
-    label: str
-    warnings: tuple[str, ...] = ()
 
 
 class LazyLayers(Mapping[str, T], Generic[T]):
@@ -99,10 +105,19 @@ class LazyLayers(Mapping[str, T], Generic[T]):
 def open_adapter(path: Path, catalogue: Catalogue) -> Adapter | TunedAdapter:
     """Open an adapter of the model that `catalogue` describes; its layers are read on access.
 
+    The file stays open until the adapter, a context manager, is left.
     Raises InputError for layers that the model does not have, shapes that do not fit them, and kinds of
     adapter that are not a product of two factors. A missing alpha means scale 1 and is noted in `warnings`.
     """
     source = open_checkpoint(path)
+    try:
+        return _opened(source, catalogue)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(source: Checkpoint, catalogue: Catalogue) -> Adapter | TunedAdapter:
     suffixes = _suffixes_by_stem(source, catalogue)
     tuned = any(FRAME_DOWN in found for found in suffixes.values())
     expected = DELTA_SUFFIXES if tuned else LOW_RANK_SUFFIXES
@@ -117,9 +132,9 @@ def open_adapter(path: Path, catalogue: Catalogue) -> Adapter | TunedAdapter:
     names = [layer.name for layer in layers]
     if tuned:
         deltas = LazyLayers(names, lambda name: _read_delta(source, kohya_stem(name)))
-        return TunedAdapter(deltas, source.metadata, source.label, warnings)
+        return TunedAdapter(deltas, source.metadata, source.label, warnings, source)
     low_ranks = LazyLayers(names, lambda name: _read_low_rank(source, kohya_stem(name), DOWN, UP))
-    return Adapter(low_ranks, source.metadata, source.label, warnings)
+    return Adapter(low_ranks, source.metadata, source.label, warnings, source)
 
 
 def _suffixes_by_stem(source: Checkpoint, catalogue: Catalogue) -> dict[str, set[str]]:
@@ -275,33 +290,15 @@ class AdapterWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and not self._writer.waiting:
-            self._writer.metadata |= {
-                "sshs_model_hash": self._writer.payload_sha256(),
-                "sshs_legacy_hash": self._writer.legacy_sha256()[:8],
-            }
+            try:
+                self._writer.metadata |= {
+                    "sshs_model_hash": self._writer.payload_sha256(),
+                    "sshs_legacy_hash": self._writer.legacy_sha256()[:8],
+                }
+            except BaseException:
+                self._writer.abandon()
+                raise
         self._writer.__exit__(kind, error, trace)
-
-
-def save_adapter(
-    path: Path,
-    adapter: Adapter,
-    catalogue: Catalogue,
-    provenance: Provenance,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    force: bool = False,
-) -> str:
-    """Write an adapter in the type its factors have and return its weights hash."""
-    layers = [catalogue.by_name[name] for name in adapter.layers]
-    # a lazy adapter reads each layer twice: the sizes must be known before the first tensor is written
-    ranks = {layer.name: adapter.layers[layer.name].rank for layer in layers}
-    dtype = adapter.layers[layers[0].name].down.dtype
-    with AdapterWriter(
-        path, layers, ranks, dtype=dtype, provenance=provenance, metadata=metadata, force=force
-    ) as writer:
-        for layer in layers:
-            writer.write(layer, adapter.layers[layer.name])
-    return writer.hash
 
 
 def save_tuned(
@@ -318,7 +315,8 @@ def save_tuned(
         for name in tuned.layers
         for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items()
     ]
-    entries = {**replace(provenance, role=Role.TUNED).to_metadata(), **(metadata or {})}
+    stamped = replace(provenance, role=Role.TUNED, version=spectune_version())
+    entries = {**stamped.to_metadata(), **(metadata or {})}
     with StreamWriter(path, infos, metadata=entries, force=force) as writer:
         for name in tuned.layers:
             for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items():
@@ -344,10 +342,7 @@ def kohya_metadata(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
     }
-    predictions = {"eps": "epsilon", "v": "v"}  # modelspec has no word for flow
-    if provenance.prediction in predictions:
-        entries["modelspec.prediction_type"] = predictions[provenance.prediction]
-    return entries
+    return entries | modelspec_metadata(provenance.prediction)
 
 
 def _common_rank(layers: Sequence[Layer], ranks: Mapping[str, int]) -> str:

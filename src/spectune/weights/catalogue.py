@@ -50,6 +50,11 @@ class Layer:
         return min(self.out_features, self.in_features)
 
     @property
+    def row_slice(self) -> slice:
+        """Its rows of the tensor that holds it."""
+        return slice(None) if self.rows is None else slice(*self.rows)
+
+    @property
     def kohya(self) -> str:
         """The stem of its keys in adapter files."""
         return kohya_stem(self.name)
@@ -108,8 +113,7 @@ def build_catalogue(
 
 def layer_weight(source: WeightSource, layer: Layer) -> Tensor:
     """The weight of a layer; for a fused one a view of its rows."""
-    tensor = source.load(layer.tensor)
-    return tensor if layer.rows is None else tensor[layer.rows[0] : layer.rows[1]]
+    return source.load(layer.tensor)[layer.row_slice]
 
 
 def _tensors_of(

@@ -131,9 +131,11 @@ def read_hints(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, value in cast(dict[str, Any], hints).items():
         if key not in HINTS:
             raise InputError(f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}")
-        numbers = cast(list[Any], value) if key == "unet_heads" and isinstance(value, list) else [value]
-        if not all(type(n) is int and n > 0 for n in numbers):
-            raise InputError(f"metadata {LAYOUT_KEY}: {key} is {value!r}: expected positive whole numbers")
+        per_level = key == "unet_heads"
+        numbers = cast(list[Any], value) if isinstance(value, list) else [value]
+        if isinstance(value, list) != per_level or not all(type(n) is int and n > 0 for n in numbers):
+            expected = "a list of positive whole numbers" if per_level else "a positive whole number"
+            raise InputError(f"metadata {LAYOUT_KEY}: {key} is {value!r}: expected {expected}")
     return cast(dict[str, Any], hints)
 
 

@@ -210,6 +210,9 @@ _UNUSED = frozenset(
         f"{TE1_ROOT}embeddings.position_ids",
         f"{TE1_SHORT_ROOT}embeddings.position_ids",
         f"{TE2_ROOT}logit_scale",
+        # the whole CLIP was saved, of which SDXL takes the first encoder's hidden states only
+        f"{TE1_SHORT_ROOT}logit_scale",
+        f"{TE1_SHORT_ROOT}text_projection.weight",
     }
 )
 

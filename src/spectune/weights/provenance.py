@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
 
 Prediction = Literal["eps", "v", "flow"]
+MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
 _MODELSPEC_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 
 
@@ -42,6 +44,10 @@ class WeightsHasher:
         shape = "x".join(str(n) for n in tensor.shape)
         head = f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode()
         self._entries[name] = head + hashlib.sha256(tensor_bytes(tensor)).digest()
+
+    def differing(self, other: WeightsHasher) -> int:
+        """How many tensors of this set `other` does not have bit for bit."""
+        return sum(other._entries.get(name) != entry for name, entry in self._entries.items())
 
     def hexdigest(self) -> str:
         return hashlib.sha256(b"".join(self._entries[name] for name in sorted(self._entries))).hexdigest()
@@ -105,11 +111,26 @@ def _parse(field: str, text: str) -> Any:
     if field == "role":
         return Role(text)
     if field in ("flow_shift", "vae_scale", "vae_shift"):
-        try:
-            return float(text)
-        except ValueError:
-            raise InputError(f"metadata {PREFIX}{field} is `{text}`: expected a number") from None
+        return _number(field, text)
     return text
+
+
+def _number(field: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"metadata {PREFIX}{field} is `{text}`: expected a number")
+    if field == "flow_shift" and value <= 0:
+        raise InputError(f"metadata {PREFIX}{field} is `{text}`: expected a positive number")
+    return value
+
+
+def modelspec_metadata(prediction: Prediction | None) -> dict[str, str]:
+    """How other programs are told the prediction: no entry for flow, which modelspec has no word for."""
+    words = {"eps": "epsilon", "v": "v"}
+    return {MODELSPEC_PREDICTION_KEY: words[prediction]} if prediction in words else {}
 
 
 def declared_prediction(source: WeightSource) -> Prediction | None:
@@ -117,7 +138,7 @@ def declared_prediction(source: WeightSource) -> Prediction | None:
     ours = Provenance.from_metadata(source.metadata).prediction
     if ours is not None:
         return ours
-    modelspec = source.metadata.get("modelspec.prediction_type", "")
+    modelspec = source.metadata.get(MODELSPEC_PREDICTION_KEY, "")
     if modelspec in _MODELSPEC_PREDICTIONS:
         return _MODELSPEC_PREDICTIONS[modelspec]
     return "v" if "v_pred" in source.tensors else None

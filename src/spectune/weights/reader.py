@@ -155,6 +155,11 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         return self._home[name].load(name)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that it is read from; with shards, their index too."""
+        return tuple(dict.fromkeys([self.path, *(file.path for file in self._files)]))
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -308,7 +313,11 @@ def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) 
     metadata = cast(object, header.pop("__metadata__", None) or {})
     if not _is_table_of_strings(metadata):
         raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
-    spans = sorted((_span(name, entry, path) for name, entry in header.items()), key=lambda span: span.begin)
+    # an empty tensor begins where the next one does
+    spans = sorted(
+        (_span(name, entry, path) for name, entry in header.items()),
+        key=lambda span: (span.begin, span.info.nbytes),
+    )
     end = 0
     for span in spans:
         if span.begin != end:
@@ -349,6 +358,8 @@ def _span(name: str, entry: Any, path: Path) -> _Span:
     try:
         dtype, shape = entry["dtype"], tuple(_whole(n) for n in entry["shape"])
         begin, end = (_whole(n) for n in entry["data_offsets"])
+        if not isinstance(dtype, str):
+            raise TypeError
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"the header of {path.name} is wrong at tensor {name}", hint=DOWNLOAD_AGAIN

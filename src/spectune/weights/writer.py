@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +26,8 @@ class StreamWriter:
 
     The header keeps a fixed size: it is written last, padded with spaces, so `metadata` may change until the
     file closes. The data goes to a temporary file beside the target, which takes the target's name on a clean
-    exit with all tensors written and disappears otherwise. `hash` is the weights hash, known after closing.
+    exit with all tensors written and disappears otherwise; only a finished file that cannot be renamed stays,
+    and the error names it. `hash` is the weights hash, known after closing.
     Raises InputError before any work if the target exists and `force` is not set, or the disk is too full.
     """
 
@@ -52,6 +53,7 @@ class StreamWriter:
         self._header_bytes = _aligned(len(self._header()) + reserve_bytes)
         self._data_bytes = sum(info.nbytes for info in order)
         check_target(self.path, self._header_bytes + self._data_bytes, force=force)
+        self._finished = False
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._file = self._partial.open("w+b")
 
@@ -60,6 +62,10 @@ class StreamWriter:
         """The weights hash of what was written."""
         assert self._hash is not None, "the hash is known when the file is closed"
         return self._hash
+
+    def differing(self, other: WeightsHasher) -> int:
+        """How many of the tensors are not, bit for bit, those of `other`."""
+        return self._hasher.differing(other)
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -110,13 +116,21 @@ class StreamWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._partial.replace(self.path)
+        self._finished = True
+        try:
+            self._partial.replace(self.path)
+        except OSError as error:
+            raise InputError(
+                f"cannot name the finished file {self.path}: {error.strerror}",
+                hint=f"nothing is lost: rename {self._partial} yourself",
+            ) from error
         self._hash = self._hasher.hexdigest()
 
     def abandon(self) -> None:
-        """Drop what was written; the target stays as it was."""
+        """Drop what was written unless it is whole; the target stays as it was."""
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        if not self._finished:
+            self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +189,12 @@ def check_target(path: Path, nbytes: int, *, force: bool) -> None:
         raise InputError(
             f"{path.name} needs {nbytes / 1e9:.2f} GB: {path.parent} has {free / 1e9:.2f} GB free"
         )
+
+
+def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError, even where overwriting is allowed, when the target is a file that is being read."""
+    if target.exists() and any(target.samefile(path) for path in inputs):
+        raise InputError(f"{target} is one of the files that are read", hint="pass -o for another name")
 
 
 def _begins(order: Sequence[TensorInfo]) -> Iterator[tuple[str, int]]:

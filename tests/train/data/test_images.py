@@ -57,6 +57,14 @@ def test_unusable_files_say_why(tmp_path: Path) -> None:
             open_image(tmp_path / name)
 
 
+def test_the_first_picture_of_a_camera_file_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (250, 0)]
+    frames[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "camera.jpg") as camera:
+        assert (camera.format, getattr(camera, "n_frames", 1)) == ("MPO", 2)
+    assert colour(tmp_path / "camera.jpg")[0] > 240
+
+
 def test_render_range_and_shape() -> None:
     image = Image.new("RGB", (6, 4), (0, 255, 0))
     pixels = render(image, place(Size(6, 4), Size(4, 4)))

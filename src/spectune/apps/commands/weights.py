@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from spectune.apps.arguments import parse_dtype
@@ -200,14 +201,17 @@ def rebuild(
             force=force,
             progress=report,
         )
+    for warning in result.warnings:
+        print_warning(warning)
     if as_json:
-        print_json(result)
+        print_json({**asdict(result), "identical": result.identical})
         return
     say(_written(result.path, started))
     say(
         f"{result.changed_tensors} of {result.tensors} tensors changed, "
         f"the rest is byte-identical to {base.name}"
     )
+    say(f"the model is {'bit-identical to' if result.identical else 'not bit-identical to'} its original")
 
 
 def export(

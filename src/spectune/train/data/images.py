@@ -26,7 +26,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            # MPO: a JPEG whose further frames are previews or the other eye's view; the first is the picture
+            if frames > 1 and image.format != "MPO":
                 raise UnusableImage(f"is animated ({frames} frames)")
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
