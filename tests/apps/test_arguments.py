@@ -51,7 +51,7 @@ def test_model_with_adapters():
     assert spec == ModelSpec(
         Path("a.safetensors"), (Weighted(Path("b.safetensors"), 0.8), Weighted(Path("c.safetensors"), 1.0))
     )
-    assert spec.label == "a + b + c"
+    assert spec.label == "a + b:0.8 + c"
     assert parse_model("plus+minus.safetensors") == ModelSpec(Path("plus+minus.safetensors"), ())
 
 
