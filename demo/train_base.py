@@ -298,7 +298,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for checkpoints and the finished file"
     )
     parser.add_argument("--vae-steps", type=int, default=3900)
-    parser.add_argument("--steps", type=int, default=4600, help="steps of the UNet and the text encoders")
+    parser.add_argument("--steps", type=int, default=14000, help="steps of the UNet and the text encoders")
     args = parser.parse_args()
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectune.weights.layout import hints_metadata
-from spectune.weights.reader import TensorInfo
+from spectune.weights.reader import MemorySource, TensorInfo, open_checkpoint
 from spectune.weights.writer import write_tensors
 from tests.layouts import TINY, Modules, build_modules
 
@@ -41,6 +41,14 @@ def tiny_checkpoint(tiny_modules: Modules, tmp_path_factory: pytest.TempPathFact
     }
     write_tensors(path, tensors, metadata=hints_metadata(TINY))
     return path
+
+
+@pytest.fixture(scope="session")
+def source(tiny_checkpoint: Path) -> MemorySource:
+    """The tiny SDXL in memory."""
+    with open_checkpoint(tiny_checkpoint) as checkpoint:
+        values = {name: checkpoint.load(name) for name in checkpoint.tensors}
+        return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,7 @@ from spectune.model.sdxl import build_model
 from spectune.model.text import tokenize
 from spectune.weights.adapter import LowRank
 from spectune.weights.catalogue import build_catalogue, layer_weight
-from spectune.weights.reader import MemorySource, open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def source(tiny_checkpoint):
-    with open_checkpoint(tiny_checkpoint) as checkpoint:
-        values = {name: checkpoint.load(name) for name in checkpoint.tensors}
-        return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
+from spectune.weights.reader import MemorySource
 
 
 @pytest.fixture(scope="module")

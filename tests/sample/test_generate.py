@@ -8,16 +8,9 @@ from spectune.errors import InputError
 from spectune.model.prediction import Ddpm, Flow
 from spectune.model.sdxl import build_model
 from spectune.sample.generate import Request, SampleSettings, generate, make_scheduler, sample_latents
-from spectune.weights.reader import MemorySource, open_checkpoint
+from spectune.weights.reader import MemorySource
 
 REQUESTS = [Request("a cat", 1), Request("a dog", 2), Request("a cat", 1)]
-
-
-@pytest.fixture(scope="module")
-def source(tiny_checkpoint):
-    with open_checkpoint(tiny_checkpoint) as checkpoint:
-        values = {name: checkpoint.load(name) for name in checkpoint.tensors}
-        return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
 
 
 @pytest.fixture(scope="module")
