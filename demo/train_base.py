@@ -34,7 +34,7 @@ from spectune.weights.provenance import Provenance, Role
 from spectune.weights.writer import write_tensors
 
 PIXELS = 64
-BATCH = 32  # of the denoiser
+BATCH = 64  # of the denoiser
 SDXL_SCALE = 0.13025  # the autoencoder is rescaled at the end so that SDXL's own factor holds
 
 _TEXT = {"layers": 3, "vocab": 49408, "context": 77}
@@ -298,7 +298,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for checkpoints and the finished file"
     )
     parser.add_argument("--vae-steps", type=int, default=3900)
-    parser.add_argument("--steps", type=int, default=14000, help="steps of the UNet and the text encoders")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoders")
     args = parser.parse_args()
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
