@@ -1,10 +1,14 @@
-"""How long split, verify and rebuild take beside copying the file, in one run.
+"""How long split, verify and rebuild take beside moving the bytes, and our factors beside those of others.
 
-    python dev.py bench split                      on the embedded base
-    python dev.py bench split model.safetensors    on a checkpoint of yours, at rank 64
+    python dev.py bench split                                  on the embedded base, in seconds
+    python dev.py bench split model.safetensors                on a checkpoint of yours, at rank 64
+    python dev.py bench split model.safetensors --peers        also LyCORIS, torch and PEFT, for minutes
 
-Each figure is the median of several runs taken in turn; the ratio is to a plain copy with fsync. Run it
-alone: other load on the machine slows an SVD several times, a copy hardly at all.
+`benchmarks/make_checkpoint.py` makes a full-size checkpoint to run it on. Every stage is timed several times
+in turn, each time into fresh files, and the medians are compared. "moving the bytes" reads the model and
+writes as many bytes as the two files of a split have, with fsync and no arithmetic. Peers are timed on one
+layer of every distinct shape, times the number of such layers. Run it alone: other load slows arithmetic
+several times.
 """
 
 from __future__ import annotations
@@ -13,40 +17,202 @@ import argparse
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
+from torch import Tensor
 
-from spectune.rebuild.files import rebuild_checkpoint, split_checkpoint, verify_files
+from spectune.factor.matrix import to_matrix
+from spectune.factor.svd import top_singular
+from spectune.rebuild.files import SplitReport, rebuild_checkpoint, split_checkpoint, verify_files
+from spectune.rebuild.ranks import FixedRank
+from spectune.weights.catalogue import Layer, build_catalogue, layer_weight
+from spectune.weights.reader import Checkpoint, open_checkpoint
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 CHUNK_BYTES = 1 << 24
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy by reading and writing, so that no file system can share blocks; fsync as the writer does."""
-    with source.open("rb") as read, target.open("wb") as written:
-        while chunk := read.read(CHUNK_BYTES):
-            written.write(chunk)
-        written.flush()
-        os.fsync(written.fileno())
+@dataclass
+class Timing:
+    """What was measured of one stage."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
-def stages(model: Path, folder: Path, rank: int) -> dict[str, Callable[[], object]]:
+def move(model: Path, folder: Path, sizes: list[int]) -> None:
+    """Read a file and write others of given sizes, with fsync; no file system can share the blocks."""
+    with model.open("rb") as read:
+        for index, size in enumerate(sizes):
+            with (folder / f"moved{index}").open("wb") as written:
+                while size > 0:
+                    chunk = read.read(min(CHUNK_BYTES, size))
+                    if not chunk:
+                        read.seek(0)
+                        continue
+                    written.write(chunk)
+                    size -= len(chunk)
+                written.flush()
+                os.fsync(written.fileno())
+
+
+def private_bytes() -> int:
+    """Memory of this process that is no page cache of a file."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+@contextmanager
+def watched(timing: Timing) -> Iterator[None]:
+    """Time what happens inside and watch its memory."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            timing.peak_bytes = max(timing.peak_bytes, private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    yield
+    timing.seconds.append(time.perf_counter() - started)
+    ended.set()
+    watcher.join()
+
+
+def stages(
+    model: Path, folder: Path, rank: int, dtype: torch.dtype | None
+) -> dict[str, Callable[[], object]]:
     """What is timed, in the order in which each stage finds its input."""
     principal = folder / f"{model.stem}.principal-r{rank}.safetensors"
     residual = folder / f"{model.stem}.residual.safetensors"
     return {
-        "copy with fsync": lambda: copy(model, folder / "copy"),
-        "split": lambda: split_checkpoint(model, folder, rank=rank, force=True),
-        "split, fp32 residual": lambda: split_checkpoint(
-            model, folder, rank=rank, residual_dtype=torch.float32, force=True
+        "split": lambda: split_checkpoint(
+            model, folder, ranks=FixedRank(rank), residual_dtype=dtype, method="auto"
         ),
         "verify": lambda: verify_files(model, residual, principal),
-        "rebuild": lambda: rebuild_checkpoint(principal, residual, folder / "whole.safetensors", force=True),
+        "rebuild": lambda: rebuild_checkpoint(principal, residual, folder / "whole.safetensors"),
     }
+
+
+def measure(
+    model: Path, rank: int, runs: int, dtype: torch.dtype | None
+) -> tuple[dict[str, Timing], SplitReport]:
+    timings: dict[str, Timing] = {}
+    report: SplitReport | None = None
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory(dir=model.parent) as name:
+            folder = Path(name)
+            for title, stage in stages(model, folder, rank, dtype).items():
+                with watched(timings.setdefault(title, Timing())):
+                    result = stage()
+                if isinstance(result, SplitReport):
+                    report = result
+            sizes = [path.stat().st_size for path in folder.glob(f"{model.stem}.*.safetensors")]
+        moving = timings.setdefault("moving the bytes", Timing())
+        with tempfile.TemporaryDirectory(dir=model.parent) as name, watched(moving):
+            move(model, Path(name), sizes)
+    assert report is not None
+    return timings, report
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A rank-r approximation: energy captured and how much more is left over than must be."""
+
+    seconds: float
+    energy: float
+    excess: float
+
+
+def lycoris(weight: Tensor, rank: int) -> Tensor:
+    from lycoris.utils import extract_conv, extract_linear
+
+    extract = extract_linear if weight.ndim == 2 else extract_conv
+    (down, up, _), _ = extract(weight, "fixed", rank, device="cpu")
+    return to_matrix(up) @ to_matrix(down)
+
+
+def thin(weight: Tensor, rank: int) -> Tensor:
+    matrix = to_matrix(weight)
+    u, s, vh = torch.linalg.svd(
+        matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T, full_matrices=False
+    )
+    product = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return product if matrix.shape[0] >= matrix.shape[1] else product.T
+
+
+def pissa_niter_16(weight: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.svd_lowrank(to_matrix(weight), q=rank, niter=16)
+    return (u * s) @ v.T
+
+
+def ours(weight: Tensor, rank: int) -> Tensor:
+    triplet = top_singular(to_matrix(weight), rank)
+    return (triplet.u * triplet.s) @ triplet.vh
+
+
+PEERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "spectune, this layer alone": ours,
+    "LyCORIS extract_linear, extract_conv": lycoris,
+    "torch.linalg.svd, thin, transposed where wide": thin,
+    "PEFT pissa_niter_16 (svd_lowrank q=r, niter=16)": pissa_niter_16,
+}
+
+
+def factored(method: Callable[[Tensor, int], Tensor], weight: Tensor, rank: int, runs: int) -> Factored:
+    seconds: list[float] = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        product = method(weight, rank)
+        seconds.append(time.perf_counter() - started)
+    matrix = to_matrix(weight).double()
+    energies = torch.linalg.eigvalsh(
+        matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    )
+    best, total = float(energies[:-rank].clamp(min=0).sum()) ** 0.5, float(energies.sum())
+    left = float((matrix - product.double()).norm())
+    return Factored(statistics.median(seconds), 1 - left**2 / total, left / best - 1)
+
+
+def one_of_each_shape(model: Checkpoint) -> list[tuple[Layer, int]]:
+    layers = list(build_catalogue(model))
+    counts = Counter(layer.shape for layer in layers)
+    firsts = {layer.shape: layer for layer in reversed(layers)}
+    return [(firsts[shape], count) for shape, count in sorted(counts.items())]
+
+
+def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
+    with open_checkpoint(path) as model:
+        shapes = one_of_each_shape(model)
+        print(f"\nfactors alone, one layer of each of {len(shapes)} shapes times their number, rank {rank}\n")
+        print(
+            "| method | seconds | of our whole split | energy | worst excess |\n"
+            "| --- | ---: | ---: | ---: | ---: |"
+        )
+        for title, method in PEERS.items():
+            found = [
+                (factored(method, layer_weight(model, layer).float(), rank, runs), n) for layer, n in shapes
+            ]
+            seconds = sum(one.seconds * count for one, count in found)
+            energy = sum(one.energy * count for one, count in found) / sum(count for _, count in found)
+            print(
+                f"| {title} | {seconds:.0f} | {seconds / split_seconds:.2f} | {energy:.2%} "
+                f"| {max(one.excess for one, _ in found):.1e} |",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -55,21 +221,31 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, nargs="?", default=EMBEDDED)
     parser.add_argument("--rank", type=int, help="16 for the embedded base, 64 for others if not given")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peer-runs", type=int, default=1)
+    parser.add_argument("--exact", action="store_true", help="with a float32 residual")
+    parser.add_argument("--peers", action="store_true", help="also time the SVDs of others")
     args = parser.parse_args()
     rank = args.rank or (16 if args.model == EMBEDDED else 64)
-    seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=args.model.parent) as name:
-        for _ in range(args.runs):
-            for title, stage in stages(args.model, Path(name), rank).items():
-                started = time.perf_counter()
-                stage()
-                seconds.setdefault(title, []).append(time.perf_counter() - started)
-    medians = {title: statistics.median(taken) for title, taken in seconds.items()}
-    print(f"{args.model.name}, rank {rank}, {torch.get_num_threads()} threads, median of {args.runs}\n")
-    print("| stage | seconds | of a copy |\n| --- | ---: | ---: |")
-    for title, median in medians.items():
-        print(f"| {title} | {median:.2f} | {median / medians['copy with fsync']:.1f} |")
+    dtype = torch.float32 if args.exact else None
+    timings, report = measure(args.model, rank, args.runs, dtype)
+    moved = timings["moving the bytes"].median
+    size = args.model.stat().st_size / 1e9
+    threads = torch.get_num_threads()
+    print(f"{args.model.name}, {size:.2f} GB, rank {rank}, {threads} threads, medians of {args.runs}\n")
+    print("| stage | seconds | of moving the bytes | peak private memory |\n| --- | ---: | ---: | ---: |")
+    for title, timing in timings.items():
+        print(
+            f"| {title} | {timing.median:.1f} | {timing.median / moved:.2f} "
+            f"| {timing.peak_bytes / 1e9:.2f} GB |"
+        )
+    print(
+        f"\n{len(report.layers)} layers, energy {report.energy:.2%}, "
+        f"estimated excess at most {report.excess:.1e}, "
+        f"{report.share:.4%} of the factored weights bit-equal, {report.exceptions} exceptions"
+    )
+    if args.peers:
+        print_peers(args.model, rank, timings["split"].median, args.peer_runs)
 
 
 if __name__ == "__main__":

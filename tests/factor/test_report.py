@@ -59,7 +59,7 @@ def test_relative_errors() -> None:
 
 def test_totals_weigh_layers_by_their_size() -> None:
     def layer(energy: float, norm: float) -> LayerReport:
-        return LayerReport("x", (2, 2), 1, 1, energy=energy, norm=norm, largest=1.0, smallest_kept=1.0)
+        return LayerReport("x", (2, 2), 1, energy=energy, norm=norm, largest=1.0, smallest_kept=1.0)
 
     assert total_energy([layer(1.0, 3.0), layer(0.0, 1.0)]) == pytest.approx(0.9)
     assert total_energy([]) == 1.0

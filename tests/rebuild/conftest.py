@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spectune.rebuild.files import SplitReport, split_checkpoint
+from spectune.rebuild.ranks import FixedRank
 
 TinySplit = Callable[[torch.dtype | None], SplitReport]
 
@@ -21,6 +22,6 @@ def tiny_split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     @cache
     def make(residual_dtype: torch.dtype | None) -> SplitReport:
         folder = tmp_path_factory.mktemp("split")
-        return split_checkpoint(tiny_checkpoint, folder, rank=4, residual_dtype=residual_dtype)
+        return split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), residual_dtype=residual_dtype)
 
     return make

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectune.rebuild.files import SplitReport, split_checkpoint
+from spectune.rebuild.ranks import FixedRank
 from spectune.weights.adapter import Adapter, Delta, TunedAdapter, open_adapter, save_tuned
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import Provenance
@@ -37,7 +38,7 @@ def recast(path: Path, out: Path, dtype: torch.dtype) -> Path:
 def split(
     base: Path, folder: Path, *, rank: int = 4, residual_dtype: torch.dtype | None = None
 ) -> SplitReport:
-    return split_checkpoint(base, folder, rank=rank, residual_dtype=residual_dtype)
+    return split_checkpoint(base, folder, ranks=FixedRank(rank), residual_dtype=residual_dtype)
 
 
 def open_principal(base: Path, path: Path) -> Adapter:

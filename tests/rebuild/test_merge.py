@@ -123,9 +123,9 @@ def test_only_floats_of_a_model_are_changed(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     values = {key: base.load(key) for key in base.tensors}
-    values[tensor] = values[tensor].to(torch.float8_e4m3fn)
+    values[tensor] = (values[tensor] > 0).to(torch.int8)
     source = MemorySource(values, base.metadata, "tiny.safetensors")
-    with pytest.raises(InputError, match=f"layer {name} of tiny.safetensors is stored in float8_e4m3fn"):
+    with pytest.raises(InputError, match=f"layer {name} of tiny.safetensors is stored in int8"):
         merged(source, [(lora(base, [name]), 1.0)])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectune.rebuild.files import export_adapter, split_checkpoint
 from spectune.rebuild.merge import merged, restored
+from spectune.rebuild.ranks import FixedRank
 from spectune.weights.catalogue import Kind, Layer, build_catalogue, layer_weight
 from spectune.weights.reader import WeightSource, open_checkpoint
 from tests.rebuild.conftest import TinySplit
@@ -76,7 +77,7 @@ def test_the_principal_file_means_the_same_to_them(
     tiny_checkpoint: Path, tmp_path: Path, store: torch.dtype
 ) -> None:
     report = split_checkpoint(
-        tiny_checkpoint, tmp_path, rank=4, conv_rank=3, store=store, residual_dtype=torch.float32
+        tiny_checkpoint, tmp_path, ranks=FixedRank(4, 3), store=store, residual_dtype=torch.float32
     )
     assert report.residual is not None
     principal = open_principal(tiny_checkpoint, report.principal)

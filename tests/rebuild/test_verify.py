@@ -48,7 +48,7 @@ def test_a_true_pair_holds_in_every_type(
     verified = verify_files(base, rest, report.principal, progress=lambda *step: steps.append(step))
     assert verified.problems == ()
     assert verified.ok
-    assert (verified.model_hash, verified.principal_hash) == (report.base_hash, report.principal_hash)
+    assert (verified.hashes.model, verified.hashes.principal) == (report.base_hash, report.principal_hash)
     if residual == torch.float32:
         assert verified.share > 0.9999 or model == torch.float32
         assert verified.exact or model != torch.float16
@@ -80,7 +80,7 @@ def test_a_factor_off_by_one_percent_is_found_and_named(
     assert numbers[0].endswith(layer)
     # the hash sees it too, and both are named
     assert report.principal_hash[:16] in verified.problems[0]
-    assert verified.principal_hash[:16] in verified.problems[0]
+    assert verified.hashes.principal[:16] in verified.problems[0]
 
 
 @pytest.mark.parametrize("dtype", RESIDUALS)

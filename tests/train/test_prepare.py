@@ -13,6 +13,7 @@ from spectune.model.inject import Injection
 from spectune.model.sdxl import Sdxl
 from spectune.model.text import tokenize
 from spectune.rebuild.files import SplitReport, split_checkpoint
+from spectune.rebuild.ranks import FixedRank
 from spectune.train.prepare import Prepared, prepare
 from spectune.train.recipe import ModelSection
 from spectune.weights.provenance import weights_hash
@@ -23,7 +24,7 @@ from spectune.weights.writer import write_tensors
 @pytest.fixture(scope="module")
 def split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> SplitReport:
     folder = tmp_path_factory.mktemp("split")
-    return split_checkpoint(tiny_checkpoint, folder, rank=4, residual_dtype=torch.float32)
+    return split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), residual_dtype=torch.float32)
 
 
 def prepared(base: Path, **keys: Any) -> Prepared:

@@ -213,12 +213,12 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    assert "is a folder without a *.safetensors.index.json" in message(tmp_path)
+    assert "is a folder without a *.safetensors.index.json or a model_index.json" in message(tmp_path)
     shards(tmp_path)
     (tmp_path / "n.safetensors.index.json").write_text("{}")
     assert "holds 2 sharded checkpoints" in message(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    assert "is a diffusers folder, which cannot be read yet" in message(tmp_path)
+    assert "has no unet/, and its model_index.json says no pipeline" in message(tmp_path)
 
 
 def test_memory_source() -> None:

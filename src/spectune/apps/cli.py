@@ -24,6 +24,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        help="default (LyCORIS preset=full), all, or names, parts, blocks and patterns, separated by commas: "
+        "'unet,!conv', 'te1.*', 'down.1'. May be given several times.",
+    ),
+]
+
 _DTYPES = "float16, bfloat16 or float32"
 
 
@@ -34,46 +43,89 @@ def example(command: str) -> str:
 
 @app.command(epilog=example("spectune inspect model.safetensors"))
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
+    model: Annotated[Path, typer.Argument(help="A checkpoint, diffusers folder or adapter.")],
+    spectrum: Annotated[
+        bool,
+        typer.Option("--spectrum", help="Also measure what ranks hold of each part and block (minutes)."),
+    ] = False,
+    layers: Layers = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="With --spectrum: every layer.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --spectrum: write a PNG plot.")] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """What a file is: parts, sizes, prediction type, factored layers and what a rank costs."""
+    if spectrum or plot is not None or per_layer:
+        from spectune.apps.commands.spectrum import inspect_spectrum
+
+        inspect_spectrum(
+            model, layers=layers or ["default"], plot=plot, as_json=json, per_layer=per_layer, force=force
+        )
+        return
     from spectune.apps.commands import weights
 
     weights.inspect(model, as_json=json)
+
+
+@app.command(epilog=example("spectune null model.safetensors -o model_null.safetensors"))
+def null(
+    model: Annotated[Path, typer.Argument(help="A single-file checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """The zero model of a checkpoint, for tools that extract from the difference of two models."""
+    from spectune.apps.commands import weights
+
+    weights.null(model, out, force=force, as_json=json)
 
 
 @app.command(epilog=example("spectune split model.safetensors --rank 64 -o split/"))
 def split(
     model: Annotated[Path, typer.Argument(help="The original checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the two files.")] = Path(),
-    rank: Annotated[int, typer.Option(min=1, help="Singular directions kept per layer.")] = 64,
-    conv_rank: Annotated[int | None, typer.Option(min=1, help="Another rank for 3x3 convolutions.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Singular directions kept per layer. Default: 64.")
+    ] = None,
+    conv_rank: Annotated[
+        int | None, typer.Option(min=1, help="Another rank for convolutions larger than 1x1.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of a rank: the share of each layer's energy to keep, 0.9.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Instead of a rank: the size of the principal's file, 600MB.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"Type of the stored factors: {_DTYPES}.")] = "float16",
     residual_dtype: Annotated[
         str | None,
-        typer.Option(help="Type of the residual; float32 makes the pair exact. Default: the model's own."),
+        typer.Option(
+            help="Type of the residual; float32 makes the pair exact, float64 for an fp32 model. "
+            "Default: the model's own."
+        ),
     ] = None,
     no_residual: Annotated[bool, typer.Option("--no-residual", help="Write the principal only.")] = False,
-    layers: Annotated[str, typer.Option(help="default (LyCORIS preset=full) or all.")] = "default",
+    layers: Layers = None,
     svd: Annotated[str, typer.Option(help="auto or exact.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to factor: auto, cpu, cuda or cuda:1.")] = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Split a checkpoint into its principal adapter and the residual model."""
+    from spectune.apps.arguments import parse_ranks
     from spectune.apps.commands import weights
 
     weights.split(
         model,
         out,
-        rank=rank,
-        conv_rank=conv_rank,
+        ranks=parse_ranks(rank, conv_rank, energy, budget),
         store=dtype,
         residual_dtype=residual_dtype,
         with_residual=not no_residual,
-        layers=layers,
+        layers=layers or ["default"],
         svd=svd,
+        device=device,
         force=force,
         dry_run=dry_run,
         as_json=json,
@@ -121,7 +173,14 @@ def rebuild(
         Path, typer.Argument(help="A tuned adapter or a LoRA; a principal with its residual as base.")
     ],
     base: Annotated[Path, typer.Option(help="The original checkpoint, or the residual.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="What to write: x.safetensors, x.safetensors.index.json (shards), or a diffusers folder.",
+        ),
+    ],
     strength: Annotated[float, typer.Option(help="How strongly the adapter counts.")] = 1.0,
     dtype: Annotated[
         str | None, typer.Option(help=f"Type of changed tensors: {_DTYPES}. Default: as they were.")

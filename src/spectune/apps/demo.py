@@ -19,6 +19,7 @@ from spectune.apps.commands.drawing import Overrule, draw
 from spectune.apps.console import err, heading, megabytes, progress, say, table
 from spectune.errors import InputError, SpectuneError
 from spectune.rebuild import files
+from spectune.rebuild.ranks import FixedRank
 from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr
 from spectune.sample.generate import SampleSettings
 from spectune.train.callbacks import ConsoleProgress, TrainReport
@@ -119,7 +120,12 @@ def run_demo(folder: Path, *, steps: int | None = None) -> DemoReport:
         say(f"   {source.base.name}, {megabytes(source.base.stat().st_size)}, sha256 {digest[:16]}...")
     with clock.stage(f"split it at rank {RANK} into principal and residual"), progress("split") as report:
         split = files.split_checkpoint(
-            source.base, folder, rank=RANK, residual_dtype=torch.float32, force=True, progress=report
+            source.base,
+            folder,
+            ranks=FixedRank(RANK),
+            residual_dtype=torch.float32,
+            force=True,
+            progress=report,
         )
     say(f"   {len(split.layers)} layers; the principal holds {split.energy:.1%} of their energy")
     assert split.residual is not None

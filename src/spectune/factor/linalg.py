@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 _linalg: Any = torch.linalg
+_PIECE = 1 << 18  # numbers
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,11 +30,61 @@ def eigenvectors(symmetric: Tensor) -> Tensor:
     return vectors
 
 
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n) ascending and eigenvectors (n, n) of a small matrix, in float64 on its device.
+
+    Computed on the CPU: a matrix of a few hundred rows is no work for a GPU, and not every one has float64.
+    """
+    small = symmetric.cpu().double()
+    values, vectors = cast("tuple[Tensor, Tensor]", _linalg.eigh((small + small.T) / 2))
+    if symmetric.device.type == "mps":
+        values, vectors = values.float(), vectors.float()
+    return values.to(symmetric.device), vectors.to(symmetric.device)
+
+
+def cholesky(symmetric: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a small matrix, in float64; None where it is not positive definite."""
+    lower, info = cast("tuple[Tensor, Tensor]", _linalg.cholesky_ex(symmetric.cpu().double()))
+    if int(info) or not bool(torch.isfinite(lower).all()):
+        return None
+    return (lower.float() if symmetric.device.type == "mps" else lower).to(symmetric.device)
+
+
+def solve_upper(matrix: Tensor, upper: Tensor) -> Tensor:
+    """matrix @ inverse(upper) for an upper triangular matrix."""
+    return cast("Tensor", _linalg.solve_triangular(upper, matrix, upper=True, left=False))
+
+
 def row_norms(matrix: Tensor) -> Tensor:
     """Euclidean norm of every row."""
     return cast("Tensor", _linalg.vector_norm(matrix, dim=1))
 
 
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest absolute value, one pass; NaN where there is one, 0 for an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor if tensor.dtype.itemsize >= 4 else tensor.float())
+    # max(NaN, x) depends on the order of its arguments, a sum does not
+    return float("nan") if bool(torch.isnan(low + high)) else max(-float(low), float(high))
+
+
+def column_norms(matrix: Tensor) -> Tensor:
+    """Euclidean norm of every column."""
+    return matrix.square().sum(0).sqrt()
+
+
 def norm(tensor: Tensor) -> float:
-    """Euclidean (Frobenius) norm of all numbers, summed in float64."""
-    return float(cast("Tensor", _linalg.vector_norm(tensor, dtype=torch.float64)))
+    """Euclidean (Frobenius) norm of all numbers; pieces are summed in float32, their sums in float64."""
+    return math.sqrt(sum(square_sum(piece) for piece in pieces(tensor.float())))
+
+
+def square_sum(tensor: Tensor) -> float:
+    """The sum of the squares of not too many numbers, in float32."""
+    flat = tensor.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """All numbers of a tensor in flat pieces that fit into a processor's cache."""
+    return torch.split(tensor.reshape(-1), _PIECE) if tensor.numel() else ()

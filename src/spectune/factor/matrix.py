@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from spectune.factor.scratch import converted, scratch
 from spectune.weights.adapter import Delta, LowRank
 
 
@@ -32,19 +35,50 @@ def weight_shape(low_rank: LowRank) -> tuple[int, ...]:
     return (low_rank.up.shape[0], *low_rank.down.shape[1:])
 
 
-def product(low_rank: LowRank) -> Tensor:
-    """scale * up @ down as a float32 weight of shape (out, in) or (out, in, kh, kw).
+# Numbers at a time (1 MiB of float32): what is computed of a tile is used while it is still in the cache.
+TILE_ROWS = 256
+TILE_COLUMNS = 1024
 
-    Splitting, rebuilding and verifying all call this one function: the residual is exact only if the
-    product that was subtracted is the product that is added.
+Tile = tuple[slice, slice]
+
+
+class Product:
+    """scale * up @ down of one layer, tile by tile, in float32.
+
+    Splitting, rebuilding and verifying all call this one product: the residual is exact only if what was
+    subtracted is what is added. It is summed in float64 and rounded once, so that it is the same number on
+    every machine whatever the order of the sum (but for ties of the rounding, one in a billion).
     """
-    # float32: fp16 products lose what the residual was made to carry, and bf16 more so
-    up = to_matrix(low_rank.up).float()  # (out, rank)
-    down = to_matrix(low_rank.down).float()  # (rank, in*kh*kw)
-    result = up @ down  # (out, in*kh*kw)
-    if low_rank.scale != 1.0:
-        result *= low_rank.scale
-    return from_matrix(result, weight_shape(low_rank))
+
+    def __init__(self, low_rank: LowRank) -> None:
+        self.shape = weight_shape(low_rank)
+        self._up = to_matrix(low_rank.up).cpu().double() * low_rank.scale  # (out, rank)
+        self._down = to_matrix(low_rank.down).cpu().double()  # (rank, in*kh*kw)
+
+    def tiles(self) -> Iterator[tuple[Tile, Tensor]]:
+        """Pieces of the matrix (out, in*kh*kw), each as its place and its numbers.
+
+        The numbers stand in scratch memory: they are good until the next piece is asked for.
+        """
+        rows, columns = self._up.shape[0], self._down.shape[1]
+        for left in range(0, columns, TILE_COLUMNS):
+            across = slice(left, min(left + TILE_COLUMNS, columns))
+            down = self._down[:, across].contiguous()
+            for top in range(0, rows, TILE_ROWS):
+                along = slice(top, min(top + TILE_ROWS, rows))
+                shape = (along.stop - top, across.stop - left)
+                exact = torch.mm(self._up[along], down, out=scratch("product", shape, torch.float64))
+                yield (along, across), converted("product", exact, torch.float32)
+
+
+def product(low_rank: LowRank) -> Tensor:
+    """scale * up @ down as a float32 weight of shape (out, in) or (out, in, kh, kw), on the CPU."""
+    whole = Product(low_rank)
+    result = torch.empty(whole.shape)
+    matrix = to_matrix(result)
+    for tile, numbers in whole.tiles():
+        matrix[tile] = numbers
+    return result
 
 
 def joined(delta: Delta) -> LowRank:

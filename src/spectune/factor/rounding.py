@@ -6,30 +6,46 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError
+from spectune.factor.linalg import largest_magnitude
 
-# Quantised types may have scales in other tensors; float64 would be computed in float32.
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Integer types hold no weights, and float64 would be computed in float32.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 STORE_WIDER = "store in bfloat16 or float32"
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_WIDER) -> Tensor:
-    """`exact` in `dtype`, rounded once to nearest; raises InputError for numbers beyond its range."""
-    result = exact.to(dtype)
+    """`exact` in `dtype`, rounded once to nearest; raises InputError for finite numbers beyond its range."""
     if dtype == exact.dtype:
-        return result
-    lost = torch.isfinite(exact) & ~torch.isfinite(result)
-    if lost.any():
-        raise InputError(
-            f"{name}: {int(lost.sum())} of {exact.numel()} numbers up to {float(exact.abs().max()):.3g} "
-            f"do not fit {dtype_name(dtype)}",
-            hint=hint,
-        )
+        return exact
+    result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
+    round_into(result, exact, name, hint=hint)
     return result
 
 
-def check_dtype(dtype: torch.dtype, name: str) -> None:
-    """Raise InputError when the numbers of a weight may need more than their type to be understood."""
-    if dtype not in WEIGHT_DTYPES:
+def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WIDER) -> None:
+    """Write `exact` into `result`, as `rounded` does."""
+    result.copy_(exact)
+    if result.dtype.itemsize >= exact.dtype.itemsize:
+        return
+    # most numbers are far from the end of the range; what rounds up beyond it is found by the slow look
+    if result.dtype == torch.bfloat16 or largest_magnitude(exact) <= 0.9 * torch.finfo(result.dtype).max:
+        return
+    lost = torch.isfinite(exact) & ~torch.isfinite(result.float())
+    if lost.any():
+        largest = float(exact[torch.isfinite(exact)].abs().max())
+        raise InputError(
+            f"{name}: {int(lost.sum())} of {exact.numel()} numbers up to {largest:.3g} "
+            f"do not fit {dtype_name(result.dtype)}",
+            hint=hint,
+        )
+
+
+def check_dtype(dtype: torch.dtype, name: str, *, residual: bool = False) -> None:
+    """Raise InputError when the numbers of a weight may need more than their type to be understood.
+
+    A residual may also be float64.
+    """
+    if dtype not in WEIGHT_DTYPES and not (residual and dtype == torch.float64):
         raise InputError(
             f"{name} is stored in {dtype_name(dtype)}: "
             f"expected one of {', '.join(dtype_name(known) for known in WEIGHT_DTYPES)}",
@@ -39,9 +55,10 @@ def check_dtype(dtype: torch.dtype, name: str) -> None:
 
 def check_finite(weight: Tensor, name: str, *, hint: str) -> None:
     """Raise InputError when a tensor holds NaN or infinity."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise InputError(f"{name}: {bad} of {weight.numel()} numbers are NaN or infinite", hint=hint)
+    if not weight.numel() or largest_magnitude(weight) < float("inf"):
+        return
+    bad = int((~torch.isfinite(weight.float())).sum())
+    raise InputError(f"{name}: {bad} of {weight.numel()} numbers are NaN or infinite", hint=hint)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from spectune.model.text import BOS_ID, EOS_ID, TokenIds
 from spectune.weights.layout import Layout, TextLayout, UNetLayout, VaeLayout, infer_layout
 from spectune.weights.names import ModuleName, Part, module_path, module_tensors
 from spectune.weights.provenance import Provenance, declared_prediction
+from spectune.weights.quantised import check_not_quantised
 from spectune.weights.reader import WeightSource
 
 
@@ -118,6 +119,7 @@ def build_model(
     `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
     Raises InputError when tensors are missing or have other shapes than the layout asks for.
     """
+    check_not_quantised(source)
     layout = infer_layout(source)
     with init_empty_weights(include_buffers=False):
         unet = new_unet(layout.unet)

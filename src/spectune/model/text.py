@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-BOS = "<|startoftext|>"
-EOS = "<|endoftext|>"
-BOS_ID = 49406
-EOS_ID = 49407
+from spectune.weights.clip_vocabulary import BOS_ID, EOS_ID, clip_vocabulary
+
+__all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "tokenize"]
 
 # OpenAI pads with the end token, OpenCLIP with id 0 ("!" before a word end).
 PAD_ID_TE1 = EOS_ID
@@ -34,14 +31,10 @@ class TokenIds:
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
     """The CLIP byte-pair tokenizer, built from the merges that the package carries."""
-    raw = files("spectune.model").joinpath("clip_merges.txt.gz").read_bytes()
-    lines = gzip.decompress(raw).decode("utf-8").splitlines()[1:]
-    merges = [(left, right) for left, right in (line.split() for line in lines if line)]
-    symbols = _byte_symbols()
-    words = symbols + [symbol + "</w>" for symbol in symbols]
-    words += [left + right for left, right in merges] + [BOS, EOS]
+    vocabulary = clip_vocabulary()
     # pairs, whatever its annotation says
-    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=cast("Any", merges))
+    merges = cast("Any", list(vocabulary.merges))
+    return CLIPTokenizer(vocab={word: n for n, word in enumerate(vocabulary.words)}, merges=merges)
 
 
 def tokenize(captions: Sequence[str], context: int = 77) -> TokenIds:
@@ -57,10 +50,3 @@ def tokenize(captions: Sequence[str], context: int = 77) -> TokenIds:
 
 def _padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> Tensor:
     return torch.tensor([[*row, *[pad] * (context - len(row))] for row in rows], dtype=torch.long)
-
-
-def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes, in vocabulary order (GPT-2's byte-level alphabet)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(rest))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.factor.rank import FixedRank, rank_of
 from spectune.factor.report import Agreement, LayerReport, total_energy, total_share
 from spectune.factor.rounding import check_dtype
 from spectune.factor.svd import Method
+from spectune.rebuild.exceptions import HEADER_BYTES, exceptions_name, to_bytes
 from spectune.rebuild.export import ExportedLayer, export_layer, exported_rank, total_error, tuned_principal
 from spectune.rebuild.merge import merged
 from spectune.rebuild.pairing import LAYER_COUNT_KEY, base_dtypes_metadata, check_base_hash
-from spectune.rebuild.splitting import SplitPlan, split_tensor
+from spectune.rebuild.pipeline import Progress, stream, tell
+from spectune.rebuild.ranks import FixedRank, RankRequest, choose_ranks
+from spectune.rebuild.splitting import SplitPlan, SplitTensor, split_tensor
 from spectune.rebuild.verify import VerifyReport, verify
 from spectune.weights.adapter import Adapter, AdapterWriter, TunedAdapter, open_adapter
 from spectune.weights.catalogue import Catalogue, build_catalogue
@@ -30,10 +32,20 @@ from spectune.weights.provenance import (
     declared_prediction,
     spectune_version,
 )
-from spectune.weights.reader import INDEX_SUFFIX, Checkpoint, TensorInfo, WeightSource, open_checkpoint
-from spectune.weights.writer import StreamWriter, refuse_inputs
+from spectune.weights.quantised import check_not_quantised
+from spectune.weights.reader import (
+    INDEX_SUFFIX,
+    MODEL_INDEX,
+    Checkpoint,
+    TensorInfo,
+    WeightSource,
+    open_checkpoint,
+)
+from spectune.weights.selection import select_layers
+from spectune.weights.targets import TensorWriter, open_writer
+from spectune.weights.together import Together
+from spectune.weights.writer import RESERVE_BYTES, StreamWriter, check_target, refuse_inputs
 
-Progress = Callable[[int, int, str], None]  # done, total, name of what is at hand
 ExportForm = Literal["lora", "principal"]
 
 _PLAIN_LORA = "leave out --form principal: a plain LoRA goes on the original model"
@@ -50,8 +62,10 @@ class SplitReport:
     residual: Path | None
     base_hash: str
     principal_hash: str
+    label: str  # what the ranks are, as in the file's name: r64
     layers: tuple[LayerReport, ...]
     agreements: Mapping[str, Agreement]  # by tensor, the factored ones; empty without a residual
+    exceptions: int = 0  # numbers that the residual's file keeps by themselves
 
     @property
     def energy(self) -> float:
@@ -68,12 +82,13 @@ class SplitReport:
         return all(agreement.exact for agreement in self.agreements.values())
 
     @property
-    def max_ulp(self) -> int:
-        return max((agreement.max_ulp for agreement in self.agreements.values()), default=0)
+    def excess(self) -> float:
+        """The largest estimated (norm of what is left / smallest possible) - 1 of a layer."""
+        return max((layer.excess for layer in self.layers), default=0.0)
 
     @property
     def capped(self) -> tuple[LayerReport, ...]:
-        """Layers smaller than the rank that was asked for."""
+        """Layers that are no larger than their rank, so that all of them is in the principal."""
         return tuple(layer for layer in self.layers if layer.capped)
 
 
@@ -113,9 +128,9 @@ class ExportReport:
         return max(self.layers, key=lambda layer: layer.error)
 
 
-def principal_name(stem: str, rank: int) -> str:
+def principal_name(stem: str, label: str) -> str:
     """The file name of a principal adapter: `base.principal-r64.safetensors`."""
-    return f"{stem}.principal-r{rank}.safetensors"
+    return f"{stem}.principal-{label}.safetensors"
 
 
 def residual_name(stem: str) -> str:
@@ -132,88 +147,120 @@ def split_checkpoint(
     model: Path,
     folder: Path,
     *,
-    rank: int = 64,
-    conv_rank: int | None = None,
+    ranks: RankRequest | None = None,
     store: torch.dtype = torch.float16,
     residual_dtype: torch.dtype | None = None,
     with_residual: bool = True,
-    all_layers: bool = False,
+    layers: Sequence[str] = ("default",),
     method: Method = "auto",
+    device: torch.device | str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> SplitReport:
     """Write the principal adapter of `model` and, unless told otherwise, its residual model into `folder`.
 
-    `residual_dtype` None keeps each tensor's own type; float32 makes the pair exact for fp16
-    models, but for rare numbers whose principal part is 0.5 or larger; the report counts them.
-    Progress counts tensors. Raises InputError when `model` is itself only a part of a model.
+    `ranks` is 64 for every layer if not given; `layers` are words and patterns that `select_layers` knows.
+    `residual_dtype` None keeps each tensor's own type (float16 for fp8); a wider one makes the pair exact.
+    Both files appear together when they are complete. Progress counts tensors. Raises InputError when `model`
+    is itself only a part of a model.
     """
-    plan = SplitPlan(FixedRank(rank, conv_rank), store, residual_dtype, method)
     with open_checkpoint(model) as base:
         _refuse_parts(base)
-        catalogue = build_catalogue(base, all_layers=all_layers)
-        for layer in catalogue:
+        check_not_quantised(base)
+        chosen = select_layers(build_catalogue(base, all_layers=True), layers)
+        for layer in chosen:
             check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")
+        rank_plan = choose_ranks(base, chosen, ranks or FixedRank(64), store=store, progress=progress)
+        plan = SplitPlan(rank_plan.ranks, store, residual_dtype, method, device)
+        catalogue = Catalogue(
+            tuple(layer for layer in chosen if plan.ranks.get(layer.name, 0)), build_catalogue(base).unet
+        )
         folder.mkdir(parents=True, exist_ok=True)
         stem = checkpoint_stem(model)
-        principal = folder / principal_name(stem, rank)
+        principal = folder / principal_name(stem, rank_plan.label)
         residual = folder / residual_name(stem) if with_residual else None
         origin = _origin(base)
-        with _residual_writer(residual, base, catalogue, plan, force=force) as residual_writer:
-            with AdapterWriter(
-                principal,
-                catalogue.layers,
-                {layer.name: rank_of(plan.rule, layer.shape) for layer in catalogue},
-                dtype=store,
-                provenance=replace(origin, role=Role.PRINCIPAL),
-                force=force,
-            ) as writer:
-                base_hash, reports, agreements = _split_all(
-                    base, catalogue, plan, writer, residual_writer, progress
-                )
-                origin = replace(origin, base_hash=base_hash)
-                writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
-            if residual_writer is not None:
-                made_from = replace(origin, role=Role.RESIDUAL, principal_hash=writer.hash)
-                residual_writer.metadata.update(made_from.to_metadata())
+        with Together(principal) as together:
+            # both at once: a pair that is half old and half new fits nobody
+            for path in filter(None, (principal, residual)):
+                check_target(path, 0, force=force)
+            with _residual_writer(residual, base, catalogue, plan, force=force) as residual_writer:
+                with AdapterWriter(
+                    principal,
+                    catalogue.layers,
+                    plan.ranks,
+                    dtype=store,
+                    provenance=replace(origin, role=Role.PRINCIPAL),
+                    force=force,
+                    hold=True,
+                ) as writer:
+                    together.hold(writer)
+                    passage = _Passage(base, catalogue, plan, writer, residual_writer, progress)
+                    passage.run()
+                    origin = replace(origin, base_hash=passage.hasher.hexdigest())
+                    writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
+                if residual_writer is not None:
+                    together.hold(residual_writer)
+                    made_from = replace(origin, role=Role.RESIDUAL, principal_hash=writer.hash)
+                    residual_writer.metadata.update(made_from.to_metadata())
+    assert origin.base_hash is not None
     return SplitReport(
         principal=principal,
         residual=residual,
-        base_hash=base_hash,
+        base_hash=origin.base_hash,
         principal_hash=writer.hash,
-        layers=tuple(reports),
-        agreements=agreements if with_residual else {},
+        label=rank_plan.label,
+        layers=tuple(passage.reports),
+        agreements=passage.agreements,
+        exceptions=passage.exceptions,
     )
 
 
-def _split_all(
-    base: WeightSource,
-    catalogue: Catalogue,
-    plan: SplitPlan,
-    writer: AdapterWriter,
-    residual_writer: StreamWriter | None,
-    progress: Progress | None,
-) -> tuple[str, list[LayerReport], dict[str, Agreement]]:
-    """Split tensor by tensor; the weights hash of the base, the reports, the agreements by tensor."""
-    hasher = WeightsHasher()
-    reports: list[LayerReport] = []
-    agreements: dict[str, Agreement] = {}
-    for done, name in enumerate(base.tensors):
-        _tell(progress, done, len(base.tensors), name)
-        tensor = base.load(name)
-        hasher.add(name, tensor)
-        layers = catalogue.by_tensor.get(name)
-        if layers is not None:
-            split = split_tensor(tensor, layers, plan)
-            for layer, low_rank in split.low_ranks:
-                writer.write(layer, low_rank)
-            reports += split.reports
-            agreements[name] = split.agreement
-            tensor = split.residual
-        if residual_writer is not None:
-            residual_writer.write(name, tensor)
-    _tell(progress, len(base.tensors), len(base.tensors), "")
-    return hasher.hexdigest(), reports, agreements
+class _Passage:
+    """All tensors of a checkpoint on their way into the files of the split."""
+
+    def __init__(
+        self,
+        base: WeightSource,
+        catalogue: Catalogue,
+        plan: SplitPlan,
+        writer: AdapterWriter,
+        residual_writer: StreamWriter | None,
+        progress: Progress | None,
+    ) -> None:
+        self.base, self.catalogue, self.plan = base, catalogue, plan
+        self.writer, self.residual_writer, self.progress = writer, residual_writer, progress
+        self.hasher = WeightsHasher()
+        self.reports: list[LayerReport] = []
+        self.agreements: dict[str, Agreement] = {}
+        self.exceptions = 0
+        self._done = 0
+
+    def run(self) -> None:
+        stream(list(self.base.tensors.values()), self._split, self._write, size=lambda info: info.nbytes)
+        tell(self.progress, self._done, self._done, "")
+
+    def _split(self, info: TensorInfo) -> SplitTensor:
+        tensor = self.base.load(info.name)
+        self.hasher.add(info.name, tensor)
+        layers = self.catalogue.by_tensor.get(info.name)
+        if layers is None:
+            return SplitTensor(tensor, (), (), None)
+        return split_tensor(tensor, layers, self.plan, with_residual=self.residual_writer is not None)
+
+    def _write(self, info: TensorInfo, split: SplitTensor) -> None:
+        for layer, low_rank in split.low_ranks:
+            self.writer.write(layer, low_rank)
+        self.reports += split.reports
+        if split.agreement is not None:
+            self.agreements[info.name] = split.agreement
+        if self.residual_writer is not None and split.residual is not None:
+            self.residual_writer.write(info.name, split.residual)
+            if split.exceptions:
+                self.residual_writer.append(exceptions_name(info.name), to_bytes(split.exceptions))
+                self.exceptions += sum(len(part) for _, part in split.exceptions)
+        tell(self.progress, self._done, len(self.base.tensors), info.name)
+        self._done += 1
 
 
 def _residual_writer(
@@ -222,13 +269,14 @@ def _residual_writer(
     if path is None:
         return nullcontext()
     infos = [
-        replace(info, dtype=plan.residual_dtype or info.dtype) if name in catalogue.by_tensor else info
+        replace(info, dtype=plan.residual_of(info.dtype)) if name in catalogue.by_tensor else info
         for name, info in base.tensors.items()
     ]
     other = {info.name: base.tensors[info.name].dtype for info in infos if info != base.tensors[info.name]}
     kept = {key: value for key, value in base.metadata.items() if key not in _STALE}
     metadata = {**kept, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
-    return StreamWriter(path, infos, metadata=metadata, force=force)
+    reserve = RESERVE_BYTES + HEADER_BYTES * len(other)
+    return StreamWriter(path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True)
 
 
 def rebuild_checkpoint(
@@ -251,19 +299,18 @@ def rebuild_checkpoint(
         open_adapter(adapter, build_catalogue(source, all_layers=True)) as opened,
     ):
         _refuse_inputs(out, source, opened)
+        check_not_quantised(source)
         hashed = _Hashed(source, WeightsHasher())
         model = merged(hashed, [(opened, strength)], dtype=dtype)
         base_role = Provenance.from_metadata(source.metadata).role
         metadata = {key: value for key, value in model.metadata.items() if key not in _STALE}
-        with StreamWriter(out, list(model.tensors.values()), metadata=metadata, force=force) as writer:
-            for done, name in enumerate(model.tensors):
-                _tell(progress, done, len(model.tensors), name)
-                writer.write(name, model.load(name))
+        infos = list(model.tensors.values())
+        with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:
+            write_all(model, writer, progress)
             base_hash = hashed.hasher.hexdigest()
             if base_role is not Role.RESIDUAL:
                 check_base_hash(base_hash, opened, source.label)
                 writer.metadata.update(Provenance(base_hash=base_hash, base_name=source.label).to_metadata())
-            _tell(progress, len(model.tensors), len(model.tensors), "")
     return RebuildReport(
         path=out,
         hash=writer.hash,
@@ -273,6 +320,26 @@ def rebuild_checkpoint(
         tensors=len(model.tensors),
         warnings=opened.warnings,
     )
+
+
+def template_of(base: Checkpoint) -> Path | None:
+    """The diffusers folder whose small files a new one takes over; None for a base of another kind."""
+    folder = base.path.parent if base.path.name == MODEL_INDEX else base.path
+    return folder if (folder / MODEL_INDEX).is_file() else None
+
+
+def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | None) -> None:
+    """Compute and write every tensor of a model."""
+    names, done = list(model.tensors), 0
+
+    def write(name: str, tensor: Tensor) -> None:
+        nonlocal done
+        writer.write(name, tensor)
+        tell(progress, done, len(names), name)
+        done += 1
+
+    stream(names, model.load, write, size=lambda name: model.tensors[name].nbytes)
+    tell(progress, done, len(names), "")
 
 
 @dataclass(frozen=True)
@@ -338,7 +405,7 @@ def export_adapter(
         reports: list[ExportedLayer] = []
         with AdapterWriter(out, layers, ranks, dtype=store, provenance=provenance, force=force) as writer:
             for done, layer in enumerate(layers):
-                _tell(progress, done, len(layers), layer.name)
+                tell(progress, done, len(layers), layer.name)
                 delta = opened.layers[layer.name]
                 if form == "lora":
                     exported = export_layer(delta, rank=rank, store=store, name=layer.name)
@@ -346,7 +413,7 @@ def export_adapter(
                     exported = tuned_principal(delta, store=store, name=layer.name)
                 writer.write(layer, exported.low_rank)
                 reports.append(exported.report)
-            _tell(progress, len(layers), len(layers), "")
+            tell(progress, len(layers), len(layers), "")
         return ExportReport(path=out, hash=writer.hash, layers=tuple(reports))
 
 
@@ -410,8 +477,3 @@ def _origin(base: Checkpoint) -> Provenance:
         principal_hash=None,
         prediction=declared_prediction(base),
     )
-
-
-def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
-    if progress is not None:
-        progress(done, total, name)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.factor.matrix import absolute, change, product
-from spectune.factor.rounding import check_dtype, check_finite, rounded
+from spectune.factor.matrix import Product, absolute, joined, product, to_matrix, weight_shape
+from spectune.factor.remainder import add_principal
+from spectune.factor.rounding import check_dtype, check_finite, largest_magnitude, rounded
+from spectune.rebuild.exceptions import is_exceptions, read_exceptions
 from spectune.rebuild.pairing import BASE_DTYPES_KEY, check_goes_on, check_residual_pair, read_base_dtypes
 from spectune.weights.adapter import Adapter, Delta, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
@@ -26,7 +28,7 @@ from spectune.weights.provenance import (
 from spectune.weights.reader import TensorInfo, WeightSource
 
 Strengths = Sequence[tuple[Adapter | TunedAdapter, float]]
-Change = Callable[[str], Tensor]  # layer name -> what is added to its weight, float32
+Change = Callable[[str], LowRank]  # layer name -> what is added to its weight
 
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
 _DIVERGED = "if the training diverged, rebuild an earlier step"
@@ -49,28 +51,85 @@ class Merged:
         """The merged tensor; raises InputError if a change is not finite, misfits or overflows the type."""
         stored = self.base.load(name)
         dtype = self.tensors[name].dtype
-        amounts = [(layer, self._amount(layer, of)) for layer, of in self.changes.get(name, ())]
-        amounts = [(layer, amount) for layer, amount in amounts if amount.any()]
-        if not amounts and dtype == stored.dtype:
-            return stored
+        changes = self.changes.get(name, ())
+        if not changes:
+            return stored if dtype == stored.dtype else self._rounded(stored.float(), dtype, name)
         result = stored.to(torch.float32, copy=True)
-        for layer, amount in amounts:
-            result[layer.row_slice] = add(result[layer.row_slice], amount)
-        return rounded(result, dtype, f"{name} of {self.label}", hint=_TOO_LARGE)
+        changed = [self._add(result[layer.row_slice], layer, of(layer.name)) for layer, of in changes]
+        if not any(changed) and dtype == stored.dtype:
+            return stored
+        return self._rounded(result, dtype, name)
 
-    def _amount(self, layer: Layer, of: Change) -> Tensor:
-        amount = of(layer.name)
-        if tuple(amount.shape) != layer.shape:
-            raise InputError(
-                f"layer {layer.name} of {self.base.label} has shape {layer.shape}, "
-                f"the adapter is made for {tuple(amount.shape)}",
-                hint="the adapter belongs to a model of another size",
-            )
-        check_finite(amount, f"the change of {layer.name}", hint=_DIVERGED)
-        return amount
+    def _add(self, weight: Tensor, layer: Layer, low_rank: LowRank) -> bool:
+        """Add a product to a weight in float32, in place; whether there was anything to add."""
+        check_fits(layer, low_rank, self.base.label)
+        matrix, changed = to_matrix(weight), False
+        for tile, amount in Product(low_rank).tiles():
+            largest = largest_magnitude(amount)
+            if largest == 0:
+                continue
+            if not largest < math.inf:
+                check_finite(product(low_rank), f"the change of {layer.name}", hint=_DIVERGED)
+            matrix[tile] = add(matrix[tile], amount)
+            changed = True
+        return changed
+
+    def _rounded(self, exact: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        return rounded(exact, dtype, f"{name} of {self.label}", hint=_TOO_LARGE)
 
 
-def merged(base: WeightSource, adapters: Strengths, *, dtype: torch.dtype | None = None) -> Merged:
+@dataclass(frozen=True)
+class Restored:
+    """A source whose tensors are residual + principal: the original, or what training made of it."""
+
+    residual: WeightSource
+    principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> what is added to which rows
+    untouched: bool  # the principal is the one that was taken out, so what it cannot give back is known
+    original: Mapping[str, torch.dtype]  # types of tensors that the residual stores in another one
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    label: str
+
+    def load(self, name: str) -> Tensor:
+        """The restored tensor; raises InputError if a factor is not finite, misfits or overflows the type."""
+        stored = self.residual.load(name)
+        principals = self.principals.get(name, ())
+        if not principals:
+            return stored
+        dtype = self.tensors[name].dtype
+        fused = any(layer.rows is not None for layer, _ in principals)
+        result = stored.to(dtype, copy=True) if fused else None
+        for layer, of in principals:
+            low_rank = of(layer.name)
+            check_fits(layer, low_rank, self.residual.label)
+            part = add_principal(stored[layer.row_slice], low_rank, dtype, name=f"{name} of {self.label}")
+            check_finite(part, f"the change of {layer.name}", hint=_DIVERGED)
+            if result is None:
+                result = part
+            else:
+                result[layer.row_slice] = part
+        assert result is not None
+        exceptions = (
+            read_exceptions(self.residual, name, self.original.get(name, stored.dtype))
+            if self.untouched
+            else None
+        )
+        if exceptions is not None:
+            result.view(-1)[exceptions.index] = exceptions.values.to(dtype)
+        return result
+
+
+def check_fits(layer: Layer, low_rank: LowRank, label: str) -> None:
+    """Raise InputError when factors stand for a weight of another shape than the layer's."""
+    if weight_shape(low_rank) != layer.shape:
+        raise InputError(
+            f"layer {layer.name} of {label} has shape {layer.shape}, "
+            f"the adapter is made for {weight_shape(low_rank)}",
+            hint="the adapter belongs to a model of another size",
+        )
+
+
+def merged(base: WeightSource, adapters: Strengths, *, dtype: torch.dtype | None = None) -> Merged | Restored:
     """The model W + strength * change for every adapter, tensor by tensor.
 
     Changed tensors have the base's type, or the one that a float32 residual records for the original, or
@@ -96,13 +155,25 @@ def merged(base: WeightSource, adapters: Strengths, *, dtype: torch.dtype | None
 
 def restored(
     residual: WeightSource, adapter: Adapter | TunedAdapter, *, dtype: torch.dtype | None = None
-) -> Merged:
+) -> Restored:
     """The model that `residual` and its principal, or a tuned form of that principal, make together.
 
     Raises PairingError naming both hashes when the two do not belong together.
     """
     check_residual_pair(residual, adapter)
-    return _merged(residual, [(adapter.layers, _whole(adapter))], [adapter], dtype)
+    principals = _by_tensor(residual, [(adapter.layers, _whole(adapter))])
+    original = read_base_dtypes(residual)
+    replaces = Provenance.from_metadata(adapter.metadata).principal_hash
+    infos = {name: info for name, info in residual.tensors.items() if not is_exceptions(name)}
+    return Restored(
+        residual=residual,
+        principals=principals,
+        untouched=isinstance(adapter, Adapter) and replaces is None,
+        original=original,
+        metadata=_model_metadata(residual, [adapter]),
+        tensors=_typed(infos, principals, original, dtype),
+        label=f"{residual.label} + {adapter.label}",
+    )
 
 
 def add(weight: Tensor, amount: Tensor) -> Tensor:
@@ -111,9 +182,10 @@ def add(weight: Tensor, amount: Tensor) -> Tensor:
 
 
 def _scaled(adapter: Adapter | TunedAdapter, strength: float) -> Change:
-    def of(name: str) -> Tensor:
-        amount = change(adapter.layers[name])
-        return amount if strength == 1.0 else amount * strength
+    def of(name: str) -> LowRank:
+        layer: LowRank | Delta = adapter.layers[name]
+        low_rank = joined(layer) if isinstance(layer, Delta) else layer
+        return replace(low_rank, alpha=low_rank.alpha * strength)
 
     return of
 
@@ -121,9 +193,9 @@ def _scaled(adapter: Adapter | TunedAdapter, strength: float) -> Change:
 def _whole(adapter: Adapter | TunedAdapter) -> Change:
     """What stands beside the residual: the principal, or the tuned factors themselves."""
 
-    def of(name: str) -> Tensor:
+    def of(name: str) -> LowRank:
         layer: LowRank | Delta = adapter.layers[name]
-        return product(absolute(layer) if isinstance(layer, Delta) else layer)
+        return absolute(layer) if isinstance(layer, Delta) else layer
 
     return of
 
@@ -134,8 +206,21 @@ def _merged(
     adapters: Sequence[Adapter | TunedAdapter],
     dtype: torch.dtype | None,
 ) -> Merged:
+    changes = _by_tensor(base, parts)
+    return Merged(
+        base=base,
+        changes=changes,
+        metadata=_model_metadata(base, adapters),
+        tensors=_typed(base.tensors, changes, {}, dtype),
+        label=" + ".join([base.label, *(adapter.label for adapter in adapters)]),
+    )
+
+
+def _by_tensor(
+    base: WeightSource, parts: Sequence[tuple[Mapping[str, LowRank] | Mapping[str, Delta], Change]]
+) -> dict[str, tuple[tuple[Layer, Change], ...]]:
+    """What is added to which rows of every tensor; raises InputError for layers that the base has not."""
     catalogue = build_catalogue(base, all_layers=True)
-    label = " + ".join([base.label, *(adapter.label for adapter in adapters)])
     changes: dict[str, tuple[tuple[Layer, Change], ...]] = {}
     for layers, of in parts:
         unknown = [name for name in layers if name not in catalogue.by_name]
@@ -146,15 +231,22 @@ def _merged(
             )
         for name in layers:
             layer = catalogue.by_name[name]
-            check_dtype(base.tensors[layer.tensor].dtype, f"layer {name} of {base.label}")
+            check_dtype(base.tensors[layer.tensor].dtype, f"layer {name} of {base.label}", residual=True)
             changes[layer.tensor] = (*changes.get(layer.tensor, ()), (layer, of))
-    original = read_base_dtypes(base)
-    tensors = {
-        name: replace(info, dtype=dtype or original.get(name, info.dtype)) if name in changes else info
-        for name, info in base.tensors.items()
+    return changes
+
+
+def _typed(
+    tensors: Mapping[str, TensorInfo],
+    changed: Mapping[str, object],
+    original: Mapping[str, torch.dtype],
+    dtype: torch.dtype | None,
+) -> dict[str, TensorInfo]:
+    """Changed tensors in `dtype`, else in the type that they had originally."""
+    return {
+        name: replace(info, dtype=dtype or original.get(name, info.dtype)) if name in changed else info
+        for name, info in tensors.items()
     }
-    metadata = _model_metadata(base, adapters)
-    return Merged(base=base, changes=changes, metadata=metadata, tensors=tensors, label=label)
 
 
 def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:

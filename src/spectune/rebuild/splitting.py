@@ -2,54 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spectune.factor.matrix import product
-from spectune.factor.rank import RankRule
-from spectune.factor.report import Agreement, LayerReport, compare
-from spectune.factor.split import residual, split_weight
+from spectune.factor.remainder import Exceptions, subtract_principal
+from spectune.factor.report import Agreement, LayerReport, total
+from spectune.factor.split import split_weight
 from spectune.factor.svd import Method
-from spectune.rebuild.merge import add
 from spectune.weights.adapter import LowRank
 from spectune.weights.catalogue import Layer
+
+# A residual needs digits that eight bits have not.
+_RESIDUAL_OF_NARROW = torch.float16
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The rank of each layer and the types on disk; residual_dtype None keeps the tensor's own."""
+    """The rank of each layer that is factored, and the types on disk."""
 
-    rule: RankRule
+    ranks: Mapping[str, int]  # by layer name; other layers stay whole in the residual
     store: torch.dtype
-    residual_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None  # None: the tensor's own, float16 for fp8
     method: Method = "auto"
+    device: torch.device | str = "cpu"  # where the singular vectors are computed
+
+    def residual_of(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of the residual of a tensor of type `dtype`."""
+        own = _RESIDUAL_OF_NARROW if dtype.itemsize == 1 else dtype
+        return self.residual_dtype or own
 
 
 @dataclass(frozen=True)
 class SplitTensor:
     """The parts of one tensor as they are stored, and how well they make it again."""
 
-    residual: Tensor
+    residual: Tensor | None
     low_ranks: tuple[tuple[Layer, LowRank], ...]
     reports: tuple[LayerReport, ...]
-    agreement: Agreement
+    agreement: Agreement | None
+    exceptions: tuple[tuple[int, Exceptions], ...] = ()  # with the place in the tensor where the layer begins
 
 
-def split_tensor(tensor: Tensor, layers: Sequence[Layer], plan: SplitPlan) -> SplitTensor:
+def split_tensor(
+    tensor: Tensor, layers: Sequence[Layer], plan: SplitPlan, *, with_residual: bool = True
+) -> SplitTensor:
     """Split every layer of a tensor by itself; the residual has the tensor's shape."""
-    left = tensor.to(plan.residual_dtype or tensor.dtype, copy=True)
-    rebuilt = tensor.to(torch.float32, copy=True)
-    low_ranks: list[tuple[Layer, LowRank]] = []
+    pairs: list[tuple[Layer, LowRank]] = []
     reports: list[LayerReport] = []
     for layer in layers:
-        rows = layer.row_slice
-        rank = plan.rule.wanted(layer.shape)
-        split = split_weight(tensor[rows], rank=rank, store=plan.store, method=plan.method, name=layer.name)
-        left[rows] = residual(tensor[rows], split.low_rank, left.dtype, name=layer.name)
-        rebuilt[rows] = add(left[rows].float(), product(split.low_rank))
-        low_ranks.append((layer, split.low_rank))
+        split = split_weight(
+            tensor[layer.row_slice],
+            rank=plan.ranks[layer.name],
+            store=plan.store,
+            method=plan.method,
+            device=plan.device,
+            name=layer.name,
+        )
+        pairs.append((layer, split.low_rank))
         reports.append(split.report)
-    return SplitTensor(left, tuple(low_ranks), tuple(reports), compare(rebuilt.to(tensor.dtype), tensor))
+    if not with_residual:
+        return SplitTensor(None, tuple(pairs), tuple(reports), None)
+    dtype = plan.residual_of(tensor.dtype)
+    # rows of a fused tensor that belong to no factored layer stay as they are
+    left = tensor.to(dtype, copy=True) if len(layers) > 1 or layers[0].rows is not None else None
+    agreements: list[Agreement] = []
+    exceptions: list[tuple[int, Exceptions]] = []
+    for layer, low_rank in pairs:
+        part = subtract_principal(tensor[layer.row_slice], low_rank, dtype, name=layer.name)
+        agreements.append(part.agreement)
+        if part.exceptions is not None:
+            start = 0 if layer.rows is None else layer.rows[0]
+            exceptions.append((start * math.prod(tensor.shape[1:]), part.exceptions))
+        if left is None:
+            left = part.residual
+        else:
+            left[layer.row_slice] = part.residual
+    return SplitTensor(left, tuple(pairs), tuple(reports), total(agreements), tuple(exceptions))

@@ -261,6 +261,7 @@ class AdapterWriter:
         metadata: Mapping[str, str] | None = None,
         reserve_bytes: int = RESERVE_BYTES,
         force: bool = False,
+        hold: bool = False,
     ) -> None:
         described = kohya_metadata(layers, ranks, provenance, title=Path(path).stem)
         self._writer = StreamWriter(
@@ -269,7 +270,12 @@ class AdapterWriter:
             metadata={**described, **provenance.to_metadata(), **(metadata or {})},
             reserve_bytes=reserve_bytes,
             force=force,
+            hold=hold,
         )
+
+    @property
+    def path(self) -> Path:
+        return self._writer.path
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -278,6 +284,14 @@ class AdapterWriter:
     @property
     def hash(self) -> str:
         return self._writer.hash
+
+    def commit(self) -> None:
+        """Give a held file its name."""
+        self._writer.commit()
+
+    def abandon(self) -> None:
+        """Drop a file that has not got its name."""
+        self._writer.abandon()
 
     def write(self, layer: Layer, low_rank: LowRank) -> None:
         for name, tensor in low_rank_tensors(layer.kohya, low_rank).items():

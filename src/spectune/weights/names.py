@@ -424,3 +424,8 @@ def _vae_module(name: str, path: str, *, squeeze: bool = False) -> Module:
     weight = TensorView(f"{VAE_ROOT}{name}.weight", squeeze=squeeze)
     bias = TensorView(f"{VAE_ROOT}{name}.bias")
     return Module(f"vae.{name}", path, "vae", Duty.WHOLE, (("weight", weight), ("bias", bias)))
+
+
+def state_views(layout: Layout, part: ModuleName, *, te1: str = TE1_ROOT) -> Mapping[str, TensorView]:
+    """The state dict of a part as views of single-file tensors, whatever a file holds; empty for no VAE."""
+    return _views(modules_of(layout, part, te1=te1))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -39,6 +39,7 @@ DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 INDEX_SUFFIX = ".index.json"
+MODEL_INDEX = "model_index.json"  # what makes a folder one of diffusers
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DOWNLOAD_AGAIN = "the file is damaged or not what its name says; download or copy it again"
 
@@ -81,6 +82,23 @@ class WeightSource(Protocol):
         ...
 
 
+class TensorFile(Protocol):
+    """What a checkpoint consists of: an open file, or several under other names."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class MemorySource:
     """Tensors that are already in memory, as a source."""
@@ -113,6 +131,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.paths = (path,)
         self._lock = threading.Lock()
         self._file = _open_binary(path)
         try:
@@ -142,11 +161,18 @@ class _SafetensorsFile:
 
 
 class Checkpoint:
-    """An open checkpoint of one or several safetensors files; a context manager."""
+    """An open checkpoint of one or several files; a context manager."""
 
-    def __init__(self, path: Path, files: list[_SafetensorsFile], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[TensorFile],
+        metadata: Mapping[str, str],
+        *,
+        label: str | None = None,
+    ) -> None:
         self.path = path
-        self.label = path.name
+        self.label = path.name if label is None else label
         self.metadata = metadata
         self._files = files
         self._home = {name: file for file in files for name in file.tensors}
@@ -157,8 +183,8 @@ class Checkpoint:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file that it is read from; with shards, their index too."""
-        return tuple(dict.fromkeys([self.path, *(file.path for file in self._files)]))
+        """Every file that it is read from; with shards their index too, of a diffusers folder itself too."""
+        return tuple(dict.fromkeys([self.path, *(path for file in self._files for path in file.paths)]))
 
     def close(self) -> None:
         for file in self._files:
@@ -176,20 +202,33 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a single `.safetensors` file, a `*.index.json` with its shards, or a folder that holds one.
 
+    A diffusers folder, or its `model_index.json`, is presented under the names of a single file.
     Raises InputError when the file is missing, damaged, incomplete or of another kind.
     """
     path = Path(path)
+    if path.name == MODEL_INDEX:
+        path = path.parent
     if path.is_dir():
-        return _open_sharded(_index_of_folder(path))
+        if (path / MODEL_INDEX).is_file():
+            # imported late: it is made of the parts of this file
+            from spectune.weights.folder_reader import open_folder
+
+            return open_folder(path)
+        return open_sharded(_index_of_folder(path))
     if path.name.endswith(INDEX_SUFFIX):
-        return _open_sharded(path)
+        return open_sharded(path)
+    return open_file(path)
+
+
+def open_file(path: Path, *, label: str | None = None) -> Checkpoint:
+    """Open one `.safetensors` file; messages call it `label`, by default its name."""
     if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path.name} is a pickle, which can run any program when it is opened; it is never unpickled",
             hint="look for the .safetensors form of the same model, or convert it in a sandbox",
         )
     file = _SafetensorsFile(path)
-    return Checkpoint(path, [file], file.metadata)
+    return Checkpoint(path, [file], file.metadata, label=label)
 
 
 def _open_binary(path: Path) -> BufferedReader:
@@ -202,11 +241,6 @@ def _open_binary(path: Path) -> BufferedReader:
 
 
 def _index_of_folder(folder: Path) -> Path:
-    if (folder / "model_index.json").is_file():
-        raise InputError(
-            f"{folder} is a diffusers folder, which cannot be read yet",
-            hint="pass the single-file .safetensors checkpoint of the model",
-        )
     indices = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
     if len(indices) == 1:
         return indices[0]
@@ -216,13 +250,14 @@ def _index_of_folder(folder: Path) -> Path:
             hint=f"pass one of the *{INDEX_SUFFIX} files itself",
         )
     raise InputError(
-        f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX}",
+        f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX} or a {MODEL_INDEX}",
         hint="pass the .safetensors file itself",
     )
 
 
-def _open_sharded(index: Path) -> Checkpoint:
-    weight_map = _read_index(index)
+def open_sharded(index: Path, *, label: str | None = None) -> Checkpoint:
+    """Open the shards that an index lists; all must lie beside it."""
+    weight_map = read_index(index)
     names = list(dict.fromkeys(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -241,10 +276,10 @@ def _open_sharded(index: Path) -> Checkpoint:
             file.close()
         raise
     metadata = {key: value for file in files for key, value in file.metadata.items()}
-    return Checkpoint(index, files, metadata)
+    return Checkpoint(index, files, metadata, label=label)
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
     with _open_binary(index) as file:
         raw = file.read()
     try:
@@ -299,6 +334,8 @@ def _guess(head: bytes) -> str:
         return ": it is the pointer that git leaves when git-lfs is not installed"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return ": it is a web page"
+    if head.startswith(b"GGUF"):
+        return ": it is a GGUF file, whose numbers are quantised"
     return ": it is a zip archive or a pickle" if head.startswith((b"PK\3\4", b"\x80")) else ""
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
@@ -19,6 +22,7 @@ from spectune.weights.reader import DTYPE_NAMES, TensorInfo
 
 RESERVE_BYTES = 16384  # room for metadata that is only known at the end (hashes)
 _CHUNK_BYTES = 1 << 22
+_PARTIAL = ".partial"
 
 
 class StreamWriter:
@@ -27,7 +31,8 @@ class StreamWriter:
     The header keeps a fixed size: it is written last, padded with spaces, so `metadata` may change until the
     file closes. The data goes to a temporary file beside the target, which takes the target's name on a clean
     exit with all tensors written and disappears otherwise; only a finished file that cannot be renamed stays,
-    and the error names it. `hash` is the weights hash, known after closing.
+    and the error names it. With `hold` the finished file waits under its temporary name for `commit`.
+    `hash` is the weights hash, known after closing.
     Raises InputError before any work if the target exists and `force` is not set, or the disk is too full.
     """
 
@@ -39,8 +44,10 @@ class StreamWriter:
         metadata: Mapping[str, str] | None = None,
         reserve_bytes: int = RESERVE_BYTES,
         force: bool = False,
+        hold: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._hold = hold
         self.metadata: dict[str, str] = dict(metadata or {})
         # widest types first, as the safetensors library does: every tensor is aligned without gaps
         order = sorted(infos, key=lambda info: -info.dtype.itemsize)
@@ -53,8 +60,10 @@ class StreamWriter:
         self._header_bytes = _aligned(len(self._header()) + reserve_bytes)
         self._data_bytes = sum(info.nbytes for info in order)
         check_target(self.path, self._header_bytes + self._data_bytes, force=force)
-        self._finished = False
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._keep = False
+        self._end = self._data_bytes
+        remove_leftovers(self.path)
+        self._partial = partial_path(self.path)
         self._file = self._partial.open("w+b")
 
     @property
@@ -85,6 +94,15 @@ class StreamWriter:
         self._file.write(tensor_bytes(tensor))
         self._waiting.remove(name)
 
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that was not announced, after all that were; the reserve has room for its entry."""
+        assert name not in self._infos, f"{name} is announced already"
+        self._infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape))
+        self._begin[name] = self._end
+        self._end += self._infos[name].nbytes
+        self._waiting.add(name)
+        self.write(name, tensor)
+
     def payload_sha256(self) -> str:
         """sha256 of the bytes after the header, as model databases index adapters; all tensors written."""
         assert not self._waiting
@@ -101,7 +119,7 @@ class StreamWriter:
         return hashlib.sha256(self._file.read(0x10000)).hexdigest()
 
     def close(self) -> None:
-        """Finish the file and give it its name."""
+        """Finish the file and, unless it is held, give it its name."""
         if self._waiting:
             missing = sorted(self._waiting)
             raise AssertionError(
@@ -116,20 +134,25 @@ class StreamWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._finished = True
+        self._hash = self._hasher.hexdigest()
+        if not self._hold:
+            self.commit()
+
+    def commit(self) -> None:
+        """Give the finished file its name."""
         try:
             self._partial.replace(self.path)
         except OSError as error:
+            self._keep = True
             raise InputError(
                 f"cannot name the finished file {self.path}: {error.strerror}",
                 hint=f"nothing is lost: rename {self._partial} yourself",
             ) from error
-        self._hash = self._hasher.hexdigest()
 
     def abandon(self) -> None:
-        """Drop what was written unless it is whole; the target stays as it was."""
+        """Drop what has not got its name; the target stays as it was."""
         self._file.close()
-        if not self._finished:
+        if not self._keep:
             self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -191,10 +214,38 @@ def check_target(path: Path, nbytes: int, *, force: bool) -> None:
         )
 
 
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file that this process writes."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}{_PARTIAL}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` that processes of this machine left when they were killed."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}-(\d+){re.escape(_PARTIAL)}")
+    for leftover in path.parent.glob(f".*{_PARTIAL}"):
+        match = pattern.fullmatch(leftover.name)
+        if match is None or psutil.pid_exists(int(match[1])):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """The name of this machine as a part of a file name: a folder may be shared by several."""
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "local"
+
+
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
     """Raise InputError, even where overwriting is allowed, when the target is a file that is being read."""
-    if target.exists() and any(target.samefile(path) for path in inputs):
-        raise InputError(f"{target} is one of the files that are read", hint="pass -o for another name")
+    for path in inputs if target.exists() else ():
+        inside = target.is_dir() and path.resolve().is_relative_to(target.resolve())
+        if inside or target.samefile(path):
+            raise InputError(
+                f"{target} is {'the folder of ' if inside else ''}one of the files that are read",
+                hint="pass -o for another name",
+            )
 
 
 def _begins(order: Sequence[TensorInfo]) -> Iterator[tuple[str, int]]:

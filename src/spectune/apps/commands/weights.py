@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from spectune.apps.arguments import parse_dtype
+import torch
+
+from spectune.apps.arguments import parse_device, parse_dtype, parse_residual_dtype
 from spectune.apps.console import megabytes, print_json, print_warning, progress, say, table
 from spectune.errors import InputError
-from spectune.factor.rank import FixedRank, rank_of
 from spectune.rebuild import files
+from spectune.rebuild.ranks import RankRequest, choose_ranks
 from spectune.weights import describe
 from spectune.weights.catalogue import build_catalogue
+from spectune.weights.coverage import adapter_coverage, coverage_rows
+from spectune.weights.coverage_checkpoint import checkpoint_coverage
+from spectune.weights.null import write_null
 from spectune.weights.reader import open_checkpoint
+from spectune.weights.selection import select_layers
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
@@ -75,81 +83,110 @@ def split(
     model: Path,
     folder: Path,
     *,
-    rank: int,
-    conv_rank: int | None,
+    ranks: RankRequest,
     store: str,
     residual_dtype: str | None,
     with_residual: bool,
-    layers: str,
+    layers: Sequence[str],
     svd: str,
+    device: str,
     force: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    if layers not in ("default", "all"):
-        raise InputError(f"unknown layer set {layers!r}", hint="default or all")
-    if svd not in ("auto", "exact", "gram"):
+    if svd not in ("auto", "exact", "gram", "sketch"):
         raise InputError(f"unknown SVD method {svd!r}", hint="auto or exact")
     stored = parse_dtype(store)
-    kept = None if residual_dtype is None else parse_dtype(residual_dtype)
+    kept = None if residual_dtype is None else parse_residual_dtype(residual_dtype)
     if dry_run:
-        _plan_split(model, folder, FixedRank(rank, conv_rank), layers == "all", with_residual=with_residual)
+        _plan_split(model, folder, ranks, layers, stored, with_residual=with_residual)
         return
     started = time.perf_counter()
     with progress("split") as report:
         result = files.split_checkpoint(
             model,
             folder,
-            rank=rank,
-            conv_rank=conv_rank,
+            ranks=ranks,
             store=stored,
             residual_dtype=kept,
             with_residual=with_residual,
-            all_layers=layers == "all",
+            layers=layers,
             method=svd,
+            device=parse_device(device),
             force=force,
             progress=report,
         )
     if as_json:
-        print_json(
-            {
-                "principal": result.principal,
-                "residual": result.residual,
-                "base_hash": result.base_hash,
-                "principal_hash": result.principal_hash,
-                "layers": len(result.layers),
-                "energy": result.energy,
-                "bit_equal_share": result.share if result.residual else None,
-                "max_ulp": result.max_ulp if result.residual else None,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        return
+        print_json({**_split_record(result), "seconds": time.perf_counter() - started})
+    else:
+        _print_split(result)
+        say(f"           {time.perf_counter() - started:.1f} s")
+
+
+def _split_record(result: files.SplitReport) -> dict[str, object]:
+    return {
+        "principal": result.principal,
+        "residual": result.residual,
+        "base_hash": result.base_hash,
+        "principal_hash": result.principal_hash,
+        "ranks": result.label,
+        "layers": len(result.layers),
+        "energy": result.energy,
+        "excess": result.excess,
+        "methods": Counter(layer.method for layer in result.layers),
+        "bit_equal_share": result.share if result.residual else None,
+        "exceptions": result.exceptions,
+    }
+
+
+def _print_split(result: files.SplitReport) -> None:
     say(f"principal  {result.principal}  ({megabytes(result.principal.stat().st_size)})")
-    say(f"           {len(result.layers)} layers hold {result.energy:.1%} of the energy of their weights")
-    if result.capped:
-        say(f"           {len(result.capped)} layers are smaller than rank {rank} and kept their full rank")
-    if result.residual is not None:
-        say(f"residual   {result.residual}  ({megabytes(result.residual.stat().st_size)})")
-        if result.exact:
-            say("           together they give every weight back bit for bit")
-        else:
-            say(
-                f"           together they give {result.share:.2%} of the factored weights back bit for bit, "
-                f"the rest within {result.max_ulp} ulp (--residual-dtype float32 is exact)"
-            )
-    say(f"           {time.perf_counter() - started:.1f} s")
-
-
-def _plan_split(model: Path, folder: Path, rule: FixedRank, all_layers: bool, *, with_residual: bool) -> None:
-    with open_checkpoint(model) as source:
-        catalogue = build_catalogue(source, all_layers=all_layers)
-    numbers = sum(
-        rank_of(rule, layer.shape) * (layer.in_features + layer.out_features) for layer in catalogue.layers
+    ranks = sorted(layer.rank for layer in result.layers)
+    spread = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    say(
+        f"           {len(result.layers)} layers of rank {spread} hold {result.energy:.1%} of the energy of "
+        "their weights"
     )
+    if result.excess:
+        say(
+            f"           the rest is at most {result.excess:.3%} larger than the best factors of these ranks "
+            "would leave it (estimated)"
+        )
+    if result.capped:
+        say(f"           {len(result.capped)} layers are smaller than their rank and kept their full rank")
+    if result.residual is None:
+        return
+    say(f"residual   {result.residual}  ({megabytes(result.residual.stat().st_size)})")
+    if result.exact:
+        kept = f", {result.exceptions:,} of them by a list of exceptions" if result.exceptions else ""
+        say(f"           together they give every weight back bit for bit{kept}")
+    else:
+        say(
+            f"           together they give {result.share:.2%} of the factored weights back bit for bit, the "
+            "rest but for one rounding (--residual-dtype float32 is exact, float64 for an fp32 model)"
+        )
+
+
+def _plan_split(
+    model: Path,
+    folder: Path,
+    request: RankRequest,
+    layers: Sequence[str],
+    store: torch.dtype,
+    *,
+    with_residual: bool,
+) -> None:
+    with open_checkpoint(model) as source, progress("spectra") as report:
+        chosen = select_layers(build_catalogue(source, all_layers=True), layers)
+        plan = choose_ranks(source, chosen, request, store=store, progress=report)
     stem = files.checkpoint_stem(model)
-    say(f"would factor {len(catalogue.layers)} layers of {model}")
-    say(f"would write  {folder / files.principal_name(stem, rule.rank)}  ({numbers:,} parameters)")
+    say(f"would factor {len(plan.ranks)} layers of {model}")
+    if plan.left_out:
+        say(f"             {len(plan.left_out)} more stay whole in the residual")
+    if plan.energy is not None:
+        say(f"             they hold {plan.energy:.1%} of the energy")
+    name = files.principal_name(stem, plan.label)
+    say(f"would write  {folder / name}  ({plan.parameters:,} parameters, {megabytes(plan.nbytes)})")
     if with_residual:
         say(f"would write  {folder / files.residual_name(stem)}")
 
@@ -158,6 +195,7 @@ def verify(model: Path, residual: Path, principal: Path, *, as_json: bool) -> bo
     started = time.perf_counter()
     with progress("verify") as report:
         result = files.verify_files(model, residual, principal, progress=report)
+    coverage = _coverage(principal, residual, model)
     if as_json:
         print_json(
             {
@@ -167,10 +205,18 @@ def verify(model: Path, residual: Path, principal: Path, *, as_json: bool) -> bo
                 "exact_tensors": result.exact_tensors,
                 "bit_equal_share": result.share,
                 "max_ulp": result.max_ulp,
-                "model_hash": result.model_hash,
-                "principal_hash": result.principal_hash,
+                "relative_error": result.relative_error,
+                "model_hash": result.hashes.model,
+                "rebuilt_hash": result.hashes.rebuilt,
+                "principal_hash": result.hashes.principal,
                 "problems": result.problems,
                 "wrong_layers": result.wrong_layers,
+                "inexact": {
+                    record.name: asdict(record.agreement) | {"share": record.agreement.share}
+                    for record in result.records
+                    if not record.agreement.exact
+                },
+                "programs": coverage,
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -179,12 +225,48 @@ def verify(model: Path, residual: Path, principal: Path, *, as_json: bool) -> bo
         f"{result.exact_tensors} of {len(result.records)} tensors are bit-identical "
         f"({result.share:.4%} of the weights)"
     )
-    if not result.exact and result.ok:
-        say(f"largest difference {result.max_ulp} ulp: what one rounding of the residual explains")
+    say(f"weights of the model   sha256 {result.hashes.model}")
+    say(f"weights put together   sha256 {result.hashes.rebuilt}")
+    if not result.exact:
+        worst = sorted(result.records, key=lambda record: record.agreement.share)[:5]
+        rows = [
+            (
+                r.name,
+                f"{r.agreement.share:.2%}",
+                f"{r.agreement.max_ulp}",
+                f"{r.agreement.relative_error:.1e}",
+            )
+            for r in worst
+        ]
+        table("the least exact tensors", ("tensor", "bit-equal", "largest ulp", "relative error"), rows)
+    for title, rows in coverage.items():
+        table(f"who loads {title}", ("program", "loads", "ignores", "note"), rows, left=4)
     for problem in result.problems:
         print_warning(problem)
     say("the pair holds" if result.ok else "the pair does NOT hold")
     return result.ok
+
+
+def _coverage(principal: Path, residual: Path, model: Path) -> dict[str, list[tuple[str, ...]]]:
+    """For each file of the pair, what other programs load from it and what they ignore."""
+    with open_checkpoint(model) as source:
+        catalogue = build_catalogue(source, all_layers=True)
+    with open_checkpoint(principal) as adapter, open_checkpoint(residual) as rest:
+        return {
+            principal.name: [tuple(row) for row in coverage_rows(adapter_coverage(adapter, catalogue))],
+            residual.name: [tuple(row) for row in coverage_rows(checkpoint_coverage(rest))],
+        }
+
+
+def null(model: Path, out: Path, *, force: bool, as_json: bool) -> None:
+    started = time.perf_counter()
+    result = write_null(model, out, force=force)
+    if as_json:
+        print_json(result)
+        return
+    say(_written(result.path, started))
+    kept = f", all but {', '.join(result.kept)}" if result.kept else ""
+    say(f"{result.tensors} tensors at the places of {model.name} are zero{kept}")
 
 
 def rebuild(
@@ -258,4 +340,6 @@ def export(
 
 
 def _written(path: Path, started: float) -> str:
-    return f"wrote {path}  ({megabytes(path.stat().st_size)}, {time.perf_counter() - started:.1f} s)"
+    parts = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = megabytes(sum(part.stat().st_size for part in parts))
+    return f"wrote {path}  ({size}, {time.perf_counter() - started:.1f} s)"

@@ -1,0 +1,37 @@
+"""Sizes of files in words: `600MB` is 600,000,000 bytes, `600MiB` is 629,145,600."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from spectune.errors import InputError, did_you_mean
+
+# Largest first; of two that fit, the decimal one is meant.
+UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10, "B": 1}
+_WRITE = "write it like 600MB or 1.5GB; MB is 1,000,000 bytes, MiB 1,048,576"
+
+
+def parse_bytes(word: str) -> int:
+    """The bytes that a size such as `600MB`, `1.5 GB` or `512MiB` means; a bare number is bytes.
+
+    Raises InputError for anything else, and for sizes that are no whole number of bytes.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", word)
+    if match is None:
+        raise InputError(f"unreadable size {word!r}", hint=_WRITE)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    unit = match[2].lower() or "b"
+    if unit not in units:
+        raise InputError(f"unknown unit {match[2]!r} in {word!r}{did_you_mean(match[2], UNITS)}", hint=_WRITE)
+    # Decimal: 0.7 GB is not a whole number of bytes in binary floats
+    nbytes = Decimal(match[1]) * units[unit]
+    if nbytes != int(nbytes):
+        raise InputError(f"{word!r} is {nbytes} bytes: expected a whole number", hint=_WRITE)
+    return int(nbytes)
+
+
+def format_bytes(nbytes: int) -> str:
+    """The inverse of `parse_bytes`, in the largest unit of which it is a whole number; fit for file names."""
+    unit = next(unit for unit, size in UNITS.items() if nbytes % size == 0 and nbytes >= size)
+    return f"{nbytes // UNITS[unit]}{unit}"
