@@ -31,6 +31,7 @@ from torch import Tensor
 
 from spectune.factor.matrix import to_matrix
 from spectune.factor.svd import top_singular
+from spectune.huge_pages import use_huge_pages
 from spectune.rebuild.files import SplitReport, rebuild_checkpoint, split_checkpoint, verify_files
 from spectune.rebuild.ranks import FixedRank
 from spectune.weights.catalogue import Layer, build_catalogue, layer_weight
@@ -216,6 +217,7 @@ def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
 
 
 def main() -> None:
+    use_huge_pages()  # as the commands do
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,6 +10,7 @@ import typer
 
 from spectune.apps.console import print_error
 from spectune.errors import SpectuneError
+from spectune.huge_pages import use_huge_pages
 
 app = typer.Typer(
     name="spectune",
@@ -362,6 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """The exit code of a command line."""
+    use_huge_pages()
     try:
         app(args=arguments, prog_name="spectune")
     except SpectuneError as error:

@@ -6,15 +6,18 @@ from the product to the last comparison.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spectune.factor.linalg import square_sum
 from spectune.factor.matrix import Product, Tile, to_matrix
 from spectune.factor.report import Agreement, Tally, bit_pattern
-from spectune.factor.rounding import round_into
+from spectune.factor.rounding import check_finite, round_into
 from spectune.factor.scratch import converted
+from spectune.factor.spectrum import DAMAGED
 from spectune.weights.adapter import LowRank
 
 # Between 0 and half of the smallest number of a type, so that it rounds to -0; as far from either end as
@@ -94,13 +97,17 @@ def add_principal(
     *,
     exceptions: Exceptions | None = None,
     name: str,
+    hint: str = DAMAGED,
 ) -> Tensor:
-    """The inverse: the weight in its own `dtype`."""
+    """The inverse: the weight in its own `dtype`; raises InputError with `hint` for NaN and infinity."""
     weight = torch.empty(residual.shape, dtype=dtype)
     matrix, left = to_matrix(weight), to_matrix(residual)
     for tile, principal in Product(low_rank).tiles():
         wide = converted("residual", left[tile], working_dtype(residual.dtype))
-        round_into(matrix[tile], wide.add_(principal), name)
+        wide.add_(principal)
+        if not math.isfinite(square_sum(wide)):  # also where only the squares overflow
+            check_finite(wide, name, hint=hint)
+        round_into(matrix[tile], wide, name)
     if exceptions is not None:
         weight.view(-1)[exceptions.index] = exceptions.values
     return weight

@@ -16,7 +16,7 @@ from torch import Tensor
 from spectune.factor.linalg import cholesky, eigh, solve_upper, thin_qr
 
 ROUNDS = 6
-OVERSAMPLING = 0.5  # directions beyond the rank, as a share of it
+OVERSAMPLING = 0.75  # directions beyond the rank, as a share of it
 MIN_OVERSAMPLING = 16
 MAX_DEGREE = 3
 # The filter may grow the first direction this much over the last before they no longer fit into float32.

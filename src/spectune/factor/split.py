@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +42,17 @@ def split_weight(
     weights, for NaN or infinite numbers, and when `store` cannot hold a factor.
     """
     check_dtype(weight.dtype, name)
-    check_finite(weight, name, hint=DAMAGED)
     shape = tuple(weight.shape)
     true_rank = min(rank, full_rank(shape))
     matrix = to_matrix(weight).to(device).float()  # (out, in*kh*kw)
+    size = norm(matrix)
+    if not math.isfinite(size):  # one pass in float32 instead of a second one through the stored type
+        check_finite(weight, name, hint=DAMAGED)
     triplet = top_singular(matrix, true_rank, method)
     # sqrt on both sides: balanced factors have balanced gradients, and both stay inside fp16's range
     root = triplet.s.sqrt()
     up, down = to_factors((triplet.u * root).cpu(), (triplet.vh * root[:, None]).cpu(), shape)
     low_rank = LowRank(down=rounded(down, store, name), up=rounded(up, store, name), alpha=float(true_rank))
-    size = norm(matrix)
     kept = float(triplet.s.cpu().double().square().sum())
     report = LayerReport(
         name=name,

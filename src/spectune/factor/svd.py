@@ -20,7 +20,7 @@ SMALL_SIDE = 128
 # Up to this side the eigenproblem is solved in float64, which costs less there than reading the tensor.
 DOUBLE_SIDE = 512
 # A sketch carries so many directions less than the matrix has, or the whole eigenproblem is cheaper.
-SKETCH_FACTOR = 3
+SKETCH_FACTOR = 2.5
 # Estimated excess at which a sketch is accepted. The estimate is up to a third below the truth.
 TOLERANCE = 5e-4
 
@@ -144,7 +144,8 @@ def fast_dtype(device_type: str) -> torch.dtype:
     if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.10
         return torch.float32
     capabilities = cast("dict[str, object]", torch.cpu.get_capabilities())
-    return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
+    has_units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if has_units else torch.float32
 
 
 def settled_signs(u: Tensor) -> Tensor:

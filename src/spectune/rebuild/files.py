@@ -17,7 +17,7 @@ from spectune.factor.rounding import check_dtype
 from spectune.factor.svd import Method
 from spectune.rebuild.exceptions import HEADER_BYTES, exceptions_name, to_bytes
 from spectune.rebuild.export import ExportedLayer, export_layer, exported_rank, total_error, tuned_principal
-from spectune.rebuild.merge import merged
+from spectune.rebuild.merge import Merged, Restored, merged
 from spectune.rebuild.pairing import LAYER_COUNT_KEY, base_dtypes_metadata, check_base_hash
 from spectune.rebuild.pipeline import Progress, stream, tell
 from spectune.rebuild.ranks import FixedRank, RankRequest, choose_ranks
@@ -98,7 +98,7 @@ class RebuildReport:
 
     path: Path
     hash: str
-    base_hash: str  # of the file that was built upon
+    base_hash: str | None  # of the file that was built upon; None for a residual
     original_hash: str | None  # of the model that the files were made from, if they say so
     changed_tensors: int  # whose bits, type or shape are not those of the base
     tensors: int
@@ -276,7 +276,9 @@ def _residual_writer(
     kept = {key: value for key, value in base.metadata.items() if key not in _STALE}
     metadata = {**kept, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
     reserve = RESERVE_BYTES + HEADER_BYTES * len(other)
-    return StreamWriter(path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True)
+    return StreamWriter(
+        path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True, hashed=False
+    )
 
 
 def rebuild_checkpoint(
@@ -300,15 +302,17 @@ def rebuild_checkpoint(
     ):
         _refuse_inputs(out, source, opened)
         check_not_quantised(source)
-        hashed = _Hashed(source, WeightsHasher())
-        model = merged(hashed, [(opened, strength)], dtype=dtype)
-        base_role = Provenance.from_metadata(source.metadata).role
+        # a residual has no hash that anything refers to; the original it gives back has
+        is_residual = Provenance.from_metadata(source.metadata).role is Role.RESIDUAL
+        hashed = None if is_residual else _Hashed(source, WeightsHasher())
+        model = merged(hashed or source, [(opened, strength)], dtype=dtype)
         metadata = {key: value for key, value in model.metadata.items() if key not in _STALE}
         infos = list(model.tensors.values())
         with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:
             write_all(model, writer, progress)
-            base_hash = hashed.hasher.hexdigest()
-            if base_role is not Role.RESIDUAL:
+            base_hash = None
+            if hashed is not None:
+                base_hash = hashed.hasher.hexdigest()
                 check_base_hash(base_hash, opened, source.label)
                 writer.metadata.update(Provenance(base_hash=base_hash, base_name=source.label).to_metadata())
     return RebuildReport(
@@ -316,10 +320,14 @@ def rebuild_checkpoint(
         hash=writer.hash,
         base_hash=base_hash,
         original_hash=Provenance.from_metadata(opened.metadata).base_hash,
-        changed_tensors=writer.differing(hashed.hasher),
+        changed_tensors=_factored(model) if hashed is None else writer.differing(hashed.hasher),
         tensors=len(model.tensors),
         warnings=opened.warnings,
     )
+
+
+def _factored(model: Merged | Restored) -> int:
+    return len(model.principals) if isinstance(model, Restored) else len(model.changes)
 
 
 def template_of(base: Checkpoint) -> Path | None:
@@ -338,7 +346,12 @@ def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | No
         tell(progress, done, len(names), name)
         done += 1
 
-    stream(names, model.load, write, size=lambda name: model.tensors[name].nbytes)
+    def computed(name: str) -> Tensor:
+        tensor = model.load(name)
+        writer.hash_ahead(name, tensor)
+        return tensor
+
+    stream(names, computed, write, size=lambda name: model.tensors[name].nbytes)
     tell(progress, done, len(names), "")
 
 

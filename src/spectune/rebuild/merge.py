@@ -102,8 +102,8 @@ class Restored:
         for layer, of in principals:
             low_rank = of(layer.name)
             check_fits(layer, low_rank, self.residual.label)
-            part = add_principal(stored[layer.row_slice], low_rank, dtype, name=f"{name} of {self.label}")
-            check_finite(part, f"the change of {layer.name}", hint=_DIVERGED)
+            rows = stored[layer.row_slice]
+            part = add_principal(rows, low_rank, dtype, name=f"{name} of {self.label}", hint=_DIVERGED)
             if result is None:
                 result = part
             else:

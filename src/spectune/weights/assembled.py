@@ -64,6 +64,10 @@ class AssembledWriter(ABC):
         """How many of the tensors are not, bit for bit, those of `other`."""
         return self._hasher.differing(other)
 
+    def hash_ahead(self, name: str, tensor: Tensor) -> None:
+        """Hash a tensor before it is written, from any thread: `write` then need not."""
+        self._hasher.add(name, tensor)
+
     @property
     def waiting(self) -> frozenset[str]:
         """The names of the tensors that are still to be written."""
@@ -77,7 +81,8 @@ class AssembledWriter(ABC):
             f"{name}: expected {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
         tensor = tensor.detach().cpu()
-        self._hasher.add(name, tensor)
+        if name not in self._hasher:
+            self._hasher.add(name, tensor)
         self._put(name, tensor)
         self._waiting.remove(name)
 
@@ -136,7 +141,11 @@ class AssembledWriter(ABC):
                 path = self._partial / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._files[name] = StreamWriter(
-                    path, planned.infos, metadata=planned.metadata, reserve_bytes=reserve_bytes
+                    path,
+                    planned.infos,
+                    metadata=planned.metadata,
+                    reserve_bytes=reserve_bytes,
+                    hashed=False,  # this writer hashes under single-file names
                 )
         except BaseException:
             self.abandon()

@@ -45,6 +45,9 @@ class WeightsHasher:
         head = f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode()
         self._entries[name] = head + hashlib.sha256(tensor_bytes(tensor)).digest()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
     def copy(self, name: str, other: WeightsHasher) -> None:
         """Take over a tensor that is known to be the same, bit for bit."""
         self._entries[name] = other._entries[name]

@@ -32,7 +32,7 @@ class StreamWriter:
     file closes. The data goes to a temporary file beside the target, which takes the target's name on a clean
     exit with all tensors written and disappears otherwise; only a finished file that cannot be renamed stays,
     and the error names it. With `hold` the finished file waits under its temporary name for `commit`.
-    `hash` is the weights hash, known after closing.
+    `hash` is the weights hash, known after closing; without `hashed` there is none.
     Raises InputError before any work if the target exists and `force` is not set, or the disk is too full.
     """
 
@@ -45,6 +45,7 @@ class StreamWriter:
         reserve_bytes: int = RESERVE_BYTES,
         force: bool = False,
         hold: bool = False,
+        hashed: bool = True,
     ) -> None:
         self.path = Path(path)
         self._hold = hold
@@ -55,7 +56,7 @@ class StreamWriter:
         assert len(self._infos) == len(order), "a tensor is announced twice"
         self._begin = dict(_begins(order))
         self._waiting = set(self._infos)
-        self._hasher = WeightsHasher()
+        self._hasher = WeightsHasher() if hashed else None
         self._hash: str | None = None
         self._header_bytes = _aligned(len(self._header()) + reserve_bytes)
         self._data_bytes = sum(info.nbytes for info in order)
@@ -74,7 +75,13 @@ class StreamWriter:
 
     def differing(self, other: WeightsHasher) -> int:
         """How many of the tensors are not, bit for bit, those of `other`."""
+        assert self._hasher is not None, "this file is written without a hash"
         return self._hasher.differing(other)
+
+    def hash_ahead(self, name: str, tensor: Tensor) -> None:
+        """Hash a tensor before it is written, from any thread: `write` then need not."""
+        if self._hasher is not None:
+            self._hasher.add(name, tensor)
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -89,7 +96,8 @@ class StreamWriter:
             f"{name}: expected {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
         tensor = tensor.detach().cpu()
-        self._hasher.add(name, tensor)
+        if self._hasher is not None and name not in self._hasher:
+            self._hasher.add(name, tensor)
         self._file.seek(8 + self._header_bytes + self._begin[name])
         self._file.write(tensor_bytes(tensor))
         self._waiting.remove(name)
@@ -134,7 +142,8 @@ class StreamWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._hash = self._hasher.hexdigest()
+        if self._hasher is not None:
+            self._hash = self._hasher.hexdigest()
         if not self._hold:
             self.commit()
 
