@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectune.factor.matrix import (
+    Product,
     absolute,
     change,
     from_matrix,
@@ -91,3 +92,26 @@ def test_a_change_of_zero_is_exactly_zero() -> None:
     frame = random_low_rank((7, 5, 3, 3), 4)
     delta = Delta(frame=frame, down=torch.zeros_like(frame.down), up=torch.zeros_like(frame.up))
     assert not change(delta).any()
+
+
+def test_sums_in_float32_stay_within_their_bound_and_exact_ones_do_not_need_it() -> None:
+    generator = torch.Generator().manual_seed(5)
+    up, down = (
+        torch.randn(40, 64, generator=generator).half(),
+        torch.randn(64, 3000, generator=generator).half(),
+    )
+    low_rank = LowRank(down=down, up=up, alpha=64.0)
+    wanted = up.double() @ down.double()
+    fast = Product(low_rank, exact=False)
+    of_rows, of_columns = fast.rounding()
+    allowed = (
+        torch.outer(of_rows, of_columns) / 2 + wanted.abs() * 2**-24
+    )  # against the truth: one sum, one rounding
+    found = torch.empty(40, 3000)
+    for tile, numbers in fast.tiles():
+        found[tile] = numbers
+    error = (found.double() - wanted).abs()
+    assert float(error.max()) > 0
+    assert bool((error <= allowed).all())
+    assert float((error / allowed).max()) > 1e-3  # a bound that says something
+    assert torch.equal(product(low_rank), wanted.float())

@@ -40,6 +40,8 @@ def residual_source(source, frames):
         name: value.double() if value.is_floating_point() else value for name, value in source.values.items()
     }
     for layer in build_catalogue(source):
+        if layer.name not in frames:
+            continue
         frame = frames[layer.name]
         principal = frame.scale * (frame.up.flatten(1).double() @ frame.down.flatten(1).double()).view(
             layer.shape
@@ -58,26 +60,29 @@ def test_delta_form_is_the_original_bit_for_bit_at_step_0(source, frames):
 
 
 def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames):
+    frames = dict(
+        list(frames.items())[::4]
+    )  # linear and convolution, all parts: twenty steps of all take minutes
     delta_model, residual_model = double_model(source), double_model(residual_source(source, frames))
     delta = inject(delta_model, frames, form="delta", dtype=torch.float64)
     residual = inject(residual_model, frames, form="residual", dtype=torch.float64)
     optimizers = [torch.optim.AdamW(i.parameters(), lr=1e-3, weight_decay=0.0) for i in (delta, residual)]
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    for _ in range(3):
+    for _ in range(20):
         outputs = [answer(delta_model), answer(residual_model)]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             (output - target).square().mean().backward()
         for one, other in zip(delta.parameters(), residual.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
         for optimizer in optimizers:
             optimizer.step()
-    for name, one in delta.deltas().items():
-        other = residual.deltas()[name]
-        # float32: deltas are kept in the precision of the file
-        torch.testing.assert_close(one.down, other.down, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(one.up, other.up, rtol=1e-4, atol=1e-7)
+    for name, layer in delta.layers.items():
+        pairs = zip(layer.trained_change(), residual.layers[name].trained_change(), strict=True)
+        for one, other in pairs:
+            assert (one - other).abs().max() <= 1e-10, name
+    assert max(float(tensor.abs().max()) for tensor in delta.parameters()) > 1e-2  # something was trained
 
 
 def test_every_trainable_tensor_gets_a_gradient_and_the_base_none(source, frames):

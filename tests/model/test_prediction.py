@@ -1,11 +1,15 @@
 """Noising, targets and inverses against diffusers and hand-computed values."""
 
+import math
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from spectune.errors import InputError
-from spectune.model.prediction import Ddpm, Flow, make_prediction
+from spectune.model.prediction import Ddpm, Flow, LogitNormal, make_prediction
+from spectune.model.sdxl import source_prediction
+from spectune.weights.reader import MemorySource
 
 LATENTS = (5, 4, 6, 7)
 
@@ -39,13 +43,16 @@ def test_ddpm_noises_as_diffusers_does(x0, noise):
         (Ddpm("eps"), TIMES),
         (Ddpm("v"), TIMES),
         (Flow(shift=2.5), torch.tensor([0.01, 0.3, 0.5, 0.936, 0.999])),
+        (Ddpm("v", zero_terminal_snr=True), TIMES),
+        (Ddpm("eps", zero_terminal_snr=True), TIMES.clamp(max=990)),
     ],
-    ids=["eps", "v", "flow"],
+    ids=["eps", "v", "flow", "v to pure noise", "eps to pure noise"],
 )
-def test_perfect_answer_gives_the_image_back(prediction, times, x0, noise):
+def test_perfect_answer_gives_the_image_and_its_noise_back(prediction, times, x0, noise):
     noised = prediction.add_noise(x0, noise, times)
     answer = prediction.target(x0, noise, times)
     torch.testing.assert_close(prediction.x0(noised, answer, times), x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(prediction.noise(noised, answer, times), noise, rtol=1e-3, atol=1e-4)
     wrong = prediction.x0(noised, answer * 1.01, times)
     assert not torch.allclose(wrong, x0, rtol=1e-3, atol=1e-4)
 
@@ -96,3 +103,101 @@ def test_unknown_name_and_bad_shift():
         make_prediction("epsilon")
     with pytest.raises(InputError, match="flow shift -1 is not positive"):
         make_prediction("flow", flow_shift=-1)
+
+
+# ---------------------------------------------------------------- zero terminal SNR
+
+
+def test_rescaled_schedule_is_the_one_of_diffusers():
+    oracle = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    )
+    kept = oracle.alphas_cumprod
+    snr = Ddpm("v", zero_terminal_snr=True).snr(torch.arange(1000))
+    torch.testing.assert_close(snr[:990], (kept / (1 - kept))[:990], rtol=1e-3, atol=0)
+    assert snr[999].item() == 0.0
+    assert snr[0].item() == pytest.approx(0.99915 / 0.00085, rel=1e-4)  # the first step stays
+    assert not torch.allclose(Ddpm().snr(torch.arange(1000)), snr, rtol=0.01)
+
+
+def test_last_step_by_hand():
+    v, last = Ddpm("v", zero_terminal_snr=True), torch.tensor([999])
+    x0, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -0.5)
+    # alpha = 0, sigma = 1: x_t is the noise, v is -x0
+    assert v.add_noise(x0, noise, last).item() == -0.5
+    assert v.target(x0, noise, last).item() == -2.0
+    assert v.x0(noise, torch.full_like(x0, -2.0), last).item() == 2.0
+    assert v.noise(noise, torch.full_like(x0, -2.0), last).item() == -0.5
+
+
+def test_eps_leaves_out_the_step_that_shows_nothing_of_the_image():
+    eps, v = Ddpm("eps", zero_terminal_snr=True), Ddpm("v", zero_terminal_snr=True)
+    drawn = {kind.name: kind.sample_times(50_000, torch.Generator().manual_seed(0)) for kind in (eps, v)}
+    assert drawn["eps"].max().item() == 998
+    assert drawn["v"].max().item() == 999
+    assert eps.even_times(999).tolist() == list(range(999))
+    assert v.even_times(1000)[-1].item() == 999
+    # ... and is not asked for it
+    with pytest.raises(AssertionError, match="pure noise"):
+        eps.x0(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([999]))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (["v_pred", "ztsnr"], Ddpm("v", zero_terminal_snr=True)),
+        (["ztsnr"], Ddpm("eps", zero_terminal_snr=True)),
+        (["v_pred"], Ddpm("v")),
+        ([], Ddpm("eps")),
+    ],
+)
+def test_checkpoints_declare_their_schedule(tensors, expected):
+    assert source_prediction(MemorySource({name: torch.empty(0) for name in tensors}, {})) == expected
+
+
+# ---------------------------------------------------------------- noise levels of flow
+
+
+def test_logit_normal_by_hand():
+    levels = LogitNormal(mean=-0.5, std=2.0)
+    # the median is sigmoid(mean); 84.13% of a normal distribution lie below mean + std
+    found = levels.quantiles(torch.tensor([0.5, 0.841345]))
+    expected = [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-1.5))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("flow", [Flow(2.5), Flow(levels=LogitNormal(-0.5, 2.0)), Flow(3.0, LogitNormal())])
+def test_even_times_are_the_quantiles_of_random_times(flow):
+    drawn = flow.sample_times(200_000, torch.Generator().manual_seed(0)).sort().values
+    even = flow.even_times(8)
+    # a share of (i + 1/2)/8 of the samples lies below the i-th
+    below = torch.searchsorted(drawn, even) / len(drawn)
+    torch.testing.assert_close(below, (torch.arange(8) + 0.5) / 8, rtol=0, atol=0.005)
+    assert torch.equal(even, flow.even_times(8))
+    assert not torch.allclose(even, Flow().even_times(8), atol=0.01)
+
+
+def test_shift_by_resolution():
+    flow = Flow(shift="resolution")
+    assert flow.shift_at(1024 * 1024) == 1.0
+    assert flow.shift_at(512 * 512) == 0.5
+    # r = 2 at s = 1/2: 1/(1 + 1/2)
+    assert flow.shifted(torch.tensor([0.5]), pixels=2048 * 2048).item() == pytest.approx(2 / 3)
+    assert torch.equal(flow.even_times(3, pixels=2048**2), Flow(2.0).even_times(3))
+    assert Flow(2.5).shift_at(512 * 512) == 2.5
+    with pytest.raises(ValueError, match="area of the pictures"):
+        flow.even_times(3)
+
+
+def test_ends_of_flow_are_clean_latents_and_pure_noise(x0, noise):
+    flow, ends = Flow(shift=2.5), torch.tensor([0.0, 1.0])
+    assert flow.snr(ends).tolist() == [math.inf, 0.0]
+    assert flow.shifted(ends).tolist() == [0.0, 1.0]
+    noised = flow.add_noise(x0[:2], noise[:2], ends)
+    torch.testing.assert_close(noised, torch.stack([x0[0], noise[1]]))
+
+
+def test_options_of_other_kinds_are_ignored():
+    assert make_prediction("flow", flow_shift="resolution", zero_terminal_snr=True) == Flow("resolution")
+    assert make_prediction("v", flow_shift=3.0, zero_terminal_snr=True) == Ddpm("v", True)
+    assert make_prediction("flow", flow_levels=LogitNormal()) == Flow(1.0, LogitNormal(0.0, 1.0))

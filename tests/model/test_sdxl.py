@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spectune.errors import InputError
+from spectune.model.prediction import Ddpm
 from spectune.model.sdxl import build_model
 from spectune.model.text import TokenIds, tokenize
 from spectune.weights.reader import MemorySource
@@ -129,7 +130,7 @@ def test_latents_are_shifted_and_scaled(source):
     )
 
 
-def test_zero_terminal_snr_models_are_refused(source):
-    values = {**source.values, "ztsnr": torch.zeros(())}
-    with pytest.raises(InputError, match="zero-terminal-SNR"):
-        build_model(MemorySource(values, source.metadata))
+def test_zero_terminal_snr_models_are_known_by_their_key(source):
+    values = {**source.values, "ztsnr": torch.zeros(()), "v_pred": torch.zeros(())}
+    metadata = {key: value for key, value in source.metadata.items() if "prediction" not in key}
+    assert build_model(MemorySource(values, metadata)).prediction == Ddpm("v", zero_terminal_snr=True)

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from spectune.errors import InputError, PairingError
 from spectune.factor.matrix import change, product
+from spectune.model.prediction import Ddpm
+from spectune.model.sdxl import source_prediction
 from spectune.rebuild.merge import add, merged, restored
-from spectune.weights.adapter import Adapter, LowRank
+from spectune.weights.adapter import Adapter, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
-from spectune.weights.provenance import Prediction, Provenance
+from spectune.weights.provenance import LAYOUT_KEY, Prediction, Provenance
 from spectune.weights.reader import Checkpoint, MemorySource, TensorInfo, open_checkpoint
 from tests.rebuild.conftest import TinySplit
 from tests.rebuild.pairs import open_principal, tuned_from
@@ -246,3 +249,45 @@ def test_the_full_layout_is_planned_without_reading_it(full_infos: Mapping[str, 
     factors.clear()
     expected = torch.cat([product(factors[layer.name]) for layer, _ in model.changes[name]])
     assert torch.equal(model.load(name), (source.load(name).float() + expected).half())
+
+
+def told_that(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
+    origin = replace(Provenance.from_metadata(tuned.metadata), flow_shift=None, **facts)
+    return replace(tuned, metadata=origin.to_metadata())
+
+
+def test_markers_follow_what_training_made_of_a_model(
+    tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
+) -> None:
+    """Other programs know v-prediction and its schedule by keys alone."""
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0)
+    v = merged(base, [(told_that(tuned, prediction="v", noise_schedule="zero_terminal_snr"), 1.0)])
+    assert set(v.tensors) - set(base.tensors) == {"v_pred", "ztsnr"}
+    assert v.load("ztsnr").numel() == 0
+    assert source_prediction(v) == Ddpm("v", zero_terminal_snr=True)
+
+    values = {name: v.load(name) for name in v.tensors}
+    foreign = {key: value for key, value in v.metadata.items() if key == LAYOUT_KEY}
+    as_others_write_it = MemorySource(values, foreign)
+    assert source_prediction(as_others_write_it) == Ddpm("v", zero_terminal_snr=True)
+    back = told_that(tuned, prediction="eps", noise_schedule="sdxl")
+    eps = merged(as_others_write_it, [(back, 1.0)])
+    assert set(eps.tensors) == set(base.tensors)
+    assert source_prediction(eps) == Ddpm("eps")
+
+
+def test_a_rebuilt_model_says_which_autoencoder_it_was_trained_with(
+    tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
+) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0)
+    facts = {
+        "vae_scale": 0.1406,
+        "vae_shift": -0.4743,
+        "vae_padding": "reflect",
+        "vae_name": "eq.safetensors",
+    }
+    origin = replace(Provenance.from_metadata(tuned.metadata), **facts)
+    told = Provenance.from_metadata(
+        merged(base, [(replace(tuned, metadata=origin.to_metadata()), 1.0)]).metadata
+    )
+    assert {key: getattr(told, key) for key in facts} == facts

@@ -7,6 +7,7 @@ import torch
 from spectune.errors import InputError
 from spectune.model.prediction import Ddpm, Flow
 from spectune.model.sdxl import build_model
+from spectune.model.text import tokenize
 from spectune.sample.generate import Request, SampleSettings, generate, make_scheduler, sample_latents
 from spectune.weights.reader import MemorySource
 
@@ -15,11 +16,12 @@ REQUESTS = [Request("a cat", 1), Request("a dog", 2), Request("a cat", 1)]
 
 @pytest.fixture(scope="module")
 def models(source):
-    def declared(prediction):
+    def declared(prediction, *markers):
         metadata = {**source.metadata, "spectune.prediction": prediction, "spectune.flow_shift": "2.5"}
-        return build_model(MemorySource(source.values, metadata))
+        values = {**source.values, **dict.fromkeys(markers, torch.empty(0))}
+        return build_model(MemorySource(values, metadata))
 
-    return {name: declared(name) for name in ("eps", "v", "flow")}
+    return {name: declared(name) for name in ("eps", "v", "flow")} | {"ztsnr": declared("v", "ztsnr")}
 
 
 def fitting(model, **changes):
@@ -38,6 +40,7 @@ def fitting(model, **changes):
         ("eps", "ddim"),
         ("eps", "dpmpp_2m"),
         ("v", "euler"),
+        ("ztsnr", "euler"),
         ("flow", "euler"),
         ("flow", "heun"),
     ],
@@ -94,3 +97,19 @@ def test_wrong_size_and_sampler(models):
     assert caught.value.hint == "choose one of euler, heun"
     with pytest.raises(InputError, match="did you mean `euler`"):
         make_scheduler(Ddpm(), "eular")
+
+
+def test_a_zero_terminal_model_is_drawn_from_pure_noise(models):
+    """The same weights, another schedule: another picture than the v model's, and finite."""
+    model, plain = models["ztsnr"], models["v"]
+    assert model.prediction == Ddpm("v", zero_terminal_snr=True)
+    found = sample_latents(model, REQUESTS[:1], fitting(model, steps=1, cfg=1.0))
+    assert bool(found.isfinite().all())
+    # one step from alpha = 0 and sigma = 1: x0 is minus the answer, whose input is the noise itself
+    noise = torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(1))[None]
+    text = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
+    height, width = (side * model.pixels_per_latent for side in found.shape[-2:])
+    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(found, -model.denoise(noise, torch.tensor([999]), text, ids))
+    assert not torch.allclose(found, sample_latents(plain, REQUESTS[:1], fitting(plain, steps=1, cfg=1.0)))

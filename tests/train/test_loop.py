@@ -8,18 +8,22 @@ from collections import Counter
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from spectune.errors import InputError, SpectuneError
+from spectune.model.sdxl import Sdxl
 from spectune.train import loop, prepare, state
 from spectune.train.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.train.loop import train
+from spectune.train.recipe import Recipe
 from spectune.weights.adapter import TunedAdapter, open_adapter
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import Provenance, Role
@@ -62,33 +66,60 @@ def same_tensors(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize(("optimizer", "stop"), [("adamw", signal.SIGINT), ("prodigy_plus", signal.SIGTERM)])
-def test_an_interrupted_run_goes_on_bit_for_bit(
-    make_recipe: MakeRecipe, tmp_path: Path, optimizer: str, stop: signal.Signals
-) -> None:
+INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
+    "adamw": (signal.SIGINT, {"optimizer": OPTIMIZERS["adamw"]}),
+    "prodigy_plus": (signal.SIGTERM, {"optimizer": OPTIMIZERS["prodigy_plus"]}),
+    "bf16": (
+        signal.SIGINT,
+        {"optimizer": OPTIMIZERS["prodigy_plus"], "run": {"trained_precision": "bf16"}},
+    ),
+    "ema, edm2 and dropout": (
+        signal.SIGINT,
+        {
+            "optimizer": OPTIMIZERS["adamw"],
+            "loss": {"weighting": "edm2"},
+            "model": {"dropout_probability": 0.2},
+            "run": {"ema_decay": 0.9},
+        },
+    ),
+    "workers": (
+        signal.SIGTERM,
+        {"optimizer": OPTIMIZERS["adamw"], "data": {"workers": 2, "color_probability": 0.5, "mask": "alpha"}},
+    ),
+    "cached variants": (
+        signal.SIGINT,
+        {"optimizer": OPTIMIZERS["adamw"], "data": {"cache_variants": 2, "cache_latents": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_an_interrupted_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
+    signal_number, own = INTERRUPTED[case]
     data = {
         "random_crop": True,
         "flip_probability": 0.5,
-        "caption": {"shuffle": True, "dropout_probability": 0.3},
+        "caption": {"shuffle": True, "dropout_probability": 0.3, "tag_dropout_probability": 0.2},
     }
-    sections = {"optimizer": OPTIMIZERS[optimizer], "data": data}
+    sections = {**own, "data": data | own.get("data", {})}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run = {"steps": 7, "accumulation": 2}
+    run = {"steps": 7, "accumulation": 2, **own.get("run", {})}
+    last = Random(case).randint(1, 6)
     losses, resumed = Losses(), Losses()
 
-    train(make_recipe(**sections, run=run | {"output": whole}), callbacks=[losses])
-    first = train(make_recipe(**sections, run=run | {"output": parts}), callbacks=[StopAt(3, stop)])
-    # looking at the run on the way must not change it
-    second = train(
-        make_recipe(**sections, run=run | {"output": parts, "save_every_steps": 2, "preview_every_steps": 1}),
-        callbacks=[resumed],
-    )
+    def recipe(**keys: Any) -> Recipe:
+        return make_recipe(**(sections | {"run": run | keys}))
 
-    assert (first.interrupted, first.steps) == (True, 3)
-    assert (second.interrupted, second.first_step, second.steps) == (False, 3, 7)
-    assert resumed.by_step == {step: losses.by_step[step] for step in (4, 5, 6, 7)}
+    train(recipe(output=whole), callbacks=[losses])
+    first = train(recipe(output=parts), callbacks=[StopAt(last, signal_number)])
+    # looking at the run on the way must not change it
+    second = train(recipe(output=parts, save_every_steps=2, preview_every_steps=1), callbacks=[resumed])
+
+    assert (first.interrupted, first.steps) == (True, last)
+    assert (second.interrupted, second.first_step, second.steps) == (False, last, 7)
+    assert resumed.by_step == {step: losses.by_step[step] for step in range(last + 1, 8)}
     assert same_tensors(whole / "t.safetensors", parts / "t.safetensors")
-    for file in (state.TRAINED, state.OPTIMIZER):
+    for file in (state.TRAINED, state.OPTIMIZER, state.EXTRAS):
         assert same_tensors(whole / "t-step00000007.state" / file, parts / "t-step00000007.state" / file)
 
 
@@ -222,12 +253,24 @@ def test_both_forms_learn_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> N
 def test_tensorboard_scalars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(make_recipe(run={"tensorboard": True}))
+    class Sheets(Callbacks):
+        def on_preview(self, step: int, model: Sdxl) -> Image.Image:
+            return Image.new("RGB", (8, 4), "red")
+
+    rates = {"learning_rate": 1e-2, "part_learning_rates": {"te1": 1e-3}}
+    run = {"tensorboard": True, "preview_every_steps": 2}
+    train(make_recipe(run=run, optimizer=rates), callbacks=[Sheets()])
 
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "t")).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
     assert len(events.Scalars("optimizer/grad_norm")) == 3
-    assert events.Scalars("optimizer/learning_rate")[0].value == pytest.approx(1e-2)
+    for part, rate in (("unet", 1e-2), ("te1", 1e-3), ("te2", 1e-2)):
+        assert events.Scalars(f"optimizer/learning_rate_{part}")[0].value == pytest.approx(rate)
+    tuned = load_file(tmp_path / "out" / "t.safetensors")
+    of_unet = [t for name, t in tuned.items() if name.startswith("lora_unet") and "delta_up" in name]
+    norm = float(torch.cat([tensor.flatten() for tensor in of_unet]).norm())
+    assert events.Scalars("norm/unet.up")[-1].value == pytest.approx(norm, rel=1e-5)
+    assert [image.step for image in events.Images("preview")] == [2]
 
 
 def test_results_are_not_overwritten(make_recipe: MakeRecipe) -> None:
@@ -311,12 +354,17 @@ def test_the_base_says_what_it_predicts(
     )
 
 
-def test_zero_terminal_snr_is_not_supported(
+def test_the_base_says_that_its_schedule_ends_in_pure_noise(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     base = declaring(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
-    with pytest.raises(InputError, match=r"z\.safetensors has a zero-terminal-SNR schedule .* not supported"):
-        train(make_recipe(model={"base": base}))
+    recipe = prepare.with_resolved_objective(make_recipe(model={"base": base}))
+    assert (recipe.objective.kind, recipe.objective.zero_terminal_snr) == ("v", True)
+    other = prepare.with_resolved_objective(
+        make_recipe(model={"base": base}, objective={"zero_terminal_snr": False})
+    )
+    assert other.objective.zero_terminal_snr is False
+    assert train(recipe).steps == 3
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
@@ -326,8 +374,8 @@ def test_a_gradient_that_is_not_finite_reaches_no_file(
     ask = loop.ask_at_random
     calls: list[int] = []
 
-    def broken(*args: Any) -> Any:
-        question = ask(*args)
+    def broken(*args: Any, **options: Any) -> Any:
+        question = ask(*args, **options)
         calls.append(1)
         if len(calls) == 2:
             question.target[0, 0, 0, 0] = torch.inf
@@ -391,4 +439,4 @@ def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
     heard: list[tuple[str, int, int]] = []
     console = ConsoleProgress(Console(file=StringIO()))
     train(make_recipe(data={"flip_probability": 0.5}, run={"steps": 0}), callbacks=[Progress(), console])
-    assert heard[:2] == [("encoding images", 8, 12), ("encoding images", 12, 12)]
+    assert heard[:12] == [("encoding images", done, 12) for done in range(1, 13)]

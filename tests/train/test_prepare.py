@@ -15,8 +15,8 @@ from spectune.model.text import tokenize
 from spectune.rebuild.files import SplitReport, split_checkpoint
 from spectune.rebuild.ranks import FixedRank
 from spectune.train.prepare import Prepared, prepare
-from spectune.train.recipe import ModelSection
-from spectune.weights.provenance import weights_hash
+from spectune.train.sections import ModelSection
+from spectune.weights.provenance import LAYOUT_KEY, Provenance, Role, weights_hash
 from spectune.weights.reader import open_checkpoint
 from spectune.weights.writer import write_tensors
 
@@ -94,3 +94,58 @@ def test_files_in_the_wrong_place(tiny_checkpoint: Path, split: SplitReport) -> 
         prepared(split.residual, principal=split.principal)
     with pytest.raises(InputError, match="is a residual: its principal directions are in another file"):
         prepared(split.residual, rank=4, form="residual")
+
+
+def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
+    """The same tensors as another tool would have written them."""
+    with open_checkpoint(source) as file:
+        layout = {key: value for key, value in file.metadata.items() if key == LAYOUT_KEY}
+        tensors = {name: file.load(name) for name in file.tensors if not drop or not name.endswith(drop)}
+    write_tensors(target, tensors, metadata=layout)
+    return target
+
+
+def test_the_files_of_other_tools_start_a_run(
+    tiny_checkpoint: Path, split: SplitReport, tmp_path: Path
+) -> None:
+    """A residual and a principal that say nothing of themselves, the principal without its alphas."""
+    assert split.residual is not None
+    residual = without_metadata(split.residual, tmp_path / "diff.safetensors")
+    principal = without_metadata(split.principal, tmp_path / "ext.safetensors", drop=".alpha")
+    section = ModelSection(residual=residual, principal=principal, form="residual")
+    start = prepare(section)
+    original = answer(prepared(tiny_checkpoint, rank=4).model)
+    assert (answer(start.model) - original).abs().max() < 1e-5 * original.abs().max()
+    assert start.origin.base_name == "diff.safetensors"
+
+    # named as the base, it would be taken for a whole model
+    wrong = prepare(ModelSection(base=residual, principal=principal, form="residual"))
+    assert (answer(wrong.model) - original).abs().max() > 1e-2 * original.abs().max()
+
+
+def test_nobody_takes_another_tools_residual_for_the_original(split: SplitReport, tmp_path: Path) -> None:
+    assert split.residual is not None
+    residual = without_metadata(split.residual, tmp_path / "diff.safetensors")
+    start = prepare(ModelSection(residual=residual, principal=split.principal, form="residual"))
+    with open_checkpoint(residual) as file:
+        assert start.origin.base_hash not in (None, weights_hash(file), split.base_hash)
+
+
+def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, split: SplitReport, tmp_path: Path) -> None:
+    stamped = tmp_path / "model.safetensors"
+    with open_checkpoint(tiny_checkpoint) as file:
+        tensors = {name: file.load(name) for name in file.tensors}
+        metadata = {**file.metadata, **Provenance(role=Role.MODEL).to_metadata()}
+    write_tensors(stamped, tensors, metadata=metadata)
+    section = ModelSection(residual=stamped, principal=split.principal, form="residual")
+    with pytest.raises(InputError, match="is a whole model: model"):
+        prepare(section)
+
+
+def test_convolutions_can_have_a_rank_of_their_own(tiny_checkpoint: Path) -> None:
+    start = prepared(tiny_checkpoint, rank=4, conv_rank=2)
+    ranks = {
+        (layer.down.ndim == 4 and layer.down.shape[-1] > 1): layer.down.shape[0]
+        for layer in start.injection.layers.values()
+    }
+    assert ranks == {False: 4, True: 2}

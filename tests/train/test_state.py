@@ -92,6 +92,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> 
     assert loaded.progress == progress()
     assert all(torch.equal(trained[key], other[key]) for key in trained)
     assert sorted(path.name for path in (tmp_path / "t.state").iterdir()) == [
+        "extras.safetensors",
         "optimizer.safetensors",
         "state.json",
         "trained.safetensors",

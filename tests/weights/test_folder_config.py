@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from spectune.errors import InputError
+from spectune.model.prediction import Ddpm
 from spectune.model.sdxl import source_prediction
 from spectune.weights.folder_config import FolderFacts, Schedule, folder_metadata, read_schedule
 from spectune.weights.layout import hints_metadata, read_hints
@@ -85,8 +86,7 @@ def test_a_v_prediction_folder(folder: Path) -> None:
         assert declared_prediction(source) == "v"
         # the markers by which other programs know such a single file
         assert {source.load(name).numel() for name in ("v_pred", "ztsnr")} == {0}
-        with pytest.raises(InputError, match="tiny-xl is a zero-terminal-SNR model"):
-            source_prediction(source)
+        assert source_prediction(source) == Ddpm("v", zero_terminal_snr=True)
 
 
 def test_a_prediction_that_is_not_known(folder: Path) -> None:

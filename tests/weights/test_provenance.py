@@ -34,6 +34,8 @@ shifts = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=Fal
         flow_shift=shifts,
         vae_scale=numbers,
         vae_shift=numbers,
+        vae_padding=st.sampled_from([None, "zeros", "reflect"]),
+        vae_name=st.none() | st.text(),
     )
 )
 def test_metadata_round_trip(provenance: Provenance) -> None:
@@ -60,6 +62,9 @@ def test_foreign_files_say_nothing() -> None:
         ("flow_shift", "2,5", "metadata spectune.flow_shift is `2,5`: expected a number"),
         ("flow_shift", "nan", "metadata spectune.flow_shift is `nan`: expected a number"),
         ("vae_scale", "inf", "metadata spectune.vae_scale is `inf`: expected a number"),
+        ("vae_padding", "reflct", "metadata spectune.vae_padding is `reflct`: "
+            "expected one of zeros, reflect; "
+         "did you mean `reflect`?"),
         ("flow_shift", "0.0", "metadata spectune.flow_shift is `0.0`: expected a positive number"),
     ],
 )  # fmt: skip

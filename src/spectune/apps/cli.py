@@ -149,6 +149,38 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(epilog=example("spectune plan model.safetensors --vram 12GB"))
+def plan(
+    model: Annotated[Path, typer.Argument(help="The original checkpoint.")],
+    vram: Annotated[str, typer.Option(help="Memory of the card: 12GB, or 11.5GiB beside a desktop.")],
+    rank: Annotated[int, typer.Option(min=1, help="Singular directions trained per layer.")] = 64,
+    parts: Annotated[str, typer.Option(help="What to train, separated by commas.")] = "unet,te1,te2",
+    resolution: Annotated[int, typer.Option(min=16, help="Side of a square picture in pixels.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 1,
+    optimizer: Annotated[str, typer.Option(help="Optimiser by its name in recipes.")] = "adamw",
+    ema: Annotated[bool, typer.Option("--ema", help="Keep a moving average of what is trained.")] = False,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Also tabulate other sizes and batches (a minute or two).")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Which rank, form, precision and checkpointing fit a card: a memory table, and the recipe on stdout."""
+    from spectune.apps.commands import planning
+
+    planning.plan(
+        model,
+        vram,
+        rank=rank,
+        parts=parts,
+        resolution=resolution,
+        batch=batch,
+        optimizer=optimizer,
+        ema=ema,
+        activations=activations,
+        as_json=json,
+    )
+
+
 @app.command(epilog=example("spectune train recipes/emoji3d_eps.toml --set run.steps=200"))
 def train(
     recipe: Annotated[Path, typer.Argument(help="A training recipe in TOML.")],
@@ -236,6 +268,17 @@ PredictionName = Annotated[
     str | None, typer.Option("--prediction", help="eps, v or flow, where the file does not say.")
 ]
 FlowShift = Annotated[float | None, typer.Option(help="Shift of flow sampling, where the file does not say.")]
+VaePath = Annotated[
+    Path | None,
+    typer.Option("--vae", help="Another autoencoder: a .safetensors file or a diffusers folder."),
+]
+VaeName = Annotated[
+    str | None,
+    typer.Option(
+        help="How its latents are scaled, by name: sdxl, eq-kblueleaf, eq-anzhc. "
+        "Default: as in the training, else as its own files say."
+    ),
+]
 
 
 @app.command(
@@ -258,6 +301,8 @@ def sample(
     batch: Batch = 4,
     prediction: PredictionName = None,
     flow_shift: FlowShift = None,
+    vae: VaePath = None,
+    vae_name: VaeName = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write all pictures with their captions on one sheet.")
     ] = None,
@@ -271,7 +316,7 @@ def sample(
     settings = drawing.settings(
         size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative, batch=batch
     )
-    overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
+    overrule = drawing.overrule(prediction=prediction, flow_shift=flow_shift, vae=vae, vae_name=vae_name)
     rows = read_captions(caption or [], captions)
     drawing.sample(spec, rows, seed, settings, overrule, out, sheet=sheet, force=force)
 
@@ -299,6 +344,8 @@ def compare(
     batch: Batch = 4,
     prediction: PredictionName = None,
     flow_shift: FlowShift = None,
+    vae: VaePath = None,
+    vae_name: VaeName = None,
     cell: Annotated[int, typer.Option(min=32, help="Width of a picture on the sheet, in pixels.")] = 256,
     force: Force = False,
     json: Json = False,
@@ -309,7 +356,7 @@ def compare(
     settings = drawing.settings(
         size=size, steps=steps, cfg=cfg, sampler=sampler, negative=negative, batch=batch
     )
-    overrule = drawing.Overrule(prediction=prediction, flow_shift=flow_shift)
+    overrule = drawing.overrule(prediction=prediction, flow_shift=flow_shift, vae=vae, vae_name=vae_name)
     drawing.compare(
         models,
         caption or [],
@@ -322,6 +369,34 @@ def compare(
         force=force,
         as_json=json,
     )
+
+
+recipe_app = typer.Typer(
+    help="Recipes of trainings.", no_args_is_help=True, rich_markup_mode="markdown", add_completion=False
+)
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.command("import", epilog=example("spectune recipe import train.bat -o recipe.toml"))
+def import_recipe(
+    command: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT_OR_FILE",
+            help="The command in quotes; a .bat, .sh, .ps1 or .txt file that holds it; a configuration in "
+            ".toml, kohya_ss settings in .json; or - for the standard input.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The recipe to write.")] = Path("recipe.toml"),
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn a command of kohya's sd-scripts into a recipe, and say what becomes of each flag; exit code 1 when
+    one of them is unknown or has no counterpart."""
+    from spectune.apps.commands import importing
+
+    if not importing.import_recipe(command, out, force=force, as_json=json):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=example("spectune demo"))

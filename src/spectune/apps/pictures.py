@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from spectune.apps.console import print_warning
 from spectune.errors import InputError
 from spectune.model.prediction import make_prediction
 from spectune.model.sdxl import Sdxl, build_model
+from spectune.model.vae import VaeConvention, resolve_vae, says_vae
+from spectune.model.vae_file import choose_vae
 from spectune.rebuild.merge import merged
 from spectune.rebuild.pairing import check_base_hash
 from spectune.sample.compare import Column
@@ -58,6 +60,14 @@ def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter])
 
 
 @dataclass(frozen=True)
+class VaeRequest:
+    """The autoencoder that the user asks for; None: as the files say."""
+
+    path: Path | None = None
+    name: str | None = None  # of a known convention
+
+
+@dataclass(frozen=True)
 class Device:
     """Where pictures are computed and in which type."""
 
@@ -81,19 +91,44 @@ def load_model(
     *,
     prediction: str | None = None,
     flow_shift: float | None = None,
+    vae: VaeRequest | None = None,
     dtype: torch.dtype | None = None,
 ) -> Sdxl:
-    """The model in memory; `prediction` and `flow_shift` overrule what the files say of themselves."""
-    device = best_device()
+    """The model in memory; `prediction`, `flow_shift` and `vae` overrule what the files say of themselves."""
+    device, vae = best_device(), vae or VaeRequest()
+    told = declared_vae(spec)
+    convention = chosen_convention(vae, told)
+    if vae.path is None and told.vae_name is not None:
+        print_warning(
+            f"{spec.label} was trained with the autoencoder {told.vae_name}, and is drawn with that of "
+            f"{spec.model.name}: pass --vae"
+        )
     with open_model(spec) as source:
         model = build_model(source, device=device.name, dtype=dtype or device.dtype)
+    model = choose_vae(model, vae.path, convention)
     if prediction is None and flow_shift is None:
         return model
     name = prediction or ("flow" if flow_shift is not None else model.prediction.name)
     shift = flow_shift if flow_shift is not None else getattr(model.prediction, "shift", 1.0)
-    return Sdxl(
-        model.unet, model.te1, model.te2, model.vae, model.layout, make_prediction(name, flow_shift=shift)
-    )
+    zero = getattr(model.prediction, "zero_terminal_snr", False)
+    return replace(model, prediction=make_prediction(name, flow_shift=shift, zero_terminal_snr=zero))
+
+
+def declared_vae(spec: ModelSpec) -> Provenance:
+    """What the files say of the autoencoder that the model was trained with; a later adapter comes first."""
+    for path in [*(adapter.path for adapter in reversed(spec.adapters)), spec.model]:
+        with open_checkpoint(path) as file:
+            told = Provenance.from_metadata(file.metadata)
+        if says_vae(told):
+            return told
+    return Provenance()
+
+
+def chosen_convention(vae: VaeRequest, told: Provenance) -> VaeConvention:
+    """The convention that the user names, else that of the training, else that of the autoencoder itself."""
+    if vae.name is not None:
+        return resolve_vae(vae.path, vae.name, None, None, None)
+    return resolve_vae(vae.path, None, told.vae_scale, told.vae_shift, told.vae_padding)
 
 
 def file_name(number: int, caption: str) -> str:

@@ -56,6 +56,11 @@ def working_dtype(residual: torch.dtype) -> torch.dtype:
     return torch.float64 if residual == torch.float64 else torch.float32
 
 
+def gives_every_bit_back(residual: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether a residual of this type is wide enough to give weights of that type back bit for bit."""
+    return residual.itemsize > weight.itemsize
+
+
 def subtract_principal(
     weight: Tensor, low_rank: LowRank, dtype: torch.dtype, *, name: str = "weight"
 ) -> Remainder:
@@ -66,13 +71,13 @@ def subtract_principal(
     residual in the weight's own type costs one rounding. float64 gives a float32 weight back.
     Raises InputError when `dtype` cannot hold a residual.
     """
-    wider = dtype.itemsize > weight.dtype.itemsize
+    wider = gives_every_bit_back(dtype, weight.dtype)
     matrix = to_matrix(weight)  # (out, in*kh*kw)
     residual = torch.empty(weight.shape, dtype=dtype)
     left = to_matrix(residual)
     tally, missed = Tally(sizes=False), _Missed(matrix.shape[1])
     working = working_dtype(dtype)
-    for tile, principal in Product(low_rank).tiles():
+    for tile, principal in Product(low_rank, exact=wider).tiles():
         original = matrix[tile]
         exact = converted("weight", original, working)
         if wider and weight.dtype in _UNDERFLOW:
@@ -102,7 +107,8 @@ def add_principal(
     """The inverse: the weight in its own `dtype`; raises InputError with `hint` for NaN and infinity."""
     weight = torch.empty(residual.shape, dtype=dtype)
     matrix, left = to_matrix(weight), to_matrix(residual)
-    for tile, principal in Product(low_rank).tiles():
+    exact = gives_every_bit_back(residual.dtype, dtype)
+    for tile, principal in Product(low_rank, exact=exact).tiles():
         wide = converted("residual", left[tile], working_dtype(residual.dtype))
         wide.add_(principal)
         if not math.isfinite(square_sum(wide)):  # also where only the squares overflow

@@ -48,7 +48,7 @@ def split_weight(
     size = norm(matrix)
     if not math.isfinite(size):  # one pass in float32 instead of a second one through the stored type
         check_finite(weight, name, hint=DAMAGED)
-    triplet = top_singular(matrix, true_rank, method)
+    triplet = top_singular(matrix, true_rank, method, size=size)
     # sqrt on both sides: balanced factors have balanced gradients, and both stay inside fp16's range
     root = triplet.s.sqrt()
     up, down = to_factors((triplet.u * root).cpu(), (triplet.vh * root[:, None]).cpu(), shape)

@@ -40,11 +40,12 @@ class Triplet:
     excess: float = 0.0
 
 
-def top_singular(matrix: Tensor, rank: int, method: Method = "auto") -> Triplet:
+def top_singular(matrix: Tensor, rank: int, method: Method = "auto", *, size: float | None = None) -> Triplet:
     """The `rank` largest singular triplets of a float32 matrix of shape (out, in), with settled signs.
 
     auto takes the exact SVD for small matrices, a sketch where few directions are wanted of many, and the
     Gram matrix of the shorter side otherwise and where the sketch misses its bound.
+    `size` is the Frobenius norm of the matrix, if it is known.
     The same matrix on the same machine gives the same triplets: the sketch starts from fixed random numbers.
     """
     if method not in get_args(Method):
@@ -57,7 +58,7 @@ def top_singular(matrix: Tensor, rank: int, method: Method = "auto") -> Triplet:
     if method == "auto":
         method = cheapest(tuple(matrix.shape), rank)
     if method == "sketch":
-        sketched = _sketch(matrix, rank, norm(matrix) ** 2)
+        sketched = _sketch(matrix, rank, (norm(matrix) if size is None else size) ** 2)
         if sketched is not None:
             return _settle_signs(sketched)
         method = "gram"

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectune.errors import InputError
 from spectune.factor.matrix import absolute, weight_shape
+from spectune.model.change import Factors, delta_conv, delta_linear, joined_down, joined_up, low_rank
 from spectune.model.sdxl import Sdxl
 from spectune.weights.adapter import Delta, LowRank
 
@@ -29,15 +29,24 @@ class AdaptedLayer(nn.Module):
     """A frozen linear or convolution with a trainable low-rank change beside it.
 
     down is (rank, in) or (rank, in, kh, kw), up is (out, rank) or (out, rank, 1, 1). The trainable
-    tensors are float32 unless `dtype` says otherwise; products run in the type of the input.
+    tensors are float32 unless `dtype` says otherwise; products run in the type of the input. In training,
+    `dropout` leaves out directions of the change (in the residual form: of the principal itself).
     """
 
     frame_down: Tensor
     frame_up: Tensor
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, frame: LowRank, form: Form, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: nn.Linear | nn.Conv2d,
+        frame: LowRank,
+        form: Form,
+        dtype: torch.dtype,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.base = base
+        self.dropout = dropout
         self.form: Form = form
         self.scale = frame.scale
         self.alpha = frame.alpha
@@ -52,27 +61,29 @@ class AdaptedLayer(nn.Module):
         self.up = nn.Parameter(start_up.to(device=device, dtype=dtype, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
         if not self.enabled:
-            return out
-        down, up = self._factors(x.dtype)
-        return out + self._change(x, down, up) * self.scale
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The pair whose product is the layer's change: rank r in the residual form, 2r in the delta form."""
+            return self.base(x)
         if self.form == "residual":
-            return self.down.to(dtype), self.up.to(dtype)
-        # dB (A0+dA) + B0 dA as one product: [dB, B0] [A0+dA; dA]
-        down = torch.cat([self.frame_down + self.down, self.down])
-        up = torch.cat([self.up, self.frame_up.to(self.up.dtype)], dim=1)
-        return down.to(dtype), up.to(dtype)
+            down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+            return self.base(x).add_(self._low_rank(x, down, up), alpha=self.scale)
+        factors = Factors(self.frame_down, self.frame_up, self.down, self.up)
+        if not (self.dropout and self.training):
+            if isinstance(self.base, nn.Conv2d):
+                return self.base(x).add_(delta_conv(x, self.base, self.scale, factors))
+            if type(self.base) is nn.Linear:  # a quantised one has no weight to multiply with
+                return delta_linear(x, self.base, self.scale, factors)
+        down, up = joined_down(factors, x.dtype), joined_up(factors, 1.0, x.dtype)
+        return self.base(x).add_(self._low_rank(x, down, up, halves=2), alpha=self.scale)
 
-    def _change(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        if isinstance(self.base, nn.Linear):
-            return F.linear(F.linear(x, down), up)
-        base = self.base
-        hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
-        return F.conv2d(hidden, up)
+    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, *, halves: int = 1) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
+
+    def trained_change(self) -> tuple[Tensor, Tensor]:
+        """dA and dB where they are, in the type that is trained."""
+        if self.form == "delta":
+            return self.down.detach(), self.up.detach()
+        return self.down.detach() - self.frame_down, self.up.detach() - self.frame_up
 
     def delta(self) -> Delta:
         """The change trained so far, as float32 dA and dB on the CPU with their frame."""
@@ -146,7 +157,12 @@ class Injection:
 
 
 def inject(
-    model: Sdxl, frames: Mapping[str, LowRank], *, form: Form = "delta", dtype: torch.dtype = torch.float32
+    model: Sdxl,
+    frames: Mapping[str, LowRank],
+    *,
+    form: Form = "delta",
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
 ) -> Injection:
     """Put a trainable change beside every layer of `frames` (layer name -> frame) and freeze all else.
 
@@ -161,7 +177,7 @@ def inject(
         parent, attribute = model.place(name)
         base = getattr(parent, attribute)
         _check_fit(name, base, frame)
-        layers[name] = AdaptedLayer(base, frame, form, dtype)
+        layers[name] = AdaptedLayer(base, frame, form, dtype, dropout)
         places[name] = (parent, attribute)
         setattr(parent, attribute, layers[name])
     return Injection(layers=layers, places=places)

@@ -17,7 +17,7 @@ from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import BOS_ID, EOS_ID, TokenIds
 from spectune.weights.layout import Layout, TextLayout, UNetLayout, VaeLayout, infer_layout
 from spectune.weights.names import ModuleName, Part, module_path, module_tensors
-from spectune.weights.provenance import Provenance, declared_prediction
+from spectune.weights.provenance import Provenance, declared_prediction, declared_zero_snr
 from spectune.weights.quantised import check_not_quantised
 from spectune.weights.reader import WeightSource
 
@@ -135,15 +135,16 @@ def build_model(
 
 
 def source_prediction(source: WeightSource) -> Prediction:
-    """The prediction type that a checkpoint declares, eps if it declares none."""
+    """The prediction type that a checkpoint declares, eps if it declares none.
+
+    A tensor `ztsnr` marks a schedule rescaled to end in pure noise, as ComfyUI takes it.
+    """
     shift = Provenance.from_metadata(source.metadata).flow_shift
-    if "ztsnr" in source.tensors:
-        raise InputError(
-            f"{source.label} is a zero-terminal-SNR model, whose noise schedule is not supported yet",
-            hint="the commands on files alone (split, verify, rebuild, export) work with it",
-        )
-    name = declared_prediction(source) or "eps"
-    return make_prediction(name, flow_shift=1.0 if shift is None else shift)
+    return make_prediction(
+        declared_prediction(source) or "eps",
+        flow_shift=1.0 if shift is None else shift,
+        zero_terminal_snr=declared_zero_snr(source),
+    )
 
 
 def _fill(

@@ -20,6 +20,8 @@ from spectune.weights.catalogue import Layer, build_catalogue
 from spectune.weights.provenance import (
     MODELSPEC_PREDICTION_KEY,
     PREFIX,
+    V_KEY,
+    ZERO_SNR_KEY,
     Provenance,
     Role,
     modelspec_metadata,
@@ -49,6 +51,8 @@ class Merged:
 
     def load(self, name: str) -> Tensor:
         """The merged tensor; raises InputError if a change is not finite, misfits or overflows the type."""
+        if name not in self.base.tensors:
+            return _marker(name)
         stored = self.base.load(name)
         dtype = self.tensors[name].dtype
         changes = self.changes.get(name, ())
@@ -92,6 +96,8 @@ class Restored:
 
     def load(self, name: str) -> Tensor:
         """The restored tensor; raises InputError if a factor is not finite, misfits or overflows the type."""
+        if name not in self.residual.tensors:
+            return _marker(name)
         stored = self.residual.load(name)
         principals = self.principals.get(name, ())
         if not principals:
@@ -165,6 +171,7 @@ def restored(
     original = read_base_dtypes(residual)
     replaces = Provenance.from_metadata(adapter.metadata).principal_hash
     infos = {name: info for name, info in residual.tensors.items() if not is_exceptions(name)}
+    infos = _marked(infos, residual, [adapter])
     return Restored(
         residual=residual,
         principals=principals,
@@ -211,7 +218,7 @@ def _merged(
         base=base,
         changes=changes,
         metadata=_model_metadata(base, adapters),
-        tensors=_typed(base.tensors, changes, {}, dtype),
+        tensors=_typed(_marked(base.tensors, base, adapters), changes, {}, dtype),
         label=" + ".join([base.label, *(adapter.label for adapter in adapters)]),
     )
 
@@ -249,15 +256,54 @@ def _typed(
     }
 
 
+def _marked(
+    tensors: Mapping[str, TensorInfo], base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]
+) -> dict[str, TensorInfo]:
+    """The tensors with the markers of what the model predicts, where training has changed that."""
+    before = _told(base.metadata)
+    after = _told(_model_metadata(base, adapters))
+    if after == before or after.prediction is None:
+        return dict(tensors)
+    wanted = {V_KEY: after.prediction == "v", ZERO_SNR_KEY: after.noise_schedule == "zero_terminal_snr"}
+    kept = {name: info for name, info in tensors.items() if wanted.get(name, True)}
+    for name, is_wanted in wanted.items():
+        if is_wanted and name not in kept:
+            kept[name] = TensorInfo(name, _marker(name).dtype, tuple(_marker(name).shape))
+    return kept
+
+
+def _told(metadata: Mapping[str, str]) -> Provenance:
+    told = Provenance.from_metadata(metadata)
+    return Provenance(prediction=told.prediction, noise_schedule=told.noise_schedule)
+
+
+def _marker(name: str) -> Tensor:
+    """An empty tensor: only its name says something."""
+    assert name in (V_KEY, ZERO_SNR_KEY), f"{name} is not in the base"
+    return torch.empty(0)
+
+
 def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:
     """Metadata of a whole model: the base's, with the objective that an adapter was trained for."""
     provenance = Provenance.from_metadata(base.metadata)
     for adapter in adapters:
         tuned_for = Provenance.from_metadata(adapter.metadata)
         if tuned_for.prediction is not None:
-            provenance = replace(provenance, prediction=tuned_for.prediction, flow_shift=tuned_for.flow_shift)
-        if tuned_for.vae_scale is not None:
-            provenance = replace(provenance, vae_scale=tuned_for.vae_scale, vae_shift=tuned_for.vae_shift)
+            provenance = replace(
+                provenance,
+                prediction=tuned_for.prediction,
+                flow_shift=tuned_for.flow_shift,
+                noise_schedule=tuned_for.noise_schedule,
+            )
+        told = (tuned_for.vae_scale, tuned_for.vae_shift, tuned_for.vae_padding, tuned_for.vae_name)
+        if any(value is not None for value in told):
+            provenance = replace(
+                provenance,
+                vae_scale=tuned_for.vae_scale,
+                vae_shift=tuned_for.vae_shift,
+                vae_padding=tuned_for.vae_padding,
+                vae_name=tuned_for.vae_name,
+            )
     provenance = replace(provenance, role=Role.MODEL, principal_hash=None, version=spectune_version())
     replaced = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {BASE_DTYPES_KEY}
     if provenance.prediction is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectune.errors import some_of
 from spectune.factor.matrix import Product, to_matrix
-from spectune.factor.remainder import Exceptions, working_dtype
+from spectune.factor.remainder import Exceptions, gives_every_bit_back, working_dtype
 from spectune.factor.report import Agreement, compare, total_share
 from spectune.factor.scratch import converted, scratch
 from spectune.rebuild.exceptions import is_exceptions, read_exceptions
@@ -216,12 +216,17 @@ def _put_together(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: L
     into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
     working = working_dtype(residual.dtype)
     worst = 0.0
-    for tile, principal in Product(low_rank).tiles():
+    exact_sum = gives_every_bit_back(residual.dtype, weight.dtype)
+    product = Product(low_rank, exact=exact_sum)
+    of_rows, of_columns = product.rounding()
+    for tile, principal in product.tiles():
         stored = converted("residual", left[tile], working)
         expected = converted("weight", original[tile], torch.float32)
         exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
         into[tile].copy_(exact)
         allowed = _allowed(stored, expected, residual.dtype, weight.dtype)
+        if not exact_sum:  # the residual may come from another machine
+            allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
         over = exact.sub_(expected).abs_().sub_(allowed)
         if not float(torch.aminmax(over)[1]) <= 0:  # also where it is NaN
             worst = max(worst, _excess(over.add_(allowed), allowed))

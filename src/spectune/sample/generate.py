@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from spectune.errors import InputError, did_you_mean
-from spectune.model.prediction import Flow, Prediction
+from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.model.sdxl import Sdxl, TextStates
 from spectune.model.text import tokenize
+from spectune.sample.terminal import TerminalDdim
 
 # SDXL's published scheduler configuration.
 _DDPM: dict[str, Any] = {
@@ -39,6 +40,8 @@ _DDPM_SAMPLERS: Mapping[str, Callable[[Any], Any]] = {
     ),
     "dpmpp_2m": lambda kind: DPMSolverMultistepScheduler(prediction_type=kind, **_DDPM),
 }
+# One method under both names: from pure noise, Euler's is computed as DDIM.
+_TERMINAL_SAMPLERS: Mapping[str, Callable[[Ddpm], Any]] = {"euler": TerminalDdim, "ddim": TerminalDdim}
 _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
     "euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
     "heun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
@@ -94,7 +97,7 @@ def generate(
 def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSettings) -> Tensor:
     """Latents (batch, 4, h, w), float32, of a batch of requests."""
     flow = isinstance(model.prediction, Flow)
-    scheduler = make_scheduler(model.prediction, settings.sampler)
+    scheduler = make_scheduler(model.prediction, settings.sampler, pixels=settings.width * settings.height)
     scheduler.set_timesteps(settings.steps, device=model.device)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     latents = _noise(model, generators, settings) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -111,19 +114,25 @@ def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSet
     return latents
 
 
-def make_scheduler(prediction: Prediction, sampler: str) -> Any:
-    """A diffusers scheduler that samples `prediction`.
+def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None = None) -> Any:
+    """A scheduler that samples `prediction`, by diffusers or with the same interface.
 
+    `pixels` is the area of the pictures, for flow with a shift by resolution.
     Raises InputError when the sampler does not exist for this prediction type.
     """
-    known = _FLOW_SAMPLERS if isinstance(prediction, Flow) else _DDPM_SAMPLERS
+    terminal = prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
+    flow = isinstance(prediction, Flow)
+    known = _TERMINAL_SAMPLERS if terminal else _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
     if sampler not in known:
+        kind = f"zero-terminal-SNR {prediction.name}" if terminal else prediction.name
         raise InputError(
-            f"no sampler {sampler!r} for {prediction.name} models{did_you_mean(sampler, known)}",
+            f"no sampler {sampler!r} for {kind} models{did_you_mean(sampler, known)}",
             hint=f"choose one of {', '.join(known)}",
         )
-    if isinstance(prediction, Flow):
-        return _FLOW_SAMPLERS[sampler](prediction.shift)
+    if terminal:
+        return _TERMINAL_SAMPLERS[sampler](terminal)
+    if flow:
+        return _FLOW_SAMPLERS[sampler](prediction.shift_at(pixels))
     return _DDPM_SAMPLERS[sampler]({"eps": "epsilon", "v": "v_prediction"}[prediction.name])
 
 

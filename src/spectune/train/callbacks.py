@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -28,10 +30,17 @@ class StepInfo:
 
     step: int  # counted from 1
     loss: float  # mean over the step's batches
-    learning_rate: float
+    learning_rates: Mapping[str, float]  # of each part
     grad_norm: float  # before clipping
     step_size: Mapping[str, float]  # Prodigy's d of each part; empty for other optimisers
     seconds: float
+    memory_bytes: int  # of the GPU at most so far, or of this process
+    delta_norms: Mapping[str, float]  # of dA and dB of each part: "unet.down"; empty between logged steps
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest of a part."""
+        return max(self.learning_rates.values())
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,11 @@ class Callbacks:
     def on_validation(self, step: int, loss: float) -> None:
         """The loss on held-out images after `step` steps."""
 
-    def on_preview(self, step: int, model: Sdxl) -> None:
-        """Time to draw pictures: `model` carries the weights as they would be saved."""
+    def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
+        """Time to draw pictures: `model` carries the weights as they would be saved. A sheet of them."""
+
+    def on_picture(self, step: int, sheet: Image.Image) -> None:
+        """Somebody has drawn a preview."""
 
     def on_save(self, step: int, file: Path) -> None:
         """An adapter file is complete."""
@@ -138,7 +150,7 @@ class ConsoleProgress(Callbacks):
             self._task,
             completed=info.step,
             rate=f"{1 / info.seconds:.2f} it/s" if info.seconds else "",
-            loss=f"loss {self._loss:.4f}{self._held_out}",
+            loss=f"loss {self._loss:.4f}{self._held_out} {info.memory_bytes / 1e9:.1f} GB",
         )
 
     def on_validation(self, step: int, loss: float) -> None:
@@ -175,11 +187,19 @@ class TensorBoardLog(Callbacks):
 
     def on_step(self, info: StepInfo) -> None:
         self._add("loss/train", info.loss, info.step)
-        self._add("optimizer/learning_rate", info.learning_rate, info.step)
+        for part, rate in info.learning_rates.items():
+            self._add(f"optimizer/learning_rate_{part}", rate, info.step)
         self._add("speed/seconds_per_step", info.seconds, info.step)
         self._add("optimizer/grad_norm", info.grad_norm, info.step)
         for part, size in info.step_size.items():
             self._add(f"optimizer/d_{part}", size, info.step)
+        for name, norm in info.delta_norms.items():
+            self._add(f"norm/{name}", norm, info.step)
+        self._add("speed/memory_bytes", info.memory_bytes, info.step)
+
+    def on_picture(self, step: int, sheet: Image.Image) -> None:
+        if self._writer is not None:
+            self._writer.add_image("preview", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
 
     def on_validation(self, step: int, loss: float) -> None:
         if self._writer is None:
@@ -223,9 +243,18 @@ class Listeners(Callbacks):
         for listener in self.listeners:
             listener.on_validation(step, loss)
 
-    def on_preview(self, step: int, model: Sdxl) -> None:
+    def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
+        sheet = None
         for listener in self.listeners:
-            listener.on_preview(step, model)
+            drawn = listener.on_preview(step, model)
+            if drawn is not None:
+                self.on_picture(step, drawn)
+                sheet = drawn
+        return sheet
+
+    def on_picture(self, step: int, sheet: Image.Image) -> None:
+        for listener in self.listeners:
+            listener.on_picture(step, sheet)
 
     def on_save(self, step: int, file: Path) -> None:
         for listener in self.listeners:

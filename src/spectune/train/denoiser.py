@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from spectune.errors import InputError
 from spectune.model.sdxl import Sdxl, TextStates
 from spectune.model.text import tokenize
-from spectune.train.data.dataset import CacheKey, Pictures
-from spectune.train.seeds import derived_generator
+from spectune.train.latents import checked_latents, encode_pictures
+
+__all__ = ["Denoiser", "checked_latents", "encode_captions", "encode_pictures"]
 
 ENCODE_BATCH = 8
 
@@ -69,41 +69,3 @@ def encode_captions(model: Sdxl, captions: Iterable[str]) -> dict[str, TextState
         rows = zip(chunk, states.context.cpu(), states.pooled.cpu(), strict=True)
         found |= {caption: TextStates(context.clone(), pooled.clone()) for caption, context, pooled in rows}
     return found
-
-
-@torch.no_grad()
-def encode_pictures(
-    model: Sdxl,
-    pictures: Pictures,
-    *,
-    flips: Sequence[bool] = (False,),
-    seed: int | None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[CacheKey, Tensor]:
-    """Latents (channels, h, w) of all images in fixed crops, float32 on the CPU.
-
-    A sample of the posterior with `seed`, its mode with None. Raises InputError when they are not finite.
-    """
-    found: dict[CacheKey, Tensor] = {}
-    total = len(pictures) * len(flips)
-    for members in pictures.buckets().values():
-        keys = [(image, flipped) for image, _ in members for flipped in flips]
-        for start in range(0, len(keys), ENCODE_BATCH):
-            chunk = keys[start : start + ENCODE_BATCH]
-            pixels = torch.stack([pictures.pixels(i, pictures.centred(i, flipped=flip)) for i, flip in chunk])
-            generator = None if seed is None else derived_generator(seed, "latents", *chunk[0])
-            latents = model.encode_images(pixels.to(model.device), generator).cpu()
-            for (image, flipped), row in zip(chunk, latents, strict=True):
-                found[image, flipped] = checked_latents(row, pictures.images[image].path.name).clone()
-            progress(len(found), total)
-    return found
-
-
-def checked_latents(latents: Tensor, what: str) -> Tensor:
-    """`latents`, if they are finite: a broken VAE must not be trained on."""
-    if not bool(torch.isfinite(latents).all()):
-        raise InputError(
-            f"the VAE's latents of {what} are not finite",
-            hint="SDXL's own VAE overflows in float16; use it in float32",
-        )
-    return latents

@@ -6,11 +6,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -18,20 +19,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spectune.errors import InputError, SpectuneError, some_of
+from spectune.model.prediction import Flow
 from spectune.train import state
 from spectune.train.callbacks import Callbacks, Listeners, RunStart, StepInfo, TensorBoardLog, TrainReport
 from spectune.train.data.dataset import Batch, as_it_is
 from spectune.train.data.plan import PlannedBatches
-from spectune.train.denoiser import checked_latents
 from spectune.train.interrupt import StopWish
+from spectune.train.latents import encode_drawn
 from spectune.train.objective import ask_at_random
-from spectune.train.optim import OPTIMIZERS, finished_weights, rate_factor, step_sizes
+from spectune.train.optim import finished_weights, learning_rates, rate_factor, step_sizes
 from spectune.train.recipe import Recipe
 from spectune.train.run import Run, assemble
 from spectune.train.seeds import derived_generator, derived_seed
 from spectune.train.validation import held_out_loss
 from spectune.weights.adapter import Delta, TunedAdapter, save_tuned
-from spectune.weights.provenance import Role
+from spectune.weights.provenance import NoiseSchedule, Role
 
 RECENT_STEPS = 20  # for the mean loss in the report
 
@@ -92,7 +94,7 @@ def claim_output(recipe: Recipe, *, force: bool) -> Claim:
 
 
 def _check_inputs_stay(recipe: Recipe, taken: Sequence[Path]) -> None:
-    for key in ("base", "principal"):
+    for key in ("base", "residual", "principal"):
         path: Path | None = getattr(recipe.model, key)
         if path is None or not path.exists():
             continue
@@ -173,6 +175,8 @@ def _steps(run: Run, wish: StopWish, recent: deque[float]) -> float:
             continue
         run.step += 1
         run.position += per_step
+        if run.ema is not None:
+            run.ema.update()
         info = _step_info(run, losses, grad_norm, time.perf_counter() - began)
         losses = []
         seconds += info.seconds
@@ -208,17 +212,35 @@ def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
     grad_norm = None
     with accelerator.accumulate(run.distributed):
         question = ask_at_random(
-            run.prediction, _latents(run, batch), derived_generator(seed, "noise", batch.position)
+            run.prediction,
+            _latents(run, batch),
+            derived_generator(seed, "noise", batch.position),
+            noise=run.noise,
+            pixels_per_latent=run.prepared.model.pixels_per_latent,
         )
         answer = run.distributed(question.noised, question.timestep, batch.captions, batch.time_ids)
-        loss = run.cost(run.prediction, answer, question)
+        loss = run.cost(run.prediction, answer, question, image_weights=batch.weights, mask=batch.masks)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             grad_norm = _clipped(run)
             _set_rates(run)
+            # the same on every process: stochastic rounding must not let their copies drift apart
+            torch.manual_seed(derived_seed(seed, "optimiser", run.step))
         run.stepper.step()
         run.stepper.zero_grad()
+    if accelerator.sync_gradients:
+        _learn_weighting(run)
     return loss.detach(), grad_norm
+
+
+def _learn_weighting(run: Run) -> None:
+    """The step of the learned weighting of noise levels, if there is one."""
+    if run.learned is None or run.learned_optimizer is None:
+        return
+    for parameter in run.learned.parameters():
+        parameter.grad = cast("Tensor", run.accelerator.reduce(parameter.grad, reduction="mean"))
+    run.learned_optimizer.step()
+    run.learned_optimizer.zero_grad()
 
 
 def _clipped(run: Run) -> Tensor:
@@ -238,22 +260,26 @@ def _check_finite(what: str, value: float, step: int) -> None:
         )
 
 
-@torch.no_grad()
 def _latents(run: Run, batch: Batch) -> Tensor:
     if batch.latents is not None:
         return batch.latents
     assert batch.pixels is not None
-    generator = derived_generator(run.recipe.run.seed, "latents", batch.position)
-    return checked_latents(
-        run.prepared.model.encode_images(batch.pixels, generator), f"batch {batch.position}"
-    )
+    return encode_drawn(run.prepared.model, batch.pixels, batch.views, seed=run.recipe.run.seed)
 
 
 def _set_rates(run: Run) -> None:
     settings = run.recipe.optimizer
-    if OPTIMIZERS[settings.name].schedule_free:
+    if settings.traits.schedule_free:
         return
-    factor = rate_factor(settings.schedule, run.step, steps=run.steps, warmup_steps=settings.warmup_steps)
+    factor = rate_factor(
+        settings.schedule,
+        run.step,
+        steps=run.steps,
+        warmup_steps=settings.warmup_steps,
+        cycles=settings.cycles,
+        power=settings.power,
+        final_share=settings.final_share,
+    )
     for group, rate in zip(run.optimizer.param_groups, run.base_rates, strict=True):
         group["lr"] = rate * factor
 
@@ -262,14 +288,39 @@ def _step_info(run: Run, losses: Sequence[Tensor], grad_norm: Tensor | None, sec
     loss = float(cast("Tensor", run.accelerator.reduce(torch.stack(list(losses)).mean(), reduction="mean")))
     _check_finite("loss", loss, run.step)
     assert grad_norm is not None
+    logged = run.step % run.recipe.run.log_every_steps == 0 or run.step == run.steps
     return StepInfo(
         step=run.step,
         loss=loss,
-        learning_rate=run.optimizer.param_groups[0]["lr"],
+        learning_rates=learning_rates(run.optimizer),
         grad_norm=float(grad_norm),
         step_size=step_sizes(run.optimizer),
         seconds=seconds,
+        memory_bytes=memory_in_use(run.accelerator.device),
+        delta_norms=delta_norms(run) if logged else {},
     )
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most that the GPU has held for this process, or what the process holds in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+@torch.no_grad()
+def delta_norms(run: Run) -> dict[str, float]:
+    """The Frobenius norm of all dA ("down") and all dB ("up") of each part, as `unet.down`."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, layer in run.injection.layers.items():
+        part = name.partition(".")[0]
+        down, up = layer.trained_change()
+        groups.setdefault(f"{part}.down", []).append(down)
+        groups.setdefault(f"{part}.up", []).append(up)
+    return {
+        name: float(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).norm())
+        for name, tensors in groups.items()
+    }
 
 
 def _stop_is_asked(accelerator: Accelerator, wish: StopWish) -> bool:
@@ -306,9 +357,16 @@ def _finish(run: Run, *, interrupted: bool) -> None:
 def _as_finished(run: Run) -> Iterator[None]:
     """Within, the model is as it would be saved and does not train."""
     run.denoiser.eval()
-    with finished_weights(run.optimizer, run.parameters):
+    with _finished(run):
         yield
     run.distributed.train()
+
+
+def _finished(run: Run) -> AbstractContextManager[None]:
+    """Within, the trained tensors are what is saved: an average, or what a schedule-free optimiser means."""
+    if run.ema is not None:
+        return run.ema.in_place()
+    return finished_weights(run.optimizer, run.parameters)
 
 
 def _validate(run: Run) -> float | None:
@@ -326,7 +384,7 @@ def _validate(run: Run) -> float | None:
 def _preview(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
-    with _as_finished(run), torch.no_grad():
+    with _as_finished(run), run.waiting.at_work(), torch.no_grad():
         run.hear.on_preview(run.step, run.model)
 
 
@@ -339,7 +397,9 @@ def _save(run: Run) -> None:
 def _save_state(run: Run, folder: Path) -> None:
     if not run.accelerator.is_main_process:
         return
-    state.save_state(folder, run.progress(), run.trained, run.optimizer, frames=run.frames())
+    state.save_state(
+        folder, run.progress(), run.trained, run.optimizer, frames=run.frames(), extras=run.extras()
+    )
     run.files.append(folder)
     state.keep_last(run.recipe.run.output, run.recipe.run.name, run.recipe.run.keep_last)
 
@@ -351,15 +411,29 @@ def _save_adapter(run: Run, path: Path) -> None:
         run.prepared.origin,
         role=Role.TUNED,
         prediction=run.prediction.name,
-        flow_shift=run.recipe.objective.flow_shift,
+        flow_shift=_flow_shift(run),
+        noise_schedule=_noise_schedule(run),
     )
-    with finished_weights(run.optimizer, run.parameters):
+    with _finished(run):
         deltas = run.injection.deltas()
         _check_deltas(deltas, run.step)
         tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name)
         save_tuned(path, tuned, origin, force=True)
     run.files.append(path)
     run.hear.on_save(run.step, path)
+
+
+def _flow_shift(run: Run) -> float | None:
+    """The shift that the trained model is sampled with; one by resolution is that of the recipe's size."""
+    if not isinstance(run.prediction, Flow):
+        return None
+    return run.prediction.shift_at(run.recipe.data.resolution_px**2)
+
+
+def _noise_schedule(run: Run) -> NoiseSchedule | None:
+    if isinstance(run.prediction, Flow):
+        return None
+    return "zero_terminal_snr" if run.recipe.objective.zero_terminal_snr else "sdxl"
 
 
 def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,10 +16,18 @@ from spectune.factor.split import split_weight
 from spectune.model.inject import Injection, inject
 from spectune.model.sdxl import Sdxl, build_model
 from spectune.rebuild.pairing import adapter_hash, check_residual_pair, shown
-from spectune.train.recipe import ModelSection, Recipe, parse_recipe
+from spectune.train.recipe import Recipe, parse_recipe
+from spectune.train.sections import ModelSection
 from spectune.weights.adapter import Adapter, LowRank, open_adapter
 from spectune.weights.catalogue import Catalogue, build_catalogue, layer_weight
-from spectune.weights.provenance import Provenance, Role, WeightsHasher, declared_prediction, weights_hash
+from spectune.weights.provenance import (
+    Provenance,
+    Role,
+    WeightsHasher,
+    declared_prediction,
+    declared_zero_snr,
+    weights_hash,
+)
 from spectune.weights.reader import WeightSource, open_checkpoint
 
 
@@ -46,29 +55,39 @@ def with_resolved_objective(recipe: Recipe) -> Recipe:
     Raises InputError when the rest of the recipe does not fit that, and for bases that cannot be trained.
     """
     section = recipe.objective
-    with open_checkpoint(recipe.model.base) as base:
-        if "ztsnr" in base.tensors:
-            raise InputError(
-                f"{base.label} has a zero-terminal-SNR schedule (key `ztsnr`): that is not supported yet",
-                hint="train on a base with SDXL's own noise schedule",
-            )
+    with open_checkpoint(recipe.model.checkpoint) as base:
         kind = section.kind or declared_prediction(base) or "eps"
-        shift = section.flow_shift
+        shift, zero = section.flow_shift, section.zero_terminal_snr
         if kind == "flow" and shift is None:
             shift = Provenance.from_metadata(base.metadata).flow_shift or 1.0
-        data = recipe.model_dump() | {"objective": {"kind": kind, "flow_shift": shift}}
+        if zero is None:
+            zero = kind != "flow" and declared_zero_snr(base)
+        resolved = {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}
+        data = recipe.model_dump() | {"objective": section.model_dump() | resolved}
         return parse_recipe(data, label=f"recipe, trained as {kind} for {base.label}")
 
 
-def conversion_warnings(recipe: Recipe) -> list[str]:
-    """What to know about a run that teaches its base another prediction type."""
-    with open_checkpoint(recipe.model.base) as base:
+def model_warnings(recipe: Recipe) -> list[str]:
+    """What to know about a run that trains another tool's residual or teaches another prediction type."""
+    found: list[str] = []
+    if recipe.model.residual is not None:
+        found.append(
+            f"{recipe.model.checkpoint.name} is taken for what is left of a model without its principal: "
+            "whether the two files belong together is not known"
+        )
+    if recipe.model.dropout_probability and recipe.model.form == "residual":
+        found.append(
+            "model.dropout_probability in the residual form leaves out parts of the model itself, "
+            'not only of what is trained; form = "delta" does not'
+        )
+    with open_checkpoint(recipe.model.checkpoint) as base:
         declared = declared_prediction(base)
         if declared is None or recipe.objective.kind in (None, declared):
-            return []
+            return found
         return [
+            *found,
             f"{base.label} declares that it predicts {declared}, objective.kind is {recipe.objective.kind}: "
-            "this run converts the model"
+            "this run converts the model",
         ]
 
 
@@ -78,17 +97,18 @@ def prepare(
     known: KnownFrames | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    trained_dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
     """Build the model and put the frames of the chosen parts in place.
 
-    `known` stands in for splitting the base, if it was made of this one.
+    `known` stands in for splitting the base, if it was made of this one. `dtype` is that of the frozen model.
     Raises InputError for files that are of no use here, PairingError for files that do not belong together.
     """
-    with open_checkpoint(section.base) as base:
+    with open_checkpoint(section.checkpoint) as base:
         declared = Provenance.from_metadata(base.metadata)
         _check_role(section, declared)
-        say(f"reading {section.base.name}")
+        say(f"reading {section.checkpoint.name}")
         found = weights_hash(base)
         catalogue = build_catalogue(base, all_layers=True)
         frames: Mapping[str, LowRank]
@@ -96,11 +116,11 @@ def prepare(
         if section.principal is None and known is not None and known.base_hash == found:
             frames = known.layers
         elif section.principal is None:
-            say(f"splitting {section.base.name} at rank {section.rank}")
+            say(f"splitting {section.checkpoint.name} at rank {section.rank}")
             frames = _split_frames(base, section)
         else:
             adapter = _open_principal(section, catalogue)
-            _check_pair(base, found, adapter)
+            _check_pair(section, base, found, adapter)
             frames, principal_hash = adapter.layers, adapter_hash(adapter)
         chosen = {
             name: frames[name] for name in frames if catalogue.by_name[name].part.value in section.parts
@@ -111,37 +131,59 @@ def prepare(
                 hint="name other parts in model.parts",
             )
         model = build_model(base, device=device, dtype=dtype)
-    is_residual = declared.role is Role.RESIDUAL
+    is_residual = section.residual is not None or declared.role is Role.RESIDUAL
     if is_residual:
         add_frames(model, {name: frames[name] for name in frames if name not in chosen})
-    injection = inject(model, chosen, form=section.form)
+    injection = inject(
+        model, chosen, form=section.form, dtype=trained_dtype, dropout=section.dropout_probability
+    )
     if section.form == "residual" and not is_residual:
         subtract_frames(injection, chosen)
-    base_hash = declared.base_hash if is_residual else found
     origin = Provenance(
-        base_hash=base_hash,
-        base_name=declared.base_name if is_residual else section.base.name,
+        base_hash=_base_hash(section, declared, found, principal_hash),
+        base_name=declared.base_name if declared.role is Role.RESIDUAL else section.checkpoint.name,
         principal_hash=principal_hash,
         vae_scale=declared.vae_scale,
         vae_shift=declared.vae_shift,
+        vae_padding=declared.vae_padding,
+        vae_name=declared.vae_name,
     )
     return Prepared(model, injection, origin, _hash_of(chosen))
 
 
+def _base_hash(
+    section: ModelSection, declared: Provenance, found: str, principal_hash: str | None
+) -> str | None:
+    """The hash of the model that the change is for."""
+    if declared.role is Role.RESIDUAL:
+        return declared.base_hash
+    if section.residual is None:
+        return found
+    # the original of another tool's residual is not known: no file has this hash, so that nobody takes the
+    # residual for the original
+    return hashlib.sha256(f"{found}+{principal_hash}".encode()).hexdigest()
+
+
 def _check_role(section: ModelSection, declared: Provenance) -> None:
+    path = section.checkpoint
     if declared.role is not None and declared.role not in (Role.MODEL, Role.RESIDUAL):
         raise InputError(
-            f"{section.base} is a {declared.role.value} file: expected a checkpoint",
+            f"{path} is a {declared.role.value} file: expected a checkpoint",
             hint="model.base is the checkpoint, model.principal the adapter that `spectune split` made of it",
+        )
+    if section.residual is not None and declared.role is Role.MODEL:
+        raise InputError(
+            f"{path} is a whole model: model.residual is what is left of one without its principal",
+            hint="name it as model.base",
         )
     if declared.role is Role.RESIDUAL and section.form == "delta":
         raise InputError(
-            f"{section.base} is a residual: the delta form trains on the original weights",
+            f"{path} is a residual: the delta form trains on the original weights",
             hint='give the original as model.base, or set model.form = "residual"',
         )
     if declared.role is Role.RESIDUAL and section.principal is None:
         raise InputError(
-            f"{section.base} is a residual: its principal directions are in another file",
+            f"{path} is a residual: its principal directions are in another file",
             hint="name that file as model.principal instead of giving model.rank",
         )
 
@@ -157,7 +199,7 @@ def _open_principal(section: ModelSection, catalogue: Catalogue) -> Adapter:
     return adapter
 
 
-def _check_pair(base: WeightSource, found: str, adapter: Adapter) -> None:
+def _check_pair(section: ModelSection, base: WeightSource, found: str, adapter: Adapter) -> None:
     origin = Provenance.from_metadata(adapter.metadata)
     if origin.principal_hash is not None:
         raise InputError(
@@ -166,7 +208,7 @@ def _check_pair(base: WeightSource, found: str, adapter: Adapter) -> None:
         )
     if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
         check_residual_pair(base, adapter)
-    elif origin.base_hash is not None and origin.base_hash != found:
+    elif section.residual is None and origin.base_hash is not None and origin.base_hash != found:
         raise PairingError(
             f"{adapter.label} was split from base {shown(origin.base_hash)}, {base.label} is {shown(found)}",
             hint="name the model that it was split from as model.base, or split this one",
@@ -175,7 +217,7 @@ def _check_pair(base: WeightSource, found: str, adapter: Adapter) -> None:
 
 def _split_frames(base: WeightSource, section: ModelSection) -> dict[str, LowRank]:
     assert section.rank is not None
-    rule = FixedRank(section.rank)
+    rule = FixedRank(section.rank, section.conv_rank)
     return {
         layer.name: split_weight(
             layer_weight(base, layer),

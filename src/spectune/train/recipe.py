@@ -1,4 +1,4 @@
-"""A training run as a file: typed, frozen, with units in the names; unknown keys are errors.
+"""A training run as a file: TOML with the sections of sections.py.
 
 Relative paths in a recipe are relative to its folder, those in overrides to the working directory.
 """
@@ -8,200 +8,27 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from spectune.errors import InputError, did_you_mean
-from spectune.train.loss import LOSSES
-from spectune.train.objective import OBJECTIVES
-from spectune.train.optim import OPTIMIZERS, SCHEDULES, check_options
-from spectune.train.weighting import WEIGHTINGS
-
-PartName = Literal["unet", "te1", "te2"]
-ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _known(word: str, known: Mapping[str, Any]) -> str:
-    if word not in known:
-        raise ValueError(f"`{word}` is none of {', '.join(known)}{did_you_mean(word, known)}")
-    return word
-
-
-class ModelSection(Section):
-    """What is trained: a base checkpoint and the frame of its principal spectrum."""
-
-    base: Path  # the original checkpoint; for form = "residual" also the residual file
-    principal: Path | None = None  # principal adapter made by `spectune split`
-    rank: int | None = Field(default=None, ge=1)  # instead of `principal`: split the base on the fly
-    form: Literal["delta", "residual"] = "delta"
-    parts: tuple[PartName, ...] = ALL_PARTS
-
-    @model_validator(mode="after")
-    def _one_frame(self) -> Self:
-        if (self.principal is None) == (self.rank is None):
-            raise ValueError("give either `principal` (a file made by `spectune split`) or `rank`")
-        if not self.parts:
-            raise ValueError(f"`parts` is empty; name some of {', '.join(ALL_PARTS)}")
-        return self
-
-
-class BucketSection(Section):
-    """Aspect buckets: sizes of about `resolution_px`^2 pixels with sides from min to max in steps."""
-
-    enabled: bool = False
-    min_px: int = Field(default=256, ge=8)
-    max_px: int = Field(default=1024, ge=8)
-    step_px: int = Field(default=64, ge=8)
-
-
-class CaptionSection(Section):
-    """How the first line of a caption file becomes a caption."""
-
-    extensions: tuple[str, ...] = (".txt", ".caption")
-    shuffle: bool = False  # order of the comma separated tags
-    keep_tokens: int = Field(default=0, ge=0)  # leading tags that keep their place
-    dropout_probability: float = Field(default=0.0, ge=0, le=1)  # caption -> ""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for extension in self.extensions:
-            if not extension.startswith(".") or extension == ".":
-                raise ValueError(f"`extensions` begin with a dot, such as `.txt`; got `{extension}`")
-        if self.keep_tokens and not self.shuffle:
-            raise ValueError("`keep_tokens` does nothing without `shuffle`; turn that on or leave it out")
-        return self
-
-
-class DataSection(Section):
-    folders: tuple[Path, ...] = Field(min_length=1)  # parents of `N_name` folders, N = repeats
-    resolution_px: int = Field(default=1024, ge=16)
-    bucket: BucketSection = BucketSection()
-    caption: CaptionSection = CaptionSection()
-    flip_probability: float = Field(default=0.0, ge=0, le=1)
-    random_crop: bool = False
-    cache_latents: bool | None = None  # None: where crops are fixed
-    cache_text: bool | None = None  # None: where encoders are frozen and captions fixed
-    validation_folder: Path | None = None  # held-out images, in `N_name` folders or directly
-    workers: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.cache_latents and self.random_crop:
-            raise ValueError(
-                "`cache_latents` needs fixed crops; turn `random_crop` off or leave the cache to itself"
-            )
-        if self.cache_text and self.caption.shuffle:
-            raise ValueError("`cache_text` needs fixed captions; turn `caption.shuffle` off")
-        sides = self.bucket
-        if sides.enabled and not sides.min_px <= self.resolution_px <= sides.max_px:
-            raise ValueError(
-                f"`resolution_px` {self.resolution_px} lies outside the sides of the buckets, "
-                f"{sides.min_px}..{sides.max_px}"
-            )
-        if sides.enabled and sides.step_px > self.resolution_px:
-            raise ValueError(
-                f"`bucket.step_px` {sides.step_px} is larger than `resolution_px` {self.resolution_px}: "
-                "no bucket fits"
-            )
-        return self
-
-
-class ObjectiveSection(Section):
-    """What the network learns to answer; `flow_shift` moves the times of flow towards noise."""
-
-    kind: str | None = None  # None: what the base declares, else eps
-    flow_shift: float | None = Field(default=None, gt=0)  # None: what a flow base declares, else 1
-
-    @model_validator(mode="after")
-    def _shift_is_for_flow(self) -> Self:
-        if self.kind is not None:
-            _known(self.kind, OBJECTIVES)
-        if self.flow_shift is not None and self.kind not in (None, "flow"):
-            raise ValueError(f'`flow_shift` belongs to kind = "flow", not to "{self.kind}"')
-        return self
-
-
-class LossSection(Section):
-    kind: str = "mse"
-    weighting: str = "none"
-    min_snr_gamma: float | None = Field(default=None, gt=0)  # None: 5, as in the paper
-
-    @model_validator(mode="after")
-    def _known_names(self) -> Self:
-        _known(self.kind, LOSSES)
-        _known(self.weighting, WEIGHTINGS)
-        if self.min_snr_gamma is not None and self.weighting != "min_snr":
-            raise ValueError('`min_snr_gamma` does nothing without weighting = "min_snr"')
-        return self
-
-
-class OptimizerSection(Section):
-    name: str = "adamw"
-    learning_rate: float | None = Field(default=None, gt=0)  # None: the optimiser's own default
-    schedule: str = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: gradients are not clipped
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _allowed(self) -> Self:
-        _known(self.name, OPTIMIZERS)
-        _known(self.schedule, SCHEDULES)
-        check_options(self.name, self.options)
-        kind = OPTIMIZERS[self.name]
-        if kind.schedule_free and (self.schedule != "constant" or self.warmup_steps):
-            raise ValueError(f"{self.name} is schedule-free: leave `schedule` and `warmup_steps` out")
-        if kind.fixed_learning_rate is not None and self.learning_rate not in (
-            None,
-            kind.fixed_learning_rate,
-        ):
-            raise ValueError(
-                f"{self.name} finds its step size itself: leave `learning_rate` out "
-                f"or set it to {kind.fixed_learning_rate:g}"
-            )
-        return self
-
-
-class RunSection(Section):
-    name: str = Field(pattern=r"^[\w.-]+$")  # stem of the files written
-    output: Path  # folder
-    steps: int | None = Field(default=None, ge=0)
-    epochs: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=1, ge=1)  # images per process and forward pass
-    accumulation: int = Field(default=1, ge=1)  # forward passes per optimiser step
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen model; the trained tensors are always float32
-    gradient_checkpointing: bool = False
-    seed: int = Field(default=1, ge=0)
-    save_every_steps: int | None = Field(default=None, ge=1)
-    keep_last: int = Field(default=3, ge=1)  # saves that stay on disk
-    validate_every_steps: int | None = Field(default=None, ge=1)  # None: before and after only
-    validation_times: int = Field(default=4, ge=1)  # noise levels per held-out image
-    preview_every_steps: int | None = Field(default=None, ge=1)
-    log_every_steps: int = Field(default=1, ge=1)
-    tensorboard: bool = True
-    resume: bool = True
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
-        return self
-
-    @field_validator("name")
-    @classmethod
-    def _a_plain_name(cls, name: str) -> str:
-        if name.startswith("."):
-            raise ValueError("the name starts with a dot")
-        return name
+from spectune.train.optim import OPTIMIZERS
+from spectune.train.sections import (
+    DataSection,
+    LossSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    RunSection,
+    Section,
+    VaeSection,
+)
 
 
 class Recipe(Section):
     model: ModelSection
+    vae: VaeSection = VaeSection()
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     loss: LossSection = LossSection()
@@ -210,11 +37,30 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.objective.kind == "flow" and self.loss.weighting != "none":
+        if self.objective.kind == "flow" and self.loss.weighting not in ("none", "edm2"):
             raise ValueError(
                 f'loss.weighting = "{self.loss.weighting}" weighs by signal-to-noise ratio, '
                 "which flow does not use"
             )
+        if self.objective.kind in ("eps", "flow") and self.loss.scale_v_like_noise:
+            raise ValueError(f'loss.scale_v_like_noise is for kind = "v", not for "{self.objective.kind}"')
+        frozen = [part for part in self.optimizer.part_learning_rates if part not in self.model.parts]
+        if frozen:
+            raise ValueError(f"optimizer.part_learning_rates names {frozen[0]}, which model.parts leaves out")
+        if self.run.ema_decay is not None and self.optimizer.traits.schedule_free:
+            raise ValueError(f"run.ema_decay: {self.optimizer.name} saves an average of its steps already")
+        if self.run.trained_precision == "bf16" and not self.optimizer.traits.rounds_stochastically:
+            good = [name for name, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
+            raise ValueError(
+                f'run.trained_precision = "bf16" needs an optimiser that rounds stochastically, or small '
+                f"updates are lost; {self.optimizer.name} with these options does not, {', '.join(good)} can"
+            )
+        if "text" in self.run.offload and not self.caches_text:
+            raise ValueError(
+                'run.offload = ["text"] needs cached captions: freeze the encoders and keep captions fixed'
+            )
+        if "vae" in self.run.offload and not self.data.caches_latents:
+            raise ValueError('run.offload = ["vae"] needs cached latents')
         trained = [part for part in self.model.parts if part != "unet"]
         if self.data.cache_text and trained:
             raise ValueError(
@@ -224,13 +70,13 @@ class Recipe(Section):
 
     @property
     def caches_latents(self) -> bool:
-        return self.data.cache_latents if self.data.cache_latents is not None else not self.data.random_crop
+        return self.data.caches_latents
 
     @property
     def caches_text(self) -> bool:
         if self.data.cache_text is not None:
             return self.data.cache_text
-        return self.model.parts == ("unet",) and not self.data.caption.shuffle
+        return self.model.parts == ("unet",) and not self.data.caption.varies
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -320,12 +166,24 @@ def with_absolute_paths(
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if isinstance(value, Mapping):
                 result[key] = with_absolute_paths(value, folder, section=kind)
+        elif (rows := _section_of_rows(kind)) is not None:
+            if isinstance(value, list):
+                result[key] = [
+                    with_absolute_paths(row, folder, section=rows) if isinstance(row, Mapping) else row
+                    for row in cast("list[Any]", value)
+                ]
         elif kind is Path or Path in get_args(kind):
             if isinstance(value, str):
                 result[key] = str(folder / value)
             elif isinstance(value, list):
                 result[key] = [str(folder / item) if isinstance(item, str) else item for item in value]
     return result
+
+
+def _section_of_rows(kind: Any) -> type[BaseModel] | None:
+    """The section that each table of an array of tables is, for `tuple[Section, ...]`."""
+    first = next(iter(get_args(kind)), None)
+    return first if isinstance(first, type) and issubclass(first, BaseModel) else None
 
 
 def _explained(error: ValidationError, label: str) -> InputError:
@@ -357,7 +215,10 @@ def _problem(details: dict[str, Any]) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for name in location:
+        if name.isdecimal():
+            continue  # the place in an array of tables
         kind = section.model_fields[name].annotation
+        kind = _section_of_rows(kind) or kind
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return []
         section = kind

@@ -16,27 +16,36 @@ from torch.optim import Optimizer
 
 from spectune.errors import InputError
 from spectune.model.inject import Injection
-from spectune.model.prediction import Prediction
+from spectune.model.offload import Offload, offload
+from spectune.model.prediction import UNIFORM, LogitNormal, Prediction
+from spectune.model.quantize import quantise_layers
 from spectune.model.sdxl import Sdxl
+from spectune.model.vae import KNOWN_VAES, VaeConvention, declare_vae, merged_convention, resolve_vae
+from spectune.model.vae_file import choose_vae
 from spectune.train import state
 from spectune.train.callbacks import Callbacks
 from spectune.train.data.buckets import Size, bucket_sizes
 from spectune.train.data.captions import CaptionRules
 from spectune.train.data.dataset import Pictures, Variation
-from spectune.train.data.folders import Scan, scan_held_out, scan_parents
+from spectune.train.data.folders import FilesBeside, ImageSet, Scan, scan_data, scan_held_out
 from spectune.train.data.plan import BatchPlan
-from spectune.train.denoiser import Denoiser, encode_captions, encode_pictures
-from spectune.train.loss import LOSSES
-from spectune.train.objective import OBJECTIVES, Cost
+from spectune.train.data.store import LatentStore
+from spectune.train.denoiser import Denoiser, encode_captions
+from spectune.train.edm2 import LearnedWeighting, weighting_optimizer
+from spectune.train.ema import MovingAverage
+from spectune.train.latents import encode_pictures, vae_key
+from spectune.train.loss import HUBER_C, LOSSES, HuberTurn
+from spectune.train.objective import OBJECTIVES, Cost, NoiseOptions, ObjectiveOptions
 from spectune.train.optim import build_optimizer, groups_by_part
 from spectune.train.prepare import (
     KnownFrames,
     Prepared,
-    conversion_warnings,
+    model_warnings,
     prepare,
     with_resolved_objective,
 )
-from spectune.train.recipe import DataSection, Recipe
+from spectune.train.recipe import Recipe
+from spectune.train.sections import DataSection, VaeSection
 from spectune.train.validation import HeldOut, encode_held_out
 from spectune.train.weighting import WEIGHTINGS, WeightingOptions
 from spectune.weights.adapter import LowRank
@@ -67,6 +76,11 @@ class Run:
     steps: int
     warnings: list[str]
     files: list[Path]
+    noise: NoiseOptions
+    waiting: Offload  # networks whose outputs are cached, if the recipe sends them away
+    ema: MovingAverage | None = None
+    learned: LearnedWeighting | None = None  # the weighting of noise levels, with its own optimiser
+    learned_optimizer: Optimizer | None = None
     step: int = 0
     position: int = 0
     validation_before: float | None = None
@@ -82,6 +96,18 @@ class Run:
             return None
         layers = self.injection.layers
         return {name: LowRank(it.frame_down, it.frame_up, it.alpha) for name, it in layers.items()}
+
+    def extras(self) -> dict[str, Any]:
+        """What a state holds beside the trained tensors and their optimiser."""
+        found: dict[str, Any] = {}
+        if self.ema is not None:
+            found["ema"] = {"average": self.ema.average, "steps": self.ema.steps}
+        if self.learned is not None and self.learned_optimizer is not None:
+            found["edm2"] = {
+                "weighting": dict(self.learned.state_dict()),
+                "optimizer": self.learned_optimizer.state_dict(),
+            }
+        return found
 
     @property
     def model(self) -> Sdxl:
@@ -102,7 +128,7 @@ class Run:
             frame_hash=self.prepared.frame_hash,
             data_hash=self.data_hash,
             validation_before=self.validation_before,
-            optimizer_package=state.package_of(self.optimizer),
+            optimizer_package=state.package_of(self.recipe.optimizer.name),
         )
 
 
@@ -111,43 +137,51 @@ class Run:
 
 def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed: Path | None) -> Run:
     """Everything checked and in place for the first step; nothing is written."""
-    warnings = conversion_warnings(recipe)
+    warnings = model_warnings(recipe)
     recipe = with_resolved_objective(recipe)
     saved = None if resumed is None else state.load_state(resumed)
     if saved is not None:
         state.check_recipe(saved, recipe.model_dump(mode="json"))
     data = recipe.data
-    scan = scan_parents(data.folders, data.caption.extensions)
-    held_out_scan = (
-        None
-        if data.validation_folder is None
-        else scan_held_out(data.validation_folder, data.caption.extensions)
-    )
+    scan, held_out_scan = scan_training(data), scan_validation(data)
     sizes = training_sizes(data)
-    pictures = Pictures(scan.images, sizes, _variation(data), seed=recipe.run.seed)
+    pictures = Pictures(scan.images, sizes, _variation(data), seed=recipe.run.seed, masks=data.mask)
     warnings += _data_warnings(scan, pictures, held_out_scan)
     for warning in warnings:
         hear.on_message(f"warning: {warning}")
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
+    quantised = recipe.model.quantize != "none"
     prepared = prepare(
         recipe.model,
         known=_known_frames(saved),
-        device=accelerator.device,
+        # what is quantised goes to the GPU layer by layer: all of it would not fit there before
+        device="cpu" if quantised else accelerator.device,
         dtype=DTYPES[recipe.run.precision],
+        trained_dtype=DTYPES[recipe.run.trained_precision],
         say=hear.on_message,
     )
+    if quantised:
+        _quantise(prepared, recipe, accelerator.device, hear)
+    prepared = with_chosen_vae(prepared, recipe.vae)
+    waiting = offload(prepared.model, recipe.run.offload)
+    pictures.pixels_per_latent = prepared.model.pixels_per_latent
     _check_sizes(prepared.model, sizes)
     denoiser = Denoiser(prepared.model, trains_text=any(part != "unet" for part in recipe.model.parts))
     if recipe.run.gradient_checkpointing:
         denoiser.checkpoint_gradients()
+    if recipe.run.compile:
+        prepared.model.unet.compile()
     held_out = [] if held_out_scan is None else encode_held_out(prepared.model, held_out_scan, sizes)
-    _fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
+    warnings += _fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
+    waiting.park()
     trained = state.trained_tensors(prepared.injection.named_deltas())
+    learned = _learned(recipe, accelerator.device)
     settings = recipe.optimizer
     optimizer = build_optimizer(
         settings.name,
         groups_by_part(trained),
         learning_rate=settings.learning_rate,
+        part_learning_rates={str(part): rate for part, rate in settings.part_learning_rates.items()},
         options=settings.options,
     )
     # The model is on its device already, and its trainable tensors must stay the ones the optimiser holds.
@@ -160,7 +194,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         denoiser=denoiser,
         distributed=distributed,
         prediction=_prediction(recipe),
-        cost=_cost(recipe),
+        cost=_cost(recipe, learned),
         optimizer=optimizer,
         stepper=stepper,
         base_rates=tuple(group["lr"] for group in optimizer.param_groups),
@@ -172,6 +206,15 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         steps=_total_steps(recipe, plan, accelerator.num_processes),
         warnings=warnings,
         files=[],
+        waiting=waiting,
+        noise=NoiseOptions(recipe.objective.noise_offset, recipe.objective.input_perturbation),
+        learned=learned,
+        learned_optimizer=(
+            None
+            if learned is None
+            else weighting_optimizer(learned, learning_rate=recipe.loss.edm2.learning_rate)
+        ),
+        ema=None if recipe.run.ema_decay is None else MovingAverage(trained, recipe.run.ema_decay),
     )
     if saved is not None:
         _take_over(run, saved)
@@ -187,7 +230,17 @@ def _known_frames(saved: state.SavedState | None) -> KnownFrames | None:
 def _prediction(recipe: Recipe) -> Prediction:
     section = recipe.objective
     assert section.kind is not None, "the objective is not resolved"
-    return OBJECTIVES[section.kind](section.flow_shift or 1.0)
+    levels = (
+        LogitNormal(section.flow_times_mean, section.flow_times_std)
+        if section.flow_times == "logit_normal"
+        else UNIFORM
+    )
+    options = ObjectiveOptions(
+        flow_shift=section.flow_shift or 1.0,
+        flow_levels=levels,
+        zero_terminal_snr=bool(section.zero_terminal_snr),
+    )
+    return OBJECTIVES[section.kind](options)
 
 
 def training_sizes(data: DataSection) -> tuple[Size, ...]:
@@ -198,12 +251,74 @@ def training_sizes(data: DataSection) -> tuple[Size, ...]:
     return bucket_sizes(data.resolution_px, minimum=bucket.min_px, maximum=bucket.max_px, step=bucket.step_px)
 
 
+def scan_training(data: DataSection) -> Scan:
+    """What the recipe's folders and sets hold."""
+    sets = [ImageSet(**dict(section)) for section in data.sets]
+    beside = FilesBeside(data.caption.extensions, data.caption.sidecar, data.mask, data.mask_suffix)
+    return scan_data(
+        data.folders,
+        sets,
+        regularisation_parents=data.regularisation_folders,
+        regularisation_weight=data.regularisation_weight,
+        beside=beside,
+    )
+
+
+def scan_validation(data: DataSection) -> Scan | None:
+    """What the recipe's folder of held-out images holds, if it names one."""
+    if data.validation_folder is None:
+        return None
+    return scan_held_out(
+        data.validation_folder,
+        data.caption.extensions,
+        sidecar=data.caption.sidecar,
+        mask_suffix=data.mask_suffix,
+    )
+
+
+def _quantise(prepared: Prepared, recipe: Recipe, device: torch.device, hear: Callbacks) -> None:
+    """Quantise the linear layers of the base in place, say what it cost, and send the model to its device."""
+    kind = recipe.model.quantize
+    assert kind != "none"
+    frames = {
+        name: LowRank(layer.frame_down, layer.frame_up, layer.alpha)
+        for name, layer in prepared.injection.layers.items()
+    }
+    report = quantise_layers(prepared.model, None, kind, frames=frames, device=device)
+    for part in report.parts:
+        hear.on_message(f"{kind} {part}")
+    model = prepared.model
+    modules: list[nn.Module | None] = [model.unet, model.te1, model.te2, model.vae]
+    for module in modules:
+        if module is not None:
+            module.to(device)
+
+
+def with_chosen_vae(prepared: Prepared, section: VaeSection) -> Prepared:
+    """The model with the autoencoder that the recipe asks for, and the origin that says so."""
+    own = prepared.model.layout.vae
+    origin = prepared.origin
+    usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
+    declared = merged_convention(origin, otherwise=usual)
+    convention = resolve_vae(
+        section.path, section.name, section.scale, section.shift, section.padding, otherwise=declared
+    )
+    if section.path is None and convention == usual:
+        return prepared
+    model = choose_vae(prepared.model, section.path, convention)
+    return replace(prepared, model=model, origin=declare_vae(origin, convention, section.path))
+
+
 def _variation(data: DataSection) -> Variation:
     caption = data.caption
     return Variation(
-        captions=CaptionRules(caption.shuffle, caption.keep_tokens, caption.dropout_probability),
+        captions=CaptionRules(
+            caption.shuffle, caption.keep_tokens, caption.dropout_probability, caption.tag_dropout_probability
+        ),
         flip_probability=data.flip_probability,
         random_crop=data.random_crop,
+        color_probability=data.color_probability,
+        cached_variants=data.cache_variants,
     )
 
 
@@ -240,10 +355,13 @@ def _fill_caches(
     pictures: Pictures,
     held_out: Sequence[HeldOut],
     hear: Callbacks,
-) -> None:
+) -> list[str]:
+    """Encode what is encoded once; warnings."""
+    warnings: list[str] = []
     if recipe.caches_latents:
         hear.on_message(f"encoding {len(pictures)} images")
-        stage = "encoding images"
+        stage, folder = "encoding images", recipe.data.cache_folder
+        store = None if folder is None else LatentStore(folder, vae_key(model))
         try:
             pictures.latents = encode_pictures(
                 model,
@@ -251,23 +369,41 @@ def _fill_caches(
                 flips=pictures.variation.flips,
                 seed=recipe.run.seed,
                 progress=partial(hear.on_progress, stage),
+                store=store,
             )
         finally:
             # also after an error: a progress bar must give the terminal back
             hear.on_progress(stage, 1, 1)
+        warnings = [] if store is None else store.warnings()
+        for warning in warnings:
+            hear.on_message(f"warning: {warning}")
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
         denoiser.text = encode_captions(model, captions.union(*(group.captions for group in held_out)))
+    return warnings
 
 
-def _cost(recipe: Recipe) -> Cost:
-    gamma = recipe.loss.min_snr_gamma
-    name = _prediction(recipe).name
+def _cost(recipe: Recipe, learned: LearnedWeighting | None) -> Cost:
+    section, name = recipe.loss, _prediction(recipe).name
+    options = WeightingOptions(name, scale_v_like_noise=section.scale_v_like_noise)
+    if section.min_snr_gamma is not None:
+        options = replace(options, min_snr_gamma=section.min_snr_gamma)
+    c = HUBER_C if section.huber_c is None else section.huber_c
     return Cost(
-        loss=LOSSES[recipe.loss.kind],
-        weighting=WEIGHTINGS[recipe.loss.weighting],
-        options=WeightingOptions(name) if gamma is None else WeightingOptions(name, min_snr_gamma=gamma),
+        loss=LOSSES[section.kind],
+        weighting=WEIGHTINGS[section.weighting],
+        options=options,
+        turn=HuberTurn(c, section.huber_schedule),
+        learned=learned,
     )
+
+
+def _learned(recipe: Recipe, device: torch.device) -> LearnedWeighting | None:
+    if recipe.loss.weighting != "edm2":
+        return None
+    settings = recipe.loss.edm2
+    weighting = LearnedWeighting(settings.fourier_features, importance_gamma=settings.importance_gamma)
+    return weighting.to(device)
 
 
 def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
@@ -279,7 +415,15 @@ def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
 
 def _data_hash(pictures: Pictures) -> str:
     listed = [
-        (image.path.name, image.caption, image.repeats, image.size, target)
+        (
+            image.path.name,
+            image.caption,
+            image.repeats,
+            image.size,
+            target,
+            image.weight,
+            image.mask and image.mask.name,
+        )
         for image, target in zip(pictures.images, pictures.targets, strict=True)
     ]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
@@ -288,6 +432,11 @@ def _data_hash(pictures: Pictures) -> str:
 def _take_over(run: Run, saved: state.SavedState) -> None:
     warnings = state.check_continues(saved, run.progress())
     saved.restore(run.trained, run.optimizer)
+    if run.ema is not None:
+        run.ema.restore(**saved.extras["ema"])
+    if run.learned is not None and run.learned_optimizer is not None:
+        run.learned.load_state_dict(saved.extras["edm2"]["weighting"])
+        run.learned_optimizer.load_state_dict(saved.extras["edm2"]["optimizer"])
     run.step, run.position = saved.progress.step, saved.progress.position
     run.validation_before = saved.progress.validation_before
     run.warnings += warnings

@@ -5,6 +5,7 @@ A state is a folder `{name}-step{:08d}.state`:
     trained.safetensors     the trainable tensors as the optimiser steps on them
     optimizer.safetensors   the tensors of its state
     frames.safetensors      the frames, if the run split the base itself: others round otherwise
+    extras.safetensors      the moving average and the learned weighting with its optimiser, if there are any
     state.json              everything else: step, position in the data, optimiser structure, recipe
 
 Random generators are not in it: every random choice is derived from the seed and the position.
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +31,12 @@ from torch.optim import Optimizer
 
 from spectune.errors import InputError
 from spectune.rebuild.pairing import shown
+from spectune.train.optim import OPTIMIZERS
 from spectune.weights.adapter import LowRank
 
-FORMAT = 2  # 2: a parameter group for each part, frames
+FORMAT = 3  # 2: a parameter group for each part, frames; 3: more keys in recipes, extras
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-FRAMES = "frames.safetensors"
+FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,12 @@ def save_state(
     optimizer: Optimizer,
     *,
     frames: Mapping[str, LowRank] | None = None,
+    extras: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a state; the folder appears under its name only when it is complete."""
+    """Write a state; the folder appears under its name only when it is complete.
+
+    `extras` is plain data with tensors in it, such as state dictionaries.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -126,7 +132,10 @@ def save_state(
         save_file(tensors, partial / OPTIMIZER)
         if frames is not None:
             save_file(_frame_tensors(frames), partial / FRAMES)
-        document = {**asdict(progress), "trained": list(trained), "optimizer": structure}
+        more: dict[str, Tensor] = {}
+        kept = flatten(dict(extras or {}), more, "extras")
+        save_file(more, partial / EXTRAS)
+        document = {**asdict(progress), "trained": list(trained), "optimizer": structure, "extras": kept}
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
         for file in partial.iterdir():
             with file.open("rb+") as written:
@@ -206,6 +215,7 @@ class SavedState:
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]  # a torch optimiser's state_dict
     frames: Mapping[str, LowRank] | None = None  # by layer, where the run split the base itself
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Put everything back, bit for bit.
@@ -258,11 +268,12 @@ def load_state(folder: Path) -> SavedState:
         trained = load_file(folder / TRAINED)
         tensors = load_file(folder / OPTIMIZER)
         structure = unflatten(document.pop("optimizer"), tensors)
+        extras = unflatten(document.pop("extras"), load_file(folder / EXTRAS))
         order = document.pop("trained")
         layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
         frames = _frames_of(load_file(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
         return SavedState(
-            folder, Progress(**document), {name: trained[name] for name in order}, structure, frames
+            folder, Progress(**document), {name: trained[name] for name in order}, structure, frames, extras
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
@@ -319,8 +330,10 @@ def _refuse(state: SavedState, changed: Sequence[str]) -> None:
 FREE = frozenset(
     {
         "model.base",  # the hashes tell whether it is the same one
+        "model.residual",
         "model.principal",
         "data.folders",
+        "data.cache_folder",
         "data.workers",
         "data.validation_folder",
         "run.output",
@@ -333,6 +346,8 @@ FREE = frozenset(
         "run.preview_every_steps",
         "run.log_every_steps",
         "run.gradient_checkpointing",
+        "run.compile",
+        "run.offload",
         "run.tensorboard",
         "run.resume",
     }
@@ -355,12 +370,11 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
     return found
 
 
-def package_of(optimizer: Optimizer) -> str:
+def package_of(optimizer: str) -> str:
     """Name and version of the package an optimiser comes from; saved state need not fit another version."""
-    module = type(optimizer).__module__.partition(".")[0]
-    distribution = {"prodigyplus": "prodigy-plus-schedule-free"}.get(module)
-    if distribution is None:
-        return module
+    distribution = OPTIMIZERS[optimizer].distribution
+    if distribution == "torch":
+        return distribution  # its state is settled, and people change their build
     try:
         return f"{distribution} {version(distribution)}"
     except PackageNotFoundError:

@@ -57,8 +57,9 @@ def held_out_loss(
     """
     denoiser.eval()
     costs: list[Tensor] = []
-    levels = prediction.even_times(times)
     for group in held_out:
+        height, width = group.latents.shape[-2:]
+        levels = prediction.even_times(times, pixels=height * width * denoiser.model.pixels_per_latent**2)
         rows = [(image, level) for image in range(len(group.names)) for level in range(times)]
         for start in range(0, len(rows), batch):
             chunk = rows[start : start + batch]

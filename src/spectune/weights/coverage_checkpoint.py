@@ -18,7 +18,7 @@ from spectune.weights.layout import (
     te1_root,
 )
 from spectune.weights.names import ModuleName, modules_of
-from spectune.weights.provenance import Provenance, Role, declared_prediction
+from spectune.weights.provenance import V_KEY, ZERO_SNR_KEY, Provenance, Role, declared_prediction
 from spectune.weights.reader import WeightSource
 
 PARTS: Mapping[ModuleName, str] = {
@@ -27,7 +27,7 @@ PARTS: Mapping[ModuleName, str] = {
     "te2": TE2_ROOT,
     "vae": VAE_ROOT,
 }
-MARKERS = ("v_pred", "ztsnr")  # keys by which ComfyUI recognises a prediction
+MARKERS = (V_KEY, ZERO_SNR_KEY)  # keys by which ComfyUI recognises a prediction
 UNTRAINED = (".position_ids", ".logit_scale")  # in the file, in no module
 
 

@@ -21,6 +21,10 @@ PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
 
 Prediction = Literal["eps", "v", "flow"]
+NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v
+# Tensors by which ComfyUI and others know what a checkpoint predicts and on which schedule; only names count.
+V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
+Padding = Literal["zeros", "reflect"]
 MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
 _MODELSPEC_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 
@@ -89,8 +93,11 @@ class Provenance:
     principal_hash: str | None = None
     prediction: Prediction | None = None
     flow_shift: float | None = None
+    noise_schedule: NoiseSchedule | None = None
     vae_scale: float | None = None  # latents = (z - shift) * scale
     vae_shift: float | None = None
+    vae_padding: Padding | None = None  # of its convolutions
+    vae_name: str | None = None  # file of an autoencoder other than the model's own, for messages only
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata entries `spectune.role` and so on; from_metadata is the inverse."""
@@ -109,7 +116,12 @@ class Provenance:
 
 
 def _parse(field: str, text: str) -> Any:
-    known = {"role": [role.value for role in Role], "prediction": list(get_args(Prediction))}.get(field)
+    known = {
+        "role": [role.value for role in Role],
+        "prediction": list(get_args(Prediction)),
+        "vae_padding": list(get_args(Padding)),
+        "noise_schedule": list(get_args(NoiseSchedule)),
+    }.get(field)
     if known is not None and text not in known:
         raise InputError(
             f"metadata {PREFIX}{field} is `{text}`: expected one of {', '.join(known)}"
@@ -148,7 +160,13 @@ def declared_prediction(source: WeightSource) -> Prediction | None:
     modelspec = source.metadata.get(MODELSPEC_PREDICTION_KEY, "")
     if modelspec in _MODELSPEC_PREDICTIONS:
         return _MODELSPEC_PREDICTIONS[modelspec]
-    return "v" if "v_pred" in source.tensors else None
+    return "v" if V_KEY in source.tensors else None
+
+
+def declared_zero_snr(source: WeightSource) -> bool:
+    """Whether the file says that its noise schedule ends in pure noise: our metadata, or the key `ztsnr`."""
+    ours = Provenance.from_metadata(source.metadata).noise_schedule
+    return ZERO_SNR_KEY in source.tensors if ours is None else ours == "zero_terminal_snr"
 
 
 def spectune_version() -> str:

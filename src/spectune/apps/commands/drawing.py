@@ -18,8 +18,16 @@ from spectune.apps.arguments import (
     unique_labels,
 )
 from spectune.apps.console import print_json, progress, say
-from spectune.apps.pictures import load_model, picture_files, read_pictures, refuse_existing, save_pictures
+from spectune.apps.pictures import (
+    VaeRequest,
+    load_model,
+    picture_files,
+    read_pictures,
+    refuse_existing,
+    save_pictures,
+)
 from spectune.errors import InputError
+from spectune.model.vae import known_convention
 from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr, picture_grid
 from spectune.sample.generate import Request, SampleSettings, generate
 
@@ -30,6 +38,16 @@ class Overrule:
 
     prediction: str | None = None
     flow_shift: float | None = None
+    vae: VaeRequest | None = None
+
+
+def overrule(
+    *, prediction: str | None, flow_shift: float | None, vae: Path | None, vae_name: str | None
+) -> Overrule:
+    """Raises InputError, before anything is read, for a name of no known autoencoder."""
+    if vae_name is not None:
+        known_convention(vae_name)
+    return Overrule(prediction=prediction, flow_shift=flow_shift, vae=VaeRequest(vae, vae_name))
 
 
 def settings(*, size: str, steps: int, cfg: float, sampler: str, negative: str, batch: int) -> SampleSettings:
@@ -56,7 +74,13 @@ def draw(
     dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """One picture per caption, with seeds counting up from `seed`."""
-    model = load_model(spec, prediction=overrule.prediction, flow_shift=overrule.flow_shift, dtype=dtype)
+    model = load_model(
+        spec,
+        prediction=overrule.prediction,
+        flow_shift=overrule.flow_shift,
+        vae=overrule.vae,
+        dtype=dtype,
+    )
     requests = [Request(caption, seed + number) for number, caption in enumerate(captions)]
     with progress(title) as report:
         return generate(model, requests, how, progress=lambda done: report(done, len(requests), ""))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from spectune.apps.console import err, print_json, print_warning, say
 from spectune.model.sdxl import Sdxl
 from spectune.sample.compare import picture_grid
 from spectune.sample.generate import Request, SampleSettings, generate
 from spectune.train.callbacks import Callbacks, ConsoleProgress, TrainReport
-from spectune.train.data.folders import scan_held_out, scan_parents
 from spectune.train.loop import train as run_training
 from spectune.train.recipe import Recipe, load_recipe
+from spectune.train.run import scan_training, scan_validation
 
 PREVIEWS = 6  # pictures on a preview sheet
 
@@ -23,21 +25,20 @@ class Previews(Callbacks):
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
-    def on_preview(self, step: int, model: Sdxl) -> None:
+    def on_preview(self, step: int, model: Sdxl) -> Image.Image:
         captions = self._captions()
         edge = self._recipe.data.resolution_px
         how = SampleSettings(width=edge, height=edge)
         requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
         target = self._recipe.run.output / "previews" / f"{self._recipe.run.name}-step{step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(generate(model, requests, how), captions, cell_px=min(edge, 256)).save(target)
+        sheet = picture_grid(generate(model, requests, how), captions, cell_px=min(edge, 256))
+        sheet.save(target)
+        return sheet
 
     def _captions(self) -> list[str]:
         data = self._recipe.data
-        if data.validation_folder is not None:
-            scan = scan_held_out(data.validation_folder, data.caption.extensions)
-        else:
-            scan = scan_parents(data.folders, data.caption.extensions)
+        scan = scan_validation(data) or scan_training(data)
         return list(dict.fromkeys(image.caption for image in scan.images))[:PREVIEWS]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from spectune.train.data.buckets import Placement
+from spectune.train.data.color import ColorChange, recolor
 
 SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -23,14 +26,28 @@ def open_image(path: Path) -> Image.Image:
 
     Raises UnusableImage for files that are broken, cut short or animated.
     """
+    return as_rgb(load_image(path))
+
+
+def load_image(path: Path) -> Image.Image:
+    """The first and only picture in `path`, turned as its EXIF data says, in the mode of its file.
+
+    Raises UnusableImage for files that are broken, cut short or animated.
+    """
+    with _reasons(), Image.open(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        # MPO: a JPEG whose further frames are previews or the other eye's view; the first is the picture
+        if frames > 1 and image.format != "MPO":
+            raise UnusableImage(f"is animated ({frames} frames)")
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Within, what Pillow raises for a file becomes UnusableImage."""
     try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
-            # MPO: a JPEG whose further frames are previews or the other eye's view; the first is the picture
-            if frames > 1 and image.format != "MPO":
-                raise UnusableImage(f"is animated ({frames} frames)")
-            image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+        yield
     except UnidentifiedImageError as error:
         raise UnusableImage("is not an image that Pillow can read") from error
     # Pillow's decoders report damage by any of these.
@@ -38,27 +55,55 @@ def open_image(path: Path) -> Image.Image:
         raise UnusableImage(f"is damaged: {error}") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
-        return Image.fromarray(
-            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
-    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La"):
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture in RGB, on white where it is transparent.
+
+    Raises UnusableImage for modes that have no such reading.
+    """
+    if image.mode == "F":
+        raise UnusableImage("holds floating-point levels, whose range is not known")
+    with _reasons():
+        if image.mode.startswith("I"):
+            return _eight_bits(image).convert("RGB")
+        if has_alpha(image):
+            seen = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        return image.convert("RGB")
 
 
-def render(image: Image.Image, placement: Placement) -> Tensor:
-    """The placed picture, float32 (3, height, width) in -1..1."""
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """The alpha channel of a loaded picture as an 8-bit grey image, None when it has none."""
+    return image.convert("RGBA").getchannel("A") if has_alpha(image) else None
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a loaded picture says how opaque its pixels are."""
+    # 16-bit grey has no way to RGBA in Pillow
+    return not image.mode.startswith("I") and (
+        "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La")
+    )
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
+    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+
+
+def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling) -> Image.Image:
+    """The image resized, cropped and mirrored."""
     size, target = placement.resized, placement.target
     if image.size != (size.width, size.height):
-        image = image.resize((size.width, size.height), Image.Resampling.LANCZOS)
+        image = image.resize((size.width, size.height), resample)
     image = image.crop(
         (placement.left, placement.top, placement.left + target.width, placement.top + target.height)
     )
-    if placement.flipped:
-        image = ImageOps.mirror(image)
-    levels = torch.from_numpy(np.array(image))  # (height, width, 3), uint8
-    return levels.permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return ImageOps.mirror(image) if placement.flipped else image
+
+
+def render(image: Image.Image, placement: Placement, color: ColorChange | None = None) -> Tensor:
+    """The placed picture in changed colours, float32 (3, height, width) in -1..1."""
+    levels = np.array(cut_out(image, placement, Image.Resampling.LANCZOS))  # (height, width, 3), uint8
+    if color is not None:
+        planes = levels.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)
+        return torch.from_numpy(recolor(planes, color)).mul_(2).sub_(1)
+    return torch.from_numpy(levels).permute(2, 0, 1).float().div_(127.5).sub_(1)

@@ -1,0 +1,114 @@
+"""How far training in bfloat16 parameters strays from float32, in the delta and in the residual form.
+
+    python dev.py bench forms [--steps 120] [--rank 16]
+
+The embedded base, the demo's pictures, the same batches, noise and AdamW for all; only the form and the type
+of the trained tensors differ. Held-out loss on the demo's validation pictures, fixed noise and noise levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from spectune.train.callbacks import Callbacks
+from spectune.train.data.plan import PlannedBatches
+from spectune.train.objective import ask_at_random
+from spectune.train.recipe import parse_recipe
+from spectune.train.run import Run, assemble
+from spectune.train.seeds import derived_generator
+from spectune.train.validation import held_out_loss
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training losses step by step, and the loss on held-out pictures at the end."""
+
+    losses: list[float]
+    held_out: float
+    change: float  # Frobenius norm of all trained changes
+
+
+def prepared(form: str, rank: int, output: str) -> Run:
+    data: dict[str, Any] = {
+        "folders": [DEMO / "images"],
+        "validation_folder": DEMO / "validation",
+        "resolution_px": 64,
+    }
+    recipe = parse_recipe(
+        {
+            "model": {"base": DEMO / "base.safetensors", "rank": rank, "form": form, "parts": ["unet"]},
+            "data": data,
+            "loss": {"weighting": "min_snr"},
+            "run": {"name": "forms", "output": output, "steps": 1, "batch": 16},
+        }
+    )
+    return assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
+
+
+def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) -> Curve:
+    with tempfile.TemporaryDirectory() as output:
+        run = prepared(form, rank, output)
+    for parameter in run.parameters:
+        parameter.data = parameter.data.to(dtype)
+    optimizer = torch.optim.AdamW(run.parameters, lr=rate, weight_decay=0.0)
+    losses: list[float] = []
+    for draws in PlannedBatches(run.plan, 0, steps):
+        batch = run.pictures.__getitems__(draws)
+        assert batch.latents is not None
+        noise = derived_generator(1, "noise", batch.position)
+        question = ask_at_random(run.prediction, batch.latents, noise)
+        answer = run.denoiser(question.noised, question.timestep, batch.captions, batch.time_ids)
+        loss = run.cost(run.prediction, answer, question)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    held_out = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=16)
+    changes = [
+        tensor.float().norm() for layer in run.injection.layers.values() for tensor in layer.trained_change()
+    ]
+    return Curve(losses, held_out, float(torch.stack(changes).norm()))
+
+
+def gap(curve: Curve, reference: Curve) -> float:
+    """The mean distance of two loss curves."""
+    pairs = zip(curve.losses, reference.losses, strict=True)
+    return sum(abs(one - other) for one, other in pairs) / len(reference.losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-4, 4e-5])
+    args = parser.parse_args()
+    for rate in args.rates:
+        print(f"\nAdamW at {rate:g}, {args.steps} steps of 16, rank {args.rank}\n")
+        print("| form | trained in | held-out loss | mean gap to float32 | size of the change |")
+        print("| --- | --- | ---: | ---: | ---: |")
+        for form in ("delta", "residual"):
+            found: dict[torch.dtype, Curve] = {}
+            for dtype in (torch.float32, torch.bfloat16):
+                found[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
+                curve = found[dtype]
+                name = str(dtype).removeprefix("torch.")
+                print(
+                    f"| {form} | {name} | {curve.held_out:.5f} | {gap(curve, found[torch.float32]):.2e} "
+                    f"| {curve.change:.3f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""A training step beside LyCORIS and PEFT: same network, modules, rank, batch, loop and optimiser.
+
+    python dev.py bench train                       a tiny and a mid-size UNet, with and without checkpointing
+    python dev.py bench train --sizes tiny --rounds 1
+
+Every variant runs in a process of its own, in turn with the others, so that its peak memory is its own and a
+slow minute of the machine meets all. Seconds are medians over the steps of all rounds. Random weights: only
+arithmetic is timed. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.make_checkpoint import layout_of_size, tensors_of
+from spectune.factor.matrix import to_factors
+from spectune.model.inject import Form, inject
+from spectune.model.prediction import make_prediction
+from spectune.model.sdxl import Sdxl, new_unet, text_config
+from spectune.weights.adapter import LowRank
+from spectune.weights.catalogue import Layer, Part, build_catalogue
+from spectune.weights.layout import Layout
+from spectune.weights.names import module_path
+
+
+@dataclass(frozen=True)
+class Size:
+    """A UNet and what it is trained on."""
+
+    layout: Layout
+    latents: int  # edge
+    batch: int
+    rank: int
+
+
+def tiny() -> Size:
+    """A UNet of the size of the embedded base."""
+    full = layout_of_size("mid")
+    unet = replace(
+        full.unet,
+        channels=(64, 64, 128),
+        depths=(0, 1, 2),
+        context=72,
+        pooled=40,
+        norm_groups=16,
+        heads=(2, 2, 4),
+    )
+    te1, te2 = (
+        replace(full.te1, width=32, heads=4, mlp=128),
+        replace(full.te2, width=40, heads=5, mlp=160, projection=40),
+    )
+    return Size(replace(full, unet=unet, te1=te1, te2=te2), latents=16, batch=16, rank=8)
+
+
+def mid() -> Size:
+    """SDXL's depth at a quarter of its widths; rank 16 of 320 is what rank 64 is of 1280."""
+    return Size(layout_of_size("mid"), latents=32, batch=2, rank=16)
+
+
+SIZES: dict[str, Callable[[], Size]] = {"tiny": tiny, "mid": mid}
+
+
+def unet_layers(layout: Layout) -> list[Layer]:
+    catalogue = build_catalogue(tensors_of(layout, torch.float32))
+    return [layer for layer in catalogue if layer.part is Part.UNET]
+
+
+def frame(layer: Layer, rank: int) -> LowRank:
+    true_rank = min(rank, layer.full_rank)
+    columns = math.prod(layer.shape[1:])
+    up, down = torch.randn(layer.shape[0], true_rank) * 0.05, torch.randn(true_rank, columns) * 0.05
+    up, down = to_factors(up, down, layer.shape)
+    return LowRank(down=down, up=up, alpha=float(true_rank))
+
+
+def ours(form: Form) -> Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.Parameter]]:
+    def put(unet: UNet2DConditionModel, size: Size, layers: list[Layer]) -> list[nn.Parameter]:
+        with torch.device("meta"):
+            te1 = CLIPTextModel(text_config(size.layout.te1))
+            te2 = CLIPTextModelWithProjection(text_config(size.layout.te2))
+        model = Sdxl(unet, te1, te2, None, size.layout, make_prediction("eps"))
+        frames = {layer.name: frame(layer, size.rank) for layer in layers}
+        return inject(model, frames, form=form).parameters()
+
+    return put
+
+
+def peft(unet: UNet2DConditionModel, size: Size, layers: list[Layer]) -> list[nn.Parameter]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=size.rank,
+        lora_alpha=size.rank,
+        target_modules=[module_path(layer.name, size.layout.unet)[1] for layer in layers],
+    )
+    inject_adapter_in_model(config, unet)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def lycoris(*, bypass: bool) -> Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.Parameter]]:
+    def put(unet: UNet2DConditionModel, size: Size, layers: list[Layer]) -> list[nn.Parameter]:
+        logging.disable(logging.WARNING)
+        from lycoris import LycorisNetwork
+
+        unet.requires_grad_(False)
+        names = [module_path(layer.name, size.layout.unet)[1] for layer in layers]
+        LycorisNetwork.apply_preset({"target_module": [], "target_name": names, "enable_conv": True})
+        network = LycorisNetwork(
+            unet,
+            lora_dim=size.rank,
+            alpha=size.rank,
+            conv_lora_dim=size.rank,
+            conv_alpha=size.rank,
+            network_module="locon",
+            bypass_mode=bypass,
+        )
+        assert len(network.loras) == len(layers), f"{len(network.loras)} of {len(layers)} modules"
+        network.apply_to()
+        unet.lycoris = network
+        return list(network.parameters())
+
+    return put
+
+
+VARIANTS: dict[str, Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.Parameter]]] = {
+    "spectune, delta form": ours("delta"),
+    "spectune, residual form": ours("residual"),
+    "PEFT LoRA": peft,
+    "LyCORIS LoCon": lycoris(bypass=False),
+    "LyCORIS LoCon, bypass_mode": lycoris(bypass=True),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: list[float]
+    peak_bytes: int  # of the whole process
+    ready_bytes: int  # before the first step
+    trained: int
+
+
+def peak_memory() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def measure(variant: str, size: Size, *, checkpointing: bool, steps: int) -> Measured:
+    torch.manual_seed(0)
+    unet = new_unet(size.layout.unet).train()
+    layers = unet_layers(size.layout)
+    trained = VARIANTS[variant](unet, size, layers)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    shape = size.layout.unet
+    x = torch.randn(size.batch, 4, size.latents, size.latents)
+    text, pooled = torch.randn(size.batch, 77, shape.context), torch.randn(size.batch, shape.pooled)
+    added = {"text_embeds": pooled, "time_ids": torch.full((size.batch, 6), 512.0)}
+    times = torch.randint(0, 1000, (size.batch,))
+    ready, seconds = peak_memory(), []
+    for _ in range(steps):
+        began = time.perf_counter()
+        answer: Tensor = unet(x, times, text, added_cond_kwargs=added).sample
+        (answer - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    return Measured(seconds[1:], peak_memory(), ready, sum(p.numel() for p in trained))
+
+
+def in_own_process(variant: str, size: str, *, checkpointing: bool, steps: int) -> Measured:
+    command = [sys.executable, __file__, "--variant", variant, "--sizes", size, "--steps", str(steps)]
+    done = subprocess.run(
+        [*command, *(["--checkpointing"] if checkpointing else [])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{variant} failed:\n{done.stderr}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(size: str, *, checkpointing: bool, steps: int, rounds: int) -> None:
+    found: dict[str, list[Measured]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant in VARIANTS:
+            found[variant].append(in_own_process(variant, size, checkpointing=checkpointing, steps=steps))
+    about = SIZES[size]()
+    how = f"{'with' if checkpointing else 'without'} gradient checkpointing"
+    shape = f"batch {about.batch}, {about.latents}x{about.latents} latents, rank {about.rank}"
+    print(f"\n{size}: {shape}, {how}, medians of {rounds}x{steps - 1} steps\n")
+    print("| variant | trained | s/step | of PEFT | peak memory | of PEFT |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    seconds = {v: statistics.median([s for one in m for s in one.seconds]) for v, m in found.items()}
+    peaks = {v: statistics.median([one.peak_bytes for one in m]) for v, m in found.items()}
+    for variant, measured in found.items():
+        print(
+            f"| {variant} | {measured[0].trained / 1e6:.2f} M | {seconds[variant]:.3f} "
+            f"| {seconds[variant] / seconds['PEFT LoRA']:.2f} | {peaks[variant] / 1e9:.2f} GB "
+            f"| {peaks[variant] / peaks['PEFT LoRA']:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        size = SIZES[args.sizes[0]]()
+        print(
+            json.dumps(
+                asdict(measure(args.variant, size, checkpointing=args.checkpointing, steps=args.steps))
+            )
+        )
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    for size in args.sizes:
+        for checkpointing in (False, True):
+            table(size, checkpointing=checkpointing, steps=args.steps, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Recipes from the commands and settings of kohya's sd-scripts."""

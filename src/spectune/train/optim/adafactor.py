@@ -1,0 +1,19 @@
+"""Adafactor whose own step sizes follow a schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.optimization import Adafactor
+
+
+class PacedAdafactor(Adafactor):
+    """Adafactor that multiplies the steps it finds with `relative_step` by the learning rate of their group.
+
+    That of transformers ignores the rate there, and with it every schedule.
+    """
+
+    @staticmethod
+    def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
+        rate = Adafactor._get_lr(param_group, param_state)
+        return rate * param_group["lr"] if param_group["relative_step"] else rate
