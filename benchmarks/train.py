@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -37,8 +37,11 @@ from spectune.model.prediction import make_prediction
 from spectune.model.sdxl import Sdxl, new_unet, text_config
 from spectune.weights.adapter import LowRank
 from spectune.weights.catalogue import Layer, Part, build_catalogue
-from spectune.weights.layout import Layout
+from spectune.weights.layout import Layout, infer_layout
 from spectune.weights.names import module_path
+from spectune.weights.reader import open_checkpoint
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,9 @@ class Size:
 
 
 def tiny() -> Size:
-    """A UNet of the size of the embedded base."""
-    full = layout_of_size("mid")
-    unet = replace(
-        full.unet,
-        channels=(64, 64, 128),
-        depths=(0, 1, 2),
-        context=72,
-        pooled=40,
-        norm_groups=16,
-        heads=(2, 2, 4),
-    )
-    te1, te2 = (
-        replace(full.te1, width=32, heads=4, mlp=128),
-        replace(full.te2, width=40, heads=5, mlp=160, projection=40),
-    )
-    return Size(replace(full, unet=unet, te1=te1, te2=te2), latents=16, batch=16, rank=8)
+    """The embedded base."""
+    with open_checkpoint(EMBEDDED) as base:
+        return Size(infer_layout(base), latents=16, batch=16, rank=8)
 
 
 def mid() -> Size:

@@ -20,7 +20,9 @@ from spectune.train.data.views import View
 from spectune.train.seeds import derived_generator
 from spectune.weights.provenance import WeightsHasher
 
-ENCODE_BATCH = 8
+# Pixels that are encoded at once: the float32 encoder takes 2.7 GB for each million of them.
+ENCODE_PIXELS = 1024 * 1024
+ENCODE_BATCH = 8  # pictures, at most
 
 
 @torch.no_grad()
@@ -133,8 +135,10 @@ def _posteriors(
             known = store.load(files[image], [view.pixels_name for view in own], shape)
             yield from ((view, known[view.pixels_name]) for view in own if view.pixels_name in known)
             missing += [view for view in own if view.pixels_name not in known]
-    for start in range(0, len(missing), ENCODE_BATCH):
-        chunk = missing[start : start + ENCODE_BATCH]
+    size = pictures.targets[views[0].image]
+    count = min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
+    for start in range(0, len(missing), count):
+        chunk = missing[start : start + count]
         rows = _encoded(model, pictures, chunk)
         if store is not None:
             for image, group in groupby(chunk, key=lambda view: view.image):
