@@ -131,6 +131,21 @@ def test_nobody_takes_another_tools_residual_for_the_original(split: SplitReport
         assert start.origin.base_hash not in (None, weights_hash(file), split.base_hash)
 
 
+def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
+    tiny_checkpoint: Path, split: SplitReport
+) -> None:
+    """The factors are rounded when training begins, and the residual is what the rounded ones leave."""
+    assert split.residual is not None
+    original = answer(prepared(tiny_checkpoint, rank=4).model)
+    for base in (tiny_checkpoint, split.residual):
+        section = ModelSection(base=base, principal=split.principal, form="residual")
+        start = prepare(section, trained_dtype=torch.bfloat16)
+        layer = next(iter(start.injection.layers.values()))
+        assert layer.down.dtype == torch.bfloat16
+        assert (answer(start.model) - original).abs().max() < 1e-4 * original.abs().max()
+        assert not any(tensor.any() for tensor in layer.trained_change())
+
+
 def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, split: SplitReport, tmp_path: Path) -> None:
     stamped = tmp_path / "model.safetensors"
     with open_checkpoint(tiny_checkpoint) as file:

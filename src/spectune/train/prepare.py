@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectune.errors import InputError, PairingError
 from spectune.factor.matrix import product
@@ -134,11 +134,17 @@ def prepare(
     is_residual = section.residual is not None or declared.role is Role.RESIDUAL
     if is_residual:
         add_frames(model, {name: frames[name] for name in frames if name not in chosen})
+    if section.form == "residual":
+        # what is trained starts as the rounded factors: the residual must be what they leave
+        rounded = {name: _in_type(frame, trained_dtype) for name, frame in chosen.items()}
+        if is_residual:
+            exchange_frames(model, chosen, rounded)
+        else:
+            subtract_frames(model, rounded)
+        chosen = rounded
     injection = inject(
         model, chosen, form=section.form, dtype=trained_dtype, dropout=section.dropout_probability
     )
-    if section.form == "residual" and not is_residual:
-        subtract_frames(injection, chosen)
     origin = Provenance(
         base_hash=_base_hash(section, declared, found, principal_hash),
         base_name=declared.base_name if declared.role is Role.RESIDUAL else section.checkpoint.name,
@@ -231,24 +237,40 @@ def _split_frames(base: WeightSource, section: ModelSection) -> dict[str, LowRan
     }
 
 
-@torch.no_grad()
-def subtract_frames(injection: Injection, frames: Mapping[str, LowRank]) -> None:
-    """Turn the original weights under an injection into residuals W - scale*B0 A0, rounded once."""
-    for name, layer in injection.layers.items():
-        weight = layer.base.weight
-        left = weight.float() - product(frames[name]).to(weight.device)
-        # a new tensor: the old one may be mapped from the checkpoint
-        layer.base.weight = nn.Parameter(left.to(weight.dtype), requires_grad=False)
-
-
-@torch.no_grad()
 def add_frames(model: Sdxl, frames: Mapping[str, LowRank]) -> None:
     """Give layers of a residual that are not trained their principal part back, W = R + scale*B0 A0."""
     for name, frame in frames.items():
-        parent, attribute = model.place(name)
-        weight = getattr(parent, attribute).weight
-        whole = weight.float() + product(frame).to(weight.device)
-        getattr(parent, attribute).weight = nn.Parameter(whole.to(weight.dtype), requires_grad=False)
+        _change_weight(model, name, product(frame))
+
+
+def subtract_frames(model: Sdxl, frames: Mapping[str, LowRank]) -> None:
+    """Turn weights into residuals W - scale*B0 A0, rounded once."""
+    for name, frame in frames.items():
+        _change_weight(model, name, -product(frame))
+
+
+def exchange_frames(model: Sdxl, old: Mapping[str, LowRank], new: Mapping[str, LowRank]) -> None:
+    """Turn residuals of some frames into those of others, R + scale*(B0 A0 - B A), rounded once."""
+    for name, frame in new.items():
+        pairs = ((frame.down, old[name].down), (frame.up, old[name].up))
+        if not all(torch.equal(one.float(), other.float()) for one, other in pairs):
+            _change_weight(model, name, product(old[name]) - product(frame))
+
+
+@torch.no_grad()
+def _change_weight(model: Sdxl, name: str, amount: Tensor) -> None:
+    parent, attribute = model.place(name)
+    weight: Tensor = getattr(parent, attribute).weight
+    changed = weight.float() + amount.to(weight.device)
+    # a new tensor: the old one may be mapped from the checkpoint
+    getattr(parent, attribute).weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+
+
+def _in_type(frame: LowRank, dtype: torch.dtype) -> LowRank:
+    """A frame as trained tensors of this type can hold it."""
+    if dtype == torch.float32:
+        return frame
+    return LowRank(frame.down.to(dtype), frame.up.to(dtype), frame.alpha)
 
 
 def _hash_of(frames: Mapping[str, LowRank]) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from spectune.errors import InputError
 from spectune.model.inject import Injection
 from spectune.model.offload import Offload, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction
@@ -24,16 +20,21 @@ from spectune.model.vae import KNOWN_VAES, VaeConvention, declare_vae, merged_co
 from spectune.model.vae_file import choose_vae
 from spectune.train import state
 from spectune.train.callbacks import Callbacks
-from spectune.train.data.buckets import Size, bucket_sizes
-from spectune.train.data.captions import CaptionRules
-from spectune.train.data.dataset import Pictures, Variation
-from spectune.train.data.folders import FilesBeside, ImageSet, Scan, scan_data, scan_held_out
+from spectune.train.data.dataset import Pictures
 from spectune.train.data.plan import BatchPlan
-from spectune.train.data.store import LatentStore
-from spectune.train.denoiser import Denoiser, encode_captions
+from spectune.train.denoiser import Denoiser
 from spectune.train.edm2 import LearnedWeighting, weighting_optimizer
 from spectune.train.ema import MovingAverage
-from spectune.train.latents import encode_pictures, vae_key
+from spectune.train.gather import (
+    check_sizes,
+    data_hash,
+    data_warnings,
+    fill_caches,
+    scan_training,
+    scan_validation,
+    training_sizes,
+    variation,
+)
 from spectune.train.loss import HUBER_C, LOSSES, HuberTurn
 from spectune.train.objective import OBJECTIVES, Cost, NoiseOptions, ObjectiveOptions
 from spectune.train.optim import build_optimizer, groups_by_part
@@ -45,7 +46,7 @@ from spectune.train.prepare import (
     with_resolved_objective,
 )
 from spectune.train.recipe import Recipe
-from spectune.train.sections import DataSection, VaeSection
+from spectune.train.sections import VaeSection
 from spectune.train.validation import HeldOut, encode_held_out
 from spectune.train.weighting import WEIGHTINGS, WeightingOptions
 from spectune.weights.adapter import LowRank
@@ -145,8 +146,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     data = recipe.data
     scan, held_out_scan = scan_training(data), scan_validation(data)
     sizes = training_sizes(data)
-    pictures = Pictures(scan.images, sizes, _variation(data), seed=recipe.run.seed, masks=data.mask)
-    warnings += _data_warnings(scan, pictures, held_out_scan)
+    pictures = Pictures(scan.images, sizes, variation(data), seed=recipe.run.seed, masks=data.mask)
+    warnings += data_warnings(scan, pictures, held_out_scan)
     for warning in warnings:
         hear.on_message(f"warning: {warning}")
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
@@ -165,14 +166,14 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     prepared = with_chosen_vae(prepared, recipe.vae)
     waiting = offload(prepared.model, recipe.run.offload)
     pictures.pixels_per_latent = prepared.model.pixels_per_latent
-    _check_sizes(prepared.model, sizes)
+    check_sizes(prepared.model, sizes)
     denoiser = Denoiser(prepared.model, trains_text=any(part != "unet" for part in recipe.model.parts))
     if recipe.run.gradient_checkpointing:
         denoiser.checkpoint_gradients()
     if recipe.run.compile:
         prepared.model.unet.compile()
     held_out = [] if held_out_scan is None else encode_held_out(prepared.model, held_out_scan, sizes)
-    warnings += _fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
+    warnings += fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
     waiting.park()
     trained = state.trained_tensors(prepared.injection.named_deltas())
     learned = _learned(recipe, accelerator.device)
@@ -202,7 +203,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         pictures=pictures,
         plan=plan,
         held_out=held_out,
-        data_hash=_data_hash(pictures),
+        data_hash=data_hash(pictures),
         steps=_total_steps(recipe, plan, accelerator.num_processes),
         warnings=warnings,
         files=[],
@@ -243,39 +244,6 @@ def _prediction(recipe: Recipe) -> Prediction:
     return OBJECTIVES[section.kind](options)
 
 
-def training_sizes(data: DataSection) -> tuple[Size, ...]:
-    """The sizes in pixels that images are trained at."""
-    bucket = data.bucket
-    if not bucket.enabled:
-        return (Size(data.resolution_px, data.resolution_px),)
-    return bucket_sizes(data.resolution_px, minimum=bucket.min_px, maximum=bucket.max_px, step=bucket.step_px)
-
-
-def scan_training(data: DataSection) -> Scan:
-    """What the recipe's folders and sets hold."""
-    sets = [ImageSet(**dict(section)) for section in data.sets]
-    beside = FilesBeside(data.caption.extensions, data.caption.sidecar, data.mask, data.mask_suffix)
-    return scan_data(
-        data.folders,
-        sets,
-        regularisation_parents=data.regularisation_folders,
-        regularisation_weight=data.regularisation_weight,
-        beside=beside,
-    )
-
-
-def scan_validation(data: DataSection) -> Scan | None:
-    """What the recipe's folder of held-out images holds, if it names one."""
-    if data.validation_folder is None:
-        return None
-    return scan_held_out(
-        data.validation_folder,
-        data.caption.extensions,
-        sidecar=data.caption.sidecar,
-        mask_suffix=data.mask_suffix,
-    )
-
-
 def _quantise(prepared: Prepared, recipe: Recipe, device: torch.device, hear: Callbacks) -> None:
     """Quantise the linear layers of the base in place, say what it cost, and send the model to its device."""
     kind = recipe.model.quantize
@@ -309,80 +277,6 @@ def with_chosen_vae(prepared: Prepared, section: VaeSection) -> Prepared:
     return replace(prepared, model=model, origin=declare_vae(origin, convention, section.path))
 
 
-def _variation(data: DataSection) -> Variation:
-    caption = data.caption
-    return Variation(
-        captions=CaptionRules(
-            caption.shuffle, caption.keep_tokens, caption.dropout_probability, caption.tag_dropout_probability
-        ),
-        flip_probability=data.flip_probability,
-        random_crop=data.random_crop,
-        color_probability=data.color_probability,
-        cached_variants=data.cache_variants,
-    )
-
-
-def _data_warnings(scan: Scan, pictures: Pictures, held_out: Scan | None) -> list[str]:
-    found = scan.warnings()
-    if held_out is not None:
-        found += [f"held-out: {warning}" for warning in held_out.warnings()]
-        shared = {image.path.resolve() for image in scan.images} & {
-            image.path.resolve() for image in held_out.images
-        }
-        if shared:
-            found.append(
-                f"{len(shared)} held-out images are also trained on: their loss says nothing about new images"
-            )
-    if enlarged := pictures.enlarged():
-        found.append(f"{len(enlarged)} images are smaller than their training size and are enlarged")
-    return found
-
-
-def _check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:
-    step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
-    for size in sizes:
-        if size.width % step or size.height % step:
-            raise InputError(
-                f"training size {size.width}x{size.height}: this model needs multiples of {step} pixels",
-                hint="change data.resolution_px or data.bucket.step_px",
-            )
-
-
-def _fill_caches(
-    recipe: Recipe,
-    model: Sdxl,
-    denoiser: Denoiser,
-    pictures: Pictures,
-    held_out: Sequence[HeldOut],
-    hear: Callbacks,
-) -> list[str]:
-    """Encode what is encoded once; warnings."""
-    warnings: list[str] = []
-    if recipe.caches_latents:
-        hear.on_message(f"encoding {len(pictures)} images")
-        stage, folder = "encoding images", recipe.data.cache_folder
-        store = None if folder is None else LatentStore(folder, vae_key(model))
-        try:
-            pictures.latents = encode_pictures(
-                model,
-                pictures,
-                flips=pictures.variation.flips,
-                seed=recipe.run.seed,
-                progress=partial(hear.on_progress, stage),
-                store=store,
-            )
-        finally:
-            # also after an error: a progress bar must give the terminal back
-            hear.on_progress(stage, 1, 1)
-        warnings = [] if store is None else store.warnings()
-        for warning in warnings:
-            hear.on_message(f"warning: {warning}")
-    if recipe.caches_text:
-        captions = {image.caption for image in pictures.images} | {""}
-        denoiser.text = encode_captions(model, captions.union(*(group.captions for group in held_out)))
-    return warnings
-
-
 def _cost(recipe: Recipe, learned: LearnedWeighting | None) -> Cost:
     section, name = recipe.loss, _prediction(recipe).name
     options = WeightingOptions(name, scale_v_like_noise=section.scale_v_like_noise)
@@ -411,22 +305,6 @@ def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
         return recipe.run.steps
     assert recipe.run.epochs is not None
     return -(-recipe.run.epochs * plan.batches_per_epoch // (recipe.run.accumulation * processes))
-
-
-def _data_hash(pictures: Pictures) -> str:
-    listed = [
-        (
-            image.path.name,
-            image.caption,
-            image.repeats,
-            image.size,
-            target,
-            image.weight,
-            image.mask and image.mask.name,
-        )
-        for image, target in zip(pictures.images, pictures.targets, strict=True)
-    ]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _take_over(run: Run, saved: state.SavedState) -> None:

@@ -12,9 +12,9 @@ from spectune.model.sdxl import Sdxl
 from spectune.sample.compare import picture_grid
 from spectune.sample.generate import Request, SampleSettings, generate
 from spectune.train.callbacks import Callbacks, ConsoleProgress, TrainReport
+from spectune.train.gather import scan_training, scan_validation
 from spectune.train.loop import train as run_training
 from spectune.train.recipe import Recipe, load_recipe
-from spectune.train.run import scan_training, scan_validation
 
 PREVIEWS = 6  # pictures on a preview sheet
 
