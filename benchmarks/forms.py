@@ -37,18 +37,21 @@ class Curve:
     change: float  # Frobenius norm of all trained changes
 
 
-def prepared(form: str, rank: int, output: str) -> Run:
+def prepared(form: str, dtype: torch.dtype, rank: int, output: str) -> Run:
     data: dict[str, Any] = {
         "folders": [DEMO / "images"],
         "validation_folder": DEMO / "validation",
         "resolution_px": 64,
     }
+    precision = {"trained_precision": "bf16" if dtype == torch.bfloat16 else "fp32"}
     recipe = parse_recipe(
         {
             "model": {"base": DEMO / "base.safetensors", "rank": rank, "form": form, "parts": ["unet"]},
             "data": data,
             "loss": {"weighting": "min_snr"},
-            "run": {"name": "forms", "output": output, "steps": 1, "batch": 16},
+            # one that may train bf16 parameters; the steps here are AdamW's
+            "optimizer": {"name": "prodigy_plus_schedule_free"},
+            "run": {"name": "forms", "output": output, "steps": 1, "batch": 16, **precision},
         }
     )
     return assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
@@ -56,9 +59,7 @@ def prepared(form: str, rank: int, output: str) -> Run:
 
 def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) -> Curve:
     with tempfile.TemporaryDirectory() as output:
-        run = prepared(form, rank, output)
-    for parameter in run.parameters:
-        parameter.data = parameter.data.to(dtype)
+        run = prepared(form, dtype, rank, output)
     optimizer = torch.optim.AdamW(run.parameters, lr=rate, weight_decay=0.0)
     losses: list[float] = []
     for draws in PlannedBatches(run.plan, 0, steps):
@@ -71,7 +72,7 @@ def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     held_out = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=16)
     changes = [
         tensor.float().norm() for layer in run.injection.layers.values() for tensor in layer.trained_change()
