@@ -105,3 +105,19 @@ def test_dropout_leaves_out_directions_as_a_whole() -> None:
     gone = (cut == 0).all(dim=1)
     torch.testing.assert_close(cut[~gone], (whole / 0.75).expand_as(cut[~gone]), rtol=1e-12, atol=1e-12)
     assert abs(float(gone.double().mean()) - 0.25) < 0.03
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_compiles_as_one_graph(name: str) -> None:
+    _, shape, inside = CASES[name]
+    four, base = factors(5, inside, 2), _base(name)
+    call: Callable[..., Tensor] = delta_linear if name == "linear" else delta_conv
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def cost() -> Tensor:
+        return call(x, base, SCALE, four).square().sum()
+
+    expected = torch.autograd.grad(cost(), (four.down, four.up))
+    compiled = torch.compile(cost, backend="aot_eager", fullgraph=True)
+    for one, other in zip(torch.autograd.grad(compiled(), (four.down, four.up)), expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -219,7 +219,10 @@ def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
             pixels_per_latent=run.prepared.model.pixels_per_latent,
         )
         answer = run.distributed(question.noised, question.timestep, batch.captions, batch.time_ids)
-        loss = run.cost(run.prediction, answer, question, image_weights=batch.weights, mask=batch.masks)
+        costs = run.cost.images(
+            run.prediction, answer, question, image_weights=batch.weights, mask=batch.masks
+        )
+        loss = run.cost.of_batch(run.prediction, question, costs)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             grad_norm = _clipped(run)
@@ -230,7 +233,8 @@ def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
         run.stepper.zero_grad()
     if accelerator.sync_gradients:
         _learn_weighting(run)
-    return loss.detach(), grad_norm
+    # what a learned weighting adds says nothing about the pictures
+    return costs.detach().mean(), grad_norm
 
 
 def _learn_weighting(run: Run) -> None:

@@ -119,6 +119,10 @@ class Cost:
     ) -> Tensor:
         """The training loss, a scalar; arguments as in `images`."""
         costs = self.images(prediction, answer, question, image_weights=image_weights, mask=mask)
+        return self.of_batch(prediction, question, costs)
+
+    def of_batch(self, prediction: Prediction, question: Question, costs: Tensor) -> Tensor:
+        """What trains, a scalar, from the costs of images; with a learned weighting it may be negative."""
         if self.learned is not None:
             costs = self.learned(costs, question.timestep, prediction.snr(question.times))
         return costs.mean()
