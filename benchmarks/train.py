@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.full_step import peak_memory
 from benchmarks.make_checkpoint import layout_of_size, tensors_of
 from spectune.factor.matrix import to_factors
 from spectune.model.inject import Form, inject
@@ -146,11 +146,6 @@ class Measured:
     peak_bytes: int  # of the whole process
     ready_bytes: int  # before the first step
     trained: int
-
-
-def peak_memory() -> int:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def measure(variant: str, size: Size, *, checkpointing: bool, steps: int) -> Measured:
