@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spectune.train.callbacks import Callbacks
-from spectune.train.data.plan import PlannedBatches
-from spectune.train.objective import ask_at_random
-from spectune.train.recipe import parse_recipe
-from spectune.train.run import Run, assemble
-from spectune.train.seeds import derived_generator
-from spectune.train.validation import held_out_loss
+from spectune.training.callbacks import Callbacks
+from spectune.training.data.plan import PlannedBatches
+from spectune.training.objective import ask_at_random
+from spectune.training.recipe import parse_recipe
+from spectune.training.run import Run, assemble
+from spectune.training.seeds import derived_generator
+from spectune.training.validation import held_out_loss
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 

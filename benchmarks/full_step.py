@@ -18,11 +18,11 @@ import psutil
 import torch
 
 from spectune.huge_pages import use_huge_pages
-from spectune.rebuild.files import split_checkpoint
-from spectune.rebuild.ranks import FixedRank
-from spectune.train.callbacks import Callbacks, RunStart, StepInfo
-from spectune.train.loop import train
-from spectune.train.recipe import parse_recipe
+from spectune.rebuilding.files import split_checkpoint
+from spectune.rebuilding.ranks import FixedRank
+from spectune.training.callbacks import Callbacks, RunStart, StepInfo
+from spectune.training.loop import train
+from spectune.training.recipe import parse_recipe
 
 IMAGES = Path(__file__).resolve().parents[1] / "demo" / "images"
 

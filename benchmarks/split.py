@@ -32,8 +32,8 @@ from torch import Tensor
 from spectune.factor.matrix import to_matrix
 from spectune.factor.svd import top_singular
 from spectune.huge_pages import use_huge_pages
-from spectune.rebuild.files import SplitReport, rebuild_checkpoint, split_checkpoint, verify_files
-from spectune.rebuild.ranks import FixedRank
+from spectune.rebuilding.files import SplitReport, rebuild_checkpoint, split_checkpoint, verify_files
+from spectune.rebuilding.ranks import FixedRank
 from spectune.weights.catalogue import Layer, build_catalogue, layer_weight
 from spectune.weights.reader import Checkpoint, open_checkpoint
 

@@ -9,13 +9,13 @@ from spectune.apps.arguments import (
     ModelSpec,
     Size,
     Weighted,
-    parse_dtype,
     parse_model,
     parse_size,
     parse_weighted,
     read_captions,
 )
 from spectune.errors import InputError
+from spectune.weights.dtypes import parse_dtype
 
 
 def test_dtype():

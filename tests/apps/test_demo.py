@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from spectune.apps.demo import check_hash, demo_files, run_demo
 from spectune.errors import InputError
 from spectune.sample.compare import mean_psnr
-from spectune.train.data.folders import scan_parents
+from spectune.training.data.folders import scan_parents
 
 
 def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from spectune.apps.cli import run
-from spectune.weights.adapter import Delta, TunedAdapter, open_adapter, save_tuned
+from spectune.weights.adapter import Delta, TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.adapter_writer import save_tuned
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.layout import hints_metadata
 from spectune.weights.provenance import Provenance

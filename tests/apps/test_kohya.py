@@ -13,7 +13,7 @@ import pytest
 from spectune.apps.cli import run
 from spectune.apps.kohya.convert import replaced_by_split
 from spectune.apps.kohya.parse import parse_command
-from spectune.train.recipe import load_recipe
+from spectune.training.recipe import load_recipe
 from tests.apps.kohya_commands import GUIDE_FIX, GUIDE_TRAINING, SHORT
 
 

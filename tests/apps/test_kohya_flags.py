@@ -13,7 +13,7 @@ from spectune.apps.kohya.flags import NETWORK_ARGS, RULES, judge
 from spectune.apps.kohya.parse import parse_command
 from spectune.apps.kohya.setup import OPTIMIZER_NAMES
 from spectune.errors import InputError
-from spectune.train.recipe import Recipe
+from spectune.training.recipe import Recipe
 from tests.apps.kohya_commands import answer, converted, recipe
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from spectune.apps.kohya.configs import parse_gui_json, parse_toml
 from spectune.apps.kohya.convert import convert, nested
 from spectune.apps.kohya.parse import parse_command, split_words
 from spectune.errors import InputError
-from spectune.train.recipe import load_recipe
+from spectune.training.recipe import load_recipe
 from tests.apps.kohya_commands import SHORT
 
 FLAGS = {"pretrained_model_name_or_path": "C:/my models/m.safetensors", "network_dim": "8", "seed": "3"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from spectune.apps.cli import run
-from spectune.train.optim import OPTIMIZERS
-from spectune.train.recipe import parse_recipe
+from spectune.training.optim import OPTIMIZERS
+from spectune.training.recipe import parse_recipe
 
 SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from spectune.apps.commands.spectrum import inspect_spectrum
 from spectune.apps.plots import draw_spectrum
 from spectune.errors import InputError
-from spectune.rebuild.spectra import measure_spectra
+from spectune.rebuilding.spectra import measure_spectra
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.describe import RANKS
 

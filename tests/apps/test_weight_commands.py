@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectune.apps.arguments import parse_device, parse_ranks, parse_residual_dtype
+from spectune.apps.arguments import parse_device
 from spectune.apps.cli import run
 from spectune.errors import InputError
-from spectune.rebuild.ranks import BudgetRank, EnergyRank, FixedRank
-from tests.rebuild.pairs import recast
+from spectune.rebuilding.ranks import BudgetRank, EnergyRank, FixedRank, parse_ranks
+from spectune.weights.dtypes import parse_residual_dtype
+from tests.rebuilding.pairs import recast
 
 
 def test_ranks_are_asked_for_in_one_way() -> None:
@@ -154,7 +155,7 @@ def test_a_model_goes_through_a_diffusers_folder_and_back(tiny_checkpoint: Path,
 def test_damaged_weights_are_named_and_counted(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.rebuild.pairs import changed_copy
+    from tests.rebuilding.pairs import changed_copy
 
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     broken = load_file(tiny_checkpoint)[name].clone()

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from spectune.weights.adapter import factor_shapes
 from spectune.weights.catalogue import Layer
 
 Tensors = dict[str, Tensor]
@@ -15,7 +14,7 @@ Tensors = dict[str, Tensor]
 
 def pair(layer: Layer, rank: int = 2, alpha: float | None = None) -> Tensors:
     """The three tensors of a layer; alpha is the rank unless it is given."""
-    down, up = factor_shapes(layer, rank)
+    down, up = layer.factor_shapes(rank)
     return {
         f"{layer.kohya}.lora_down.weight": torch.randn(down),
         f"{layer.kohya}.lora_up.weight": torch.randn(up),

@@ -14,18 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectune.errors import InputError
-from spectune.weights.adapter import (
-    Adapter,
-    AdapterWriter,
-    Delta,
-    LowRank,
-    TunedAdapter,
-    adapter_infos,
-    factor_shapes,
-    kohya_metadata,
-    open_adapter,
-    save_tuned,
-)
+from spectune.weights.adapter import Adapter, Delta, LowRank, TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.adapter_writer import AdapterWriter, adapter_infos, kohya_metadata, save_tuned
 from spectune.weights.catalogue import Catalogue, Kind, Layer, build_catalogue
 from spectune.weights.provenance import Provenance, Role, weights_hash
 from spectune.weights.reader import TensorInfo, open_checkpoint
@@ -41,7 +32,7 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 
 def low_rank(layer: Layer, rank: int, dtype: torch.dtype = torch.float16) -> LowRank:
-    down, up = factor_shapes(layer, rank)
+    down, up = layer.factor_shapes(rank)
     return LowRank(torch.randn(down).to(dtype), torch.randn(up).to(dtype), alpha=float(rank))
 
 
@@ -234,12 +225,14 @@ def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, 
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("unet.down_blocks.1.attentions.0.proj_in.lora_A.weight", "spelled as PEFT or diffusers do"),
-        ("lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "name diffusers blocks"),
-        ("something.weight", "an adapter for SDXL in kohya or LyCORIS keys"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "the adapter is for Flux"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the adapter is for SD 1 or 2"),
+        ("transformer.blocks.0.attn.to_q.lora_A.weight", "a transformer model such as Flux or SD 3"),
+        ("lora_te2_text_projection.lora_down.weight", "held transposed to what checkpoints store"),
+        ("something.weight", "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them"),
     ],
 )
-def test_other_spellings(key: str, hint: str, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_adapters_of_other_models(key: str, hint: str, catalogue: Catalogue, tmp_path: Path) -> None:
     error = message(tmp_path / "b.safetensors", {key: torch.zeros(1, 1)}, catalogue)
     assert "1 of 1 layers of b.safetensors have no partner" in error.what
     assert error.hint is not None
@@ -251,15 +244,19 @@ def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalo
     stem = catalogue.layers[0].kohya
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue) | {f"{stem}.{suffix}": torch.zeros(1)}
     error = message(tmp_path / "b.safetensors", tensors, catalogue)
-    assert error.what.startswith(f"{stem} of b.safetensors has `{suffix}`: expected lora_down.weight")
+    assert error.what.startswith(
+        f"1 keys of b.safetensors are no factor: {stem}.{suffix}; expected lora_down"
+    )
+    assert error.hint is not None
+    assert "`spectune convert --drop PATTERN` leaves keys out" in error.hint
 
 
 def test_half_a_pair(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
-    stem = catalogue.layers[0].kohya
+    layer = catalogue.layers[0]
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue)
-    del tensors[f"{stem}.lora_up.weight"]
+    del tensors[f"{layer.kohya}.lora_up.weight"]
     error = message(tmp_path / "b.safetensors", tensors, catalogue)
-    assert error.what == f"{stem} of b.safetensors has no `lora_up.weight`"
+    assert error.what == f"{layer.name} of b.safetensors has no `lora_up.weight`"
 
 
 @pytest.mark.parametrize("suffix", ["lora_down.weight", "lora_up.weight"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectune.errors import InputError
 from spectune.model.sdxl import build_model
-from spectune.rebuild.files import split_checkpoint
+from spectune.rebuilding.files import split_checkpoint
 from spectune.weights.folder_layout import folder_layout
 from spectune.weights.folder_names import state_key
 from spectune.weights.layout import infer_layout, layout_of

@@ -9,27 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spectune.errors import InputError, did_you_mean
-from spectune.rebuild.ranks import BudgetRank, EnergyRank, FixedRank, RankRequest
-from spectune.rebuild.sizes import parse_bytes
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-
-
-def parse_dtype(word: str) -> torch.dtype:
-    """A storage type by its long or short name (float16 = fp16)."""
-    name = _SHORT.get(word.lower(), word.lower())
-    if name not in DTYPES:
-        raise InputError(
-            f"unknown type {word!r}{did_you_mean(name, DTYPES)}", hint=f"one of {', '.join(DTYPES)}"
-        )
-    return DTYPES[name]
-
-
-def parse_residual_dtype(word: str) -> torch.dtype:
-    """A storage type; a residual may also be float64, which gives an fp32 model back."""
-    return torch.float64 if word.lower() in ("float64", "fp64", "double") else parse_dtype(word)
+from spectune.errors import InputError
 
 
 def parse_device(word: str) -> str:
@@ -45,23 +25,6 @@ def parse_device(word: str) -> str:
     if word == "mps" and not torch.backends.mps.is_available():
         raise InputError("there is no mps device", hint="--device cpu works")
     return word
-
-
-def parse_ranks(
-    rank: int | None, conv_rank: int | None, energy: float | None, budget: str | None
-) -> RankRequest:
-    """The one way of choosing ranks that was asked for; rank 64 if none was."""
-    asked = {"--rank": rank, "--energy": energy, "--budget": budget}
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other", hint="choose one of them")
-    if conv_rank is not None and given not in ([], ["--rank"]):
-        raise InputError(f"--conv-rank and {given[0]} exclude each other", hint="leave out --conv-rank")
-    if energy is not None:
-        return EnergyRank(energy)
-    if budget is not None:
-        return BudgetRank(parse_bytes(budget))
-    return FixedRank(64 if rank is None else rank, conv_rank)
 
 
 @dataclass(frozen=True)

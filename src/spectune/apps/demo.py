@@ -18,13 +18,13 @@ from spectune.apps.arguments import ModelSpec, Weighted
 from spectune.apps.commands.drawing import Overrule, draw
 from spectune.apps.console import err, heading, megabytes, progress, say, table
 from spectune.errors import InputError, SpectuneError
-from spectune.rebuild import files
-from spectune.rebuild.ranks import FixedRank
+from spectune.rebuilding import files
+from spectune.rebuilding.ranks import FixedRank
 from spectune.sample.compare import Column, contact_sheet, format_psnr, mean_psnr
 from spectune.sample.generate import SampleSettings
-from spectune.train.callbacks import ConsoleProgress, TrainReport
-from spectune.train.loop import train
-from spectune.train.recipe import load_recipe
+from spectune.training.callbacks import ConsoleProgress, TrainReport
+from spectune.training.loop import train
+from spectune.training.recipe import load_recipe
 
 RANK = 16
 SEED = 11

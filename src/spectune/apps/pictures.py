@@ -19,10 +19,11 @@ from spectune.model.prediction import make_prediction
 from spectune.model.sdxl import Sdxl, build_model
 from spectune.model.vae import VaeConvention, resolve_vae, says_vae
 from spectune.model.vae_file import choose_vae
-from spectune.rebuild.merge import merged
-from spectune.rebuild.pairing import check_base_hash
+from spectune.rebuilding.merge import merged
+from spectune.rebuilding.pairing import check_base_hash
 from spectune.sample.compare import Column
-from spectune.weights.adapter import Adapter, TunedAdapter, open_adapter
+from spectune.weights.adapter import Adapter, TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import Provenance, Role, weights_hash
 from spectune.weights.reader import WeightSource, open_checkpoint

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from spectune.rebuild.spectra import CURVE_RANKS, GroupSpectrum, SpectrumReport
+from spectune.rebuilding.spectra import CURVE_RANKS, GroupSpectrum, SpectrumReport
 from spectune.weights.describe import RANKS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.

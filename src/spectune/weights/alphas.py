@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -61,6 +62,24 @@ def alpha_problems(source: WeightSource) -> list[str]:
         (other, "layers have an alpha that is not their rank"),
     )
     return [f"{len(names)} {what}: {some_of(names)}" for names, what in found if names]
+
+
+def scale_problems(source: WeightSource) -> list[str]:
+    """What is to be said where the layers of an adapter in kohya keys do not all have one scale.
+
+    Trainers take one scale for all from the command line, and diffusers gives attention layers the alpha
+    that most of their part have.
+    """
+    scales = Counter(
+        alpha.value / alpha.rank for alpha in read_alphas(source).values() if alpha.value and alpha.rank
+    )
+    if len(scales) < 2:
+        return []
+    told = ", ".join(f"{scale:g} in {count} layers" for scale, count in scales.most_common(4))
+    return [
+        f"alpha / rank is not the same everywhere ({told}): ComfyUI reads it right, trainers and diffusers "
+        "do not; `spectune convert --even-alphas` puts the scale into the factors"
+    ]
 
 
 def read_alphas(source: WeightSource) -> Mapping[str, Alpha]:

@@ -54,6 +54,11 @@ class Layer:
         """Its rows of the tensor that holds it."""
         return slice(None) if self.rows is None else slice(*self.rows)
 
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of down and up, as LyCORIS stores them: a 1x1 convolution keeps four axes."""
+        ones = (1,) * (len(self.shape) - 2)
+        return (rank, *self.shape[1:]), (self.out_features, rank, *ones)
+
     @property
     def kohya(self) -> str:
         """The stem of its keys in adapter files."""

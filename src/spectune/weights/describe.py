@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spectune.errors import InputError
-from spectune.weights.catalogue import Catalogue, Part, build_catalogue
+from spectune.weights.adapter import ALPHA, DOWN, FRAME_DOWN
+from spectune.weights.adapter_keys import adapter_part, factor_of, spelling_of
+from spectune.weights.alphas import alpha_problems, read_alphas, scale_problems
+from spectune.weights.catalogue import Catalogue, build_catalogue
 from spectune.weights.layout import TE1_SHORT_ROOT, TE2_ROOT, UNET_ROOT, VAE_ROOT, Layout, infer_layout
 from spectune.weights.provenance import Provenance, Role, declared_prediction
 from spectune.weights.reader import DTYPE_NAMES, WeightSource
 
 RANKS = (16, 32, 64, 128, 256)
-_PARTS: Mapping[str, str] = {"unet": UNET_ROOT, "te1": TE1_SHORT_ROOT, "te2": TE2_ROOT, "vae": VAE_ROOT}
+PART_ROOTS: Mapping[str, str] = {"unet": UNET_ROOT, "te1": TE1_SHORT_ROOT, "te2": TE2_ROOT, "vae": VAE_ROOT}
+PARTS = tuple(PART_ROOTS)
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,20 @@ class AdapterSummary:
 
     label: str
     role: str
+    spelling: str  # kohya, diffusers, comfyui
     provenance: Provenance
     layers: Mapping[str, int]  # by part
     ranks: Mapping[int, int]  # how many layers have a rank
+    scales: Mapping[float, int]  # how many have alpha / rank; empty where no alphas are written
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
+    problems: tuple[str, ...]  # of its alphas, in words
 
 
 def is_adapter(source: WeightSource) -> bool:
     """Whether the file holds low-rank factors and not a model."""
-    return any(name.startswith("lora_") for name in source.tensors)
+    return any(adapter_part(name) is not None or name.startswith("lora_") for name in source.tensors)
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
@@ -83,34 +90,37 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
         declared=prediction is not None,
         provenance=provenance,
         layout=infer_layout(source),
-        parts=tuple(_part(name, source, catalogue) for name in (*_PARTS, "other")),
+        parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
         ranks=tuple(rank_cost(catalogue, rank) for rank in ranks),
     )
 
 
 def describe_adapter(source: WeightSource) -> AdapterSummary:
-    """Layers and ranks of an adapter; raises InputError when the file holds none."""
-    downs = [
-        info
-        for name, info in source.tensors.items()
-        if name.endswith(("lora_down.weight", "frame_down.weight"))
-    ]
+    """Layers, ranks and scales of an adapter in any spelling; raises InputError when the file holds none."""
+    downs = [info for name, info in source.tensors.items() if factor_of(name) in (DOWN, FRAME_DOWN)]
     if not downs:
         raise InputError(
-            f"{source.label} holds no kohya adapter",
-            hint="keys like lora_unet_..._proj_in.lora_down.weight are expected",
+            f"{source.label} holds no pairs of low-rank factors",
+            hint="keys like lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight are expected",
         )
     provenance = Provenance.from_metadata(source.metadata)
-    parts = Counter(str(part) for info in downs for part in Part if info.name.startswith(f"lora_{part}_"))
+    parts = Counter(str(adapter_part(info.name) or "other") for info in downs)
+    factors = [name for name in source.tensors if factor_of(name) not in (None, ALPHA)]
+    scales = Counter(
+        alpha.value / alpha.rank for alpha in read_alphas(source).values() if alpha.value and alpha.rank
+    )
     return AdapterSummary(
         label=source.label,
         role=str(provenance.role or Role.LORA),
+        spelling=" and ".join(sorted({spelling_of(info.name) for info in downs})),
         provenance=provenance,
         layers=dict(parts),
         ranks=dict(sorted(Counter(info.shape[0] for info in downs).items())),
-        parameters=sum(info.numel for info in source.tensors.values() if not info.name.endswith(".alpha")),
+        scales=dict(scales.most_common()),
+        parameters=sum(source.tensors[name].numel for name in factors),
         nbytes=sum(info.nbytes for info in source.tensors.values()),
-        dtypes=_dtypes(source, [n for n in source.tensors if not n.endswith(".alpha")]),
+        dtypes=_dtypes(source, factors),
+        problems=(*alpha_problems(source), *scale_problems(source)),
     )
 
 
@@ -123,7 +133,7 @@ def rank_cost(catalogue: Catalogue, rank: int) -> RankCost:
 
 
 def _part(name: str, source: WeightSource, catalogue: Catalogue) -> PartSummary:
-    names = [tensor for tensor in source.tensors if _part_of(tensor) == name]
+    names = [tensor for tensor in source.tensors if part_of(tensor) == name]
     infos = [source.tensors[tensor] for tensor in names]
     return PartSummary(
         name=name,
@@ -135,8 +145,9 @@ def _part(name: str, source: WeightSource, catalogue: Catalogue) -> PartSummary:
     )
 
 
-def _part_of(tensor: str) -> str:
-    return next((name for name, root in _PARTS.items() if tensor.startswith(root)), "other")
+def part_of(tensor: str) -> str:
+    """The part of a checkpoint that a tensor belongs to: unet, te1, te2, vae or other."""
+    return next((name for name, root in PART_ROOTS.items() if tensor.startswith(root)), "other")
 
 
 def _dtypes(source: WeightSource, names: Sequence[str]) -> tuple[str, ...]:

@@ -79,6 +79,36 @@ class Layout:
     vae: VaeLayout | None
 
 
+# The original, which names the layers of adapters where no model is at hand.
+SDXL = Layout(
+    unet=UNetLayout(
+        channels=(320, 640, 1280),
+        depths=(0, 2, 10),
+        mid_depth=10,
+        resnets=2,
+        in_channels=4,
+        out_channels=4,
+        context=2048,
+        heads=(5, 10, 20),
+        time_id_channels=256,
+        pooled=1280,
+        norm_groups=NORM_GROUPS,
+    ),
+    te1=TextLayout(
+        width=768, layers=12, heads=12, mlp=3072, vocab=49408, context=77, projection=None,
+        activation="quick_gelu",
+    ),
+    te2=TextLayout(
+        width=1280, layers=32, heads=20, mlp=5120, vocab=49408, context=77, projection=1280,
+        activation="gelu",
+    ),
+    vae=VaeLayout(
+        channels=(128, 256, 512, 512), resnets=2, latent_channels=4, norm_groups=NORM_GROUPS,
+        scale=SDXL_VAE_SCALE, shift=SDXL_VAE_SHIFT,
+    ),
+)  # fmt: skip
+
+
 def infer_layout(source: WeightSource) -> Layout:
     """The layout of a checkpoint.
 

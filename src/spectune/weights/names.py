@@ -94,6 +94,15 @@ class Module:
     def weight(self) -> TensorView:
         return self.parameters[0][1]
 
+    @property
+    def default(self) -> bool:
+        """Among the modules that LyCORIS preset=full trains."""
+        return self.duty is Duty.DEFAULT
+
+    @property
+    def factorable(self) -> bool:
+        return self.duty in (Duty.DEFAULT, Duty.EXTRA)
+
 
 def kohya_stem(layer_name: str) -> str:
     """The key stem of a layer in adapter files: `lora_unet_input_blocks_4_1_proj_in`."""

@@ -152,6 +152,20 @@ def modelspec_metadata(prediction: Prediction | None) -> dict[str, str]:
     return {MODELSPEC_PREDICTION_KEY: words[prediction]} if prediction in words else {}
 
 
+def modelspec_model(metadata: Mapping[str, str], *, title: str) -> dict[str, str]:
+    """The entries by which programs and model databases know a whole SDXL; author and license stay.
+
+    Keys and values as in the modelspec standard 1.0.0; it has no word for the shift of flow sampling.
+    """
+    entries = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": "1024x1024",
+    }
+    return {key: metadata.get(key, value) for key, value in entries.items()} | {"modelspec.title": title}
+
+
 def declared_prediction(source: WeightSource) -> Prediction | None:
     """What the model predicts, as far as the file says so: our metadata, modelspec, or the key `v_pred`."""
     ours = Provenance.from_metadata(source.metadata).prediction

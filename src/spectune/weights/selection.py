@@ -37,6 +37,17 @@ def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[L
     return left
 
 
+def layers_named(
+    catalogue: Catalogue, words: Sequence[str], *, known: Sequence[str] = ()
+) -> tuple[Layer, ...]:
+    """Every layer that one of the words names, default or not, in the catalogue's order.
+
+    Raises InputError for a word without a match; `known` are other words that might have been meant.
+    """
+    chosen = {layer.name for word in words for layer in _matches(catalogue, word.strip(), known)}
+    return tuple(layer for layer in catalogue if layer.name in chosen)
+
+
 def _named(catalogue: Catalogue, word: str) -> list[Layer]:
     """What a word adds: the default layers among its matches, or all of them where there is none."""
     found = _matches(catalogue, word)
@@ -44,16 +55,16 @@ def _named(catalogue: Catalogue, word: str) -> list[Layer]:
     return found if word == EVERY or not usual else usual
 
 
-def _matches(catalogue: Catalogue, word: str) -> list[Layer]:
+def _matches(catalogue: Catalogue, word: str, known: Sequence[str] = ()) -> list[Layer]:
     if word == EVERY:
         return list(catalogue)
     if word == DEFAULT:
         return [layer for layer in catalogue if layer.default]
     found = [layer for layer in catalogue if any(fnmatchcase(name, word) for name in _names_of(layer))]
     if not found:
-        known = [EVERY, DEFAULT, *dict.fromkeys(_spellings(catalogue))]
+        meant = [*known, EVERY, DEFAULT, *dict.fromkeys(_spellings(catalogue))]
         raise InputError(
-            f"no layer matches `{word}`{did_you_mean(word, known)} ({len(catalogue)} layers were looked at)",
+            f"no layer matches `{word}`{did_you_mean(word, meant)} ({len(catalogue)} layers were looked at)",
             hint=_HINT,
         )
     return found

@@ -9,12 +9,12 @@ from typing import Any
 
 from spectune.apps.console import megabytes, print_json, say, table
 from spectune.errors import InputError, SpectuneError, did_you_mean
-from spectune.rebuild.sizes import parse_bytes
-from spectune.train.memory import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory, MemoryMeter, Setup
-from spectune.train.memory_plan import QUANTISED, Candidate, Plan, described, recipe_text
-from spectune.train.memory_plan import plan as plan_training
-from spectune.train.optim import OPTIMIZERS
-from spectune.train.sections import ALL_PARTS, PartName
+from spectune.rebuilding.sizes import parse_bytes
+from spectune.training.memory import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory, MemoryMeter, Setup
+from spectune.training.memory_plan import QUANTISED, Candidate, Plan, described, recipe_text
+from spectune.training.memory_plan import plan as plan_training
+from spectune.training.optim import OPTIMIZERS
+from spectune.training.sections import ALL_PARTS, PartName
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.describe import is_adapter
 from spectune.weights.layout import Layout, infer_layout

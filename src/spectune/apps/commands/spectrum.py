@@ -10,7 +10,7 @@ from typing import Any
 
 from spectune.apps.console import megabytes, print_json, progress, say, table
 from spectune.errors import InputError
-from spectune.rebuild.spectra import GroupSpectrum, LayerSpectrum, SpectrumReport, measure_spectra
+from spectune.rebuilding.spectra import GroupSpectrum, LayerSpectrum, SpectrumReport, measure_spectra
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.describe import RANKS, is_adapter
 from spectune.weights.quantised import check_not_quantised

@@ -11,10 +11,10 @@ from spectune.apps.console import err, print_json, print_warning, say
 from spectune.model.sdxl import Sdxl
 from spectune.sample.compare import picture_grid
 from spectune.sample.generate import Request, SampleSettings, generate
-from spectune.train.callbacks import Callbacks, ConsoleProgress, TrainReport
-from spectune.train.gather import scan_training, scan_validation
-from spectune.train.loop import train as run_training
-from spectune.train.recipe import Recipe, load_recipe
+from spectune.training.callbacks import Callbacks, ConsoleProgress, TrainReport
+from spectune.training.gather import scan_training, scan_validation
+from spectune.training.loop import train as run_training
+from spectune.training.recipe import Recipe, load_recipe
 
 PREVIEWS = 6  # pictures on a preview sheet
 

@@ -10,24 +10,25 @@ from pathlib import Path
 
 import torch
 
-from spectune.apps.arguments import parse_device, parse_dtype, parse_residual_dtype
+from spectune import api
+from spectune.apps.arguments import parse_device
 from spectune.apps.console import megabytes, print_json, print_warning, progress, say, table
 from spectune.errors import InputError
-from spectune.rebuild import files
-from spectune.rebuild.ranks import RankRequest, choose_ranks
+from spectune.rebuilding import files
+from spectune.rebuilding.ranks import RankRequest, choose_ranks, parse_ranks
+from spectune.rebuilding.strength import parse_strength
 from spectune.weights import describe
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.coverage import adapter_coverage, coverage_rows
 from spectune.weights.coverage_checkpoint import checkpoint_coverage
+from spectune.weights.dtypes import parse_dtype
 from spectune.weights.null import write_null
 from spectune.weights.reader import open_checkpoint
 from spectune.weights.selection import select_layers
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
-    with open_checkpoint(path) as source:
-        adapter = describe.is_adapter(source)
-        summary = describe.describe_adapter(source) if adapter else describe.describe_model(source)
+    summary = api.inspect(path)
     if as_json:
         print_json(summary)
     elif isinstance(summary, describe.AdapterSummary):
@@ -62,14 +63,19 @@ def _print_model(summary: describe.ModelSummary) -> None:
 def _print_adapter(summary: describe.AdapterSummary) -> None:
     layers = ", ".join(f"{count} {part}" for part, count in summary.layers.items())
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
-    say(f"{summary.label}: {summary.role} adapter")
+    say(f"{summary.label}: {summary.role} adapter in {summary.spelling} spelling")
     say(f"  layers        {layers}")
     say(f"  ranks         {ranks}")
+    if list(summary.scales) not in ([], [1.0]):
+        scales = ", ".join(f"{scale:g} ({count} layers)" for scale, count in summary.scales.items())
+        say(f"  alpha / rank  {scales}")
     say(
         f"  size          {summary.parameters:,} parameters, {megabytes(summary.nbytes)}, "
         f"{' '.join(summary.dtypes)}"
     )
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
+    for problem in summary.problems:
+        print_warning(problem)
 
 
 def _print_origin(base_hash: str | None, principal_hash: str | None) -> None:
@@ -83,8 +89,11 @@ def split(
     model: Path,
     folder: Path,
     *,
-    ranks: RankRequest,
-    store: str,
+    rank: int | None,
+    conv_rank: int | None,
+    energy: float | None,
+    budget: str | None,
+    dtype: str,
     residual_dtype: str | None,
     with_residual: bool,
     layers: Sequence[str],
@@ -94,24 +103,24 @@ def split(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    if svd not in ("auto", "exact", "gram", "sketch"):
-        raise InputError(f"unknown SVD method {svd!r}", hint="auto or exact")
-    stored = parse_dtype(store)
-    kept = None if residual_dtype is None else parse_residual_dtype(residual_dtype)
     if dry_run:
-        _plan_split(model, folder, ranks, layers, stored, with_residual=with_residual)
+        ranks = parse_ranks(rank, conv_rank, energy, budget)
+        _plan_split(model, folder, ranks, layers, parse_dtype(dtype), with_residual=with_residual)
         return
     started = time.perf_counter()
     with progress("split") as report:
-        result = files.split_checkpoint(
+        result = api.split(
             model,
             folder,
-            ranks=ranks,
-            store=stored,
-            residual_dtype=kept,
+            rank=rank,
+            conv_rank=conv_rank,
+            energy=energy,
+            budget=budget,
+            dtype=dtype,
+            residual_dtype=residual_dtype,
             with_residual=with_residual,
             layers=layers,
-            method=svd,
+            svd=svd,
             device=parse_device(device),
             force=force,
             progress=report,
@@ -194,7 +203,7 @@ def _plan_split(
 def verify(model: Path, residual: Path, principal: Path, *, as_json: bool) -> bool:
     started = time.perf_counter()
     with progress("verify") as report:
-        result = files.verify_files(model, residual, principal, progress=report)
+        result = api.verify(model, residual, principal, progress=report)
     coverage = _coverage(principal, residual, model)
     if as_json:
         print_json(
@@ -264,22 +273,31 @@ def null(model: Path, out: Path, *, force: bool, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    say(_written(result.path, started))
+    say(written(result.path, started))
     kept = f", all but {', '.join(result.kept)}" if result.kept else ""
     say(f"{result.tensors} tensors at the places of {model.name} are zero{kept}")
 
 
 def rebuild(
-    adapter: Path, base: Path, target: Path, *, strength: float, dtype: str | None, force: bool, as_json: bool
+    adapter: Path,
+    base: Path,
+    target: Path,
+    *,
+    strength: str,
+    dtype: str | None,
+    cast_all: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     started = time.perf_counter()
     with progress("rebuild") as report:
-        result = files.rebuild_checkpoint(
+        result = api.rebuild(
             adapter,
             base,
             target,
-            strength=strength,
-            dtype=None if dtype is None else parse_dtype(dtype),
+            strength=parse_strength(strength).by_part,
+            dtype=dtype,
+            cast_all=cast_all,
             force=force,
             progress=report,
         )
@@ -288,7 +306,10 @@ def rebuild(
     if as_json:
         print_json({**asdict(result), "identical": result.identical})
         return
-    say(_written(result.path, started))
+    say(written(result.path, started))
+    partly = [f"{found} of {count} {part}" for part, (found, count) in result.layers.items() if found < count]
+    if partly:
+        say(f"the adapter covers {', '.join(partly)} layers; the others stay as they are")
     say(
         f"{result.changed_tensors} of {result.tensors} tensors changed, "
         f"the rest is byte-identical to {base.name}"
@@ -297,13 +318,20 @@ def rebuild(
 
 
 def export(
-    adapter: Path,
-    base: Path,
+    source: Path,
     target: Path,
     *,
+    base: Path | None,
     rank: int | None,
+    conv_rank: int | None,
+    energy: float | None,
+    size: str | None,
     form: str,
-    store: str,
+    keys: str,
+    dtype: str,
+    principal: Path | None,
+    layers: Sequence[str] | None,
+    device: str,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -311,35 +339,74 @@ def export(
         raise InputError(f"unknown form {form!r}", hint="lora or principal")
     started = time.perf_counter()
     with progress("export") as report:
-        result = files.export_adapter(
-            adapter,
-            base,
+        result = api.export(
+            source,
             target,
+            base=base,
             rank=rank,
-            store=parse_dtype(store),
+            conv_rank=conv_rank,
+            energy=energy,
+            size=size,
             form=form,
+            keys=keys,
+            dtype=dtype,
+            principal=principal,
+            layers=layers,
+            device=parse_device(device),
             force=force,
             progress=report,
         )
+    for warning in result.warnings:
+        print_warning(warning)
     if as_json:
-        print_json(
-            {
-                "path": result.path,
-                "hash": result.hash,
-                "layers": len(result.layers),
-                "error": result.error,
-                "layer_errors": {layer.name: layer.error for layer in result.layers},
-            }
-        )
+        print_json(_export_record(result, time.perf_counter() - started))
         return
-    say(_written(result.path, started))
+    say(written(result.path, started))
+    rows = [
+        (
+            loss.part,
+            f"{loss.layers}",
+            _span(loss.lowest_rank, loss.highest_rank),
+            f"{loss.truncated}",
+            f"{loss.error:.3%}",
+        )
+        for loss in result.parts
+    ]
+    table("", ("part", "layers", "rank", "cut", "error of the change"), rows, left=1)
     say(
         f"{len(result.layers)} layers; the change they make is off by {result.error:.3%} by rounding and "
         f"truncation, at most {result.worst.error:.3%} in {result.worst.name}"
     )
+    if result.unchanged:
+        say(f"{len(result.unchanged)} layers are left out, as nothing of their change is kept")
+    if result.outside:
+        say(
+            f"{len(result.outside)} tensors changed that the LoRA does not hold (biases, norms, embeddings): "
+            f"{result.outside_share:.2%} of the squared change"
+        )
 
 
-def _written(path: Path, started: float) -> str:
+def _export_record(result: files.ExportReport, seconds: float) -> dict[str, object]:
+    return {
+        "path": result.path,
+        "hash": result.hash,
+        "layers": len(result.layers),
+        "error": result.error,
+        "parts": {loss.part: asdict(loss) for loss in result.parts},
+        "layer_errors": {layer.name: layer.error for layer in result.layers},
+        "unchanged": result.unchanged,
+        "outside": result.outside,
+        "outside_share": result.outside_share,
+        "warnings": result.warnings,
+        "seconds": seconds,
+    }
+
+
+def _span(lowest: int, highest: int) -> str:
+    return f"{lowest}" if lowest == highest else f"{lowest}..{highest}"
+
+
+def written(path: Path, started: float) -> str:
     parts = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = megabytes(sum(part.stat().st_size for part in parts))
     return f"wrote {path}  ({size}, {time.perf_counter() - started:.1f} s)"

@@ -14,9 +14,9 @@ from spectune.apps.kohya.answers import Answer, PathText
 from spectune.apps.kohya.flags import DEFAULTS, judge
 from spectune.apps.kohya.parse import LAUNCHER, Command, Given
 from spectune.errors import InputError
-from spectune.train.loss import SCHEDULED_LOSSES
-from spectune.train.recipe import parse_recipe
-from spectune.train.sections import ALL_PARTS
+from spectune.training.loss import SCHEDULED_LOSSES
+from spectune.training.recipe import parse_recipe
+from spectune.training.sections import ALL_PARTS
 
 # A step this small changes no number: the guide's step 3 has 1e-24.
 TRAINS_NOTHING = 1e-12

@@ -21,7 +21,7 @@ from spectune.apps.kohya.answers import (
 )
 from spectune.apps.kohya.parse import Command, Given
 from spectune.errors import did_you_mean
-from spectune.train.loss import LOSSES, SCHEDULED_LOSSES
+from spectune.training.loss import LOSSES, SCHEDULED_LOSSES
 
 Answers = tuple[Answer, ...]
 

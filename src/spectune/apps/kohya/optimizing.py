@@ -17,8 +17,8 @@ from spectune.apps.kohya.answers import (
 )
 from spectune.apps.kohya.parse import Command, Given
 from spectune.errors import did_you_mean
-from spectune.train.optim import SCHEDULES, check_options
-from spectune.train.sections import ALL_PARTS, PartName
+from spectune.training.optim import SCHEDULES, check_options
+from spectune.training.sections import ALL_PARTS, PartName
 
 Answers = tuple[Answer, ...]
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from spectune.apps.kohya.answers import literal, number
 from spectune.apps.kohya.parse import Command
-from spectune.train.optim import OPTIMIZERS, Traits, check_options, traits_of
-from spectune.train.sections import ALL_PARTS, OptimizerSection, PartName
+from spectune.training.optim import OPTIMIZERS, Traits, check_options, traits_of
+from spectune.training.sections import ALL_PARTS, OptimizerSection, PartName
 
 Objective = Literal["eps", "v", "flow"]
 

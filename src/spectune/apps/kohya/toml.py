@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from spectune.apps.kohya.answers import toml_value
 from spectune.apps.kohya.convert import Conversion, Setting, kept_out, nested
-from spectune.train.recipe import Recipe
+from spectune.training.recipe import Recipe
 
 _RESIDUAL = """\
 # The guide's pair: its diff model, and its extract as the principal. On the original in place of the diff

@@ -1,0 +1,82 @@
+"""Layers of several adapters put together: summed where they overlap, never overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+
+from spectune.factor.matrix import weight_shape
+from spectune.factor.rounding import rounded
+from spectune.rebuilding.export import (
+    Exported,
+    change_factors,
+    export_layer,
+    limited_rank,
+    same_product,
+    weighted,
+)
+from spectune.weights.adapter import Delta, LowRank
+
+
+@dataclass(frozen=True)
+class Term:
+    """A layer of one adapter and how strongly it counts."""
+
+    layer: LowRank | Delta
+    weight: float
+
+
+def summed_rank(terms: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    """The rank of a sum of layers, each given by its weight's shape and the rank of its change."""
+    return limited_rank(terms[0][0], sum(rank for _, rank in terms), None)
+
+
+def summed(terms: Sequence[Term], store: torch.dtype, name: str, *, even: bool = False) -> Exported:
+    """The sum of the weighted changes of one layer as one pair, stored as `store`.
+
+    A single layer at weight 1 stays as it is, alpha and all. Otherwise weights and differing scales go into
+    `up`, once, and ranks concatenate; only a sum of a larger rank than the layer's own, and the change of a
+    tuned layer, are factored again. With `even` the scale goes into `up` too, so that alpha is the rank.
+    The report tells what rounding cost.
+    """
+    low_ranks = [weighted(_plain(term.layer, name), term.weight) for term in terms]
+    joint = low_ranks[0] if len(low_ranks) == 1 else concatenated(low_ranks)
+    kept = limited_rank(weight_shape(joint), joint.rank, None)
+    if kept < joint.rank or any(isinstance(term.layer, Delta) for term in terms):
+        return export_layer(joint, rank=kept, store=store, name=name)
+    if len(terms) == 1:
+        alpha, factor = _alpha(terms[0].layer), terms[0].weight
+        up = joint.up if factor == 1 else joint.up.float() * factor
+        joint = LowRank(down=joint.down, up=up, alpha=alpha)
+    if even and joint.alpha != joint.rank:
+        joint = replace(joint, up=joint.up.float() * joint.scale, alpha=float(joint.rank))
+    result = LowRank(
+        down=rounded(joint.down, store, name), up=rounded(joint.up, store, name), alpha=joint.alpha
+    )
+    exact = low_ranks[0] if len(low_ranks) == 1 else joint
+    return Exported(result, same_product(exact, result, name))
+
+
+def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
+    """The sum of products as one product; in float32 where scales must go into `up`, else as stored."""
+    scales = {low_rank.scale for low_rank in low_ranks}
+    rank = sum(low_rank.rank for low_rank in low_ranks)
+    dtype = reduce(torch.promote_types, (low_rank.up.dtype for low_rank in low_ranks))
+    down = torch.cat([low_rank.down.to(dtype) for low_rank in low_ranks])
+    if len(scales) == 1:
+        up = torch.cat([low_rank.up.to(dtype) for low_rank in low_ranks], dim=1)
+        return LowRank(down=down, up=up, alpha=scales.pop() * rank)
+    up = torch.cat([low_rank.up.float() * low_rank.scale for low_rank in low_ranks], dim=1)
+    return LowRank(down=down, up=up, alpha=float(rank))
+
+
+def _plain(layer: LowRank | Delta, name: str) -> LowRank:
+    return change_factors(layer, name) if isinstance(layer, Delta) else layer
+
+
+def _alpha(layer: LowRank | Delta) -> float:
+    assert isinstance(layer, LowRank)
+    return layer.alpha

@@ -1,0 +1,85 @@
+"""How strongly an adapter counts, part by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from spectune.errors import InputError, did_you_mean
+
+_BOTH_ENCODERS = "te"
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Factors on the change that an adapter makes; 1 is the change as it was trained."""
+
+    unet: float = 1.0
+    te1: float = 1.0
+    te2: float = 1.0
+
+    def __post_init__(self) -> None:
+        for part, value in self.by_part.items():
+            if not math.isfinite(value):
+                raise InputError(f"the strength of {part} is {value}: expected a finite number")
+
+    @classmethod
+    def everywhere(cls, value: float) -> Strength:
+        return cls(value, value, value)
+
+    @property
+    def by_part(self) -> Mapping[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def whole(self) -> bool:
+        """The change as it was trained, in every part."""
+        return self == Strength()
+
+    def of(self, layer_name: str) -> float:
+        """The strength in a layer, by its canonical name."""
+        return self.by_part[layer_name.partition(".")[0]]
+
+    def __str__(self) -> str:
+        if len(set(self.by_part.values())) == 1:
+            return f"{self.unet:g}"
+        return ",".join(f"{part}={value:g}" for part, value in self.by_part.items())
+
+
+def parse_strength(word: str) -> Strength:
+    """`0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders, parts not named count as 1."""
+    if "=" not in word:
+        return Strength.everywhere(_number(word, word))
+    return strength_of(dict(_pair(piece, word) for piece in word.split(",")))
+
+
+def strength_of(strength: float | Mapping[str, float] | Strength) -> Strength:
+    """A number for all parts, or numbers by part; raises InputError for a part that is not known."""
+    if isinstance(strength, Strength):
+        return strength
+    if not isinstance(strength, Mapping):
+        return Strength.everywhere(float(strength))
+    known = [field.name for field in fields(Strength)]
+    values: dict[str, float] = {}
+    for part, value in strength.items():
+        if part not in (*known, _BOTH_ENCODERS):
+            words = (*known, _BOTH_ENCODERS)
+            raise InputError(f"unknown part {part!r}{did_you_mean(part, words)}", hint=f"{', '.join(words)}")
+        for name in ("te1", "te2") if part == _BOTH_ENCODERS else (part,):
+            values[name] = float(value)
+    return Strength(**values)
+
+
+def _pair(piece: str, word: str) -> tuple[str, float]:
+    part, _, number = piece.partition("=")
+    return part.strip(), _number(number, word)
+
+
+def _number(text: str, word: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"unreadable strength {word!r}", hint="write it like 0.8 or unet=0.8,te=0.5"
+        ) from None

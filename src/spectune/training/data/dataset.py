@@ -1,0 +1,205 @@
+"""Drawn images as batches: pixels or cached latents, masks, captions and size conditioning."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from spectune.errors import InputError
+from spectune.training.data.buckets import Placement, Size, nearest_bucket, place
+from spectune.training.data.captions import CaptionRules, draw_caption
+from spectune.training.data.color import draw_color
+from spectune.training.data.folders import CaptionedImage
+from spectune.training.data.images import UnusableImage, alpha_of, load_image, open_image, render
+from spectune.training.data.masks import MaskSource, open_mask, render_mask
+from spectune.training.data.plan import Draw
+from spectune.training.data.views import View
+from spectune.training.seeds import derived_random
+
+CacheKey = tuple[int, bool]  # image, flipped
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size with what the model is told of them; either pixels or latents are there."""
+
+    pixels: Tensor | None  # (batch, 3, height, width) float32 in -1..1
+    latents: Tensor | None  # (batch, channels, h, w) float32, scaled
+    captions: tuple[str, ...]
+    time_ids: Tensor  # (batch, 6) float32: 16 bits cannot hold sizes in pixels
+    weights: Tensor  # (batch,) float32, of the loss of each picture
+    masks: Tensor | None  # (batch, 1, h, w) float32 in 0..1, how much each latent counts; None: all of them
+    views: tuple[View, ...]
+    position: int
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """The batch on another device; accelerate calls it."""
+        tensors = {"pixels": self.pixels, "latents": self.latents, "masks": self.masks}
+        tensors |= {"time_ids": self.time_ids, "weights": self.weights}
+        moved = {k: t.to(device, non_blocking=non_blocking) for k, t in tensors.items() if t is not None}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What differs from draw to draw."""
+
+    captions: CaptionRules = field(default_factory=CaptionRules)
+    flip_probability: float = 0.0
+    random_crop: bool = False
+    color_probability: float = 0.0
+    cached_variants: int = 1  # crops and colours of each orientation that a cache holds
+
+    @property
+    def flips(self) -> tuple[bool, ...]:
+        """The orientations that can be drawn."""
+        if self.flip_probability == 0:
+            return (False,)
+        return (True,) if self.flip_probability == 1 else (False, True)
+
+
+class Pictures(Dataset[Batch]):
+    """The images of a run; asked for the draws of a batch at once, it answers with the batch.
+
+    With `latents` set, views are drawn from those that `cached_view` names. `pixels_per_latent`, the edge
+    length of a latent, is that of masks.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[CaptionedImage],
+        sizes: Sequence[Size],
+        variation: Variation,
+        *,
+        seed: int,
+        masks: MaskSource = "none",
+        pixels_per_latent: int = 8,
+    ) -> None:
+        """`sizes` are the sizes in pixels that images are trained at."""
+        self.images = tuple(images)
+        self.targets = tuple(nearest_bucket(image.size, sizes) for image in images)
+        self.variation = variation
+        self.seed = seed
+        self.masks: MaskSource = masks
+        self.pixels_per_latent = pixels_per_latent
+        # (variants * channels, h, w): the variants of a view one after the other
+        self.latents: Mapping[CacheKey, Tensor] | None = None
+        self._known_masks: dict[tuple[int, Placement], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def buckets(self) -> dict[Size, list[tuple[int, int]]]:
+        """Size -> (image, repeats), as the batch plan takes it."""
+        found: dict[Size, list[tuple[int, int]]] = defaultdict(list)
+        for index, (image, target) in enumerate(zip(self.images, self.targets, strict=True)):
+            found[target].append((index, image.repeats))
+        return dict(found)
+
+    def enlarged(self) -> list[CaptionedImage]:
+        """The images smaller than the size they are trained at."""
+        return [
+            image
+            for image, target in zip(self.images, self.targets, strict=True)
+            if image.size.width < target.width or image.size.height < target.height
+        ]
+
+    def pixels(self, view: View) -> Tensor:
+        """One picture as it is seen, float32 (3, height, width) in -1..1."""
+        with self._readable(view.image) as path:
+            return render(open_image(path), view.placement, view.color)
+
+    def mask(self, view: View) -> Tensor:
+        """How much each latent of a view counts, float32 (1, h, w) in 0..1."""
+        image, mask = self.images[view.image], None
+        if self.masks == "alpha":
+            with self._readable(view.image) as path:
+                mask = alpha_of(load_image(path))
+        elif self.masks == "file" and image.mask is not None:
+            mask = open_mask(image.mask, image.size)
+        return render_mask(mask, view.placement, self.pixels_per_latent)
+
+    @contextmanager
+    def _readable(self, image: int) -> Iterator[Path]:
+        path = self.images[image].path
+        try:
+            yield path
+        except UnusableImage as error:
+            raise InputError(f"{path} {error}", hint="it was readable when the run started") from error
+
+    def centred(self, image: int, *, flipped: bool = False) -> Placement:
+        """The placement of an image when crops are fixed."""
+        return place(self.images[image].size, self.targets[image], flipped=flipped)
+
+    def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:
+        """One of the views of an image that a cache holds.
+
+        Its crop and colour are a function of seed, file name, orientation and number: other images that come
+        or go leave them as they are.
+        """
+        name = self.images[image].path.name
+        random = derived_random(self.seed, "view", name, flipped, variant)
+        return replace(self._view(image, flipped, random), variant=variant)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> Batch:
+        random = [derived_random(self.seed, "draw", draw.epoch, draw.image, draw.repeat) for draw in draws]
+        captions = tuple(
+            draw_caption(self.images[draw.image].caption, self.variation.captions, own)
+            for draw, own in zip(draws, random, strict=True)
+        )
+        views = tuple(self._drawn(draw.image, own) for draw, own in zip(draws, random, strict=True))
+        cached = self.latents is not None
+        return Batch(
+            pixels=None if cached else torch.stack([self.pixels(view) for view in views]),
+            latents=torch.stack([self._cached_latents(view) for view in views]) if cached else None,
+            captions=captions,
+            time_ids=torch.tensor([view.placement.time_ids for view in views], dtype=torch.float32),
+            weights=torch.tensor([self.images[view.image].weight for view in views], dtype=torch.float32),
+            masks=None if self.masks == "none" else torch.stack([self._drawn_mask(view) for view in views]),
+            views=views,
+            position=draws[0].position,
+        )
+
+    def _drawn(self, image: int, random: Random) -> View:
+        flipped = random.random() < self.variation.flip_probability
+        if self.latents is None:
+            return self._view(image, flipped, random)
+        variants = self.variation.cached_variants
+        variant = random.randrange(variants) if variants > 1 else 0
+        return self.cached_view(image, flipped=flipped, variant=variant)
+
+    def _view(self, image: int, flipped: bool, random: Random) -> View:
+        crop = random if self.variation.random_crop else None
+        placement = place(self.images[image].size, self.targets[image], flipped=flipped, random=crop)
+        return View(image, placement, draw_color(self.variation.color_probability, random))
+
+    def _cached_latents(self, view: View) -> Tensor:
+        assert self.latents is not None
+        variants = self.latents[view.image, view.placement.flipped]
+        return variants.chunk(self.variation.cached_variants)[view.variant]
+
+    def _drawn_mask(self, view: View) -> Tensor:
+        if self.latents is None:
+            return self.mask(view)
+        # The views of a cache are few: each mask is read once, so that no picture is opened again.
+        key = (view.image, view.placement)
+        if key not in self._known_masks:
+            self._known_masks[key] = self.mask(view)
+        return self._known_masks[key]
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """The collate function of batches that the data set has already put together."""
+    return batch

@@ -1,0 +1,390 @@
+"""What a run needs to go on as if it had never stopped, as safetensors and JSON.
+
+A state is a folder `{name}-step{:08d}.state`:
+
+    trained.safetensors     the trainable tensors as the optimiser steps on them
+    optimizer.safetensors   the tensors of its state
+    frames.safetensors      the frames, if the run split the base itself: others round otherwise
+    extras.safetensors      the moving average and the learned weighting with its optimiser, if there are any
+    state.json              everything else: step, position in the data, optimiser structure, recipe
+
+Random generators are not in it: every random choice is derived from the seed and the position.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectune.errors import InputError
+from spectune.rebuilding.pairing import shown
+from spectune.training.optim import OPTIMIZERS
+from spectune.weights.adapter import LowRank
+
+FORMAT = 3  # 2: a parameter group for each part, frames; 3: more keys in recipes, extras
+TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int  # finished optimiser steps
+    steps: int  # of the whole run
+    position: int  # batches drawn from the plan, of all processes
+    recipe: Mapping[str, Any]
+    base_hash: str | None
+    frame_hash: str  # of the frames that the trained tensors belong to
+    data_hash: str  # of the images, captions and sizes
+    validation_before: float | None
+    optimizer_package: str
+    format: int = FORMAT
+
+
+# ---------------------------------------------------------------- a nested value as JSON and tensors
+
+
+def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """`value` as JSON; tensors move to `tensors` under names that start with `name`. Inverse: unflatten."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"$tensor": name}
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {"$map": [[key, flatten(item, tensors, f"{name}.{key}")] for key, item in items]}
+    if isinstance(value, tuple):
+        return {
+            "$tuple": [
+                flatten(item, tensors, f"{name}.{i}") for i, item in enumerate(cast("tuple[Any]", value))
+            ]
+        }
+    if isinstance(value, list):
+        return [flatten(item, tensors, f"{name}.{i}") for i, item in enumerate(cast("list[Any]", value))]
+    assert value is None or isinstance(value, bool | int | float | str), (
+        f"{name}: {type(value)} is not plain data"
+    )
+    return value
+
+
+def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested value that `flatten` took apart."""
+    if isinstance(value, list):
+        return [unflatten(item, tensors) for item in cast("list[Any]", value)]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = cast("dict[str, Any]", value).items()
+    if kind == "$tensor":
+        return tensors[content].clone()
+    if kind == "$tuple":
+        return tuple(unflatten(item, tensors) for item in content)
+    assert kind == "$map", kind
+    return {key: unflatten(item, tensors) for key, item in content}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def state_folder(output: Path, name: str, step: int) -> Path:
+    return output / f"{name}-step{step:08d}.state"
+
+
+def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
+    """The adapter after `step` steps, or the final one."""
+    return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")
+
+
+def save_state(
+    folder: Path,
+    progress: Progress,
+    trained: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    *,
+    frames: Mapping[str, LowRank] | None = None,
+    extras: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a state; the folder appears under its name only when it is complete.
+
+    `extras` is plain data with tensors in it, such as state dictionaries.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors: dict[str, Tensor] = {}
+        structure = flatten(optimizer.state_dict(), tensors, "optimizer")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, partial / TRAINED
+        )
+        save_file(tensors, partial / OPTIMIZER)
+        if frames is not None:
+            save_file(_frame_tensors(frames), partial / FRAMES)
+        more: dict[str, Tensor] = {}
+        kept = flatten(dict(extras or {}), more, "extras")
+        save_file(more, partial / EXTRAS)
+        document = {**asdict(progress), "trained": list(trained), "optimizer": structure, "extras": kept}
+        (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
+        for file in partial.iterdir():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _frame_tensors(frames: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors of frames by name. Inverse: _frames_of."""
+    tensors: dict[str, Tensor] = {}
+    for name, frame in frames.items():
+        tensors[f"{name}.down"] = frame.down.detach().cpu().contiguous()
+        tensors[f"{name}.up"] = frame.up.detach().cpu().contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(frame.alpha, dtype=torch.float64)
+    return tensors
+
+
+def _frames_of(tensors: Mapping[str, Tensor], order: Iterable[str]) -> dict[str, LowRank]:
+    return {
+        name: LowRank(tensors[f"{name}.down"], tensors[f"{name}.up"], float(tensors[f"{name}.alpha"]))
+        for name in order
+    }
+
+
+def keep_last(output: Path, name: str, count: int) -> None:
+    """Remove all but the newest `count` states and step files of the run `name`."""
+    for paths in (saved_states(output, name), step_files(output, name)):
+        for path in paths[:-count]:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def saved_states(output: Path, name: str) -> list[Path]:
+    """Complete states of the run `name`, oldest first."""
+    return [path for path in _numbered(output, name, ".state") if (path / STATE).is_file()]
+
+
+def step_files(output: Path, name: str) -> list[Path]:
+    """Adapter files of single steps of the run `name`, oldest first."""
+    return _numbered(output, name, ".safetensors")
+
+
+def results(output: Path, name: str) -> list[Path]:
+    """Everything in the folder that the run `name` may have written, the final adapter last."""
+    found = [*_numbered(output, name, ".state"), *step_files(output, name)]
+    final = adapter_file(output, name)
+    return [*found, final] if final.exists() else found
+
+
+def _numbered(output: Path, name: str, ending: str) -> list[Path]:
+    if not output.is_dir():
+        return []
+    pattern = re.compile(rf"{re.escape(name)}-step(\d{{8}}){re.escape(ending)}")
+    found = [(int(match[1]), path) for path in output.iterdir() if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state in memory."""
+
+    folder: Path
+    progress: Progress
+    trained: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]  # a torch optimiser's state_dict
+    frames: Mapping[str, LowRank] | None = None  # by layer, where the run split the base itself
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Put everything back, bit for bit.
+
+        Raises InputError when the run trains other tensors than the state holds.
+        """
+        odd = sorted(
+            name
+            for name in trained.keys() | self.trained.keys()
+            if name not in trained
+            or name not in self.trained
+            or trained[name].shape != self.trained[name].shape
+        )
+        if odd:
+            raise InputError(
+                f"{self.folder.name}: {len(odd)} trained tensors differ from this run's, first {odd[0]}",
+                hint=_FRESH,
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(self.trained[name])
+        optimizer.load_state_dict(cast("dict[str, Any]", self.optimizer))
+        _restore_types(optimizer, self.optimizer["state"])
+
+
+_FRESH = "start afresh with --set run.resume=false and another run.output, or put the recipe back as it was"
+
+
+def _restore_types(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    # torch casts state to the type of its parameter; Prodigy keeps some in bf16 and would go on differently.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, saved in state.items():
+        current = optimizer.state[parameters[index]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor):
+                current[key] = value.to(current[key].device)
+            else:
+                current[key] = value
+
+
+def load_state(folder: Path) -> SavedState:
+    """Read a state; raises InputError when a file is missing or damaged, or another version wrote it."""
+    try:
+        document = cast("dict[str, Any]", json.loads((folder / STATE).read_text(encoding="utf-8")))
+        if document.get("format") != FORMAT:
+            raise InputError(
+                f"{folder} has state format {document.get('format')}, this version reads {FORMAT}",
+                hint=_FRESH,
+            )
+        trained = load_file(folder / TRAINED)
+        tensors = load_file(folder / OPTIMIZER)
+        structure = unflatten(document.pop("optimizer"), tensors)
+        extras = unflatten(document.pop("extras"), load_file(folder / EXTRAS))
+        order = document.pop("trained")
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
+        frames = _frames_of(load_file(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
+        return SavedState(
+            folder, Progress(**document), {name: trained[name] for name in order}, structure, frames, extras
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} is not a complete training state: {error}",
+            hint="remove the folder: the run goes on from the one before",
+        ) from error
+
+
+def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
+    """Raises InputError when the recipe is of another run than `state`."""
+    _refuse(
+        state,
+        [
+            f"{key} was {before!r}, is {after!r}"
+            for key, before, after in _differences(state.progress.recipe, recipe)
+            if key not in FREE
+        ],
+    )
+
+
+def check_continues(state: SavedState, now: Progress) -> list[str]:
+    """Warnings about what changed since `state` was saved.
+
+    Raises InputError when the change makes another run of it.
+    """
+    check_recipe(state, now.recipe)
+    saved = state.progress
+    changed: list[str] = []
+    if saved.base_hash != now.base_hash:
+        changed.append(f"base was {shown(saved.base_hash)}, is {shown(now.base_hash)}")
+    if saved.frame_hash != now.frame_hash:
+        changed.append(f"frames were {saved.frame_hash[:12]}, are {now.frame_hash[:12]}")
+    if saved.optimizer_package != now.optimizer_package:
+        changed.append(f"optimiser was {saved.optimizer_package}, is {now.optimizer_package}")
+    _refuse(state, changed)
+    warnings: list[str] = []
+    schedule = now.recipe.get("optimizer", {}).get("schedule", "constant")
+    if saved.steps != now.steps and schedule != "constant":
+        warnings.append(
+            f"the run had {saved.steps} steps, now it has {now.steps}: its {schedule} schedule is laid out "
+            "anew, and the learning rate jumps"
+        )
+    if saved.data_hash != now.data_hash:
+        warnings.append(f"images or captions changed since {state.folder.name}: their order is a new one")
+    return warnings
+
+
+def _refuse(state: SavedState, changed: Sequence[str]) -> None:
+    if changed:
+        raise InputError(f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_FRESH)
+
+
+# What may change between two parts of a run without making another run of it.
+FREE = frozenset(
+    {
+        "model.base",  # the hashes tell whether it is the same one
+        "model.residual",
+        "model.principal",
+        "data.folders",
+        "data.cache_folder",
+        "data.workers",
+        "data.validation_folder",
+        "run.output",
+        "run.steps",
+        "run.epochs",
+        "run.save_every_steps",
+        "run.keep_last",
+        "run.validate_every_steps",
+        "run.validation_times",
+        "run.preview_every_steps",
+        "run.log_every_steps",
+        "run.gradient_checkpointing",
+        "run.compile",
+        "run.offload",
+        "run.tensorboard",
+        "run.resume",
+    }
+)
+
+
+Difference = tuple[str, Any, Any]  # key, before, after
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    found: list[Difference] = []
+    for key in sorted(was.keys() | now.keys()):
+        before, after = was.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(
+                cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", after), f"{prefix}{key}."
+            )
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found
+
+
+def package_of(optimizer: str) -> str:
+    """Name and version of the package an optimiser comes from; saved state need not fit another version."""
+    distribution = OPTIMIZERS[optimizer].distribution
+    if distribution == "torch":
+        return distribution  # its state is settled, and people change their build
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution
+
+
+def trained_tensors(deltas: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """The trainable tensors by name, in the order the optimiser takes them."""
+    return {
+        f"{layer}.{kind}": tensor
+        for layer, pair in deltas.items()
+        for kind, tensor in zip(("down", "up"), pair, strict=True)
+    }

@@ -1,0 +1,267 @@
+"""Adapter files of any program, opened by the layers of the model that they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.errors import InputError, some_of
+from spectune.weights.adapter import (
+    ALPHA,
+    DELTA_DOWN,
+    DELTA_SUFFIXES,
+    DELTA_UP,
+    DOWN,
+    FRAME_DOWN,
+    FRAME_UP,
+    LOW_RANK_SUFFIXES,
+    UP,
+    Adapter,
+    Delta,
+    LazyLayers,
+    LowRank,
+    TunedAdapter,
+)
+from spectune.weights.adapter_alphas import PeftAlphas, read_peft_alphas
+from spectune.weights.adapter_keys import KeyTable, sort_keys
+from spectune.weights.catalogue import Catalogue, Kind, Layer
+from spectune.weights.layout import SDXL
+from spectune.weights.names import Module, Part, diffusers_module, is_peft_key, modules_of
+from spectune.weights.reader import Checkpoint, open_checkpoint
+
+_KINDS = "only adapters that are a product of two factors are read: LoRA, LyCORIS locon"
+_DROP = "; `spectune convert --drop PATTERN` leaves keys out"
+
+
+def open_adapter(
+    path: Path, catalogue: Catalogue | None = None, *, without: Sequence[str] = ()
+) -> Adapter | TunedAdapter:
+    """Open an adapter in any spelling; its layers are read on access.
+
+    `catalogue` is of the model that the adapter is for; without one, layers are looked up among SDXL's and
+    have the shapes that the factors make. Keys in `without` are passed over. The file stays open until the
+    adapter, a context manager, is left.
+    Raises InputError for layers that the model does not have, shapes that do not fit them, and kinds of
+    adapter that are not a product of two factors. A missing alpha means scale 1 and is noted in `warnings`.
+    """
+    source = open_checkpoint(path)
+    try:
+        return _opened(source, catalogue, frozenset(without))
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(
+    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str]
+) -> Adapter | TunedAdapter:
+    if not source.tensors:
+        raise InputError(f"{source.label} holds no layers")
+    layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
+    table = sort_keys((key for key in source.tensors if key not in without), layers)
+    _check_keys(source, table, among_sdxl=catalogue is None)
+    if catalogue is None:
+        catalogue = _implied(source, table)
+    found = [layer for layer in catalogue if layer.name in table.keys]
+    reader = _Reader(source, table, read_peft_alphas(source.path, source.metadata))
+    for layer in found:
+        reader.check(layer)
+    bare = [layer.name for layer in found if reader.stored_alpha(layer) is None]
+    no_alpha = f"{len(bare)} layers of {source.label} have no alpha, read as scale 1: {some_of(bare)}"
+    # PEFT writes no alphas where they are the ranks: nothing is left open there
+    peft = any(is_peft_key(key) for key in source.tensors)
+    warnings = (no_alpha,) if bare and not peft else ()
+    by_name = {layer.name: layer for layer in found}
+    ranks = {layer.name: reader.rank(layer) for layer in found}
+    dtypes = {layer.name: reader.dtype(layer) for layer in found}
+    if table.tuned:
+        deltas = LazyLayers(ranks, dtypes, lambda name: reader.delta(by_name[name]))
+        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue)
+    low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
+    return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
+
+
+def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> None:
+    if table.foreign:
+        count = len(table.keys) + len(table.foreign)
+        whose = "SDXL" if among_sdxl else "the model"
+        raise InputError(
+            f"{len(table.foreign)} of {count} layers of {source.label} have no partner in {whose}: "
+            f"{some_of(table.foreign)}",
+            hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
+        )
+    if table.odd:
+        expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
+        raise InputError(
+            f"{len(table.odd)} keys of {source.label} are no factor: {some_of(table.odd)}; "
+            f"expected {', '.join(expected)}",
+            hint=_KINDS + _DROP,
+        )
+    if table.twice:
+        one, other = table.twice[0]
+        raise InputError(
+            f"{len(table.twice)} factors are in {source.label} twice: {one} and {other}",
+            hint="the file has the same layers in two spellings" + _DROP,
+        )
+    expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
+    for name, suffixes in table.keys.items():
+        odd = sorted(set(suffixes) - set(expected))
+        if odd:
+            raise InputError(
+                f"{name} of {source.label} has `{odd[0]}`: expected {', '.join(expected)}", hint=_KINDS
+            )
+        missing = [suffix for suffix in expected if suffix != ALPHA and suffix not in suffixes]
+        if missing:
+            raise InputError(f"{name} of {source.label} has no `{missing[0]}`", hint="the file is incomplete")
+
+
+def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
+    signs = {
+        "lora_te_": "the adapter is for SD 1 or 2",
+        "double_blocks": "the adapter is for Flux",
+        "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
+        "joint_blocks": "the adapter is for SD 3",
+        "text_projection": "text projections are held transposed to what checkpoints store" + _DROP,
+        "model.diffusion_model.": "the file is a checkpoint: expected an adapter",
+    }
+    told = [text for sign, text in signs.items() if any(sign in stem for stem in foreign)]
+    if told:
+        return told[0]
+    if among_sdxl:
+        return "give the model that the adapter is for as --base, if it is not of SDXL's size"
+    return "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them" + _DROP
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The factors of a file, layer by layer."""
+
+    source: Checkpoint
+    table: KeyTable
+    peft: PeftAlphas
+
+    def key(self, layer: Layer, suffix: str) -> str:
+        return self.table.keys[layer.name][suffix]
+
+    def shape(self, layer: Layer, suffix: str) -> tuple[int, ...]:
+        return self.source.tensors[self.key(layer, suffix)].shape
+
+    def rank(self, layer: Layer) -> int:
+        shape = self.shape(layer, FRAME_DOWN if self.table.tuned else DOWN)
+        return shape[0] if shape else 0
+
+    def dtype(self, layer: Layer) -> torch.dtype:
+        """A type that holds both factors."""
+        suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
+        one, other = (self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes)
+        return torch.promote_types(one, other)
+
+    def check(self, layer: Layer) -> None:
+        """Raise InputError unless all factors have the shapes of the layer; 1x1 kernels may be left out."""
+        rank = self.rank(layer)
+        down, up = layer.factor_shapes(rank)
+        pairs = ((FRAME_DOWN, FRAME_UP), (DELTA_DOWN, DELTA_UP)) if self.table.tuned else ((DOWN, UP),)
+        fitting = {suffix: shape for pair in pairs for suffix, shape in zip(pair, (down, up), strict=True)}
+        for suffix, expected in fitting.items():
+            shape = self.shape(layer, suffix)
+            if rank == 0 or _squeezed(shape) != _squeezed(expected):
+                self._misfit(layer, suffix, expected)
+        if ALPHA in self.table.keys[layer.name] and math.prod(self.shape(layer, ALPHA)) != 1:
+            self._misfit(layer, ALPHA, ())
+
+    def _misfit(self, layer: Layer, suffix: str, expected: tuple[int, ...]) -> None:
+        raise InputError(
+            f"{self.key(layer, suffix)} of {self.source.label} does not fit the layer {layer.name} "
+            f"{layer.shape}: expected {expected}, got {self.shape(layer, suffix)}",
+            hint="was the adapter made for another model?",
+        )
+
+    def stored_alpha(self, layer: Layer) -> float | None:
+        """What the file says, or PEFT's configuration; None where neither does."""
+        if ALPHA in self.table.keys[layer.name]:
+            alpha = float(self.source.load(self.key(layer, ALPHA)).item())
+            if not math.isfinite(alpha):
+                raise InputError(f"the alpha of {layer.name} in {self.source.label} is {alpha}")
+            return alpha
+        return self.peft.alpha(layer.diffusers, self.rank(layer))
+
+    def low_rank(self, layer: Layer) -> LowRank:
+        return self._pair(layer, DOWN, UP)
+
+    def delta(self, layer: Layer) -> Delta:
+        change = self._pair(layer, DELTA_DOWN, DELTA_UP)
+        return Delta(self._pair(layer, FRAME_DOWN, FRAME_UP), change.down, change.up)
+
+    def _pair(self, layer: Layer, down_suffix: str, up_suffix: str) -> LowRank:
+        down, up = layer.factor_shapes(self.rank(layer))
+        alpha = self.stored_alpha(layer)
+        return LowRank(
+            down=self._load(layer, down_suffix).reshape(down),
+            up=self._load(layer, up_suffix).reshape(up),
+            alpha=float(self.rank(layer)) if alpha is None else alpha,
+        )
+
+    def _load(self, layer: Layer, suffix: str) -> Tensor:
+        return self.source.load(self.key(layer, suffix))
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+@cache
+def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
+    """The modules of SDXL with a factorable weight, by the layer's name."""
+    return {
+        module.layer: (part, module)
+        for part in Part
+        for module in modules_of(SDXL, part.value)
+        if module.factorable
+    }
+
+
+@cache
+def _sdxl_paths() -> Mapping[str, str]:
+    return {name: diffusers_module(name, SDXL.unet) for name in _sdxl_modules()}
+
+
+def sdxl_default_layers() -> tuple[str, ...]:
+    """The names of the modules of SDXL that LyCORIS preset=full trains."""
+    return tuple(name for name, (_, module) in _sdxl_modules().items() if module.default)
+
+
+def _implied(source: Checkpoint, table: KeyTable) -> Catalogue:
+    """The layers of SDXL that a file has, with the shapes that their factors make."""
+    suffixes = (FRAME_DOWN, FRAME_UP) if table.tuned else (DOWN, UP)
+    layers: list[Layer] = []
+    for name, (part, module) in _sdxl_modules().items():
+        if name in table.keys:
+            down, up = (source.tensors[table.keys[name][suffix]].shape for suffix in suffixes)
+            layers.append(_implied_layer(part, module, down, up))
+    return Catalogue(tuple(layers), SDXL.unet)
+
+
+def _implied_layer(part: Part, module: Module, down: tuple[int, ...], up: tuple[int, ...]) -> Layer:
+    shape = (up[0] if up else 0, *down[1:])
+    rows = module.weight.rows
+    if rows is not None:
+        index = rows[0] // (rows[1] - rows[0])
+        rows = (index * shape[0], (index + 1) * shape[0])
+    return Layer(
+        name=module.layer,
+        part=part,
+        kind=Kind.LINEAR if len(shape) == 2 else Kind.CONV,
+        shape=shape,
+        tensor=module.weight.tensor,
+        rows=rows,
+        block=module.block,
+        default=module.default,
+        diffusers=diffusers_module(module.layer, SDXL.unet),
+    )

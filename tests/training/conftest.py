@@ -1,0 +1,58 @@
+"""A folder of small captioned pictures, and a recipe that trains the tiny SDXL on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spectune.training.recipe import Recipe, parse_recipe
+
+
+def draw(path: Path, size: tuple[int, int] = (40, 40), *, seed: int = 0) -> None:
+    """A smooth random picture, so that resizing keeps it alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six square pictures, repeated twice, with captions of three tags."""
+    parent = tmp_path_factory.mktemp("pictures")
+    for index in range(6):
+        path = parent / "2_shape" / f"{index}.png"
+        draw(path, seed=index)
+        path.with_suffix(".txt").write_text(f"shape {index}, red, round\nsecond line\n")
+    for index in range(2):
+        path = parent / "held_out" / f"h{index}.png"
+        draw(path, seed=100 + index)
+        path.with_suffix(".txt").write_text(f"shape {index}")
+    return parent
+
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_recipe(tiny_checkpoint: Path, picture_folder: Path, tmp_path: Path) -> MakeRecipe:
+    """A recipe for the tiny SDXL in `tmp_path`; keyword arguments replace keys of its sections."""
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        data: dict[str, dict[str, Any]] = {
+            "model": {"base": tiny_checkpoint, "rank": 2},
+            "data": {"folders": [picture_folder], "resolution_px": 32},
+            "optimizer": {"learning_rate": 1e-2},
+            "run": {"name": "t", "output": tmp_path / "out", "steps": 3, "batch": 2, "tensorboard": False},
+        }
+        for name, keys in sections.items():
+            data[name] = {**data.get(name, {}), **keys}
+        return parse_recipe(
+            {name: {k: v for k, v in keys.items() if v is not ...} for name, keys in data.items()}
+        )
+
+    return make

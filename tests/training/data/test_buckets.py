@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from spectune.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
+from spectune.training.data.images import render
+
+SIZES = st.builds(Size, st.integers(20, 3000), st.integers(20, 3000))
+
+
+def test_sdxl_buckets_of_the_guide() -> None:
+    found = bucket_sizes(1024, minimum=768, maximum=1280, step=64)
+    tall = {Size(768, 1280), Size(832, 1216), Size(896, 1152), Size(960, 1088)}
+    assert set(found) == {Size(1024, 1024)} | tall | {Size(size.height, size.width) for size in tall}
+
+
+def test_the_nearest_bucket() -> None:
+    buckets = bucket_sizes(1024, minimum=768, maximum=1280, step=64)
+    assert nearest_bucket(Size(500, 500), buckets) == Size(1024, 1024)
+    assert nearest_bucket(Size(100, 900), buckets) == Size(768, 1280)
+    assert nearest_bucket(Size(832, 1216), buckets) == Size(832, 1216)
+
+
+@given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
+def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped: bool, seed: int) -> None:
+    for random in (None, Random(seed)):
+        placed = place(original, target, flipped=flipped, random=random)
+        assert 0 <= placed.left <= placed.resized.width - target.width
+        assert 0 <= placed.top <= placed.resized.height - target.height
+        # covers, and only just
+        assert placed.resized.width == target.width or placed.resized.height == target.height
+        height, width, top, left, target_height, target_width = placed.time_ids
+        assert Size(width, height) == original
+        assert Size(target_width, target_height) == target
+        assert 0 <= left <= placed.resized.width - target.width
+        assert top == placed.top
+
+
+def test_time_ids_count_the_crop_in_the_picture_as_seen() -> None:
+    original, target = Size(20, 10), Size(8, 10)
+    placed = place(original, target, flipped=True, random=Random(0))
+    ramp = Image.new("RGB", (20, 10))
+    ramp.putdata([(x, y, 0) for y in range(10) for x in range(20)])
+    left = placed.time_ids[3]
+
+    pixels = ((render(ramp, placed) + 1) * 127.5).round().int()  # (3, 10, 8)
+
+    mirrored = torch.arange(20).flip(0)
+    assert pixels[0, 0].tolist() == mirrored[left : left + 8].tolist()
+    assert placed.time_ids == (10, 20, 0, 12 - placed.left, 10, 8)

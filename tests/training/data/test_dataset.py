@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
+from torch.utils.data import DataLoader
+
+from spectune.training.data import dataset
+from spectune.training.data.buckets import Size, bucket_sizes
+from spectune.training.data.captions import CaptionRules
+from spectune.training.data.dataset import Batch, Pictures, Variation, as_it_is
+from spectune.training.data.folders import FilesBeside, ImageSet, scan_data, scan_parents
+from spectune.training.data.images import open_image, render
+from spectune.training.data.masks import MaskSource
+from spectune.training.data.plan import BatchPlan, PlannedBatches
+from tests.training.conftest import draw
+
+VARIATION = Variation(
+    CaptionRules(shuffle=True, dropout_probability=0.3), flip_probability=0.5, random_crop=True
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    parent = tmp_path_factory.mktemp("mixed")
+    for index, size in enumerate([(40, 40), (100, 40), (40, 100), (41, 40)]):
+        path = parent / "2_x" / f"{index}.png"
+        draw(path, size, seed=index)
+        path.with_suffix(".txt").write_text(f"{index}, a, b, c")
+    sizes = bucket_sizes(32, minimum=16, maximum=64, step=16)
+    return Pictures(scan_parents([parent], [".txt"]).images, sizes, VARIATION, seed=3)
+
+
+def batches(pictures: Pictures, workers: int = 0) -> list[Batch]:
+    plan = BatchPlan(pictures.buckets(), batch=2, seed=3)
+    loader = DataLoader(
+        pictures,  # pyright: ignore
+        batch_sampler=PlannedBatches(plan, 0, 2 * plan.batches_per_epoch),
+        collate_fn=as_it_is,  # pyright: ignore
+        num_workers=workers,
+    )
+    return list(loader)
+
+
+def test_batches_do_not_depend_on_workers_or_what_came_before(pictures: Pictures) -> None:
+    first = batches(pictures)
+    torch.manual_seed(99)
+    second = batches(pictures, workers=2)
+    assert len(first) == len(second)
+    for one, two in zip(first, second, strict=True):
+        assert (one.captions, one.position) == (two.captions, two.position)
+        assert torch.equal(one.time_ids, two.time_ids)
+        assert one.pixels is not None
+        assert two.pixels is not None
+        assert torch.equal(one.pixels, two.pixels)
+
+
+def test_the_order_of_a_seed_stays(pictures: Pictures) -> None:
+    """Captions and crops as they were before masks, colours and weights came: runs go on after an update."""
+    found = [(batch.captions, batch.time_ids[:, 2:4].int().tolist()) for batch in batches(pictures)[:4]]
+    assert found == [
+        (("c, 2, a, b", ""), [[0, 2], [0, 0]]),
+        (("", "c, b, a, 1"), [[1, 0], [3, 0]]),
+        (("b, a, c, 3", "a, 3, c, b"), [[0, 0], [0, 1]]),
+        (("a, c, 0, b", "c, 0, b, a"), [[0, 0], [0, 0]]),
+    ]
+
+
+def test_epochs_vary(pictures: Pictures) -> None:
+    half = len(batches(pictures)) // 2
+    first, second = batches(pictures)[:half], batches(pictures)[half:]
+    assert sorted(c for batch in first for c in batch.captions) != sorted(
+        c for b in second for c in b.captions
+    )
+
+
+def test_shapes_and_time_ids(pictures: Pictures) -> None:
+    for batch in batches(pictures):
+        assert batch.pixels is not None
+        assert batch.time_ids.dtype == torch.float32
+        for ids in batch.time_ids.tolist():
+            assert ids[4:] == list(batch.pixels.shape[2:])
+            assert ids[:2] in ([40, 40], [40, 100], [100, 40], [40, 41])
+
+
+def test_buckets_follow_the_aspect(pictures: Pictures) -> None:
+    assert pictures.targets[0] == pictures.targets[3] == Size(32, 32)
+    assert pictures.targets[1].width > pictures.targets[1].height
+    assert pictures.targets[2].width < pictures.targets[2].height
+
+
+def test_cached_latents_stand_in_for_pixels(pictures: Pictures, tmp_path: Path) -> None:
+    cached = Pictures(pictures.images, [Size(32, 32)], Variation(flip_probability=0.5), seed=3)
+    cached.latents = {
+        (i, flip): torch.full((4, 8, 8), 10.0 * i + flip) for i in range(4) for flip in (False, True)
+    }
+    seen = set()
+    for batch in batches(cached):
+        assert batch.pixels is None
+        assert batch.latents is not None
+        seen |= set(batch.latents[:, 0, 0, 0].tolist())
+    assert len(seen) > 4  # both orientations are drawn
+
+
+def test_which_orientations_a_cache_needs() -> None:
+    assert Variation().flips == (False,)
+    assert Variation(flip_probability=0.5).flips == (False, True)
+    assert Variation(flip_probability=1.0).flips == (True,)
+
+
+ALL = Variation(
+    CaptionRules(shuffle=True, keep_tokens=1, dropout_probability=0.1, tag_dropout_probability=0.3),
+    flip_probability=0.5,
+    random_crop=True,
+    color_probability=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures 40x32 whose alpha channel and mask file are the same grey levels; one has neither."""
+    folder = tmp_path_factory.mktemp("masked")
+    rows, columns = np.mgrid[:32, :40]
+    for index in range(4):
+        grey = Image.fromarray((rows * 2 + columns * 4 + index).astype(np.uint8))
+        picture = Image.merge("RGBA", [grey] * 4) if index else grey
+        picture.save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"{index}, a, b, c")
+        if index:
+            grey.save(folder / f"{index}.mask.png")
+    return folder
+
+
+def masked_pictures(
+    folder: Path, masks: MaskSource, variation: Variation = ALL, *, weight: float = 1.0
+) -> Pictures:
+    beside = FilesBeside((".txt",), mask=masks)
+    images = scan_data(sets=[ImageSet(folder, repeats=2, loss_weight=weight)], beside=beside).images
+    return Pictures(images, [Size(32, 32)], variation, seed=7, masks=masks, pixels_per_latent=4)
+
+
+@pytest.mark.parametrize("masks", ["alpha", "file"])
+def test_colours_and_masks_do_not_depend_on_workers(masked_folder: Path, masks: MaskSource) -> None:
+    pictures = masked_pictures(masked_folder, masks)
+    one, two = batches(pictures), batches(pictures, workers=2)
+    assert len(one) == len(two) == 8
+    assert {view.color is None for batch in one for view in batch.views} == {True, False}
+    for first, second in zip(one, two, strict=True):
+        assert (first.captions, first.views) == (second.captions, second.views)
+        for name in ("pixels", "masks", "time_ids", "weights"):
+            assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+@pytest.mark.parametrize("masks", ["alpha", "file"])
+def test_masks_follow_crop_and_mirror_but_not_colour(masked_folder: Path, masks: MaskSource) -> None:
+    still = Variation(ALL.captions, flip_probability=0.5, random_crop=True)
+    plain = batches(masked_pictures(masked_folder, "file", still))
+    coloured = batches(masked_pictures(masked_folder, masks))
+    places = set()
+    for first, second in zip(plain, coloured, strict=True):
+        assert first.pixels is not None
+        assert second.masks is not None
+        for mask, view in zip(second.masks, first.views, strict=True):
+            grey = masked_folder / f"{view.image}.mask.png"
+            levels = (
+                (render(open_image(grey), view.placement)[:1] + 1) / 2
+                if view.image
+                else torch.ones(1, 32, 32)
+            )
+            torch.testing.assert_close(mask, avg_pool2d(levels, 4), rtol=0, atol=1e-6)
+        assert torch.equal(first.time_ids, second.time_ids)
+        places |= {(view.placement.left, view.placement.flipped) for view in first.views}
+    assert len(places) > 4
+    assert any(
+        not torch.equal(first.pixels, second.pixels)  # pyright: ignore
+        for first, second in zip(plain, coloured, strict=True)
+    )
+
+
+def test_no_masks_and_weights(masked_folder: Path) -> None:
+    for batch in batches(masked_pictures(masked_folder, "none", weight=0.25)):
+        assert batch.masks is None
+        assert batch.weights.dtype == torch.float32
+        assert batch.weights.tolist() == [0.25] * len(batch)
+
+
+def test_a_batch_moves_as_a_whole(masked_folder: Path) -> None:
+    moved = batches(masked_pictures(masked_folder, "file"))[0].to(torch.device("meta"))
+    assert moved.masks is not None
+    assert moved.pixels is not None
+    tensors = (moved.masks, moved.pixels, moved.weights, moved.time_ids)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.latents is None
+
+
+def test_a_draw_picks_one_of_the_cached_variants(
+    masked_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = Variation(flip_probability=0.5, random_crop=True, color_probability=0.5, cached_variants=3)
+    cached = masked_pictures(masked_folder, "alpha", several)
+    # what each view would be: its channels say which image, orientation and variant it is
+    cached.latents = {
+        (image, flip): torch.arange(3).repeat_interleave(2)[:, None, None] + 10.0 * image + 100 * flip
+        for image in range(4)
+        for flip in (False, True)
+    }
+    opened: list[Path] = []
+    load = dataset.load_image
+    monkeypatch.setattr(dataset, "load_image", lambda path: opened.append(path) or load(path))
+
+    seen = set()
+    for batch in (batch for _ in range(3) for batch in batches(cached)):
+        assert batch.latents is not None
+        assert batch.masks is not None
+        assert batch.latents.shape[1] == 2
+        for row, mask, ids, view in zip(
+            batch.latents, batch.masks, batch.time_ids.tolist(), batch.views, strict=True
+        ):
+            flipped = view.placement.flipped
+            assert row.unique().item() == view.variant + 10 * view.image + 100 * flipped
+            assert view == cached.cached_view(view.image, flipped=flipped, variant=view.variant)
+            assert tuple(ids) == view.placement.time_ids
+            assert torch.equal(mask, cached.mask(view))
+            seen.add(view)
+        opened.clear()
+    assert {view.variant for view in seen} == {0, 1, 2}
+    list(batches(cached))
+    assert opened == []  # masks are remembered
+
+
+def test_what_a_cache_holds_does_not_depend_on_other_images(masked_folder: Path) -> None:
+    several = Variation(flip_probability=0.5, random_crop=True, color_probability=1.0, cached_variants=4)
+    whole = masked_pictures(masked_folder, "none", several)
+    alone = Pictures(whole.images[2:], [Size(32, 32)], several, seed=7)
+    names = [
+        whole.cached_view(2, flipped=flip, variant=variant).pixels_name
+        for flip in (False, True)
+        for variant in range(4)
+    ]
+    assert len(set(names)) == 8
+    assert names[:4] == [alone.cached_view(0, variant=variant).pixels_name for variant in range(4)]
+    other = Pictures(whole.images, [Size(32, 32)], several, seed=8)
+    assert other.cached_view(2).pixels_name != names[0]
+    fixed = Pictures(whole.images, [Size(32, 32)], Variation(), seed=8)
+    assert fixed.cached_view(2, flipped=True).pixels_name == "40x32+4+0-32x32-mirrored"

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spectune.training.data.buckets import Size, place
+from spectune.training.data.color import ColorChange
+from spectune.training.data.images import (
+    UnusableImage,
+    alpha_of,
+    as_rgb,
+    has_alpha,
+    load_image,
+    open_image,
+    render,
+)
+
+
+def colour(path: Path) -> tuple[int, ...]:
+    pixel = open_image(path).getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return tuple(int(level) for level in pixel)
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "print.tif")
+    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([9, 8, 7] + [0] * 765)
+    palette.save(tmp_path / "palette.png", transparency=0)
+
+    assert colour(tmp_path / "clear.png") == (255, 255, 255)
+    assert colour(tmp_path / "grey.png") == (7, 7, 7)
+    assert colour(tmp_path / "print.tif") == (0, 0, 0)
+    assert colour(tmp_path / "deep.png") == (128, 128, 128)
+    assert colour(tmp_path / "palette.png") == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_unusable_files_say_why(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 255)]
+    frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:])
+
+    for name, why in (
+        ("text.png", "is not an image that Pillow can read"),
+        ("torn.jpg", "is damaged: "),
+        ("film.webp", r"is animated \(2 frames\)"),
+    ):
+        with pytest.raises(UnusableImage, match=why):
+            open_image(tmp_path / name)
+
+
+def test_the_first_picture_of_a_camera_file_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (250, 0)]
+    frames[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "camera.jpg") as camera:
+        assert (camera.format, getattr(camera, "n_frames", 1)) == ("MPO", 2)
+    assert colour(tmp_path / "camera.jpg")[0] > 240
+
+
+def test_render_range_and_shape() -> None:
+    image = Image.new("RGB", (6, 4), (0, 255, 0))
+    pixels = render(image, place(Size(6, 4), Size(4, 4)))
+    assert pixels.shape == (3, 4, 4)
+    assert pixels.dtype == torch.float32
+    assert [pixels[channel].unique().tolist() for channel in range(3)] == [[-1.0], [1.0], [-1.0]]
+
+
+def deep_png(path: Path, color_type: int, levels: list[int]) -> None:
+    """A PNG of one pixel with 16-bit channels, which Pillow does not write in colour."""
+    row = b"\0" + struct.pack(f">{len(levels)}H", *levels)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, color_type, 0, 0, 0)),
+        (b"IDAT", zlib.compress(row)),
+        (b"IEND", b""),
+    )
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+
+
+def test_deep_colours(tmp_path: Path) -> None:
+    deep_png(tmp_path / "rgb.png", 2, [0x8012, 0xFFFF, 0x0100])
+    deep_png(tmp_path / "rgba.png", 6, [0x8012, 0xFFFF, 0x0100, 0])
+    deep_png(tmp_path / "la.png", 4, [0x4000, 0xFFFF])
+    assert colour(tmp_path / "rgb.png") == (128, 255, 1)
+    assert colour(tmp_path / "rgba.png") == (255, 255, 255)
+    assert colour(tmp_path / "la.png") == (64, 64, 64)
+
+
+def test_print_colours_of_a_photograph(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    red, green, blue = colour(tmp_path / "print.jpg")
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+def test_alpha(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2), (255, 0, 0, 51)).save(tmp_path / "clear.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
+    palette = Image.new("P", (2, 2))
+    palette.putpalette([9, 8, 7] + [0] * 765)
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    turned.putpixel((0, 0), (0, 0, 0, 7))
+    turned.save(tmp_path / "turned.png", exif=exif)
+
+    alphas = {}
+    for name in ("clear", "palette", "turned"):
+        loaded = load_image(tmp_path / f"{name}.png")
+        alpha = alpha_of(loaded)
+        assert has_alpha(loaded)
+        assert alpha is not None
+        assert alpha.size == as_rgb(loaded).size
+        alphas[name] = np.asarray(alpha).tolist()
+    assert alphas["clear"] == [[51, 51], [51, 51]]
+    assert alphas["palette"] == [[0, 255], [0, 0]]
+    assert alphas["turned"] == [[7], [255]]
+    assert alpha_of(load_image(tmp_path / "plain.png")) is None
+    assert colour(tmp_path / "clear.png") == (255, 204, 204)
+
+
+def test_a_dot_fills_its_bucket() -> None:
+    pixels = render(Image.new("RGB", (1, 1), (255, 0, 0)), place(Size(1, 1), Size(64, 32)))
+    assert pixels.shape == (3, 32, 64)
+    assert pixels.amin((1, 2)).tolist() == [1.0, -1.0, -1.0]
+
+
+def test_colours_change_in_the_picture() -> None:
+    whole = place(Size(4, 4), Size(4, 4))
+    image = Image.new("RGB", (4, 4), (51, 255, 0))
+    pixels = render(image, whole, ColorChange(hue=0.0, saturation=1.0, gamma=2.0))
+    assert pixels[:, 0, 0].tolist() == pytest.approx([2 * 0.04 - 1, 1.0, -1.0], abs=1e-6)
+    assert pixels.dtype == torch.float32

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectune.training.data.buckets import Size
+from spectune.training.data.plan import BatchPlan, PlannedBatches
+
+BUCKETS = {Size(8, 8): [(0, 3), (1, 1), (2, 2)], Size(8, 16): [(3, 5)]}
+
+
+def plan(batch: int = 2, seed: int = 1) -> BatchPlan:
+    return BatchPlan(BUCKETS, batch=batch, seed=seed)
+
+
+@given(st.integers(1, 7), st.integers(0, 5))
+def test_an_epoch_shows_every_repeat_once_and_never_mixes_sizes(batch: int, epoch: int) -> None:
+    batches = plan(batch).epoch(epoch)
+    assert len(batches) == plan(batch).batches_per_epoch
+    assert Counter(draw.image for drawn in batches for draw in drawn) == {0: 3, 1: 1, 2: 2, 3: 5}
+    assert len({(draw.image, draw.repeat) for drawn in batches for draw in drawn}) == 11
+    for drawn in batches:
+        assert len({draw.image == 3 for draw in drawn}) == 1
+        assert len(drawn) <= batch
+
+
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_going_on_from_a_position_is_the_rest_of_the_whole(start: int, more: int) -> None:
+    whole = list(PlannedBatches(plan(), 0, start + more))
+    assert list(PlannedBatches(plan(), start, start + more)) == whole[start:]
+    assert [drawn[0].position for drawn in whole] == list(range(start + more))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = [
+        [draw.image for drawn in plan(seed=seed).epoch(epoch) for draw in drawn]
+        for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
+    assert order[0] != order[1]
+    assert order[0] != order[2]

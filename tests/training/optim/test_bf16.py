@@ -1,0 +1,63 @@
+"""Updates of bf16 parameters that are smaller than what bf16 can tell apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from spectune.training.optim import OPTIMIZERS, build_optimizer
+
+
+def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:
+    """Share that bf16 parameters lose of what float32 parameters move in 1000 steps of 1e-4 of their size."""
+    moved: list[float] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.ones(32, 40, dtype=dtype))
+        optimizer = build_optimizer(
+            "prodigy_plus_schedule_free",
+            [{"params": [parameter]}],
+            options={
+                "d0": 1e-4,
+                "prodigy_steps": 1,  # frozen: every step is d0 times a gradient divided by its size
+                "betas": (0.9, 0.0),
+                "stochastic_rounding": stochastic,
+                "use_schedulefree": schedule_free,
+            },
+        )
+        for _ in range(1000):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        moved.append(1 - parameter.detach().float().mean().item())
+    assert moved[0] > 0.05
+    return 1 - moved[1] / moved[0]
+
+
+@pytest.mark.parametrize("schedule_free", [True, False])
+def test_stochastic_rounding_keeps_small_updates(schedule_free: bool) -> None:
+    assert OPTIMIZERS["prodigy_plus_schedule_free"].rounds_stochastically
+    assert abs(lost_in_rounding(stochastic=True, schedule_free=schedule_free)) < 0.03
+
+
+@pytest.mark.parametrize("schedule_free", [True, False])
+def test_plain_rounding_loses_them(schedule_free: bool) -> None:
+    assert (
+        lost_in_rounding(stochastic=False, schedule_free=schedule_free) == 1.0
+    )  # a bf16 next to 1 is 0.4% away
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in OPTIMIZERS.items() if not kind.rounds_stochastically]
+)
+def test_no_other_optimizer_is_said_to_round_stochastically(name: str) -> None:
+    """Each loses every update of 1e-4 of a bf16 parameter, so that claiming otherwise would be wrong."""
+    parameter = nn.Parameter(torch.ones(64, 80, dtype=torch.bfloat16))
+    fixed = OPTIMIZERS[name].fixed_learning_rate
+    options = {} if fixed is None else {"d0": 1e-4, "growth_rate": 1.0001}
+    rate = 1e-4 if fixed is None else None
+    optimizer = build_optimizer(name, [{"params": [parameter]}], learning_rate=rate, options=options)
+    for _ in range(20):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.ones_like(parameter))

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from spectune.errors import InputError
+from spectune.training.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    check_options,
+    groups_by_part,
+    learning_rates,
+    step_sizes,
+    traits_of,
+)
+from tests.training.optim.deltas import gradients_of_noise, trained
+
+ESTIMATING = ["dadapt_adam", "prodigy", "prodigy_plus_schedule_free"]
+
+
+def test_parts_have_rates_of_their_own() -> None:
+    tensors = trained()
+    optimizer = build_optimizer(
+        "adamw", groups_by_part(tensors), learning_rate=0.5, part_learning_rates={"te1": 0.125}
+    )
+    assert learning_rates(optimizer) == {"unet": 0.5, "te1": 0.125}
+    for tensor in tensors.values():
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    reached = {key: value.detach().mean().item() for key, value in tensors.items()}
+    assert reached == pytest.approx({"unet.a.down": -0.5, "unet.a.up": -0.5, "te1.b.down": -0.125})
+
+
+def test_groups_follow_the_order_of_the_tensors() -> None:
+    tensors = trained()
+    groups = groups_by_part(tensors)
+    assert [group["part"] for group in groups] == ["unet", "te1"]
+    assert groups[1]["params"][0] is tensors["te1.b.down"]
+    build_optimizer("adamw", groups)
+    assert all(set(group) == {"params", "part"} for group in groups)  # the caller's are left alone
+
+
+def test_a_rate_for_a_part_that_is_not_trained_is_refused() -> None:
+    with pytest.raises(InputError, match="te2 has a learning rate of its own, but nothing of it is trained"):
+        build_optimizer("adamw", groups_by_part(trained()), part_learning_rates={"te2": 1e-4})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_rate_of_a_recipe_without_one(name: str) -> None:
+    kind = OPTIMIZERS[name]
+    assert set(learning_rates(build_optimizer(name, groups_by_part(trained()))).values()) == {
+        kind.learning_rate
+    }
+    assert kind.fixed_learning_rate in (None, kind.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in ESTIMATING), ("adafactor", {"relative_step": True})]
+)
+def test_a_rate_beside_steps_that_are_found_is_refused(name: str, options: dict[str, Any]) -> None:
+    assert traits_of(name, check_options(name, options)).fixed_learning_rate == 1.0
+    with pytest.raises(
+        InputError, match=f"{name} finds its step size itself, but has a learning rate of 0.1"
+    ):
+        build_optimizer(name, groups_by_part(trained()), learning_rate=0.1, options=options)
+    with pytest.raises(InputError, match="finds its step size itself"):
+        build_optimizer(name, groups_by_part(trained()), part_learning_rates={"te1": 0.1}, options=options)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_estimated_step_sizes_are_told_for_each_part(name: str) -> None:
+    tensors = trained()
+    optimizer = build_optimizer(name, groups_by_part(tensors))
+    if name not in ESTIMATING:
+        assert step_sizes(optimizer) == {}
+        return
+    assert step_sizes(optimizer) == {"unet": 1e-6, "te1": 1e-6}
+    for _ in range(10):
+        for tensor in tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+    found = step_sizes(optimizer)
+    assert list(found) == ["unet", "te1"]
+    assert min(found.values()) > 1.5e-6
+
+
+@pytest.mark.parametrize("name", ["dadapt_adam", "prodigy"])
+@pytest.mark.parametrize("growth_rate", [None, 1.25])
+def test_estimates_grow_as_fast_as_they_may(name: str, growth_rate: float | None) -> None:
+    tensors = trained()
+    optimizer = build_optimizer(name, groups_by_part(tensors), options={"growth_rate": growth_rate})
+    found = [step_sizes(optimizer)["unet"]]
+    for _ in range(8):
+        for tensor in tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        found.append(step_sizes(optimizer)["unet"])
+    # Prodigy's first estimate replaces d0 and is not held back.
+    fastest = max(after / before for before, after in pairwise(found) if before > 1e-6)
+    if growth_rate is None:
+        assert fastest > 1.5
+    else:
+        assert fastest == pytest.approx(growth_rate)
+
+
+def test_prodigy_plus_estimates_each_part_by_itself() -> None:
+    optimizer = build_optimizer("prodigy_plus_schedule_free", groups_by_part(trained()))
+    assert all(group["split_groups"] for group in optimizer.param_groups)  # off with a single group
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parts_outlast_being_prepared_by_accelerate(name: str) -> None:
+    tensors = trained()
+    optimizer = build_optimizer(name, groups_by_part(tensors))
+    prepared = Accelerator(cpu=True).prepare_optimizer(optimizer, device_placement=True)
+    gradients_of_noise(tensors, 0)
+    prepared.step()
+    assert list(learning_rates(optimizer)) == ["unet", "te1"]
+    assert all(tensor.detach().any() for tensor in tensors.values())

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectune.training import state
+from spectune.training.optim import OPTIMIZERS, build_optimizer, finished_weights, groups_by_part, step_sizes
+from tests.training.optim.deltas import advance, trained
+
+
+def progress() -> state.Progress:
+    return state.Progress(
+        step=4,
+        steps=9,
+        position=4,
+        recipe={},
+        base_hash=None,
+        frame_hash="",
+        data_hash="",
+        validation_before=None,
+        optimizer_package="",
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_interrupted_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
+    first = trained()
+    first_optimizer = build_optimizer(name, groups_by_part(first))
+    advance(first_optimizer, first, range(4))
+    state.save_state(tmp_path / "t.state", progress(), first, first_optimizer)
+    advance(first_optimizer, first, range(4, 9))
+
+    second = trained()
+    second_optimizer = build_optimizer(name, groups_by_part(second))
+    state.load_state(tmp_path / "t.state").restore(second, second_optimizer)
+    advance(second_optimizer, second, range(4, 9))
+
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert step_sizes(first_optimizer) == step_sizes(second_optimizer)
+    with (
+        finished_weights(first_optimizer, list(first.values())),
+        finished_weights(second_optimizer, list(second.values())),
+    ):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_that_forgets_its_state_goes_another_way(name: str) -> None:
+    """What the test above would not notice if gradients alone decided."""
+    kept, forgetful = trained(), trained()
+    optimizer = build_optimizer(name, groups_by_part(kept))
+    advance(optimizer, kept, range(4))
+    with torch.no_grad():
+        for key, tensor in forgetful.items():
+            tensor.copy_(kept[key])
+    advance(optimizer, kept, range(4, 6))
+    advance(build_optimizer(name, groups_by_part(forgetful)), forgetful, range(4, 6))
+    assert not torch.equal(kept["unet.a.up"], forgetful["unet.a.up"])

@@ -1,0 +1,66 @@
+"""Two processes are one process that accumulates twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectune.training.loop import train
+from spectune.training.recipe import Recipe
+from tests.training.conftest import MakeRecipe
+
+PROGRAM = """
+import json, sys
+from spectune.training.loop import train
+from spectune.training.recipe import parse_recipe
+train(parse_recipe(json.loads(sys.argv[1])))
+"""
+
+
+def train_in_two_processes(recipe: Recipe, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    # one thread each, and the processor also where there is a GPU: gloo carries the gradients
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, *launch, str(program), json.dumps(recipe.model_dump(mode="json"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def deltas(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(path).items() if "delta_" in name}
+
+
+@pytest.mark.parametrize("loss", [{}, {"weighting": "edm2"}], ids=["plain", "edm2"])
+def test_two_processes_train_what_one_trains_with_accumulation_2(
+    make_recipe: MakeRecipe, tmp_path: Path, loss: dict[str, Any]
+) -> None:
+    def recipe(name: str, accumulation: int) -> Recipe:
+        run = {"name": name, "output": tmp_path / name, "steps": 3, "batch": 2, "accumulation": accumulation}
+        # eps: AdamW's first steps are lr * g/(|g| + eps), and where g is only rounding its sign would decide
+        optimizer = {"learning_rate": 1e-3, "options": {"eps": 1e-2}}
+        data = {"random_crop": True, "flip_probability": 0.5}
+        return make_recipe(data=data, loss=loss, run=run, optimizer=optimizer)
+
+    train(recipe("one", 2))
+    train_in_two_processes(recipe("two", 1), tmp_path)
+    one, two = deltas(tmp_path / "one" / "one.safetensors"), deltas(tmp_path / "two" / "two.safetensors")
+    assert one.keys() == two.keys()
+    largest = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert largest <= 1e-6
+    assert max(float(tensor.abs().max()) for tensor in one.values()) > 1e-4  # something was trained

@@ -1,0 +1,40 @@
+"""The average that is saved in place of what is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spectune.training.ema import MovingAverage
+
+
+def test_the_average_by_hand() -> None:
+    """decay 0.5; it begins at 2/11 = (1+1)/(10+1) after one step and 3/12 after two: smaller than 0.5."""
+    tensor = nn.Parameter(torch.tensor([0.0]))
+    average = MovingAverage({"t": tensor}, 0.5)
+    with torch.no_grad():
+        tensor.fill_(11.0)
+    average.update()
+    torch.testing.assert_close(average.average["t"], torch.tensor([11.0 * 9 / 11]))  # 0*2/11 + 11*9/11
+    with torch.no_grad():
+        tensor.fill_(1.0)
+    average.update()
+    torch.testing.assert_close(average.average["t"], torch.tensor([9.0 * 0.25 + 1.0 * 0.75]))
+
+
+def test_long_runs_use_the_decay_itself() -> None:
+    tensor = nn.Parameter(torch.tensor([1.0]))
+    average = MovingAverage({"t": tensor}, 0.5)
+    average.restore({"t": torch.tensor([0.0])}, steps=1000)
+    average.update()
+    assert float(average.average["t"]) == 0.5
+
+
+def test_what_is_trained_comes_back_bit_for_bit() -> None:
+    tensor = nn.Parameter(torch.tensor([0.1], dtype=torch.bfloat16))
+    average = MovingAverage({"t": tensor}, 0.9)
+    before = tensor.detach().clone()
+    average.restore({"t": torch.tensor([3.0])}, steps=5)
+    with average.in_place():
+        assert float(tensor) == 3.0
+    assert torch.equal(tensor, before)

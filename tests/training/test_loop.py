@@ -1,0 +1,443 @@
+"""Whole runs on the tiny SDXL."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections import Counter
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from spectune.errors import InputError, SpectuneError
+from spectune.model.sdxl import Sdxl
+from spectune.training import loop, prepare, state
+from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
+from spectune.training.loop import train
+from spectune.training.recipe import Recipe
+from spectune.weights.adapter import TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.catalogue import build_catalogue
+from spectune.weights.provenance import Provenance, Role
+from spectune.weights.reader import open_checkpoint
+from spectune.weights.writer import write_tensors
+from tests.training.conftest import MakeRecipe
+
+GUIDE = {"betas": [0.8, 0.8], "schedulefree_c": 10, "d0": 1e-3, "use_stableadamw": False, "d_limiter": False}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw", "learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2},
+    "prodigy_plus": {"name": "prodigy_plus_schedule_free", "learning_rate": ..., "options": GUIDE},
+}
+
+
+class Losses(Callbacks):
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+        self.held_out: dict[int, float] = {}
+
+    def on_step(self, info: StepInfo) -> None:
+        self.by_step[info.step] = info.loss
+
+    def on_validation(self, step: int, loss: float) -> None:
+        self.held_out[step] = loss
+
+
+class StopAt(Callbacks):
+    """Sends this process a signal after a step, as Ctrl-C or a scheduler would."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, info: StepInfo) -> None:
+        if info.step == self.step:
+            signal.raise_signal(self.number)
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
+    "adamw": (signal.SIGINT, {"optimizer": OPTIMIZERS["adamw"]}),
+    "prodigy_plus": (signal.SIGTERM, {"optimizer": OPTIMIZERS["prodigy_plus"]}),
+    "bf16": (
+        signal.SIGINT,
+        {"optimizer": OPTIMIZERS["prodigy_plus"], "run": {"trained_precision": "bf16"}},
+    ),
+    "ema, edm2 and dropout": (
+        signal.SIGINT,
+        {
+            "optimizer": OPTIMIZERS["adamw"],
+            "loss": {"weighting": "edm2"},
+            "model": {"dropout_probability": 0.2},
+            "run": {"ema_decay": 0.9},
+        },
+    ),
+    "workers": (
+        signal.SIGTERM,
+        {"optimizer": OPTIMIZERS["adamw"], "data": {"workers": 2, "color_probability": 0.5, "mask": "alpha"}},
+    ),
+    "cached variants": (
+        signal.SIGINT,
+        {"optimizer": OPTIMIZERS["adamw"], "data": {"cache_variants": 2, "cache_latents": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_an_interrupted_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
+    signal_number, own = INTERRUPTED[case]
+    data = {
+        "random_crop": True,
+        "flip_probability": 0.5,
+        "caption": {"shuffle": True, "dropout_probability": 0.3, "tag_dropout_probability": 0.2},
+    }
+    sections = {**own, "data": data | own.get("data", {})}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = {"steps": 7, "accumulation": 2, **own.get("run", {})}
+    last = Random(case).randint(1, 6)
+    losses, resumed = Losses(), Losses()
+
+    def recipe(**keys: Any) -> Recipe:
+        return make_recipe(**(sections | {"run": run | keys}))
+
+    train(recipe(output=whole), callbacks=[losses])
+    first = train(recipe(output=parts), callbacks=[StopAt(last, signal_number)])
+    # looking at the run on the way must not change it
+    second = train(recipe(output=parts, save_every_steps=2, preview_every_steps=1), callbacks=[resumed])
+
+    assert (first.interrupted, first.steps) == (True, last)
+    assert (second.interrupted, second.first_step, second.steps) == (False, last, 7)
+    assert resumed.by_step == {step: losses.by_step[step] for step in range(last + 1, 8)}
+    assert same_tensors(whole / "t.safetensors", parts / "t.safetensors")
+    for file in (state.TRAINED, state.OPTIMIZER, state.EXTRAS):
+        assert same_tensors(whole / "t-step00000007.state" / file, parts / "t-step00000007.state" / file)
+
+
+def test_names_and_origin_of_the_files(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    report = train(make_recipe(run={"steps": 5, "save_every_steps": 1, "keep_last": 2}))
+
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "t-step00000003.safetensors",
+        "t-step00000004.safetensors",
+        "t-step00000004.state",
+        "t-step00000005.state",
+        "t.safetensors",
+    ]
+    assert sorted(path.name for path in report.files) == names
+    with open_checkpoint(tiny_checkpoint) as base:
+        tuned = open_adapter(tmp_path / "out" / "t.safetensors", build_catalogue(base))
+    assert isinstance(tuned, TunedAdapter)
+    origin = Provenance.from_metadata(tuned.metadata)
+    assert (origin.role, origin.prediction, origin.flow_shift) == (Role.TUNED, "eps", None)
+    assert origin.base_name == tiny_checkpoint.name
+
+
+def test_training_lowers_the_loss_on_its_own_images(make_recipe: MakeRecipe, picture_folder: Path) -> None:
+    heard = Losses()
+    recipe = make_recipe(
+        data={"validation_folder": picture_folder, "flip_probability": 0.0},
+        optimizer={"learning_rate": 3e-3},
+        run={"steps": 30, "batch": 6, "validate_every_steps": 10},
+    )
+    report = train(recipe, callbacks=[heard])
+
+    assert heard.held_out.keys() == {0, 10, 20, 30}
+    assert report.validation_before == heard.held_out[0]
+    assert report.validation_after == heard.held_out[30]
+    assert heard.held_out[30] < 0.95 * heard.held_out[0]
+    assert "also trained on" in report.warnings[-1]
+
+
+def test_flow_with_shift_is_recorded(make_recipe: MakeRecipe, tmp_path: Path, picture_folder: Path) -> None:
+    recipe = make_recipe(
+        objective={"kind": "flow", "flow_shift": 2.5},
+        data={"validation_folder": picture_folder / "held_out"},
+        run={"steps": 10},
+    )
+    report = train(recipe)
+
+    with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
+        origin = Provenance.from_metadata(file.metadata)
+    assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
+    assert report.validation_before is not None
+    assert report.validation_after is not None
+    assert report.validation_after < report.validation_before
+
+
+def test_zero_steps_leave_zero_deltas(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(make_recipe(run={"steps": 0}))
+
+    tensors = load_file(tmp_path / "out" / "t.safetensors")
+    deltas = [tensor for name, tensor in tensors.items() if ".delta_" in name]
+    assert deltas
+    assert all(not tensor.any() for tensor in deltas)
+
+
+def test_parts_choose_the_layers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(make_recipe(model={"parts": ["te2"]}, run={"steps": 1}))
+
+    names = load_file(tmp_path / "out" / "t.safetensors")
+    assert names
+    assert all(name.startswith("lora_te2_") for name in names)
+
+
+def test_a_text_cache_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    losses = []
+    for cache in (False, True):
+        heard = Losses()
+        recipe = make_recipe(
+            model={"parts": ["unet"]},
+            data={"cache_text": cache, "caption": {"dropout_probability": 0.5}},
+            run={"output": tmp_path / str(cache)},
+        )
+        train(recipe, callbacks=[heard])
+        losses.append(list(heard.by_step.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_checkpointing_changes_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Path
+) -> None:
+    losses, seen = [], Counter[str]()
+    inner: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # pyright: ignore
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # diffusers hands over a method of a module, transformers a partial whose first argument is one
+        module = function.args[0] if isinstance(function, partial) else function.__self__
+        seen[type(module).__name__] += 1
+        return inner(function, *args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", counted)
+    for checkpointing in (False, True):
+        heard = Losses()
+        run = {
+            "output": tmp_path / str(checkpointing),
+            "gradient_checkpointing": checkpointing,
+            "validate_every_steps": 1,
+            "preview_every_steps": 1,
+        }
+        data = {"validation_folder": picture_folder / "held_out"}
+        train(make_recipe(run=run, data=data), callbacks=[heard])
+        losses.append(list(heard.by_step.values()))
+        if not checkpointing:
+            assert not seen
+    assert seen["CLIPEncoderLayer"] == 3 * 4  # steps, layers of both tiny encoders
+    assert seen["ResnetBlock2D"] >= 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_both_forms_learn_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    losses = []
+    for form in ("delta", "residual"):
+        heard = Losses()
+        train(
+            make_recipe(model={"form": form}, run={"output": tmp_path / form, "steps": 5}), callbacks=[heard]
+        )
+        losses.append(list(heard.by_step.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_tensorboard_scalars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Sheets(Callbacks):
+        def on_preview(self, step: int, model: Sdxl) -> Image.Image:
+            return Image.new("RGB", (8, 4), "red")
+
+    rates = {"learning_rate": 1e-2, "part_learning_rates": {"te1": 1e-3}}
+    run = {"tensorboard": True, "preview_every_steps": 2}
+    train(make_recipe(run=run, optimizer=rates), callbacks=[Sheets()])
+
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "t")).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
+    assert len(events.Scalars("optimizer/grad_norm")) == 3
+    for part, rate in (("unet", 1e-2), ("te1", 1e-3), ("te2", 1e-2)):
+        assert events.Scalars(f"optimizer/learning_rate_{part}")[0].value == pytest.approx(rate)
+    tuned = load_file(tmp_path / "out" / "t.safetensors")
+    of_unet = [t for name, t in tuned.items() if name.startswith("lora_unet") and "delta_up" in name]
+    norm = float(torch.cat([tensor.flatten() for tensor in of_unet]).norm())
+    assert events.Scalars("norm/unet.up")[-1].value == pytest.approx(norm, rel=1e-5)
+    assert [image.step for image in events.Images("preview")] == [2]
+
+
+def test_results_are_not_overwritten(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+
+    with pytest.raises(InputError, match=r"already holds 2 results of a run named t, such as t\.safetensors"):
+        train(make_recipe(run={"steps": 1, "resume": False}))
+    assert train(make_recipe(run={"steps": 1, "resume": False}), force=True).first_step == 0
+
+
+def test_a_finished_run_can_be_made_longer(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+    report = train(make_recipe(run={"steps": 2}))
+    assert (report.first_step, report.steps) == (1, 2)
+
+
+def test_another_recipe_does_not_take_over(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(run={"steps": 1}))
+    with pytest.raises(InputError, match=r"belongs to another run: run\.batch was 2, is 3") as caught:
+        train(make_recipe(run={"steps": 2, "batch": 3}))
+    assert "run.resume=false" in (caught.value.hint or "")
+
+
+def test_sizes_that_the_model_cannot_hold(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match="training size 40x40: this model needs multiples of 16 pixels"):
+        train(make_recipe(data={"resolution_px": 40}))
+
+
+def test_results_stay_when_the_run_that_replaces_them_cannot_start(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    train(make_recipe(run={"steps": 1}))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(InputError, match="multiples of 16 pixels"):
+        train(make_recipe(data={"resolution_px": 40}, run={"resume": False}), force=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["t.safetensors", "t-step00000001.safetensors"])
+def test_a_base_is_not_a_result(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path, name: str
+) -> None:
+    base = tmp_path / "out" / name
+    base.parent.mkdir()
+    shutil.copy(tiny_checkpoint, base)
+    (tmp_path / "link.safetensors").symlink_to(base)
+    for path in (base, tmp_path / "link.safetensors"):
+        with pytest.raises(InputError, match=r"model\.base is .*would replace as its own result t"):
+            train(make_recipe(model={"base": path}), force=True)
+    assert base.exists()
+
+
+def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) -> Path:
+    """A copy of a checkpoint that says of itself what `metadata` and empty tensors named `keys` say."""
+    with open_checkpoint(base) as source:
+        tensors = {name: source.load(name) for name in source.tensors}
+        tensors |= {key: torch.zeros(1) for key in keys}
+        write_tensors(target, tensors, metadata={**source.metadata, **metadata})
+    return target
+
+
+def test_the_base_says_what_it_predicts(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    flow = {"spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
+    base = declaring(tiny_checkpoint, tmp_path / "flow.safetensors", flow)
+    report = train(make_recipe(model={"base": base}, run={"steps": 0}))
+    with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
+        origin = Provenance.from_metadata(file.metadata)
+    assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
+    assert not any("converts" in warning for warning in report.warnings)
+
+    with pytest.raises(InputError, match="which flow does not use"):
+        train(make_recipe(model={"base": base}, loss={"weighting": "min_snr"}, run={"name": "other"}))
+    converted = train(
+        make_recipe(model={"base": base}, objective={"kind": "v"}, run={"name": "v", "steps": 0})
+    )
+    assert (
+        "flow.safetensors declares that it predicts flow, objective.kind is v: this run converts the model"
+        in converted.warnings
+    )
+
+
+def test_the_base_says_that_its_schedule_ends_in_pure_noise(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    base = declaring(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
+    recipe = prepare.with_resolved_objective(make_recipe(model={"base": base}))
+    assert (recipe.objective.kind, recipe.objective.zero_terminal_snr) == ("v", True)
+    other = prepare.with_resolved_objective(
+        make_recipe(model={"base": base}, objective={"zero_terminal_snr": False})
+    )
+    assert other.objective.zero_terminal_snr is False
+    assert train(recipe).steps == 3
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_reaches_no_file(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
+) -> None:
+    ask = loop.ask_at_random
+    calls: list[int] = []
+
+    def broken(*args: Any, **options: Any) -> Any:
+        question = ask(*args, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            question.target[0, 0, 0, 0] = torch.inf
+        return question
+
+    monkeypatch.setattr(loop, "ask_at_random", broken)
+    recipe = make_recipe(
+        optimizer={"max_grad_norm": max_grad_norm}, run={"save_every_steps": 1, "tensorboard": False}
+    )
+    with pytest.raises(SpectuneError, match=r"the gradient norm of step 2 is \w+: nothing of this step"):
+        train(recipe)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "t-step00000001.safetensors",
+        "t-step00000001.state",
+    ]
+
+
+def test_deltas_that_are_not_finite_are_not_saved(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Break(Callbacks):
+        def on_step(self, info: StepInfo) -> None:
+            next(iter(trained.values())).data.fill_(torch.nan)
+
+    trained: dict[str, torch.nn.Parameter] = {}
+    named = state.trained_tensors
+    monkeypatch.setattr(state, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained)  # pyright: ignore
+    with pytest.raises(SpectuneError, match=r"the changes of 1 layers are not finite after step 1, nothing"):
+        train(make_recipe(run={"steps": 1}), callbacks=[Break()])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_goes_on_with_the_frames_it_began_with(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_recipe(run={"steps": 1}))
+    assert (tmp_path / "out" / "t-step00000001.state" / state.FRAMES).is_file()
+
+    def another_rounding(*args: Any) -> Any:
+        raise AssertionError("the base was split again")
+
+    monkeypatch.setattr(prepare, "_split_frames", another_rounding)
+    assert train(make_recipe(run={"steps": 2})).first_step == 1
+
+
+def test_each_part_has_its_step_size(make_recipe: MakeRecipe) -> None:
+    class Sizes(Callbacks):
+        def on_step(self, info: StepInfo) -> None:
+            found.append(set(info.step_size))
+
+    found: list[set[str]] = []
+    train(make_recipe(optimizer=OPTIMIZERS["prodigy_plus"], run={"steps": 1}), callbacks=[Sizes()])
+    assert found == [{"unet", "te1", "te2"}]
+
+
+def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
+    class Progress(Callbacks):
+        def on_progress(self, stage: str, done: int, total: int) -> None:
+            heard.append((stage, done, total))
+
+    heard: list[tuple[str, int, int]] = []
+    console = ConsoleProgress(Console(file=StringIO()))
+    train(make_recipe(data={"flip_probability": 0.5}, run={"steps": 0}), callbacks=[Progress(), console])
+    assert heard[:12] == [("encoding images", done, 12) for done in range(1, 13)]

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectune.errors import InputError
+from spectune.training import state
+from spectune.training.optim import OPTIMIZERS, build_optimizer
+from spectune.weights.adapter import LowRank
+
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+)
+NESTED = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(NESTED)
+def test_flatten_and_back(value: Any) -> None:
+    flat = json.loads(json.dumps(state.flatten(value, {}, "v")))
+    assert state.unflatten(flat, {}) == value
+
+
+def test_tensors_leave_the_structure() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    value = {0: {"step": torch.tensor(3.0), "dims": (1, 0)}}
+    flat = json.loads(json.dumps(state.flatten(value, tensors, "o")))
+    assert list(tensors) == ["o.0.step"]
+    assert state.unflatten(flat, tensors) == {0: {"step": torch.tensor(3.0), "dims": (1, 0)}}
+
+
+def progress(step: int = 3, **changes: Any) -> state.Progress:
+    values: dict[str, Any] = {
+        "step": step,
+        "steps": 10,
+        "position": 2 * step,
+        "base_hash": "b" * 64,
+        "recipe": {"run": {"batch": 2, "steps": 10}},
+        "frame_hash": "f" * 64,
+        "data_hash": "d",
+        "validation_before": None,
+        "optimizer_package": "torch",
+    }
+    return state.Progress(**{**values, **changes})
+
+
+def trained_pair(name: str) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    trained = {
+        key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in (("a.down", (2, 40)), ("a.up", (40, 2)))
+    }
+    return trained, build_optimizer(name, [{"params": list(trained.values())}])
+
+
+def advance(trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in trained.values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        torch.manual_seed(seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    trained, optimizer = trained_pair(name)
+    advance(trained, optimizer, range(4))
+    state.save_state(tmp_path / "t.state", progress(), trained, optimizer)
+    advance(trained, optimizer, range(4, 9))
+
+    other, other_optimizer = trained_pair(name)
+    loaded = state.load_state(tmp_path / "t.state")
+    loaded.restore(other, other_optimizer)
+    advance(other, other_optimizer, range(4, 9))
+
+    assert loaded.progress == progress()
+    assert all(torch.equal(trained[key], other[key]) for key in trained)
+    assert sorted(path.name for path in (tmp_path / "t.state").iterdir()) == [
+        "extras.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "trained.safetensors",
+    ]
+
+
+def test_old_saves_go(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    for step in (1, 2, 10):
+        state.save_state(state.state_folder(tmp_path, "n", step), progress(step), trained, optimizer)
+        state.adapter_file(tmp_path, "n", step).touch()
+    state.adapter_file(tmp_path, "n").touch()
+    state.adapter_file(tmp_path, "n-step00000001x").touch()  # another run's
+    state.keep_last(tmp_path, "n", 2)
+
+    assert [path.name for path in state.saved_states(tmp_path, "n")] == [
+        "n-step00000002.state",
+        "n-step00000010.state",
+    ]
+    assert len(state.step_files(tmp_path, "n")) == 2
+    assert state.adapter_file(tmp_path, "n").exists()
+    assert state.adapter_file(tmp_path, "n-step00000001x").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_state(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "t.state"
+    state.save_state(folder, progress(3), trained, optimizer)
+    optimizer.param_groups[0]["odd"] = object()
+    with pytest.raises(AssertionError, match="is not plain data"):
+        state.save_state(folder, progress(4), trained, optimizer)
+    assert state.load_state(folder).progress.step == 3
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_damaged_states_are_named(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "t.state"
+    state.save_state(folder, progress(), trained, optimizer)
+    (folder / state.OPTIMIZER).write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"t.state is not a complete training state"):
+        state.load_state(folder)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    state.save_state(tmp_path / "t.state", progress(), trained, optimizer)
+    saved = state.load_state(tmp_path / "t.state")
+
+    assert state.check_continues(saved, progress(recipe={"run": {"batch": 2, "steps": 99}})) == []
+    assert "their order is a new one" in state.check_continues(saved, progress(data_hash="x"))[0]
+    with pytest.raises(InputError, match=r"run\.batch was 2, is 4"):
+        state.check_continues(saved, progress(recipe={"run": {"batch": 4, "steps": 10}}))
+    with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb, is 0000000000000000"):
+        state.check_continues(saved, progress(base_hash="0" * 64))
+    with pytest.raises(InputError, match="frames were ffffffffffff, are 000000000000"):
+        state.check_continues(saved, progress(frame_hash="0" * 64))
+    with pytest.raises(InputError, match=r"1 trained tensors differ from this run's, first a\.up"):
+        saved.restore({"a.down": trained["a.down"]}, optimizer)
+
+
+@pytest.mark.parametrize(("schedule", "count"), [("constant", 0), ("cosine", 1)])
+def test_a_new_length_under_a_schedule_is_told(tmp_path: Path, schedule: str, count: int) -> None:
+    trained, optimizer = trained_pair("adamw")
+    recipe = {"optimizer": {"schedule": schedule}}
+    state.save_state(tmp_path / "t.state", progress(recipe=recipe), trained, optimizer)
+    saved = state.load_state(tmp_path / "t.state")
+
+    warnings = state.check_continues(saved, progress(recipe=recipe, steps=20))
+    assert len(warnings) == count
+    assert all(f"the run had 10 steps, now it has 20: its {schedule} schedule" in text for text in warnings)
+    assert state.check_continues(saved, progress(recipe=recipe)) == []
+
+
+def test_frames_come_back(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    frames = {"a": LowRank(torch.rand(2, 40), torch.rand(40, 2), alpha=2.0)}
+    state.save_state(tmp_path / "t.state", progress(), trained, optimizer, frames=frames)
+    loaded = state.load_state(tmp_path / "t.state").frames
+    assert loaded is not None
+    assert list(loaded) == ["a"]
+    assert torch.equal(loaded["a"].down, frames["a"].down)
+    assert torch.equal(loaded["a"].up, frames["a"].up)
+    assert loaded["a"].alpha == 2.0
