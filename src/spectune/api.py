@@ -16,7 +16,8 @@ from spectune.rebuilding import files
 from spectune.rebuilding.files.convert import ConvertReport
 from spectune.rebuilding.files.export import ExportForm, ExportReport
 from spectune.rebuilding.files.rebuild import RebuildReport
-from spectune.rebuilding.files.slice import Slice, SliceReport
+from spectune.rebuilding.files.slice import SliceReport
+from spectune.rebuilding.files.slice_plan import Slice
 from spectune.rebuilding.files.split import SplitReport
 from spectune.rebuilding.files.swap import SwapReport
 from spectune.rebuilding.pipeline import Progress

@@ -19,7 +19,7 @@ from spectune.model.sdxl import source_prediction
 from spectune.rebuilding.merge import add, merged, restored
 from spectune.weights.adapter import Adapter, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
-from spectune.weights.provenance import LAYOUT_KEY, Prediction, Provenance
+from spectune.weights.provenance import LAYOUT_KEY, Prediction, Provenance, Role
 from spectune.weights.reader import Checkpoint, MemorySource, TensorInfo, open_checkpoint
 from tests.rebuilding.conftest import TinySplit
 from tests.rebuilding.pairs import open_principal, tuned_from
@@ -38,6 +38,9 @@ def low_rank(layer: Layer, *, seed: int, rank: int = 2, alpha: float = 2.0, size
     return LowRank(down=down, up=up, alpha=alpha)
 
 
+OURS = Provenance(role=Role.LORA, base_hash="0" * 64).to_metadata()
+
+
 def lora(
     base: Checkpoint, names: list[str], *, seed: int = 0, alpha: float = 2.0, size: float = 0.1
 ) -> Adapter:
@@ -46,7 +49,7 @@ def lora(
         name: low_rank(layers[name], seed=seed + index, alpha=alpha, size=size)
         for index, name in enumerate(names)
     }
-    return Adapter(factors, {"spectune.role": "lora"}, f"lora{seed}.safetensors")
+    return Adapter(factors, OURS, f"lora{seed}.safetensors")
 
 
 def k_proj(base: Checkpoint) -> Layer:
@@ -242,7 +245,7 @@ def test_the_full_layout_is_planned_without_reading_it(full_infos: Mapping[str, 
             return low_rank(layers[name], seed=len(name))
 
     factors = Factors(dict.fromkeys(layers))  # type: ignore[arg-type]
-    model = merged(source, [(Adapter(factors, {"spectune.role": "lora"}, "lora"), 1.0)])
+    model = merged(source, [(Adapter(factors, OURS, "lora"), 1.0)])
     assert len(model.changes) == 1052 - 2 * 32  # q, k, v of 32 blocks share a tensor
     name = "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight"
     assert [layer.rows for layer, _ in model.changes[name]] == [(0, 1280), (1280, 2560), (2560, 3840)]

@@ -42,7 +42,10 @@ def open_model(spec: ModelSpec) -> Iterator[WeightSource]:
             for warning in (warning for adapter in adapters for warning in adapter.warnings):
                 print_warning(warning)
             _check_bases(base, adapters)
-            yield merged(base, list(zip(adapters, [a.strength for a in spec.adapters], strict=True)))
+            model = merged(base, list(zip(adapters, [a.strength for a in spec.adapters], strict=True)))
+            for warning in model.warnings:
+                print_warning(warning)
+            yield model
 
 
 def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:

@@ -10,6 +10,8 @@ from spectune.factor.linalg import largest_magnitude
 
 # Integer types hold no weights, and float64 would be computed in float32.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+# torch makes the largest number of what overflows this type, which has no infinity: halfway to the next, 480
+_CLAMPED_BEYOND = {torch.float8_e4m3fn: 464.0}
 STORE_WIDER = "store in bfloat16 or float32"
 
 
@@ -30,9 +32,10 @@ def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WI
     # most numbers are far from the end of the range; what rounds up beyond it is found by the slow look
     if result.dtype == torch.bfloat16 or largest_magnitude(exact) <= 0.9 * torch.finfo(result.dtype).max:
         return
-    lost = torch.isfinite(exact) & ~torch.isfinite(result.float())
+    limit = _CLAMPED_BEYOND.get(result.dtype)
+    lost = torch.isfinite(exact) & ~torch.isfinite(result.float()) if limit is None else exact.abs() > limit
     if lost.any():
-        largest = float(exact[torch.isfinite(exact)].abs().max())
+        largest = float(exact[lost].abs().max())
         raise InputError(
             f"{name}: {int(lost.sum())} of {exact.numel()} numbers up to {largest:.3g} "
             f"do not fit {dtype_name(result.dtype)}",

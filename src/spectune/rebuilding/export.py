@@ -174,22 +174,13 @@ def evened(low_rank: LowRank, store: torch.dtype, name: str) -> Exported:
 
 
 def same_product(before: LowRank, after: LowRank, name: str) -> ExportedLayer:
-    """How far the product of stored factors is from what they were made of."""
+    """How far the product of stored factors is from that of the factors, as many, they were made of."""
+    assert after.rank == before.rank, f"rank of {name}"
     size = _norm(before)
-    minus = LowRank(
-        down=torch.cat([to_matrix(after.down).double(), to_matrix(before.down).double()]),
-        up=torch.cat(
-            [to_matrix(after.up).double() * after.scale, to_matrix(before.up).double() * -before.scale], dim=1
-        ),
-        alpha=float(after.rank + before.rank),
-    )
-    same = (
-        torch.equal(after.down, before.down)
-        and after.scale == before.scale
-        and torch.equal(after.up, before.up)
-    )
-    error = 0.0 if same or not size else float(_spectrum(minus).values.square().sum().sqrt()) / size
-    return ExportedLayer(name, after.rank, before.rank, size, error)
+    up = to_matrix(before.up).double() * before.scale
+    stored = LowRank(after.down, to_matrix(after.up).double() * after.scale, float(after.rank))
+    square = _rounding_square(up, to_matrix(before.down).double(), stored)
+    return ExportedLayer(name, after.rank, before.rank, size, math.sqrt(square) / size if size else 0.0)
 
 
 def _norm(low_rank: LowRank) -> float:

@@ -14,7 +14,13 @@ from spectune.factor.matrix import Product, absolute, joined, product, to_matrix
 from spectune.factor.remainder import add_principal
 from spectune.factor.rounding import check_dtype, check_finite, largest_magnitude, rounded
 from spectune.rebuilding.exceptions import is_exceptions, read_exceptions
-from spectune.rebuilding.pairing import BASE_DTYPES_KEY, check_goes_on, check_residual_pair, read_base_dtypes
+from spectune.rebuilding.pairing import (
+    BASE_DTYPES_KEY,
+    check_goes_on,
+    check_residual_pair,
+    lacks_frame,
+    read_base_dtypes,
+)
 from spectune.rebuilding.strength import Strength, strength_of
 from spectune.weights.adapter import Adapter, Delta, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
@@ -173,8 +179,12 @@ def merged(
             )
         model: Merged | Restored = restored(base, counted[0][0], dtype=dtype)
     else:
-        parts = [(_strong(adapter, strength), _scaled(adapter, strength)) for adapter, strength in counted]
-        model = _merged(base, parts, [adapter for adapter, _ in counted], dtype)
+        model = _merged(
+            base,
+            [(_strong(adapter, strength), _change(base, adapter, strength)) for adapter, strength in counted],
+            [adapter for adapter, _ in counted],
+            dtype,
+        )
     if cast_all and dtype is not None:
         model = replace(model, tensors=_all_cast(model.tensors, dtype))
     return replace(model, warnings=tuple(filter(None, said)))
@@ -206,6 +216,18 @@ def restored(
 def add(weight: Tensor, amount: Tensor) -> Tensor:
     """weight + amount in float32; where the amount is zero every bit of the weight stays, as -0 + 0 is +0."""
     return torch.where(amount == 0, weight, weight + amount)
+
+
+def _change(base: WeightSource, adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
+    """What an adapter adds to a base: its change, or all of the factors where the base lacks the frame."""
+    if not lacks_frame(base, adapter):
+        return _scaled(adapter, strength)
+    if not strength.whole:
+        raise InputError(
+            f"{base.label} is a residual: expected its principal at strength 1, got {strength}",
+            hint="rebuild the model first, then add other adapters to it",
+        )
+    return _whole(adapter)
 
 
 def _strong(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 
-from spectune.errors import InputError, PairingError
+from spectune.errors import InputError, PairingError, some_of
 from spectune.rebuilding.doubled import Likeness, likeness
-from spectune.weights.adapter import Adapter, TunedAdapter
+from spectune.weights.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.weights.adapter_writer import kohya_tensors
+from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import PREFIX, Provenance, Role, WeightsHasher
 from spectune.weights.reader import DTYPE_NAMES, DTYPES, WeightSource
 
@@ -36,12 +38,14 @@ def check_goes_on(base: WeightSource, adapter: Adapter | TunedAdapter, *, streng
     Hashes are not looked at here: `check_base_hash` does when the numbers of the base have been read.
     """
     base_role = Provenance.from_metadata(base.metadata).role
-    role = Provenance.from_metadata(adapter.metadata).role
+    told = Provenance.from_metadata(adapter.metadata)
+    role = told.role
     if isinstance(adapter, TunedAdapter):
         return ""
     if base_role is Role.RESIDUAL:
         return "" if role is Role.PRINCIPAL else _check_belongs_to_residual(base, adapter, role)
-    if role is Role.LORA or not strengthens:
+    # a slice of files of other programs is called a LoRA too, and says nothing of its base
+    if (role is Role.LORA and told.base_hash) or not strengthens:
         return ""
     known = base_role is Role.MODEL and role is Role.PRINCIPAL
     alike = Likeness(0.0, 0.0) if known else likeness(base, adapter)
@@ -119,8 +123,9 @@ def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> 
     """
     if not isinstance(adapter, TunedAdapter):
         return
-    recorded = Provenance.from_metadata(adapter.metadata).base_hash
-    if recorded is not None and recorded != found:
+    told = Provenance.from_metadata(adapter.metadata)
+    recorded = told.base_hash
+    if recorded not in (None, found, foreign_residual_hash(found, told.principal_hash)):
         raise PairingError(
             f"{adapter.label} was trained from base {shown(recorded)}, {label} is {shown(found)}",
             hint="pass the model that the adapter was trained from; "
@@ -128,12 +133,48 @@ def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> 
         )
 
 
+def lacks_frame(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
+    """Whether the base is a residual of another program, and the tuned adapter holds what it lacks.
+
+    Raises PairingError when the adapter holds only a part of it.
+    """
+    told = Provenance.from_metadata(adapter.metadata)
+    if not isinstance(adapter, TunedAdapter) or told.principal_hash is None:
+        return False
+    if Provenance.from_metadata(base.metadata).role is not None:
+        return False
+    frames = LazyLayers(
+        {name: adapter.rank(name) for name in adapter.layers}, {}, lambda name: adapter.layers[name].frame
+    )
+    if not likeness(base, Adapter(frames, {}, adapter.label)).is_missing:
+        return False
+    missing = [layer.name for layer in build_catalogue(base) if layer.name not in adapter.layers]
+    if missing:
+        raise PairingError(
+            f"{base.label} is a residual, and {adapter.label} lacks the principal of {len(missing)} of its "
+            f"layers: {some_of(missing)}",
+            hint="rebuild the original with the whole principal first, and pass that as --base",
+        )
+    return True
+
+
+def foreign_residual_hash(residual_hash: str, principal_hash: str | None) -> str:
+    """What stands for the base hash of a model known only as a residual of another program.
+
+    No file has this hash, so that nobody takes the residual for the original.
+    """
+    return hashlib.sha256(f"{residual_hash}+{principal_hash}".encode()).hexdigest()
+
+
 def foreign_base_warning(found: str, adapter: Adapter | TunedAdapter, label: str) -> str:
-    """What is to be said of a LoRA on another model than the one it was made for; empty for its own."""
+    """What is to be said of a LoRA on another model than the one it was made for; empty for its own.
+
+    A principal names the model that it was taken out of, and goes on what was left.
+    """
     if isinstance(adapter, TunedAdapter):
         return ""
     told = Provenance.from_metadata(adapter.metadata)
-    if told.base_hash in (None, found):
+    if told.role is Role.PRINCIPAL or told.base_hash in (None, found):
         return ""
     return (
         f"{adapter.label} was made for base {shown(told.base_hash)} ({told.base_name or 'unnamed'}), "

@@ -45,7 +45,8 @@ def summed(terms: Sequence[Term], store: torch.dtype, name: str, *, even: bool =
     low_ranks = [weighted(_plain(term.layer, name), term.weight) for term in terms]
     joint = low_ranks[0] if len(low_ranks) == 1 else concatenated(low_ranks)
     kept = limited_rank(weight_shape(joint), joint.rank, None)
-    if kept < joint.rank or any(isinstance(term.layer, Delta) for term in terms):
+    too_large = len(terms) > 1 and kept < joint.rank
+    if too_large or any(isinstance(term.layer, Delta) for term in terms):
         return export_layer(joint, rank=kept, store=store, name=name)
     if len(terms) == 1:
         alpha, factor = _alpha(terms[0].layer), terms[0].weight
@@ -64,7 +65,7 @@ def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
     """The sum of products as one product; in float32 where scales must go into `up`, else as stored."""
     scales = {low_rank.scale for low_rank in low_ranks}
     rank = sum(low_rank.rank for low_rank in low_ranks)
-    dtype = reduce(torch.promote_types, (low_rank.up.dtype for low_rank in low_ranks))
+    dtype = reduce(torch.promote_types, (side.dtype for pair in low_ranks for side in (pair.down, pair.up)))
     down = torch.cat([low_rank.down.to(dtype) for low_rank in low_ranks])
     if len(scales) == 1:
         up = torch.cat([low_rank.up.to(dtype) for low_rank in low_ranks], dim=1)

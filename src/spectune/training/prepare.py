@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from spectune.factor.rank import FixedRank
 from spectune.factor.split import split_weight
 from spectune.model.inject import Injection, inject
 from spectune.model.sdxl import Sdxl, build_model
-from spectune.rebuilding.pairing import adapter_hash, check_residual_pair, shown
+from spectune.rebuilding.pairing import adapter_hash, check_residual_pair, foreign_residual_hash, shown
 from spectune.training.recipe import Recipe, parse_recipe
 from spectune.training.sections import ModelSection
 from spectune.weights.adapter import Adapter, LowRank
@@ -166,9 +165,8 @@ def _base_hash(
         return declared.base_hash
     if section.residual is None:
         return found
-    # the original of another tool's residual is not known: no file has this hash, so that nobody takes the
-    # residual for the original
-    return hashlib.sha256(f"{found}+{principal_hash}".encode()).hexdigest()
+    # the original of another tool's residual is not known
+    return foreign_residual_hash(found, principal_hash)
 
 
 def _check_role(section: ModelSection, declared: Provenance) -> None:

@@ -67,7 +67,15 @@ _ROOTS: Mapping[str, str] = {
     **{f"{root}.": part for part, root in _COMFYUI_PARTS.items()},
 }
 _PEFT_ROOT = "base_model.model."
-_UNET_ROOTS = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.", "up_blocks.")
+_UNET_ROOTS = (
+    "conv_in.",
+    "time_embedding.",
+    "add_embedding.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_out.",
+)
 # unet...attn1.processor.to_out_lora.down.weight, of 2023
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 

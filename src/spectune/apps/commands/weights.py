@@ -13,7 +13,7 @@ import torch
 from spectune import api
 from spectune.apps.arguments import parse_device
 from spectune.apps.console import megabytes, print_json, print_warning, progress, say, table
-from spectune.errors import InputError
+from spectune.errors import InputError, some_of
 from spectune.rebuilding import files
 from spectune.rebuilding.ranks import RankRequest, choose_ranks, parse_ranks
 from spectune.rebuilding.strength import parse_strength
@@ -378,7 +378,9 @@ def export(
         f"truncation, at most {result.worst.error:.3%} in {result.worst.name}"
     )
     if result.unchanged:
-        say(f"{len(result.unchanged)} layers are left out, as nothing of their change is kept")
+        say(f"{len(result.unchanged)} layers did not change and are left out")
+    if result.lost:
+        say(f"{len(result.lost)} layers found no room and are lost: {some_of(result.lost)}")
     if result.outside:
         say(
             f"{len(result.outside)} tensors changed that the LoRA does not hold (biases, norms, embeddings): "
@@ -395,6 +397,7 @@ def _export_record(result: files.ExportReport, seconds: float) -> dict[str, obje
         "parts": {loss.part: asdict(loss) for loss in result.parts},
         "layer_errors": {layer.name: layer.error for layer in result.layers},
         "unchanged": result.unchanged,
+        "lost": result.lost,
         "outside": result.outside,
         "outside_share": result.outside_share,
         "warnings": result.warnings,

@@ -4,7 +4,8 @@ from spectune.rebuilding.files.convert import ConvertReport, convert_adapter, co
 from spectune.rebuilding.files.difference import export_difference
 from spectune.rebuilding.files.export import ExportReport, export_adapter
 from spectune.rebuilding.files.rebuild import RebuildReport, rebuild_checkpoint
-from spectune.rebuilding.files.slice import Slice, SliceReport, parse_slice, slice_adapters
+from spectune.rebuilding.files.slice import SliceReport, slice_adapters
+from spectune.rebuilding.files.slice_plan import Slice, parse_slice
 from spectune.rebuilding.files.split import (
     SplitReport,
     checkpoint_stem,

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from spectune.errors import InputError
 from spectune.rebuilding.pipeline import Progress, stream, tell
 from spectune.weights.adapter import Adapter, TunedAdapter
+from spectune.weights.adapter_keys import Spelling
 from spectune.weights.catalogue import Catalogue, build_catalogue
 from spectune.weights.provenance import (
     PREFIX,
@@ -106,6 +108,17 @@ def catalogue_of(base: Path, out: Path) -> Catalogue:
     with open_checkpoint(base) as source:
         refuse_overwriting(out, [source])
         return build_catalogue(source, all_layers=True)
+
+
+def check_stays_tuned(
+    tuned: Adapter | TunedAdapter, spelling: Spelling, store: torch.dtype | None, *, even: bool = False
+) -> None:
+    """Raise InputError when trained deltas are to be written as other programs write factors."""
+    if spelling is not Spelling.KOHYA or store is not None or even:
+        raise InputError(
+            f"{tuned.label} holds trained deltas, which no other program reads in any spelling",
+            hint="`spectune export` writes a plain LoRA of it, and takes --keys",
+        )
 
 
 def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, str]:

@@ -15,6 +15,7 @@ from spectune.rebuilding.export import Exported, ExportedLayer, evened, same_pro
 from spectune.rebuilding.files.common import (
     STALE,
     catalogue_of,
+    check_stays_tuned,
     kept_metadata,
     refuse_overwriting,
     template_of,
@@ -84,7 +85,7 @@ def convert_adapter(
         told = Provenance.from_metadata(source.metadata)
         metadata = kept_metadata(source.metadata, one_file=True)
         if isinstance(source, TunedAdapter):
-            _check_stays_tuned(source, spelling, store, even=even)
+            check_stays_tuned(source, spelling, store, even=even)
             written = save_tuned(out, source, told, metadata=metadata, force=force)
             return ConvertReport(out, written, (), dropped, len(source.layers), opened.warnings)
         assert source.catalogue is not None
@@ -127,16 +128,6 @@ def _converted(low_rank: LowRank, store: torch.dtype, name: str, *, even: bool) 
     result = LowRank(low_rank.down.to(store), low_rank.up.to(store), low_rank.alpha)
     same = low_rank.down.dtype == low_rank.up.dtype == store
     return Exported(result, same_product(low_rank, low_rank if same else result, name))
-
-
-def _check_stays_tuned(
-    tuned: TunedAdapter, spelling: Spelling, store: torch.dtype | None, *, even: bool
-) -> None:
-    if spelling is not Spelling.KOHYA or store is not None or even:
-        raise InputError(
-            f"{tuned.label} holds trained deltas, which no other program reads in any spelling",
-            hint="`spectune export` writes a plain LoRA of it, and takes --keys",
-        )
 
 
 def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -47,17 +47,19 @@ class Difference:
     tuned: WeightSource
     original: WeightSource
     hasher: WeightsHasher  # of the original, as its tensors pass
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def of(cls, tuned: WeightSource, original: WeightSource) -> Difference:
+        tensors = {
+            name: replace(info, dtype=torch.float32) if info.dtype.is_floating_point else info
+            for name, info in original.tensors.items()
+        }
+        return cls(tuned, original, WeightsHasher(), tensors)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.tuned.metadata
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: replace(info, dtype=torch.float32) if info.dtype.is_floating_point else info
-            for name, info in self.original.tensors.items()
-        }
 
     @property
     def label(self) -> str:
@@ -94,14 +96,17 @@ def export_difference(
             refuse_parts(source)
             check_not_quantised(source)
         compared, warnings = _compared(after, before)
-        difference = Difference(after, before, WeightsHasher())
+        difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
         chosen = select_layers(catalogue, layers)
         for layer in chosen:
             for source in (after, before):
                 check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
         plan = choose_ranks(difference, chosen, ranks or FixedRank(64), store=store, progress=progress)
-        kept = Catalogue(tuple(layer for layer in chosen if plan.ranks.get(layer.name)), catalogue.unet)
+        kept = Catalogue(chosen, catalogue.unet)
+        # what --layers leaves out by name is no loss to speak of
+        unwanted = {layer.tensor for layer in catalogue if layer.default} - kept.by_tensor.keys()
+        compared = [name for name in compared if name not in unwanted]
         factors: dict[str, LowRank] = {}
         passage = _Passage(difference, kept, plan.ranks, store, device, factors)
         done = 0
@@ -144,8 +149,8 @@ def export_difference(
     return ExportReport(
         path=out,
         hash=writer.hash,
-        layers=tuple(passage.reports),
-        unchanged=tuple(passage.unchanged),
+        layers=tuple(passage.reports[layer.name] for layer in changed),
+        left_out=tuple(passage.left_out),
         outside=passage.outside,
         warnings=(*warnings, *_prediction_warning(after, before)),
     )
@@ -155,7 +160,7 @@ def export_difference(
 class _Found:
     """What became of one tensor of the difference."""
 
-    layers: tuple[tuple[Layer, Exported | None], ...]  # None: the layer did not change
+    layers: tuple[tuple[Layer, Exported | ExportedLayer], ...]  # factors, or a layer that is left out
     outside: float  # norm of what no layer holds
 
 
@@ -173,8 +178,8 @@ class _Passage:
     ) -> None:
         self.difference, self.catalogue, self.ranks = difference, catalogue, ranks
         self.store, self.device, self.factors = store, device, factors
-        self.reports: list[ExportedLayer] = []
-        self.unchanged: list[str] = []
+        self.reports: dict[str, ExportedLayer] = {}
+        self.left_out: list[ExportedLayer] = []
         self.outside: dict[str, float] = {}
 
     def work(self, name: str) -> _Found:
@@ -191,10 +196,13 @@ class _Passage:
             rest[layer.row_slice] = False
         return _Found(found, norm(change[rest]))
 
-    def _factored(self, layer: Layer, change: Tensor) -> Exported | None:
+    def _factored(self, layer: Layer, change: Tensor) -> Exported | ExportedLayer:
+        """The factors of the change, or what is to be said of a layer that is left out."""
         if not bool(change.any()):
-            return None
-        rank = self.ranks[layer.name]
+            return ExportedLayer(layer.name, 0, layer.full_rank, 0.0, 0.0)
+        rank = self.ranks.get(layer.name, 0)
+        if not rank:
+            return ExportedLayer(layer.name, 0, layer.full_rank, norm(change), 1.0)
         split = split_weight(change, rank=rank, store=self.store, device=self.device, name=layer.name)
         left = to_matrix(change)  # computed here, so that it may be changed in place
         for tile, numbers in Product(split.low_rank, exact=False).tiles():
@@ -207,11 +215,11 @@ class _Passage:
 
     def take(self, name: str, found: _Found) -> None:
         for layer, exported in found.layers:
-            if exported is None:
-                self.unchanged.append(layer.name)
+            if isinstance(exported, ExportedLayer):
+                self.left_out.append(exported)
             else:
                 self.factors[layer.name] = exported.low_rank
-                self.reports.append(exported.report)
+                self.reports[layer.name] = exported.report
         if found.outside:
             self.outside[name] = found.outside
 

@@ -56,14 +56,14 @@ class ExportReport:
     path: Path
     hash: str
     layers: tuple[ExportedLayer, ...]
-    unchanged: tuple[str, ...] = ()  # layers without a change, which are not in the file
+    left_out: tuple[ExportedLayer, ...] = ()  # layers of which nothing is in the file: no change, or no room
     outside: Mapping[str, float] | None = None  # of two checkpoints: tensors that no LoRA holds -> |change|
     warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """Relative error of the change of all layers together."""
-        return total_error(self.layers)
+        """Relative error of the change of all layers together, those that are left out among them."""
+        return total_error((*self.layers, *self.left_out))
 
     @property
     def worst(self) -> ExportedLayer:
@@ -71,11 +71,22 @@ class ExportReport:
 
     @property
     def parts(self) -> tuple[PartLoss, ...]:
-        """The loss part by part, in the order of the file."""
+        """The loss part by part, in the order of the file; what is left out counts as lost."""
+        layers = (*self.layers, *(layer for layer in self.left_out if layer.norm))
         return tuple(
-            _part_loss(part, [layer for layer in self.layers if layer.part == part])
-            for part in dict.fromkeys(layer.part for layer in self.layers)
+            _part_loss(part, [layer for layer in layers if layer.part == part])
+            for part in dict.fromkeys(layer.part for layer in layers)
         )
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """Layers that the adapter or the tuned model does not change."""
+        return tuple(layer.name for layer in self.left_out if not layer.norm)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Layers whose change did not find room."""
+        return tuple(layer.name for layer in self.left_out if layer.norm)
 
     @property
     def outside_share(self) -> float:
@@ -122,7 +133,7 @@ def export_adapter(
         if form == "principal":
             _check_whole_principal(source, opened.catalogue, rank, whole=base is not None)
         layers = [opened.catalogue.by_name[name] for name in source.layers]
-        ranks = _ranks(source, layers, rank, store, form, progress)
+        ranks, left_out = _ranks(source, layers, rank, store, form, progress)
         kept = [layer for layer in layers if ranks[layer.name]]
         made_from = Provenance.from_metadata(source.metadata)
         role = Role.LORA if form == "lora" else Role.PRINCIPAL
@@ -150,7 +161,7 @@ def export_adapter(
         path=out,
         hash=writer.hash,
         layers=tuple(reports),
-        unchanged=tuple(layer.name for layer in layers if not ranks[layer.name]),
+        left_out=left_out,
         warnings=opened.warnings,
     )
 
@@ -220,12 +231,12 @@ def _ranks(
     store: torch.dtype,
     form: ExportForm,
     progress: Progress | None,
-) -> dict[str, int]:
-    """The rank of every layer, 0 where a budget leaves it out; a fixed one needs no look at the factors."""
+) -> tuple[dict[str, int], tuple[ExportedLayer, ...]]:
+    """The rank of every layer, 0 for those that are left out, and what is to be said of these."""
     if form == "principal":
-        return {layer.name: source.rank(layer.name) for layer in layers}
+        return {layer.name: source.rank(layer.name) for layer in layers}, ()
     if request is None or isinstance(request, int | FixedRank):
-        return {layer.name: _fixed(source, layer, request) for layer in layers}
+        return {layer.name: _fixed(source, layer, request) for layer in layers}, ()
     values: list[Tensor] = []
 
     def collect(layer: Layer, found: Tensor) -> None:
@@ -239,7 +250,15 @@ def _ranks(
         size=lambda layer: _working_bytes(layer, source.rank(layer.name)),
     )
     ranks = ranks_of_spectra(layers, values, request, store=store)
-    return {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)}
+    left_out = [
+        _left_out(layer, found) for layer, rank, found in zip(layers, ranks, values, strict=True) if not rank
+    ]
+    return {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)}, tuple(left_out)
+
+
+def _left_out(layer: Layer, values: Tensor) -> ExportedLayer:
+    size = float(values.square().sum().sqrt())
+    return ExportedLayer(layer.name, 0, len(values), size, 1.0 if size else 0.0)
 
 
 def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: int | FixedRank | None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spectune.errors import InputError
 from spectune.rebuilding.files.common import STALE, Hashed, refuse_overwriting, template_of, write_all
 from spectune.rebuilding.merge import Merged, Restored, merged
 from spectune.rebuilding.pairing import check_base_hash, foreign_base_warning
@@ -66,6 +67,8 @@ def rebuild_checkpoint(
     another base than the one that was read.
     """
     strength = strength_of(strength)
+    if cast_all and dtype is None:
+        raise InputError("all tensors are to be cast, and to no type", hint="name one: --dtype float16")
     with (
         open_checkpoint(base) as source,
         open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True)) as opened,

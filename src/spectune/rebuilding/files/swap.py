@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from spectune.errors import InputError, did_you_mean
 from spectune.rebuilding.files.common import STALE, refuse_overwriting, refuse_parts, template_of, write_all
-from spectune.rebuilding.files.slice import SLICES_KEY, Slice
+from spectune.rebuilding.files.slice_plan import Slice, slices_metadata
 from spectune.rebuilding.pipeline import Progress
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.describe import PARTS, part_of
@@ -28,15 +27,17 @@ class Swapped:
     """Tensors from the files of several checkpoints, each part from one; what is in no part, as the UNet."""
 
     sources: Mapping[str, WeightSource]  # by part
+    tensors: Mapping[str, TensorInfo]
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
+    @classmethod
+    def of(cls, sources: Mapping[str, WeightSource]) -> Swapped:
+        tensors = {
             name: info
-            for part, source in self.sources.items()
+            for part, source in sources.items()
             for name, info in source.tensors.items()
             if _home(name) == part
         }
+        return cls(sources, tensors)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -75,7 +76,7 @@ def swap_parts(
         for source in opened.values():
             refuse_parts(source)
         refuse_overwriting(out, list(opened.values()))
-        model = Swapped({part: opened[chosen[part]] for part in PARTS})
+        model = Swapped.of({part: opened[chosen[part]] for part in PARTS})
         missing = [part for part in PARTS if not any(_home(name) == part for name in model.tensors)]
         if missing:
             label = model.sources[missing[0]].label
@@ -138,5 +139,4 @@ def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[st
     )
     ours = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__}
     kept = {key: text for key, text in model.metadata.items() if key not in ours and key not in STALE}
-    told_of = json.dumps([{"file": piece.path.name, "trait": piece.trait} for piece in slices])
-    return kept | modelspec_model(kept, title=title) | provenance.to_metadata() | {SLICES_KEY: told_of}
+    return kept | modelspec_model(kept, title=title) | provenance.to_metadata() | slices_metadata(slices)

@@ -1,0 +1,171 @@
+"""How long adapters take on their way into other files: export, slice, convert, rebuild, a difference.
+
+    python dev.py bench adapters                       on the embedded base, in seconds
+    python dev.py bench adapters model.safetensors     on a checkpoint of yours, at rank 64
+
+The tuned adapter is made of random deltas, 2 % of the size of the factors, on the model's real principal.
+Each stage is timed several times in turn into fresh files, and medians are compared with copying what the
+stage reads: read and written once, with fsync. Beside the error of the exported LoRA stands that of the
+naive one, the concatenation of the factors without factoring them again, for one layer of every shape. Run
+it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from split import EMBEDDED, Timing, move, watched  # beside this file
+
+from spectune.factor.matrix import change, joined, product
+from spectune.factor.report import relative_error
+from spectune.huge_pages import use_huge_pages
+from spectune.rebuilding.export import export_layer
+from spectune.rebuilding.files import (
+    convert_adapter,
+    export_adapter,
+    export_difference,
+    parse_slice,
+    rebuild_checkpoint,
+    slice_adapters,
+    split_checkpoint,
+)
+from spectune.rebuilding.ranks import FixedRank
+from spectune.weights.adapter import Adapter, Delta, LazyLayers, LowRank, TunedAdapter
+from spectune.weights.adapter_keys import Spelling
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.adapter_writer import save_tuned
+from spectune.weights.provenance import Provenance
+
+CHANGE = 0.02  # of the spread of the factors
+
+
+def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
+    """A tuned adapter of random deltas on the frame of a principal."""
+    opened = open_adapter(principal)
+    assert isinstance(opened, Adapter)
+    with opened:
+        ranks = {name: opened.rank(name) for name in opened.layers}
+
+        def tuned(name: str) -> Delta:
+            frame = opened.layers[name]
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            down, up = (
+                torch.randn(factor.shape, generator=generator) * (CHANGE * float(factor.float().std()))
+                for factor in (frame.down, frame.up)
+            )
+            return Delta(frame, down, up)
+
+        layers = LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), tuned)
+        provenance = replace(Provenance.from_metadata(opened.metadata), principal_hash=principal_hash)
+        save_tuned(out, TunedAdapter(layers, opened.metadata, out.name), provenance)
+    return out
+
+
+Stage = tuple[Callable[[Path], object], tuple[Path, ...]]  # what is done into a file, and what it reads
+
+
+def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> dict[str, Stage]:
+    """What is timed, with the files that it reads."""
+
+    def slices(*words: str) -> Callable[[Path], object]:
+        return lambda out: slice_adapters([parse_slice(word) for word in words], out)
+
+    return {
+        "export, rank 2r": (lambda out: export_adapter(tuned, None, out), (tuned,)),
+        "export, cut to r": (lambda out: export_adapter(tuned, None, out, rank=rank), (tuned,)),
+        "slice, deltas": (slices(f"{tuned}:te", f"{tuned}:unet"), (tuned,)),
+        "slice, LoRA at 0.8": (slices(f"{lora}:te", f"{lora}:unet:0.8"), (lora,)),
+        "slice, LoRA summed with itself": (slices(f"{lora}", f"{lora}:unet:0.5"), (lora,)),
+        "convert to ComfyUI's keys": (
+            lambda out: convert_adapter(lora, out, spelling=Spelling.COMFYUI),
+            (lora,),
+        ),
+        "rebuild": (lambda out: rebuild_checkpoint(tuned, model, out), (model,)),
+        "difference of two checkpoints, rank r": (
+            lambda out: export_difference(rebuilt, model, out, ranks=FixedRank(rank)),
+            (rebuilt, model),
+        ),
+    }
+
+
+def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[Timing, Timing]]:
+    """Of every stage, its own time and that of copying what it reads."""
+    split = split_checkpoint(model, folder, ranks=FixedRank(rank), with_residual=False)
+    tuned = make_tuned(split.principal, split.principal_hash, folder / "tuned.safetensors")
+    lora = export_adapter(tuned, None, folder / "lora.safetensors").path
+    rebuilt = rebuild_checkpoint(tuned, model, folder / "rebuilt.safetensors").path
+    print_naive(tuned)
+    timings: dict[str, tuple[Timing, Timing]] = {}
+    for _ in range(runs):
+        for title, (stage, inputs) in stages(model, tuned, lora, rebuilt, rank).items():
+            own, copied = timings.setdefault(title, (Timing(), Timing()))
+            with tempfile.TemporaryDirectory(dir=folder) as name, watched(own):
+                stage(Path(name) / "out.safetensors")
+            with tempfile.TemporaryDirectory(dir=folder) as name, watched(copied):
+                for index, path in enumerate(inputs):
+                    at = Path(name) / str(index)
+                    at.mkdir()
+                    move(path, at, [path.stat().st_size])
+    return timings
+
+
+def print_naive(tuned: Path) -> None:
+    """The error of stored factors, factored again and not, in one layer of every shape."""
+    print("| store | exported | naive concatenation |\n| --- | ---: | ---: |")
+    opened = open_adapter(tuned)
+    assert isinstance(opened, TunedAdapter)
+    assert opened.catalogue is not None
+    with opened:
+        firsts = {layer.shape: layer.name for layer in reversed(opened.catalogue.layers)}
+        for store in (torch.float16, torch.bfloat16):
+            exported, naive = [], []
+            for name in firsts.values():
+                delta = opened.layers[name]
+                exact = change(delta)
+                exported.append(relative_error(product(export_layer(delta, store=store).low_rank), exact))
+                naive.append(relative_error(product(concatenated(delta, store)), exact))
+            word = str(store).removeprefix("torch.")
+            print(f"| {word} | {max(exported):.3%} | {max(naive):.3%} |")
+    print()
+
+
+def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
+    """[B0+dB, -B0] [A0+dA; A0]: the difference of the products, as it is written down without a thought."""
+    frame = delta.frame
+    pair = joined(delta)
+    down = torch.cat([frame.down.float() + delta.down.float(), frame.down.float()])
+    up = torch.cat([frame.up.float() + delta.up.float(), -frame.up.float()], dim=1)
+    return LowRank(down=down.to(store), up=up.to(store), alpha=pair.alpha)
+
+
+def main() -> None:
+    use_huge_pages()  # as the commands do
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?", default=EMBEDDED)
+    parser.add_argument("--rank", type=int, help="16 for the embedded base, 64 for others if not given")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    rank = args.rank or (16 if args.model == EMBEDDED else 64)
+    size = args.model.stat().st_size / 1e9
+    print(f"{args.model.name}, {size:.2f} GB, rank {rank}, {torch.get_num_threads()} threads\n", flush=True)
+    place = None if args.model == EMBEDDED else args.model.parent
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        timings = measure(args.model, rank, args.runs, Path(name))
+    print(f"medians of {args.runs}\n")
+    print("| stage | seconds | of copying its input | peak private memory |\n| --- | ---: | ---: | ---: |")
+    for title, (own, copied) in timings.items():
+        print(
+            f"| {title} | {own.median:.1f} | {own.median / copied.median:.2f} "
+            f"| {own.peak_bytes / 1e9:.2f} GB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
