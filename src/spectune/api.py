@@ -21,7 +21,8 @@ from spectune.rebuilding.files.slice_plan import Slice
 from spectune.rebuilding.files.split import SplitReport
 from spectune.rebuilding.files.swap import SwapReport
 from spectune.rebuilding.pipeline import Progress
-from spectune.rebuilding.ranks import RankRequest, parse_ranks
+from spectune.rebuilding.ranks import FixedRank, RankRequest, parse_ranks
+from spectune.rebuilding.strength import parse_strength
 from spectune.rebuilding.verify import VerifyReport
 from spectune.weights import describe
 from spectune.weights.adapter_keys import parse_spelling
@@ -45,6 +46,8 @@ __all__ = [
     "train",
     "verify",
 ]
+
+_ALL = 1 << 30  # a rank that cuts nothing
 
 AnyPath = str | PathLike[str]
 
@@ -108,7 +111,7 @@ def rebuild(
     base: AnyPath,
     out: AnyPath,
     *,
-    strength: float | Mapping[str, float] = 1.0,
+    strength: float | str | Mapping[str, float] = 1.0,
     dtype: str | None = None,
     cast_all: bool = False,
     force: bool = False,
@@ -116,14 +119,15 @@ def rebuild(
 ) -> RebuildReport:
     """Write the full checkpoint that an adapter makes of a base, or a principal of its residual.
 
-    `strength` is one number, or one by part: {"unet": 0.8, "te": 0.5}. `dtype` (float16, bfloat16, float32,
-    float8_e4m3fn, float8_e5m2) is that of changed tensors; with `cast_all` of all of UNet and encoders.
+    `strength` is one number, or one by part: {"unet": 0.8, "te": 0.5} or "unet=0.8,te=0.5". `dtype` (float16,
+    bfloat16, float32, float8_e4m3fn, float8_e5m2) is that of changed tensors; with `cast_all` of all of the
+    UNet and the encoders.
     """
     return files.rebuild_checkpoint(
         Path(adapter),
         Path(base),
         Path(out),
-        strength=strength,
+        strength=parse_strength(strength) if isinstance(strength, str) else strength,
         dtype=None if dtype is None else parse_weight_dtype(dtype),
         cast_all=cast_all,
         force=force,
@@ -156,6 +160,8 @@ def export(
     where `source` is that one as another program trained it. `keys` is kohya, diffusers or comfyui.
     """
     spelling = parse_spelling(keys)
+    if form not in ("lora", "principal"):
+        raise InputError(f"unknown form {form!r}", hint="lora or principal")
     cut = any(value is not None for value in (rank, conv_rank, energy, size))
     ranks: RankRequest | None = (
         parse_ranks(rank, conv_rank, energy, size, budget_word="size") if cut else None
@@ -171,7 +177,8 @@ def export(
             Path(source),
             None if base is None else Path(base),
             Path(out),
-            rank=ranks,
+            # an adapter has a rank of its own, which a rank for convolutions alone leaves to the others
+            rank=FixedRank(_ALL, conv_rank) if conv_rank is not None and rank is None else ranks,
             store=parse_dtype(dtype),
             form=form,
             spelling=spelling,
@@ -223,7 +230,19 @@ def slice(
     pieces = [piece if isinstance(piece, Slice) else files.parse_slice(piece) for piece in slices]
     if not pieces:
         raise InputError("nothing to put together", hint="name files like style.safetensors:te")
-    if all(_is_checkpoint(path) for path in dict.fromkeys(piece.path for piece in pieces)):
+    whole = {path: _is_checkpoint(path) for path in dict.fromkeys(piece.path for piece in pieces)}
+    if len(set(whole.values())) > 1:
+        model, adapter = (next(path.name for path in whole if whole[path] is kind) for kind in (True, False))
+        raise InputError(
+            f"{model} is a checkpoint and {adapter} an adapter: expected files of one kind",
+            hint="`spectune rebuild` puts an adapter into a checkpoint",
+        )
+    if all(whole.values()):
+        if traits is not None or base is not None or keys != "kohya" or dtype is not None or not overlap:
+            raise InputError(
+                "parts of checkpoints are copied as they are",
+                hint="leave out --traits, --base, --keys, --dtype and --no-overlap",
+            )
         return files.swap_parts(pieces, Path(out), force=force, progress=progress)
     return files.slice_adapters(
         pieces,
@@ -257,7 +276,8 @@ def convert(
     into the deltas that spectune trains.
     """
     if _is_checkpoint(Path(source)):
-        if dtype is not None or even_alphas or principal is not None or drop or keys != "kohya":
+        asked = (dtype, principal, base)
+        if any(value is not None for value in asked) or even_alphas or drop or keys != "kohya":
             raise InputError(
                 f"{Path(source).name} is a whole model: only its kind of file can be converted",
                 hint="the output's name says which: x.safetensors, x.safetensors.index.json, or a folder",

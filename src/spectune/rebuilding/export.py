@@ -63,12 +63,18 @@ def limited_rank(shape: tuple[int, ...], terms: int, rank: int | None) -> int:
 
 def change_factors(layer: LowRank | Delta, name: str) -> LowRank:
     """The change of a layer as one pair in float32; raises InputError where it is not finite."""
-    changed = (layer.down, layer.up)
-    for tensor in changed:
-        check_finite(tensor, f"the change of {name}", hint=DIVERGED)
+    if isinstance(layer, Delta):
+        check_factors(layer.frame, name)
+    check_factors(layer, name)
     if isinstance(layer, Delta):
         return joined(layer)
     return LowRank(down=layer.down.float(), up=layer.up.float(), alpha=layer.alpha)
+
+
+def check_factors(layer: LowRank | Delta, name: str) -> None:
+    """Raise InputError when a factor of a layer holds NaN or infinity."""
+    for tensor in (layer.down, layer.up):
+        check_finite(tensor, f"the change of {name}", hint=DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -157,18 +163,16 @@ def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: s
     )
     exact = change(delta)
     error = relative_error(product(low_rank) - product(delta.frame), exact)
-    return Exported(
-        low_rank, ExportedLayer(name, low_rank.rank, exported_rank(delta, None), norm(exact), error)
-    )
+    return Exported(low_rank, ExportedLayer(name, low_rank.rank, low_rank.rank, norm(exact), error))
 
 
 def evened(low_rank: LowRank, store: torch.dtype, name: str) -> Exported:
     """The same product with alpha = rank, so that its scale is 1 in every program: the scale goes into `up`.
 
-    Nothing is rounded where the scale is 1 or a power of two.
+    Where the scale is a power of two nothing is rounded but numbers that are too small for the type then.
     """
-    store_up = low_rank.up.float() * low_rank.scale
-    up = rounded(store_up, store, name)
+    check_factors(low_rank, name)
+    up = rounded(low_rank.up.float() * low_rank.scale, store, name)
     result = LowRank(down=rounded(low_rank.down.float(), store, name), up=up, alpha=float(low_rank.rank))
     return Exported(result, same_product(low_rank, result, name))
 

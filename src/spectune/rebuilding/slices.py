@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 
@@ -13,12 +12,13 @@ from spectune.factor.rounding import rounded
 from spectune.rebuilding.export import (
     Exported,
     change_factors,
+    check_factors,
     export_layer,
     limited_rank,
     same_product,
     weighted,
 )
-from spectune.weights.adapter import Delta, LowRank
+from spectune.weights.adapter import Delta, LowRank, common_type
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
     """The sum of products as one product; in float32 where scales must go into `up`, else as stored."""
     scales = {low_rank.scale for low_rank in low_ranks}
     rank = sum(low_rank.rank for low_rank in low_ranks)
-    dtype = reduce(torch.promote_types, (side.dtype for pair in low_ranks for side in (pair.down, pair.up)))
+    dtype = common_type([side.dtype for pair in low_ranks for side in (pair.down, pair.up)])
     down = torch.cat([low_rank.down.to(dtype) for low_rank in low_ranks])
     if len(scales) == 1:
         up = torch.cat([low_rank.up.to(dtype) for low_rank in low_ranks], dim=1)
@@ -75,7 +75,10 @@ def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
 
 
 def _plain(layer: LowRank | Delta, name: str) -> LowRank:
-    return change_factors(layer, name) if isinstance(layer, Delta) else layer
+    if isinstance(layer, Delta):
+        return change_factors(layer, name)
+    check_factors(layer, name)
+    return layer
 
 
 def _alpha(layer: LowRank | Delta) -> float:

@@ -51,7 +51,13 @@ def parse_strength(word: str) -> Strength:
     """`0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders, parts not named count as 1."""
     if "=" not in word:
         return Strength.everywhere(_number(word, word))
-    return strength_of(dict(_pair(piece, word) for piece in word.split(",")))
+    values: dict[str, float] = {}
+    for piece in word.split(","):
+        part, number = _pair(piece, word)
+        if part in values:
+            raise InputError(f"{part} is named twice in {word!r}")
+        values[part] = number
+    return strength_of(values)
 
 
 def strength_of(strength: float | Mapping[str, float] | Strength) -> Strength:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from spectune.errors import InputError, PairingError, some_of
+from spectune.factor.matrix import weight_shape
 from spectune.rebuilding.doubled import likeness_of_adapters
 from spectune.rebuilding.pairing import adapter_hash, shown
-from spectune.weights.adapter import Adapter, Delta, LazyLayers, TunedAdapter
+from spectune.weights.adapter import Adapter, Delta, LazyLayers, LowRank, TunedAdapter
 from spectune.weights.provenance import Provenance, Role
 
 
@@ -43,17 +44,19 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
             f"{name} has {ranks[name]}, expected {original.rank(name)}",
             hint="train with the rank of the principal: network_dim, conv_dim",
         )
+    for name in trained.layers:
+        shapes = [_shape_of(adapter, name) for adapter in (trained, original)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{name} is {shapes[0]} in {trained.label} and {shapes[1]} in {original.label}",
+                hint="the adapters belong to models of different sizes",
+            )
     found = adapter_hash(original)
     _check_pair(trained, original, found)
 
     def delta(name: str) -> Delta:
         before, after = original.layers[name], trained.layers[name]
-        if after.scale != before.scale:
-            raise InputError(
-                f"{name} has scale {after.scale:g} in {trained.label} and {before.scale:g} in "
-                f"{original.label}: trained from it, both are the same",
-                hint="train with alpha = rank: network_alpha, conv_alpha",
-            )
+        _check_scale(name, before, after, original.label, trained.label)
         return Delta(
             before, down=after.down.float() - before.down.float(), up=after.up.float() - before.up.float()
         )
@@ -78,6 +81,12 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
     )
 
 
+def _shape_of(adapter: Adapter, name: str) -> tuple[int, ...]:
+    if adapter.catalogue is not None and name in adapter.catalogue.by_name:
+        return adapter.catalogue.by_name[name].shape
+    return weight_shape(adapter.layers[name])
+
+
 def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
     made_from = Provenance.from_metadata(trained.metadata).principal_hash
     if made_from is not None and made_from != found:
@@ -87,8 +96,19 @@ def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
         )
     alike = likeness_of_adapters(original, trained)
     if not alike.is_inside:
+        for name, after in trained.layers.items():
+            _check_scale(name, original.layers[name], after, original.label, trained.label)
         raise PairingError(
             f"{trained.label} does not look like {original.label} after training: only "
             f"{alike.projection:.0%} of it is there",
             hint="pass the principal that it was trained from",
+        )
+
+
+def _check_scale(name: str, before: LowRank, after: LowRank, original: str, trained: str) -> None:
+    if after.scale != before.scale:
+        raise InputError(
+            f"{name} has scale {after.scale:g} in {trained} and {before.scale:g} in {original}: trained from "
+            "it, both are the same",
+            hint="train with alpha = rank: network_alpha, conv_alpha",
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -78,7 +79,7 @@ class Adapter(_Layers[LowRank]):
         """A type that holds both factors of a layer."""
         if isinstance(self.layers, LazyLayers):
             return self.layers.dtypes[name]
-        return torch.promote_types(self.layers[name].down.dtype, self.layers[name].up.dtype)
+        return common_type([self.layers[name].down.dtype, self.layers[name].up.dtype])
 
 
 class TunedAdapter(_Layers[Delta]):
@@ -114,3 +115,11 @@ class LazyLayers(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+
+def common_type(types: Sequence[torch.dtype]) -> torch.dtype:
+    """The narrowest type that holds the numbers of all `types`; beside others, eight bits count as 32."""
+    if len(set(types)) == 1:
+        return types[0]
+    wide = [torch.float32 if dtype.itemsize == 1 else dtype for dtype in types]
+    return reduce(torch.promote_types, wide)

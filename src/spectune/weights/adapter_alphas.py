@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError
+from spectune.weights.jsons import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # as diffusers writes it: {"unet.r": 8, "unet.lora_alpha": 16, ...}
+MOST = 1e30  # a whole number of JSON may have any number of digits
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -33,8 +33,9 @@ class PeftAlphas:
         if config is None:
             return None
         patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
-        own = [value for pattern, value in patterns.items() if _matches(pattern, module)]
-        alpha = float(own[0] if own else config.get("lora_alpha", rank))
+        own = [patterns[end] for end in _ends(module) if end in patterns]
+        stated = own[0] if own else config.get("lora_alpha")
+        alpha = float(rank if stated is None else stated)
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -46,28 +47,30 @@ def read_peft_alphas(path: Path, metadata: Mapping[str, str]) -> PeftAlphas:
     beside = path.with_name(CONFIG_FILE)
     if path.name == "adapter_model.safetensors" and beside.is_file():
         # one configuration, for whatever module the file is of
-        config = _parsed(beside.read_text(encoding="utf-8"), str(beside))
+        config = _parsed(beside.read_text(encoding="utf-8", errors="replace"), str(beside))
         return PeftAlphas(dict.fromkeys(_PARTS, config))
     return PeftAlphas({})
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError:
-        config = None
+    config = parse_json(text)
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a JSON object: {text[:60]}")
     found = cast(dict[str, Any], config)
     for key, value in found.items():
-        if key.endswith(("lora_alpha", "alpha_pattern")) and not _numbers(value):
-            raise InputError(f"{where}: {key} is {value!r}: expected numbers")
+        if value is not None and key.endswith("lora_alpha") and not _is_number(value):
+            raise InputError(f"{where}: {key} is {value!r}: expected a number")
+        if value is not None and key.endswith("alpha_pattern") and not _are_numbers(value):
+            raise InputError(f"{where}: {key} is {value!r}: expected numbers by name")
     return found
 
 
-def _numbers(value: object) -> bool:
-    numbers = list(cast(dict[str, object], value).values()) if isinstance(value, dict) else [value]
-    return all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in numbers)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < MOST
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, cast(dict[str, object], value).values()))
 
 
 def _split_by_part(flat: Mapping[str, Any]) -> PeftAlphas:
@@ -79,10 +82,12 @@ def _split_by_part(flat: Mapping[str, Any]) -> PeftAlphas:
     return PeftAlphas(configs)
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a key of alpha_pattern means a module: as PEFT matches it, at the end of the path.
+def _ends(module: str) -> Iterator[str]:
+    """The keys of alpha_pattern that mean a module: the whole path, with or without `^`, and its ends.
 
-    A file may come from anybody: what is no plain name is compared letter by letter, not as an expression.
+    PEFT reads keys as regular expressions. A file may come from anybody, so here they are plain names.
     """
-    name = re.escape(pattern.removeprefix("^"))
-    return re.search(rf"(?:^|\.){name}$", module) is not None
+    yield f"^{module}"
+    while module:
+        yield module
+        module = module.partition(".")[2]

@@ -130,7 +130,7 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
     odd: list[str] = []
     twice: list[tuple[str, str]] = []
     for key in names:
-        stem, suffix = _parted(key)
+        stem, suffix = stem_and_factor(key)
         layer = known.get(stem)
         if layer is None:
             foreign[stem] = None
@@ -145,12 +145,12 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
 
 def factor_of(key: str) -> str | None:
     """The suffix of a key as kohya spells it; None for one that is no factor or alpha."""
-    return _parted(key)[1]
+    return stem_and_factor(key)[1]
 
 
 def adapter_part(key: str) -> str | None:
     """unet, te1 or te2, for a key of an adapter in any spelling; None for any other key."""
-    stem, suffix = _parted(key)
+    stem, suffix = stem_and_factor(key)
     if suffix is None:
         return None
     return next((part for root, part in _ROOTS.items() if stem.startswith(root)), None)
@@ -164,7 +164,7 @@ def spelling_of(key: str) -> str:
     return (Spelling.COMFYUI if comfyui else Spelling.DIFFUSERS).value
 
 
-def _parted(key: str) -> tuple[str, str | None]:
+def stem_and_factor(key: str) -> tuple[str, str | None]:
     """The stem of a key, and its suffix as kohya spells it; None for one that is no factor."""
     key = _PROCESSOR.sub(_old_attention, key)
     if key.startswith("lora_"):

@@ -27,15 +27,17 @@ from spectune.weights.adapter import (
     LazyLayers,
     LowRank,
     TunedAdapter,
+    common_type,
 )
 from spectune.weights.adapter_alphas import PeftAlphas, read_peft_alphas
 from spectune.weights.adapter_keys import KeyTable, sort_keys
 from spectune.weights.catalogue import Catalogue, Kind, Layer
 from spectune.weights.layout import SDXL
 from spectune.weights.names import Module, Part, diffusers_module, is_peft_key, modules_of
-from spectune.weights.reader import Checkpoint, open_checkpoint
+from spectune.weights.reader import DTYPE_NAMES, Checkpoint, open_checkpoint
 
 _KINDS = "only adapters that are a product of two factors are read: LoRA, LyCORIS locon"
+LARGEST_ALPHA = 1e6  # a scale far beyond any that is meant
 _DROP = "; `spectune convert --drop PATTERN` leaves keys out"
 
 
@@ -65,6 +67,8 @@ def _opened(
         raise InputError(f"{source.label} holds no layers")
     layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
     table = sort_keys((key for key in source.tensors if key not in without), layers)
+    if not (table.keys or table.foreign or table.odd):
+        raise InputError(f"nothing of {source.label} is left: all {len(source.tensors)} keys are left out")
     _check_keys(source, table, among_sdxl=catalogue is None)
     if catalogue is None:
         catalogue = _implied(source, table)
@@ -123,19 +127,24 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
 
 def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
     signs = {
+        "model.diffusion_model.": "the file is a checkpoint: expected an adapter",
         "lora_te_": "the adapter is for SD 1 or 2",
         "double_blocks": "the adapter is for Flux",
         "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
         "joint_blocks": "the adapter is for SD 3",
         "text_projection": "text projections are held transposed to what checkpoints store" + _DROP,
-        "model.diffusion_model.": "the file is a checkpoint: expected an adapter",
     }
-    told = [text for sign, text in signs.items() if any(sign in stem for stem in foreign)]
+    told = [text for sign, text in signs.items() if any(_bears(stem, sign) for stem in foreign)]
     if told:
         return told[0]
     if among_sdxl:
-        return "give the model that the adapter is for as --base, if it is not of SDXL's size"
+        return "give the model that the adapter is for as --base, if it is not of SDXL's size" + _DROP
     return "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them" + _DROP
+
+
+def _bears(stem: str, sign: str) -> bool:
+    # ComfyUI's names of SDXL's encoders have `transformer.` in the middle
+    return stem.startswith(sign) if sign == "transformer." else sign in stem
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,15 @@ class _Reader:
     def dtype(self, layer: Layer) -> torch.dtype:
         """A type that holds both factors."""
         suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
-        one, other = (self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes)
-        return torch.promote_types(one, other)
+        types = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
+        for dtype in types:
+            if not dtype.is_floating_point:
+                raise InputError(
+                    f"the factors of {layer.name} in {self.source.label} are {DTYPE_NAMES[dtype]}: expected "
+                    "floating-point numbers",
+                    hint="get the adapter in fp16, bf16 or fp32",
+                )
+        return common_type(types)
 
     def check(self, layer: Layer) -> None:
         """Raise InputError unless all factors have the shapes of the layer; 1x1 kernels may be left out."""
@@ -170,7 +186,7 @@ class _Reader:
         fitting = {suffix: shape for pair in pairs for suffix, shape in zip(pair, (down, up), strict=True)}
         for suffix, expected in fitting.items():
             shape = self.shape(layer, suffix)
-            if rank == 0 or _squeezed(shape) != _squeezed(expected):
+            if rank == 0 or len(shape) not in (2, 4) or 0 in shape or _squeezed(shape) != _squeezed(expected):
                 self._misfit(layer, suffix, expected)
         if ALPHA in self.table.keys[layer.name] and math.prod(self.shape(layer, ALPHA)) != 1:
             self._misfit(layer, ALPHA, ())
@@ -186,10 +202,15 @@ class _Reader:
         """What the file says, or PEFT's configuration; None where neither does."""
         if ALPHA in self.table.keys[layer.name]:
             alpha = float(self.source.load(self.key(layer, ALPHA)).item())
-            if not math.isfinite(alpha):
+            if not abs(alpha) <= LARGEST_ALPHA:
                 raise InputError(f"the alpha of {layer.name} in {self.source.label} is {alpha}")
             return alpha
-        return self.peft.alpha(layer.diffusers, self.rank(layer))
+        alpha = self.peft.alpha(layer.diffusers, self.rank(layer))
+        if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
+            raise InputError(
+                f"the alpha of {layer.name} in the configuration of {self.source.label} is {alpha}"
+            )
+        return alpha
 
     def low_rank(self, layer: Layer) -> LowRank:
         return self._pair(layer, DOWN, UP)

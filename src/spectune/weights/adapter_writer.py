@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from spectune.errors import InputError
 from spectune.weights.adapter import (
     ALPHA,
     DELTA_DOWN,
@@ -30,6 +31,8 @@ from spectune.weights.names import kohya_stem
 from spectune.weights.provenance import Provenance, Role, modelspec_metadata, spectune_version
 from spectune.weights.reader import TensorInfo
 from spectune.weights.writer import RESERVE_BYTES, StreamWriter
+
+_ARGUMENTS = {"algo": "locon", "preset": "full", "train_norm": "False"}
 
 
 def adapter_infos(
@@ -109,8 +112,11 @@ class AdapterWriter:
         force: bool = False,
         hold: bool = False,
     ) -> None:
+        check_adapter_name(path)
         described = kohya_metadata(layers, ranks, provenance, title=Path(path).stem)
         self._spelling = spelling
+        self._layers, self._ranks = layers, ranks
+        self._alphas: dict[str, float] = {}
         self._writer = StreamWriter(
             path,
             adapter_infos(layers, ranks, dtype, spelling),
@@ -141,6 +147,7 @@ class AdapterWriter:
         self._writer.abandon()
 
     def write(self, layer: Layer, low_rank: LowRank) -> None:
+        self._alphas[layer.name] = low_rank.alpha
         for name, tensor in low_rank_tensors(layer, low_rank, self._spelling).items():
             self._writer.write(name, tensor)
 
@@ -152,6 +159,7 @@ class AdapterWriter:
     ) -> None:
         if kind is None and not self._writer.waiting:
             try:
+                self._writer.metadata |= alpha_metadata(self._layers, self._ranks, self._alphas)
                 self._writer.metadata |= {
                     "sshs_model_hash": self._writer.payload_sha256(),
                     "sshs_legacy_hash": self._writer.legacy_sha256()[:8],
@@ -171,6 +179,7 @@ def save_tuned(
     force: bool = False,
 ) -> str:
     """Write a tuned adapter with its frame, each tensor in the type it has, and return its weights hash."""
+    check_adapter_name(path)
     infos = [
         TensorInfo(key, tensor.dtype, tuple(tensor.shape))
         for name in tuned.layers
@@ -191,12 +200,11 @@ def kohya_metadata(
     """The entries by which sd-scripts, LyCORIS and model databases recognise an adapter for SDXL."""
     dim = _common_rank([layer for layer in layers if not _is_spatial(layer)], ranks)
     conv_dim = _common_rank([layer for layer in layers if _is_spatial(layer)], ranks)
-    arguments = {"algo": "locon", "preset": "full", "train_norm": "False"}
     entries = {
         "ss_network_module": "lycoris.kohya",
         "ss_network_dim": dim,
         "ss_network_alpha": dim,
-        "ss_network_args": json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_dim, **arguments}),
+        "ss_network_args": json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_dim, **_ARGUMENTS}),
         "ss_base_model_version": "sdxl_base_v1-0",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
@@ -204,6 +212,30 @@ def kohya_metadata(
         "modelspec.title": title,
     }
     return entries | modelspec_metadata(provenance.prediction)
+
+
+def alpha_metadata(
+    layers: Sequence[Layer], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, str]:
+    """The entries of alphas that are not the ranks: trainers take the scale from them; empty if all are."""
+    if all(alphas[layer.name] == ranks[layer.name] for layer in layers):
+        return {}
+    linear, spatial = (
+        [alphas[layer.name] for layer in layers if _is_spatial(layer) is kind] for kind in (False, True)
+    )
+    arguments = {"conv_dim": _common_rank([layer for layer in layers if _is_spatial(layer)], ranks)}
+    arguments |= {"conv_alpha": _common_alpha(spatial), **_ARGUMENTS}
+    return {"ss_network_alpha": _common_alpha(linear), "ss_network_args": json.dumps(arguments)}
+
+
+def _common_alpha(alphas: Sequence[float]) -> str:
+    return f"{alphas[0]:g}" if len(set(alphas)) == 1 else "Dynamic" if alphas else "0"
+
+
+def check_adapter_name(path: Path) -> None:
+    """Raise InputError for a name that belongs to another kind of file."""
+    if Path(path).suffix.lower() != ".safetensors":
+        raise InputError(f"cannot write {Path(path).name}: expected a name like x.safetensors")
 
 
 def _common_rank(layers: Sequence[Layer], ranks: Mapping[str, int]) -> str:

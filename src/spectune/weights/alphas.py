@@ -11,8 +11,9 @@ import torch
 
 from spectune.errors import some_of
 from spectune.weights.adapter import ALPHA, DOWN, FRAME_DOWN
+from spectune.weights.adapter_keys import stem_and_factor
 from spectune.weights.names import split_adapter_key
-from spectune.weights.provenance import Provenance
+from spectune.weights.provenance import Provenance, Role
 from spectune.weights.reader import DTYPE_NAMES, WeightSource
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -36,12 +37,12 @@ class Alpha:
 
 
 def alpha_problems(source: WeightSource) -> list[str]:
-    """What is wrong with the alphas of an adapter, in words; spectune's own adapters have alpha = rank.
+    """What is wrong with the alphas of an adapter, in words; principals of spectune have alpha = rank.
 
     A missing alpha, one that is not a finite number, and one whose type cannot hold the rank are problems of
-    any adapter; another value than the rank is one of an adapter that spectune wrote.
+    any adapter; another value than the rank is one of a principal that spectune wrote.
     """
-    ours = Provenance.from_metadata(source.metadata).role is not None
+    ours = Provenance.from_metadata(source.metadata).role in (Role.PRINCIPAL, Role.TUNED)
     missing: list[str] = []
     broken: list[str] = []
     rounded: list[str] = []
@@ -65,13 +66,15 @@ def alpha_problems(source: WeightSource) -> list[str]:
 
 
 def scale_problems(source: WeightSource) -> list[str]:
-    """What is to be said where the layers of an adapter in kohya keys do not all have one scale.
+    """What is to be said where the layers of an adapter do not all have one scale.
 
     Trainers take one scale for all from the command line, and diffusers gives attention layers the alpha
     that most of their part have.
     """
     scales = Counter(
-        alpha.value / alpha.rank for alpha in read_alphas(source).values() if alpha.value and alpha.rank
+        alpha.value / alpha.rank
+        for alpha in read_alphas(source, all_spellings=True).values()
+        if alpha.value and alpha.rank
     )
     if len(scales) < 2:
         return []
@@ -82,12 +85,14 @@ def scale_problems(source: WeightSource) -> list[str]:
     ]
 
 
-def read_alphas(source: WeightSource) -> Mapping[str, Alpha]:
-    """The alphas of all pairs in kohya keys, by stem."""
+def read_alphas(source: WeightSource, *, all_spellings: bool = False) -> Mapping[str, Alpha]:
+    """The alphas of all pairs in kohya keys, or in keys of any spelling, by stem."""
     found: dict[str, Alpha] = {}
     for name, info in source.tensors.items():
-        stem, suffix = split_adapter_key(name)
-        if not name.startswith(KOHYA_PREFIXES) or suffix not in (DOWN, FRAME_DOWN) or not info.shape:
+        stem, suffix = stem_and_factor(name) if all_spellings else split_adapter_key(name)
+        if not (all_spellings or name.startswith(KOHYA_PREFIXES)):
+            continue
+        if suffix not in (DOWN, FRAME_DOWN) or not info.shape:
             continue
         alpha = source.tensors.get(f"{stem}.{ALPHA}")
         if alpha is None:

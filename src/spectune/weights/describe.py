@@ -18,6 +18,9 @@ from spectune.weights.reader import DTYPE_NAMES, WeightSource
 RANKS = (16, 32, 64, 128, 256)
 PART_ROOTS: Mapping[str, str] = {"unet": UNET_ROOT, "te1": TE1_SHORT_ROOT, "te2": TE2_ROOT, "vae": VAE_ROOT}
 PARTS = tuple(PART_ROOTS)
+# what keys of adapters have in them, also of those of other models and kinds
+_ADAPTER_SIGNS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".frame_")
+_ADAPTER_ENDS = (".diff", ".diff_b")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,12 @@ class AdapterSummary:
 
 def is_adapter(source: WeightSource) -> bool:
     """Whether the file holds low-rank factors and not a model."""
-    return any(adapter_part(name) is not None or name.startswith("lora_") for name in source.tensors)
+    return any(
+        name.startswith("lora_")
+        or name.endswith(_ADAPTER_ENDS)
+        or any(sign in name for sign in _ADAPTER_SIGNS)
+        for name in source.tensors
+    )
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
@@ -97,7 +105,11 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
 
 def describe_adapter(source: WeightSource) -> AdapterSummary:
     """Layers, ranks and scales of an adapter in any spelling; raises InputError when the file holds none."""
-    downs = [info for name, info in source.tensors.items() if factor_of(name) in (DOWN, FRAME_DOWN)]
+    downs = [
+        info
+        for name, info in source.tensors.items()
+        if factor_of(name) in (DOWN, FRAME_DOWN) and len(info.shape) > 1
+    ]
     if not downs:
         raise InputError(
             f"{source.label} holds no pairs of low-rank factors",
@@ -106,9 +118,8 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
     provenance = Provenance.from_metadata(source.metadata)
     parts = Counter(str(adapter_part(info.name) or "other") for info in downs)
     factors = [name for name in source.tensors if factor_of(name) not in (None, ALPHA)]
-    scales = Counter(
-        alpha.value / alpha.rank for alpha in read_alphas(source).values() if alpha.value and alpha.rank
-    )
+    alphas = read_alphas(source, all_spellings=True).values()
+    scales = Counter(alpha.value / alpha.rank for alpha in alphas if alpha.value and alpha.rank)
     return AdapterSummary(
         label=source.label,
         role=str(provenance.role or Role.LORA),

@@ -19,6 +19,8 @@ from spectune.weights.reader import DTYPE_NAMES, WeightSource
 
 PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
+ADAPTERS_KEY = "spectune.adapters"  # what a model was rebuilt with: files, roles, strengths
+SLICES_KEY = "spectune.slices"  # of which files, traits and weights a file was put together
 
 Prediction = Literal["eps", "v", "flow"]
 NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v

@@ -12,8 +12,9 @@ EVERY, DEFAULT = "all", "default"
 _LEAVE_OUT = ("!", "-")
 _HINT = (
     "name layers by `default`, `all`, a part (unet, te1, te2), a block (down.1, mid, te1.3), a kind (linear, "
-    "conv) or a pattern such as unet.*attn2*; `!` in front leaves out"
+    "conv) or a pattern such as unet.*attn2*"
 )
+_LEAVES_OUT = "; `!` in front leaves out"
 
 
 def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[Layer, ...]:
@@ -33,7 +34,9 @@ def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[L
     dropped = {layer.name for word in unwanted for layer in _matches(catalogue, word)}
     left = tuple(layer for layer in catalogue if layer.name in chosen - dropped)
     if not left:
-        raise InputError(f"`{','.join(words)}` leaves none of {len(catalogue)} layers", hint=_HINT)
+        raise InputError(
+            f"`{','.join(words)}` leaves none of {len(catalogue)} layers", hint=_HINT + _LEAVES_OUT
+        )
     return left
 
 
@@ -65,7 +68,7 @@ def _matches(catalogue: Catalogue, word: str, known: Sequence[str] = ()) -> list
         meant = [*known, EVERY, DEFAULT, *dict.fromkeys(_spellings(catalogue))]
         raise InputError(
             f"no layer matches `{word}`{did_you_mean(word, meant)} ({len(catalogue)} layers were looked at)",
-            hint=_HINT,
+            hint=_HINT if known else _HINT + _LEAVES_OUT,
         )
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import cast
 from spectune.errors import InputError, did_you_mean
 from spectune.weights.adapter import DOWN, UP
 from spectune.weights.catalogue import Catalogue, Layer
+from spectune.weights.jsons import parse_json
 from spectune.weights.selection import layers_named
 
 # What B-LoRA found: attention in these two transformers decides on content and on style
@@ -19,7 +19,13 @@ _ATTENTION_OF: Mapping[str, str] = {
     "content": "unet.up_blocks.0.attentions.0.",
     "style": "unet.up_blocks.0.attentions.1.",
 }
-TRAITS = ("te", "te1", "te2", "unet", *_ATTENTION_OF)
+_PARTS_OF: Mapping[str, tuple[str, ...]] = {
+    "te": ("te1", "te2"),
+    "te1": ("te1",),
+    "te2": ("te2",),
+    "unet": ("unet",),
+}
+TRAITS = (*_PARTS_OF, *_ATTENTION_OF)
 _LISTS = ("whitelist", "blacklist")
 
 
@@ -40,7 +46,7 @@ def read_traits(path: Path) -> dict[str, TraitRule]:
     Raises InputError for a file that is not of this form.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read traits from {path}: {error}") from None
     if not isinstance(told, dict):
@@ -76,20 +82,27 @@ def trait_layers(
 ) -> tuple[Layer, ...]:
     """The layers of a catalogue that a trait names, in the catalogue's order; all for no trait.
 
-    A trait is a name from `rules`, one of TRAITS, or a block or pattern that `layers_named` knows.
-    Raises InputError for a word without a match.
+    A trait is a name from `rules`, one of TRAITS, or a block or pattern that `layers_named` knows; several
+    are joined by `+`. Raises InputError for a word without a match.
     """
     if trait is None:
         return catalogue.layers
+    words = [trait] if trait in rules else [word.strip() for word in trait.split("+")]
+    chosen = {layer.name for word in words for layer in _one_trait(catalogue, word, rules)}
+    return tuple(layer for layer in catalogue if layer.name in chosen)
+
+
+def _one_trait(catalogue: Catalogue, trait: str, rules: Mapping[str, TraitRule]) -> tuple[Layer, ...]:
     if trait in rules:
         return _by_keys(catalogue, trait, rules[trait])
     if trait in _ATTENTION_OF:
         root = _ATTENTION_OF[trait]
         found = [layer for layer in catalogue if layer.diffusers.startswith(root) and ".attn" in layer.name]
         return _some(found, catalogue, trait)
-    if trait == "te":
-        return _some([layer for layer in catalogue if layer.part.value in ("te1", "te2")], catalogue, trait)
-    return layers_named(catalogue, trait.split("+"), known=(*TRAITS, *rules))
+    if trait in _PARTS_OF:
+        parts = _PARTS_OF[trait]
+        return _some([layer for layer in catalogue if layer.part.value in parts], catalogue, trait)
+    return layers_named(catalogue, [trait], known=(*TRAITS, *rules))
 
 
 def _by_keys(catalogue: Catalogue, trait: str, rule: TraitRule) -> tuple[Layer, ...]:

@@ -206,7 +206,9 @@ def export(
         typer.Option(help="The untouched principal, where SOURCE is that one as another program trained it."),
     ] = None,
     layers: Layers = None,
-    device: Annotated[str, typer.Option(help="Where to factor: auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where to factor the difference of checkpoints: auto, cpu, cuda or cuda:1.")
+    ] = "auto",
     force: Force = False,
     json: Json = False,
 ) -> None:

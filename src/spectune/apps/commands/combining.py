@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spectune import api
-from spectune.apps.commands.weights import written
+from spectune.apps.commands.weights import percent, written
 from spectune.apps.console import print_json, print_warning, progress, say
 from spectune.errors import some_of
 from spectune.rebuilding.files import ConvertReport, SliceReport
@@ -64,7 +64,7 @@ def _print_slices(result: SliceReport, started: float) -> None:
     if result.role == "tuned":
         say("the file holds trained deltas, as they were: rebuild and export take it")
     elif result.error:
-        say(f"rounding the factors cost {result.error:.3%} of the change")
+        say(f"rounding the factors cost {percent(result.error)} of the change")
     else:
         say("nothing was rounded")
 
@@ -117,7 +117,7 @@ def _print_conversion(result: ConvertReport, started: float) -> None:
     if result.rounded:
         say(
             f"{len(result.rounded)} of {result.count} layers were rounded: together they are off by "
-            f"{result.error:.3%}"
+            f"{percent(result.error)}"
         )
     else:
         say(f"{result.count} layers or tensors, nothing was rounded")

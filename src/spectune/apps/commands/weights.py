@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from spectune import api
 from spectune.apps.arguments import parse_device
 from spectune.apps.console import megabytes, print_json, print_warning, progress, say, table
-from spectune.errors import InputError, some_of
+from spectune.errors import some_of
 from spectune.rebuilding import files
 from spectune.rebuilding.ranks import RankRequest, choose_ranks, parse_ranks
-from spectune.rebuilding.strength import parse_strength
 from spectune.weights import describe
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.coverage import adapter_coverage, coverage_rows
 from spectune.weights.coverage_checkpoint import checkpoint_coverage
 from spectune.weights.dtypes import parse_dtype
 from spectune.weights.null import write_null
-from spectune.weights.reader import open_checkpoint
+from spectune.weights.reader import INDEX_SUFFIX, open_checkpoint
 from spectune.weights.selection import select_layers
 
 
@@ -295,7 +296,7 @@ def rebuild(
             adapter,
             base,
             target,
-            strength=parse_strength(strength).by_part,
+            strength=strength,
             dtype=dtype,
             cast_all=cast_all,
             force=force,
@@ -335,8 +336,6 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    if form not in ("lora", "principal"):
-        raise InputError(f"unknown form {form!r}", hint="lora or principal")
     started = time.perf_counter()
     with progress("export") as report:
         result = api.export(
@@ -347,7 +346,7 @@ def export(
             conv_rank=conv_rank,
             energy=energy,
             size=size,
-            form=form,
+            form=cast("files.ExportForm", form),  # the API looks at the word
             keys=keys,
             dtype=dtype,
             principal=principal,
@@ -368,14 +367,14 @@ def export(
             f"{loss.layers}",
             _span(loss.lowest_rank, loss.highest_rank),
             f"{loss.truncated}",
-            f"{loss.error:.3%}",
+            percent(loss.error),
         )
         for loss in result.parts
     ]
     table("", ("part", "layers", "rank", "cut", "error of the change"), rows, left=1)
     say(
-        f"{len(result.layers)} layers; the change they make is off by {result.error:.3%} by rounding and "
-        f"truncation, at most {result.worst.error:.3%} in {result.worst.name}"
+        f"{len(result.layers)} layers; the change they make is off by {percent(result.error)} by rounding "
+        f"and truncation, at most {percent(result.worst.error)} in {result.worst.name}"
     )
     if result.unchanged:
         say(f"{len(result.unchanged)} layers did not change and are left out")
@@ -410,6 +409,21 @@ def _span(lowest: int, highest: int) -> str:
 
 
 def written(path: Path, started: float) -> str:
-    parts = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    size = megabytes(sum(part.stat().st_size for part in parts))
+    """The last word of a command: what it wrote, how large it is, how long it took."""
+    size = megabytes(sum(part.stat().st_size for part in _files_of(path)))
     return f"wrote {path}  ({size}, {time.perf_counter() - started:.1f} s)"
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files of a folder, of a sharded checkpoint, or the file itself."""
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    return [path, *(path.with_name(name) for name in dict.fromkeys(shards))]
+
+
+def percent(share: float) -> str:
+    """A small share as a percentage that never reads as nothing."""
+    return "less than 0.001%" if 0 < share < 1e-5 else f"{share:.3%}"

@@ -2,7 +2,7 @@
 
 from spectune.rebuilding.files.convert import ConvertReport, convert_adapter, convert_checkpoint
 from spectune.rebuilding.files.difference import export_difference
-from spectune.rebuilding.files.export import ExportReport, export_adapter
+from spectune.rebuilding.files.export import ExportForm, ExportReport, export_adapter
 from spectune.rebuilding.files.rebuild import RebuildReport, rebuild_checkpoint
 from spectune.rebuilding.files.slice import SliceReport, slice_adapters
 from spectune.rebuilding.files.slice_plan import Slice, parse_slice
@@ -18,6 +18,7 @@ from spectune.rebuilding.files.verify import verify_files
 
 __all__ = [
     "ConvertReport",
+    "ExportForm",
     "ExportReport",
     "RebuildReport",
     "Slice",

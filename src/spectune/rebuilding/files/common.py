@@ -126,7 +126,13 @@ def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, s
 
     Hashes, the title and the sizes of the network are written anew, and so is all of `spectune.`.
     """
-    sizes = ("ss_network_dim", "ss_network_alpha", "ss_network_args", "lora_adapter_metadata")
+    sizes = (
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "lora_adapter_metadata",
+    )
     names = ("modelspec.title",) if one_file else ("modelspec.title", "ss_output_name")
     gone = {*STALE, *sizes, *names}
     return {key: text for key, text in metadata.items() if key not in gone and not key.startswith(PREFIX)}

@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 
 from spectune.errors import InputError
-from spectune.rebuilding.export import Exported, ExportedLayer, evened, same_product, total_error
+from spectune.factor.rounding import rounded
+from spectune.rebuilding.export import (
+    Exported,
+    ExportedLayer,
+    check_factors,
+    evened,
+    same_product,
+    total_error,
+)
 from spectune.rebuilding.files.common import (
     STALE,
     catalogue_of,
@@ -28,7 +36,7 @@ from spectune.weights.adapter_keys import Spelling
 from spectune.weights.adapter_reader import open_adapter
 from spectune.weights.adapter_writer import AdapterWriter, save_tuned
 from spectune.weights.alphas import scale_problems
-from spectune.weights.catalogue import Layer
+from spectune.weights.catalogue import Layer, build_catalogue
 from spectune.weights.provenance import Provenance, spectune_version
 from spectune.weights.reader import open_checkpoint
 from spectune.weights.targets import open_writer
@@ -79,8 +87,8 @@ def convert_adapter(
     with ExitStack() as stack:
         catalogue = None if base is None else catalogue_of(base, out)
         opened = stack.enter_context(open_adapter(adapter, catalogue, without=dropped))
-        refuse_overwriting(out, [opened])
         original = None if principal is None else stack.enter_context(open_adapter(principal, catalogue))
+        refuse_overwriting(out, [opened] if original is None else [opened, original])
         source = opened if original is None else trained_deltas(opened, original)
         told = Provenance.from_metadata(source.metadata)
         metadata = kept_metadata(source.metadata, one_file=True)
@@ -125,7 +133,9 @@ def _sides(layer: Layer) -> tuple[int, int]:
 def _converted(low_rank: LowRank, store: torch.dtype, name: str, *, even: bool) -> Exported:
     if even:
         return evened(low_rank, store, name)
-    result = LowRank(low_rank.down.to(store), low_rank.up.to(store), low_rank.alpha)
+    check_factors(low_rank, name)
+    down, up = rounded(low_rank.down, store, name), rounded(low_rank.up, store, name)
+    result = LowRank(down, up, low_rank.alpha)
     same = low_rank.down.dtype == low_rank.up.dtype == store
     return Exported(result, same_product(low_rank, low_rank if same else result, name))
 
@@ -152,6 +162,7 @@ def convert_checkpoint(
     """
     with open_checkpoint(model) as source:
         refuse_overwriting(out, [source])
+        build_catalogue(source)  # a file that is no SDXL is an error
         metadata = {key: value for key, value in source.metadata.items() if key not in STALE}
         infos = list(source.tensors.values())
         with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:

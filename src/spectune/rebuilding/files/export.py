@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError, PairingError, some_of
+from spectune.rebuilding.doubled import likeness
 from spectune.rebuilding.export import (
     Exported,
     ExportedLayer,
@@ -21,7 +22,7 @@ from spectune.rebuilding.export import (
     total_error,
     tuned_principal,
 )
-from spectune.rebuilding.files.common import catalogue_of, refuse_overwriting
+from spectune.rebuilding.files.common import catalogue_of, kept_metadata, refuse_overwriting
 from spectune.rebuilding.pipeline import Progress, stream, tell
 from spectune.rebuilding.ranks import FixedRank, RankRequest, ranks_of_spectra
 from spectune.rebuilding.trained import trained_deltas
@@ -31,6 +32,7 @@ from spectune.weights.adapter_reader import open_adapter, sdxl_default_layers
 from spectune.weights.adapter_writer import AdapterWriter
 from spectune.weights.catalogue import Catalogue, Layer
 from spectune.weights.provenance import Provenance, Role, spectune_version
+from spectune.weights.reader import open_checkpoint
 
 ExportForm = Literal["lora", "principal"]
 
@@ -67,7 +69,7 @@ class ExportReport:
 
     @property
     def worst(self) -> ExportedLayer:
-        return max(self.layers, key=lambda layer: layer.error)
+        return max((*self.layers, *self.left_out), key=lambda layer: layer.error)
 
     @property
     def parts(self) -> tuple[PartLoss, ...]:
@@ -129,18 +131,34 @@ def export_adapter(
         inputs = [opened] if original is None else [opened, original]
         refuse_overwriting(out, inputs)
         source = _source(opened, original)
+        if base is not None and original is None:
+            _check_no_principal(opened, base)
         assert opened.catalogue is not None
         if form == "principal":
             _check_whole_principal(source, opened.catalogue, rank, whole=base is not None)
         layers = [opened.catalogue.by_name[name] for name in source.layers]
         ranks, left_out = _ranks(source, layers, rank, store, form, progress)
         kept = [layer for layer in layers if ranks[layer.name]]
+        if not kept:
+            raise InputError(
+                f"{opened.label} changes nothing: all of its {len(layers)} layers are zero",
+                hint="was it saved before it was trained?",
+            )
         made_from = Provenance.from_metadata(source.metadata)
-        role = Role.LORA if form == "lora" else Role.PRINCIPAL
-        provenance = replace(made_from, role=role, version=spectune_version())
+        if form == "lora":
+            made_from = replace(made_from, principal_hash=None)
+        metadata = kept_metadata(source.metadata, one_file=True)
+        provenance = replace(made_from, role=_role(source, form), version=spectune_version())
         reports: list[ExportedLayer] = []
         with AdapterWriter(
-            out, kept, ranks, dtype=store, provenance=provenance, spelling=spelling, force=force
+            out,
+            kept,
+            ranks,
+            dtype=store,
+            provenance=provenance,
+            spelling=spelling,
+            metadata=metadata,
+            force=force,
         ) as writer:
 
             def exported(layer: Layer) -> Exported:
@@ -198,6 +216,28 @@ def _source(
             hint="pass the principal that `spectune split` wrote as --principal",
         )
     return opened
+
+
+def _role(source: Adapter | TunedAdapter, form: ExportForm) -> Role | None:
+    """What the new file is; what another program made stays without a role, and is judged by its numbers."""
+    if form == "principal":
+        return Role.PRINCIPAL
+    known = isinstance(source, TunedAdapter) or Provenance.from_metadata(source.metadata).role is not None
+    return Role.LORA if known else None
+
+
+def _check_no_principal(opened: Adapter | TunedAdapter, base: Path) -> None:
+    """Raise InputError for a principal that does not say so: as a LoRA it would count twice."""
+    if isinstance(opened, TunedAdapter) or Provenance.from_metadata(opened.metadata).role is not None:
+        return
+    with open_checkpoint(base) as source:
+        alike = likeness(source, opened)
+    if alike.is_inside:
+        raise InputError(
+            f"{opened.label} has the numbers of a principal of {base.name}: what training changed in it is "
+            "known only beside the untouched one",
+            hint="pass the principal that `spectune split` wrote as --principal",
+        )
 
 
 def _check_whole_principal(

@@ -19,12 +19,11 @@ from spectune.rebuilding.strength import Strength, strength_of
 from spectune.weights.adapter import Adapter, TunedAdapter
 from spectune.weights.adapter_reader import open_adapter
 from spectune.weights.catalogue import Catalogue, build_catalogue
-from spectune.weights.provenance import PREFIX, Provenance, Role, WeightsHasher, modelspec_model
+from spectune.weights.jsons import parse_json
+from spectune.weights.provenance import ADAPTERS_KEY, Provenance, Role, WeightsHasher, modelspec_model
 from spectune.weights.quantised import check_not_quantised
 from spectune.weights.reader import open_checkpoint
 from spectune.weights.targets import open_writer
-
-ADAPTERS_KEY = f"{PREFIX}adapters"  # what was added to the base: file, weights and strength
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def rebuild_checkpoint(
             model = model.over(hashed)
         metadata = {key: value for key, value in model.metadata.items() if key not in STALE}
         metadata |= modelspec_model(source.metadata, title=out.name.removesuffix(".safetensors"))
-        metadata[ADAPTERS_KEY] = _described(adapter, opened, strength)
+        metadata[ADAPTERS_KEY] = _described(source.metadata, adapter, opened, strength)
         infos = list(model.tensors.values())
         warnings = [*opened.warnings, *model.warnings]
         with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:
@@ -109,13 +108,22 @@ def rebuild_checkpoint(
 
 
 def _factored(model: Merged | Restored) -> int:
-    return len(model.principals) if isinstance(model, Restored) else len(model.changes)
+    """The tensors of a residual that the principal changes, or that have another type in the model."""
+    if isinstance(model, Merged):
+        return len(model.changes)
+    before = model.residual.tensors
+    recast = {name for name, info in model.tensors.items() if name in before and info != before[name]}
+    return len(recast | model.principals.keys())
 
 
-def _described(path: Path, adapter: Adapter | TunedAdapter, strength: Strength) -> str:
+def _described(
+    metadata: Mapping[str, str], path: Path, adapter: Adapter | TunedAdapter, strength: Strength
+) -> str:
+    """What a model is made with, after what its base was made with."""
     told = Provenance.from_metadata(adapter.metadata)
     entry = {"file": path.name, "role": told.role or Role.LORA, "strength": str(strength)}
-    return json.dumps([entry])
+    earlier = parse_json(metadata.get(ADAPTERS_KEY, "[]"))
+    return json.dumps([*(earlier if isinstance(earlier, list) else []), entry])
 
 
 def _coverage(adapter: Adapter | TunedAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from spectune.rebuilding.files.slice_plan import (
 )
 from spectune.rebuilding.pipeline import Progress, stream, tell
 from spectune.rebuilding.slices import Term, summed
-from spectune.weights.adapter import Adapter, Delta, LazyLayers, TunedAdapter
+from spectune.weights.adapter import Adapter, Delta, LazyLayers, TunedAdapter, common_type
 from spectune.weights.adapter_keys import Spelling
 from spectune.weights.adapter_reader import open_adapter
 from spectune.weights.adapter_writer import AdapterWriter, save_tuned
@@ -91,7 +90,10 @@ def slice_adapters(
                 hint="leave out --no-overlap to add them up, or narrow the traits",
             )
         role, warnings = role_of(plan, opened)
-        provenance = replace(provenance_of(plan, opened, role), role=role, version=spectune_version())
+        known = any(isinstance(adapter, TunedAdapter) or _has_role(adapter) for adapter in opened.values())
+        provenance = provenance_of(plan, opened, role)
+        # what other programs made stays without a role, and is judged by its numbers
+        provenance = replace(provenance, role=role if known else None, version=spectune_version())
         kept = kept_metadata(opened[plan.leading].metadata, one_file=len(opened) == 1)
         metadata = {**kept, **slices_metadata(slices)}
         warnings = (*(text for adapter in opened.values() for text in adapter.warnings), *warnings)
@@ -106,6 +108,10 @@ def slice_adapters(
             with open_checkpoint(out) as made:
                 warnings = (*warnings, *scale_problems(made))
     return SliceReport(out, written, role, plan.results, tuple(reports), plan.overlaps, warnings)
+
+
+def _has_role(adapter: Adapter | TunedAdapter) -> bool:
+    return Provenance.from_metadata(adapter.metadata).role is not None
 
 
 def _write_tuned(
@@ -187,4 +193,4 @@ def _dtype(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedA
         torch.float16 if isinstance(adapter, TunedAdapter) else adapter.dtype(layer.name)
         for adapter in adapters
     ]
-    return reduce(torch.promote_types, found)
+    return common_type(found)

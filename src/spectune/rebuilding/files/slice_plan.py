@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectune.errors import InputError, PairingError
-from spectune.rebuilding.pairing import shown
+from spectune.rebuilding.pairing import adapter_hash, shown
 from spectune.weights.adapter import Adapter, TunedAdapter
 from spectune.weights.catalogue import Catalogue, Layer
-from spectune.weights.provenance import PREFIX, Provenance, Role
+from spectune.weights.provenance import SLICES_KEY, Provenance, Role
 from spectune.weights.traits import TraitRule, trait_layers
 
-SLICES_KEY = f"{PREFIX}slices"  # of which files, traits and weights an adapter was put together
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -45,7 +45,10 @@ def parse_slice(word: str) -> Slice:
         trait, weight = None, trait
     if weight is not None and not _NUMBER.fullmatch(weight):
         raise InputError(f"the weight in {word!r} is {weight!r}: expected a number like 0.8")
-    return Slice(Path(path), trait, 1.0 if weight is None else float(weight))
+    number = 1.0 if weight is None else float(weight)
+    if not math.isfinite(number):
+        raise InputError(f"the weight in {word!r} is {number}: expected a finite number")
+    return Slice(Path(path), trait, number)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class SlicePlan:
             kept = trait_layers(catalogue, piece.trait, traits)
             for layer in kept:
                 first = found.setdefault(layer.name, layer)
-                if first.shape != layer.shape:
+                if _squeezed(first.shape) != _squeezed(layer.shape):
                     raise InputError(
                         f"{layer.name} is {layer.shape} in {adapter.label} and {first.shape} in "
                         f"{sources[layer.name][0].path.name}",
@@ -112,6 +115,11 @@ class SlicePlan:
         return not self.overlaps and all(
             piece.weight == 1 for pieces in self.sources.values() for piece in pieces
         )
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _own_layers(adapter: Adapter | TunedAdapter) -> Catalogue:
@@ -153,6 +161,11 @@ def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> t
     tuned = [isinstance(adapter, TunedAdapter) for adapter in opened.values()]
     if all(tuned) and plan.untouched and len(bases) == 1:
         return Role.TUNED, ()
+    if any(tuned):
+        warnings.append(
+            "trained deltas that are weighted, summed or put beside others become a plain LoRA: it goes on "
+            "the original, and not beside a residual"
+        )
     if len(known) > 1:
         warnings.append(
             f"the adapters were made for different models ({_hashes(known)}): how well they go together only "
@@ -175,11 +188,21 @@ def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]
     result = Provenance.from_metadata(opened[plan.leading].metadata)
     if len({one.base_hash for one in told}) > 1:
         result = replace(result, base_hash=None, base_name=None)
-    if len({one.principal_hash for one in told}) > 1:
-        result = replace(result, principal_hash=None)
+    principals = {_principal_hash(adapter) for adapter in opened.values()}
+    # weighted or summed it is no longer what a residual lacks
+    fits = plan.untouched and len(principals) == 1 and any(one.principal_hash for one in told)
+    result = replace(result, principal_hash=principals.pop() if fits else None)
     if role is Role.LORA:
         result = replace(result, principal_hash=None)
     return result
+
+
+def _principal_hash(adapter: Adapter | TunedAdapter) -> str | None:
+    """The principal that an adapter was trained from; an untouched one is its own."""
+    told = Provenance.from_metadata(adapter.metadata)
+    if isinstance(adapter, Adapter) and told.role is Role.PRINCIPAL and told.principal_hash is None:
+        return adapter_hash(adapter)
+    return told.principal_hash
 
 
 def slices_metadata(slices: Sequence[Slice]) -> dict[str, str]:

@@ -15,7 +15,14 @@ from spectune.rebuilding.files.slice_plan import Slice, slices_metadata
 from spectune.rebuilding.pipeline import Progress
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.describe import PARTS, part_of
-from spectune.weights.provenance import PREFIX, Provenance, Role, modelspec_model, spectune_version
+from spectune.weights.provenance import (
+    ADAPTERS_KEY,
+    PREFIX,
+    Provenance,
+    Role,
+    modelspec_model,
+    spectune_version,
+)
 from spectune.weights.reader import TensorInfo, WeightSource, open_checkpoint
 from spectune.weights.targets import open_writer
 
@@ -100,8 +107,8 @@ def _chosen(slices: Sequence[Slice]) -> dict[str, Path]:
         word = piece.trait or ""
         if word not in _WORDS:
             raise InputError(
-                f"{piece.path.name} is a checkpoint: expected one of its parts, got `{word}`"
-                + did_you_mean(word, _WORDS),
+                f"{piece.path.name} is a checkpoint: expected one of its parts"
+                + (f", got `{word}`{did_you_mean(word, _WORDS)}" if word else ""),
                 hint=f"write {piece.path.name}:unet; parts are {', '.join(_WORDS)}",
             )
         for part in _WORDS[word]:
@@ -137,6 +144,7 @@ def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[st
         vae_padding=vae.vae_padding,
         vae_name=vae.vae_name,
     )
-    ours = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__}
+    # what the UNet's file was rebuilt with is not true of the other parts
+    ours = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {ADAPTERS_KEY}
     kept = {key: text for key, text in model.metadata.items() if key not in ours and key not in STALE}
     return kept | modelspec_model(kept, title=title) | provenance.to_metadata() | slices_metadata(slices)
