@@ -29,11 +29,6 @@ class Term:
     weight: float
 
 
-def summed_rank(terms: Sequence[tuple[tuple[int, ...], int]]) -> int:
-    """The rank of a sum of layers, each given by its weight's shape and the rank of its change."""
-    return limited_rank(terms[0][0], sum(rank for _, rank in terms), None)
-
-
 def summed(terms: Sequence[Term], store: torch.dtype, name: str, *, even: bool = False) -> Exported:
     """The sum of the weighted changes of one layer as one pair, stored as `store`.
 

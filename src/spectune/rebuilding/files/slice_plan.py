@@ -35,12 +35,7 @@ class Slice:
 
 def parse_slice(word: str) -> Slice:
     """`FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`; a drive letter's colon is the file's."""
-    match = re.fullmatch(r"(.*?\.safetensors)(?::([^:]*))?(?::([^:]*))?", word, re.IGNORECASE)
-    if match is None:
-        raise InputError(
-            f"unreadable slice {word!r}", hint="write it like style.safetensors:te or x.safetensors:unet:0.8"
-        )
-    path, trait, weight = match[1], match[2] or None, match[3]
+    path, trait, weight = _pieces(word)
     if trait is not None and weight is None and _NUMBER.fullmatch(trait):
         trait, weight = None, trait
     if weight is not None and not _NUMBER.fullmatch(weight):
@@ -49,6 +44,21 @@ def parse_slice(word: str) -> Slice:
     if not math.isfinite(number):
         raise InputError(f"the weight in {word!r} is {number}: expected a finite number")
     return Slice(Path(path), trait, number)
+
+
+def _pieces(word: str) -> tuple[str, str | None, str | None]:
+    """File, trait and weight; what is there on disk under a longer name is meant by it, folders too."""
+    for colons in range(3):
+        path, *rest = word.rsplit(":", colons)
+        if path and Path(path).exists():
+            trait, weight = (*rest, None, None)[:2]
+            return path, trait or None, weight
+    match = re.fullmatch(r"(.*?\.safetensors)(?::([^:]*))?(?::([^:]*))?", word, re.IGNORECASE)
+    if match is None:
+        raise InputError(
+            f"unreadable slice {word!r}", hint="write it like style.safetensors:te or x.safetensors:unet:0.8"
+        )
+    return match[1], match[2] or None, match[3]
 
 
 @dataclass(frozen=True)
