@@ -23,6 +23,7 @@ parts = st.dictionaries(st.sampled_from(["unet", "te1", "te2"]), numbers, max_si
         ("te=0", 1.0, 0.0, 0.0),
         ("unet=0.8, te=0.5", 0.8, 0.5, 0.5),
         ("te=0.5,te2=0.25", 1.0, 0.5, 0.25),
+        ("te2=0.25,te=0.5", 1.0, 0.5, 0.25),
         ("te1=2,unet=-1", -1.0, 2.0, 1.0),
     ],
 )

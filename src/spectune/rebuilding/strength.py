@@ -48,7 +48,10 @@ class Strength:
 
 
 def parse_strength(word: str) -> Strength:
-    """`0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders, parts not named count as 1."""
+    """`0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders where one is not named by itself.
+
+    Parts that are not named count as 1.
+    """
     if "=" not in word:
         return Strength.everywhere(_number(word, word))
     values: dict[str, float] = {}
@@ -68,7 +71,8 @@ def strength_of(strength: float | Mapping[str, float] | Strength) -> Strength:
         return Strength.everywhere(float(strength))
     known = [field.name for field in fields(Strength)]
     values: dict[str, float] = {}
-    for part, value in strength.items():
+    # `te` first: what is said of one encoder counts for it, whatever the order
+    for part, value in sorted(strength.items(), key=lambda item: item[0] != _BOTH_ENCODERS):
         if part not in (*known, _BOTH_ENCODERS):
             words = (*known, _BOTH_ENCODERS)
             raise InputError(f"unknown part {part!r}{did_you_mean(part, words)}", hint=f"{', '.join(words)}")

@@ -68,7 +68,8 @@ class Difference:
     def load(self, name: str) -> Tensor:
         original = self.original.load(name)
         self.hasher.add(name, original)
-        return self.tuned.load(name).float() - original.float()
+        # one copy in float32, not three
+        return self.tuned.load(name).to(torch.float32, copy=True).sub_(original)
 
 
 def export_difference(
