@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import cast
 from spectune.errors import InputError, did_you_mean
 from spectune.weights.adapter import DOWN, UP
 from spectune.weights.catalogue import Catalogue, Layer
-from spectune.weights.jsons import parse_json
 from spectune.weights.selection import layers_named
 
 # What B-LoRA found: attention in these two transformers decides on content and on style
@@ -46,8 +46,8 @@ def read_traits(path: Path) -> dict[str, TraitRule]:
     Raises InputError for a file that is not of this form.
     """
     try:
-        told = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read traits from {path}: {error}") from None
     if not isinstance(told, dict):
         raise InputError(f"{path} is not a JSON object", hint=_form())
