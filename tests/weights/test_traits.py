@@ -150,7 +150,7 @@ def test_a_trait_may_not_cut_a_pair_in_half(end: str, full: Catalogue) -> None:
 @pytest.mark.parametrize(
     ("told", "what"),
     [
-        ("{", "is not a JSON object"),
+        ("{", "cannot read traits from"),
         ("[1]", "is not a JSON object"),
         ({"te": ["lora_te1_"]}, "trait `te` of {path} is no object"),
         ({"te": {"whitelst": ["x"]}}, "has an unknown key `whitelst`; did you mean `whitelist`?"),
