@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.weights.layout import Layout, TextLayout, UNetLayout, VaeLayout
+from spectune.weights.layout import SDXL, Layout, TextLayout, UNetLayout, VaeLayout
 from spectune.weights.names import single_file_tensors
 
 # every code path of the full model: a level without transformers, levels of different depth and of equal
@@ -37,37 +37,7 @@ TINY = Layout(
         channels=(8, 16, 16), resnets=1, latent_channels=4, norm_groups=4, scale=0.13025, shift=0.0
     ),
 )
-FULL = Layout(
-    unet=UNetLayout(
-        channels=(320, 640, 1280),
-        depths=(0, 2, 10),
-        mid_depth=10,
-        resnets=2,
-        in_channels=4,
-        out_channels=4,
-        context=2048,
-        heads=(5, 10, 20),
-        time_id_channels=256,
-        pooled=1280,
-        norm_groups=32,
-    ),
-    te1=TextLayout(
-        width=768,
-        layers=12,
-        heads=12,
-        mlp=3072,
-        vocab=49408,
-        context=77,
-        projection=None,
-        activation="quick_gelu",
-    ),
-    te2=TextLayout(
-        width=1280, layers=32, heads=20, mlp=5120, vocab=49408, context=77, projection=1280, activation="gelu"
-    ),
-    vae=VaeLayout(
-        channels=(128, 256, 512, 512), resnets=2, latent_channels=4, norm_groups=32, scale=0.13025, shift=0.0
-    ),
-)
+FULL = SDXL
 
 
 @dataclass(frozen=True)

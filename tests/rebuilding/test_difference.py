@@ -325,3 +325,23 @@ def test_numbers_that_are_not_finite_reach_no_lora(
     with pytest.raises(InputError, match=r"unet\.middle_block\.1\.proj_in: 1 of 1024 numbers are NaN"):
         export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_checkpoints_in_eight_bits_are_subtracted_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """With each stored number exact in its type, the difference is what it is in any other type."""
+    base = recast(tiny_checkpoint, tmp_path / "base.safetensors", torch.float8_e4m3fn)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    doubled = {name: (load_file(base)[name].float() * 2).to(torch.float8_e4m3fn)}
+    tuned = changed_copy(base, tmp_path / "tuned.safetensors", doubled)
+    report = export_difference(tuned, base, tmp_path / "lora.safetensors", ranks=FixedRank(32))
+    assert [layer.name for layer in report.layers] == ["unet.middle_block.1.proj_in"]
+    assert report.error < 1e-3
+
+
+def test_a_file_that_is_there_stops_it_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora.safetensors"
+    out.write_bytes(b"mine")
+    missing = tmp_path / "not_even_read.safetensors"
+    with pytest.raises(InputError, match="exists"):
+        export_difference(missing, tiny_checkpoint, out)
+    assert out.read_bytes() == b"mine"

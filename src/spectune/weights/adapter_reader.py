@@ -31,7 +31,7 @@ from spectune.weights.adapter import (
 )
 from spectune.weights.adapter_alphas import PeftAlphas, read_peft_alphas
 from spectune.weights.adapter_keys import KeyTable, sort_keys
-from spectune.weights.catalogue import Catalogue, Kind, Layer
+from spectune.weights.catalogue import Catalogue, Kind, Layer, squeezed
 from spectune.weights.layout import SDXL
 from spectune.weights.names import Module, Part, diffusers_module, is_peft_key, modules_of
 from spectune.weights.reader import DTYPE_NAMES, Checkpoint, open_checkpoint
@@ -186,7 +186,7 @@ class _Reader:
         fitting = {suffix: shape for pair in pairs for suffix, shape in zip(pair, (down, up), strict=True)}
         for suffix, expected in fitting.items():
             shape = self.shape(layer, suffix)
-            if rank == 0 or len(shape) not in (2, 4) or 0 in shape or _squeezed(shape) != _squeezed(expected):
+            if rank == 0 or len(shape) not in (2, 4) or 0 in shape or squeezed(shape) != squeezed(expected):
                 self._misfit(layer, suffix, expected)
         if ALPHA in self.table.keys[layer.name] and math.prod(self.shape(layer, ALPHA)) != 1:
             self._misfit(layer, ALPHA, ())
@@ -230,11 +230,6 @@ class _Reader:
 
     def _load(self, layer: Layer, suffix: str) -> Tensor:
         return self.source.load(self.key(layer, suffix))
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 @cache

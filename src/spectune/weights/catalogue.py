@@ -14,7 +14,7 @@ from spectune.weights.layout import Layout, UNetLayout, layout_of, require, te1_
 from spectune.weights.names import Duty, Module, Part, diffusers_module, kohya_stem, modules_of
 from spectune.weights.reader import TensorInfo, WeightSource
 
-__all__ = ["Catalogue", "Kind", "Layer", "Part", "build_catalogue", "layer_weight"]
+__all__ = ["Catalogue", "Kind", "Layer", "Part", "build_catalogue", "layer_weight", "squeezed"]
 
 
 class Kind(StrEnum):
@@ -93,6 +93,11 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def build_catalogue(

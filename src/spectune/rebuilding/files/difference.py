@@ -21,7 +21,7 @@ from spectune.rebuilding.pipeline import Progress, stream, tell
 from spectune.rebuilding.ranks import FixedRank, RankRequest, choose_ranks
 from spectune.weights.adapter import LowRank
 from spectune.weights.adapter_keys import Spelling
-from spectune.weights.adapter_writer import AdapterWriter
+from spectune.weights.adapter_writer import AdapterWriter, check_adapter_name
 from spectune.weights.catalogue import Catalogue, Layer, build_catalogue
 from spectune.weights.layout import UNET_ROOT, VAE_ROOT
 from spectune.weights.provenance import (
@@ -34,6 +34,7 @@ from spectune.weights.provenance import (
 from spectune.weights.quantised import check_not_quantised
 from spectune.weights.reader import TensorInfo, WeightSource, open_checkpoint
 from spectune.weights.selection import select_layers
+from spectune.weights.writer import check_target
 
 _ENCODERS = "conditioner."
 # what no network computes with
@@ -68,8 +69,9 @@ class Difference:
     def load(self, name: str) -> Tensor:
         original = self.original.load(name)
         self.hasher.add(name, original)
-        # one copy in float32, not three
-        return self.tuned.load(name).to(torch.float32, copy=True).sub_(original)
+        # one copy in float32, not three; torch subtracts no eight bits from it
+        taken = original.float() if original.dtype.itemsize == 1 else original
+        return self.tuned.load(name).to(torch.float32, copy=True).sub_(taken)
 
 
 def export_difference(
@@ -91,6 +93,8 @@ def export_difference(
     says what each layer lost, which tensors changed that no LoRA holds, and which layers did not change.
     Progress counts tensors. Raises InputError for checkpoints that do not have the same tensors.
     """
+    check_adapter_name(out)
+    check_target(out, 0, force=force)
     with open_checkpoint(tuned) as after, open_checkpoint(base) as before:
         refuse_overwriting(out, [after, before])
         for source in (after, before):

@@ -13,7 +13,7 @@ from pathlib import Path
 from spectune.errors import InputError, PairingError
 from spectune.rebuilding.pairing import adapter_hash, shown
 from spectune.weights.adapter import Adapter, TunedAdapter
-from spectune.weights.catalogue import Catalogue, Layer
+from spectune.weights.catalogue import Catalogue, Layer, squeezed
 from spectune.weights.provenance import SLICES_KEY, Provenance, Role
 from spectune.weights.traits import TraitRule, trait_layers
 
@@ -94,7 +94,7 @@ class SlicePlan:
             kept = trait_layers(catalogue, piece.trait, traits)
             for layer in kept:
                 first = found.setdefault(layer.name, layer)
-                if _squeezed(first.shape) != _squeezed(layer.shape):
+                if squeezed(first.shape) != squeezed(layer.shape):
                     raise InputError(
                         f"{layer.name} is {layer.shape} in {adapter.label} and {first.shape} in "
                         f"{sources[layer.name][0].path.name}",
@@ -125,11 +125,6 @@ class SlicePlan:
         return not self.overlaps and all(
             piece.weight == 1 for pieces in self.sources.values() for piece in pieces
         )
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _own_layers(adapter: Adapter | TunedAdapter) -> Catalogue:
