@@ -113,7 +113,7 @@ def test_slice_reads_the_traits_of_a_file(
     assert "kept 6 layers (6 te1)" in said(capfd)
     traits.write_text("{")
     assert run([*command, "-o", str(tmp_path / "y.safetensors")]) == 2
-    assert f"{traits} is not a JSON object" in said(capfd)
+    assert f"cannot read traits from {traits}: Expecting property name" in said(capfd)
 
 
 def test_tuned_slices_stay_what_they_are(
