@@ -29,10 +29,11 @@ from spectune.rebuilding.trained import trained_deltas
 from spectune.weights.adapter import Adapter, TunedAdapter
 from spectune.weights.adapter_keys import Spelling
 from spectune.weights.adapter_reader import open_adapter, sdxl_default_layers
-from spectune.weights.adapter_writer import AdapterWriter
+from spectune.weights.adapter_writer import AdapterWriter, check_adapter_name
 from spectune.weights.catalogue import Catalogue, Layer
 from spectune.weights.provenance import Provenance, Role, spectune_version
 from spectune.weights.reader import open_checkpoint
+from spectune.weights.writer import check_target
 
 ExportForm = Literal["lora", "principal"]
 
@@ -94,7 +95,7 @@ class ExportReport:
     def outside_share(self) -> float:
         """The share of the squared norm of all changes that lies in tensors which no LoRA holds, 0..1."""
         missed = sum(norm**2 for norm in (self.outside or {}).values())
-        total = missed + sum(layer.norm**2 for layer in self.layers)
+        total = missed + sum(layer.norm**2 for layer in (*self.layers, *self.left_out))
         return missed / total if total else 0.0
 
 
@@ -123,13 +124,16 @@ def export_adapter(
     cut by `rank`: a rank, an energy for each layer, or a size of the file. A LoRA is written anew, smaller.
     principal: the tuned factors, which take the principal's place beside the residual.
     `principal` is the untouched principal of a model, where `adapter` is that principal as another program
-    has trained it. Of `base` only names and shapes are read; without one, layers are looked up among SDXL's.
+    has trained it. Of `base` names and shapes are read, and a few layers where the adapter does not say what
+    it is; without one, layers are looked up among SDXL's.
     Progress counts layers. Raises InputError and PairingError for files that this is not possible with.
     """
+    check_adapter_name(out)
     catalogue = None if base is None else catalogue_of(base, out)
     with open_adapter(adapter, catalogue) as opened, _Original(principal, catalogue) as original:
         inputs = [opened] if original is None else [opened, original]
         refuse_overwriting(out, inputs)
+        check_target(out, 0, force=force)  # before the factors are looked at for an energy or a size
         source = _source(opened, original)
         if base is not None and original is None:
             _check_no_principal(opened, base)
