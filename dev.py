@@ -6,6 +6,7 @@
     python dev.py test            the tests, without the slow ones; more arguments go to pytest
     python dev.py lint [--fix]    ruff and pyright
     python dev.py bench NAME      benchmarks/NAME.py; more arguments go to it
+    python dev.py experiment ...  repeats the experiments of docs/concepts/evidence.md, by name or all
 
 Every command installs by itself what is missing or out of date. A torch that is already in .venv stays, so a
 build for another GPU can be put there first.
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "spectune-stamp.json"
 BENCHMARKS = ROOT / "benchmarks"
+EXPERIMENTS = ROOT / "experiments" / "run_all.py"
 RUN_LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 MIN_PYTHON = (3, 11)
@@ -210,7 +212,18 @@ def bench(args: list[str]) -> int:
     return run(ensure(DEV_LOCK), BENCHMARKS / f"{args[0]}.py", *args[1:])
 
 
-COMMANDS = {"setup": setup, "demo": demo, "test": test, "lint": lint, "bench": bench}
+def experiment(args: list[str]) -> int:
+    return run(ensure(DEV_LOCK), EXPERIMENTS, *args)
+
+
+COMMANDS = {
+    "setup": setup,
+    "demo": demo,
+    "test": test,
+    "lint": lint,
+    "bench": bench,
+    "experiment": experiment,
+}
 
 
 def main(argv: list[str]) -> int:

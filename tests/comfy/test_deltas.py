@@ -74,6 +74,14 @@ def test_model_and_clip_have_strengths_of_their_own(comfy: Comfy, tmp_path: Path
     assert worst(apply(comfy, strengths=(0.5, 0.25)), expected) < 4 * RANK * EPS
 
 
+def test_an_adapter_that_replaces_tensors_of_the_base_is_refused(comfy: Comfy, tuned: Path) -> None:
+    whole = {"replaced.model.diffusion_model.time_embed.0.bias": torch.zeros(4)}
+    save_file(load_file(tuned) | whole, tuned, metadata=read_metadata(tuned))
+    with pytest.raises(Exception, match="replaces 1 tensors of its base whole") as caught:
+        apply(comfy)
+    assert "rebuild the checkpoint first: spectune rebuild" in str(caught.value)
+
+
 @pytest.mark.usefixtures("tuned")
 def test_what_comes_in_stays_as_it_was(comfy: Comfy) -> None:
     model, clip = base_model(comfy)

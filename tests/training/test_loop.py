@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from spectune.errors import InputError, SpectuneError
 from spectune.model.sdxl import Sdxl
-from spectune.training import loop, prepare, state
+from spectune.training import prepare, questions, state
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.training.loop import train
 from spectune.training.recipe import Recipe
@@ -372,7 +372,7 @@ def test_the_base_says_that_its_schedule_ends_in_pure_noise(
 def test_a_gradient_that_is_not_finite_reaches_no_file(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
 ) -> None:
-    ask = loop.ask_at_random
+    ask = questions.ask_at_random
     calls: list[int] = []
 
     def broken(*args: Any, **options: Any) -> Any:
@@ -382,7 +382,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_file(
             question.target[0, 0, 0, 0] = torch.inf
         return question
 
-    monkeypatch.setattr(loop, "ask_at_random", broken)
+    monkeypatch.setattr(questions, "ask_at_random", broken)
     recipe = make_recipe(
         optimizer={"max_grad_norm": max_grad_norm}, run={"save_every_steps": 1, "tensorboard": False}
     )
@@ -418,7 +418,7 @@ def test_a_run_goes_on_with_the_frames_it_began_with(
     def another_rounding(*args: Any) -> Any:
         raise AssertionError("the base was split again")
 
-    monkeypatch.setattr(prepare, "_split_frames", another_rounding)
+    monkeypatch.setattr(prepare, "_made_frames", another_rounding)
     assert train(make_recipe(run={"steps": 2})).first_step == 1
 
 

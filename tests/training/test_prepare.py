@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spectune.errors import InputError, PairingError
+from spectune.factor.linalg import row_norms
 from spectune.model.inject import Injection
 from spectune.model.sdxl import Sdxl
 from spectune.model.text import tokenize
@@ -155,6 +156,44 @@ def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, split: SplitReport,
     section = ModelSection(residual=stamped, principal=split.principal, form="residual")
     with pytest.raises(InputError, match="is a whole model: model"):
         prepare(section)
+
+
+@pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
+def test_every_frame_starts_as_the_original_bit_for_bit(tiny_checkpoint: Path, frame: str) -> None:
+    """Gradient and data frames are plain ones here: the first batches are not known yet."""
+    start = prepared(tiny_checkpoint, rank=4, frame=frame, layers=("all",))
+    assert "unet.time_embed.0" in start.injection.layers
+    assert start.origin.frame == frame
+    framed = answer(start.model)
+    with start.injection.switched_off():
+        assert torch.equal(framed, answer(start.model))
+
+
+@pytest.mark.parametrize("frame", ["minor", "plain"])
+def test_other_frames_of_the_residual_form(tiny_checkpoint: Path, frame: str) -> None:
+    original = answer(prepared(tiny_checkpoint, rank=4).model)
+    start = prepared(tiny_checkpoint, rank=4, frame=frame, form="residual")
+    assert (answer(start.model) - original).abs().max() < 1e-5 * original.abs().max()
+
+
+def test_a_plain_frame_is_the_seeds(tiny_checkpoint: Path) -> None:
+    section = ModelSection(base=tiny_checkpoint, rank=4, frame="plain", parts=("te1",), frame_norm=1.0)
+    one, same, other = (prepare(section, seed=seed) for seed in (1, 1, 2))
+    assert one.frame_hash == same.frame_hash != other.frame_hash
+    first, second = [layer.frame_down for layer in one.injection.layers.values()][:2]
+    assert not torch.equal(first, second)
+    assert row_norms(first).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_layers_are_named_as_for_split(tiny_checkpoint: Path) -> None:
+    start = prepared(tiny_checkpoint, rank=4, layers=("unet.*attn2*", "te1", "!te1.1"), parts=("unet",))
+    assert start.injection.layers
+    assert all("attn2" in name for name in start.injection.layers)
+    assert start.origin.frame == "principal"
+    with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has none in unet"):
+        prepared(tiny_checkpoint, rank=4, layers=("te1",), parts=("unet",))
+    with pytest.raises(InputError, match=r"no layer matches `atn2`"):
+        prepared(tiny_checkpoint, rank=4, layers=("atn2",))
 
 
 def test_convolutions_can_have_a_rank_of_their_own(tiny_checkpoint: Path) -> None:

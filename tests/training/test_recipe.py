@@ -136,11 +136,25 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
         ),
         (["data.random_crop=true", "data.cache_latents=true"], "`cache_latents` needs fixed crops"),
         (["data.bucket.enabled=true", "data.bucket.max_px=768"], "`resolution_px` 1024 lies outside"),
+        (["model.frame=gradient", "model.form=residual"], '`frame` = "gradient" needs form = "delta"'),
+        (["model.frame=data", "model.form=residual"], '`frame` = "data" needs form = "delta"'),
+        (["model.frame=minor", "model.frame_batches=2"], "`frame_batches` does nothing without frame ="),
+        (["model.frame=random"], r"\[model\] `frame`: input should be 'principal', 'minor'"),
+        (["model.frame_norm=0"], "`frame_norm`: input should be greater than 0"),
     ],
 )
 def test_contradictions(recipe_file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(recipe_file, overrides)
+
+
+@pytest.mark.parametrize("override", ['frame="plain"', "frame_norm=1.0", 'layers=["all"]'])
+def test_a_principal_file_brings_its_own_frame(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "principal.toml"
+    path.write_text(MINIMAL.replace("rank = 16", 'principal = "p.safetensors"'))
+    load_recipe(path)
+    with pytest.raises(InputError, match=r"needs `rank`: a principal file brings its own frame; give `rank`"):
+        load_recipe(path, [f"model.{override}"])
 
 
 def test_an_override_of_the_length_replaces_the_other_unit(recipe_file: Path) -> None:

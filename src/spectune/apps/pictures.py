@@ -38,7 +38,9 @@ def open_model(spec: ModelSpec) -> Iterator[WeightSource]:
             return
         catalogue = build_catalogue(base, all_layers=True)
         with ExitStack() as stack:
-            adapters = [stack.enter_context(open_adapter(a.path, catalogue)) for a in spec.adapters]
+            adapters = [
+                stack.enter_context(open_adapter(a.path, catalogue, replaced=True)) for a in spec.adapters
+            ]
             for warning in (warning for adapter in adapters for warning in adapter.warnings):
                 print_warning(warning)
             _check_bases(base, adapters)

@@ -95,6 +95,24 @@ class AdaptedLayer(nn.Module):
         return Delta(frame=frame, down=down.clone(), up=up.clone())
 
     @torch.no_grad()
+    def reframe(self, frame: LowRank, *, dtype: torch.dtype | None = None) -> None:
+        """Take another frame, of any rank, before training; the trainable tensors are new ones in `dtype`.
+
+        Raises InputError in the residual form, whose base belongs to its frame, and once training has begun.
+        """
+        if self.form == "residual":
+            raise InputError("the residual form cannot change its frame", hint='use form = "delta"')
+        if self.down.any() or self.up.any():
+            raise InputError(
+                "the frame cannot change: training has begun", hint="start afresh with the other frame"
+            )
+        device, dtype = self.down.device, dtype or self.down.dtype
+        self.frame_down, self.frame_up = frame.down.to(device), frame.up.to(device)
+        self.scale, self.alpha = frame.scale, frame.alpha
+        self.down = nn.Parameter(torch.zeros_like(self.frame_down, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros_like(self.frame_up, dtype=dtype))
+
+    @torch.no_grad()
     def load(self, delta: Delta) -> None:
         """Continue from a trained change of the same frame; raises InputError for another frame."""
         same = torch.equal(

@@ -81,6 +81,11 @@ def _alphas_cumprod(zero_terminal_snr: bool) -> Tensor:
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
 
 
+def kept_signal() -> Tensor:
+    """alpha^2 of SDXL's timesteps 0..999, float64."""
+    return _alphas_cumprod(False)
+
+
 def _per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=like.dtype).view(-1, 1, 1, 1)
 

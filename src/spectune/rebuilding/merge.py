@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from spectune.rebuilding.pairing import (
     lacks_frame,
     read_base_dtypes,
 )
+from spectune.rebuilding.replaced import Replacement, check_none_replaced, replacements
 from spectune.rebuilding.strength import Strength, strength_of
 from spectune.weights.adapter import Adapter, Delta, LowRank, TunedAdapter
 from spectune.weights.catalogue import Layer, build_catalogue
@@ -49,7 +50,8 @@ _DIVERGED = "if the training diverged, rebuild an earlier step"
 class Merged:
     """A source whose tensors are W + sum of changes, each computed in float32 and rounded once.
 
-    Tensors that no adapter changes come byte for byte from the base.
+    W is the base's tensor, or what stands in for it. Tensors that no adapter changes come byte for byte from
+    the base.
     """
 
     base: WeightSource
@@ -58,6 +60,7 @@ class Merged:
     tensors: Mapping[str, TensorInfo]
     label: str
     warnings: tuple[str, ...] = ()
+    replaced: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
 
     def over(self, base: WeightSource) -> Merged:
         """The same with the tensors of the base read through another source."""
@@ -69,12 +72,15 @@ class Merged:
             return _marker(name)
         stored = self.base.load(name)
         dtype = self.tensors[name].dtype
-        changes = self.changes.get(name, ())
-        if not changes:
+        changes, replacement = self.changes.get(name, ()), self.replaced.get(name)
+        if replacement is not None:
+            result = replacement.over(stored)
+        elif changes:
+            result = stored.to(torch.float32, copy=True)
+        else:
             return stored if dtype == stored.dtype else self._rounded(stored.float(), dtype, name)
-        result = stored.to(torch.float32, copy=True)
         changed = [self._add(result[layer.row_slice], layer, of(layer.name)) for layer, of in changes]
-        if not any(changed) and dtype == stored.dtype:
+        if replacement is None and not any(changed) and dtype == stored.dtype:
             return stored
         return self._rounded(result, dtype, name)
 
@@ -183,6 +189,7 @@ def merged(
             base,
             [(_strong(adapter, strength), _change(base, adapter, strength)) for adapter, strength in counted],
             [adapter for adapter, _ in counted],
+            replacements(base, counted),
             dtype,
         )
     if cast_all and dtype is not None:
@@ -197,6 +204,7 @@ def restored(
 
     Raises PairingError naming both hashes when the two do not belong together.
     """
+    check_none_replaced(residual, adapter)
     untouched = check_residual_pair(residual, adapter)
     principals = _by_tensor(residual, [(list(adapter.layers), _whole(adapter))])
     original = read_base_dtypes(residual)
@@ -227,6 +235,7 @@ def _change(base: WeightSource, adapter: Adapter | TunedAdapter, strength: Stren
             f"{base.label} is a residual: expected its principal at strength 1, got {strength}",
             hint="rebuild the model first, then add other adapters to it",
         )
+    check_none_replaced(base, adapter)
     return _whole(adapter)
 
 
@@ -258,6 +267,7 @@ def _merged(
     base: WeightSource,
     parts: Sequence[tuple[Sequence[str], Change]],
     adapters: Sequence[Adapter | TunedAdapter],
+    replaced: Mapping[str, Replacement],
     dtype: torch.dtype | None,
 ) -> Merged:
     changes = _by_tensor(base, parts)
@@ -265,8 +275,9 @@ def _merged(
         base=base,
         changes=changes,
         metadata=_model_metadata(base, adapters),
-        tensors=_typed(_marked(base.tensors, base, adapters), changes, {}, dtype),
+        tensors=_typed(_marked(base.tensors, base, adapters), {**changes, **replaced}, {}, dtype),
         label=" + ".join([base.label, *(adapter.label for adapter in adapters)]),
+        replaced=replaced,
     )
 
 

@@ -25,12 +25,10 @@ from spectune.training.callbacks import Callbacks, Listeners, RunStart, StepInfo
 from spectune.training.data.dataset import Batch, as_it_is
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopWish
-from spectune.training.latents import encode_drawn
-from spectune.training.objective import ask_at_random
 from spectune.training.optim import finished_weights, learning_rates, rate_factor, step_sizes
 from spectune.training.recipe import Recipe
 from spectune.training.run import Run, assemble
-from spectune.training.seeds import derived_generator, derived_seed
+from spectune.training.seeds import derived_seed
 from spectune.training.validation import held_out_loss
 from spectune.weights.adapter import Delta, TunedAdapter
 from spectune.weights.adapter_writer import save_tuned
@@ -212,14 +210,8 @@ def _forward_backward(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(derived_seed(seed, "step", batch.position))
     grad_norm = None
     with accelerator.accumulate(run.distributed):
-        question = ask_at_random(
-            run.prediction,
-            _latents(run, batch),
-            derived_generator(seed, "noise", batch.position),
-            noise=run.noise,
-            pixels_per_latent=run.prepared.model.pixels_per_latent,
-        )
-        answer = run.distributed(question.noised, question.timestep, batch.captions, batch.time_ids)
+        question = run.asking.of(batch)
+        answer = run.asking.answer(run.distributed, question, batch, step=run.step)
         costs = run.cost.images(
             run.prediction, answer, question, image_weights=batch.weights, mask=batch.masks
         )
@@ -263,13 +255,6 @@ def _check_finite(what: str, value: float, step: int) -> None:
             f"the {what} of step {step} is {value}: nothing of this step is saved",
             hint="lower the learning rate; the run can go on from its last state",
         )
-
-
-def _latents(run: Run, batch: Batch) -> Tensor:
-    if batch.latents is not None:
-        return batch.latents
-    assert batch.pixels is not None
-    return encode_drawn(run.prepared.model, batch.pixels, batch.views, seed=run.recipe.run.seed)
 
 
 def _set_rates(run: Run) -> None:
@@ -422,7 +407,7 @@ def _save_adapter(run: Run, path: Path) -> None:
     with _finished(run):
         deltas = run.injection.deltas()
         _check_deltas(deltas, run.step)
-        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name)
+        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.replaced)
         save_tuned(path, tuned, origin, force=True)
     run.files.append(path)
     run.hear.on_save(run.step, path)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from spectune.errors import InputError, PairingError
+from spectune.factor.frame import minor_frame, normalised, plain_frame, principal_frame
 from spectune.factor.matrix import product
 from spectune.factor.rank import FixedRank
-from spectune.factor.split import split_weight
 from spectune.model.inject import Injection, inject
 from spectune.model.sdxl import Sdxl, build_model
 from spectune.rebuilding.pairing import adapter_hash, check_residual_pair, foreign_residual_hash, shown
 from spectune.training.recipe import Recipe, parse_recipe
 from spectune.training.sections import ModelSection
+from spectune.training.seeds import derived_generator
 from spectune.weights.adapter import Adapter, LowRank
 from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.catalogue import Catalogue, build_catalogue, layer_weight
+from spectune.weights.catalogue import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.weights.provenance import (
     Provenance,
     Role,
@@ -29,6 +30,7 @@ from spectune.weights.provenance import (
     weights_hash,
 )
 from spectune.weights.reader import WeightSource, open_checkpoint
+from spectune.weights.selection import select_layers
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,14 @@ def with_resolved_objective(recipe: Recipe) -> Recipe:
     """
     section = recipe.objective
     with open_checkpoint(recipe.model.checkpoint) as base:
-        kind = section.kind or declared_prediction(base) or "eps"
+        declared = declared_prediction(base) or "eps"
+        kind = section.kind or declared
+        if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
+            raise InputError(
+                f"objective.start, teacher and bridge_steps turn an EPS base into a flow model: {base.label} "
+                f"predicts {declared}, objective.kind is {kind}",
+                hint='leave them out, or set kind = "flow" and name an EPS base',
+            )
         shift, zero = section.flow_shift, section.zero_terminal_snr
         if kind == "flow" and shift is None:
             shift = Provenance.from_metadata(base.metadata).flow_shift or 1.0
@@ -95,6 +104,7 @@ def prepare(
     section: ModelSection,
     *,
     known: KnownFrames | None = None,
+    seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trained_dtype: torch.dtype = torch.float32,
@@ -102,7 +112,9 @@ def prepare(
 ) -> Prepared:
     """Build the model and put the frames of the chosen parts in place.
 
-    `known` stands in for splitting the base, if it was made of this one. `dtype` is that of the frozen model.
+    `known` stands in for splitting the base, if it was made of this one; `seed` is that of random frames.
+    Frames that training data decide are plain ones until alignment.py has found them. `dtype` is that of the
+    frozen model.
     Raises InputError for files that are of no use here, PairingError for files that do not belong together.
     """
     with open_checkpoint(section.checkpoint) as base:
@@ -116,8 +128,9 @@ def prepare(
         if section.principal is None and known is not None and known.base_hash == found:
             frames = known.layers
         elif section.principal is None:
-            say(f"splitting {section.checkpoint.name} at rank {section.rank}")
-            frames = _split_frames(base, section)
+            verb = "splitting" if section.frame in ("principal", "minor") else "framing"
+            say(f"{verb} {section.checkpoint.name} at rank {section.rank}")
+            frames = _made_frames(base, catalogue, section, seed)
         else:
             adapter = _open_principal(section, catalogue)
             _check_pair(section, base, found, adapter)
@@ -126,8 +139,9 @@ def prepare(
             name: frames[name] for name in frames if catalogue.by_name[name].part.value in section.parts
         }
         if not chosen:
+            owner = section.principal or f"model.layers = {', '.join(section.layers)}"
             raise InputError(
-                f"no layer to train: {section.principal} has none in {', '.join(section.parts)}",
+                f"no layer to train: {owner} has none in {', '.join(section.parts)}",
                 hint="name other parts in model.parts",
             )
         model = build_model(base, device=device, dtype=dtype)
@@ -149,12 +163,13 @@ def prepare(
         base_hash=_base_hash(section, declared, found, principal_hash),
         base_name=declared.base_name if declared.role is Role.RESIDUAL else section.checkpoint.name,
         principal_hash=principal_hash,
+        frame=section.frame if section.principal is None else None,
         vae_scale=declared.vae_scale,
         vae_shift=declared.vae_shift,
         vae_padding=declared.vae_padding,
         vae_name=declared.vae_name,
     )
-    return Prepared(model, injection, origin, _hash_of(chosen))
+    return Prepared(model, injection, origin, hash_of_frames(chosen))
 
 
 def _base_hash(
@@ -220,20 +235,26 @@ def _check_pair(section: ModelSection, base: WeightSource, found: str, adapter: 
         )
 
 
-def _split_frames(base: WeightSource, section: ModelSection) -> dict[str, LowRank]:
+def _made_frames(
+    base: WeightSource, catalogue: Catalogue, section: ModelSection, seed: int
+) -> dict[str, LowRank]:
+    """The frames of the chosen layers, made of the base itself."""
+    chosen = [
+        layer for layer in select_layers(catalogue, section.layers) if layer.part.value in section.parts
+    ]
+    return {layer.name: _made_frame(base, layer, section, seed) for layer in chosen}
+
+
+def _made_frame(base: WeightSource, layer: Layer, section: ModelSection, seed: int) -> LowRank:
     assert section.rank is not None
-    rule = FixedRank(section.rank, section.conv_rank)
-    return {
-        layer.name: split_weight(
-            layer_weight(base, layer),
-            rank=rule.wanted(layer.shape),
-            # float32: the frame is carried in the tuned file, and no principal file needs to be matched
-            store=torch.float32,
-            name=layer.name,
-        ).low_rank
-        for layer in build_catalogue(base)
-        if layer.part.value in section.parts
-    }
+    rank = FixedRank(section.rank, section.conv_rank).wanted(layer.shape)
+    if section.frame == "principal":
+        frame = principal_frame(layer_weight(base, layer), rank=rank, name=layer.name)
+    elif section.frame == "minor":
+        frame = minor_frame(layer_weight(base, layer), rank=rank, name=layer.name)
+    else:
+        frame = plain_frame(layer.shape, rank=rank, generator=derived_generator(seed, "frame", layer.name))
+    return frame if section.frame_norm is None else normalised(frame, section.frame_norm)
 
 
 def add_frames(model: Sdxl, frames: Mapping[str, LowRank]) -> None:
@@ -272,7 +293,8 @@ def _in_type(frame: LowRank, dtype: torch.dtype) -> LowRank:
     return LowRank(frame.down.to(dtype), frame.up.to(dtype), frame.alpha)
 
 
-def _hash_of(frames: Mapping[str, LowRank]) -> str:
+def hash_of_frames(frames: Mapping[str, LowRank]) -> str:
+    """The identity of frames on the CPU."""
     hasher = WeightsHasher()
     for name, frame in frames.items():
         hasher.add(f"{name}.down", frame.down)

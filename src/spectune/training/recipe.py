@@ -42,6 +42,10 @@ class Recipe(Section):
                 f'loss.weighting = "{self.loss.weighting}" weighs by signal-to-noise ratio, '
                 "which flow does not use"
             )
+        if self.objective.converts and self.model.form != "delta":
+            raise ValueError(
+                'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base'
+            )
         if self.objective.kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             raise ValueError(f'loss.scale_v_like_noise is for kind = "v", not for "{self.objective.kind}"')
         frozen = [part for part in self.optimizer.part_learning_rates if part not in self.model.parts]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.model.inject import Injection
@@ -19,7 +22,9 @@ from spectune.model.sdxl import Sdxl
 from spectune.model.vae import KNOWN_VAES, VaeConvention, declare_vae, merged_convention, resolve_vae
 from spectune.model.vae_file import choose_vae
 from spectune.training import state
+from spectune.training.alignment import align
 from spectune.training.callbacks import Callbacks
+from spectune.training.conversion import Conversion
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.plan import BatchPlan
 from spectune.training.denoiser import Denoiser
@@ -36,18 +41,26 @@ from spectune.training.gather import (
     variation,
 )
 from spectune.training.loss import HUBER_C, LOSSES, HuberTurn
-from spectune.training.objective import OBJECTIVES, Cost, NoiseOptions, ObjectiveOptions
+from spectune.training.objective import (
+    OBJECTIVES,
+    Cost,
+    NoiseOptions,
+    ObjectiveOptions,
+)
 from spectune.training.optim import build_optimizer, groups_by_part
 from spectune.training.prepare import (
     KnownFrames,
     Prepared,
+    hash_of_frames,
     model_warnings,
     prepare,
     with_resolved_objective,
 )
+from spectune.training.questions import Questions
 from spectune.training.recipe import Recipe
 from spectune.training.sections import VaeSection
 from spectune.training.validation import HeldOut, encode_held_out
+from spectune.training.warming import warm_start
 from spectune.training.weighting import WEIGHTINGS, WeightingOptions
 from spectune.weights.adapter import LowRank
 
@@ -64,7 +77,7 @@ class Run:
     prepared: Prepared
     denoiser: Denoiser
     distributed: nn.Module  # the denoiser as accelerate wraps it
-    prediction: Prediction
+    asking: Questions
     cost: Cost
     optimizer: Optimizer
     stepper: Any  # the optimiser as accelerate wraps it
@@ -77,7 +90,6 @@ class Run:
     steps: int
     warnings: list[str]
     files: list[Path]
-    noise: NoiseOptions
     waiting: Offload  # networks whose outputs are cached, if the recipe sends them away
     ema: MovingAverage | None = None
     learned: LearnedWeighting | None = None  # the weighting of noise levels, with its own optimiser
@@ -91,6 +103,15 @@ class Run:
     def injection(self) -> Injection:
         return self.prepared.injection
 
+    @property
+    def prediction(self) -> Prediction:
+        return self.asking.prediction
+
+    @property
+    def replaced(self) -> Mapping[str, Tensor]:
+        """The tensors that stand in for those of the base, by their names in a checkpoint."""
+        return {} if self.asking.conversion is None else self.asking.conversion.warm.tensors
+
     def frames(self) -> dict[str, LowRank] | None:
         """The frames by layer where the run split the base itself: rounding differs between machines."""
         if self.recipe.model.rank is None:
@@ -101,6 +122,8 @@ class Run:
     def extras(self) -> dict[str, Any]:
         """What a state holds beside the trained tensors and their optimiser."""
         found: dict[str, Any] = {}
+        if self.replaced:
+            found["replaced"] = dict(self.replaced)
         if self.ema is not None:
             found["ema"] = {"average": self.ema.average, "steps": self.ema.steps}
         if self.learned is not None and self.learned_optimizer is not None:
@@ -155,6 +178,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     prepared = prepare(
         recipe.model,
         known=_known_frames(saved),
+        seed=recipe.run.seed,
         # what is quantised goes to the GPU layer by layer: all of it would not fit there before
         device="cpu" if quantised else accelerator.device,
         dtype=DTYPES[recipe.run.precision],
@@ -170,11 +194,26 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     denoiser = Denoiser(prepared.model, trains_text=any(part != "unet" for part in recipe.model.parts))
     if recipe.run.gradient_checkpointing:
         denoiser.checkpoint_gradients()
-    if recipe.run.compile:
-        prepared.model.unet.compile()
     held_out = [] if held_out_scan is None else encode_held_out(prepared.model, held_out_scan, sizes)
     warnings += fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
     waiting.park()
+    asking = Questions(
+        prepared=prepared,
+        denoiser=denoiser,
+        pictures=pictures,
+        plan=plan,
+        prediction=_prediction(recipe),
+        noise=_noise(recipe),
+        seed=recipe.run.seed,
+        conversion=_conversion(recipe),
+    )
+    if recipe.objective.start == "warm" and saved is None:
+        _warmed(recipe, accelerator, asking, hear)
+    if recipe.model.aligned and saved is None:
+        prepared, found = _aligned(recipe, accelerator, asking, hear)
+        warnings += found
+    if recipe.run.compile:
+        prepared.model.unet.compile()  # the frames are in place: others would have it compile again
     trained = state.trained_tensors(prepared.injection.named_deltas())
     learned = _learned(recipe, accelerator.device)
     settings = recipe.optimizer
@@ -194,7 +233,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         prepared=prepared,
         denoiser=denoiser,
         distributed=distributed,
-        prediction=_prediction(recipe),
+        asking=replace(asking, prepared=prepared),
         cost=_cost(recipe, learned),
         optimizer=optimizer,
         stepper=stepper,
@@ -208,7 +247,6 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         warnings=warnings,
         files=[],
         waiting=waiting,
-        noise=NoiseOptions(recipe.objective.noise_offset, recipe.objective.input_perturbation),
         learned=learned,
         learned_optimizer=(
             None
@@ -220,6 +258,66 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     if saved is not None:
         _take_over(run, saved)
     return run
+
+
+def _noise(recipe: Recipe) -> NoiseOptions:
+    return NoiseOptions(recipe.objective.noise_offset, recipe.objective.input_perturbation)
+
+
+def _conversion(recipe: Recipe) -> Conversion | None:
+    section = recipe.objective
+    if not section.converts:
+        return None
+    return Conversion(teaches=section.teacher != "none", bridge_steps=section.bridge_steps)
+
+
+def _warmed(recipe: Recipe, accelerator: Accelerator, asking: Questions, hear: Callbacks) -> None:
+    """Refit the layers that know of noise levels in place; the same tensors on every process."""
+    assert asking.conversion is not None
+    hear.on_message(f"fitting the start on {recipe.objective.warm_images} images")
+    for line in warm_start(asking, images=recipe.objective.warm_images, device=accelerator.device):
+        hear.on_message(line)
+    warm = asking.conversion.warm
+    # GPUs may round differently: all start from the tensors of the first process
+    tensors = {name: _from_main(t, accelerator.device).cpu() for name, t in warm.tensors.items()}
+    warm.put(asking.prepared.model, tensors)
+
+
+def _aligned(
+    recipe: Recipe, accelerator: Accelerator, asking: Questions, hear: Callbacks
+) -> tuple[Prepared, list[str]]:
+    """The model with the frames that the first batches of the run give it, and warnings."""
+    section, layers = recipe.model, asking.prepared.injection.layers
+    assert section.frame in ("gradient", "data")
+    hear.on_message(f"finding {section.frame} frames in {section.frame_batches} batches")
+    losses = partial(_first_losses, asking, _cost(recipe, None), section.frame_batches, accelerator.device)
+    asking.denoiser.train()  # as in training: transformers checkpoints gradients in this mode only
+    alignment = align(layers, section.frame, losses, seed=recipe.run.seed, length=section.frame_norm)
+    asking.denoiser.eval()
+    frames: dict[str, LowRank] = {}
+    for name, layer in layers.items():
+        frame = alignment.frames.get(name, LowRank(layer.frame_down, layer.frame_up, layer.alpha))
+        # GPUs may round differently: all train in the frames of the first process
+        down, up = (_from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
+        layer.reframe(LowRank(down, up, frame.alpha))
+        frames[name] = LowRank(down.cpu(), up.cpu(), frame.alpha)
+    for warning in alignment.warnings:
+        hear.on_message(f"warning: {warning}")
+    return replace(asking.prepared, frame_hash=hash_of_frames(frames)), alignment.warnings
+
+
+def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
+    return cast("Tensor", broadcast(tensor.to(device).contiguous()))
+
+
+def _first_losses(asking: Questions, cost: Cost, count: int, device: torch.device) -> Iterator[Tensor]:
+    """The losses of the batches that the training sees first, before anything learned weighs them."""
+    for batch, question in asking.first(count, device):
+        answer = asking.answer(asking.denoiser, question, batch, step=0)
+        costs = cost.images(
+            asking.prediction, answer, question, image_weights=batch.weights, mask=batch.masks
+        )
+        yield costs.mean()
 
 
 def _known_frames(saved: state.SavedState | None) -> KnownFrames | None:
@@ -310,6 +408,8 @@ def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
 def _take_over(run: Run, saved: state.SavedState) -> None:
     warnings = state.check_continues(saved, run.progress())
     saved.restore(run.trained, run.optimizer)
+    if run.asking.conversion is not None and "replaced" in saved.extras:
+        run.asking.conversion.warm.put(run.prepared.model, saved.extras["replaced"])
     if run.ema is not None:
         run.ema.restore(**saved.extras["ema"])
     if run.learned is not None and run.learned_optimizer is not None:

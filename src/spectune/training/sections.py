@@ -15,6 +15,7 @@ from spectune.training.loss import LOSSES, SCHEDULED_LOSSES
 from spectune.training.objective import OBJECTIVES
 from spectune.training.optim import OPTIMIZERS, SCHEDULES, Traits, check_options, traits_of
 from spectune.training.weighting import GAMMA_WEIGHTINGS, WEIGHTINGS
+from spectune.weights.provenance import FrameKind
 
 PartName = Literal["unet", "te1", "te2"]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -41,6 +42,10 @@ class ModelSection(Section):
     principal: Path | None = None  # principal adapter, by `spectune split` or another tool
     rank: int | None = Field(default=None, ge=1)  # instead of `principal`: split the base on the fly
     conv_rank: int | None = Field(default=None, ge=1)  # of 3x3 convolutions; None: `rank`
+    layers: tuple[str, ...] = ("default",)  # that `rank` is for, in the words of `spectune split --layers`
+    frame: FrameKind = "principal"  # the directions beside which `rank` trains
+    frame_norm: float | None = Field(default=None, gt=0)  # of each direction; None: as the frame has them
+    frame_batches: int = Field(default=4, ge=1)  # that gradient and data frames look at
     form: Literal["delta", "residual"] = "delta"
     parts: tuple[PartName, ...] = ALL_PARTS
     quantize: Quantization = "none"  # of the frozen linear layers; the residual form only
@@ -56,6 +61,7 @@ class ModelSection(Section):
             raise ValueError('`residual` needs its `principal` and form = "residual"')
         if self.conv_rank is not None and self.rank is None:
             raise ValueError("`conv_rank` belongs to `rank`: a principal file has its ranks already")
+        self._check_frame()
         if self.quantize != "none" and self.form != "residual":
             raise ValueError(
                 '`quantize` needs form = "residual": the residual loses least when it is rounded'
@@ -63,6 +69,26 @@ class ModelSection(Section):
         if not self.parts:
             raise ValueError(f"`parts` is empty; name some of {', '.join(ALL_PARTS)}")
         return self
+
+    def _check_frame(self) -> None:
+        given = {"frame": "principal", "frame_norm": None, "layers": ("default",)}
+        for key, usual in given.items():
+            if self.rank is None and getattr(self, key) != usual:
+                raise ValueError(
+                    f"`{key}` needs `rank`: a principal file brings its own frame; give `rank` instead of it"
+                )
+        if self.aligned and self.form != "delta":
+            raise ValueError(
+                f'`frame` = "{self.frame}" needs form = "delta": it is found beside the original weights, '
+                "which the residual form replaces before"
+            )
+        if not self.aligned and self.frame_batches != type(self).model_fields["frame_batches"].default:
+            raise ValueError('`frame_batches` does nothing without frame = "gradient" or "data"')
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the frame is found on the first batches of the run."""
+        return self.frame in ("gradient", "data")
 
     @property
     def checkpoint(self) -> Path:
@@ -206,6 +232,7 @@ class DataSection(Section):
 
 
 FlowTimes = Literal["uniform", "logit_normal"]
+CONVERSION_KEYS = ("start", "teacher", "bridge_steps")
 
 
 class ObjectiveSection(Section):
@@ -216,6 +243,10 @@ class ObjectiveSection(Section):
     flow_times: FlowTimes = "uniform"
     flow_times_mean: float = 0.0  # of the normal distribution under the logistic function
     flow_times_std: float = Field(default=1.0, gt=0)
+    start: Literal["raw", "warm"] = "raw"  # warm: refit the layers of an EPS base that know of noise levels
+    warm_images: int = Field(default=256, ge=1)  # that the warm start is fitted on
+    teacher: Literal["none", "eps"] = "none"  # eps: learn the velocity of the base instead of the pictures'
+    bridge_steps: int = Field(default=0, ge=0)  # for which an EPS base is read as what it is, less and less
     zero_terminal_snr: bool | None = None  # None: what the base declares; eps and v only
     noise_offset: float = Field(default=0.0, ge=0)  # of the mean of each channel's noise
     input_perturbation: float = Field(
@@ -226,17 +257,28 @@ class ObjectiveSection(Section):
     def _consistent(self) -> Self:
         if self.kind is not None:
             known(self.kind, OBJECTIVES)
-        flow_keys = {"flow_shift", "flow_times", "flow_times_mean", "flow_times_std"}
+        flow_keys = {"flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *CONVERSION_KEYS}
         given = sorted(key for key in flow_keys & self.model_fields_set if self._says_something(key))
         if given and self.kind not in (None, "flow"):
             raise ValueError(f'`{given[0]}` belongs to kind = "flow", not to "{self.kind}"')
         if isinstance(self.flow_shift, float | int) and not 0 < self.flow_shift < math.inf:
             raise ValueError(f'`flow_shift` is {self.flow_shift}: expected a positive number or "resolution"')
+        if self.start == "warm" and self.bridge_steps:
+            raise ValueError(
+                '`bridge_steps` begins with the base as it is, start = "warm" with a refit one: give one'
+            )
+        if self.start != "warm" and self._says_something("warm_images"):
+            raise ValueError('`warm_images` does nothing without start = "warm"')
         if self.kind == "flow" and self.zero_terminal_snr:
             raise ValueError("`zero_terminal_snr` is for eps and v: flow reaches pure noise anyway")
         if self.kind == "flow" and self.input_perturbation:
             raise ValueError("`input_perturbation` is for eps and v")
         return self
+
+    @property
+    def converts(self) -> bool:
+        """Whether the base is an EPS model that the run helps to become a flow model."""
+        return any(self._says_something(key) for key in CONVERSION_KEYS)
 
     def _says_something(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default

@@ -34,7 +34,7 @@ from spectune.rebuilding.pairing import shown
 from spectune.training.optim import OPTIMIZERS
 from spectune.weights.adapter import LowRank
 
-FORMAT = 3  # 2: a parameter group for each part, frames; 3: more keys in recipes, extras
+FORMAT = 4  # 2: a group for each part, frames; 3: extras; 4: kinds of frames, conversions to flow
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
 

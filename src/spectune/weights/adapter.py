@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -19,6 +19,7 @@ FRAME_DOWN, FRAME_UP = "frame_down.weight", "frame_up.weight"
 DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
 LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)
 DELTA_SUFFIXES = (FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP, ALPHA)
+REPLACED = "replaced."  # before the name of a tensor of the base that a tuned file holds whole
 
 T = TypeVar("T")
 
@@ -82,8 +83,12 @@ class Adapter(_Layers[LowRank]):
         return common_type([self.layers[name].down.dtype, self.layers[name].up.dtype])
 
 
+@dataclass(frozen=True)
 class TunedAdapter(_Layers[Delta]):
-    """A trained delta per layer."""
+    """A trained delta per layer, and the tensors of the base that it replaces whole."""
+
+    # in float32, by their names in the single-file checkpoint; deltas come on top
+    replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def rank(self, name: str) -> int:
         """The rank of a layer's frame; nothing is read for it."""

@@ -15,6 +15,7 @@ from spectune.weights.adapter import (
     FRAME_DOWN,
     FRAME_UP,
     LOW_RANK_SUFFIXES,
+    REPLACED,
     UP,
 )
 from spectune.weights.names import kohya_stem, split_adapter_key
@@ -115,6 +116,7 @@ class KeyTable:
     foreign: tuple[str, ...]  # stems of no layer of the model
     odd: tuple[str, ...]  # keys of a layer that are no factor: LoHa, DoRA, differences of biases
     twice: tuple[tuple[str, str], ...]  # keys of the same factor
+    replaced: tuple[str, ...] = ()  # tensors of the base that the file holds whole, by their names there
 
     @property
     def tuned(self) -> bool:
@@ -129,7 +131,11 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
     foreign: dict[str, None] = {}
     odd: list[str] = []
     twice: list[tuple[str, str]] = []
+    replaced: list[str] = []
     for key in names:
+        if key.startswith(REPLACED):
+            replaced.append(key.removeprefix(REPLACED))
+            continue
         stem, suffix = stem_and_factor(key)
         layer = known.get(stem)
         if layer is None:
@@ -140,7 +146,7 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
             twice.append((found[suffix], key))
         else:
             found[suffix] = key
-    return KeyTable(keys, tuple(foreign), tuple(odd), tuple(twice))
+    return KeyTable(keys, tuple(foreign), tuple(odd), tuple(twice), tuple(replaced))
 
 
 def factor_of(key: str) -> str | None:

@@ -21,6 +21,7 @@ from spectune.weights.adapter import (
     FRAME_DOWN,
     FRAME_UP,
     LOW_RANK_SUFFIXES,
+    REPLACED,
     UP,
     Adapter,
     Delta,
@@ -42,34 +43,40 @@ _DROP = "; `spectune convert --drop PATTERN` leaves keys out"
 
 
 def open_adapter(
-    path: Path, catalogue: Catalogue | None = None, *, without: Sequence[str] = ()
+    path: Path,
+    catalogue: Catalogue | None = None,
+    *,
+    without: Sequence[str] = (),
+    replaced: bool = False,
 ) -> Adapter | TunedAdapter:
     """Open an adapter in any spelling; its layers are read on access.
 
     `catalogue` is of the model that the adapter is for; without one, layers are looked up among SDXL's and
     have the shapes that the factors make. Keys in `without` are passed over. The file stays open until the
-    adapter, a context manager, is left.
+    adapter, a context manager, is left. With `replaced` the caller takes up the tensors of the base that a
+    tuned adapter replaces; any other caller would lose them, and gets InputError for such a file.
     Raises InputError for layers that the model does not have, shapes that do not fit them, and kinds of
     adapter that are not a product of two factors. A missing alpha means scale 1 and is noted in `warnings`.
     """
     source = open_checkpoint(path)
     try:
-        return _opened(source, catalogue, frozenset(without))
+        return _opened(source, catalogue, frozenset(without), replaced=replaced)
     except BaseException:
         source.close()
         raise
 
 
 def _opened(
-    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str]
+    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, replaced: bool
 ) -> Adapter | TunedAdapter:
     if not source.tensors:
         raise InputError(f"{source.label} holds no layers")
     layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
     table = sort_keys((key for key in source.tensors if key not in without), layers)
-    if not (table.keys or table.foreign or table.odd):
+    if not (table.keys or table.foreign or table.odd or table.replaced):
         raise InputError(f"nothing of {source.label} is left: all {len(source.tensors)} keys are left out")
     _check_keys(source, table, among_sdxl=catalogue is None)
+    _check_replaced(source, table, taken_up=replaced)
     if catalogue is None:
         catalogue = _implied(source, table)
     found = [layer for layer in catalogue if layer.name in table.keys]
@@ -86,7 +93,8 @@ def _opened(
     dtypes = {layer.name: reader.dtype(layer) for layer in found}
     if table.tuned:
         deltas = LazyLayers(ranks, dtypes, lambda name: reader.delta(by_name[name]))
-        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue)
+        whole = {name: source.load(f"{REPLACED}{name}") for name in table.replaced}
+        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, whole)
     low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
     return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
 
@@ -123,6 +131,33 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
         missing = [suffix for suffix in expected if suffix != ALPHA and suffix not in suffixes]
         if missing:
             raise InputError(f"{name} of {source.label} has no `{missing[0]}`", hint="the file is incomplete")
+
+
+def _check_replaced(source: Checkpoint, table: KeyTable, *, taken_up: bool) -> None:
+    if not table.replaced:
+        return
+    count, first = len(table.replaced), table.replaced[0]
+    if not table.tuned:
+        raise InputError(
+            f"{source.label} replaces {count} tensors of its base whole (first {first}) and is no tuned "
+            f"adapter: expected {FRAME_DOWN} and the other factors of one beside them",
+            hint="the file is incomplete, or was put together from two",
+        )
+    if not taken_up:
+        raise InputError(
+            f"{source.label} replaces {count} tensors of its base whole (first {first}), which no LoRA or "
+            "slice can hold",
+            hint="rebuild the checkpoint first: spectune rebuild; a LoRA of it is then made by "
+            "`spectune export TUNED.safetensors --base ORIGINAL`",
+        )
+    for name in table.replaced:
+        dtype = source.tensors[f"{REPLACED}{name}"].dtype
+        if dtype != torch.float32:
+            raise InputError(
+                f"{REPLACED}{name} of {source.label} is {DTYPE_NAMES[dtype]}: "
+                f"expected {DTYPE_NAMES[torch.float32]}",
+                hint="a tuned adapter keeps what it replaces in float32: was the file cast?",
+            )
 
 
 def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:

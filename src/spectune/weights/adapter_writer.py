@@ -20,6 +20,7 @@ from spectune.weights.adapter import (
     DOWN,
     FRAME_DOWN,
     FRAME_UP,
+    REPLACED,
     UP,
     Delta,
     LowRank,
@@ -178,19 +179,26 @@ def save_tuned(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> str:
-    """Write a tuned adapter with its frame, each tensor in the type it has, and return its weights hash."""
+    """Write a tuned adapter with its frame, each tensor in the type it has, and return its weights hash.
+
+    Tensors that replace those of the base are float32.
+    """
     check_adapter_name(path)
     infos = [
         TensorInfo(key, tensor.dtype, tuple(tensor.shape))
         for name in tuned.layers
         for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items()
     ]
+    whole = {f"{REPLACED}{name}": tensor.contiguous() for name, tensor in tuned.replaced.items()}
+    infos += [TensorInfo(key, torch.float32, tuple(tensor.shape)) for key, tensor in whole.items()]
     stamped = replace(provenance, role=Role.TUNED, version=spectune_version())
     entries = {**stamped.to_metadata(), **(metadata or {})}
     with StreamWriter(path, infos, metadata=entries, force=force) as writer:
         for name in tuned.layers:
             for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items():
                 writer.write(key, tensor)
+        for key, tensor in whole.items():
+            writer.write(key, tensor)
     return writer.hash
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spectune.errors import InputError
-from spectune.weights.adapter import ALPHA, DOWN, FRAME_DOWN
+from spectune.weights.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
 from spectune.weights.adapter_keys import adapter_part, factor_of, spelling_of
 from spectune.weights.alphas import alpha_problems, read_alphas, scale_problems
 from spectune.weights.catalogue import Catalogue, build_catalogue
@@ -74,6 +74,7 @@ class AdapterSummary:
     nbytes: int
     dtypes: tuple[str, ...]
     problems: tuple[str, ...]  # of its alphas, in words
+    replaced: int = 0  # tensors of the base that it holds whole; not among layers and parameters
 
 
 def is_adapter(source: WeightSource) -> bool:
@@ -132,6 +133,7 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
         nbytes=sum(info.nbytes for info in source.tensors.values()),
         dtypes=_dtypes(source, factors),
         problems=(*alpha_problems(source), *scale_problems(source)),
+        replaced=sum(name.startswith(REPLACED) for name in source.tensors),
     )
 
 

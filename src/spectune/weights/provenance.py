@@ -27,6 +27,7 @@ NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v
 # Tensors by which ComfyUI and others know what a checkpoint predicts and on which schedule; only names count.
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 Padding = Literal["zeros", "reflect"]
+FrameKind = Literal["principal", "minor", "plain", "gradient", "data"]  # docs/reference/frames.md
 MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
 _MODELSPEC_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 
@@ -93,6 +94,7 @@ class Provenance:
     base_hash: str | None = None  # weights hash of the original model
     base_name: str | None = None  # its file name, for messages only
     principal_hash: str | None = None
+    frame: FrameKind | None = None  # that a training made of the base itself
     prediction: Prediction | None = None
     flow_shift: float | None = None
     noise_schedule: NoiseSchedule | None = None
@@ -120,6 +122,7 @@ class Provenance:
 def _parse(field: str, text: str) -> Any:
     known = {
         "role": [role.value for role in Role],
+        "frame": list(get_args(FrameKind)),
         "prediction": list(get_args(Prediction)),
         "vae_padding": list(get_args(Padding)),
         "noise_schedule": list(get_args(NoiseSchedule)),

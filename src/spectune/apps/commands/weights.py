@@ -74,6 +74,10 @@ def _print_adapter(summary: describe.AdapterSummary) -> None:
         f"  size          {summary.parameters:,} parameters, {megabytes(summary.nbytes)}, "
         f"{' '.join(summary.dtypes)}"
     )
+    if summary.replaced:
+        say(f"  replaced      {summary.replaced} tensors of the base, whole")
+    if summary.provenance.frame:
+        say(f"  frame         {summary.provenance.frame}")
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
     for problem in summary.problems:
         print_warning(problem)

@@ -70,7 +70,7 @@ def rebuild_checkpoint(
         raise InputError("all tensors are to be cast, and to no type", hint="name one: --dtype float16")
     with (
         open_checkpoint(base) as source,
-        open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True)) as opened,
+        open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
     ):
         refuse_overwriting(out, [source, opened])
         check_not_quantised(source)
@@ -110,7 +110,7 @@ def rebuild_checkpoint(
 def _factored(model: Merged | Restored) -> int:
     """The tensors of a residual that the principal changes, or that have another type in the model."""
     if isinstance(model, Merged):
-        return len(model.changes)
+        return len(model.changes.keys() | model.replaced.keys())
     before = model.residual.tensors
     recast = {name for name, info in model.tensors.items() if name in before and info != before[name]}
     return len(recast | model.principals.keys())

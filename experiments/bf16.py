@@ -1,0 +1,96 @@
+"""3. Sixteen bits: the guide's form and the delta form, trained and stored in bfloat16. The 3D style."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from experiments.experiment import Experiment, on_seeds
+from experiments.lab import by_recipe, recipe_of
+from experiments.trial import Outcome, Trial, save
+from spectune.factor.matrix import change
+from spectune.weights.adapter import Delta, LowRank, TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.catalogue import build_catalogue
+from spectune.weights.reader import open_checkpoint
+
+NAME = "bf16"
+
+
+def variant(form: str, precision: str) -> Trial:
+    return Trial(
+        NAME,
+        f"{form} {precision}",
+        None,
+        validate_every=40,
+        overrides={
+            "model": {"form": form},
+            "optimizer": {"name": "prodigy_plus_schedule_free", "learning_rate": None, "warmup_steps": 0},
+            "run": {"trained_precision": precision},
+        },
+        keep=True,
+    )
+
+
+def variants() -> list[Trial]:
+    """ProdigyPlus as in the guide; it rounds bfloat16 parameters stochastically."""
+    found = [variant(form, precision) for form in ("residual", "delta") for precision in ("fp32", "bf16")]
+    return on_seeds(found)
+
+
+def run(trial: Trial, work: Path) -> Outcome:
+    """Train, then measure what storing the result in bfloat16 costs, as factors and as deltas."""
+    found = by_recipe(trial, work)
+    recipe = recipe_of(trial, work)
+    path = recipe.run.output / "trial.safetensors"
+    base = recipe.model.base
+    assert base is not None
+    with (
+        open_checkpoint(base) as source,
+        open_adapter(path, build_catalogue(source, all_layers=True)) as tuned,
+    ):
+        assert isinstance(tuned, TunedAdapter)
+        factors, deltas = stored_errors([tuned.layers[name] for name in tuned.layers])
+    shutil.rmtree(recipe.run.output, ignore_errors=True)
+    extra = {"stored_as_factors": factors, "stored_as_deltas": deltas}
+    outcome = Outcome(found.curve, found.trained_numbers, extra)
+    save(trial, outcome)
+    return outcome
+
+
+def stored_errors(layers: list[Delta]) -> tuple[float, float]:
+    """How wrong the change of all weights is when it is stored in bfloat16: |found - true| / |true|.
+
+    First as the trained factors beside the residual, B0+dB and A0+dA; then as dA and dB beside their frame.
+    """
+    as_factors = as_deltas = size = 0.0
+    for layer in layers:
+        true = change(layer)
+        size += float(true.square().sum())
+        as_factors += float((_through_factors(layer) - true).square().sum())
+        as_deltas += float((change(_through_deltas(layer)) - true).square().sum())
+    return (as_factors / size) ** 0.5, (as_deltas / size) ** 0.5
+
+
+def _through_factors(layer: Delta) -> torch.Tensor:
+    """The change after the trained factors were stored; the residual knows the frame exactly."""
+    frame = layer.frame
+    down, up = (_in_bf16(a.float() + b.float()) for a, b in ((frame.down, layer.down), (frame.up, layer.up)))
+    return change(LowRank(down, up, frame.alpha)) - change(frame)
+
+
+def _through_deltas(layer: Delta) -> Delta:
+    return Delta(layer.frame, _in_bf16(layer.down), _in_bf16(layer.up))
+
+
+def _in_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16).float()
+
+
+def found() -> dict[str, str]:
+    return {}
+
+
+BF16 = Experiment(NAME, (variants,), found, runner=run)

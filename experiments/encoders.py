@@ -1,0 +1,92 @@
+"""7 and 9. Text encoders: stopped early, or never trained. The 3D style, all parts; held-out captions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from experiments import near_full
+from experiments.experiment import Experiment, on_seeds
+from experiments.lab import by_recipe, recipe_of
+from experiments.trial import Outcome, Trial, save
+from spectune.training import state
+from spectune.training.callbacks import Callbacks
+from spectune.training.run import Run, assemble
+from spectune.training.validation import held_out_loss
+from spectune.weights.adapter import Delta, TunedAdapter
+from spectune.weights.adapter_reader import open_adapter
+from spectune.weights.catalogue import build_catalogue
+from spectune.weights.reader import open_checkpoint
+
+NAME = "encoders"
+STOPS = (0, 20, 40, 80, 120)  # the step that the encoders are taken from
+
+
+def all_parts() -> Trial:
+    trial = near_full.chosen()["principal r16"]
+    return Trial(
+        NAME,
+        "all parts",
+        trial.rate,
+        overrides={
+            "model": {"parts": ["unet", "te1", "te2"]},
+            "run": {"save_every_steps": 20, "keep_last": 10},
+        },
+        keep=True,
+    )
+
+
+def trials() -> list[Trial]:
+    return on_seeds([all_parts()])
+
+
+def run(trial: Trial, work: Path) -> Outcome:
+    """Train everything, then put the UNet of the end beside the encoders of each stop."""
+    found = by_recipe(trial, work)
+    recipe = recipe_of(trial, work)
+    output, name = recipe.run.output, recipe.run.name
+    files = {step: state.adapter_file(output, name, step) for step in STOPS if 0 < step < trial.steps}
+    files[trial.steps] = state.adapter_file(output, name)
+    run = assemble(recipe, Accelerator(), Callbacks(), None)
+    deltas = {step: read_deltas(path, recipe.model.checkpoint) for step, path in files.items()}
+    untrained = {name: without_change(delta) for name, delta in deltas[trial.steps].items()}
+    losses = {
+        str(stop): loss_of(run, mixed(deltas[trial.steps], deltas.get(stop, untrained))) for stop in STOPS
+    }
+    shutil.rmtree(output, ignore_errors=True)
+    outcome = Outcome(found.curve, found.trained_numbers, {"encoders_of_step": losses})
+    save(trial, outcome)
+    return outcome
+
+
+def read_deltas(path: Path, base: Path) -> dict[str, Delta]:
+    with open_checkpoint(base) as source, open_adapter(path, build_catalogue(source, all_layers=True)) as it:
+        assert isinstance(it, TunedAdapter)
+        return {name: it.layers[name] for name in it.layers}
+
+
+def without_change(delta: Delta) -> Delta:
+    return Delta(delta.frame, torch.zeros_like(delta.down), torch.zeros_like(delta.up))
+
+
+def mixed(last: dict[str, Delta], encoders: dict[str, Delta]) -> dict[str, Delta]:
+    """The UNet of one, the encoders of the other."""
+    return {name: (last if name.startswith("unet") else encoders)[name] for name in last}
+
+
+def loss_of(run: Run, deltas: dict[str, Delta]) -> float:
+    run.injection.load(deltas)
+    settings = run.recipe.run
+    return held_out_loss(
+        run.denoiser, run.held_out, run.prediction, times=settings.validation_times, batch=settings.batch
+    )
+
+
+def found() -> dict[str, str]:
+    return {}
+
+
+ENCODERS = Experiment(NAME, (trials,), found, runner=run)

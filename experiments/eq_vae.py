@@ -1,0 +1,113 @@
+"""The demo's autoencoder with equivariant latents: turned or scaled, they decode to such a picture.
+
+EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, section 3): beside its own reconstruction, the decoder is
+trained on latents that were averaged down or turned, with the picture treated alike for target. Scale and
+shift are taken anew, so that latents = (z - shift) * scale have mean 0 and deviation 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiments.lab import BASE, picture_folder
+from spectune.model.sdxl import build_model
+from spectune.weights.reader import open_checkpoint
+
+STEPS, BATCH, RATE = 500, 8, 3e-4
+SIZES = (4, 8, 12)  # edges that latents of 16 are averaged down to
+FILE, FACTS = "eq_vae.safetensors", "eq_vae.json"
+
+
+def pixels_of(folder: Path) -> Tensor:
+    """All pictures of a folder, (pictures, 3, 64, 64) in -1..1."""
+    rows = [
+        torch.tensor(list(Image.open(path).convert("RGB").tobytes()))
+        for path in sorted(folder.glob("*.webp"))
+    ]
+    return torch.stack(rows).view(-1, 64, 64, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def transformed(latents: Tensor, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both, turned by a multiple of 90 degrees and averaged down to one of SIZES or left as large."""
+    turns = int(torch.randint(4, (), generator=generator))
+    latents, pixels = (torch.rot90(it, turns, (2, 3)) for it in (latents, pixels))
+    choice = int(torch.randint(len(SIZES) + 1, (), generator=generator))
+    if choice == len(SIZES):
+        return latents, pixels
+    edge = SIZES[choice]
+    step = pixels.shape[-1] // latents.shape[-1]
+    return (
+        F.interpolate(latents, size=edge, mode="area"),
+        F.interpolate(pixels, size=edge * step, mode="area"),
+    )
+
+
+def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    posterior = cast("Any", vae.encode(pixels)).latent_dist
+    latents = posterior.sample(generator)
+    loss = 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+    for z, x in ((latents, pixels), transformed(latents, pixels, generator)):
+        out = cast("Any", vae.decode(z)).sample
+        loss = loss + F.l1_loss(out, x) + F.mse_loss(out, x)
+    return loss
+
+
+@torch.no_grad()
+def equivariance(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
+    """PSNR in dB of reconstructions, and of pictures decoded from turned and from halved latents."""
+    latents = cast("Any", vae.encode(pixels)).latent_dist.mode()
+    pairs = {
+        "as_it_is": (latents, pixels),
+        "turned": (torch.rot90(latents, 1, (2, 3)), torch.rot90(pixels, 1, (2, 3))),
+        "halved": (F.avg_pool2d(latents, 2), F.avg_pool2d(pixels, 2)),
+    }
+    return {
+        name: 10 * math.log10(4 / float(F.mse_loss(cast("Any", vae.decode(z)).sample.clamp(-1, 1), x)))
+        for name, (z, x) in pairs.items()
+    }
+
+
+def make(work: Path) -> None:
+    """Write the autoencoder into the work folder, unless it is there."""
+    if (work / FACTS).exists():
+        return
+    torch.manual_seed(0)
+    with open_checkpoint(BASE) as source:
+        vae = build_model(source).vae
+    assert vae is not None
+    folders = [picture_folder(pictures, work) for pictures in ("flat", "three_d")]
+    pixels = torch.cat([pixels_of(folder / "train") for folder in folders])
+    held_out = torch.cat([pixels_of(folder / "held_out") for folder in folders])
+    before = equivariance(vae, held_out)
+    vae.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+        rows = torch.randint(len(pixels), (BATCH,), generator=generator)
+        loss_of(vae, pixels[rows], generator).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = torch.cat([cast("Any", vae.encode(chunk)).latent_dist.mode() for chunk in pixels.split(64)])
+    facts = {
+        "scale": 1 / float(latents.std()),
+        "shift": float(latents.mean()),
+        "before": before,
+        "after": equivariance(vae, held_out),
+    }
+    save_file({name: t.contiguous() for name, t in vae.state_dict().items()}, work / FILE)
+    (work / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

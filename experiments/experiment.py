@@ -1,0 +1,94 @@
+"""What an experiment is: stages of trials, and a section of the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.trial import Outcome, Trial, load
+
+Stage = Callable[[], list[Trial]]  # later stages read what earlier ones found
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    stages: tuple[Stage, ...]
+    figures: Callable[[], Mapping[str, str]]  # what stands in braces in its text, from the results
+    prepare: Callable[[Path], None] | None = None  # files that its trials need, made in the work folder
+    runner: Callable[[Trial, Path], Outcome] | None = None  # instead of lab.run_trial
+
+    def trials(self) -> list[Trial]:
+        """All trials that are known so far."""
+        found: list[Trial] = []
+        for stage in self.stages:
+            found += stage()
+            if not all(trial.done for trial in found):
+                break
+        return found
+
+    @property
+    def done(self) -> bool:
+        return all(all(trial.done for trial in stage()) for stage in self.stages)
+
+    def state(self) -> str:
+        known = self.trials()
+        count = sum(trial.done for trial in known)
+        return f"{self.name:14} {count} of {len(known)} runs" + ("" if self.done else ", unfinished")
+
+
+def best(trials: Iterable[Trial]) -> Trial:
+    """The trial that ends at the lowest held-out loss."""
+    return min(trials, key=lambda trial: load(trial).final)
+
+
+def best_of_each(trials: Iterable[Trial]) -> dict[str, Trial]:
+    """The best trial of each label, in the order of their first appearance."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.label, []).append(trial)
+    return {label: best(group) for label, group in groups.items()}
+
+
+def on_seeds(trials: Iterable[Trial], seeds: Sequence[int] = SEEDS) -> list[Trial]:
+    return [replace(trial, seed=seed) for trial in trials for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+    values: tuple[float, ...]
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".4f"
+        return f"{self.mean:{spec}} ± {self.deviation:{spec}}"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    found = tuple(values)
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    return Spread(statistics.fmean(found), deviation, found)
+
+
+def finals(trials: Iterable[Trial]) -> Mapping[str, list[Outcome]]:
+    """Outcomes by label, seeds in order."""
+    found: dict[str, list[Outcome]] = {}
+    for trial in trials:
+        found.setdefault(trial.label, []).append(load(trial))
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; all columns but the first are right-aligned."""
+    lines = [
+        f"| {' | '.join(header)} |",
+        f"| --- |{' ---: |' * (len(header) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines)

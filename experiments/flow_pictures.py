@@ -1,0 +1,111 @@
+"""How far the pictures of a converted model are from those of the EPS model that it was.
+
+Flow sampling integrates dx/ds = v(x, s) from noise at s = 1. Read through the exact bridge, the EPS model
+gives such a v too, so from the same noise both draw the same picture as far as their velocities agree. The
+distance is that of their latents, relative to the size of the EPS model's: no network judges, nothing is
+estimated from a few samples, and 0 can be reached. No guidance, Euler, shift 2.5.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spectune.model.bridge import Bridge
+from spectune.model.prediction import Flow
+from spectune.model.sdxl import Sdxl, build_model
+from spectune.model.text import tokenize
+from spectune.sample.generate import Request, SampleSettings, make_scheduler, sample_latents, to_images
+from spectune.weights.reader import open_checkpoint
+
+SHIFT, STEPS, EDGE_PX = 2.5, 20, 64
+SETTINGS = SampleSettings(width=EDGE_PX, height=EDGE_PX, steps=STEPS, cfg=1.0)
+SHOWN = 6  # pictures of a strip
+BATCH = 30
+
+
+def captions_of(folder: Path, count: int = 24) -> list[str]:
+    """The first captions of a folder of pictures."""
+    return [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))[:count]]
+
+
+@torch.no_grad()
+def as_eps(model: Sdxl, captions: Sequence[str], *, first_seed: int = 0) -> Tensor:
+    """Latents that the EPS model draws by flow sampling through the bridge, (captions, channels, h, w)."""
+    scheduler = make_scheduler(Flow(SHIFT), "euler", pixels=EDGE_PX**2)
+    scheduler.set_timesteps(STEPS)
+    x = torch.stack([_noise(model, first_seed + number) for number in range(len(captions))])
+    text = model.encode_text(tokenize(list(captions), model.layout.te1.context))
+    time_ids = torch.tensor([[EDGE_PX, EDGE_PX, 0, 0, EDGE_PX, EDGE_PX]]).float().expand(len(x), -1)
+    bridge = Bridge()
+    for timestep in scheduler.timesteps:
+        reading = bridge.at((timestep / 1000).expand(len(x)))
+        output = model.denoise(reading.feed(x), reading.timestep, text, time_ids)
+        x = scheduler.step(reading.velocity(output, x), timestep, x).prev_sample
+    return x
+
+
+def draw_own(base: Path, flat: Path, target: Path) -> None:
+    """A picture set that the EPS base draws of the flat set's captions; what is held out stays real."""
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "train").mkdir(parents=True)
+    shutil.copytree(flat / "held_out", partial / "held_out")
+    with open_checkpoint(base) as source:
+        model = build_model(source)
+    captions = captions_of(flat / "train", count=10**6)
+    for start in range(0, len(captions), BATCH):
+        chunk = captions[start : start + BATCH]
+        pictures = to_images(model.decode_latents(as_eps(model, chunk, first_seed=start)))
+        for number, (caption, picture) in enumerate(zip(chunk, pictures, strict=True), start=start):
+            picture.save(partial / "train" / f"{number:03d}.webp", lossless=True)
+            (partial / "train" / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
+    partial.rename(target)
+
+
+def as_flow(model: Sdxl, captions: Sequence[str]) -> Tensor:
+    """Latents that a flow model draws from the same noise."""
+    requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
+    return sample_latents(replace(model, prediction=Flow(SHIFT)), requests, SETTINGS)
+
+
+def reference(base: Path, captions: Sequence[str], work: Path) -> Tensor:
+    """What the EPS base draws, kept in the work folder."""
+    file = work / "eps_pictures.pt"
+    if not file.exists():
+        with open_checkpoint(base) as source:
+            drawn = as_eps(build_model(source), captions)
+        partial = file.with_suffix(f".{id(drawn)}")
+        torch.save(drawn, partial)
+        partial.replace(file)
+    return torch.load(file, weights_only=True)
+
+
+def distance(latents: Tensor, wanted: Tensor) -> float:
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+@torch.no_grad()
+def strip(model: Sdxl, latents: Tensor) -> Image.Image:
+    """The first pictures side by side, twice as large."""
+    pictures = to_images(model.decode_latents(latents[:SHOWN]))
+    sheet = Image.new("RGB", (2 * EDGE_PX * len(pictures), 2 * EDGE_PX), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(
+            picture.resize((2 * EDGE_PX, 2 * EDGE_PX), Image.Resampling.LANCZOS), (2 * EDGE_PX * place, 0)
+        )
+    return sheet
+
+
+def _noise(model: Sdxl, seed: int) -> Tensor:
+    edge = EDGE_PX // model.pixels_per_latent
+    shape = (model.layout.unet.in_channels, edge, edge)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,162 @@
+"""How a trial is run: a recipe through spectune's own trainer, or full fine-tuning on the same batches."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from experiments.trial import Outcome, Trial, save
+from spectune.training.callbacks import Callbacks, RunStart
+from spectune.training.data.plan import PlannedBatches
+from spectune.training.loop import train
+from spectune.training.objective import ask_at_random
+from spectune.training.recipe import Recipe, parse_recipe
+from spectune.training.run import Run, assemble
+from spectune.training.seeds import derived_generator, derived_seed
+from spectune.training.validation import held_out_loss
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE.parent / "demo" / "base.safetensors"
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+class Recorder(Callbacks):
+    """The curve of held-out losses."""
+
+    def __init__(self) -> None:
+        self.curve: list[tuple[int, float]] = []
+        self.trained_numbers = 0
+
+    def on_start(self, start: RunStart) -> None:
+        self.trained_numbers = start.trained_numbers
+
+    def extra(self) -> dict[str, Any]:
+        """What else it heard, for the results."""
+        return {}
+
+    def on_validation(self, step: int, loss: float) -> None:
+        self.curve.append((step, loss))
+
+
+def picture_folder(pictures: str, work: Path) -> Path:
+    """The folder of a picture set, unpacked once."""
+    folder = work / pictures
+    if not folder.exists():
+        partial = work / f"{pictures}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with tarfile.open(HERE / "pictures" / f"{pictures}.tar") as tar:
+            tar.extractall(partial, filter="data")
+        partial.rename(folder)
+    return folder
+
+
+def base_file(trial: Trial, work: Path) -> Path:
+    return BASE if trial.base == "base" else work / f"{trial.base}.safetensors"
+
+
+def recipe_of(trial: Trial, work: Path, more: Sections | None = None) -> Recipe:
+    """UNet only, rank 16, batches of 16, AdamW at a constant rate, unless the trial says otherwise."""
+    folder = picture_folder(trial.pictures, work)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"base": base_file(trial, work), "rank": 16, "parts": ["unet"]},
+        "data": {
+            "sets": [{"path": folder / "train"}],
+            "validation_folder": folder / "held_out",
+            "resolution_px": 64,
+            "caption": {"dropout_probability": 0.1},
+            "cache_folder": work / "latents",
+        },
+        "objective": {"kind": "eps"},
+        "optimizer": {"name": "adamw", "learning_rate": trial.rate, "warmup_steps": 5},
+        "run": {
+            "name": "trial",
+            "output": work / "runs" / trial.key,
+            "steps": trial.steps,
+            "batch": 16,
+            "seed": trial.seed,
+            "validate_every_steps": trial.validate_every,
+            "tensorboard": False,
+        },
+    }
+    for name, keys in {**trial.overrides, **(more or {})}.items():
+        sections[name] = {**sections.get(name, {}), **_resolved(keys, work)}
+    return parse_recipe(sections, label=trial.key)
+
+
+def _resolved(keys: Mapping[str, Any], work: Path) -> dict[str, Any]:
+    """Values that begin with `work:` are files of an earlier stage."""
+    return {k: work / v[5:] if isinstance(v, str) and v.startswith("work:") else v for k, v in keys.items()}
+
+
+def run_trial(trial: Trial, work: Path, *, more: Sections | None = None) -> Outcome:
+    """Run a trial and save what it found."""
+    work.mkdir(parents=True, exist_ok=True)
+    outcome = (full if trial.method == "full" else by_recipe)(trial, work, more)
+    save(trial, outcome)
+    return outcome
+
+
+def by_recipe(
+    trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
+) -> Outcome:
+    """spectune's trainer on the trial's recipe."""
+    recipe = recipe_of(trial, work, more)
+    shutil.rmtree(recipe.run.output, ignore_errors=True)
+    recorder = recorder or Recorder()
+    if train(recipe, callbacks=[recorder], force=True).interrupted:
+        raise KeyboardInterrupt
+    if not trial.keep:
+        shutil.rmtree(recipe.run.output, ignore_errors=True)
+    return Outcome(tuple(recorder.curve), recorder.trained_numbers, recorder.extra())
+
+
+def full(trial: Trial, work: Path, more: Sections | None = None) -> Outcome:
+    """Every weight of the UNet, on the batches and with the noise that the same recipe would have."""
+    run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks(), None)
+    run.injection.eject()
+    unet = run.prepared.model.unet
+    parameters = [weight.requires_grad_(True) for weight in unet.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=trial.rate or 1e-4, weight_decay=0.0)
+    curve = [(0, _held_out(run))]
+    for step, draws in enumerate(PlannedBatches(run.plan, 0, trial.steps), start=1):
+        full_step(run, parameters, optimizer, draws, step)
+        if step % trial.validate_every == 0 or step == trial.steps:
+            curve.append((step, _held_out(run)))
+    return Outcome(tuple(curve), sum(weight.numel() for weight in parameters))
+
+
+def full_step(
+    run: Run, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, draws: Any, step: int
+) -> None:
+    settings, seed = run.recipe.optimizer, run.recipe.run.seed
+    batch = run.pictures.__getitems__(draws)
+    assert batch.latents is not None
+    torch.manual_seed(derived_seed(seed, "step", batch.position))
+    run.denoiser.train()
+    question = ask_at_random(
+        run.prediction,
+        batch.latents,
+        derived_generator(seed, "noise", batch.position),
+        pixels_per_latent=run.prepared.model.pixels_per_latent,
+    )
+    answer = run.denoiser(question.noised, question.timestep, batch.captions, batch.time_ids)
+    run.cost(run.prediction, answer, question).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = run.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _held_out(run: Run) -> float:
+    settings = run.recipe.run
+    return held_out_loss(
+        run.denoiser, run.held_out, run.prediction, times=settings.validation_times, batch=settings.batch
+    )

@@ -1,0 +1,32 @@
+"""docs/concepts/evidence.md, made of the texts beside this file and of the figures that the results give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.registry import EXPERIMENTS
+
+HERE = Path(__file__).resolve().parent
+TEXTS = HERE / "texts"
+PAGE = HERE.parent / "docs" / "concepts" / "evidence.md"
+
+
+def text() -> str:
+    """The page: the introduction, then each finished experiment's text with its figures put in."""
+    sections = [_text(it.name).format_map(dict(it.figures())) for it in EXPERIMENTS.values() if it.done]
+    missing = [it.name for it in EXPERIMENTS.values() if not it.done]
+    note = [f"Not run to the end yet: {', '.join(missing)}."] if missing else []
+    return "\n\n".join(part.rstrip() for part in [_text("introduction"), *note, *sections]) + "\n"
+
+
+def write() -> None:
+    PAGE.write_text(text(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def _text(name: str) -> str:
+    return (TEXTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,31 @@
+"""The experiments by name."""
+
+from __future__ import annotations
+
+from experiments.bf16 import BF16
+from experiments.encoders import ENCODERS
+from experiments.experiment import Experiment
+from experiments.frames import FRAMES_EXPERIMENT
+from experiments.half_steps import HALF_STEPS
+from experiments.latent_space import LATENT_SPACE
+from experiments.near_full import NEAR_FULL
+from experiments.quantised import QUANTISED
+from experiments.sensitivity import SENSITIVITY
+from experiments.to_flow import TO_FLOW
+
+__all__ = ["EXPERIMENTS", "Experiment"]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    it.name: it
+    for it in (
+        NEAR_FULL,
+        HALF_STEPS,
+        SENSITIVITY,
+        BF16,
+        LATENT_SPACE,
+        TO_FLOW,
+        QUANTISED,
+        ENCODERS,
+        FRAMES_EXPERIMENT,
+    )
+}
