@@ -29,7 +29,7 @@ from spectune.model.sdxl import Sdxl
 from spectune.weights.names import state_views
 
 PATHS = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
-# Of the mean squared feature: keeps directions that the data hardly has where they were. conv_out has much of it:
+# Of the mean squared feature: keeps directions that the data hardly has where they were. conv_out has much:
 # refit freely it begins lower, has large weights and then learns slowly (experiments/LOG.md, 2026-11-25).
 TIME_RIDGE, OUTPUT_RIDGE = 1e-4, 1.0
 
