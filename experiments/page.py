@@ -13,9 +13,10 @@ PAGE = HERE.parent / "docs" / "concepts" / "evidence.md"
 
 def text() -> str:
     """The page: the introduction, then each finished experiment's text with its figures put in."""
-    sections = [_text(it.name).format_map(dict(it.figures())) for it in EXPERIMENTS.values() if it.done]
-    missing = [it.name for it in EXPERIMENTS.values() if not it.done]
-    note = [f"Not run to the end yet: {', '.join(missing)}."] if missing else []
+    written = [it for it in EXPERIMENTS.values() if it.done and (TEXTS / f"{it.name}.md").exists()]
+    sections = [_text(it.name).format_map(dict(it.figures())) for it in written]
+    missing = [it.name for it in EXPERIMENTS.values() if it not in written]
+    note = [f"Not run to the end or not written up yet: {', '.join(missing)}."] if missing else []
     return "\n\n".join(part.rstrip() for part in [_text("introduction"), *note, *sections]) + "\n"
 
 

@@ -70,7 +70,7 @@ class Bridge:
 
     def at(self, levels: Tensor) -> Reading:
         """The reading at noise levels s in 0..1, (batch,)."""
-        s = levels.detach().double()
+        s = levels.detach().cpu().double()  # not every device has float64
         covered = s.clamp(self.lowest, self.highest)
         size = ((1 - covered).square() + covered.square()).sqrt()  # 1/(alpha + sigma)
         alpha, sigma = (1 - covered) / size, covered / size
@@ -79,7 +79,8 @@ class Bridge:
             beyond, sigma / (alpha * s.clamp(min=self.highest)), 1 / (1 - s.clamp(max=self.highest))
         )
         c_skip = torch.where(beyond, (1 - 1 / (size * alpha)) / s.clamp(min=self.highest), -c_out)
-        return Reading((1 / size).float(), self.timestep(levels), c_out.float(), c_skip.float())
+        c_in, c_out, c_skip = (c.to(levels.device, torch.float32) for c in (1 / size, c_out, c_skip))
+        return Reading(c_in, self.timestep(levels), c_out, c_skip)
 
 
 def raw(levels: Tensor) -> Reading:

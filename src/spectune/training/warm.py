@@ -36,11 +36,9 @@ TIME_RIDGE, OUTPUT_RIDGE = 1e-4, 1.0
 
 @dataclass(frozen=True)
 class Asked:
-    """What conv_out is refit to: x_flow with its noise level, and the velocity that is wanted."""
+    """What conv_out is refit to: a question, and the velocity that is wanted."""
 
-    noised: Tensor  # (batch, channels, h, w) float32
-    levels: Tensor  # (batch,)
-    velocity: Tensor  # shape of `noised`
+    velocity: Tensor  # (batch, channels, h, w) float32
     answer: Callable[[], Tensor]  # the network's own, read as that of a flow model
 
 

@@ -40,9 +40,7 @@ def warm_start(asking: Questions, *, images: int, device: torch.device) -> list[
 def _asked(asking: Questions, count: int, device: torch.device) -> Iterator[Asked]:
     for batch, question in asking.first(count, device):
         taught = asking.taught(question, batch)
-        yield Asked(
-            question.noised, question.times, taught.target, lambda b=batch, q=question: _raw(asking, q, b)
-        )
+        yield Asked(taught.target, lambda b=batch, q=question: _raw(asking, q, b))
 
 
 def _raw(asking: Questions, question: Question, batch: Batch) -> Tensor:
