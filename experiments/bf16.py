@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.experiment import Experiment, on_seeds
+from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import by_recipe, recipe_of
 from experiments.trial import Outcome, Trial, save
 from spectune.factor.matrix import change
@@ -90,7 +90,17 @@ def _in_bf16(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def found() -> dict[str, str]:
-    return {}
+    names = {"residual": "factors beside the residual (the guide's)", "delta": "deltas"}
+    rows: list[list[str]] = []
+    for label, outcomes in finals(variants()).items():
+        form, precision = label.split()
+        stored = "stored_as_factors" if form == "residual" else "stored_as_deltas"
+        error = mean(it.extra[stored] for it in outcomes)
+        rows.append(
+            [names[form], precision, f"{spread(it.final for it in outcomes):.5f}", f"{100 * error:.2f} %"]
+        )
+    header = ["what is trained", "precision", "held-out loss", "error of the change, stored in bf16"]
+    return {"table": table(header, rows)}
 
 
 BF16 = Experiment(NAME, (variants,), found, runner=run)

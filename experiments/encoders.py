@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from experiments import near_full
-from experiments.experiment import Experiment, on_seeds
+from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import by_recipe, recipe_of
 from experiments.trial import Outcome, Trial, save
 from spectune.training import state
@@ -86,7 +86,20 @@ def loss_of(run: Run, deltas: dict[str, Delta]) -> float:
 
 
 def found() -> dict[str, str]:
-    return {}
+    outcomes = finals(trials())["all parts"]
+    last = [it.extra["encoders_of_step"][str(STOPS[-1])] for it in outcomes]
+    rows: list[list[str]] = []
+    for stop in STOPS:
+        losses = [it.extra["encoders_of_step"][str(stop)] for it in outcomes]
+        cost = [100 * (one / other - 1) for one, other in zip(losses, last, strict=True)]
+        rows.append([str(stop), f"{spread(losses):.5f}", f"{spread(cost):+.2f} %"])
+    unet = finals(near_full.repeats())["principal r16"]
+    return {
+        "stops": table(["encoders of step", "held-out loss", "beside the end's"], rows),
+        "all": f"{spread(last):.5f}",
+        "unet": f"{spread(it.final for it in unet):.5f}",
+        "difference": f"{100 * (mean(it.final for it in unet) / mean(last) - 1):+.1f} %",
+    }
 
 
-ENCODERS = Experiment(NAME, (trials,), found, runner=run)
+ENCODERS = Experiment(NAME, (trials,), found, runner=run, needs=("near_full",))

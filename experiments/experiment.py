@@ -11,6 +11,10 @@ from experiments.trial import Outcome, Trial, load
 
 Stage = Callable[[], list[Trial]]  # later stages read what earlier ones found
 SEEDS = (1, 2, 3)
+FRAMES = ("principal", "minor", "gradient", "data")  # beside plain, which is ordinary LoRA
+LENGTH = (
+    0.577  # 1/sqrt(3), of a row of plain LoRA: directions of other frames are made as long where compared
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Experiment:
     figures: Callable[[], Mapping[str, str]]  # what stands in braces in its text, from the results
     prepare: Callable[[Path], None] | None = None  # files that its trials need, made in the work folder
     runner: Callable[[Trial, Path], Outcome] | None = None  # instead of lab.run_trial
+    needs: tuple[str, ...] = ()  # experiments whose results its trials or its text take up
 
     def trials(self) -> list[Trial]:
         """All trials that are known so far."""
@@ -82,6 +87,24 @@ def finals(trials: Iterable[Trial]) -> Mapping[str, list[Outcome]]:
     for trial in trials:
         found.setdefault(trial.label, []).append(load(trial))
     return found
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def ratio_of_steps(outcome: Outcome, loss: float, steps: int) -> float | None:
+    """Steps until `loss` as a share of `steps`; None if it never falls that low."""
+    reached = outcome.steps_until(loss)
+    return None if reached is None else reached / steps
+
+
+def told_ratios(ratios: Sequence[float | None]) -> str:
+    """Mean and deviation, or how many of the seeds got there."""
+    reached = [it for it in ratios if it is not None]
+    if len(reached) == len(ratios):
+        return f"{spread(reached):.2f}"
+    return f"{len(reached)} of {len(ratios)} seeds" if reached else "never"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

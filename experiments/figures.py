@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments.trial import Outcome
 
@@ -77,7 +78,14 @@ def rates(name: str, title: str, groups: Mapping[str, Sequence[tuple[float, floa
     return save(figure, name)
 
 
-def dots(name: str, title: str, groups: Mapping[str, Sequence[float]], x_label: str) -> str:
+def dots(
+    name: str,
+    title: str,
+    groups: Mapping[str, Sequence[float]],
+    x_label: str,
+    *,
+    level: tuple[str, float] | None = None,
+) -> str:
     """One row per group: every seed as a dot, the mean as a bar."""
     figure, axes = new_axes(title, x_label, "")
     labels = list(groups)
@@ -86,6 +94,23 @@ def dots(name: str, title: str, groups: Mapping[str, Sequence[float]], x_label: 
         values = list(groups[label])
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=7, alpha=0.75)
         axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=3)
+    if level is not None:
+        axes.axvline(level[1], color="#8a8a8a", linestyle="--", linewidth=1.2, label=level[0])
+        axes.legend(frameon=False, fontsize=_TEXT_PT - 1)
     axes.set_yticks(range(len(labels)), labels, fontsize=_TEXT_PT - 1)
     axes.invert_yaxis()
+    return save(figure, name)
+
+
+def strips(name: str, files: Mapping[str, Path]) -> str:
+    """Rows of pictures, one below the other, each with its name above it."""
+    pictures = {label: Image.open(file) for label, file in files.items()}
+    figure = Figure(
+        figsize=(_SIZE_INCHES[0], 1.75 * len(pictures)), dpi=_DPI, facecolor="white", layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    for axes, (label, picture) in zip(figure.subplots(len(pictures), 1), pictures.items(), strict=True):
+        axes.imshow(picture)
+        axes.set_title(label, loc="left", fontsize=_TEXT_PT, color=_INK)
+        axes.set_axis_off()
     return save(figure, name)

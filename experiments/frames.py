@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import near_full
-from experiments.experiment import Experiment, best_of_each, on_seeds
-from experiments.trial import Trial
+from experiments import figures, latent_space, near_full, to_flow
+from experiments.experiment import FRAMES, LENGTH, Experiment, best_of_each, on_seeds, spread, table
+from experiments.trial import Trial, load
 
 NAME = "frames"
-FRAMES = (
-    "principal",
-    "minor",
-    "gradient",
-    "data",
-)  # beside plain, whose directions are that long by themselves
-LENGTH = 0.577  # 1/sqrt(3), of a row of plain LoRA
 RATES = (5e-4, 1e-3, 2e-3)
 
 
@@ -46,8 +40,41 @@ def plain() -> list[Trial]:
     return on_seeds([near_full.chosen()["plain r16"]])
 
 
+def tasks() -> dict[str, Mapping[str, Sequence[Trial]]]:
+    """The trials of each frame on each task, three seeds."""
+    style = _by_label([*plain(), *repeats()])
+    flow = _by_label(to_flow.repeats())
+    latents = _by_label(latent_space.repeats())
+    return {
+        "style": {"plain": style["plain r16"], **{it: style[it] for it in FRAMES}},
+        "new latent space": {it: latents[it] for it in ("plain", *FRAMES)},
+        "EPS to flow": {"plain": flow[to_flow.BEST], **{it: flow[it] for it in FRAMES}},
+    }
+
+
+def _by_label(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.label, []).append(trial)
+    return found
+
+
 def found() -> dict[str, str]:
-    return {}
+    by_task = tasks()
+    rows: list[list[str]] = []
+    for frame in ("plain", *FRAMES):
+        cells = [frame if frame != "plain" else "plain (LoRA)"]
+        for trials in by_task.values():
+            losses = spread(load(trial).final for trial in trials[frame])
+            cells.append(f"{losses} (at {trials[frame][0].rate:g})")
+        rows.append(cells)
+    plot = figures.dots(
+        "evidence_frames.png",
+        "3D style, rank 16, each frame at its best constant rate, 3 seeds",
+        {frame: [load(trial).final for trial in trials] for frame, trials in by_task["style"].items()},
+        "loss on held-out pictures",
+    )
+    return {"plot": plot, "table": table(["frame", *by_task], rows)}
 
 
-FRAMES_EXPERIMENT = Experiment(NAME, (sweep, repeats), found)
+FRAMES_EXPERIMENT = Experiment(NAME, (sweep, repeats), found, needs=("near_full", "latent_space", "to_flow"))

@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.experiment import SEEDS, Experiment, best_of_each, on_seeds
+from experiments import figures, near_full
+from experiments.experiment import (
+    LENGTH,
+    SEEDS,
+    Experiment,
+    best_of_each,
+    finals,
+    mean,
+    on_seeds,
+    ratio_of_steps,
+    spread,
+    table,
+    told_ratios,
+)
 from experiments.near_full import chosen, framed
-from experiments.trial import Trial
+from experiments.trial import Outcome, Trial
 
 NAME = "half_steps"
 RANKS = (4, 8, 32)  # beside 16, where learning rates are searched
 STEPS = 120
-UNIT = 0.577  # 1/sqrt(3), the length of a row of plain LoRA
 
 
 def other_ranks() -> list[Trial]:
@@ -39,14 +51,15 @@ def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
 
 
 HALF = STEPS // 2
+LONG = "plain, 120 steps"  # what is to be reached in half of its steps
 
 
 def decaying_sweep() -> list[Trial]:
     """Plain LoRA over all steps, and what may reach its loss in half: changes to the principal."""
-    found = [decaying("plain, 120 steps", rate, STEPS, frame="plain") for rate in (1e-3, 2e-3)]
+    found = [decaying(LONG, rate, STEPS, frame="plain") for rate in (1e-3, 2e-3)]
     found += [decaying("plain", rate, HALF, frame="plain") for rate in (1e-3, 2e-3)]
     found += [decaying("principal", rate, HALF) for rate in (4e-4, 8e-4)]
-    found += [decaying("equal lengths", rate, HALF, frame_norm=UNIT) for rate in (1e-3, 2e-3)]
+    found += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in (1e-3, 2e-3)]
     found += [decaying("all layers", rate, HALF, layers=["all"]) for rate in (4e-4, 8e-4)]
     found += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (4e-4, 8e-4)]
     found += [decaying("linear rank 32", rate, HALF, rank=32, conv_rank=16) for rate in (4e-4, 8e-4)]
@@ -58,8 +71,81 @@ def decaying_repeats() -> list[Trial]:
     return on_seeds(best_of_each(decaying_sweep()).values(), SEEDS)
 
 
+def of_rank(frame: str, rank: int) -> list[Outcome]:
+    trials = near_full.repeats() if rank == 16 else other_ranks()
+    return finals(trials)[f"{frame} r{rank}"]
+
+
+def rank_rows() -> list[list[str]]:
+    """Loss, share of full fine-tuning's gain and steps to LoRA's loss at each rank, constant rates."""
+    full = finals(near_full.repeats())["full"]
+    rows: list[list[str]] = []
+    for rank in sorted((16, *RANKS)):
+        plain, principal = of_rank("plain", rank), of_rank("principal", rank)
+        ratios = [
+            ratio_of_steps(one, other.final, STEPS) for one, other in zip(principal, plain, strict=True)
+        ]
+        rows.append(
+            [
+                str(rank),
+                *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
+                *(_percent(near_full.share_of_gain(outcomes, full)) for outcomes in (plain, principal)),
+                told_ratios(ratios),
+            ]
+        )
+    return rows
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * mean(shares):.1f} %"
+
+
+def changes() -> dict[str, list[Outcome]]:
+    return dict(finals(decaying_repeats()))
+
+
+def change_rows() -> list[list[str]]:
+    outcomes, chosen = changes(), best_of_each(decaying_sweep())
+    full = finals(near_full.repeats())["full"]
+    rows: list[list[str]] = []
+    for label, found in outcomes.items():
+        ratios = [
+            ratio_of_steps(one, other.final, STEPS) for one, other in zip(found, outcomes[LONG], strict=True)
+        ]
+        rows.append(
+            [
+                label,
+                f"{chosen[label].rate:g}",
+                str(chosen[label].steps),
+                f"{spread(it.final for it in found)}",
+                _percent(near_full.share_of_gain(found, full)),
+                "" if label == LONG else told_ratios(ratios),
+            ]
+        )
+    return rows
+
+
 def found() -> dict[str, str]:
-    return {}
+    outcomes = changes()
+    aim = mean(it.final for it in outcomes[LONG])
+    plot = figures.dots(
+        "evidence_half_steps.png",
+        f"3D style, after {HALF} steps with a cosine schedule, 3 seeds",
+        {label: [it.final for it in rows] for label, rows in outcomes.items() if label != LONG},
+        "loss on held-out pictures",
+        level=(f"LoRA after {STEPS} steps", aim),
+    )
+    return {
+        "plot": plot,
+        "ranks": table(
+            ["rank", "LoRA", "principal", "LoRA's share", "principal's share", "steps to LoRA's loss"],
+            rank_rows(),
+        ),
+        "changes": table(
+            ["way", "rate", "steps", "held-out loss", "share of full's gain", "steps to LoRA's loss"],
+            change_rows(),
+        ),
+    }
 
 
-HALF_STEPS = Experiment(NAME, (other_ranks, decaying_sweep, decaying_repeats), found)
+HALF_STEPS = Experiment(NAME, (other_ranks, decaying_sweep, decaying_repeats), found, needs=("near_full",))

@@ -117,7 +117,9 @@ def by_recipe(
     return Outcome(tuple(recorder.curve), recorder.trained_numbers, recorder.extra())
 
 
-def full(trial: Trial, work: Path, more: Sections | None = None) -> Outcome:
+def full(
+    trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
+) -> Outcome:
     """Every weight of the UNet, on the batches and with the noise that the same recipe would have."""
     run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks(), None)
     run.injection.eject()
@@ -129,7 +131,9 @@ def full(trial: Trial, work: Path, more: Sections | None = None) -> Outcome:
         full_step(run, parameters, optimizer, draws, step)
         if step % trial.validate_every == 0 or step == trial.steps:
             curve.append((step, _held_out(run)))
-    return Outcome(tuple(curve), sum(weight.numel() for weight in parameters))
+    recorder = recorder or Recorder()
+    recorder.on_preview(trial.steps, run.prepared.model)
+    return Outcome(tuple(curve), sum(weight.numel() for weight in parameters), recorder.extra())
 
 
 def full_step(

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import eq_vae
-from experiments.experiment import Experiment, best_of_each, on_seeds
-from experiments.frames import FRAMES, LENGTH
+from experiments import eq_vae, figures
+from experiments.experiment import (
+    FRAMES,
+    LENGTH,
+    Experiment,
+    best_of_each,
+    finals,
+    mean,
+    on_seeds,
+    ratio_of_steps,
+    spread,
+    table,
+)
 from experiments.lab import run_trial
 from experiments.trial import RESULTS, Outcome, Trial
 
 NAME = "latent_space"
-STEPS = 160
+OWN = "principal, own lengths"
+STEPS = 120
+NEAR = 1.05  # of full fine-tuning's final loss
+NAMES = {"full": "full fine-tuning", "plain": "LoRA r16", OWN: "principal r16"}
 
 
 def trial(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial:
@@ -32,7 +46,7 @@ def trial(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial
 def sweep() -> list[Trial]:
     found = [trial("full", rate, full=True) for rate in (4e-4, 8e-4)]
     found += [trial("plain", rate, frame="plain") for rate in (1e-3, 3e-3)]
-    found += [trial("principal, own lengths", rate, frame="principal") for rate in (4e-4, 1e-3)]
+    found += [trial(OWN, rate, frame="principal") for rate in (4e-4, 1e-3)]
     for frame in FRAMES:
         found += [trial(frame, rate, frame=frame, frame_norm=LENGTH) for rate in (1e-3, 3e-3)]
     return found
@@ -61,7 +75,47 @@ def run(trial: Trial, work: Path) -> Outcome:
 
 
 def found() -> dict[str, str]:
-    return {}
+    outcomes = finals(repeats())
+    full = outcomes["full"]
+    plot = figures.curves(
+        "evidence_latent_space.png",
+        "A new latent space, each method at its best constant rate, 3 seeds",
+        {NAMES[label]: outcomes[label] for label in NAMES},
+        top=2.2 * mean(it.final for it in full),
+    )
+    rows: list[list[str]] = []
+    for label, found in outcomes.items():
+        ratios = [
+            ratio_of_steps(one, NEAR * other.final, STEPS) for one, other in zip(found, full, strict=True)
+        ]
+        rows.append(
+            [
+                NAMES.get(label, label),
+                f"{chosen()[label].rate:g}",
+                f"{spread(it.final for it in found)}",
+                _steps(ratios),
+            ]
+        )
+    facts = json.loads((RESULTS / NAME / "autoencoder.facts").read_text(encoding="utf-8"))
+    return {
+        "plot": plot,
+        "table": table(["method", "rate", "held-out loss", "steps to full's loss + 5 %"], rows),
+        "before": f"{mean(it.before for it in full):.3f}",
+        "scale": f"{facts['scale']:.3f}",
+        "shift": f"{facts['shift']:.3f}",
+        **{
+            f"{when}_{what}": f"{decibel:.1f}"
+            for when in ("before", "after")
+            for what, decibel in facts[when].items()
+        },
+    }
+
+
+def _steps(ratios: Sequence[float | None]) -> str:
+    reached = [STEPS * it for it in ratios if it is not None]
+    if len(reached) == len(ratios):
+        return f"{spread(reached):.0f}"
+    return f"{len(reached)} of {len(ratios)} seeds" if reached else "never"
 
 
 LATENT_SPACE = Experiment(NAME, (sweep, repeats), found, prepare=prepare, runner=run)

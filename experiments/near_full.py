@@ -11,7 +11,7 @@ from experiments.trial import Outcome, Trial
 NAME = "near_full"
 FULL_RATES = (1e-4, 2e-4, 4e-4)
 PLAIN_RATES = (5e-4, 1e-3, 2e-3)
-PRINCIPAL_RATES = (2e-4, 4e-4, 8e-4)
+PRINCIPAL_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 
 def full(rate: float) -> Trial:

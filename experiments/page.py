@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.registry import EXPERIMENTS
+from experiments.registry import EXPERIMENTS, Experiment
 
 HERE = Path(__file__).resolve().parent
 TEXTS = HERE / "texts"
@@ -13,11 +13,15 @@ PAGE = HERE.parent / "docs" / "concepts" / "evidence.md"
 
 def text() -> str:
     """The page: the introduction, then each finished experiment's text with its figures put in."""
-    written = [it for it in EXPERIMENTS.values() if it.done and (TEXTS / f"{it.name}.md").exists()]
+    written = [it for it in EXPERIMENTS.values() if finished(it) and (TEXTS / f"{it.name}.md").exists()]
     sections = [_text(it.name).format_map(dict(it.figures())) for it in written]
     missing = [it.name for it in EXPERIMENTS.values() if it not in written]
     note = [f"Not run to the end or not written up yet: {', '.join(missing)}."] if missing else []
     return "\n\n".join(part.rstrip() for part in [_text("introduction"), *note, *sections]) + "\n"
+
+
+def finished(experiment: Experiment) -> bool:
+    return all(EXPERIMENTS[name].done for name in (*experiment.needs, experiment.name))
 
 
 def write() -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments import near_full
-from experiments.experiment import Experiment, on_seeds
+from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import BASE, run_trial
-from experiments.trial import Outcome, Trial, save
+from experiments.trial import Outcome, Trial, load, save
 from spectune.factor.matrix import product, to_matrix
 from spectune.factor.split import split_weight
 from spectune.model.quantize import dequantise, quantise
@@ -107,7 +107,29 @@ def spectral(out: int, columns: int, *, power: float) -> Tensor:
 
 
 def found() -> dict[str, str]:
-    return {}
+    measured = load(errors()).extra
+    parts = [
+        [part, *(f"{100 * row[it]:.2f} %" for it in ("W", "R"))] for part, row in measured["base"].items()
+    ]
+    sizes = [
+        [f"{row['out']} x {row['in']}", str(row["rank"]), *(f"{100 * row[it]:.2f} %" for it in ("W", "R"))]
+        for row in measured["synthetic"]
+    ]
+    in_nf4, in_full = finals(trained()), finals(near_full.repeats())
+    losses = [
+        [
+            name,
+            f"{spread(it.final for it in in_full[f'{frame} r16'])}",
+            f"{mean(it.before for it in in_nf4[f'nf4 {frame}']):.4f}",
+            f"{spread(it.final for it in in_nf4[f'nf4 {frame}'])}",
+        ]
+        for frame, name in (("plain", "LoRA beside W"), ("principal", "principal beside R"))
+    ]
+    return {
+        "parts": table(["part of the demo base, r16", "W", "R"], parts),
+        "sizes": table(["matrix, singular values i^-0.4", "rank", "W", "R"], sizes),
+        "losses": table(["", "full precision", "NF4, before", "NF4, after"], losses),
+    }
 
 
-QUANTISED = Experiment(NAME, (trials,), found, runner=run)
+QUANTISED = Experiment(NAME, (trials,), found, runner=run, needs=("near_full",))

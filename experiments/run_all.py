@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
     return good
 
 
+def with_needed(chosen: Sequence[Experiment]) -> list[Experiment]:
+    """The chosen ones, and before them those whose results they take up."""
+    names = {name for experiment in chosen for name in (*experiment.needs, experiment.name)}
+    return [experiment for experiment in EXPERIMENTS.values() if experiment.name in names]
+
+
+def state(experiment: Experiment) -> str:
+    missing = [name for name in experiment.needs if not EXPERIMENTS[name].done]
+    return f"{experiment.name:14} waits for {', '.join(missing)}" if missing else experiment.state()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,14 +86,15 @@ def main() -> int:
     chosen = [EXPERIMENTS[name] for name in args.names or EXPERIMENTS]
     if args.list:
         for experiment in chosen:
-            print(experiment.state())
+            print(state(experiment))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     good = True
-    for experiment in chosen:
-        if args.again:
+    if args.again:
+        for experiment in chosen:
             shutil.rmtree(RESULTS / experiment.name, ignore_errors=True)
-        good &= run_experiment(experiment, args.work, args.processes)
+    for experiment in with_needed(chosen):
+        good = good and run_experiment(experiment, args.work, args.processes)
     if good:
         from experiments import page
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments import near_full
-from experiments.experiment import Experiment, on_seeds
-from experiments.trial import Trial
+from experiments import figures, near_full
+from experiments.experiment import Experiment, finals, on_seeds, spread, table
+from experiments.trial import Trial, load
 
 NAME = "sensitivity"
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3)
 FRAMES = ("plain", "principal")
+KEPT = 0.95  # of the gain of the best rate: such a rate is good
 
 
 def rates() -> list[Trial]:
@@ -49,8 +50,53 @@ def own() -> list[Trial]:
     return [trial for trial in [*rates(), *prodigy()] if trial.experiment == NAME]
 
 
+def points() -> dict[str, list[tuple[float, float]]]:
+    """(rate, final loss) of each frame."""
+    found: dict[str, list[tuple[float, float]]] = {frame: [] for frame in FRAMES}
+    for trial in rates():
+        assert trial.rate is not None
+        found[trial.label.split()[0]].append((trial.rate, load(trial).final))
+    return found
+
+
+def width(points: list[tuple[float, float]], before: float) -> tuple[float, float]:
+    """The lowest and the highest rate that keep KEPT of the gain of the best one."""
+    lowest = min(loss for _, loss in points)
+    good = [rate for rate, loss in points if before - loss >= KEPT * (before - lowest)]
+    return min(good), max(good)
+
+
 def found() -> dict[str, str]:
-    return {}
+    names = {"plain": "LoRA r16", "principal": "principal r16"}
+    curves = points()
+    before = load(rates()[0]).before
+    plot = figures.rates(
+        "evidence_sensitivity.png",
+        "3D style after 120 steps at constant rates, one seed",
+        {names[frame]: rows for frame, rows in curves.items()},
+    )
+    automatic = finals(prodigy())
+    tuned = finals(near_full.repeats())
+    rows: list[list[str]] = []
+    for frame, name in names.items():
+        low, high = width(curves[frame], before)
+        best = min(curves[frame], key=lambda point: point[1])
+        rows.append(
+            [
+                name,
+                f"{best[0]:g}",
+                f"{low:g} to {high:g}",
+                f"{spread(it.final for it in tuned[f'{frame} r16'])}",
+                f"{spread(it.final for it in automatic[f'prodigy {frame}'])}",
+            ]
+        )
+    by_rate = [[f"{rate:g}", *(f"{dict(curves[frame])[rate]:.4f}" for frame in FRAMES)] for rate in RATES]
+    return {
+        "plot": plot,
+        "kept": f"{100 * KEPT:.0f}",
+        "table": table(["", "best rate", "good rates", "at the best rate", "ProdigyPlus"], rows),
+        "rates": table(["rate", *names.values()], by_rate),
+    }
 
 
-SENSITIVITY = Experiment(NAME, (own,), found)
+SENSITIVITY = Experiment(NAME, (own,), found, needs=("near_full",))

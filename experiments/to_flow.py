@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from experiments import figures
-from experiments.experiment import Experiment, best_of_each, table
+from experiments.experiment import (
+    FRAMES,
+    LENGTH,
+    Experiment,
+    best_of_each,
+    finals,
+    on_seeds,
+    ratio_of_steps,
+    spread,
+    table,
+    told_ratios,
+)
 from experiments.flow_pictures import as_flow, captions_of, distance, draw_own, reference, strip
-from experiments.lab import BASE, Recorder, by_recipe, picture_folder, recipe_of, run_trial
+from experiments.lab import BASE, Recorder, by_recipe, full, picture_folder, recipe_of
 from experiments.trial import RESULTS, Outcome, Trial, load, save
 from spectune.model.bridge import Bridge
 from spectune.model.sdxl import Sdxl
@@ -24,7 +37,11 @@ from spectune.training.validation import held_out_loss
 NAME = "to_flow"
 PLAIN_STEPS = 200
 FAST_STEPS = 40  # a fifth
-SHOWN = ("plain full", "plain LoRA r16", "plain principal r16", "warm", "teacher", "bridged + teacher")
+AIM = "plain LoRA r16"  # whose final loss is to be reached in a fifth of its steps
+BEST = "warm + teacher"
+SHOWN = ("plain full", AIM, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
+SHEET = (AIM, BEST, "no pictures")  # ways whose pictures the page shows
+FAST_RATES = (3e-3, 6e-3)
 
 
 def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial:
@@ -41,48 +58,69 @@ def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial
     )
 
 
+def decaying(trial: Trial) -> Trial:
+    """All layers, beside the plain frame, at a rate that falls to nothing."""
+    model = {"frame": "plain", "layers": ("all",), **trial.overrides["model"]}
+    return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": {"schedule": "cosine"}})
+
+
 def fast(label: str, rate: float, objective: Mapping[str, Any], **model: Any) -> Trial:
     """A fifth of the steps, with what spectune adds."""
-    return Trial(
-        NAME,
-        label,
-        rate,
-        pictures="flat",
+    trial = decaying(plain(label, rate, **model))
+    told = {**trial.overrides["objective"], **objective}
+    return replace(
+        trial,
         steps=FAST_STEPS,
-        validate_every=5,
-        overrides={"model": model, "objective": {"kind": "flow", "flow_shift": 2.5, **objective}},
+        validate_every=10,
+        pictures="own" if label == "no pictures" else "flat",
+        overrides={**trial.overrides, "objective": told},
     )
 
 
 WARM = {"start": "warm"}
 TEACHER = {"teacher": "eps"}
-ALL = ("all",)
+BOTH = {**WARM, **TEACHER}
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "raw": {},
+    "teacher": TEACHER,
+    "bridged + teacher": {**TEACHER, "bridge_steps": 30},
+    "warm": WARM,
+    BEST: BOTH,
+    "no pictures": BOTH,  # of other people: those that the EPS model draws of the captions
+}
 
 
 def plain_sweep() -> list[Trial]:
     return [
         *(plain("plain full", rate, full=True) for rate in (2e-4, 4e-4)),
-        *(plain("plain LoRA r16", rate, frame="plain") for rate in (1e-3, 3e-3)),
+        *(plain(AIM, rate, frame="plain") for rate in (1e-3, 3e-3)),
         *(plain("plain principal r16", rate, frame="principal") for rate in (5e-4, 1e-3)),
+        *(decaying(plain("plain, all layers", rate)) for rate in FAST_RATES),
     ]
 
 
 def fast_sweep() -> list[Trial]:
-    found: list[Trial] = []
-    for rate in (1e-3, 3e-3):
-        found += [
-            fast("warm", rate, WARM, frame="plain", layers=ALL),
-            fast("warm + teacher", rate, {**WARM, **TEACHER}, frame="plain", layers=ALL),
-            fast("warm + teacher, gradient", rate, {**WARM, **TEACHER}, frame="gradient", layers=ALL),
-            fast("teacher", rate, TEACHER, frame="plain", layers=ALL),
-            fast("bridged + teacher", rate, {**TEACHER, "bridge_steps": 30}, frame="plain", layers=ALL),
-        ]
-    found += [fast("warm + teacher, principal", 1e-3, {**WARM, **TEACHER}, frame="principal", layers=ALL)]
-    return found
+    return [
+        *(fast(label, rate, way) for label, way in WAYS.items() for rate in FAST_RATES),
+        fast(BEST, 1.2e-2, BOTH),
+        *(fast("rank 64", rate, BOTH, rank=64) for rate in FAST_RATES),
+    ]
+
+
+def frames_sweep() -> list[Trial]:
+    """The best way beside other frames, every direction as long as those of the plain one."""
+    return [
+        fast(frame, rate, BOTH, frame=frame, frame_norm=LENGTH) for frame in FRAMES for rate in (1e-3, 3e-3)
+    ]
 
 
 def sweep() -> list[Trial]:
-    return [reference_trial(), *plain_sweep(), *fast_sweep()]
+    return [reference_trial(), *plain_sweep(), *fast_sweep(), *frames_sweep()]
+
+
+def repeats() -> list[Trial]:
+    chosen = best_of_each([*plain_sweep(), *fast_sweep(), *frames_sweep()])
+    return on_seeds(chosen.values())
 
 
 def prepare(work: Path) -> None:
@@ -102,13 +140,21 @@ class Watcher(Recorder):
     def on_preview(self, step: int, model: Sdxl) -> None:
         drawn = as_flow(model, self.captions)
         self.distances.append((step, distance(drawn, reference(BASE, self.captions, self.work))))
-        if self.trial.seed == 1 and step in (FAST_STEPS, PLAIN_STEPS):
-            folder = RESULTS / NAME / "pictures"
-            folder.mkdir(parents=True, exist_ok=True)
-            strip(model, drawn).save(folder / f"{self.trial.key}-{step}.png")
+        if self.trial.seed == 1 and self.trial.label in SHEET and step in (FAST_STEPS, PLAIN_STEPS):
+            save_strip(self.trial, step, strip(model, drawn))
 
     def extra(self) -> dict[str, Any]:
         return {"picture_distance": self.distances}
+
+
+def strip_file(trial: Trial, step: int) -> Path:
+    return RESULTS / NAME / "pictures" / f"{trial.key}-{step}.png"
+
+
+def save_strip(trial: Trial, step: int, drawn: Image.Image) -> None:
+    file = strip_file(trial, step)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(file)
 
 
 class Bridged(nn.Module):
@@ -139,57 +185,89 @@ def measure_reference(trial: Trial, work: Path) -> Outcome:
         times=settings.validation_times,
         batch=settings.batch,
     )
+    captions = captions_of(picture_folder("flat", work) / "held_out")
+    save_strip(trial, 0, strip(run.prepared.model, reference(BASE, captions, work)))
     return Outcome(((0, loss),), 0)
 
 
 def run(trial: Trial, work: Path) -> Outcome:
     """As any trial, with pictures drawn every FAST_STEPS steps."""
     if trial.key == reference_trial().key:
-        save(trial, outcome := measure_reference(trial, work))
-        return outcome
-    if trial.method == "full":
-        return run_trial(trial, work)
-    more = {**trial.overrides, "run": {"preview_every_steps": FAST_STEPS}}
-    outcome = by_recipe(trial, work, more, recorder=Watcher(trial, work))
+        outcome = measure_reference(trial, work)
+    elif trial.method == "full":
+        outcome = full(trial, work, recorder=Watcher(trial, work))
+    else:
+        more = {**trial.overrides, "run": {"preview_every_steps": FAST_STEPS}}
+        outcome = by_recipe(trial, work, more, recorder=Watcher(trial, work))
     save(trial, outcome)
     return outcome
 
 
 def found() -> dict[str, str]:
-    chosen = best_of_each([*plain_sweep(), *fast_sweep()])
-    outcomes = {label: load(trial) for label, trial in chosen.items()}
+    outcomes = finals(repeats())
     eps = load(reference_trial()).final
     plot = figures.curves(
         "evidence_to_flow.png",
-        "From EPS to flow, each way at its best rate, one seed",
-        {label: [outcome] for label, outcome in outcomes.items() if label in SHOWN},
+        "From EPS to flow, each way at its best rate, 3 seeds",
+        {label: outcomes[label] for label in SHOWN},
         level=("the EPS model through the bridge", eps),
-        top=0.6,
+        top=0.5,
         y_label="flow loss on held-out pictures",
     )
-    rows = [
-        [
-            label,
-            f"{chosen[label].rate:g}",
-            f"{outcome.curve[0][1]:.3f}",
-            f"{dict(outcome.curve)[FAST_STEPS]:.3f}",
-            f"{outcome.final:.3f}" if chosen[label].steps == PLAIN_STEPS else "",
-        ]
-        for label, outcome in outcomes.items()
+    aim, best = outcomes[AIM], outcomes[BEST]
+    ratios = [
+        ratio_of_steps(one, other.final, other.curve[-1][0]) for one, other in zip(best, aim, strict=True)
     ]
-    header = ["way", "rate", "before", f"after {FAST_STEPS} steps", f"after {PLAIN_STEPS}"]
-    teacher, plain_lora = outcomes["teacher"].final, outcomes["plain LoRA r16"].final
     return {
         "plot": plot,
-        "table": table(header, rows),
+        "sheet": sheet(),
+        "table": table(["way", "rate", "before", *_headings()], rows(outcomes)),
         "eps": f"{eps:.3f}",
-        "teacher": f"{teacher:.3f}",
-        "plain": f"{plain_lora:.3f}",
-        "principal": f"{outcomes['plain principal r16'].final:.3f}",
-        "warm_before": f"{outcomes['warm'].before:.3f}",
-        "raw_before": f"{outcomes['teacher'].before:.3f}",
-        "missing": f"{100 * (teacher / plain_lora - 1):.0f}",
+        "raw_before": f"{aim[0].before:.3f}",
+        "warm_before": f"{spread(it.before for it in best):.3f}",
+        "aim": f"{spread(it.final for it in aim):.3f}",
+        "best": f"{spread(it.final for it in best):.3f}",
+        "ratio": told_ratios(ratios),
     }
 
 
-TO_FLOW = Experiment(NAME, (sweep,), found, prepare=prepare, runner=run)
+def _headings() -> list[str]:
+    return [f"after {FAST_STEPS}", f"after {PLAIN_STEPS}", "pictures' distance"]
+
+
+def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
+    """A row for each way but the frames, which have a table of their own."""
+    chosen = best_of_each([*plain_sweep(), *fast_sweep()])
+    found: list[list[str]] = []
+    for label, trial in chosen.items():
+        seeds = outcomes[label]
+        early = spread(dict(it.curve)[FAST_STEPS] for it in seeds)
+        late = spread(it.final for it in seeds)
+        found.append(
+            [
+                label,
+                f"{trial.rate:g}",
+                f"{seeds[0].before:.3f}",
+                f"{early:.3f}",
+                f"{late:.3f}" if trial.steps == PLAIN_STEPS else "",
+                f"{spread(it.extra['picture_distance'][-1][1] for it in seeds):.3f}",
+            ]
+        )
+    return found
+
+
+def sheet() -> str:
+    """What the EPS model draws, and what the ways draw from the same noise."""
+    chosen = best_of_each([*plain_sweep(), *fast_sweep()])
+    strips = {"the EPS model, through the bridge": strip_file(reference_trial(), 0)}
+    for label, step in (
+        (AIM, FAST_STEPS),
+        (AIM, PLAIN_STEPS),
+        (BEST, FAST_STEPS),
+        ("no pictures", FAST_STEPS),
+    ):
+        strips[f"{label}, {step} steps"] = strip_file(replace(chosen[label], seed=1), step)
+    return figures.strips("evidence_to_flow_pictures.png", strips)
+
+
+TO_FLOW = Experiment(NAME, (sweep, repeats), found, prepare=prepare, runner=run)
