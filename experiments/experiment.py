@@ -64,7 +64,7 @@ def on_seeds(trials: Iterable[Trial], seeds: Sequence[int] = SEEDS) -> list[Tria
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds."""
+    """Mean and sample standard deviation over seeds; of one seed, its value."""
 
     mean: float
     deviation: float
@@ -72,7 +72,9 @@ class Spread:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".4f"
-        return f"{self.mean:{spec}} ± {self.deviation:{spec}}"
+        if len(self.values) == 1:
+            return f"{self.mean:{spec}}"
+        return f"{self.mean:{spec}} ± {self.deviation:{spec.lstrip('+')}}"
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments import figures, latent_space, near_full, to_flow
-from experiments.experiment import FRAMES, LENGTH, Experiment, best_of_each, on_seeds, spread, table
+from experiments.experiment import FRAMES, LENGTH, Experiment, best, best_of_each, on_seeds, spread, table
 from experiments.trial import Trial, load
 
 NAME = "frames"
@@ -41,21 +42,31 @@ def plain() -> list[Trial]:
 
 
 def tasks() -> dict[str, Mapping[str, Sequence[Trial]]]:
-    """The trials of each frame on each task, three seeds."""
-    style = _by_label([*plain(), *repeats()])
-    flow = _by_label(to_flow.repeats())
-    latents = _by_label(latent_space.repeats())
+    """The trials of each frame on each task; three seeds on the style, on the others where there are."""
+    flow = {"plain": best(to_flow.best_way()), **best_of_each(to_flow.frames_sweep())}
+    latents = latent_space.chosen()
     return {
-        "style": {"plain": style["plain r16"], **{it: style[it] for it in FRAMES}},
-        "new latent space": {it: latents[it] for it in ("plain", *FRAMES)},
-        "EPS to flow": {"plain": flow[to_flow.BEST], **{it: flow[it] for it in FRAMES}},
+        "style": _by_label([*plain(), *repeats()]),
+        "new latent space": _with_seeds(latents, latent_space.repeats()),
+        "EPS to flow": _with_seeds(flow, to_flow.repeats()),
     }
+
+
+def _with_seeds(chosen: Mapping[str, Trial], repeats: Sequence[Trial]) -> dict[str, list[Trial]]:
+    return {
+        frame: [trial for trial in repeats if _same(trial, chosen[frame])] or [chosen[frame]]
+        for frame in ("plain", *FRAMES)
+    }
+
+
+def _same(one: Trial, other: Trial) -> bool:
+    return replace(one, seed=1) == replace(other, seed=1)
 
 
 def _by_label(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     found: dict[str, list[Trial]] = {}
     for trial in trials:
-        found.setdefault(trial.label, []).append(trial)
+        found.setdefault(trial.label.removesuffix(" r16"), []).append(trial)
     return found
 
 

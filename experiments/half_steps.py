@@ -62,7 +62,7 @@ def decaying_sweep() -> list[Trial]:
     found += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in (1e-3, 2e-3)]
     found += [decaying("all layers", rate, HALF, layers=["all"]) for rate in (4e-4, 8e-4)]
     found += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (4e-4, 8e-4)]
-    found += [decaying("linear rank 32", rate, HALF, rank=32, conv_rank=16) for rate in (4e-4, 8e-4)]
+    found += [decaying("dropout 0.1", 4e-4, HALF, dropout_probability=0.1)]
     found += [decaying("gradient", rate, HALF, frame="gradient") for rate in (1e-3, 2e-3)]
     return found
 
