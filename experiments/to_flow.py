@@ -60,9 +60,10 @@ def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial
 
 
 def decaying(trial: Trial) -> Trial:
-    """All layers, beside the plain frame, at a rate that falls to nothing."""
+    """All layers, beside the plain frame, at a rate that falls as the root of the share of steps left."""
     model = {"frame": "plain", "layers": ("all",), **trial.overrides["model"]}
-    return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": {"schedule": "cosine"}})
+    course = {"schedule": "polynomial", "power": 0.5}
+    return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": course})
 
 
 def fast(label: str, rate: float, objective: Mapping[str, Any], **model: Any) -> Trial:
@@ -100,15 +101,24 @@ def plain_sweep() -> list[Trial]:
     ]
 
 
+def schedules() -> list[Trial]:
+    """The best way with other courses of the learning rate."""
+    return [
+        replace(trial, overrides={**trial.overrides, "optimizer": {"schedule": course}})
+        for label, course in (("cosine", "cosine"), ("constant rate", "constant"))
+        for trial in (fast(label, rate, BOTH) for rate in FAST_RATES)
+    ]
+
+
 def best_way() -> list[Trial]:
-    return [fast(BEST, rate, BOTH) for rate in (*FAST_RATES, 1.2e-2)]
+    return [fast(BEST, rate, BOTH) for rate in (*FAST_RATES, 4.5e-3, 1e-2)]
 
 
 def fast_sweep() -> list[Trial]:
     return [
         *(fast(label, rate, way) for label, way in WAYS.items() for rate in FAST_RATES),
         *best_way()[len(FAST_RATES) :],
-        *(fast("rank 64", rate, BOTH, rank=64) for rate in FAST_RATES),
+        *schedules(),
     ]
 
 
