@@ -17,6 +17,7 @@ from spectune.weights.catalogue import build_catalogue
 from spectune.weights.reader import open_checkpoint
 
 NAME = "bf16"
+STEPS = 60
 
 
 def variant(form: str, precision: str) -> Trial:
@@ -24,7 +25,8 @@ def variant(form: str, precision: str) -> Trial:
         NAME,
         f"{form} {precision}",
         None,
-        validate_every=40,
+        steps=STEPS,
+        validate_every=STEPS,
         overrides={
             "model": {"form": form},
             "optimizer": {"name": "prodigy_plus_schedule_free", "learning_rate": None, "warmup_steps": 0},

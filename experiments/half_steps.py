@@ -23,7 +23,7 @@ from experiments.near_full import chosen, framed
 from experiments.trial import Outcome, Trial
 
 NAME = "half_steps"
-RANKS = (4, 8, 32)  # beside 16, where learning rates are searched
+RANKS = (4, 32)  # beside 16, where learning rates are searched
 STEPS = 120
 
 

@@ -9,8 +9,10 @@ from experiments.experiment import Experiment, finals, on_seeds, spread, table
 from experiments.trial import Trial, load
 
 NAME = "sensitivity"
-RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3)
-FRAMES = ("plain", "principal")
+RATES = {  # two decades each, and finer where near_full has looked for the best
+    "plain": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "principal": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3),
+}
 KEPT = 0.95  # of the gain of the best rate: such a rate is good
 
 
@@ -18,8 +20,8 @@ def rates() -> list[Trial]:
     """Two decades; what near_full has run already is taken from there."""
     known = {trial.key: trial for trial in near_full.sweep()}
     found: list[Trial] = []
-    for frame in FRAMES:
-        for rate in RATES:
+    for frame, rates in RATES.items():
+        for rate in rates:
             trial = near_full.framed(frame, 16, rate)
             found.append(trial if trial.key in known else replace(trial, experiment=NAME, validate_every=120))
     return found
@@ -41,7 +43,7 @@ def prodigy() -> list[Trial]:
                 },
             },
         )
-        for frame in FRAMES
+        for frame in RATES
     ]
     return on_seeds(found)
 
@@ -52,7 +54,7 @@ def own() -> list[Trial]:
 
 def points() -> dict[str, list[tuple[float, float]]]:
     """(rate, final loss) of each frame."""
-    found: dict[str, list[tuple[float, float]]] = {frame: [] for frame in FRAMES}
+    found: dict[str, list[tuple[float, float]]] = {frame: [] for frame in RATES}
     for trial in rates():
         assert trial.rate is not None
         found[trial.label.split()[0]].append((trial.rate, load(trial).final))
@@ -90,13 +92,18 @@ def found() -> dict[str, str]:
                 f"{spread(it.final for it in automatic[f'prodigy {frame}'])}",
             ]
         )
-    by_rate = [[f"{rate:g}", *(f"{dict(curves[frame])[rate]:.4f}" for frame in FRAMES)] for rate in RATES]
+    every = sorted({rate for rates in RATES.values() for rate in rates})
+    by_rate = [[f"{rate:g}", *(_at(dict(curves[frame]), rate) for frame in RATES)] for rate in every]
     return {
         "plot": plot,
         "kept": f"{100 * KEPT:.0f}",
         "table": table(["", "best rate", "good rates", "at the best rate", "ProdigyPlus"], rows),
         "rates": table(["rate", *names.values()], by_rate),
     }
+
+
+def _at(losses: dict[float, float], rate: float) -> str:
+    return f"{losses[rate]:.4f}" if rate in losses else ""
 
 
 SENSITIVITY = Experiment(NAME, (own,), found, needs=("near_full",))

@@ -8,6 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectune.apps.cli import run
+from spectune.training.data.captions import read_sidecar
+from spectune.training.sections import CaptionSection
 
 
 @pytest.fixture
@@ -146,6 +148,20 @@ def test_pair_draws_the_same_pictures_as_the_original(files, tmp_path, capfd):
     assert values[:2] == ["inf", "inf"]
     assert float(values[2]) < 60
     assert sheet.exists()
+
+
+def test_sampled_pictures_can_be_trained_on(files, tmp_path, capfd):
+    command = ["sample", str(files[0]), "-c", "a café", "-c", "two cats", "-o", str(tmp_path / "own")]
+    command += ["--size", "32", "--steps", "1", "--metadata"]
+    assert run(command) == 0
+    found = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
+    assert found == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
+    assert all((tmp_path / "own" / name).is_file() for name in found)
+    (tmp_path / "own" / "000-a-café.png").unlink()
+    (tmp_path / "own" / "001-two-cats.png").unlink()
+    assert run(command) == 2, "metadata.jsonl is there"
+    assert read_sidecar(tmp_path / "own" / "metadata.jsonl") == found
+    assert "metadata.jsonl" in capfd.readouterr().err
 
 
 def test_sample_writes_pictures_and_compare_reads_them(files, tmp_path, capfd):

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "emoji3d_eps": ("eps", "mse", "min_snr", UNET),
     "emoji3d_flow": ("flow", "fft", "none", UNET + ENCODERS),
     "emoji3d_gpus": ("eps", "mse", "min_snr", UNET + ENCODERS),
+    "emoji3d_to_flow": ("flow", "mse", "none", UNET),
     "emoji3d_unet": ("eps", "mse", "min_snr", UNET),
     "emoji3d_v": ("v", "mse", "min_snr", UNET + ENCODERS),
     "emoji3d_vae": ("eps", "mse", "min_snr", UNET + ENCODERS),
@@ -105,6 +106,8 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert said == CASES
     assert found["emoji3d_flow"].objective.flow_shift == 2.5
     assert found["emoji3d_flow"].optimizer.name == "prodigy_plus_schedule_free"
+    assert found["emoji3d_to_flow"].objective.start == "warm"
+    assert found["emoji3d_to_flow"].objective.teacher == "eps"
     assert found["emoji3d_vae"].vae.name == "eq-anzhc"
     assert found["emoji3d_8gb"].model.quantize == "nf4"
     launch = "accelerate launch --num_processes 2 -m spectune train recipes/emoji3d_gpus.toml"
@@ -130,8 +133,8 @@ def test_every_recipe_trains(path: Path, few_pictures: dict[str, Path], tmp_path
 def assert_trained(path: Path, recipe: Recipe) -> None:
     """All parts of the recipe and no others have moved, and the file says what the model predicts now."""
     with open_checkpoint(recipe.model.checkpoint) as source:
-        catalogue = build_catalogue(source)
-    with open_adapter(path, catalogue) as tuned:
+        catalogue = build_catalogue(source, all_layers=True)
+    with open_adapter(path, catalogue, replaced=True) as tuned:
         assert isinstance(tuned, TunedAdapter)
         parts = {name.partition(".")[0] for name in tuned.layers}
         moved = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}

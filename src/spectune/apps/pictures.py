@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ from spectune.weights.adapter_reader import open_adapter
 from spectune.weights.catalogue import build_catalogue
 from spectune.weights.provenance import Provenance, Role, weights_hash
 from spectune.weights.reader import WeightSource, open_checkpoint
+
+SIDECAR = "metadata.jsonl"  # the default of data.caption.sidecar
 
 
 @contextmanager
@@ -165,6 +168,16 @@ def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Se
         text = PngInfo()
         text.add_itxt("caption", caption)
         picture.save(target, pnginfo=text)
+
+
+def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]) -> None:
+    """The captions by file name, one JSON object a line, as a training reads them."""
+    rows = (
+        {"file_name": picture.name, "text": caption}
+        for picture, caption in zip(pictures, captions, strict=True)
+    )
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:

@@ -62,6 +62,9 @@ def sample(
     sheet: Annotated[
         Path | None, typer.Option(help="Also write all pictures with their captions on one sheet.")
     ] = None,
+    metadata: Annotated[
+        bool, typer.Option("--metadata", help="Also write metadata.jsonl: the folder can be trained on.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Draw pictures with a checkpoint and any adapters on top of it."""
@@ -74,7 +77,7 @@ def sample(
     )
     overrule = drawing.overrule(prediction=prediction, flow_shift=flow_shift, vae=vae, vae_name=vae_name)
     rows = read_captions(caption or [], captions)
-    drawing.sample(spec, rows, seed, settings, overrule, out, sheet=sheet, force=force)
+    drawing.sample(spec, rows, seed, settings, overrule, out, sheet=sheet, metadata=metadata, force=force)
 
 
 @app.command(

@@ -19,12 +19,14 @@ from spectune.apps.arguments import (
 )
 from spectune.apps.console import print_json, progress, say
 from spectune.apps.pictures import (
+    SIDECAR,
     VaeRequest,
     load_model,
     picture_files,
     read_pictures,
     refuse_existing,
     save_pictures,
+    save_sidecar,
 )
 from spectune.errors import InputError
 from spectune.model.vae import known_convention
@@ -95,14 +97,18 @@ def sample(
     folder: Path,
     *,
     sheet: Path | None,
+    metadata: bool,
     force: bool,
 ) -> None:
     targets = picture_files(folder, captions)
     if sheet is not None:
         check_sheet_name(sheet)
-    refuse_existing([*targets, *([] if sheet is None else [sheet])], force=force)
+    beside = [*([] if sheet is None else [sheet]), *([folder / SIDECAR] if metadata else [])]
+    refuse_existing([*targets, *beside], force=force)
     pictures = draw(spec, captions, seed, how, overrule, "sample")
     save_pictures(targets, captions, pictures)
+    if metadata:
+        save_sidecar(folder / SIDECAR, targets, captions)
     say(f"wrote {len(targets)} pictures to {folder}")
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
