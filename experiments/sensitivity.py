@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments import figures, near_full
-from experiments.experiment import Experiment, finals, on_seeds, spread, table
-from experiments.trial import Trial, load
+from experiments.experiment import (
+    Experiment,
+    Spread,
+    finals,
+    on_seeds,
+    ratio_of_steps,
+    spread,
+    table,
+    told_ratios,
+)
+from experiments.trial import Outcome, Trial, load
 
 NAME = "sensitivity"
 RATES = {  # two decades each, and finer where near_full has looked for the best
@@ -93,13 +102,26 @@ def found() -> dict[str, str]:
             ]
         )
     every = sorted({rate for rates in RATES.values() for rate in rates})
+    aim = [it.final for it in automatic["prodigy plain"]]
+    ratios = [
+        ratio_of_steps(it, loss, it.curve[-1][0])
+        for it, loss in zip(automatic["prodigy principal"], aim, strict=True)
+    ]
     by_rate = [[f"{rate:g}", *(_at(dict(curves[frame]), rate) for frame in RATES)] for rate in every]
     return {
         "plot": plot,
+        "ratio": told_ratios(ratios),
+        "early": f"{_early(automatic['prodigy principal']):.4f}",
+        "plain_early": f"{_early(automatic['prodigy plain']):.4f}",
         "kept": f"{100 * KEPT:.0f}",
         "table": table(["", "best rate", "good rates", "at the best rate", "ProdigyPlus"], rows),
         "rates": table(["rate", *names.values()], by_rate),
     }
+
+
+def _early(outcomes: list[Outcome]) -> Spread:
+    """The first loss that was measured after the start."""
+    return spread(it.curve[1][1] for it in outcomes)
 
 
 def _at(losses: dict[float, float], rate: float) -> str:

@@ -244,6 +244,12 @@ def found() -> dict[str, str]:
         "aim": f"{spread(it.final for it in aim):.3f}",
         "best": f"{spread(it.final for it in best):.3f}",
         "ratio": told_ratios(ratios),
+        "own": f"{spread(it.final for it in outcomes['no pictures']):.3f}",
+        "raw": f"{load(chosen['raw']).final:.3f}",
+        "teacher": f"{load(chosen['teacher']).final:.3f}",
+        "warm": f"{load(chosen['warm']).final:.3f}",
+        "both": f"{load(chosen[BEST]).final:.3f}",
+        "bridged": f"{load(chosen['bridged + teacher']).final:.3f}",
     }
 
 
