@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from experiments import figures, near_full
 from experiments.experiment import (
@@ -22,7 +23,7 @@ RATES = {  # two decades each, and finer where near_full has looked for the best
     "plain": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "principal": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3),
 }
-KEPT = 0.95  # of the gain of the best rate: such a rate is good
+KEPT = 0.9  # of the gain of the best rate: such a rate is good
 
 
 def rates() -> list[Trial]:
@@ -71,10 +72,20 @@ def points() -> dict[str, list[tuple[float, float]]]:
 
 
 def width(points: list[tuple[float, float]], before: float) -> tuple[float, float]:
-    """The lowest and the highest rate that keep KEPT of the gain of the best one."""
+    """From which to which rate KEPT of the best gain is reached, straight between points in log(rate)."""
+    points = sorted(points)
     lowest = min(loss for _, loss in points)
-    good = [rate for rate, loss in points if before - loss >= KEPT * (before - lowest)]
-    return min(good), max(good)
+    most = before - KEPT * (before - lowest)
+    best = next(at for at, (_, loss) in enumerate(points) if loss == lowest)
+    return _crossing(points[best::-1], most), _crossing(points[best:], most)
+
+
+def _crossing(points: list[tuple[float, float]], most: float) -> float:
+    """The rate at which a loss that begins below `most` rises to it; the last one, if it never does."""
+    for (rate, loss), (other, higher) in pairwise(points):
+        if higher > most:
+            return rate * (other / rate) ** ((most - loss) / (higher - loss))
+    return points[-1][0]
 
 
 def found() -> dict[str, str]:
@@ -96,7 +107,8 @@ def found() -> dict[str, str]:
             [
                 name,
                 f"{best[0]:g}",
-                f"{low:g} to {high:g}",
+                f"{low:.1e} to {high:.1e}",
+                f"{high / low:.0f}",
                 f"{spread(it.final for it in tuned[f'{frame} r16'])}",
                 f"{spread(it.final for it in automatic[f'prodigy {frame}'])}",
             ]
@@ -114,7 +126,7 @@ def found() -> dict[str, str]:
         "early": f"{_early(automatic['prodigy principal']):.4f}",
         "plain_early": f"{_early(automatic['prodigy plain']):.4f}",
         "kept": f"{100 * KEPT:.0f}",
-        "table": table(["", "best rate", "good rates", "at the best rate", "ProdigyPlus"], rows),
+        "table": table(["", "best rate", "good rates", "factor", "at the best rate", "ProdigyPlus"], rows),
         "rates": table(["rate", *names.values()], by_rate),
     }
 

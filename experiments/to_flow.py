@@ -42,6 +42,7 @@ BEST = "warm + teacher"
 SHOWN = ("plain full", AIM, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
 REPEATED = ("plain full", AIM, "plain principal r16", "teacher", BEST, "no pictures")
 SHEET = (AIM, BEST, "no pictures")  # ways whose pictures the page shows
+LONGER_STEPS = 100
 FAST_RATES = (3e-3, 6e-3)
 
 
@@ -110,6 +111,14 @@ def schedules() -> list[Trial]:
     ]
 
 
+def longer() -> list[Trial]:
+    """Half of the steps of the plain ways."""
+    return [
+        replace(fast(f"{label}, {LONGER_STEPS} steps", 3e-3, WAYS[label]), steps=LONGER_STEPS)
+        for label in ("warm", BEST)
+    ]
+
+
 def best_way() -> list[Trial]:
     return [fast(BEST, rate, BOTH) for rate in (*FAST_RATES, 4.5e-3, 1e-2)]
 
@@ -119,6 +128,7 @@ def fast_sweep() -> list[Trial]:
         *(fast(label, rate, way) for label, way in WAYS.items() for rate in FAST_RATES),
         *best_way()[len(FAST_RATES) :],
         *schedules(),
+        *longer(),
     ]
 
 
