@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experiments.lab import BASE, picture_folder
 from spectune.model.sdxl import build_model
+from spectune.weights.layout import hints_metadata, infer_layout
 from spectune.weights.reader import open_checkpoint
 
 STEPS, BATCH, RATE = 500, 8, 3e-4
@@ -83,7 +84,7 @@ def make(work: Path) -> None:
         return
     torch.manual_seed(0)
     with open_checkpoint(BASE) as source:
-        vae = build_model(source).vae
+        vae, layout = build_model(source).vae, hints_metadata(infer_layout(source))
     assert vae is not None
     folders = [picture_folder(pictures, work) for pictures in ("flat", "three_d")]
     pixels = torch.cat([pixels_of(folder / "train") for folder in folders])
@@ -109,5 +110,6 @@ def make(work: Path) -> None:
         "before": before,
         "after": equivariance(vae, held_out),
     }
-    save_file({name: t.contiguous() for name, t in vae.state_dict().items()}, work / FILE)
+    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(weights, work / FILE, metadata=layout)  # with the number of norm groups, which is not SDXL's
     (work / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -27,15 +27,20 @@ RANKS = (4, 32)  # beside 16, where learning rates are searched
 STEPS = 120
 
 
-def other_ranks() -> list[Trial]:
-    """The other ranks at the rate of rank 16."""
+def ranks_sweep() -> list[Trial]:
+    """Lower ranks at the rate of rank 16 and at twice that, higher ranks at it and at half."""
     found: list[Trial] = []
     for rank in RANKS:
         for frame in ("plain", "principal"):
             rate = chosen()[f"{frame} r16"].rate
             assert rate is not None
-            found.append(replace(framed(frame, rank, rate), experiment=NAME))
-    return on_seeds(found, SEEDS)
+            for times in (1, 2) if rank < 16 else (0.5, 1):
+                found.append(replace(framed(frame, rank, rate * times), experiment=NAME))
+    return found
+
+
+def other_ranks() -> list[Trial]:
+    return on_seeds(best_of_each(ranks_sweep()).values(), SEEDS)
 
 
 def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
@@ -76,6 +81,11 @@ def of_rank(frame: str, rank: int) -> list[Outcome]:
     return finals(trials)[f"{frame} r{rank}"]
 
 
+def _rate(frame: str, rank: int) -> float | None:
+    label = f"{frame} r{rank}"
+    return (chosen() if rank == 16 else best_of_each(ranks_sweep()))[label].rate
+
+
 def rank_rows() -> list[list[str]]:
     """Loss, share of full fine-tuning's gain and steps to LoRA's loss at each rank, constant rates."""
     full = finals(near_full.repeats())["full"]
@@ -88,6 +98,7 @@ def rank_rows() -> list[list[str]]:
         rows.append(
             [
                 str(rank),
+                *(f"{rate:g}" for rate in (_rate("plain", rank), _rate("principal", rank))),
                 *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
                 *(_percent(near_full.share_of_gain(outcomes, full)) for outcomes in (plain, principal)),
                 told_ratios(ratios),
@@ -138,7 +149,16 @@ def found() -> dict[str, str]:
     return {
         "plot": plot,
         "ranks": table(
-            ["rank", "LoRA", "principal", "LoRA's share", "principal's share", "steps to LoRA's loss"],
+            [
+                "rank",
+                "LoRA's rate",
+                "principal's",
+                "LoRA",
+                "principal",
+                "LoRA's share",
+                "principal's share",
+                "steps to LoRA's loss",
+            ],
             rank_rows(),
         ),
         "changes": table(
@@ -148,4 +168,6 @@ def found() -> dict[str, str]:
     }
 
 
-HALF_STEPS = Experiment(NAME, (other_ranks, decaying_sweep, decaying_repeats), found, needs=("near_full",))
+HALF_STEPS = Experiment(
+    NAME, (ranks_sweep, other_ranks, decaying_sweep, decaying_repeats), found, needs=("near_full",)
+)

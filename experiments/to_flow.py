@@ -42,7 +42,7 @@ BEST = "warm + teacher"
 SHOWN = ("plain full", AIM, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
 REPEATED = ("plain full", AIM, "plain principal r16", "teacher", BEST, "no pictures")
 SHEET = (AIM, BEST, "no pictures")  # ways whose pictures the page shows
-LONGER_STEPS = 100
+LONGER_STEPS = 80
 FAST_RATES = (3e-3, 6e-3)
 
 
@@ -112,7 +112,7 @@ def schedules() -> list[Trial]:
 
 
 def longer() -> list[Trial]:
-    """Half of the steps of the plain ways."""
+    """Twice as many."""
     return [
         replace(fast(f"{label}, {LONGER_STEPS} steps", 3e-3, WAYS[label]), steps=LONGER_STEPS)
         for label in ("warm", BEST)
