@@ -45,11 +45,11 @@ def run_of(label: str, rate: float, *, full: bool = False, **model: Any) -> Tria
 
 
 def sweep() -> list[Trial]:
-    found = [run_of("full", rate, full=True) for rate in (4e-4, 8e-4)]
+    found = [run_of("full", rate, full=True) for rate in (1e-4, 2e-4, 4e-4)]
     found += [run_of("plain", rate, frame="plain") for rate in (1e-3, 3e-3)]
-    found += [run_of(OWN, rate, frame="principal") for rate in (4e-4, 1e-3)]
+    found += [run_of(OWN, rate, frame="principal") for rate in (2e-4, 4e-4, 1e-3)]
     for frame in FRAMES:
-        found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in (1e-3, 3e-3)]
+        found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in (5e-4, 1e-3)]
     return found
 
 
