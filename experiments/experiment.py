@@ -102,11 +102,11 @@ def ratio_of_steps(outcome: Outcome, loss: float, steps: int) -> float | None:
 
 
 def told_ratios(ratios: Sequence[float | None]) -> str:
-    """Mean and deviation, or how many of the seeds got there."""
+    """Mean and deviation, or in how many of the seeds it got there."""
     reached = [it for it in ratios if it is not None]
     if len(reached) == len(ratios):
         return f"{spread(reached):.2f}"
-    return f"{len(reached)} of {len(ratios)} seeds" if reached else "never"
+    return f"in {len(reached)} of {len(ratios)} seeds" if reached else "never"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -135,6 +135,10 @@ def changes() -> dict[str, list[Outcome]]:
     return {label: repeated.get(label, [load(trial)]) for label, trial in chosen.items()}
 
 
+def _name(label: str) -> str:
+    return label.replace("plain", "LoRA")
+
+
 def change_rows() -> list[list[str]]:
     outcomes, chosen = changes(), best_of_each(decaying_sweep())
     full = finals(near_full.repeats())["full"]
@@ -145,7 +149,7 @@ def change_rows() -> list[list[str]]:
         ]
         rows.append(
             [
-                label,
+                _name(label),
                 f"{chosen[label].rate:g}",
                 str(chosen[label].steps),
                 f"{spread(it.final for it in found)}",
@@ -161,14 +165,20 @@ def found() -> dict[str, str]:
     aim = mean(it.final for it in outcomes[LONG])
     plot = figures.dots(
         "evidence_half_steps.png",
-        f"3D style, after {HALF} steps with a cosine schedule, 3 seeds",
-        {label: [it.final for it in rows] for label, rows in outcomes.items() if label != LONG},
+        f"3D style, after {HALF} steps with a cosine schedule",
+        {_name(label): [it.final for it in rows] for label, rows in outcomes.items() if label != LONG},
         "loss on held-out pictures",
         level=(f"LoRA after {STEPS} steps", aim),
     )
     return {
         "plot": plot,
         "half": str(HALF),
+        "ratio32": rank_rows()[-1][-1],
+        "principal": f"{mean(it.final for it in outcomes['principal']):.4f}",
+        "plain": f"{mean(it.final for it in outcomes['plain']):.4f}",
+        "aim": f"{aim:.4f}",
+        "dropout": f"{outcomes['dropout 0.1'][0].final:.4f}",
+        "same": f"{load(decaying('principal', 4e-4, HALF)).final:.4f}",
         "steps": str(STEPS),
         "ranks": table(
             [
