@@ -247,7 +247,7 @@ def found() -> dict[str, str]:
     return {
         "plot": plot,
         "sheet": sheet(),
-        "table": table(["way", "rate", "before", *_headings()], rows(outcomes)),
+        "table": table(["way", "rate", "steps", "before", *_headings()], rows(outcomes)),
         "eps": f"{eps:.3f}",
         "raw_before": f"{aim[0].before:.3f}",
         "warm_before": f"{spread(it.before for it in best):.3f}",
@@ -258,13 +258,17 @@ def found() -> dict[str, str]:
         "raw": f"{load(chosen['raw']).final:.3f}",
         "teacher": f"{load(chosen['teacher']).final:.3f}",
         "warm": f"{load(chosen['warm']).final:.3f}",
+        "full": f"{load(chosen['plain full']).final:.3f}",
+        "all": f"{load(chosen['plain, all layers']).final:.3f}",
+        "longer": f"{load(chosen[f'{BEST}, {LONGER_STEPS} steps']).final:.3f}",
+        "longer_steps": str(LONGER_STEPS),
         "both": f"{load(chosen[BEST]).final:.3f}",
         "bridged": f"{load(chosen['bridged + teacher']).final:.3f}",
     }
 
 
 def _headings() -> list[str]:
-    return [f"after {FAST_STEPS}", f"after {PLAIN_STEPS}", "pictures' distance"]
+    return [f"after {FAST_STEPS}", "at the end", "pictures' distance"]
 
 
 def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
@@ -279,9 +283,10 @@ def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
             [
                 label,
                 f"{trial.rate:g}",
+                str(trial.steps),
                 f"{seeds[0].before:.3f}",
                 f"{early:.3f}",
-                f"{late:.3f}" if trial.steps == PLAIN_STEPS else "",
+                f"{late:.3f}" if trial.steps > FAST_STEPS else "",
                 f"{spread(it.extra['picture_distance'][-1][1] for it in seeds):.3f}",
             ]
         )
