@@ -11,10 +11,14 @@ from experiments.trial import Outcome, Trial, load
 
 Stage = Callable[[], list[Trial]]  # later stages read what earlier ones found
 SEEDS = (1, 2, 3)
-FRAMES = ("principal", "minor", "gradient", "data")  # beside plain, which is ordinary LoRA
-LENGTH = (
-    0.577  # 1/sqrt(3), of a row of plain LoRA: directions of other frames are made as long where compared
-)
+FRAME_RATES = {  # where frames are compared; half of a plain LoRA's rate where that may be better
+    "principal": (5e-4, 1e-3),
+    "minor": (1e-3,),
+    "gradient": (5e-4, 1e-3),
+    "data": (1e-3,),
+}
+FRAMES = tuple(FRAME_RATES)
+LENGTH = 0.577  # of each direction there: 1/sqrt(3), that of a row of plain LoRA
 
 
 @dataclass(frozen=True)

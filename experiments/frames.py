@@ -7,11 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from experiments import figures, latent_space, near_full, to_flow
-from experiments.experiment import FRAMES, LENGTH, Experiment, best, best_of_each, on_seeds, spread, table
+from experiments.experiment import (
+    FRAME_RATES,
+    FRAMES,
+    LENGTH,
+    Experiment,
+    best,
+    best_of_each,
+    on_seeds,
+    spread,
+    table,
+)
 from experiments.trial import Trial, load
 
 NAME = "frames"
-RATES = (5e-4, 1e-3)
 
 
 def framed(frame: str, rate: float, **model: Any) -> Trial:
@@ -25,7 +34,7 @@ def framed(frame: str, rate: float, **model: Any) -> Trial:
 
 
 def sweep() -> list[Trial]:
-    return [framed(frame, rate) for frame in FRAMES for rate in RATES]
+    return [framed(frame, rate) for frame, rates in FRAME_RATES.items() for rate in rates]
 
 
 def chosen() -> dict[str, Trial]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments import eq_vae, figures
 from experiments.experiment import (
-    FRAMES,
+    FRAME_RATES,
     LENGTH,
     Experiment,
     best_of_each,
@@ -47,8 +47,8 @@ def sweep() -> list[Trial]:
     found = [run_of("full", rate, full=True) for rate in (1e-4, 2e-4, 4e-4)]
     found += [run_of("plain", rate, frame="plain") for rate in (1e-3, 3e-3)]
     found += [run_of(OWN, rate, frame="principal") for rate in (2e-4, 4e-4, 1e-3)]
-    for frame in FRAMES:
-        found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in (5e-4, 1e-3)]
+    for frame, rates in FRAME_RATES.items():
+        found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in rates]
     return found
 
 
