@@ -88,7 +88,7 @@ def found() -> dict[str, str]:
         rows.append(cells)
     plot = figures.dots(
         "evidence_frames.png",
-        "3D style, rank 16, each frame at its best constant rate, 3 seeds",
+        "3D style, rank 16, each frame at its best constant rate",
         {frame: [load(trial).final for trial in trials] for frame, trials in by_task["style"].items()},
         "loss on held-out pictures",
     )
