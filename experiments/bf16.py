@@ -101,8 +101,20 @@ def found() -> dict[str, str]:
         rows.append(
             [names[form], precision, f"{spread(it.final for it in outcomes):.5f}", f"{100 * error:.2f} %"]
         )
+    by_label = finals(variants())
+    apart = {
+        form: max(
+            abs(one.final - other.final)
+            for one, other in zip(by_label[f"{form} bf16"], by_label[f"{form} fp32"], strict=True)
+        )
+        for form in names
+    }
     header = ["what is trained", "precision", "held-out loss", "error of the change, stored in bf16"]
-    return {"table": table(header, rows)}
+    return {
+        "table": table(header, rows),
+        "factors_apart": f"{apart['residual']:.5f}",
+        "deltas_apart": f"{apart['delta']:.6f}",
+    }
 
 
 BF16 = Experiment(NAME, (variants,), found, runner=run)
