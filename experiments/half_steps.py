@@ -173,7 +173,7 @@ def found() -> dict[str, str]:
     return {
         "plot": plot,
         "half": str(HALF),
-        "ratio32": rank_rows()[-1][-1],
+        "ratios": ", ".join(f"{row[-1]} at rank {row[0]}" for row in rank_rows()),
         "principal": f"{mean(it.final for it in outcomes['principal']):.4f}",
         "plain": f"{mean(it.final for it in outcomes['plain']):.4f}",
         "aim": f"{aim:.4f}",
