@@ -94,14 +94,14 @@ def _in_bf16(tensor: torch.Tensor) -> torch.Tensor:
 def found() -> dict[str, str]:
     names = {"residual": "factors beside the residual (the guide's)", "delta": "deltas"}
     rows: list[list[str]] = []
-    for label, outcomes in finals(variants()).items():
+    by_label = finals(variants())
+    for label, outcomes in by_label.items():
         form, precision = label.split()
         stored = "stored_as_factors" if form == "residual" else "stored_as_deltas"
         error = mean(it.extra[stored] for it in outcomes)
         rows.append(
             [names[form], precision, f"{spread(it.final for it in outcomes):.5f}", f"{100 * error:.2f} %"]
         )
-    by_label = finals(variants())
     apart = {
         form: max(
             abs(one.final - other.final)

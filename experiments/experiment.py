@@ -99,18 +99,24 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def ratio_of_steps(outcome: Outcome, loss: float, steps: int) -> float | None:
-    """Steps until `loss` as a share of `steps`; None if it never falls that low."""
-    reached = outcome.steps_until(loss)
-    return None if reached is None else reached / steps
+def steps_to(outcomes: Iterable[Outcome], losses: Iterable[float]) -> list[float | None]:
+    """Steps of each outcome until its loss, seed by seed; None where it never falls that low."""
+    return [outcome.steps_until(loss) for outcome, loss in zip(outcomes, losses, strict=False)]
 
 
-def told_ratios(ratios: Sequence[float | None]) -> str:
-    """Mean and deviation, or in how many of the seeds it got there."""
-    reached = [it for it in ratios if it is not None]
-    if len(reached) == len(ratios):
-        return f"{spread(reached):.2f}"
-    return f"in {len(reached)} of {len(ratios)} seeds" if reached else "never"
+def told_steps(steps: Sequence[float | None], *, of: int | None = None) -> str:
+    """Mean and deviation, of steps or as a share `of` a number of them, or in how many seeds it got there."""
+    reached = [it / (of or 1) for it in steps if it is not None]
+    if len(reached) == len(steps):
+        return f"{spread(reached):{'.0f' if of is None else '.2f'}}"
+    return f"in {len(reached)} of {len(steps)} seeds" if reached else "never"
+
+
+def told_rate(trial: Trial, searched: Iterable[Trial]) -> str:
+    """The rate, with a star where it is the lowest or the highest that the label was searched at."""
+    rates = [it.rate for it in searched if it.label == trial.label and it.rate is not None]
+    assert trial.rate is not None
+    return f"{trial.rate:g}" + ("*" if trial.rate in (min(rates), max(rates)) else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,10 +14,11 @@ from experiments.experiment import (
     finals,
     mean,
     on_seeds,
-    ratio_of_steps,
     spread,
+    steps_to,
     table,
-    told_ratios,
+    told_rate,
+    told_steps,
 )
 from experiments.near_full import chosen, framed
 from experiments.trial import Outcome, Trial, load
@@ -104,9 +105,9 @@ def of_rank(frame: str, rank: int) -> list[Outcome]:
     return repeated.get(label) or [load(best_of_each(ranks_sweep())[label])]
 
 
-def _rate(frame: str, rank: int) -> float | None:
-    label = f"{frame} r{rank}"
-    return (chosen() if rank == 16 else best_of_each(ranks_sweep()))[label].rate
+def _rate(frame: str, rank: int) -> str:
+    searched = near_full.sweep() if rank == 16 else ranks_sweep()
+    return told_rate(best_of_each(searched)[f"{frame} r{rank}"], searched)
 
 
 def rank_rows() -> list[list[str]]:
@@ -115,19 +116,18 @@ def rank_rows() -> list[list[str]]:
     rows: list[list[str]] = []
     for rank in sorted((16, *RANKS)):
         plain, principal = of_rank("plain", rank), of_rank("principal", rank)
-        ratios = [
-            ratio_of_steps(one, other.final, STEPS) for one, other in zip(principal, plain, strict=True)
-        ]
+        steps = steps_to(principal, (it.final for it in plain))
         rows.append(
             [
                 str(rank),
-                *(f"{rate:g}" for rate in (_rate("plain", rank), _rate("principal", rank))),
+                _rate("plain", rank),
+                _rate("principal", rank),
                 *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
                 *(
                     _percent(near_full.share_of_gain(outcomes, full[: len(outcomes)]))
                     for outcomes in (plain, principal)
                 ),
-                told_ratios(ratios),
+                told_steps(steps, of=STEPS),
             ]
         )
     return rows
@@ -153,17 +153,15 @@ def change_rows() -> list[list[str]]:
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
     for label, found in outcomes.items():
-        ratios = [
-            ratio_of_steps(one, other.final, STEPS) for one, other in zip(found, outcomes[LONG], strict=False)
-        ]
+        steps = steps_to(found, (it.final for it in outcomes[LONG]))
         rows.append(
             [
                 _name(label),
-                f"{chosen[label].rate:g}",
+                told_rate(chosen[label], decaying_sweep()),
                 str(chosen[label].steps),
                 f"{spread(it.final for it in found)}",
                 _percent(near_full.share_of_gain(found, full[: len(found)])),
-                "" if label == LONG else told_ratios(ratios),
+                "" if label == LONG else told_steps(steps, of=STEPS),
             ]
         )
     return rows

@@ -17,9 +17,11 @@ from experiments.experiment import (
     finals,
     mean,
     on_seeds,
-    ratio_of_steps,
     spread,
+    steps_to,
     table,
+    told_rate,
+    told_steps,
 )
 from experiments.lab import run_trial
 from experiments.trial import RESULTS, Outcome, Trial, load
@@ -93,7 +95,7 @@ def found() -> dict[str, str]:
         rows.append(
             [
                 NAMES.get(label, f"{label}, equal lengths"),
-                f"{trial.rate:g}",
+                told_rate(trial, sweep()),
                 f"{spread(it.final for it in found)}",
                 reached[label],
             ]
@@ -118,11 +120,7 @@ def found() -> dict[str, str]:
 
 def _reached(found: Sequence[Outcome], full: Sequence[Outcome]) -> str:
     """Steps until 5 % above full fine-tuning's final loss, seed by seed."""
-    ratios = [ratio_of_steps(one, NEAR * other.final, STEPS) for one, other in zip(found, full, strict=False)]
-    reached = [STEPS * it for it in ratios if it is not None]
-    if len(reached) == len(ratios):
-        return f"{spread(reached):.0f}"
-    return f"in {len(reached)} of {len(ratios)} seeds" if reached else "never"
+    return told_steps(steps_to(found, (NEAR * it.final for it in full)))
 
 
 LATENT_SPACE = Experiment(NAME, (sweep, repeats), found, prepare=prepare, runner=run)

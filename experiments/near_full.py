@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import figures
-from experiments.experiment import SEEDS, Experiment, best_of_each, finals, on_seeds, spread, table
+from experiments.experiment import SEEDS, Experiment, best_of_each, finals, on_seeds, spread, table, told_rate
 from experiments.trial import Outcome, Trial
 
 NAME = "near_full"
@@ -65,11 +65,10 @@ def _main_table() -> str:
     rows: list[list[str]] = []
     for label, outcomes in by_label.items():
         shares = spread(share_of_gain(outcomes, by_label["full"]))
-        rate = chosen()[label].rate
         rows.append(
             [
                 label.replace("plain", "LoRA"),
-                f"{rate:g}",
+                told_rate(chosen()[label], sweep()),
                 f"{outcomes[0].trained_numbers / 1e6:.2f} M",
                 f"{spread(outcome.final for outcome in outcomes)}",
                 f"{100 * shares.mean:.1f} ± {100 * shares.deviation:.1f} %",

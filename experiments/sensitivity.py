@@ -11,10 +11,10 @@ from experiments.experiment import (
     Spread,
     finals,
     on_seeds,
-    ratio_of_steps,
     spread,
+    steps_to,
     table,
-    told_ratios,
+    told_steps,
 )
 from experiments.trial import Outcome, Trial, load
 
@@ -114,15 +114,11 @@ def found() -> dict[str, str]:
             ]
         )
     every = sorted({rate for rates in RATES.values() for rate in rates})
-    aim = [it.final for it in automatic["prodigy plain"]]
-    ratios = [
-        ratio_of_steps(it, loss, it.curve[-1][0])
-        for it, loss in zip(automatic["prodigy principal"], aim, strict=True)
-    ]
+    steps = steps_to(automatic["prodigy principal"], (it.final for it in automatic["prodigy plain"]))
     by_rate = [[f"{rate:g}", *(_at(dict(curves[frame]), rate) for frame in RATES)] for rate in every]
     return {
         "plot": plot,
-        "ratio": told_ratios(ratios),
+        "ratio": told_steps(steps),
         "early": f"{_early(automatic['prodigy principal']):.4f}",
         "plain_early": f"{_early(automatic['prodigy plain']):.4f}",
         "kept": f"{100 * KEPT:.0f}",

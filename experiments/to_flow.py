@@ -19,10 +19,11 @@ from experiments.experiment import (
     best_of_each,
     finals,
     on_seeds,
-    ratio_of_steps,
     spread,
+    steps_to,
     table,
-    told_ratios,
+    told_rate,
+    told_steps,
 )
 from experiments.flow_pictures import as_flow, captions_of, distance, draw_own, reference, strip
 from experiments.lab import BASE, Recorder, by_recipe, full, picture_folder, recipe_of
@@ -96,7 +97,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 def plain_sweep() -> list[Trial]:
     return [
         *(plain("plain full", rate, full=True) for rate in (2e-4, 4e-4)),
-        *(plain(AIM, rate, frame="plain") for rate in (1e-3, 3e-3)),
+        *(plain(AIM, rate, frame="plain") for rate in (1e-3, 3e-3, 6e-3)),
         *(plain("plain principal r16", rate, frame="principal") for rate in (5e-4, 1e-3)),
         *(decaying(plain("plain, all layers", rate)) for rate in FAST_RATES),
     ]
@@ -112,7 +113,7 @@ def schedules() -> list[Trial]:
 
 
 def longer() -> list[Trial]:
-    """Twice as many."""
+    """Twice as many steps."""
     return [
         replace(fast(f"{label}, {LONGER_STEPS} steps", 3e-3, WAYS[label]), steps=LONGER_STEPS)
         for label in ("warm", BEST)
@@ -241,9 +242,7 @@ def found() -> dict[str, str]:
         y_label="flow loss on held-out pictures",
     )
     aim, best = outcomes[AIM], outcomes[BEST]
-    ratios = [
-        ratio_of_steps(one, other.final, other.curve[-1][0]) for one, other in zip(best, aim, strict=True)
-    ]
+    steps = steps_to(best, (it.final for it in aim))
     return {
         "plot": plot,
         "sheet": sheet(),
@@ -253,7 +252,7 @@ def found() -> dict[str, str]:
         "warm_before": f"{spread(it.before for it in best):.3f}",
         "aim": f"{spread(it.final for it in aim):.3f}",
         "best": f"{spread(it.final for it in best):.3f}",
-        "ratio": told_ratios(ratios),
+        "ratio": told_steps(steps, of=PLAIN_STEPS),
         "own": f"{spread(it.final for it in outcomes['no pictures']):.3f}",
         "raw": f"{load(chosen['raw']).final:.3f}",
         "teacher": f"{load(chosen['teacher']).final:.3f}",
@@ -273,7 +272,8 @@ def _headings() -> list[str]:
 
 def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
     """A row for each way but the frames, which have a table of their own."""
-    chosen = best_of_each([*plain_sweep(), *fast_sweep()])
+    searched = [*plain_sweep(), *fast_sweep()]
+    chosen = best_of_each(searched)
     found: list[list[str]] = []
     for label, trial in chosen.items():
         seeds = outcomes.get(label, [load(trial)])
@@ -282,7 +282,7 @@ def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
         found.append(
             [
                 label,
-                f"{trial.rate:g}",
+                told_rate(trial, searched),
                 str(trial.steps),
                 f"{seeds[0].before:.3f}",
                 f"{early:.3f}",
