@@ -11,11 +11,11 @@ from experiments.trial import Outcome, Trial, load
 
 Stage = Callable[[], list[Trial]]  # later stages read what earlier ones found
 SEEDS = (1, 2, 3)
-FRAME_RATES = {  # where frames are compared; half of a plain LoRA's rate where that may be better
-    "principal": (5e-4, 1e-3),
-    "minor": (1e-3,),
-    "gradient": (5e-4, 1e-3),
-    "data": (1e-3,),
+FRAME_RATES = {  # where frames are compared
+    "principal": (2.5e-4, 5e-4, 1e-3),
+    "minor": (1e-3, 2e-3),
+    "gradient": (2.5e-4, 5e-4, 1e-3),
+    "data": (2.5e-4, 5e-4, 1e-3),
 }
 FRAMES = tuple(FRAME_RATES)
 LENGTH = 0.577  # of each direction there: 1/sqrt(3), that of a row of plain LoRA
@@ -114,9 +114,9 @@ def told_steps(steps: Sequence[float | None], *, of: int | None = None) -> str:
 
 def told_rate(trial: Trial, searched: Iterable[Trial]) -> str:
     """The rate, with a star where it is the lowest or the highest that the label was searched at."""
-    rates = [it.rate for it in searched if it.label == trial.label and it.rate is not None]
+    rates = sorted(it.rate for it in searched if it.label == trial.label and it.rate is not None)
     assert trial.rate is not None
-    return f"{trial.rate:g}" + ("*" if trial.rate in (min(rates), max(rates)) else "")
+    return f"{trial.rate:g}" + ("*" if trial.rate in (*rates[:1], *rates[-1:]) else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -43,10 +43,7 @@ def chosen() -> dict[str, Trial]:
 
 
 def repeats() -> list[Trial]:
-    """Three seeds of the principal and of the best of the others; the rest stays with one."""
-    by_frame = chosen()
-    others = best(trial for frame, trial in by_frame.items() if frame != "principal")
-    return on_seeds([by_frame["principal"], others])
+    return on_seeds(chosen().values())
 
 
 def plain() -> list[Trial]:
@@ -55,7 +52,7 @@ def plain() -> list[Trial]:
 
 
 def tasks() -> dict[str, Mapping[str, Sequence[Trial]]]:
-    """The trials of each frame on each task; three seeds on the style, on the others where there are."""
+    """The trials of each frame on each task; three seeds but for some on the way to flow."""
     flow = {"plain": best(to_flow.best_way()), **best_of_each(to_flow.frames_sweep())}
     latents = latent_space.chosen()
     return {

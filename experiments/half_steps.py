@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from experiments import figures, near_full
 from experiments.experiment import (
     LENGTH,
-    SEEDS,
     Experiment,
     best_of_each,
     finals,
@@ -20,32 +20,32 @@ from experiments.experiment import (
     told_rate,
     told_steps,
 )
-from experiments.near_full import chosen, framed
-from experiments.trial import Outcome, Trial, load
+from experiments.near_full import framed
+from experiments.trial import Outcome, Trial
 
 NAME = "half_steps"
-REPEATED_RANKS = (4, 32)
-RANKS = (4, 8, 32)  # beside 16, where learning rates are searched
+RATES = {  # beside rank 16, which near_full has
+    ("plain", 4): (1e-3, 2e-3, 4e-3),
+    ("principal", 4): (2e-4, 4e-4, 8e-4, 1.6e-3),
+    ("plain", 8): (1e-3, 2e-3, 4e-3),
+    ("principal", 8): (2e-4, 4e-4, 8e-4),
+    ("plain", 32): (2.5e-4, 5e-4, 1e-3),
+    ("principal", 32): (1e-4, 2e-4, 4e-4),
+}
 STEPS = 120
 
 
 def ranks_sweep() -> list[Trial]:
-    """Lower ranks at the rate of rank 16 and at twice that, higher ranks at it and at half."""
-    found: list[Trial] = []
-    for rank in RANKS:
-        for frame in ("plain", "principal"):
-            rate = chosen()[f"{frame} r16"].rate
-            assert rate is not None
-            for times in (1, 2) if rank < 16 else (0.5, 1):
-                found.append(replace(framed(frame, rank, rate * times), experiment=NAME))
-    return found
+    """Learning rates of each rank, one seed."""
+    return [
+        replace(framed(frame, rank, rate), experiment=NAME)
+        for (frame, rank), rates in RATES.items()
+        for rate in rates
+    ]
 
 
 def other_ranks() -> list[Trial]:
-    """Three seeds of the lowest and the highest rank."""
-    chosen = best_of_each(ranks_sweep())
-    labels = [f"{frame} r{rank}" for rank in REPEATED_RANKS for frame in ("plain", "principal")]
-    return on_seeds((chosen[label] for label in labels), SEEDS)
+    return on_seeds(best_of_each(ranks_sweep()).values())
 
 
 def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
@@ -61,48 +61,61 @@ def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
 
 
 HALF = STEPS // 2
+LONGER = 90
 LONG = "plain, 120 steps"  # what is to be reached in half of its steps
+PLAIN_MORE = "plain, all layers, 3x3 rank 32"
+PLAIN_MORE_LONG = f"{PLAIN_MORE}, {STEPS} steps"
+TOLD = {  # in the text
+    "aim": LONG,
+    "plain": "plain",
+    "principal": "principal",
+    "dropout": "dropout 0.1",
+    "layers": "all layers",
+    "plain_layers": "plain, all layers",
+    "more": "all layers, 3x3 rank 32",
+    "plain_more": PLAIN_MORE,
+    "plain_more_long": PLAIN_MORE_LONG,
+    "longer": f"all layers, {LONGER} steps",
+}
 
 
 def decaying_sweep() -> list[Trial]:
     """Plain LoRA over all steps, and what may reach its loss in half: changes to the principal."""
-    found = [decaying(LONG, rate, STEPS, frame="plain") for rate in (1e-3, 2e-3)]
-    found += [decaying("plain", rate, HALF, frame="plain") for rate in (1e-3, 2e-3)]
-    found += [decaying("principal", rate, HALF) for rate in (4e-4, 8e-4)]
-    found += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in (1e-3, 2e-3)]
-    found += [decaying("all layers", rate, HALF, layers=["all"]) for rate in (4e-4, 8e-4)]
-    found += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (4e-4, 8e-4)]
-    found += [decaying("dropout 0.1", 4e-4, HALF, dropout_probability=0.1)]
-    found += [decaying("gradient", rate, HALF, frame="gradient") for rate in (1e-3, 2e-3)]
-    found += [decaying("plain, all layers", 2e-3, HALF, frame="plain", layers=["all"])]
-    found += [decaying("all layers, equal lengths", 2e-3, HALF, layers=["all"], frame_norm=LENGTH)]
-    found += [decaying("all layers, 3x3 rank 32", 8e-4, HALF, layers=["all"], conv_rank=32)]
+    high, low = (1e-3, 2e-3, 4e-3), (4e-4, 8e-4, 1.6e-3)
+    everything = ["all"]
+    found = [decaying(LONG, rate, STEPS, frame="plain") for rate in high]
+    found += [decaying("plain", rate, HALF, frame="plain") for rate in high]
+    found += [decaying("principal", rate, HALF) for rate in low]
+    found += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in high]
+    found += [decaying("all layers", rate, HALF, layers=everything) for rate in low]
+    found += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (2e-4, *low[:2])]
+    found += [decaying("dropout 0.1", rate, HALF, dropout_probability=0.1) for rate in low[:2]]
+    found += [decaying("gradient", rate, HALF, frame="gradient") for rate in high]
+    found += [decaying("plain, all layers", rate, HALF, frame="plain", layers=everything) for rate in high]
+    found += [
+        decaying("all layers, equal lengths", rate, HALF, layers=everything, frame_norm=LENGTH)
+        for rate in high
+    ]
+    more: dict[str, Any] = {"layers": everything, "conv_rank": 32}
+    found += [decaying("all layers, 3x3 rank 32", rate, HALF, **more) for rate in (2e-4, *low[:2])]
+    found += [decaying(PLAIN_MORE, rate, HALF, frame="plain", **more) for rate in high]
+    found += [decaying(PLAIN_MORE_LONG, rate, STEPS, frame="plain", **more) for rate in high[1:]]
     return found
 
 
-REPEATED = (
-    LONG,
-    "plain",
-    "principal",
-    "equal lengths",
-    "all layers",
-    "plain, all layers",
-    "all layers, equal lengths",
-    "all layers, 3x3 rank 32",
-)
+def ways() -> dict[str, Trial]:
+    """Every way at its best rate, and all layers with more steps, to see how many are enough."""
+    found = best_of_each(decaying_sweep())
+    longer = f"all layers, {LONGER} steps"
+    return {**found, longer: replace(found["all layers"], label=longer, steps=LONGER)}
 
 
 def decaying_repeats() -> list[Trial]:
-    """Three seeds of what is not clearly behind."""
-    chosen = best_of_each(decaying_sweep())
-    return on_seeds((chosen[label] for label in REPEATED), SEEDS)
+    return on_seeds(ways().values())
 
 
 def of_rank(frame: str, rank: int) -> list[Outcome]:
-    """Three seeds, or the one of the search."""
-    label = f"{frame} r{rank}"
-    repeated = finals(near_full.repeats() if rank == 16 else other_ranks())
-    return repeated.get(label) or [load(best_of_each(ranks_sweep())[label])]
+    return finals(near_full.repeats() if rank == 16 else other_ranks())[f"{frame} r{rank}"]
 
 
 def _rate(frame: str, rank: int) -> str:
@@ -114,7 +127,7 @@ def rank_rows() -> list[list[str]]:
     """Loss, share of full fine-tuning's gain and steps to LoRA's loss at each rank, constant rates."""
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
-    for rank in sorted((16, *RANKS)):
+    for rank in (4, 8, 16, 32):
         plain, principal = of_rank("plain", rank), of_rank("principal", rank)
         steps = steps_to(principal, (it.final for it in plain))
         rows.append(
@@ -123,10 +136,7 @@ def rank_rows() -> list[list[str]]:
                 _rate("plain", rank),
                 _rate("principal", rank),
                 *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
-                *(
-                    _percent(near_full.share_of_gain(outcomes, full[: len(outcomes)]))
-                    for outcomes in (plain, principal)
-                ),
+                *(_percent(near_full.share_of_gain(outcomes, full)) for outcomes in (plain, principal)),
                 told_steps(steps, of=STEPS),
             ]
         )
@@ -137,11 +147,8 @@ def _percent(shares: list[float]) -> str:
     return f"{100 * mean(shares):.1f} %"
 
 
-def changes() -> dict[str, list[Outcome]]:
-    """Outcomes of every way: three seeds, or the one of the search."""
-    repeated = finals(decaying_repeats())
-    chosen = best_of_each(decaying_sweep())
-    return {label: repeated.get(label, [load(trial)]) for label, trial in chosen.items()}
+def changes() -> Mapping[str, list[Outcome]]:
+    return finals(decaying_repeats())
 
 
 def _name(label: str) -> str:
@@ -149,7 +156,7 @@ def _name(label: str) -> str:
 
 
 def change_rows() -> list[list[str]]:
-    outcomes, chosen = changes(), best_of_each(decaying_sweep())
+    outcomes, trials = changes(), ways()
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
     for label, found in outcomes.items():
@@ -157,10 +164,10 @@ def change_rows() -> list[list[str]]:
         rows.append(
             [
                 _name(label),
-                told_rate(chosen[label], decaying_sweep()),
-                str(chosen[label].steps),
+                told_rate(trials[label], decaying_sweep()),
+                str(trials[label].steps),
                 f"{spread(it.final for it in found)}",
-                _percent(near_full.share_of_gain(found, full[: len(found)])),
+                _percent(near_full.share_of_gain(found, full)),
                 "" if label == LONG else told_steps(steps, of=STEPS),
             ]
         )
@@ -173,7 +180,11 @@ def found() -> dict[str, str]:
     plot = figures.dots(
         "evidence_half_steps.png",
         f"3D style, after {HALF} steps with a cosine schedule",
-        {_name(label): [it.final for it in rows] for label, rows in outcomes.items() if label != LONG},
+        {
+            _name(label): [it.final for it in outcomes[label]]
+            for label, trial in ways().items()
+            if trial.steps == HALF
+        },
         "loss on held-out pictures",
         level=(f"LoRA after {STEPS} steps", aim),
     )
@@ -181,11 +192,11 @@ def found() -> dict[str, str]:
         "plot": plot,
         "half": str(HALF),
         "ratios": ", ".join(f"{row[-1]} at rank {row[0]}" for row in rank_rows()),
-        "principal": f"{mean(it.final for it in outcomes['principal']):.4f}",
-        "plain": f"{mean(it.final for it in outcomes['plain']):.4f}",
-        "aim": f"{aim:.4f}",
-        "dropout": f"{outcomes['dropout 0.1'][0].final:.4f}",
-        "same": f"{load(decaying('principal', 4e-4, HALF)).final:.4f}",
+        **{name: f"{spread(it.final for it in outcomes[label])}" for name, label in TOLD.items()},
+        "enough": told_steps(
+            steps_to(outcomes["all layers, 3x3 rank 32"], (it.final for it in outcomes[LONG])), of=STEPS
+        ),
+        "longer_steps": str(LONGER),
         "steps": str(STEPS),
         "ranks": table(
             [

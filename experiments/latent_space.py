@@ -24,7 +24,7 @@ from experiments.experiment import (
     told_steps,
 )
 from experiments.lab import run_trial
-from experiments.trial import RESULTS, Outcome, Trial, load
+from experiments.trial import RESULTS, Outcome, Trial
 
 NAME = "latent_space"
 OWN = "principal, own lengths"
@@ -46,9 +46,9 @@ def run_of(label: str, rate: float, *, full: bool = False, **model: Any) -> Tria
 
 
 def sweep() -> list[Trial]:
-    found = [run_of("full", rate, full=True) for rate in (1e-4, 2e-4, 4e-4)]
-    found += [run_of("plain", rate, frame="plain") for rate in (1e-3, 3e-3)]
-    found += [run_of(OWN, rate, frame="principal") for rate in (2e-4, 4e-4, 1e-3)]
+    found = [run_of("full", rate, full=True) for rate in (5e-5, 1e-4, 2e-4, 4e-4)]
+    found += [run_of("plain", rate, frame="plain") for rate in (5e-4, 1e-3, 3e-3)]
+    found += [run_of(OWN, rate, frame="principal") for rate in (1e-4, 2e-4, 4e-4, 1e-3)]
     for frame, rates in FRAME_RATES.items():
         found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in rates]
     return found
@@ -59,9 +59,7 @@ def chosen() -> dict[str, Trial]:
 
 
 def repeats() -> list[Trial]:
-    """Three seeds of the methods; the frames made equally long stay with one."""
-    by_label = chosen()
-    return on_seeds(by_label[label] for label in NAMES)
+    return on_seeds(chosen().values())
 
 
 def prepare(work: Path) -> None:
@@ -90,7 +88,7 @@ def found() -> dict[str, str]:
     rows: list[list[str]] = []
     reached: dict[str, str] = {}
     for label, trial in chosen().items():
-        found = outcomes.get(label, [load(trial)])
+        found = outcomes[label]
         reached[label] = _reached(found, full)
         rows.append(
             [

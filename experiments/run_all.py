@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.lab import picture_folder
 from experiments.registry import EXPERIMENTS, Experiment
 from experiments.trial import RESULTS, Trial
 
@@ -52,6 +53,8 @@ def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
     good = True
     for stage in experiment.stages:
         missing = [trial for trial in stage() if not trial.done]
+        for pictures in sorted({trial.pictures for trial in missing} - {"own"}):
+            picture_folder(pictures, work)  # before the processes, which would unpack it at once
         with ThreadPoolExecutor(processes) as pool:
             good &= all(list(pool.map(lambda trial: run_one(trial, work), missing)))
         if not good:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures, page
-from experiments.experiment import spread, table
+from experiments import figures, page, run_all
+from experiments.experiment import Experiment, spread, table, told_rate
 from experiments.near_full import share_of_gain
 from experiments.registry import EXPERIMENTS
 from experiments.trial import RESULTS, Outcome, Trial, load
+
+SETS = ("flat", "three_d", "own")  # the base itself draws the last one
 
 
 def outcome(*losses: float) -> Outcome:
@@ -35,6 +37,24 @@ def test_the_spread_is_that_of_a_sample() -> None:
 
 def test_a_table_aligns_its_figures() -> None:
     assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_a_rate_at_the_edge_of_its_search_has_a_star() -> None:
+    searched = [Trial("e", "plain", rate) for rate in (1e-3, 2e-3, 4e-3)]
+    assert told_rate(searched[0], searched) == "0.001*"
+    assert told_rate(searched[1], searched) == "0.002"
+    assert told_rate(Trial("e", "not searched", 1e-3), searched) == "0.001"
+
+
+def test_pictures_are_unpacked_once_before_the_processes_begin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    happened: list[str] = []
+    trials = [Trial("e", "new", 1e-3, seed=seed, pictures=pictures) for seed in (1, 2) for pictures in SETS]
+    monkeypatch.setattr(run_all, "picture_folder", lambda pictures, work: happened.append(pictures))
+    monkeypatch.setattr(run_all, "run_one", lambda trial, work: not happened.append("run"))
+    assert run_all.run_experiment(Experiment("e", (lambda: trials,), dict), tmp_path, 2)
+    assert happened == ["flat", "three_d", *(["run"] * len(trials))]
 
 
 def test_a_trial_that_differs_has_another_file() -> None:
