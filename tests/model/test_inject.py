@@ -6,6 +6,7 @@ import torch
 from spectune.errors import InputError
 from spectune.factor.matrix import product
 from spectune.factor.split import split_weight
+from spectune.model.change import Factors, delta_linear
 from spectune.model.inject import inject
 from spectune.model.sdxl import build_model
 from spectune.model.text import tokenize
@@ -57,6 +58,18 @@ def test_delta_form_is_the_original_bit_for_bit_at_step_0(source, frames):
     before = answer(model)
     inject(model, frames)
     assert torch.equal(answer(model), before)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_a_linear_layer_multiplies_a_turned_input_as_the_original_does(tokens, width):
+    """The attention blocks hand over (batch, height * width, channels) as a view of another order."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(width, width)
+    x = torch.randn(2, width, tokens).transpose(1, 2)
+    zeros, frame = torch.zeros(4, width), torch.randn(4, width)
+    factors = Factors(frame_down=frame, frame_up=torch.randn(width, 4), down=zeros, up=zeros.T.clone())
+    assert torch.equal(delta_linear(x, base, 1.0, factors), base(x))
 
 
 def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames):
