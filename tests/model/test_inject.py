@@ -65,7 +65,7 @@ def test_delta_form_is_the_original_bit_for_bit_at_step_0(source, frames):
 def test_a_linear_layer_multiplies_a_turned_input_as_the_original_does(tokens, width):
     """The attention blocks hand over (batch, height * width, channels) as a view of another order."""
     torch.manual_seed(0)
-    base = torch.nn.Linear(width, width)
+    base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
     x = torch.randn(2, width, tokens).transpose(1, 2)
     zeros, frame = torch.zeros(4, width), torch.randn(4, width)
     factors = Factors(frame_down=frame, frame_up=torch.randn(width, 4), down=zeros, up=zeros.T.clone())
