@@ -41,10 +41,11 @@ FAST_STEPS = 40  # a fifth
 LONGER_STEPS = 80
 AIM = "plain LoRA r16"  # whose final loss is to be reached in a fifth of its steps
 BEST = "warm + teacher"
+BEST_LONGER = f"{BEST}, {LONGER_STEPS} steps"
 SHOWN = ("plain full", AIM, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
 REPEATED = (
     *("plain full", AIM, "plain principal r16", "plain, all layers"),
-    *("raw", "teacher", "bridged + teacher", "warm", BEST, "no pictures", f"{BEST}, {LONGER_STEPS} steps"),
+    *("raw", "teacher", "bridged + teacher", "warm", BEST, "no pictures", BEST_LONGER),
 )  # three seeds; the courses of the rate stay with one
 TOLD = {  # in the text
     "full": "plain full",
@@ -53,7 +54,7 @@ TOLD = {  # in the text
     "teacher": "teacher",
     "warm": "warm",
     "bridged": "bridged + teacher",
-    "longer": f"{BEST}, {LONGER_STEPS} steps",
+    "longer": BEST_LONGER,
 }
 REPEATED_FRAMES = ("principal", "minor")
 SHEET = (AIM, BEST, "no pictures")  # ways whose pictures the page shows

@@ -49,7 +49,7 @@ class LinearChange(torch.autograd.Function):
         four = Factors(*factors)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         hidden = flat @ joined_down(four, x.dtype).T  # (tokens, 2 rank)
-        # of x and not of `flat`: where x is no block of memory, the two may round differently
+        # of x and not of `flat`: where x is not contiguous, the two may round differently
         out = F.linear(x, weight, bias).contiguous()
         out.view(-1, out.shape[-1]).addmm_(hidden, joined_up(four, scale, x.dtype).T)
         rank = four.down.shape[0]
