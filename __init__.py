@@ -13,6 +13,6 @@ if "folder_paths" in sys.modules:
         # only src: the repository itself on the path would hide ComfyUI's own package `comfy`
         sys.path.append(str(Path(__file__).parent / "src"))
 
-    from .comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .comfyui_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

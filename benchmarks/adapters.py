@@ -21,25 +21,24 @@ from pathlib import Path
 import torch
 from split import EMBEDDED, Timing, move, watched  # beside this file
 
-from spectune.factor.matrix import change, joined, product
-from spectune.factor.report import relative_error
-from spectune.huge_pages import use_huge_pages
-from spectune.rebuilding.export import export_layer
-from spectune.rebuilding.files import (
-    convert_adapter,
-    export_adapter,
-    export_difference,
-    parse_slice,
-    rebuild_checkpoint,
-    slice_adapters,
-    split_checkpoint,
-)
-from spectune.rebuilding.ranks import FixedRank
-from spectune.weights.adapter import Adapter, Delta, LazyLayers, LowRank, TunedAdapter
-from spectune.weights.adapter_keys import Spelling
-from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.adapter_writer import save_tuned
-from spectune.weights.provenance import Provenance
+from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.adapters.spellings import Spelling
+from spectune.adapters.writer import save_tuned
+from spectune.cli.huge_pages import use_huge_pages
+from spectune.core.delta import Delta, change, joined
+from spectune.core.lora import export_layer
+from spectune.core.low_rank import LowRank, product
+from spectune.core.report import relative_error
+from spectune.files.provenance import Provenance
+from spectune.ops.convert import convert_adapter
+from spectune.ops.export.adapter import export_adapter
+from spectune.ops.export.difference import export_difference
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.slice.adapters import slice_adapters
+from spectune.ops.slice.plan import parse_slice
+from spectune.ops.split import split_checkpoint
+from spectune.pairs.layer_ranks import FixedRank
 
 CHANGE = 0.02  # of the spread of the factors
 

@@ -3,8 +3,8 @@
     python dev.py bench compare_checkouts BEFORE AFTER [--work FOLDER] [--only WORD]
 
 BEFORE and AFTER are folders with a checkout each, such as two git worktrees. Both run in this interpreter's
-environment on the embedded base of AFTER. The script prints every tensor and every metadata entry that differs
-and ends with 1 if a tensor or a file name differs. Metadata alone does not fail the comparison.
+environment on the embedded base of AFTER. The script prints every tensor and metadata entry that differs and
+ends with 1 if a tensor or a file name differs. Metadata alone does not fail the comparison.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ TRAIN = {
     "train delta": "train {recipe} --set run.name=delta",
     "train encoders": 'train {recipe} --set run.name=encoders --set model.parts=["unet","te1","te2"] '
     "--set run.ema_decay=0.9",
-    "train residual": 'train {recipe} --set run.name=residual --set model.base="parts/base.residual.safetensors" '
-    "--set model.form=residual",
+    "train residual": "train {recipe} --set run.name=residual --set model.form=residual "
+    '--set model.base="parts/base.residual.safetensors"',
     "train prodigy flow": "train {recipe} --set run.name=flow --set objective.kind=flow "
     "--set objective.flow_shift=2.5 --set loss.kind=fft_l1 "
-    "--set optimizer={{name=\"prodigy_plus_schedule_free\",learning_rate=1.0}}",
+    '--set optimizer={{name="prodigy_plus_schedule_free",learning_rate=1.0}}',
 }
 FILES = {
     "rebuild": "rebuild delta/delta.safetensors --base {base} -o tuned.safetensors",
@@ -49,14 +49,17 @@ FILES = {
     "--dtype bfloat16 --cast-all -o cast.safetensors",
     "rebuild shards": "rebuild flow/flow.safetensors --base {base} -o shards/flow.safetensors.index.json",
     "export": "export delta/delta.safetensors --base {base} -o lora.safetensors",
-    "export rank": "export encoders/encoders.safetensors --base {base} --rank 8 --keys diffusers -o peft.safetensors",
+    "export rank": "export encoders/encoders.safetensors --base {base} --rank 8 --keys diffusers "
+    "-o peft.safetensors",
     "export energy": "export encoders/encoders.safetensors --base {base} --energy 0.9 --dtype bfloat16 "
     "-o energy_lora.safetensors",
     "export size": "export encoders/encoders.safetensors --size 1MB --base {base} --keys comfyui "
     "-o size_lora.safetensors",
-    "export principal": "export delta/delta.safetensors --form principal --base {base} -o tuned_principal.safetensors",
+    "export principal": "export delta/delta.safetensors --form principal --base {base} "
+    "-o tuned_principal.safetensors",
     "export difference": "export tuned.safetensors --base {base} --rank 8 -o difference.safetensors",
-    "slice tuned": "slice encoders/encoders.safetensors:te delta/delta.safetensors:unet -o sliced.safetensors",
+    "slice tuned": "slice encoders/encoders.safetensors:te delta/delta.safetensors:unet "
+    "-o sliced.safetensors",
     "slice sum": "slice lora.safetensors:unet:0.5 size_lora.safetensors --base {base} -o summed.safetensors",
     "slice content": "slice lora.safetensors:content --base {base} --keys diffusers -o content.safetensors",
     "slice parts": "slice {base}:te tuned.safetensors:unet {base}:vae -o swapped.safetensors",
@@ -130,10 +133,16 @@ def run_commands(checkout: Path, output: Path, base: Path, images: Path, only: s
         )
         words = [word.format(base=base, recipe=recipe) for word in text.split()]
         command = [sys.executable, "-m", "spectune", *words]
-        done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=output, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             failures.append(f"{checkout.name}: {name} ended with {done.returncode}: {done.stderr[-2000:]}")
     return failures
+
+
+def differing_keys(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def differences(before: Path, after: Path) -> tuple[list[str], list[str], int]:
@@ -145,15 +154,27 @@ def differences(before: Path, after: Path) -> tuple[list[str], list[str], int]:
     for name in sorted(names[0] & names[1]):
         old, new = read_file(before / name), read_file(after / name)
         count += len(old.tensors)
-        changed = {key for key in old.tensors.keys() | new.tensors.keys() if old.tensors.get(key) != new.tensors.get(key)}
+        changed = {
+            key
+            for key in old.tensors.keys() | new.tensors.keys()
+            if old.tensors.get(key) != new.tensors.get(key)
+        }
         wrong += [f"{name}: {key}" for key in sorted(changed)]
-        keys = {key for key in old.metadata.keys() | new.metadata.keys() if old.metadata.get(key) != new.metadata.get(key)}
-        metadata += [f"{name}: {key}: {old.metadata.get(key)} -> {new.metadata.get(key)}" for key in sorted(keys)]
+        keys = {
+            key
+            for key in old.metadata.keys() | new.metadata.keys()
+            if old.metadata.get(key) != new.metadata.get(key)
+        }
+        metadata += [
+            f"{name}: {key}: {old.metadata.get(key)} -> {new.metadata.get(key)}" for key in sorted(keys)
+        ]
     return wrong, metadata, count
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--work", type=Path, help="keep the files of both here; files of BEFORE are reused")

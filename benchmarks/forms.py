@@ -19,10 +19,10 @@ from accelerate import Accelerator
 
 from spectune.training.callbacks import Callbacks
 from spectune.training.data.plan import PlannedBatches
-from spectune.training.objective import ask_at_random
-from spectune.training.recipe import parse_recipe
-from spectune.training.run import Run, assemble
+from spectune.training.objective.target import ask_at_random
+from spectune.training.recipe.file import parse_recipe
 from spectune.training.seeds import derived_generator
+from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from spectune.huge_pages import use_huge_pages
-from spectune.rebuilding.files import split_checkpoint
-from spectune.rebuilding.ranks import FixedRank
+from spectune.cli.huge_pages import use_huge_pages
+from spectune.ops.split import split_checkpoint
+from spectune.pairs.layer_ranks import FixedRank
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo
 from spectune.training.loop import train
-from spectune.training.recipe import parse_recipe
+from spectune.training.recipe.file import parse_recipe
 
 IMAGES = Path(__file__).resolve().parents[1] / "demo" / "images"
 

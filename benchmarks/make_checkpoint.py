@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.model.sdxl import new_unet, new_vae, text_config
-from spectune.weights.catalogue import Catalogue, Layer, build_catalogue
-from spectune.weights.layout import Layout, hints_metadata, layout_of
-from spectune.weights.names import LOGIT_SCALE, single_file_tensors
-from spectune.weights.reader import TensorInfo
-from spectune.weights.writer import StreamWriter
+from spectune.files.reader import TensorInfo
+from spectune.files.writer import StreamWriter
+from spectune.model.network import new_unet, new_vae, text_config
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+from spectune.sdxl.layout import Layout, hints_metadata, layout_of
+from spectune.sdxl.names import LOGIT_SCALE, single_file_tensors
 
 KEYS = Path(__file__).resolve().parents[1] / "tests" / "data" / "sdxl_keys.tsv.gz"
 DTYPES: Mapping[str, torch.dtype] = {

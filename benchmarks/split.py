@@ -29,13 +29,16 @@ import psutil
 import torch
 from torch import Tensor
 
-from spectune.factor.matrix import to_matrix
-from spectune.factor.svd import top_singular
-from spectune.huge_pages import use_huge_pages
-from spectune.rebuilding.files import SplitReport, rebuild_checkpoint, split_checkpoint, verify_files
-from spectune.rebuilding.ranks import FixedRank
-from spectune.weights.catalogue import Layer, build_catalogue, layer_weight
-from spectune.weights.reader import Checkpoint, open_checkpoint
+from spectune.checkpoints.open import open_checkpoint
+from spectune.cli.huge_pages import use_huge_pages
+from spectune.core.low_rank import to_matrix
+from spectune.core.svd import top_singular
+from spectune.files.reader import Checkpoint
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.split import SplitReport, split_checkpoint
+from spectune.ops.verify import verify_files
+from spectune.pairs.layer_ranks import FixedRank
+from spectune.sdxl.layers import Layer, build_catalogue, layer_weight
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 CHUNK_BYTES = 1 << 24

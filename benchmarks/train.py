@@ -31,15 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.full_step import peak_memory
 from benchmarks.make_checkpoint import layout_of_size, tensors_of
-from spectune.factor.matrix import to_factors
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.low_rank import LowRank, to_factors
 from spectune.model.inject import Form, inject
+from spectune.model.network import Sdxl, new_unet, text_config
 from spectune.model.prediction import make_prediction
-from spectune.model.sdxl import Sdxl, new_unet, text_config
-from spectune.weights.adapter import LowRank
-from spectune.weights.catalogue import Layer, Part, build_catalogue
-from spectune.weights.layout import Layout, infer_layout
-from spectune.weights.names import module_path
-from spectune.weights.reader import open_checkpoint
+from spectune.sdxl.layers import Layer, Part, build_catalogue
+from spectune.sdxl.layout import Layout, infer_layout
+from spectune.sdxl.names import module_path
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 

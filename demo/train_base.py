@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.model.sdxl import new_unet, new_vae, text_config
+from spectune.files.provenance import Provenance, Role
+from spectune.files.writer import write_tensors
+from spectune.model.network import new_unet, new_vae, text_config
 from spectune.model.text import TokenIds, tokenize
-from spectune.weights.layout import Layout, TextLayout, UNetLayout, VaeLayout, hints_metadata
-from spectune.weights.names import single_file_tensors
-from spectune.weights.provenance import Provenance, Role
-from spectune.weights.writer import write_tensors
+from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, hints_metadata
+from spectune.sdxl.names import single_file_tensors
 
 PIXELS = 64
 BATCH = 64  # of the denoiser

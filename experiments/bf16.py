@@ -10,11 +10,12 @@ import torch
 from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import by_recipe, recipe_of
 from experiments.trial import Outcome, Trial, save
-from spectune.factor.matrix import change
-from spectune.weights.adapter import Delta, LowRank, TunedAdapter
-from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.catalogue import build_catalogue
-from spectune.weights.reader import open_checkpoint
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import Delta, change
+from spectune.core.low_rank import LowRank
+from spectune.sdxl.layers import build_catalogue
 
 NAME = "bf16"
 STEPS = 60

@@ -12,14 +12,15 @@ from experiments import near_full
 from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import by_recipe, recipe_of
 from experiments.trial import Outcome, Trial, save
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import Delta
+from spectune.sdxl.layers import build_catalogue
 from spectune.training import state
 from spectune.training.callbacks import Callbacks
-from spectune.training.run import Run, assemble
+from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss
-from spectune.weights.adapter import Delta, TunedAdapter
-from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.catalogue import build_catalogue
-from spectune.weights.reader import open_checkpoint
 
 NAME = "encoders"
 STOPS = (0, 20, 40, 80, 120)  # the step that the encoders are taken from

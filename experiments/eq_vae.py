@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.lab import BASE, picture_folder
-from spectune.model.sdxl import build_model
-from spectune.weights.layout import hints_metadata, infer_layout
-from spectune.weights.reader import open_checkpoint
+from spectune.checkpoints.open import open_checkpoint
+from spectune.model.network import build_model
+from spectune.sdxl.layout import hints_metadata, infer_layout
 
 STEPS, BATCH, RATE = 500, 8, 3e-4
 SIZES = (4, 8, 12)  # edges that latents of 16 are averaged down to

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spectune.model.bridge import Bridge
+from spectune.checkpoints.open import open_checkpoint
+from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import Flow
-from spectune.model.sdxl import Sdxl, build_model
 from spectune.model.text import tokenize
-from spectune.sample.generate import Request, SampleSettings, make_scheduler, sample_latents, to_images
-from spectune.weights.reader import open_checkpoint
+from spectune.sampling.generate import Request, SampleSettings, make_scheduler, sample_latents, to_images
+from spectune.training.eps_to_flow.bridge import Bridge
 
 SHIFT, STEPS, EDGE_PX = 2.5, 20, 64
 SETTINGS = SampleSettings(width=EDGE_PX, height=EDGE_PX, steps=STEPS, cfg=1.0)

@@ -15,10 +15,10 @@ from experiments.trial import Outcome, Trial, save
 from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.loop import train
-from spectune.training.objective import ask_at_random
-from spectune.training.recipe import Recipe, parse_recipe
-from spectune.training.run import Run, assemble
+from spectune.training.objective.target import ask_at_random
+from spectune.training.recipe.file import Recipe, parse_recipe
 from spectune.training.seeds import derived_generator, derived_seed
+from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss
 
 HERE = Path(__file__).resolve().parent

@@ -11,11 +11,11 @@ from experiments import near_full
 from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
 from experiments.lab import BASE, run_trial
 from experiments.trial import Outcome, Trial, load, save
-from spectune.factor.matrix import product, to_matrix
-from spectune.factor.split import split_weight
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.low_rank import product, to_matrix
+from spectune.core.split import split_weight
 from spectune.model.quantize import dequantise, quantise
-from spectune.weights.catalogue import Kind, build_catalogue, layer_weight
-from spectune.weights.reader import open_checkpoint
+from spectune.sdxl.layers import Kind, build_catalogue, layer_weight
 
 NAME = "quantised"
 RANKS = (16, 64)

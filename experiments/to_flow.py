@@ -28,11 +28,11 @@ from experiments.experiment import (
 from experiments.flow_pictures import as_flow, captions_of, distance, draw_own, reference, strip
 from experiments.lab import BASE, Recorder, by_recipe, full, picture_folder, recipe_of
 from experiments.trial import RESULTS, Outcome, Trial, load, save
-from spectune.model.bridge import Bridge
-from spectune.model.sdxl import Sdxl
+from spectune.model.network import Sdxl
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
-from spectune.training.run import assemble
+from spectune.training.eps_to_flow.bridge import Bridge
+from spectune.training.setup import assemble
 from spectune.training.validation import held_out_loss
 
 NAME = "to_flow"

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.weights.layout import hints_metadata
-from spectune.weights.reader import MemorySource, TensorInfo, open_checkpoint
-from spectune.weights.writer import write_tensors
+from spectune.checkpoints.open import open_checkpoint
+from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.writer import write_tensors
+from spectune.sdxl.layout import hints_metadata
+from tests.folder_fixtures import folder, tiny_folder  # noqa: F401
 from tests.layouts import TINY, Modules, build_modules
+from tests.split_fixtures import tiny_split  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
 

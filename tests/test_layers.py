@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,23 +14,29 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 PACKAGE = "spectune"
 
 LEVELS = {
-    "weights": 1,
-    "factor": 2,
-    "rebuilding": 3,
-    "model": 4,
-    "training": 5,
-    "sample": 6,
-    "api": 7,
-    "apps": 8,
+    "core": 1,
+    "files": 2,
+    "sdxl": 3,
+    "checkpoints": 4,
+    "adapters": 5,
+    "model": 6,
+    "pairs": 7,
+    "sampling": 8,
+    "training": 9,
+    "interop": 10,
+    "ops": 11,
+    "api": 12,
+    "cli": 13,
 }
-# errors.py stands below all layers, `python -m spectune` above them. The package itself hands out what api.py
-# has, but imports nothing before it is asked for: to others it is nothing more than a name.
-BOTTOM, TOP = 0, 9
+# errors.py is below every room and `python -m spectune` above. The package forwards names of api.py but
+# imports nothing until one is used.
+BOTTOM, TOP = 0, 14
 FILES_WITH_A_LEVEL = {"api"}
+MOST_FILES_PER_FOLDER = 15
 
-STRANGERS = {("sample", "training"), ("training", "sample")}
-TENSORS_ONLY = ("weights", "factor", "rebuilding")
-KEPT_OUT_OF_TENSORS = {"diffusers", "transformers", "accelerate", "peft", "gradio", "typer", "rich"}
+STRANGERS = {("sampling", "training"), ("training", "sampling")}
+TENSORS_ONLY = ("core", "files", "sdxl", "checkpoints", "adapters", "pairs", "ops")
+KEPT_OUT_OF_TENSORS = {"diffusers", "transformers", "accelerate", "peft", "typer", "rich"}
 
 
 def level(module: str) -> int:
@@ -103,21 +110,21 @@ def test_the_tensor_layers_load_without_the_libraries_they_do_without() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("spectune.weights.reader", "from spectune.factor.svd import top_singular"),
-        ("spectune.weights.reader", "import spectune.rebuilding.merge as merge"),
-        ("spectune.factor.svd", "from spectune import model"),
-        ("spectune.factor.svd", "from ..apps import cli"),
-        ("spectune.rebuilding.merge", "def late():\n    from spectune.training import loop"),
-        ("spectune.rebuilding.merge", "if TYPE_CHECKING:\n    from spectune.model.sdxl import Sdxl"),
-        ("spectune.sample.generate", "from spectune.training.objective import Eps"),
-        ("spectune.training.loop", "from spectune.sample import generate"),
-        ("spectune.errors", "from spectune.weights.names import kohya_stem"),
-        ("spectune.apps.cli", "from spectune.__main__ import main"),
-        ("spectune.weights.names", "import diffusers.models"),
-        ("spectune.factor.split", "from transformers import CLIPTextModel"),
-        ("spectune.rebuilding.files", "import typer"),
-        ("spectune.rebuilding.files", "from spectune.api import split"),
-        ("spectune.api", "from spectune.apps.console import say"),
+        ("spectune.files.reader", "from spectune.sdxl.names import kohya_stem"),
+        ("spectune.files.reader", "import spectune.pairs.merged as merged"),
+        ("spectune.core.svd", "from spectune import model"),
+        ("spectune.core.svd", "from ..cli import app"),
+        ("spectune.pairs.merged", "def late():\n    from spectune.training import loop"),
+        ("spectune.pairs.merged", "if TYPE_CHECKING:\n    from spectune.ops.split import SplitReport"),
+        ("spectune.sampling.generate", "from spectune.training.objective.target import Eps"),
+        ("spectune.training.loop", "from spectune.sampling import generate"),
+        ("spectune.errors", "from spectune.sdxl.names import kohya_stem"),
+        ("spectune.cli", "from spectune.__main__ import main"),
+        ("spectune.sdxl.names", "import diffusers.models"),
+        ("spectune.core.split", "from transformers import CLIPTextModel"),
+        ("spectune.ops.split", "import typer"),
+        ("spectune.ops.split", "from spectune.api import split"),
+        ("spectune.api", "from spectune.cli.console import say"),
     ],
 )
 def test_the_checker_sees_a_violation(module: str, source: str) -> None:
@@ -127,16 +134,13 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("spectune.weights.reader", "from spectune.errors import InputError"),
-        ("spectune.weights.reader", "from .layout import Layout"),
-        ("spectune.rebuilding.merge", "from spectune.factor.matrix import product"),
-        (
-            "spectune.apps.cli",
-            "from spectune.training.loop import train\nfrom spectune.sample import generate",
-        ),
-        ("spectune.model.sdxl", "from diffusers import AutoencoderKL"),
-        ("spectune.__main__", "from spectune.apps.cli import main"),
-        ("spectune.apps.cli", "from spectune import api"),
+        ("spectune.files.reader", "from spectune.errors import InputError"),
+        ("spectune.files.reader", "from .layout import Layout"),
+        ("spectune.pairs.merged", "from spectune.core.low_rank import product"),
+        ("spectune.cli", "from spectune.training.loop import train\nfrom spectune.sampling import generate"),
+        ("spectune.model.network", "from diffusers import AutoencoderKL"),
+        ("spectune.__main__", "from spectune.cli.app import main"),
+        ("spectune.cli.app", "from spectune import api"),
         ("spectune", "from spectune.api import split"),
     ],
 )
@@ -149,3 +153,58 @@ def test_relative_imports_of_a_package_start_from_itself() -> None:
     assert imports_of("from .x import y", "spectune.training.loop", is_package=False) == {
         "spectune.training.x.y"
     }
+
+
+def imported_modules(source: str, module: str, *, is_package: bool) -> set[str]:
+    """Return the modules of the package that a file imports, names inside of modules left out."""
+    known = {module_name(path) for path in FILES}
+    names = imports_of(source, module, is_package=is_package)
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known - {module}
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return the modules that cannot be sorted because they import each other, directly or through others."""
+    left = {module: set(needs) for module, needs in graph.items()}
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = {
+        module_name(path): imported_modules(
+            path.read_text(encoding="utf-8"), module_name(path), is_package=path.name == "__init__.py"
+        )
+        for path in FILES
+        if path.parent != SRC / PACKAGE or path.name != "__init__.py"
+    }
+    assert cycles(graph) == []
+
+
+def test_the_search_for_cycles_finds_one() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+
+
+def test_core_needs_nothing_but_torch() -> None:
+    """The mathematics can be read, tested and reused without the rest of the program."""
+    allowed = {"torch", PACKAGE, *sys.stdlib_module_names}
+    for path in (SRC / PACKAGE / "core").glob("*.py"):
+        names = imports_of(path.read_text(encoding="utf-8"), module_name(path), is_package=False)
+        assert {name.split(".")[0] for name in names} <= allowed, path.name
+
+
+def test_a_class_name_stands_once_in_the_package() -> None:
+    """A reader who searches for a class finds one definition."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module_name(path))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_a_folder_holds_at_most_fifteen_files() -> None:
+    folders = {path.parent for path in FILES} - {SRC / PACKAGE}
+    counts = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: count for name, count in counts.items() if count > MOST_FILES_PER_FOLDER} == {}

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dev
-from spectune.training.recipe import parse_recipe
+from spectune.training.recipe.file import parse_recipe
 
 ROOT = dev.ROOT
 LARGEST_BYTES = 25_000_000

@@ -11,24 +11,25 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectune.adapters.spellings import parse_spelling
+from spectune.adapters.traits import read_traits
+from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, PairingError, SpectuneError
-from spectune.rebuilding import files
-from spectune.rebuilding.files.convert import ConvertReport
-from spectune.rebuilding.files.export import ExportForm, ExportReport
-from spectune.rebuilding.files.rebuild import RebuildReport
-from spectune.rebuilding.files.slice import SliceReport
-from spectune.rebuilding.files.slice_plan import Slice
-from spectune.rebuilding.files.split import SplitReport
-from spectune.rebuilding.files.swap import SwapReport
-from spectune.rebuilding.pipeline import Progress
-from spectune.rebuilding.ranks import FixedRank, RankRequest, parse_ranks
-from spectune.rebuilding.strength import parse_strength
-from spectune.rebuilding.verify import VerifyReport
-from spectune.weights import describe
-from spectune.weights.adapter_keys import parse_spelling
-from spectune.weights.dtypes import parse_dtype, parse_residual_dtype, parse_weight_dtype
-from spectune.weights.reader import open_checkpoint
-from spectune.weights.traits import read_traits
+from spectune.files.dtypes import parse_dtype, parse_residual_dtype, parse_weight_dtype
+from spectune.files.stream import Progress
+from spectune.ops import inspect as describe
+from spectune.ops.convert import ConvertReport, convert_adapter, convert_checkpoint
+from spectune.ops.export.adapter import ExportForm, ExportReport, export_adapter
+from spectune.ops.export.difference import export_difference
+from spectune.ops.rebuild import RebuildReport, rebuild_checkpoint
+from spectune.ops.slice.adapters import SliceReport, slice_adapters
+from spectune.ops.slice.parts import SwapReport, swap_parts
+from spectune.ops.slice.plan import Slice, parse_slice
+from spectune.ops.split import SplitReport, split_checkpoint
+from spectune.ops.verify import verify_files
+from spectune.pairs.comparison import VerifyReport
+from spectune.pairs.layer_ranks import FixedRank, RankRequest, parse_ranks
+from spectune.pairs.strength import parse_strength
 
 if TYPE_CHECKING:
     from spectune.training.callbacks import Callbacks, TrainReport
@@ -84,7 +85,7 @@ def split(
     """
     if svd not in ("auto", "exact", "gram", "sketch"):
         raise InputError(f"unknown SVD method {svd!r}", hint="auto or exact")
-    return files.split_checkpoint(
+    return split_checkpoint(
         Path(model),
         Path(out),
         ranks=parse_ranks(rank, conv_rank, energy, budget),
@@ -103,7 +104,7 @@ def verify(
     model: AnyPath, residual: AnyPath, principal: AnyPath, *, progress: Progress | None = None
 ) -> VerifyReport:
     """Compare a model, tensor by tensor, with what its residual and principal make together; see `.ok`."""
-    return files.verify_files(Path(model), Path(residual), Path(principal), progress=progress)
+    return verify_files(Path(model), Path(residual), Path(principal), progress=progress)
 
 
 def rebuild(
@@ -123,7 +124,7 @@ def rebuild(
     bfloat16, float32, float8_e4m3fn, float8_e5m2) is that of changed tensors; with `cast_all` of all of the
     UNet and the encoders.
     """
-    return files.rebuild_checkpoint(
+    return rebuild_checkpoint(
         Path(adapter),
         Path(base),
         Path(out),
@@ -173,7 +174,7 @@ def export(
             raise InputError(
                 "--layers is for checkpoints", hint="`spectune slice` takes layers of an adapter"
             )
-        return files.export_adapter(
+        return export_adapter(
             Path(source),
             None if base is None else Path(base),
             Path(out),
@@ -196,7 +197,7 @@ def export(
             f"{Path(source).name} is a whole model, whose difference is a plain LoRA",
             hint="leave out --form and --principal",
         )
-    return files.export_difference(
+    return export_difference(
         Path(source),
         Path(base),
         Path(out),
@@ -227,7 +228,7 @@ def slice(
     Of adapters, layers by trait (te, unet, content, style, a block, a pattern, a name in the JSON file
     `traits`), summed where they overlap; of checkpoints, whole parts (unet, te1, te2, vae).
     """
-    pieces = [piece if isinstance(piece, Slice) else files.parse_slice(piece) for piece in slices]
+    pieces = [piece if isinstance(piece, Slice) else parse_slice(piece) for piece in slices]
     if not pieces:
         raise InputError("nothing to put together", hint="name files like style.safetensors:te")
     whole = {path: _is_checkpoint(path) for path in dict.fromkeys(piece.path for piece in pieces)}
@@ -243,8 +244,8 @@ def slice(
                 "parts of checkpoints are copied as they are",
                 hint="leave out --traits, --base, --keys, --dtype and --no-overlap",
             )
-        return files.swap_parts(pieces, Path(out), force=force, progress=progress)
-    return files.slice_adapters(
+        return swap_parts(pieces, Path(out), force=force, progress=progress)
+    return slice_adapters(
         pieces,
         Path(out),
         traits=None if traits is None else read_traits(Path(traits)),
@@ -282,8 +283,8 @@ def convert(
                 f"{Path(source).name} is a whole model: only its kind of file can be converted",
                 hint="the output's name says which: x.safetensors, x.safetensors.index.json, or a folder",
             )
-        return files.convert_checkpoint(Path(source), Path(out), force=force, progress=progress)
-    return files.convert_adapter(
+        return convert_checkpoint(Path(source), Path(out), force=force, progress=progress)
+    return convert_adapter(
         Path(source),
         Path(out),
         spelling=parse_spelling(keys),
@@ -307,7 +308,7 @@ def train(
     """Train a recipe in TOML to its end, or on from its newest state; overrides are like "run.steps=200"."""
     # diffusers and accelerate take seconds to load, and files need neither
     from spectune.training.loop import train as run_training
-    from spectune.training.recipe import load_recipe
+    from spectune.training.recipe.file import load_recipe
 
     return run_training(load_recipe(Path(recipe), overrides), callbacks=callbacks, force=force)
 

@@ -35,3 +35,8 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
     """The first few of `names` and how many more there are: ``a, b, c (2 more)``."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" ({rest} more)" if rest > 0 else "")
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a count with its noun: ``1 folder``, ``1,052 layers``; `plural` for irregular nouns."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

@@ -20,10 +20,11 @@ from benchmarks.make_checkpoint import (
     weight_with,
     write_checkpoint,
 )
-from spectune.weights.catalogue import Catalogue, Kind, build_catalogue, layer_weight
-from spectune.weights.layout import infer_layout
-from spectune.weights.reader import TensorInfo, open_checkpoint
-from tests.apps.test_full_layout import NARROW
+from spectune.checkpoints.open import open_checkpoint
+from spectune.files.reader import TensorInfo
+from spectune.sdxl.layers import Catalogue, Kind, build_catalogue, layer_weight
+from spectune.sdxl.layout import infer_layout
+from tests.cli.test_full_layout import NARROW
 from tests.layouts import FULL
 
 

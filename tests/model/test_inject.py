@@ -3,16 +3,15 @@
 import pytest
 import torch
 
+from spectune.core.delta import Factors, delta_linear
+from spectune.core.low_rank import LowRank, product
+from spectune.core.split import split_weight
 from spectune.errors import InputError
-from spectune.factor.matrix import product
-from spectune.factor.split import split_weight
-from spectune.model.change import Factors, delta_linear
+from spectune.files.reader import MemorySource
 from spectune.model.inject import inject
-from spectune.model.sdxl import build_model
+from spectune.model.network import build_model
 from spectune.model.text import tokenize
-from spectune.weights.adapter import LowRank
-from spectune.weights.catalogue import build_catalogue, layer_weight
-from spectune.weights.reader import MemorySource
+from spectune.sdxl.layers import build_catalogue, layer_weight
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_every_trainable_tensor_gets_a_gradient_and_the_base_none(source, frames
 
 def test_a_change_equals_the_merged_weight(source, frames):
     """W + scale*(dB (A0+dA) + B0 dA) in place = the same network with the weight itself changed."""
-    from spectune.factor.matrix import change
+    from spectune.core.delta import change
 
     model, merged = build_model(source), build_model(source)
     injection = inject(model, frames)

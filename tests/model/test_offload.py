@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from spectune.errors import InputError
+from spectune.model.network import build_model
 from spectune.model.offload import Offload, offload
-from spectune.model.sdxl import build_model
 from spectune.model.text import tokenize
 
 HOME = torch.device("cuda", 0)

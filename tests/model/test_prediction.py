@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from spectune.errors import InputError
+from spectune.files.reader import MemorySource
+from spectune.model.network import source_prediction
 from spectune.model.prediction import Ddpm, Flow, LogitNormal, make_prediction
-from spectune.model.sdxl import source_prediction
-from spectune.weights.reader import MemorySource
 
 LATENTS = (5, 4, 6, 7)
 

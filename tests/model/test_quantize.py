@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.low_rank import product
+from spectune.core.split import split_weight
 from spectune.errors import InputError, SpectuneError
-from spectune.factor.matrix import product
-from spectune.factor.split import split_weight
 from spectune.model.inject import inject
+from spectune.model.network import build_model
 from spectune.model.quantize import (
     QuantisedLinear,
     dequantise,
@@ -20,11 +22,9 @@ from spectune.model.quantize import (
     quantise,
     quantise_layers,
 )
-from spectune.model.sdxl import build_model
 from spectune.model.text import tokenize
-from spectune.weights.catalogue import Kind, build_catalogue, layer_weight
-from spectune.weights.names import Part
-from spectune.weights.reader import open_checkpoint
+from spectune.sdxl.layers import Kind, build_catalogue, layer_weight
+from spectune.sdxl.names import Part
 
 ROOT = Path(__file__).parents[2]
 needs_bnb = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectune.errors import InputError
-from spectune.model.sdxl import build_model
-from spectune.model.vae import (
+from spectune.files.provenance import Provenance
+from spectune.model.network import build_model
+from spectune.model.vae_loading import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
+from spectune.model.vae_settings import (
     KNOWN_VAES,
     VaeConvention,
     declare_vae,
@@ -18,9 +20,7 @@ from spectune.model.vae import (
     resolve_vae,
     says_vae,
 )
-from spectune.model.vae_file import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
-from spectune.weights.layout import VAE_ROOT, hints_metadata
-from spectune.weights.provenance import Provenance
+from spectune.sdxl.layout import VAE_ROOT, hints_metadata
 from tests.layouts import TINY
 
 SDXL, ANZHC = KNOWN_VAES["sdxl"], KNOWN_VAES["eq-anzhc"]

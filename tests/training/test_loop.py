@@ -18,18 +18,19 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, SpectuneError
-from spectune.model.sdxl import Sdxl
-from spectune.training import prepare, questions, state
+from spectune.files.provenance import Provenance, Role
+from spectune.files.writer import write_tensors
+from spectune.model.network import Sdxl
+from spectune.sdxl.layers import build_catalogue
+from spectune.training import prepare, state
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.training.loop import train
-from spectune.training.recipe import Recipe
-from spectune.weights.adapter import TunedAdapter
-from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.catalogue import build_catalogue
-from spectune.weights.provenance import Provenance, Role
-from spectune.weights.reader import open_checkpoint
-from spectune.weights.writer import write_tensors
+from spectune.training.objective import requests as questions
+from spectune.training.recipe.file import Recipe
 from tests.training.conftest import MakeRecipe
 
 GUIDE = {"betas": [0.8, 0.8], "schedulefree_c": 10, "d0": 1e-3, "use_stableadamw": False, "d_limiter": False}

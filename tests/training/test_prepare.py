@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.linalg import row_norms
 from spectune.errors import InputError, PairingError
-from spectune.factor.linalg import row_norms
+from spectune.files.provenance import LAYOUT_KEY, Provenance, Role, weights_hash
+from spectune.files.writer import write_tensors
 from spectune.model.inject import Injection
-from spectune.model.sdxl import Sdxl
+from spectune.model.network import Sdxl
 from spectune.model.text import tokenize
-from spectune.rebuilding.files import SplitReport, split_checkpoint
-from spectune.rebuilding.ranks import FixedRank
+from spectune.ops.split import SplitReport, split_checkpoint
+from spectune.pairs.layer_ranks import FixedRank
 from spectune.training.prepare import Prepared, prepare
-from spectune.training.sections import ModelSection
-from spectune.weights.provenance import LAYOUT_KEY, Provenance, Role, weights_hash
-from spectune.weights.reader import open_checkpoint
-from spectune.weights.writer import write_tensors
+from spectune.training.recipe.sections import ModelSection
 
 
 @pytest.fixture(scope="module")

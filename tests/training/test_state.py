@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.training import state
 from spectune.training.optim import OPTIMIZERS, build_optimizer
-from spectune.weights.adapter import LowRank
 
 PLAIN = (
     st.none()

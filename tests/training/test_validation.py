@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectune.checkpoints.open import open_checkpoint
+from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import Ddpm, Flow, Prediction
-from spectune.model.sdxl import Sdxl, build_model
 from spectune.training.data.buckets import Size
 from spectune.training.data.folders import Scan, scan_held_out
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.validation import encode_held_out, held_out_loss
-from spectune.weights.reader import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from spectune.core.delta import (
+    Delta,
+    Factors,
+    absolute,
+    delta_conv,
+    delta_linear,
+    joined_down,
+    joined_up,
+    low_rank,
+)
+from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError
-from spectune.factor.matrix import absolute, weight_shape
-from spectune.model.change import Factors, delta_conv, delta_linear, joined_down, joined_up, low_rank
-from spectune.model.sdxl import Sdxl
-from spectune.weights.adapter import Delta, LowRank
+from spectune.model.network import Sdxl
 
 Form = Literal["delta", "residual"]
 

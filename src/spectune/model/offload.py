@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectune.errors import InputError
-from spectune.model.sdxl import Sdxl
+from spectune.model.network import Sdxl
 
 Network = Literal["text", "vae"]  # both text encoders; the autoencoder
 

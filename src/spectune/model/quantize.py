@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, SpectuneError
-from spectune.factor.matrix import product
 from spectune.model.inject import AdaptedLayer
-from spectune.model.sdxl import Sdxl
-from spectune.weights.adapter import LowRank
-from spectune.weights.names import Duty, Part, modules_of
+from spectune.model.network import Sdxl
+from spectune.sdxl.names import Duty, Part, modules_of
 
 Kind = Literal["nf4", "int8"]
 NF4_BLOCK = 64  # numbers that share a scale; Dettmers et al. 2023, QLoRA

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from spectune.weights.clip_vocabulary import BOS_ID, EOS_ID, clip_vocabulary
+from spectune.sdxl.vocabulary import BOS_ID, EOS_ID, clip_vocabulary
 
 __all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "tokenize"]
 

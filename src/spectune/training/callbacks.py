@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from spectune.errors import SpectuneError
-from spectune.model.sdxl import Sdxl
+from spectune.model.network import Sdxl
 
 
 @dataclass(frozen=True)

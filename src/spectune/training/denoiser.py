@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.model.sdxl import Sdxl, TextStates
+from spectune.model.network import Sdxl, TextStates
 from spectune.model.text import tokenize
-from spectune.training.latents import checked_latents, encode_pictures
+from spectune.training.data.latents import checked_latents, encode_pictures
 
 __all__ = ["Denoiser", "checked_latents", "encode_captions", "encode_pictures"]
 

@@ -18,7 +18,11 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.writer import save_tuned
+from spectune.core.delta import Delta
 from spectune.errors import InputError, SpectuneError, some_of
+from spectune.files.provenance import NoiseSchedule, Role
 from spectune.model.prediction import Flow
 from spectune.training import state
 from spectune.training.callbacks import Callbacks, Listeners, RunStart, StepInfo, TensorBoardLog, TrainReport
@@ -26,13 +30,10 @@ from spectune.training.data.dataset import Batch, as_it_is
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopWish
 from spectune.training.optim import finished_weights, learning_rates, rate_factor, step_sizes
-from spectune.training.recipe import Recipe
-from spectune.training.run import Run, assemble
+from spectune.training.recipe.file import Recipe
 from spectune.training.seeds import derived_seed
+from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss
-from spectune.weights.adapter import Delta, TunedAdapter
-from spectune.weights.adapter_writer import save_tuned
-from spectune.weights.provenance import NoiseSchedule, Role
 
 RECENT_STEPS = 20  # for the mean loss in the report
 

@@ -8,20 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.frames import minor_frame, normalised, plain_frame, principal_frame
+from spectune.core.low_rank import LowRank, product
+from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
-from spectune.factor.frame import minor_frame, normalised, plain_frame, principal_frame
-from spectune.factor.matrix import product
-from spectune.factor.rank import FixedRank
-from spectune.model.inject import Injection, inject
-from spectune.model.sdxl import Sdxl, build_model
-from spectune.rebuilding.pairing import adapter_hash, check_residual_pair, foreign_residual_hash, shown
-from spectune.training.recipe import Recipe, parse_recipe
-from spectune.training.sections import ModelSection
-from spectune.training.seeds import derived_generator
-from spectune.weights.adapter import Adapter, LowRank
-from spectune.weights.adapter_reader import open_adapter
-from spectune.weights.catalogue import Catalogue, Layer, build_catalogue, layer_weight
-from spectune.weights.provenance import (
+from spectune.files.provenance import (
     Provenance,
     Role,
     WeightsHasher,
@@ -29,8 +23,15 @@ from spectune.weights.provenance import (
     declared_zero_snr,
     weights_hash,
 )
-from spectune.weights.reader import WeightSource, open_checkpoint
-from spectune.weights.selection import select_layers
+from spectune.files.reader import WeightSource
+from spectune.model.inject import Injection, inject
+from spectune.model.network import Sdxl, build_model
+from spectune.pairs.rules import adapter_hash, check_residual_pair, foreign_residual_hash, shown
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
+from spectune.sdxl.selection import select_layers
+from spectune.training.recipe.file import Recipe, parse_recipe
+from spectune.training.recipe.sections import ModelSection
+from spectune.training.seeds import derived_generator
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
-from spectune.rebuilding.pairing import shown
+from spectune.pairs.rules import shown
 from spectune.training.optim import OPTIMIZERS
-from spectune.weights.adapter import LowRank
 
 FORMAT = 4  # 2: a group for each part, frames; 3: extras; 4: kinds of frames, conversions to flow
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectune.model.network import Sdxl
 from spectune.model.prediction import Prediction
-from spectune.model.sdxl import Sdxl
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import Scan
 from spectune.training.denoiser import Denoiser, encode_pictures
-from spectune.training.loss import mse, per_image
-from spectune.training.objective import ask
+from spectune.training.objective.losses import mse, per_image
+from spectune.training.objective.target import ask
 from spectune.training.seeds import derived_generator
 
 VALIDATION_SEED = 0  # not the run's: runs with other seeds are compared on the same noise

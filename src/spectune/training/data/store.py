@@ -12,8 +12,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.weights.provenance import PREFIX, spectune_version
-from spectune.weights.writer import write_tensors
+from spectune.files.provenance import PREFIX, spectune_version
+from spectune.files.writer import write_tensors
 
 _FORMAT = "1"  # of what is cached: counted up when pictures are rendered otherwise
 

@@ -1,0 +1,138 @@
+"""Load Residual + Principal: the original model out of its two parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+
+from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import Delta, absolute
+from spectune.core.low_rank import LowRank
+from spectune.pairs.merged import restored
+from spectune.pairs.rules import check_residual_pair
+from spectune.sdxl.layers import build_catalogue
+
+from .library import library, progress_bar
+from .patching import patched
+from .places import NONE, listed_or_none, optional_path, stamp
+
+PATCH, RESTORE = "patch", "restore"
+
+
+class SpectuneLoadPair:
+    """Checks that a residual and a principal belong together, and loads what they make."""
+
+    CATEGORY = "spectune"
+    DESCRIPTION = "Loads a residual checkpoint and its principal LoRA as the model that they were split from."
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "residual": (listed_or_none("checkpoints"),),
+                "principal": (
+                    listed_or_none("loras"),
+                    {"tooltip": "a principal, or what was trained from it"},
+                ),
+                "method": (
+                    [PATCH, RESTORE],
+                    {
+                        "tooltip": "patch: ComfyUI loads the residual and adds the principal in float32. "
+                        "restore: the original's bits are computed first, which takes its size in memory"
+                    },
+                ),
+            },
+            "optional": {
+                "residual_file": (
+                    "STRING",
+                    {"forceInput": True, "tooltip": "in place of the list, from a split"},
+                ),
+                "principal_file": (
+                    "STRING",
+                    {"forceInput": True, "tooltip": "in place of the list, from a split"},
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, residual: str | None = None, principal: str | None = None, **others: object) -> str:
+        stamps = (("checkpoints", residual), ("loras", principal))
+        return " ".join(
+            stamp(lambda at=kind, it=name: optional_path(at, it or NONE)) for kind, name in stamps
+        )
+
+    def load(
+        self, residual: str, principal: str, method: str, residual_file: str = "", principal_file: str = ""
+    ) -> tuple[Any, Any, Any]:
+        residual_path = _chosen("checkpoints", residual_file or residual, "residual")
+        principal_path = _chosen("loras", principal_file or principal, "principal")
+        if method == RESTORE:
+            return _restored(residual_path, principal_path)
+        with library():
+            products = _checked(residual_path, principal_path)
+        model, clip, vae = _loaded(residual_path)
+        return (*patched(model, clip, products), vae)
+
+
+def _chosen(kind: str, name: str, what: str) -> Path:
+    path = optional_path(kind, name)
+    if path is None:
+        raise RuntimeError(
+            f"no {what} is chosen\nhint: choose a file, or connect {what}_file to Spectune Split"
+        )
+    return path
+
+
+def _checked(residual: Path, principal: Path) -> dict[str, LowRank]:
+    """What the principal adds to each layer; raises PairingError with both hashes if it is another's."""
+    with (
+        open_checkpoint(residual) as source,
+        open_adapter(principal, build_catalogue(source, all_layers=True)) as adapter,
+    ):
+        check_residual_pair(source, adapter)
+        return {name: _product(adapter, name) for name in adapter.layers}
+
+
+def _product(adapter: Adapter | TunedAdapter, name: str) -> LowRank:
+    layer = adapter.layers[name]
+    return absolute(layer) if isinstance(layer, Delta) else layer
+
+
+def _loaded(path: Path) -> tuple[Any, Any, Any]:
+    """What ComfyUI's own loader makes of a checkpoint file."""
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    return comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
+    )[:3]
+
+
+def _restored(residual: Path, principal: Path) -> tuple[Any, Any, Any]:
+    """The same of the model that the two files make, computed tensor by tensor as `spectune rebuild` does."""
+    step = progress_bar()
+    with (
+        library(),
+        open_checkpoint(residual) as source,
+        open_adapter(principal, build_catalogue(source, all_layers=True)) as adapter,
+    ):
+        model = restored(source, adapter)
+        tensors = {}
+        for done, name in enumerate(model.tensors):
+            step(done, len(model.tensors), name)
+            tensors[name] = model.load(name)
+    found = comfy.sd.load_state_dict_guess_config(
+        tensors,
+        output_vae=True,
+        output_clip=True,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        metadata=dict(model.metadata),
+    )
+    if found is None:
+        raise RuntimeError(f"ComfyUI does not know the kind of model that {residual.name} is")
+    return found[:3]

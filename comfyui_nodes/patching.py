@@ -1,0 +1,113 @@
+"""The layers of a loaded MODEL and CLIP, and low-rank products as patches on their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from spectune.core.low_rank import LowRank
+from spectune.errors import some_of
+from spectune.files.reader import MemorySource
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.layout import SDXL, TextLayout
+from spectune.sdxl.names import Module, te1_modules, te2_modules
+
+Shapes = Mapping[str, tuple[int, ...]]
+LABEL = "the connected MODEL and CLIP"
+
+# What ComfyUI's state dicts call the parts: te1.text_model.x is clip_l.transformer.text_model.x
+ROOTS: Mapping[str, str] = {
+    "unet": "diffusion_model",
+    "te1": "clip_l.transformer",
+    "te2": "clip_g.transformer",
+}
+
+
+def patch_key(layer: str) -> str:
+    """The name of a layer's weight in the state dict of ComfyUI's MODEL or CLIP."""
+    part, _, rest = layer.partition(".")
+    return f"{ROOTS[part]}.{rest}.weight"
+
+
+def catalogue_of(model: Any, clip: Any) -> Catalogue:
+    """The layers of a loaded SDXL, from the names and shapes of its weights alone.
+
+    Raises InputError for a model of another kind.
+    """
+    shapes = _shapes(model.model.state_dict()) | _shapes(clip.patcher.model.state_dict())
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in single_file_shapes(shapes).items()}
+    return build_catalogue(MemorySource(tensors, {}, LABEL), all_layers=True)
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in state.items()}
+
+
+def single_file_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors from those of ComfyUI's; q, k, v of the second encoder are one."""
+    found = {f"model.{name}": shape for name, shape in shapes.items() if name.startswith("diffusion_model.")}
+    found |= _text_shapes(
+        te1_modules(_sized(SDXL.te1, shapes, "clip_l")), "clip_l.transformer.text_model", shapes
+    )
+    return found | _text_shapes(te2_modules(_sized(SDXL.te2, shapes, "clip_g")), "clip_g.transformer", shapes)
+
+
+def _sized(text: TextLayout, shapes: Shapes, encoder: str) -> TextLayout:
+    """A text encoder of the width and depth that ComfyUI's has; 0 where there is none."""
+    root = f"{encoder}.transformer.text_model"
+    depth = sum(1 for n in range(999) if f"{root}.encoder.layers.{n}.mlp.fc1.weight" in shapes)
+    width = shapes.get(f"{root}.embeddings.token_embedding.weight", (0, 0))[1]
+    return replace(text, width=width, layers=depth)
+
+
+def _text_shapes(modules: Sequence[Module], root: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for module in modules:
+        for parameter, view in module.parameters:
+            shape = shapes.get(f"{root}.{module.path}.{parameter}")
+            if shape is None:
+                continue
+            if view.rows is not None:
+                shape = (shape[0] + found.get(view.tensor, (0,))[0], *shape[1:])
+            found[view.tensor] = shape[::-1] if view.transpose else shape
+    return found
+
+
+def patched(
+    model: Any,
+    clip: Any,
+    changes: Mapping[str, LowRank],
+    *,
+    strength_model: float = 1,
+    strength_clip: float = 1,
+) -> tuple[Any, Any]:
+    """Copies of MODEL and CLIP to whose weights ComfyUI adds the product of each layer when it runs them.
+
+    It sums products and weights in float32 on the CPU and, as far as it is told to, on a GPU. Raises
+    RuntimeError when a layer has no weight to be added to.
+    """
+    model, clip = model.clone(), clip.clone()
+    patches = {patch_key(name): adapter_of(low_rank) for name, low_rank in changes.items()}
+    unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
+    text = {key: patch for key, patch in patches.items() if key not in unet}
+    taken = {*_added(model, unet, strength_model), *_added(clip, text, strength_clip)}
+    missing = sorted(patches.keys() - taken)
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(patches)} layers have no weight in {LABEL}: {some_of(missing)}\n"
+            "hint: the files are for another model"
+        )
+    return model, clip
+
+
+def adapter_of(low_rank: LowRank) -> LoRAAdapter:
+    """The product of a layer as ComfyUI's own kind of patch, which holds factors only."""
+    return LoRAAdapter(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
+
+
+def _added(patcher: Any, patches: Mapping[str, LoRAAdapter], strength: float) -> Iterator[str]:
+    yield from patcher.add_patches(dict(patches), strength) if patches else ()

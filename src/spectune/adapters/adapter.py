@@ -1,0 +1,97 @@
+"""Adapters: a low-rank matrix per layer, or what training added to one; read when a layer is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from spectune.core.delta import Delta
+from spectune.core.low_rank import LowRank, common_type
+from spectune.files.reader import Checkpoint
+from spectune.sdxl.layers import Catalogue
+
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+FRAME_DOWN, FRAME_UP = "frame_down.weight", "frame_up.weight"
+DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
+LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)
+DELTA_SUFFIXES = (FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP, ALPHA)
+REPLACED = "replaced."  # before the name of a tensor of the base that a tuned file holds whole
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Layers(Generic[T]):
+    layers: Mapping[str, T]  # by the layer's canonical name
+    metadata: Mapping[str, str]
+    label: str
+    warnings: tuple[str, ...] = ()  # what the file left open and how it was read
+    file: Checkpoint | None = None  # from which layers are read on access; closed on leaving the context
+    catalogue: Catalogue | None = None  # of the model that it was opened for
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class Adapter(_Layers[LowRank]):
+    """A low-rank matrix per layer: a principal or any LoRA."""
+
+    def rank(self, name: str) -> int:
+        """The rank of a layer; nothing is read for it."""
+        return self.layers.ranks[name] if isinstance(self.layers, LazyLayers) else self.layers[name].rank
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A type that holds both factors of a layer."""
+        if isinstance(self.layers, LazyLayers):
+            return self.layers.dtypes[name]
+        return common_type([self.layers[name].down.dtype, self.layers[name].up.dtype])
+
+
+@dataclass(frozen=True)
+class TunedAdapter(_Layers[Delta]):
+    """A trained delta per layer, and the tensors of the base that it replaces whole."""
+
+    # in float32, by their names in the single-file checkpoint; deltas come on top
+    replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def rank(self, name: str) -> int:
+        """The rank of a layer's frame; nothing is read for it."""
+        return (
+            self.layers.ranks[name] if isinstance(self.layers, LazyLayers) else self.layers[name].frame.rank
+        )
+
+
+class LazyLayers(Mapping[str, T], Generic[T]):
+    """Layers that are read from their file whenever they are asked for; ranks and types are known before."""
+
+    def __init__(
+        self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]
+    ) -> None:
+        self.ranks = dict(ranks)
+        self.dtypes = dict(dtypes)  # that hold both factors
+        self._read = read
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self.ranks:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ranks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ranks)
+
+    def __len__(self) -> int:
+        return len(self.ranks)

@@ -1,0 +1,318 @@
+"""Adapter files of any program, opened by the layers of the model that they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.adapter import (
+    ALPHA,
+    DELTA_DOWN,
+    DELTA_SUFFIXES,
+    DELTA_UP,
+    DOWN,
+    FRAME_DOWN,
+    FRAME_UP,
+    LOW_RANK_SUFFIXES,
+    REPLACED,
+    UP,
+    Adapter,
+    LazyLayers,
+    TunedAdapter,
+)
+from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
+from spectune.adapters.spellings import KeyTable, sort_keys
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import Delta
+from spectune.core.low_rank import LowRank, common_type
+from spectune.errors import InputError, some_of
+from spectune.files.reader import DTYPE_NAMES, Checkpoint
+from spectune.sdxl.layers import Catalogue, Kind, Layer, squeezed
+from spectune.sdxl.layout import SDXL
+from spectune.sdxl.names import Module, Part, diffusers_module, is_peft_key, modules_of
+
+_KINDS = "only adapters that are a product of two factors are read: LoRA, LyCORIS locon"
+LARGEST_ALPHA = 1e6  # a scale far beyond any that is meant
+_DROP = "; `spectune convert --drop PATTERN` leaves keys out"
+
+
+def open_adapter(
+    path: Path,
+    catalogue: Catalogue | None = None,
+    *,
+    without: Sequence[str] = (),
+    replaced: bool = False,
+) -> Adapter | TunedAdapter:
+    """Open an adapter in any spelling; its layers are read on access.
+
+    `catalogue` is of the model that the adapter is for; without one, layers are looked up among SDXL's and
+    have the shapes that the factors make. Keys in `without` are passed over. The file stays open until the
+    adapter, a context manager, is left. With `replaced` the caller takes up the tensors of the base that a
+    tuned adapter replaces; any other caller would lose them, and gets InputError for such a file.
+    Raises InputError for layers that the model does not have, shapes that do not fit them, and kinds of
+    adapter that are not a product of two factors. A missing alpha means scale 1 and is noted in `warnings`.
+    """
+    source = open_checkpoint(path)
+    try:
+        return _opened(source, catalogue, frozenset(without), replaced=replaced)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(
+    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, replaced: bool
+) -> Adapter | TunedAdapter:
+    if not source.tensors:
+        raise InputError(f"{source.label} holds no layers")
+    layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
+    table = sort_keys((key for key in source.tensors if key not in without), layers)
+    if not (table.keys or table.foreign or table.odd or table.replaced):
+        raise InputError(f"nothing of {source.label} is left: all {len(source.tensors)} keys are left out")
+    _check_keys(source, table, among_sdxl=catalogue is None)
+    _check_replaced(source, table, taken_up=replaced)
+    if catalogue is None:
+        catalogue = _implied(source, table)
+    found = [layer for layer in catalogue if layer.name in table.keys]
+    reader = _Reader(source, table, read_peft_alphas(source.path, source.metadata))
+    for layer in found:
+        reader.check(layer)
+    bare = [layer.name for layer in found if reader.stored_alpha(layer) is None]
+    no_alpha = f"{len(bare)} layers of {source.label} have no alpha, read as scale 1: {some_of(bare)}"
+    # PEFT writes no alphas where they are the ranks: nothing is left open there
+    peft = any(is_peft_key(key) for key in source.tensors)
+    warnings = (no_alpha,) if bare and not peft else ()
+    by_name = {layer.name: layer for layer in found}
+    ranks = {layer.name: reader.rank(layer) for layer in found}
+    dtypes = {layer.name: reader.dtype(layer) for layer in found}
+    if table.tuned:
+        deltas = LazyLayers(ranks, dtypes, lambda name: reader.delta(by_name[name]))
+        whole = {name: source.load(f"{REPLACED}{name}") for name in table.replaced}
+        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, whole)
+    low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
+    return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
+
+
+def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> None:
+    if table.foreign:
+        count = len(table.keys) + len(table.foreign)
+        whose = "SDXL" if among_sdxl else "the model"
+        raise InputError(
+            f"{len(table.foreign)} of {count} layers of {source.label} have no partner in {whose}: "
+            f"{some_of(table.foreign)}",
+            hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
+        )
+    if table.odd:
+        expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
+        raise InputError(
+            f"{len(table.odd)} keys of {source.label} are no factor: {some_of(table.odd)}; "
+            f"expected {', '.join(expected)}",
+            hint=_KINDS + _DROP,
+        )
+    if table.twice:
+        one, other = table.twice[0]
+        raise InputError(
+            f"{len(table.twice)} factors are in {source.label} twice: {one} and {other}",
+            hint="the file has the same layers in two spellings" + _DROP,
+        )
+    expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
+    for name, suffixes in table.keys.items():
+        odd = sorted(set(suffixes) - set(expected))
+        if odd:
+            raise InputError(
+                f"{name} of {source.label} has `{odd[0]}`: expected {', '.join(expected)}", hint=_KINDS
+            )
+        missing = [suffix for suffix in expected if suffix != ALPHA and suffix not in suffixes]
+        if missing:
+            raise InputError(f"{name} of {source.label} has no `{missing[0]}`", hint="the file is incomplete")
+
+
+def _check_replaced(source: Checkpoint, table: KeyTable, *, taken_up: bool) -> None:
+    if not table.replaced:
+        return
+    count, first = len(table.replaced), table.replaced[0]
+    if not table.tuned:
+        raise InputError(
+            f"{source.label} replaces {count} tensors of its base whole (first {first}) and is no tuned "
+            f"adapter: expected {FRAME_DOWN} and the other factors of one beside them",
+            hint="the file is incomplete, or was put together from two",
+        )
+    if not taken_up:
+        raise InputError(
+            f"{source.label} replaces {count} tensors of its base whole (first {first}), which no LoRA or "
+            "slice can hold",
+            hint="rebuild the checkpoint first: spectune rebuild; a LoRA of it is then made by "
+            "`spectune export TUNED.safetensors --base ORIGINAL`",
+        )
+    for name in table.replaced:
+        dtype = source.tensors[f"{REPLACED}{name}"].dtype
+        if dtype != torch.float32:
+            raise InputError(
+                f"{REPLACED}{name} of {source.label} is {DTYPE_NAMES[dtype]}: "
+                f"expected {DTYPE_NAMES[torch.float32]}",
+                hint="a tuned adapter keeps what it replaces in float32: was the file cast?",
+            )
+
+
+def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
+    signs = {
+        "model.diffusion_model.": "the file is a checkpoint: expected an adapter",
+        "lora_te_": "the adapter is for SD 1 or 2",
+        "double_blocks": "the adapter is for Flux",
+        "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
+        "joint_blocks": "the adapter is for SD 3",
+        "text_projection": "text projections are held transposed to what checkpoints store" + _DROP,
+    }
+    told = [text for sign, text in signs.items() if any(_bears(stem, sign) for stem in foreign)]
+    if told:
+        return told[0]
+    if among_sdxl:
+        return "give the model that the adapter is for as --base, if it is not of SDXL's size" + _DROP
+    return "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them" + _DROP
+
+
+def _bears(stem: str, sign: str) -> bool:
+    # ComfyUI's names of SDXL's encoders have `transformer.` in the middle
+    return stem.startswith(sign) if sign == "transformer." else sign in stem
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The factors of a file, layer by layer."""
+
+    source: Checkpoint
+    table: KeyTable
+    peft: PeftAlphas
+
+    def key(self, layer: Layer, suffix: str) -> str:
+        return self.table.keys[layer.name][suffix]
+
+    def shape(self, layer: Layer, suffix: str) -> tuple[int, ...]:
+        return self.source.tensors[self.key(layer, suffix)].shape
+
+    def rank(self, layer: Layer) -> int:
+        shape = self.shape(layer, FRAME_DOWN if self.table.tuned else DOWN)
+        return shape[0] if shape else 0
+
+    def dtype(self, layer: Layer) -> torch.dtype:
+        """A type that holds both factors."""
+        suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
+        types = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
+        for dtype in types:
+            if not dtype.is_floating_point:
+                raise InputError(
+                    f"the factors of {layer.name} in {self.source.label} are {DTYPE_NAMES[dtype]}: expected "
+                    "floating-point numbers",
+                    hint="get the adapter in fp16, bf16 or fp32",
+                )
+        return common_type(types)
+
+    def check(self, layer: Layer) -> None:
+        """Raise InputError unless all factors have the shapes of the layer; 1x1 kernels may be left out."""
+        rank = self.rank(layer)
+        down, up = layer.factor_shapes(rank)
+        pairs = ((FRAME_DOWN, FRAME_UP), (DELTA_DOWN, DELTA_UP)) if self.table.tuned else ((DOWN, UP),)
+        fitting = {suffix: shape for pair in pairs for suffix, shape in zip(pair, (down, up), strict=True)}
+        for suffix, expected in fitting.items():
+            shape = self.shape(layer, suffix)
+            if rank == 0 or len(shape) not in (2, 4) or 0 in shape or squeezed(shape) != squeezed(expected):
+                self._misfit(layer, suffix, expected)
+        if ALPHA in self.table.keys[layer.name] and math.prod(self.shape(layer, ALPHA)) != 1:
+            self._misfit(layer, ALPHA, ())
+
+    def _misfit(self, layer: Layer, suffix: str, expected: tuple[int, ...]) -> None:
+        raise InputError(
+            f"{self.key(layer, suffix)} of {self.source.label} does not fit the layer {layer.name} "
+            f"{layer.shape}: expected {expected}, got {self.shape(layer, suffix)}",
+            hint="was the adapter made for another model?",
+        )
+
+    def stored_alpha(self, layer: Layer) -> float | None:
+        """What the file says, or PEFT's configuration; None where neither does."""
+        if ALPHA in self.table.keys[layer.name]:
+            alpha = float(self.source.load(self.key(layer, ALPHA)).item())
+            if not abs(alpha) <= LARGEST_ALPHA:
+                raise InputError(f"the alpha of {layer.name} in {self.source.label} is {alpha}")
+            return alpha
+        alpha = self.peft.alpha(layer.diffusers, self.rank(layer))
+        if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
+            raise InputError(
+                f"the alpha of {layer.name} in the configuration of {self.source.label} is {alpha}"
+            )
+        return alpha
+
+    def low_rank(self, layer: Layer) -> LowRank:
+        return self._pair(layer, DOWN, UP)
+
+    def delta(self, layer: Layer) -> Delta:
+        change = self._pair(layer, DELTA_DOWN, DELTA_UP)
+        return Delta(self._pair(layer, FRAME_DOWN, FRAME_UP), change.down, change.up)
+
+    def _pair(self, layer: Layer, down_suffix: str, up_suffix: str) -> LowRank:
+        down, up = layer.factor_shapes(self.rank(layer))
+        alpha = self.stored_alpha(layer)
+        return LowRank(
+            down=self._load(layer, down_suffix).reshape(down),
+            up=self._load(layer, up_suffix).reshape(up),
+            alpha=float(self.rank(layer)) if alpha is None else alpha,
+        )
+
+    def _load(self, layer: Layer, suffix: str) -> Tensor:
+        return self.source.load(self.key(layer, suffix))
+
+
+@cache
+def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
+    """The modules of SDXL with a factorable weight, by the layer's name."""
+    return {
+        module.layer: (part, module)
+        for part in Part
+        for module in modules_of(SDXL, part.value)
+        if module.factorable
+    }
+
+
+@cache
+def _sdxl_paths() -> Mapping[str, str]:
+    return {name: diffusers_module(name, SDXL.unet) for name in _sdxl_modules()}
+
+
+def sdxl_default_layers() -> tuple[str, ...]:
+    """The names of the modules of SDXL that LyCORIS preset=full trains."""
+    return tuple(name for name, (_, module) in _sdxl_modules().items() if module.default)
+
+
+def _implied(source: Checkpoint, table: KeyTable) -> Catalogue:
+    """The layers of SDXL that a file has, with the shapes that their factors make."""
+    suffixes = (FRAME_DOWN, FRAME_UP) if table.tuned else (DOWN, UP)
+    layers: list[Layer] = []
+    for name, (part, module) in _sdxl_modules().items():
+        if name in table.keys:
+            down, up = (source.tensors[table.keys[name][suffix]].shape for suffix in suffixes)
+            layers.append(_implied_layer(part, module, down, up))
+    return Catalogue(tuple(layers), SDXL.unet)
+
+
+def _implied_layer(part: Part, module: Module, down: tuple[int, ...], up: tuple[int, ...]) -> Layer:
+    shape = (up[0] if up else 0, *down[1:])
+    rows = module.weight.rows
+    if rows is not None:
+        index = rows[0] // (rows[1] - rows[0])
+        rows = (index * shape[0], (index + 1) * shape[0])
+    return Layer(
+        name=module.layer,
+        part=part,
+        kind=Kind.LINEAR if len(shape) == 2 else Kind.CONV,
+        shape=shape,
+        tensor=module.weight.tensor,
+        rows=rows,
+        block=module.block,
+        default=module.default,
+        diffusers=diffusers_module(module.layer, SDXL.unet),
+    )

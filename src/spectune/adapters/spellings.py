@@ -1,0 +1,191 @@
+"""How programs spell the layers and factors of adapters: tables from key to layer and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from spectune.adapters.adapter import (
+    DELTA_DOWN,
+    DELTA_UP,
+    DOWN,
+    FRAME_DOWN,
+    FRAME_UP,
+    LOW_RANK_SUFFIXES,
+    REPLACED,
+    UP,
+)
+from spectune.errors import InputError, did_you_mean
+from spectune.sdxl.names import kohya_stem, split_adapter_key
+
+
+class Spelling(StrEnum):
+    """The ways in which adapters are written."""
+
+    KOHYA = "kohya"  # lora_unet_input_blocks_4_1_proj_in.lora_down.weight: what all programs read
+    DIFFUSERS = "diffusers"  # unet.down_blocks.1.attentions.0.proj_in.lora_A.weight: PEFT and diffusers
+    COMFYUI = "comfyui"  # diffusion_model.input_blocks.4.1.proj_in.lora_down.weight: ComfyUI's own
+
+
+def parse_spelling(word: str) -> Spelling:
+    """A spelling by its name; peft is another for diffusers."""
+    known = [spelling.value for spelling in Spelling]
+    name = "diffusers" if word.lower() == "peft" else word.lower()
+    if name not in known:
+        raise InputError(f"unknown spelling {word!r}{did_you_mean(name, known)}", hint=", ".join(known))
+    return Spelling(name)
+
+
+# What ComfyUI calls the parts of a model: the names of its own state dicts.
+_COMFYUI_PARTS: Mapping[str, str] = {
+    "unet": "diffusion_model",
+    "te1": "text_encoders.clip_l.transformer",
+    "te2": "text_encoders.clip_g.transformer",
+}
+_PEFT_SUFFIXES: Mapping[str, str] = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+
+# Every way to write a suffix: PEFT names the adapter in memory, diffusers had others before it used PEFT.
+_SUFFIXES: Mapping[str, str] = {
+    **{suffix: suffix for suffix in (*LOW_RANK_SUFFIXES, FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP)},
+    "lora_A.weight": DOWN,
+    "lora_B.weight": UP,
+    "lora_A.default.weight": DOWN,
+    "lora_B.default.weight": UP,
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
+    "lora_linear_layer.down.weight": DOWN,
+    "lora_linear_layer.up.weight": UP,
+}
+_ROOTS: Mapping[str, str] = {
+    "lora_unet_": "unet",
+    "lora_te1_": "te1",
+    "lora_te2_": "te2",
+    "unet.": "unet",
+    "text_encoder.": "te1",
+    "text_encoder_2.": "te2",
+    **{f"{root}.": part for part, root in _COMFYUI_PARTS.items()},
+}
+_PEFT_ROOT = "base_model.model."
+_UNET_ROOTS = (
+    "conv_in.",
+    "time_embedding.",
+    "add_embedding.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_out.",
+)
+# unet...attn1.processor.to_out_lora.down.weight, of 2023
+_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+
+
+def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
+    """The stem of a layer's keys, all before the suffix; `diffusers` is its path in a pipeline."""
+    if spelling is Spelling.KOHYA:
+        return kohya_stem(layer_name)
+    if spelling is Spelling.DIFFUSERS:
+        return diffusers
+    part, _, rest = layer_name.partition(".")
+    return f"{_COMFYUI_PARTS[part]}.{rest}"
+
+
+def spelled_suffix(suffix: str, spelling: Spelling) -> str:
+    """The suffix of a factor in a spelling; `alpha` is the same in all that have one."""
+    return _PEFT_SUFFIXES.get(suffix, suffix) if spelling is Spelling.DIFFUSERS else suffix
+
+
+def stems(layer_name: str, diffusers: str) -> Iterator[str]:
+    """Every stem under which a layer may be found in a file."""
+    for spelling in Spelling:
+        yield spelled(layer_name, diffusers, spelling)
+    if layer_name.startswith("unet."):
+        # trainers that run the UNet of diffusers write its names in kohya's manner
+        yield "lora_" + diffusers.replace(".", "_")
+    else:
+        # transformers 5 spells the encoders in memory without the prefix
+        yield diffusers.replace(".text_model.", ".", 1)
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The keys of a file, sorted by layers."""
+
+    keys: Mapping[str, Mapping[str, str]]  # layer name -> suffix as kohya spells it -> key
+    foreign: tuple[str, ...]  # stems of no layer of the model
+    odd: tuple[str, ...]  # keys of a layer that are no factor: LoHa, DoRA, differences of biases
+    twice: tuple[tuple[str, str], ...]  # keys of the same factor
+    replaced: tuple[str, ...] = ()  # tensors of the base that the file holds whole, by their names there
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the file holds trained deltas."""
+        return any(FRAME_DOWN in suffixes for suffixes in self.keys.values())
+
+
+def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
+    """Sort the keys of a file; `layers` gives the path in a pipeline for the name of each layer."""
+    known = {stem: name for name, diffusers in layers.items() for stem in stems(name, diffusers)}
+    keys: dict[str, dict[str, str]] = {}
+    foreign: dict[str, None] = {}
+    odd: list[str] = []
+    twice: list[tuple[str, str]] = []
+    replaced: list[str] = []
+    for key in names:
+        if key.startswith(REPLACED):
+            replaced.append(key.removeprefix(REPLACED))
+            continue
+        stem, suffix = stem_and_factor(key)
+        layer = known.get(stem)
+        if layer is None:
+            foreign[stem] = None
+        elif suffix is None:
+            odd.append(key)
+        elif suffix in (found := keys.setdefault(layer, {})):
+            twice.append((found[suffix], key))
+        else:
+            found[suffix] = key
+    return KeyTable(keys, tuple(foreign), tuple(odd), tuple(twice), tuple(replaced))
+
+
+def factor_of(key: str) -> str | None:
+    """The suffix of a key as kohya spells it; None for one that is no factor or alpha."""
+    return stem_and_factor(key)[1]
+
+
+def adapter_part(key: str) -> str | None:
+    """unet, te1 or te2, for a key of an adapter in any spelling; None for any other key."""
+    stem, suffix = stem_and_factor(key)
+    if suffix is None:
+        return None
+    return next((part for root, part in _ROOTS.items() if stem.startswith(root)), None)
+
+
+def spelling_of(key: str) -> str:
+    """How a key is spelled, in a word."""
+    if key.startswith("lora_"):
+        return Spelling.KOHYA.value
+    comfyui = key.startswith(tuple(f"{root}." for root in _COMFYUI_PARTS.values()))
+    return (Spelling.COMFYUI if comfyui else Spelling.DIFFUSERS).value
+
+
+def stem_and_factor(key: str) -> tuple[str, str | None]:
+    """The stem of a key, and its suffix as kohya spells it; None for one that is no factor."""
+    key = _PROCESSOR.sub(_old_attention, key)
+    if key.startswith("lora_"):
+        stem, suffix = split_adapter_key(key)
+        return stem, _SUFFIXES.get(suffix)
+    key = key.removeprefix(_PEFT_ROOT)
+    if key.startswith(_UNET_ROOTS):
+        key = f"unet.{key}"
+    for ending, suffix in _SUFFIXES.items():
+        if key.endswith(f".{ending}"):
+            return key.removesuffix(f".{ending}"), suffix
+    # diff_b, dora_scale, lora_magnitude_vector, hada_w1_a, ...
+    return key.removesuffix(".weight").rpartition(".")[0], None
+
+
+def _old_attention(match: re.Match[str]) -> str:
+    axis = "to_out.0" if match[1] == "out" else f"to_{match[1]}"
+    return f".{axis}.lora.{match[2]}.weight"

@@ -1,0 +1,126 @@
+"""Traits: names for the layers of an adapter that are wanted, as in slices of B-LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from spectune.adapters.adapter import DOWN, UP
+from spectune.errors import InputError, did_you_mean
+from spectune.sdxl.layers import Catalogue, Layer
+from spectune.sdxl.selection import layers_named
+
+# What B-LoRA found: attention in these two transformers decides on content and on style
+# (Frenkel et al. 2024, arXiv 2403.14572).
+_ATTENTION_OF: Mapping[str, str] = {
+    "content": "unet.up_blocks.0.attentions.0.",
+    "style": "unet.up_blocks.0.attentions.1.",
+}
+_PARTS_OF: Mapping[str, tuple[str, ...]] = {
+    "te": ("te1", "te2"),
+    "te1": ("te1",),
+    "te2": ("te2",),
+    "unet": ("unet",),
+}
+TRAITS = (*_PARTS_OF, *_ATTENTION_OF)
+_LISTS = ("whitelist", "blacklist")
+
+
+@dataclass(frozen=True)
+class TraitRule:
+    """Layers by pieces of their kohya keys: one of the whitelist is in the key, none of the blacklist."""
+
+    whitelist: tuple[str, ...]
+    blacklist: tuple[str, ...]
+
+    def holds(self, key: str) -> bool:
+        return any(word in key for word in self.whitelist) and not any(word in key for word in self.blacklist)
+
+
+def read_traits(path: Path) -> dict[str, TraitRule]:
+    """The traits of a JSON file: {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}.
+
+    Raises InputError for a file that is not of this form.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read traits from {path}: {error}") from None
+    if not isinstance(told, dict):
+        raise InputError(f"{path} is not a JSON object", hint=_form())
+    return {name: _rule(name, rule, path) for name, rule in cast(dict[str, object], told).items()}
+
+
+def _rule(name: str, rule: object, path: Path) -> TraitRule:
+    if not isinstance(rule, dict):
+        raise InputError(f"trait `{name}` of {path} is no object", hint=_form())
+    lists = cast(dict[str, object], rule)
+    for key, words in lists.items():
+        if key not in _LISTS:
+            raise InputError(
+                f"trait `{name}` of {path} has an unknown key `{key}`{did_you_mean(key, _LISTS)}"
+            )
+        if not isinstance(words, list) or not all(
+            isinstance(word, str) for word in cast(list[object], words)
+        ):
+            raise InputError(f"{key} of trait `{name}` of {path} is no list of words", hint=_form())
+    white, black = (tuple(cast(list[str], lists.get(key, []))) for key in _LISTS)
+    if not white:
+        raise InputError(f"trait `{name}` of {path} has an empty whitelist: it names no layer", hint=_form())
+    return TraitRule(white, black)
+
+
+def _form() -> str:
+    return 'write {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}'
+
+
+def trait_layers(
+    catalogue: Catalogue, trait: str | None, rules: Mapping[str, TraitRule]
+) -> tuple[Layer, ...]:
+    """The layers of a catalogue that a trait names, in the catalogue's order; all for no trait.
+
+    A trait is a name from `rules`, one of TRAITS, or a block or pattern that `layers_named` knows; several
+    are joined by `+`. Raises InputError for a word without a match.
+    """
+    if trait is None:
+        return catalogue.layers
+    words = [trait] if trait in rules else [word.strip() for word in trait.split("+")]
+    chosen = {layer.name for word in words for layer in _one_trait(catalogue, word, rules)}
+    return tuple(layer for layer in catalogue if layer.name in chosen)
+
+
+def _one_trait(catalogue: Catalogue, trait: str, rules: Mapping[str, TraitRule]) -> tuple[Layer, ...]:
+    if trait in rules:
+        return _by_keys(catalogue, trait, rules[trait])
+    if trait in _ATTENTION_OF:
+        root = _ATTENTION_OF[trait]
+        found = [layer for layer in catalogue if layer.diffusers.startswith(root) and ".attn" in layer.name]
+        return _some(found, catalogue, trait)
+    if trait in _PARTS_OF:
+        parts = _PARTS_OF[trait]
+        return _some([layer for layer in catalogue if layer.part.value in parts], catalogue, trait)
+    return layers_named(catalogue, [trait], known=(*TRAITS, *rules))
+
+
+def _by_keys(catalogue: Catalogue, trait: str, rule: TraitRule) -> tuple[Layer, ...]:
+    """A pair is kept or left out as a whole; its alpha goes with it whatever the blacklist says."""
+    chosen: list[Layer] = []
+    for layer in catalogue:
+        fates = {rule.holds(f"{layer.kohya}.{suffix}") for suffix in (DOWN, UP)}
+        if len(fates) > 1:
+            raise InputError(
+                f"trait `{trait}` keeps one factor of {layer.kohya} and leaves out the other",
+                hint="let its words match whole layers, not lora_up or lora_down",
+            )
+        if fates.pop():
+            chosen.append(layer)
+    return _some(chosen, catalogue, trait)
+
+
+def _some(found: Sequence[Layer], catalogue: Catalogue, trait: str) -> tuple[Layer, ...]:
+    if not found:
+        raise InputError(f"trait `{trait}` names none of {len(catalogue)} layers")
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Whole checkpoints on disk: single files, shards and diffusers folders."""

@@ -1,0 +1,1 @@
+"""Checkpoints in the form of a diffusers folder."""

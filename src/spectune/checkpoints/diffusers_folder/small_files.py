@@ -1,0 +1,191 @@
+"""The small files of a diffusers folder, configurations and tokenizers: of a template or made anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from spectune.checkpoints.diffusers_folder.config import (
+    SCHEDULER,
+    VAE,
+    Schedule,
+    parse_config,
+    per_level,
+    read_schedule,
+)
+from spectune.checkpoints.diffusers_folder.default_configs import (
+    COMPONENTS,
+    NO_COMPONENT,
+    PIPELINE,
+    model_configs,
+    scheduler_config,
+)
+from spectune.errors import InputError, some_of
+from spectune.files.reader import MODEL_INDEX, PICKLES
+from spectune.sdxl.layout import Layout, UNetLayout, VaeLayout
+from spectune.sdxl.vocabulary import EOS, clip_vocabulary, tokenizer_files
+
+Files = Mapping[str, bytes]  # by path in the folder, with `/`
+
+_LARGEST_BYTES = 20_000_000  # of a file that is taken over from a template; a vocabulary has 1 MB
+_WEIGHTS = frozenset({".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", *PICKLES})
+
+# entries that must be those of the weights; at "levels" only where the UNet has transformers
+_LEVELS = ("attention_head_dim", "transformer_layers_per_block")
+_SIZES = (
+    *_LEVELS,
+    "addition_time_embed_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "hidden_act",
+    "hidden_size",
+    "in_channels",
+    "intermediate_size",
+    "latent_channels",
+    "layers_per_block",
+    "max_position_embeddings",
+    "norm_num_groups",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "out_channels",
+    "projection_class_embeddings_input_dim",
+    "use_linear_projection",
+    "vocab_size",
+)
+
+
+def read_template(folder: Path) -> dict[str, bytes]:
+    """The small files of a diffusers folder: all but the weights, byte for byte.
+
+    Raises InputError if it is no such folder, or if its pipeline has components beside those of SDXL.
+    """
+    if not (folder / MODEL_INDEX).is_file():
+        raise InputError(f"{folder} is no diffusers folder: it has no {MODEL_INDEX}")
+    files = {MODEL_INDEX: (folder / MODEL_INDEX).read_bytes()}
+    index = parse_config(files[MODEL_INDEX], str(folder / MODEL_INDEX))
+    others = [name for name, kind in index.items() if _is_component(kind) and name not in COMPONENTS]
+    if others:
+        raise InputError(
+            f"{folder} has components that SDXL does not have: {some_of(others)}",
+            hint="a folder written like it would lack them; take the folder of the plain model as template",
+        )
+    for name in COMPONENTS:
+        for path in sorted((folder / name).glob("*")):
+            if path.is_file() and not _is_weight(path):
+                files[f"{name}/{path.name}"] = path.read_bytes()
+    for path in sorted(folder.glob("LICENSE*")):
+        files[path.name] = path.read_bytes()
+    return files
+
+
+def small_files(layout: Layout, schedule: Schedule, template: Files | None = None) -> dict[str, bytes]:
+    """All files of a folder but its weights: those of the template, and those that it lacks.
+
+    A file of the template is taken over byte for byte unless it says otherwise of the prediction, the VAE's
+    factors or the presence of a VAE; then these entries are set. Raises InputError when a configuration of
+    the template is that of a model of other sizes.
+    """
+    template = template or {}
+    files = {name: raw for name, raw in template.items() if layout.vae or not name.startswith("vae/")}
+    for name, config in model_configs(layout).items():
+        if name in files:
+            _check_sizes(name, parse_config(files[name], f"{name} of the template"), config, layout)
+        else:
+            files[name] = _json(config)
+    if layout.vae is not None:
+        files[VAE] = _with_factors(files[VAE], layout.vae)
+    files[SCHEDULER] = _scheduler(files.get(SCHEDULER), schedule)
+    vocabulary = clip_vocabulary().words
+    if len(vocabulary) == layout.te1.vocab == layout.te2.vocab:
+        for name, pad in (("tokenizer", EOS), ("tokenizer_2", vocabulary[0])):
+            if not any(path.startswith(f"{name}/") for path in files):
+                files |= tokenizer_files(name, pad=pad, context=layout.te1.context)
+    files[MODEL_INDEX] = _model_index(files, template)
+    return files
+
+
+def _is_component(kind: Any) -> bool:
+    return isinstance(kind, list) and kind != NO_COMPONENT
+
+
+def _is_weight(path: Path) -> bool:
+    """Whether a file is of the weights: in any format, their index too."""
+    large = path.stat().st_size > _LARGEST_BYTES
+    return large or ".index." in path.name or path.suffix.lower() in _WEIGHTS
+
+
+def _check_sizes(name: str, template: Mapping[str, Any], expected: Mapping[str, Any], layout: Layout) -> None:
+    """Raise InputError when a configuration of the template describes another model than the layout's."""
+    for key in _SIZES:
+        found, value = template.get(key), expected.get(key)
+        if found is None or value is None:
+            continue
+        if key in _LEVELS:
+            found, value = _where_used(found, layout.unet), _where_used(value, layout.unet)
+        if found != value:
+            raise InputError(
+                f"{name} of the template is that of another model: {key} is {found}, of the weights {value}",
+                hint="take the folder of the model that the weights come from as template",
+            )
+
+
+def _where_used(value: Any, unet: UNetLayout) -> Any:
+    """The entries of the levels with transformers; the last is the middle's too."""
+    used = [*(depth > 0 for depth in unet.depths[:-1]), True]
+    entries: Any = per_level(value, len(used))
+    if not isinstance(entries, list) or len(cast(list[Any], entries)) != len(used):
+        return cast(Any, entries)
+    return [entry for entry, needed in zip(cast(list[Any], entries), used, strict=True) if needed]
+
+
+def _with_factors(raw: bytes, vae: VaeLayout) -> bytes:
+    config = parse_config(raw, VAE)
+    changes: dict[str, float] = {}
+    if config.get("scaling_factor") != vae.scale:
+        changes["scaling_factor"] = vae.scale
+    if (config.get("shift_factor") or 0.0) != vae.shift:
+        changes["shift_factor"] = vae.shift
+    return _json(config | changes) if changes else raw
+
+
+def _scheduler(raw: bytes | None, wanted: Schedule) -> bytes:
+    """The template's scheduler where it fits, else with the wanted prediction, else one of our own."""
+    if raw is None:
+        return _json(scheduler_config(wanted))
+    config = parse_config(raw, f"{SCHEDULER} of the template")
+    found = read_schedule(config, f"{SCHEDULER} of the template")
+    prediction = wanted.prediction or found.prediction
+    # not every single file marks that its last timestep is pure noise
+    wanted = Schedule(prediction, wanted.flow_shift or found.flow_shift, wanted.zero_snr or found.zero_snr)
+    if found == wanted:
+        return raw
+    ours = scheduler_config(wanted)
+    if "flow" in (found.prediction, wanted.prediction):
+        return _json(ours)
+    kept = ("prediction_type", "rescale_betas_zero_snr")
+    return _json(config | {key: ours[key] for key in kept})
+
+
+def _model_index(files: Files, template: Files) -> bytes:
+    """The template's index, or one of our own, with entries for the components that `files` has."""
+    scheduler = _class_of(files[SCHEDULER])
+    kinds: dict[str, Any] = {**COMPONENTS, "scheduler": ["diffusers", scheduler]}
+    present = {path.partition("/")[0] for path in files}
+    wanted = {name: kind if name in present else NO_COMPONENT for name, kind in kinds.items()}
+    if MODEL_INDEX not in template:
+        return _json({**PIPELINE, **wanted})
+    index = parse_config(template[MODEL_INDEX], f"{MODEL_INDEX} of the template")
+    changed = [name for name in wanted if _is_component(index.get(name)) != (name in present)]
+    if SCHEDULER not in template or _class_of(template[SCHEDULER]) != scheduler:
+        changed.append("scheduler")
+    return _json(index | {name: wanted[name] for name in changed}) if changed else template[MODEL_INDEX]
+
+
+def _class_of(scheduler: bytes) -> Any:
+    return parse_config(scheduler, SCHEDULER).get("_class_name")
+
+
+def _json(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()

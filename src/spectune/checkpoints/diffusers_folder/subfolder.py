@@ -1,0 +1,137 @@
+"""The weights of one subfolder of a diffusers folder: which of its files they are, and their keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.checkpoints.diffusers_folder.config import read_config
+from spectune.checkpoints.diffusers_folder.keys import STEMS, SUBFOLDERS, is_positions, loose_name, state_key
+from spectune.checkpoints.diffusers_folder.module_sizes import NOT_SDXL_FOLDER
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.errors import InputError, some_of
+from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, TensorInfo, open_file
+from spectune.files.shards import open_sharded
+from spectune.sdxl.names import ModuleName
+
+_STEM = "(?:diffusion_pytorch_model|model)"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
+# `model.fp16.safetensors`
+_FILE = re.compile(rf"{_STEM}(?:\.(?P<variant>[^.]+))?\.safetensors")
+# `model.safetensors.index.fp16.json`, and `model.safetensors.fp16.index.json` as older versions wrote it
+_INDEX = re.compile(rf"{_STEM}\.safetensors(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json")
+
+
+class Subfolder:
+    """The open weights of one part, by the keys of its module's state dict."""
+
+    def __init__(self, part: ModuleName, file: Checkpoint) -> None:
+        self.part: ModuleName = part
+        self.file = file
+        self.loose: dict[str, str] = {}  # single-file names of what is in no module -> keys in the file
+        self._keys: dict[str, str] = {}
+        for there in file.tensors:
+            self._place(there)
+        self.state: Mapping[str, TensorInfo] = {key: file.tensors[there] for key, there in self._keys.items()}
+
+    def load(self, key: str) -> Tensor:
+        return self.file.load(self._keys[key])
+
+    def check_keys(self, expected: set[str]) -> None:
+        """Raise InputError unless the keys are those of an SDXL's module of the inferred layout."""
+        spare = [there for key, there in self._keys.items() if key not in expected]
+        if spare:
+            raise InputError(
+                f"{len(spare)} tensors of {self.file.label} have no place in a single-file SDXL: "
+                f"{some_of(spare)}",
+                hint="the model has parts that SDXL does not have, and would run without them",
+            )
+        missing = sorted(expected - self._keys.keys())
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(expected)} tensors are missing in {self.file.label}: "
+                f"{some_of(missing)}",
+                hint=NOT_SDXL_FOLDER,
+            )
+
+    def _place(self, there: str) -> None:
+        key = state_key(self.part, there)
+        name = loose_name(self.part, key)
+        if name is not None:
+            self.loose[name] = there
+        elif is_positions(self.part, key):
+            self._check_positions(there)
+        elif key in self._keys:
+            raise InputError(f"{self.file.label} spells {key} twice: {self._keys[key]}, {there}")
+        else:
+            self._keys[key] = there
+
+    def _check_positions(self, there: str) -> None:
+        """The counter that old versions saved is left out, as it is derived: it must count."""
+        found = self.file.load(there).flatten()
+        if not torch.equal(found.double(), torch.arange(found.numel()).double()):
+            raise InputError(f"{there} of {self.file.label} does not count 0, 1, 2, ... as in every SDXL")
+
+
+def open_subfolder(folder: Path, part: ModuleName) -> Subfolder:
+    """Open the weights of one part of a diffusers folder.
+
+    Raises InputError when there are none that can be read, or when they are quantised.
+    """
+    path = _find_weights(folder, part)
+    label = f"{SUBFOLDERS[part]}/{path.name}"
+    file = open_sharded(path, label=label) if path.suffix == ".json" else open_file(path, label=label)
+    try:
+        check_not_quantised(file)
+        return Subfolder(part, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _find_weights(folder: Path, part: ModuleName) -> Path:
+    """The full weights, or the only variant that there is."""
+    subfolder = folder / SUBFOLDERS[part]
+    if not subfolder.is_dir():
+        kind = read_config(folder / MODEL_INDEX).get("_class_name", "no pipeline")
+        raise InputError(
+            f"{folder} has no {SUBFOLDERS[part]}/, and its {MODEL_INDEX} says {kind}", hint=NOT_SDXL_FOLDER
+        )
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(subfolder.iterdir()):
+        match = _INDEX.fullmatch(path.name) or _FILE.fullmatch(path.name)
+        if match and not _SHARD.search(path.name):
+            found.setdefault(match["variant"] or match.groupdict().get("old"), []).append(path)
+    if not found:
+        raise _no_weights(subfolder, part)
+    if None not in found and len(found) > 1:
+        variants = [path.name for paths in found.values() for path in paths]
+        raise InputError(
+            f"{subfolder} has several variants of its weights and no full ones: {some_of(variants)}",
+            hint="leave one of them there",
+        )
+    paths = found.get(None) or next(iter(found.values()))
+    if len(paths) > 1:
+        raise InputError(
+            f"{subfolder} has its weights twice: {some_of([path.name for path in paths])}",
+            hint="leave those there that are meant",
+        )
+    return paths[0]
+
+
+def _no_weights(subfolder: Path, part: ModuleName) -> InputError:
+    pickles = sorted(path.name for path in subfolder.iterdir() if path.suffix.lower() in PICKLES)
+    if pickles:
+        return InputError(
+            f"{subfolder} has its weights as a pickle, which can run any program when it is opened; "
+            f"it is never unpickled: {some_of(pickles)}",
+            hint="look for the .safetensors form of the same model, or convert it in a sandbox",
+        )
+    return InputError(
+        f"{subfolder} has no weights: expected {STEMS[part]}.safetensors",
+        hint="the download may be incomplete",
+    )

@@ -1,0 +1,239 @@
+"""A diffusers folder, written tensor by tensor under the names of a single file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.checkpoints.diffusers_folder.config import SCHEDULER, Schedule, read_config, read_schedule
+from spectune.checkpoints.diffusers_folder.default_configs import COMPONENTS
+from spectune.checkpoints.diffusers_folder.keys import (
+    EXTRAS_FILE,
+    MATRICES_KEY,
+    PARTS,
+    STEMS,
+    SUBFOLDERS,
+    TE1_ROOT_KEY,
+    Piece,
+    derived_tensors,
+    file_key,
+    pieces_by_tensor,
+)
+from spectune.checkpoints.diffusers_folder.small_files import read_template, small_files
+from spectune.errors import InputError, some_of
+from spectune.files.assembled import AssembledWriter, PlannedFile
+from spectune.files.provenance import Provenance, WeightsHasher, declared_prediction
+from spectune.files.reader import MODEL_INDEX, TensorInfo
+from spectune.files.writer import RESERVE_BYTES, check_target
+from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, infer_layout, te1_root
+from spectune.sdxl.names import ModuleName, module_tensors
+
+_SMALL = 4096  # numbers; a counter of positions has 77
+_FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
+
+
+class FolderWriter(AssembledWriter):
+    """Writes a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
+
+    The small files are those of the diffusers folder `template`, and where it has none, or there is no
+    template, made for the sizes, prediction and VAE factors of the model (see folder_files.small_files). The
+    UNet's file has the metadata. What stands in no module goes into `single_file_extras.safetensors`, unless
+    a reader derives the same, so that the folder gives the same tensors again, bit for bit. The folder
+    appears under its name when it is whole; with `force` the one before is deleted then.
+    Raises InputError before any work if the tensors are not those of an SDXL, the template is of another
+    model, the target exists and `force` is not set or may not replace it, or the disk is too full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Sequence[TensorInfo],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        reserve_bytes: int = RESERVE_BYTES,
+        force: bool = False,
+        hold: bool = False,
+        template: Path | None = None,
+    ) -> None:
+        # resolved: `.` has no name to put the unfinished folder beside
+        super().__init__(Path(path).resolve(), infos, metadata=metadata, hold=hold)
+        _check_folder(self.path, sum(info.nbytes for info in infos), force=force)
+        self._template = None if template is None else read_template(template)
+        source = self._announced()
+        layout = infer_layout(source)
+        self._small_files()  # raises before the work what it has to raise
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
+        for part in PARTS:
+            if part != "vae" or layout.vae is not None:
+                self._pieces |= pieces_by_tensor(part, module_tensors(layout, part, source))
+        self._extras = _Extras([info for name, info in self._infos.items() if name not in self._pieces])
+        self._open_files(self._plan(), reserve_bytes=max(reserve_bytes, RESERVE_BYTES))
+
+    def _announced(self) -> _Announced:
+        return _Announced(self._infos, self.metadata, self.path.name)
+
+    def _small_files(self) -> dict[str, bytes]:
+        source = self._announced()
+        prediction = declared_prediction(source)
+        shift = Provenance.from_metadata(source.metadata).flow_shift or 1.0
+        schedule = Schedule(prediction, shift if prediction == "flow" else None, "ztsnr" in self._infos)
+        return small_files(infer_layout(source), schedule, self._template)
+
+    def _plan(self) -> dict[str, PlannedFile]:
+        infos: dict[str, list[TensorInfo]] = {_UNET_FILE: []}
+        for name, pieces in self._pieces.items():
+            whole = torch.empty(self._infos[name].shape, dtype=self._infos[name].dtype, device="meta")
+            for piece in pieces:
+                block = piece.view.read(whole)
+                key = file_key(piece.part, piece.key)
+                infos.setdefault(_weights_file(piece.part), []).append(
+                    TensorInfo(key, block.dtype, tuple(block.shape))
+                )
+        plan = {name: PlannedFile(found, _FORMAT) for name, found in infos.items()}
+        plan[_UNET_FILE] = PlannedFile(infos[_UNET_FILE], self.metadata | _FORMAT)
+        return plan | {EXTRAS_FILE: PlannedFile(self._extras.infos, {})}
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if name not in self._pieces:
+            self._extras.see(name, tensor)
+            self._files[EXTRAS_FILE].write(name, tensor)
+            return
+        for piece in self._pieces[name]:
+            writer = self._files[_weights_file(piece.part)]
+            writer.write(file_key(piece.part, piece.key), piece.view.read(tensor))
+
+    def _complete(self) -> None:
+        header = self._files[_UNET_FILE].metadata
+        header.clear()
+        header.update(self.metadata | _FORMAT)
+        self._files[EXTRAS_FILE].metadata.update(self._spelling())
+        for name, raw in self._small_files().items():
+            path = self._partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(raw)
+
+    def _spelling(self) -> dict[str, str]:
+        """How the single file has its tensors where there are several ways; empty for the usual one."""
+        root = te1_root(self._infos)
+        matrices = [
+            name
+            for name, pieces in self._pieces.items()
+            if pieces[0].view.squeeze and name.endswith(".weight") and len(self._infos[name].shape) == 2
+        ]
+        entries = {TE1_ROOT_KEY: root} if root != TE1_ROOT else {}
+        return entries | ({MATRICES_KEY: json.dumps(matrices)} if matrices else {})
+
+    def commit(self) -> None:
+        """Give the finished folder its name, and delete the one that had it."""
+        if not self._spelling() and self._extras.are(self._derived()):
+            (self._partial / EXTRAS_FILE).unlink(missing_ok=True)
+        try:
+            _replace_folder(self.path, self._partial)
+        except InputError:
+            self._keep = True
+            raise
+
+    def _derived(self) -> dict[str, Tensor]:
+        """What a reader of the finished folder would derive."""
+        schedule = read_schedule(read_config(self._partial / SCHEDULER), SCHEDULER)
+        return derived_tensors(
+            infer_layout(self._announced()).te1.context,
+            self._infos[f"{TE2_ROOT}ln_final.weight"].dtype,
+            v_prediction=schedule.prediction == "v",
+            zero_snr=schedule.zero_snr,
+        )
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """The tensors that are to be written, before they are there."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    label: str
+
+    def load(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} is not written yet")
+
+
+class _Extras:
+    """The tensors that stand in no module; remembers the small ones, which may be derivable."""
+
+    def __init__(self, infos: Sequence[TensorInfo]) -> None:
+        self.infos = infos
+        self._seen: dict[str, Tensor] = {}
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        if tensor.numel() <= _SMALL:
+            self._seen[name] = tensor.clone()
+
+    def are(self, others: Mapping[str, Tensor]) -> bool:
+        """Whether they are the others, bit for bit."""
+        mine, theirs = WeightsHasher(), WeightsHasher()
+        for hasher, tensors in ((mine, self._seen), (theirs, others)):
+            for name, tensor in tensors.items():
+                hasher.add(name, tensor)
+        names = {info.name for info in self.infos}
+        return names == set(others) and mine.hexdigest() == theirs.hexdigest()
+
+
+def _weights_file(part: ModuleName) -> str:
+    return f"{SUBFOLDERS[part]}/{STEMS[part]}.safetensors"
+
+
+_UNET_FILE = _weights_file("unet")
+
+
+def _replace_folder(target: Path, finished: Path) -> None:
+    """Give a finished folder the name of `target`, which is deleted if it exists.
+
+    Raises InputError, and leaves both, when that is not possible.
+    """
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        if target.exists():
+            target.rename(old)
+        try:
+            finished.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"cannot name the finished folder {target}: {error.strerror}",
+            hint=f"nothing is lost: rename {finished} yourself",
+        ) from error
+    try:
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        raise InputError(
+            f"{target} is written, but the folder that it replaces cannot be deleted: {error.strerror}",
+            hint=f"delete {old} yourself",
+        ) from error
+
+
+def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
+    """Refuse, before work begins, a target that cannot be written or that holds more than a model."""
+    if not path.exists() or not force:
+        check_target(path, nbytes, force=force)
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file: expected the name of a folder", hint="pass -o for another name")
+    own = {MODEL_INDEX, EXTRAS_FILE, *COMPONENTS}
+    names = sorted(entry.name for entry in path.iterdir())
+    others = [name for name in names if name not in own and not name.startswith("LICENSE")]
+    if others:
+        raise InputError(
+            f"{path} holds what is no part of a diffusers model and would be lost: {some_of(others)}",
+            hint="pass -o for another name",
+        )
+    check_target(path.with_name(f"{path.name}.new"), nbytes, force=True)

@@ -1,0 +1,145 @@
+"""Leading eigenvectors of a Gram matrix, found without forming it: a filtered subspace iteration.
+
+Random start and Rayleigh-Ritz projection: Halko, Martinsson, Tropp 2011, alg. 4.4. Between two projections
+a Chebyshev polynomial presses down what lies below the smallest Ritz value (Zhou, Saad 2006,
+doi 10.1137/050630404), which needs half as many products as plain powers on the flat spectra of trained
+weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.core.linalg import cholesky, eigh, solve_upper, thin_qr
+
+ROUNDS = 6
+OVERSAMPLING = 0.75  # directions beyond the rank, as a share of it
+MIN_OVERSAMPLING = 16
+MAX_DEGREE = 3
+# The filter may grow the first direction this much over the last before they no longer fit into float32.
+MAX_GROWTH = 1e8
+# Columns below this share of the largest are lost in the rounding of the others.
+MIN_INDEPENDENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Approximate leading right singular vectors of a tall matrix, and how good they are."""
+
+    vectors: Tensor  # (columns, rank), orthonormal, float32
+    excess: float  # estimated (residual norm / smallest possible) - 1 at that rank
+    products: int  # how many times the matrix and its transpose were applied
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    vectors: Tensor  # (columns, width) orthonormal
+    images: Tensor  # G @ vectors, where G = M^T M
+    values: Tensor  # (width) float64 descending
+
+
+def width_of(rank: int) -> int:
+    """How many directions the iteration carries for `rank` that are wanted."""
+    return rank + max(MIN_OVERSAMPLING, int(OVERSAMPLING * rank))
+
+
+def leading_subspace(
+    tall: Tensor, rank: int, *, energy: float, tolerance: float, working: torch.dtype, seed: int = 0
+) -> Subspace | None:
+    """The `rank` leading right singular vectors of `tall` (rows >= columns), or None where they stay unknown.
+
+    The products with the matrix are computed in `working`; bfloat16 does where the spectrum falls
+    less steeply than its 8 bits reach. `energy` is the squared Frobenius norm of `tall`. None means that the
+    estimated excess is still above `tolerance` after the last round.
+    """
+    matrix = tall.to(working)
+    columns, width = tall.shape[1], width_of(rank)
+    start = torch.randn(columns, width, generator=torch.Generator().manual_seed(seed)).to(tall.device)
+    vectors = _orthonormal(_apply(matrix, start))
+    products = 1
+    for _ in range(ROUNDS):
+        ritz = _project(matrix, vectors)
+        products += 1
+        excess = _estimated_excess(ritz, rank, energy)
+        if excess is not None and excess <= tolerance:
+            return Subspace(ritz.vectors[:, :rank].contiguous(), excess, products)
+        if float(ritz.values[-1]) <= 0 or not bool(torch.isfinite(ritz.values).all()):
+            return None
+        degree = _degree(ritz)
+        vectors = _orthonormal(_filtered(matrix, ritz, degree))
+        products += degree - 1
+    return None
+
+
+def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """G @ vectors in float32."""
+    return (matrix.T @ (matrix @ vectors.to(matrix.dtype))).float()
+
+
+def _project(matrix: Tensor, vectors: Tensor) -> _Ritz:
+    """Rayleigh-Ritz: the best approximate eigenvectors of G in the span of orthonormal `vectors`."""
+    halves = matrix @ vectors.to(matrix.dtype)  # (rows, width)
+    # from one product and not from vectors^T G vectors: small values keep their relative accuracy
+    wide = halves.float()
+    values, rotation = eigh(wide.T @ wide)
+    values, rotation = values.flip(0), rotation.flip(1).to(vectors.dtype)
+    images = (matrix.T @ halves).float() @ rotation
+    return _Ritz(vectors=vectors @ rotation, images=images, values=values)
+
+
+def _estimated_excess(ritz: _Ritz, rank: int, energy: float) -> float | None:
+    """What the first `rank` Ritz vectors miss, by the Kato-Temple bound; None where it says nothing.
+
+    An eigenvalue exceeds its Ritz value by at most |residual|^2 / (Ritz value - rest of the spectrum)
+    (Kato 1949); the smallest Ritz value stands for the rest. Half of the missed share of what is left over is
+    the excess of the norm.
+    """
+    values = ritz.values
+    kept = values[:rank]
+    residuals = ritz.images[:, :rank] - ritz.vectors[:, :rank] * kept.to(ritz.vectors.dtype)
+    gaps = kept - values[-1]
+    left = energy - float(kept.sum())
+    # the energy is a float32 sum: what is left over of an almost low-rank matrix drowns in its rounding
+    if left <= 1e-6 * energy or bool((gaps <= 0).any()):
+        return None
+    # norms in float32 on the device, the few sums in float64
+    squares = residuals.square().sum(0).to(gaps)
+    missed = float((squares / gaps).sum())
+    return 0.5 * missed / left
+
+
+def _degree(ritz: _Ritz) -> int:
+    """The highest degree whose filter does not grow the first direction beyond what float32 holds."""
+    ratio = 2 * float(ritz.values[0] / ritz.values[-1]) - 1
+    return max(
+        (degree for degree in range(2, MAX_DEGREE + 1) if (2 * ratio) ** degree / 2 <= MAX_GROWTH), default=1
+    )
+
+
+def _filtered(matrix: Tensor, ritz: _Ritz, degree: int) -> Tensor:
+    """T_degree(2 G / bound - 1) of every Ritz vector, where bound is the smallest Ritz value."""
+    bound = float(ritz.values[-1])
+    before, after = ritz.vectors, 2 / bound * ritz.images - ritz.vectors
+    for _ in range(degree - 1):
+        applied = 2 / bound * _apply(matrix, after) - after
+        before, after = after, 2 * applied - before
+    norms = after.square().sum(0).sqrt()
+    return after / norms.clamp(min=torch.finfo(after.dtype).tiny)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span of the columns.
+
+    Cholesky QR, several times faster than Householder's for few columns; the small Gram matrix is factored in
+    float64, and columns that are nearly dependent take the slow way.
+    """
+    gram = columns.T @ columns
+    lower = cholesky(gram)
+    if lower is not None:
+        diagonal = lower.diagonal()
+        if float(diagonal.min()) > MIN_INDEPENDENCE * float(diagonal.max()):
+            return solve_upper(columns, lower.T.to(columns.dtype))
+    return thin_qr(columns)[0]

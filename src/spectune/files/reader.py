@@ -1,0 +1,319 @@
+"""Tensors by name out of safetensors files, one at a time; never a pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+from spectune.errors import InputError
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+INDEX_SUFFIX = ".index.json"
+MODEL_INDEX = "model_index.json"  # what makes a folder one of diffusers
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DOWNLOAD_AGAIN = "the file is damaged or not what its name says; download or copy it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known about a tensor before its numbers are read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Anything that yields tensors by name, lazily: a file, or a merge computed on the fly."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors in file order."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """The name used in messages: a file name."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """The tensor on the CPU; callers never change it in place."""
+        ...
+
+
+class TensorFile(Protocol):
+    """What a checkpoint consists of: an open file, or several under other names."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Tensors that are already in memory, as a source."""
+
+    values: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    label: str = "memory"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.values.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class _Header:
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    offsets: dict[str, int]  # byte of the file where the tensor begins
+
+
+class SafetensorsFile:
+    """One open safetensors file.
+
+    Tensors are read into storage of their own and not mapped: the memory in use is then what the
+    caller holds, and a file that shrinks meanwhile is an error message instead of a crash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.paths = (path,)
+        self._lock = threading.Lock()
+        self._file = open_binary(path)
+        try:
+            header = _read_header(self._file, path)
+        except BaseException:
+            self._file.close()
+            raise
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+        self._offsets = header.offsets
+
+    def load(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        with self._lock:
+            self._file.seek(self._offsets[name])
+            count = self._file.readinto(data.numpy().data)
+        if count != info.nbytes:
+            raise InputError(
+                f"{self.path.name} ended inside tensor {name}: expected {info.nbytes} bytes, got {count}",
+                hint="was the file changed while it was being read?",
+            )
+        return data.view(info.dtype).view(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Checkpoint:
+    """An open checkpoint of one or several files; a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[TensorFile],
+        metadata: Mapping[str, str],
+        *,
+        label: str | None = None,
+    ) -> None:
+        self.path = path
+        self.label = path.name if label is None else label
+        self.metadata = metadata
+        self._files = files
+        self._home = {name: file for file in files for name in file.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {n: i for file in files for n, i in file.tensors.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self._home[name].load(name)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that it is read from; with shards their index too, of a diffusers folder itself too."""
+        return tuple(dict.fromkeys([self.path, *(path for file in self._files for path in file.paths)]))
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_file(path: Path, *, label: str | None = None) -> Checkpoint:
+    """Open one `.safetensors` file; messages call it `label`, by default its name."""
+    if path.suffix.lower() in PICKLES:
+        raise InputError(
+            f"{path.name} is a pickle, which can run any program when it is opened; it is never unpickled",
+            hint="look for the .safetensors form of the same model, or convert it in a sandbox",
+        )
+    file = SafetensorsFile(path)
+    return Checkpoint(path, [file], file.metadata, label=label)
+
+
+def open_binary(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_header(file: BufferedReader, path: Path) -> _Header:
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        file.seek(0)
+        raise InputError(f"{path.name} is not a safetensors file{_guess(file.read(64))}", hint=DOWNLOAD_AGAIN)
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"the header of {path.name} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
+    return _parse_header(cast(dict[str, Any], header), path, start=8 + length, size=size)
+
+
+def _guess(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return ": it is the pointer that git leaves when git-lfs is not installed"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return ": it is a web page"
+    if head.startswith(b"GGUF"):
+        return ": it is a GGUF file, whose numbers are quantised"
+    return ": it is a zip archive or a pickle" if head.startswith((b"PK\3\4", b"\x80")) else ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return record
+
+
+def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) -> _Header:
+    metadata = cast(object, header.pop("__metadata__", None) or {})
+    if not _is_table_of_strings(metadata):
+        raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
+    # an empty tensor begins where the next one does
+    spans = sorted(
+        (_span(name, entry, path) for name, entry in header.items()),
+        key=lambda span: (span.begin, span.info.nbytes),
+    )
+    end = 0
+    for span in spans:
+        if span.begin != end:
+            raise InputError(
+                f"the header of {path.name} leaves a gap before {span.info.name}", hint=DOWNLOAD_AGAIN
+            )
+        end += span.info.nbytes
+    if start + end != size:
+        raise InputError(
+            f"{path.name} is {'cut short' if size < start + end else 'too long'}: "
+            f"expected {start + end} bytes by its header, got {size}",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return _Header(
+        metadata=metadata,
+        tensors={span.info.name: span.info for span in spans},
+        offsets={span.info.name: start + span.begin for span in spans},
+    )
+
+
+def _is_table_of_strings(value: object) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in cast(dict[str, Any], value).values())
+
+
+@dataclass(frozen=True)
+class _Span:
+    info: TensorInfo
+    begin: int  # bytes after the header
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError
+    return value
+
+
+def _span(name: str, entry: Any, path: Path) -> _Span:
+    try:
+        dtype, shape = entry["dtype"], tuple(_whole(n) for n in entry["shape"])
+        begin, end = (_whole(n) for n in entry["data_offsets"])
+        if not isinstance(dtype, str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"the header of {path.name} is wrong at tensor {name}", hint=DOWNLOAD_AGAIN
+        ) from None
+    if dtype not in DTYPES:
+        raise InputError(f"tensor {name} of {path.name} has a type that is not supported: {dtype}")
+    info = TensorInfo(name, DTYPES[dtype], shape)
+    if min(shape, default=0) < 0 or end - begin != info.nbytes:
+        raise InputError(
+            f"tensor {name} of {path.name}: expected {info.nbytes} bytes for {dtype} {shape}, "
+            f"got {end - begin}",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return _Span(info, begin)

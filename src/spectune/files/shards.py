@@ -1,0 +1,168 @@
+"""A checkpoint in several safetensors files with an index, each of them of limited size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from spectune.errors import InputError, some_of
+from spectune.files.assembled import AssembledWriter, PlannedFile
+from spectune.files.reader import INDEX_SUFFIX, Checkpoint, SafetensorsFile, TensorInfo, open_binary
+from spectune.files.writer import RESERVE_BYTES, check_target
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class ShardedWriter(AssembledWriter):
+    """Writes `<stem>-00001-of-00003.safetensors` and so on, and `path`, their index.
+
+    A shard holds at most `max_shard_bytes` of numbers, or a single tensor that is larger. Tensors are shared
+    out in the order of `infos`; the first shard has the metadata. The index comes last, and with `force` the
+    one before goes first: an index never lists shards of two models.
+    Raises InputError before any work if index or shards exist and `force` is not set, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Sequence[TensorInfo],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        reserve_bytes: int = RESERVE_BYTES,
+        force: bool = False,
+        hold: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        super().__init__(Path(path), infos, metadata=metadata, hold=hold)
+        assert self.path.name.endswith(f".safetensors{INDEX_SUFFIX}")
+        assert max_shard_bytes > 0
+        shards = shared_out(infos, max_shard_bytes)
+        stem = self.path.name.removesuffix(f".safetensors{INDEX_SUFFIX}")
+        names = [f"{stem}-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+        check_target(self.path, sum(info.nbytes for info in infos), force=force)
+        existing = [name for name in names if (self.path.parent / name).exists()]
+        if existing and not force:
+            raise InputError(
+                f"{len(existing)} shards exist in {self.path.parent}: {some_of(existing)}",
+                hint="pass --force to overwrite them, or -o for another name",
+            )
+        self._old = _listed_shards(self.path)
+        self._home = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
+        plan = {
+            name: PlannedFile(shard, self.metadata if name == names[0] else {})
+            for name, shard in zip(names, shards, strict=True)
+        }
+        self._open_files(plan, reserve_bytes=reserve_bytes)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        self._files[self._home[name]].write(name, tensor)
+
+    def _complete(self) -> None:
+        first = next(iter(self._files.values()))
+        first.metadata.clear()
+        first.metadata.update(self.metadata)
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in self._infos.values())},
+            "weight_map": dict(sorted(self._home.items())),
+        }
+        (self._partial / self.path.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def commit(self) -> None:
+        """Give the shards and then the index their names."""
+        folder = self.path.parent
+        try:
+            self.path.unlink(missing_ok=True)
+            for name in (*self._files, self.path.name):
+                (self._partial / name).replace(folder / name)
+            for name in self._old - self._files.keys():
+                (folder / name).unlink(missing_ok=True)
+            self._partial.rmdir()
+        except OSError as error:
+            self._keep = True
+            raise InputError(
+                f"cannot name the finished shards of {self.path}: {error.strerror}",
+                hint=f"nothing is lost: move the files of {self._partial} there yourself",
+            ) from error
+
+
+def shared_out(infos: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Tensors cut into runs of at most `max_bytes`, or of one tensor; at least one run."""
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in infos:
+        if shards[-1] and filled + info.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.nbytes
+    return shards
+
+
+def _listed_shards(index: Path) -> frozenset[str]:
+    """The shards of an index that is about to be replaced; none if it is no index."""
+    try:
+        return frozenset(read_index(index).values()) if index.is_file() else frozenset()
+    except InputError:
+        return frozenset()
+
+
+def open_sharded(index: Path, *, label: str | None = None) -> Checkpoint:
+    """Open the shards that an index lists; all must lie beside it."""
+    weight_map = read_index(index)
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index.name} lists {len(names)} shards, of which {len(missing)} are missing beside it: "
+            f"{some_of(missing)}",
+            hint=f"put all shards into {index.parent}",
+        )
+    files: list[SafetensorsFile] = []
+    try:
+        for name in names:
+            files.append(SafetensorsFile(index.parent / name))
+        _check_shards(index, weight_map, dict(zip(names, files, strict=True)))
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    metadata = {key: value for file in files for key, value in file.metadata.items()}
+    return Checkpoint(index, files, metadata, label=label)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    with open_binary(index) as file:
+        raw = file.read()
+    try:
+        weight_map = json.loads(raw)["weight_map"]
+        items = cast(dict[str, Any], dict(weight_map))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index.name} is no index of shards: expected JSON with a `weight_map`") from None
+    if not items:
+        raise InputError(f"{index.name} lists no tensors")
+    for name, shard in items.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(
+                f"{index.name} places tensor {name} in {shard!r}: expected a file name beside it"
+            )
+    return items
+
+
+def _check_shards(index: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
+    absent = [name for name, shard in weight_map.items() if name not in files[shard].tensors]
+    if absent:
+        raise InputError(
+            f"{len(absent)} tensors are not in the shard that {index.name} names: {some_of(absent)}"
+        )
+    homes: dict[str, str] = {}
+    for shard, file in files.items():
+        twice = [name for name in file.tensors if name in homes]
+        if twice:
+            raise InputError(
+                f"{len(twice)} tensors of {shard} also stand in {homes[twice[0]]}: {some_of(twice)}"
+            )
+        homes |= dict.fromkeys(file.tensors, shard)

@@ -1,0 +1,153 @@
+"""What several flags of a command say together: objective, optimiser, trained parts and their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from spectune.interop.kohya.command_line import Command
+from spectune.interop.kohya.outcomes import literal, number
+from spectune.training.optim import OPTIMIZERS, Traits, check_options, traits_of
+from spectune.training.recipe.sections import ALL_PARTS, OptimizerSection, PartName
+
+Objective = Literal["eps", "v", "flow"]
+
+# Names of sd-scripts in lower case, the last word of an import path among them.
+OPTIMIZER_NAMES: Mapping[str, str] = {
+    "adamw": "adamw",
+    "pagedadamw": "adamw",
+    "pagedadamw32bit": "adamw",
+    "adamw8bit": "adamw8bit",
+    "pagedadamw8bit": "adamw8bit",
+    "adafactor": "adafactor",
+    "lion": "lion",
+    "lion8bit": "lion",
+    "pagedlion8bit": "lion",
+    "prodigy": "prodigy",
+    "prodigyplusschedulefree": "prodigy_plus_schedule_free",
+    "adamwschedulefree": "adamw_schedule_free",
+    "dadaptation": "dadapt_adam",
+    "dadaptadam": "dadapt_adam",
+    "dadaptadampreprint": "dadapt_adam",
+}
+
+
+def objective_of(command: Command) -> Objective:
+    if command.has("flow_matching"):
+        return "flow"
+    return "v" if command.has("v_parameterization") else "eps"
+
+
+def optimizer_word(command: Command) -> str:
+    """The optimiser as sd-scripts is told to take it."""
+    if word := command.value("optimizer_type"):
+        return word
+    if command.has("use_8bit_adam"):
+        return "AdamW8bit"
+    return "Lion" if command.has("use_lion_optimizer") else "AdamW"
+
+
+def optimizer_name(word: str) -> str | None:
+    """Our name of an optimiser of sd-scripts, None where there is none."""
+    name = OPTIMIZER_NAMES.get(word.rpartition(".")[2].lower())
+    return name if name in OPTIMIZERS else None
+
+
+# What sd-scripts adds to an optimiser's arguments, where spectune's default is another.
+IMPLIED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"adafactor": {"relative_step": True}}
+
+
+def options_of(command: Command) -> dict[str, Any]:
+    """The optimiser's arguments that spectune has too, those included that sd-scripts adds."""
+    name = optimizer_name(optimizer_word(command))
+    if name is None:
+        return {}
+    given = [text.partition("=") for text in command.values("optimizer_args")]
+    left = dict(IMPLIED_OPTIONS.get(name, {})) | {
+        key.strip(): literal(value.strip()) for key, equals, value in given if equals
+    }
+    options: dict[str, Any] = {}
+    while fitting := {key: value for key, value in left.items() if _fits(name, options | {key: value})}:
+        # one round after another: an argument may need one that stands behind it
+        options |= fitting
+        left = {key: value for key, value in left.items() if key not in fitting}
+    return options
+
+
+def _fits(name: str, options: Mapping[str, Any]) -> bool:
+    try:
+        check_options(name, options)
+    except ValueError:
+        return False
+    return True
+
+
+def traits(command: Command) -> Traits:
+    """What the optimiser is that the recipe will name, with its arguments."""
+    name = optimizer_name(optimizer_word(command)) or "adamw"
+    return traits_of(name, check_options(name, options_of(command)))
+
+
+def schedule_free(command: Command) -> bool:
+    """Whether a recipe for this optimiser may name no schedule."""
+    name = optimizer_name(optimizer_word(command)) or "adamw"
+    try:
+        OptimizerSection(name=name, options=options_of(command), schedule="linear")
+    except ValueError:
+        return True
+    return False
+
+
+def network_argument(command: Command, name: str) -> str | None:
+    """The value of `name=value` among the network's arguments."""
+    for argument in command.values("network_args"):
+        key, equals, value = argument.partition("=")
+        if equals and key.strip() == name:
+            return value.strip()
+    return None
+
+
+def rates_of(command: Command) -> dict[PartName, float | None]:
+    """The learning rate of each part as sd-scripts takes it; None where it is not given or no number."""
+    both = _rates(command.values("text_encoder_lr")) or _rates(command.values("learning_rate_te"))
+    base = _rates(command.values("learning_rate"))
+    first = _rates(command.values("text_encoder_lr1")) or _rates(command.values("learning_rate_te1"))
+    second = _rates(command.values("text_encoder_lr2")) or _rates(command.values("learning_rate_te2"))
+    return {
+        "unet": _first(_rates(command.values("unet_lr")), base),
+        "te1": _first(first, both, base),
+        "te2": _first(second, both[1:], both, base),
+    }
+
+
+def _rates(values: tuple[str, ...]) -> list[float]:
+    try:
+        # a list of a config file may come as one word
+        return [number(word) for word in " ".join(values).strip("[]").replace(",", " ").split()]
+    except ValueError:
+        return []
+
+
+def _first(*candidates: list[float]) -> float | None:
+    return next((rates[0] for rates in candidates if rates), None)
+
+
+def parts_of(command: Command) -> tuple[PartName, ...]:
+    """The parts that sd-scripts would change: the selected ones whose learning rate is not zero."""
+    selected = ALL_PARTS
+    if command.has("network_train_text_encoder_only"):
+        selected = ("te1", "te2")
+    elif command.has("network_train_unet_only") or (
+        command.script == "sdxl_train.py" and not command.has("train_text_encoder")
+    ):
+        selected = ("unet",)
+    rates = rates_of(command)
+    return tuple(part for part in selected if rates[part] != 0)
+
+
+def captions_vary(command: Command) -> bool:
+    return command.has("shuffle_caption") or command.has("caption_tag_dropout_rate")
+
+
+def pixels_vary(command: Command) -> bool:
+    return command.has("random_crop") or command.has("color_aug")

@@ -1,0 +1,229 @@
+"""A running SDXL built from the tensors of a checkpoint alone; no configuration file is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.errors import InputError
+from spectune.files.provenance import Provenance, declared_prediction, declared_zero_snr
+from spectune.files.reader import WeightSource
+from spectune.model.prediction import Prediction, make_prediction
+from spectune.model.text import BOS_ID, EOS_ID, TokenIds
+from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, infer_layout
+from spectune.sdxl.names import ModuleName, Part, module_path, module_tensors
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What both encoders say of a batch of captions."""
+
+    context: Tensor  # (batch, tokens, te1 width + te2 width)
+    pooled: Tensor  # (batch, te2 projection)
+
+
+@dataclass(frozen=True)
+class Sdxl:
+    """The four networks of an SDXL checkpoint with what is known about them."""
+
+    unet: UNet2DConditionModel
+    te1: CLIPTextModel
+    te2: CLIPTextModelWithProjection
+    vae: AutoencoderKL | None
+    layout: Layout
+    prediction: Prediction
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Edge length in pixels of one latent (8 in SDXL)."""
+        return 2 ** (len(self._vae_layout.channels) - 1)
+
+    def encode_text(self, ids: TokenIds) -> TextStates:
+        """Penultimate states of both encoders, joined, and the second's projection at its first end token."""
+        first = self.te1(ids.te1.to(self.te1.device), output_hidden_states=True).hidden_states[-2]
+        second = self.te2(ids.te2.to(self.te2.device), output_hidden_states=True)
+        context = torch.cat([first, second.hidden_states[-2]], dim=-1)
+        return TextStates(context=context, pooled=second.text_embeds)
+
+    def denoise(self, noised: Tensor, timestep: Tensor, text: TextStates, time_ids: Tensor) -> Tensor:
+        """The UNet's answer for latents (batch, 4, h, w); `time_ids` is (batch, 6) in pixels, float32."""
+        added = {"text_embeds": text.pooled, "time_ids": time_ids}
+        return self.unet(noised, timestep, text.context, added_cond_kwargs=added).sample
+
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents of pixels (batch, 3, H, W) in -1..1.
+
+        A sample of the posterior with a generator, its mode without.
+        """
+        posterior = cast("Any", self._vae.encode(pixels.to(self._vae.dtype))).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        layout = self._vae_layout
+        return (latents.float() - layout.shift) * layout.scale
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (batch, 3, H, W) in -1..1, float32, of scaled latents."""
+        layout = self._vae_layout
+        raw = latents / layout.scale + layout.shift
+        return cast("Any", self._vae).decode(raw.to(self._vae.dtype)).sample.float().clamp(-1, 1)
+
+    def place(self, layer_name: str) -> tuple[nn.Module, str]:
+        """Parent module and attribute of a factored layer, named as in the catalogue.
+
+        Raises InputError when the model has no such layer.
+        """
+        try:
+            part, path = module_path(layer_name, self.layout.unet)
+        except KeyError as error:
+            raise InputError(f"the model has no layer {layer_name}") from error
+        root = {Part.UNET: self.unet, Part.TE1: self.te1, Part.TE2: self.te2}[part]
+        parent, _, attribute = path.rpartition(".")
+        try:
+            return root.get_submodule(parent), attribute
+        except AttributeError as error:
+            raise InputError(f"the model has no layer {layer_name}") from error
+
+    @property
+    def _vae(self) -> AutoencoderKL:
+        if self.vae is None:
+            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
+        return self.vae
+
+    @property
+    def _vae_layout(self) -> VaeLayout:
+        if self.layout.vae is None:
+            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
+        return self.layout.vae
+
+
+def build_model(
+    source: WeightSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Sdxl:
+    """The model whose weights `source` holds, in eval mode and frozen.
+
+    `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
+    Raises InputError when tensors are missing or have other shapes than the layout asks for.
+    """
+    check_not_quantised(source)
+    layout = infer_layout(source)
+    with init_empty_weights(include_buffers=False):
+        unet = new_unet(layout.unet)
+        te1 = CLIPTextModel(text_config(layout.te1))
+        te2 = CLIPTextModelWithProjection(text_config(layout.te2))
+        vae = None if layout.vae is None else new_vae(layout.vae)
+    _fill(unet, "unet", source, layout, device, dtype)
+    _fill(te1, "te1", source, layout, device, dtype)
+    _fill(te2, "te2", source, layout, device, dtype)
+    if vae is not None:
+        _fill(vae, "vae", source, layout, device, vae_dtype)
+    return Sdxl(unet=unet, te1=te1, te2=te2, vae=vae, layout=layout, prediction=source_prediction(source))
+
+
+def source_prediction(source: WeightSource) -> Prediction:
+    """The prediction type that a checkpoint declares, eps if it declares none.
+
+    A tensor `ztsnr` marks a schedule rescaled to end in pure noise, as ComfyUI takes it.
+    """
+    shift = Provenance.from_metadata(source.metadata).flow_shift
+    return make_prediction(
+        declared_prediction(source) or "eps",
+        flow_shift=1.0 if shift is None else shift,
+        zero_terminal_snr=declared_zero_snr(source),
+    )
+
+
+def _fill(
+    module: nn.Module,
+    part: ModuleName,
+    source: WeightSource,
+    layout: Layout,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    views = module_tensors(layout, part, source)
+    state: dict[str, Tensor] = {key: view.load(source).to(device, dtype) for key, view in views.items()}
+    _check_state(module, part, state)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.to(device).requires_grad_(False).eval()
+
+
+def _check_state(module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    odd = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if odd:
+        first = odd[0]
+        raise InputError(
+            f"{len(odd)} tensors of {part} do not fit SDXL's architecture; first {first}: "
+            f"expected {wanted.get(first, 'nothing')}, got {found.get(first, 'nothing')}",
+            hint="`spectune inspect` shows what the file holds",
+        )
+
+
+def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
+    """A UNet with text_time conditioning of the given sizes, weights as diffusers initialises them."""
+    down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in layout.depths)
+    up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(layout.depths))
+    # diffusers annotates its tuples as having one element
+    sizes: dict[str, Any] = {
+        "in_channels": layout.in_channels,
+        "out_channels": layout.out_channels,
+        "block_out_channels": layout.channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "transformer_layers_per_block": tuple(max(depth, 1) for depth in layout.depths),
+        "attention_head_dim": layout.heads,  # diffusers' name for the number of heads
+        "cross_attention_dim": layout.context,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": layout.time_id_channels,
+        "projection_class_embeddings_input_dim": layout.pooled + 6 * layout.time_id_channels,
+        "layers_per_block": layout.resnets,
+        "norm_num_groups": layout.norm_groups,
+    }
+    return UNet2DConditionModel(**sizes)
+
+
+def text_config(layout: TextLayout) -> CLIPTextConfig:
+    """The transformers configuration of one text encoder."""
+    return CLIPTextConfig(
+        vocab_size=layout.vocab,
+        max_position_embeddings=layout.context,
+        hidden_size=layout.width,
+        intermediate_size=layout.mlp,
+        num_hidden_layers=layout.layers,
+        num_attention_heads=layout.heads,
+        hidden_act=layout.activation,
+        projection_dim=layout.projection or layout.width,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+
+
+def new_vae(layout: VaeLayout) -> AutoencoderKL:
+    """An autoencoder of the given sizes, weights as diffusers initialises them."""
+    levels = len(layout.channels)
+    sizes: dict[str, Any] = {
+        "block_out_channels": layout.channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": layout.resnets,
+        "norm_num_groups": layout.norm_groups,
+        "latent_channels": layout.latent_channels,
+    }
+    return AutoencoderKL(**sizes)

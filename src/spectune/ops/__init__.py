@@ -1,0 +1,1 @@
+"""Operations on whole files. Each operation is one module."""

@@ -1,0 +1,316 @@
+"""Exporting an adapter, or the difference of two checkpoints, as a plain LoRA file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.reader import open_adapter, sdxl_default_layers
+from spectune.adapters.spellings import Spelling
+from spectune.adapters.writer import AdapterWriter, check_adapter_name
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.lora import (
+    Exported,
+    ExportedLayer,
+    change_values,
+    export_layer,
+    limited_rank,
+    total_error,
+    tuned_principal,
+)
+from spectune.errors import InputError, PairingError, some_of
+from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.files.stream import Progress, stream, tell
+from spectune.files.writer import check_target
+from spectune.ops.shared import catalogue_of, kept_metadata, refuse_overwriting
+from spectune.pairs.layer_ranks import FixedRank, RankRequest, ranks_of_spectra
+from spectune.pairs.likeness import likeness
+from spectune.pairs.trained_principal import trained_deltas
+from spectune.sdxl.layers import Catalogue, Layer
+
+ExportForm = Literal["lora", "principal"]
+
+_PLAIN_LORA = "leave out --form principal: a plain LoRA goes on the original model"
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """The layers of one part: how many, their ranks, and the relative error of their change together."""
+
+    part: str
+    layers: int
+    lowest_rank: int
+    highest_rank: int
+    truncated: int  # layers of which directions were cut off
+    error: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote, with the loss of each layer."""
+
+    path: Path
+    hash: str
+    layers: tuple[ExportedLayer, ...]
+    left_out: tuple[ExportedLayer, ...] = ()  # layers of which nothing is in the file: no change, or no room
+    outside: Mapping[str, float] | None = None  # of two checkpoints: tensors that no LoRA holds -> |change|
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Relative error of the change of all layers together, those that are left out among them."""
+        return total_error((*self.layers, *self.left_out))
+
+    @property
+    def worst(self) -> ExportedLayer:
+        return max((*self.layers, *self.left_out), key=lambda layer: layer.error)
+
+    @property
+    def parts(self) -> tuple[PartLoss, ...]:
+        """The loss part by part, in the order of the file; what is left out counts as lost."""
+        layers = (*self.layers, *(layer for layer in self.left_out if layer.norm))
+        return tuple(
+            _part_loss(part, [layer for layer in layers if layer.part == part])
+            for part in dict.fromkeys(layer.part for layer in layers)
+        )
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """Layers that the adapter or the tuned model does not change."""
+        return tuple(layer.name for layer in self.left_out if not layer.norm)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Layers whose change did not find room."""
+        return tuple(layer.name for layer in self.left_out if layer.norm)
+
+    @property
+    def outside_share(self) -> float:
+        """The share of the squared norm of all changes that lies in tensors which no LoRA holds, 0..1."""
+        missed = sum(norm**2 for norm in (self.outside or {}).values())
+        total = missed + sum(layer.norm**2 for layer in (*self.layers, *self.left_out))
+        return missed / total if total else 0.0
+
+
+def _part_loss(part: str, layers: Sequence[ExportedLayer]) -> PartLoss:
+    ranks = [layer.rank for layer in layers]
+    truncated = sum(layer.truncated for layer in layers)
+    return PartLoss(part, len(layers), min(ranks), max(ranks), truncated, total_error(layers))
+
+
+def export_adapter(
+    adapter: Path,
+    base: Path | None,
+    out: Path,
+    *,
+    rank: int | RankRequest | None = None,
+    store: torch.dtype = torch.float16,
+    form: ExportForm = "lora",
+    spelling: Spelling = Spelling.KOHYA,
+    principal: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write an adapter in a form that other programs load.
+
+    lora: a plain LoRA for the original model and its relatives, of the full rank (2r for a tuned adapter) or
+    cut by `rank`: a rank, an energy for each layer, or a size of the file. A LoRA is written anew, smaller.
+    principal: the tuned factors, which take the principal's place beside the residual.
+    `principal` is the untouched principal of a model, where `adapter` is that principal as another program
+    has trained it. Of `base` names and shapes are read, and a few layers where the adapter does not say what
+    it is; without one, layers are looked up among SDXL's.
+    Progress counts layers. Raises InputError and PairingError for files that this is not possible with.
+    """
+    check_adapter_name(out)
+    catalogue = None if base is None else catalogue_of(base, out)
+    with open_adapter(adapter, catalogue) as opened, _Original(principal, catalogue) as original:
+        inputs = [opened] if original is None else [opened, original]
+        refuse_overwriting(out, inputs)
+        check_target(out, 0, force=force)  # before the factors are looked at for an energy or a size
+        source = _source(opened, original)
+        if base is not None and original is None:
+            _check_no_principal(opened, base)
+        assert opened.catalogue is not None
+        if form == "principal":
+            _check_whole_principal(source, opened.catalogue, rank, whole=base is not None)
+        layers = [opened.catalogue.by_name[name] for name in source.layers]
+        ranks, left_out = _ranks(source, layers, rank, store, form, progress)
+        kept = [layer for layer in layers if ranks[layer.name]]
+        if not kept:
+            raise InputError(
+                f"{opened.label} changes nothing: all of its {len(layers)} layers are zero",
+                hint="was it saved before it was trained?",
+            )
+        made_from = Provenance.from_metadata(source.metadata)
+        if form == "lora":
+            made_from = replace(made_from, principal_hash=None)
+        metadata = kept_metadata(source.metadata, one_file=True)
+        provenance = replace(made_from, role=_role(source, form), version=spectune_version())
+        reports: list[ExportedLayer] = []
+        with AdapterWriter(
+            out,
+            kept,
+            ranks,
+            dtype=store,
+            provenance=provenance,
+            spelling=spelling,
+            metadata=metadata,
+            force=force,
+        ) as writer:
+
+            def exported(layer: Layer) -> Exported:
+                changed = source.layers[layer.name]
+                if form == "principal":
+                    assert isinstance(source, TunedAdapter)
+                    return tuned_principal(source.layers[layer.name], store=store, name=layer.name)
+                return export_layer(changed, rank=ranks[layer.name], store=store, name=layer.name)
+
+            def write(layer: Layer, result: Exported) -> None:
+                tell(progress, len(reports), len(kept), layer.name)
+                writer.write(layer, result.low_rank)
+                reports.append(result.report)
+
+            stream(kept, exported, write, size=lambda layer: _working_bytes(layer, ranks[layer.name]))
+            tell(progress, len(kept), len(kept), "")
+    return ExportReport(
+        path=out,
+        hash=writer.hash,
+        layers=tuple(reports),
+        left_out=left_out,
+        warnings=opened.warnings,
+    )
+
+
+class _Original:
+    """The untouched principal, where one is given."""
+
+    def __init__(self, path: Path | None, catalogue: Catalogue | None) -> None:
+        self._opened = None if path is None else open_adapter(path, catalogue)
+
+    def __enter__(self) -> Adapter | TunedAdapter | None:
+        return self._opened
+
+    def __exit__(self, *error: object) -> None:
+        if self._opened is not None and self._opened.file is not None:
+            self._opened.file.close()
+
+
+def _source(
+    opened: Adapter | TunedAdapter, original: Adapter | TunedAdapter | None
+) -> Adapter | TunedAdapter:
+    """What holds the change: a tuned adapter, a LoRA, or a trained principal minus the original one."""
+    if original is not None:
+        return trained_deltas(opened, original)
+    told = Provenance.from_metadata(opened.metadata)
+    if isinstance(opened, Adapter) and told.role is Role.PRINCIPAL:
+        if told.principal_hash is None:
+            raise PairingError(
+                f"{opened.label} is the principal of its model as `split` wrote it: there is no change in it",
+                hint="on the original model it would count twice; pass a trained adapter",
+            )
+        raise InputError(
+            f"{opened.label} is a tuned principal: what it changed is known only beside the untouched one",
+            hint="pass the principal that `spectune split` wrote as --principal",
+        )
+    return opened
+
+
+def _role(source: Adapter | TunedAdapter, form: ExportForm) -> Role | None:
+    """What the new file is; what another program made stays without a role, and is judged by its numbers."""
+    if form == "principal":
+        return Role.PRINCIPAL
+    known = isinstance(source, TunedAdapter) or Provenance.from_metadata(source.metadata).role is not None
+    return Role.LORA if known else None
+
+
+def _check_no_principal(opened: Adapter | TunedAdapter, base: Path) -> None:
+    """Raise InputError for a principal that does not say so: as a LoRA it would count twice."""
+    if isinstance(opened, TunedAdapter) or Provenance.from_metadata(opened.metadata).role is not None:
+        return
+    with open_checkpoint(base) as source:
+        alike = likeness(source, opened)
+    if alike.is_inside:
+        raise InputError(
+            f"{opened.label} has the numbers of a principal of {base.name}: what training changed in it is "
+            "known only beside the untouched one",
+            hint="pass the principal that `spectune split` wrote as --principal",
+        )
+
+
+def _check_whole_principal(
+    source: Adapter | TunedAdapter, catalogue: Catalogue, rank: int | RankRequest | None, *, whole: bool
+) -> None:
+    """Raise InputError unless the tuned factors can take the place of all of a residual's principal."""
+    if not isinstance(source, TunedAdapter):
+        raise InputError(
+            f"{source.label} is a LoRA: only a tuned adapter has a principal", hint="leave out --form"
+        )
+    if rank is not None:
+        raise InputError("a tuned principal keeps its rank", hint="leave out --rank, or export a plain LoRA")
+    if Provenance.from_metadata(source.metadata).principal_hash is None:
+        raise InputError(
+            f"{source.label} was not trained from the principal of a residual: there is none that it fits",
+            hint=_PLAIN_LORA,
+        )
+    wanted = [layer.name for layer in catalogue if layer.default] if whole else list(sdxl_default_layers())
+    missing = [name for name in wanted if name not in source.layers]
+    if missing:
+        raise InputError(
+            f"{source.label} lacks {len(missing)} of {len(wanted)} layers of a principal: {some_of(missing)}",
+            hint=_PLAIN_LORA if whole else "pass the model as --base if it is not of SDXL's size",
+        )
+
+
+def _ranks(
+    source: Adapter | TunedAdapter,
+    layers: Sequence[Layer],
+    request: int | RankRequest | None,
+    store: torch.dtype,
+    form: ExportForm,
+    progress: Progress | None,
+) -> tuple[dict[str, int], tuple[ExportedLayer, ...]]:
+    """The rank of every layer, 0 for those that are left out, and what is to be said of these."""
+    if form == "principal":
+        return {layer.name: source.rank(layer.name) for layer in layers}, ()
+    if request is None or isinstance(request, int | FixedRank):
+        return {layer.name: _fixed(source, layer, request) for layer in layers}, ()
+    values: list[Tensor] = []
+
+    def collect(layer: Layer, found: Tensor) -> None:
+        values.append(found)
+        tell(progress, len(values), len(layers), layer.name)
+
+    stream(
+        layers,
+        lambda layer: change_values(source.layers[layer.name], layer.name),
+        collect,
+        size=lambda layer: _working_bytes(layer, source.rank(layer.name)),
+    )
+    ranks = ranks_of_spectra(layers, values, request, store=store)
+    left_out = [
+        _left_out(layer, found) for layer, rank, found in zip(layers, ranks, values, strict=True) if not rank
+    ]
+    return {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)}, tuple(left_out)
+
+
+def _left_out(layer: Layer, values: Tensor) -> ExportedLayer:
+    size = float(values.square().sum().sqrt())
+    return ExportedLayer(layer.name, 0, len(values), size, 1.0 if size else 0.0)
+
+
+def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: int | FixedRank | None) -> int:
+    wanted = request.wanted(layer.shape) if isinstance(request, FixedRank) else request
+    terms = source.rank(layer.name) * (2 if isinstance(source, TunedAdapter) else 1)
+    return limited_rank(layer.shape, terms, wanted)
+
+
+def _working_bytes(layer: Layer, rank: int) -> int:
+    """Of the factors in float64 with their working copies, as `stream` counts what is on its way."""
+    return math.ceil(2 * rank * (layer.in_features + layer.out_features) * 8)

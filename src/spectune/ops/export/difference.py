@@ -1,0 +1,289 @@
+"""Exporting the difference of two checkpoints as a LoRA: the best factors of tuned minus original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.spellings import Spelling
+from spectune.adapters.writer import AdapterWriter, check_adapter_name
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.core.linalg import norm
+from spectune.core.lora import Exported, ExportedLayer
+from spectune.core.low_rank import LowRank, Product, to_matrix
+from spectune.core.rounding import check_dtype
+from spectune.core.split import split_weight
+from spectune.errors import InputError, some_of
+from spectune.files.provenance import (
+    Provenance,
+    Role,
+    WeightsHasher,
+    declared_prediction,
+    spectune_version,
+)
+from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.stream import Progress, stream, tell
+from spectune.files.writer import check_target
+from spectune.ops.export.adapter import ExportReport
+from spectune.ops.shared import refuse_overwriting, refuse_parts
+from spectune.pairs.layer_ranks import FixedRank, RankRequest, choose_ranks
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+from spectune.sdxl.layout import UNET_ROOT, VAE_ROOT
+from spectune.sdxl.selection import select_layers
+
+_ENCODERS = "conditioner."
+# what no network computes with
+_NO_WEIGHTS = ("position_ids", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """tuned - original, tensor by tensor in float32; a source of weights like any checkpoint."""
+
+    tuned: WeightSource
+    original: WeightSource
+    hasher: WeightsHasher  # of the original, as its tensors pass
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def of(cls, tuned: WeightSource, original: WeightSource) -> Difference:
+        tensors = {
+            name: replace(info, dtype=torch.float32) if info.dtype.is_floating_point else info
+            for name, info in original.tensors.items()
+        }
+        return cls(tuned, original, WeightsHasher(), tensors)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.tuned.metadata
+
+    @property
+    def label(self) -> str:
+        return f"{self.tuned.label} - {self.original.label}"
+
+    def load(self, name: str) -> Tensor:
+        original = self.original.load(name)
+        self.hasher.add(name, original)
+        # one copy in float32, not three; torch subtracts no eight bits from it
+        taken = original.float() if original.dtype.itemsize == 1 else original
+        return self.tuned.load(name).to(torch.float32, copy=True).sub_(taken)
+
+
+def export_difference(
+    tuned: Path,
+    base: Path,
+    out: Path,
+    *,
+    ranks: RankRequest | None = None,
+    store: torch.dtype = torch.float16,
+    spelling: Spelling = Spelling.KOHYA,
+    layers: Sequence[str] = ("default",),
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the LoRA that makes `tuned`, as far as a LoRA of these ranks can, out of `base`.
+
+    Both are whole checkpoints. `ranks` is 64 for every layer if not given; nothing is clamped. The report
+    says what each layer lost, which tensors changed that no LoRA holds, and which layers did not change.
+    Progress counts tensors. Raises InputError for checkpoints that do not have the same tensors.
+    """
+    check_adapter_name(out)
+    check_target(out, 0, force=force)
+    with open_checkpoint(tuned) as after, open_checkpoint(base) as before:
+        refuse_overwriting(out, [after, before])
+        for source in (after, before):
+            refuse_parts(source)
+            check_not_quantised(source)
+        compared, warnings = _compared(after, before)
+        difference = Difference.of(after, before)
+        catalogue = build_catalogue(before, all_layers=True)
+        chosen = select_layers(catalogue, layers)
+        for layer in chosen:
+            for source in (after, before):
+                check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
+        plan = choose_ranks(difference, chosen, ranks or FixedRank(64), store=store, progress=progress)
+        kept = Catalogue(chosen, catalogue.unet)
+        # what --layers leaves out by name is no loss to speak of
+        unwanted = {layer.tensor for layer in catalogue if layer.default} - kept.by_tensor.keys()
+        compared = [name for name in compared if name not in unwanted]
+        factors: dict[str, LowRank] = {}
+        passage = _DifferenceFactorizer(difference, kept, plan.ranks, store, device, factors)
+        done = 0
+
+        def consume(name: str, found: _Found) -> None:
+            nonlocal done
+            passage.take(name, found)
+            tell(progress, done, len(compared), name)
+            done += 1
+
+        stream(compared, passage.work, consume, size=lambda name: 3 * difference.tensors[name].nbytes)
+        # factors are small beside the model; which layers changed at all is known only now
+        changed = [layer for layer in kept if layer.name in factors]
+        if not changed:
+            raise InputError(
+                f"no layer of {after.label} differs from {before.label}",
+                hint="pass the tuned model first and the one it was made from as --base",
+            )
+        provenance = replace(
+            Provenance.from_metadata(after.metadata),
+            role=Role.LORA,
+            version=spectune_version(),
+            base_hash=passage.base_hash(before),
+            base_name=before.label,
+            principal_hash=None,
+            prediction=declared_prediction(after),
+        )
+        with AdapterWriter(
+            out,
+            changed,
+            {layer.name: factors[layer.name].rank for layer in changed},
+            dtype=store,
+            provenance=provenance,
+            spelling=spelling,
+            force=force,
+        ) as writer:
+            for layer in changed:
+                writer.write(layer, factors[layer.name])
+        tell(progress, done, done, "")
+    return ExportReport(
+        path=out,
+        hash=writer.hash,
+        layers=tuple(passage.reports[layer.name] for layer in changed),
+        left_out=tuple(passage.left_out),
+        outside=passage.outside,
+        warnings=(*warnings, *_prediction_warning(after, before)),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What became of one tensor of the difference."""
+
+    layers: tuple[tuple[Layer, Exported | ExportedLayer], ...]  # factors, or a layer that is left out
+    outside: float  # norm of what no layer holds
+
+
+class _DifferenceFactorizer:
+    """All tensors of two checkpoints on their way into a LoRA."""
+
+    def __init__(
+        self,
+        difference: Difference,
+        catalogue: Catalogue,
+        ranks: Mapping[str, int],
+        store: torch.dtype,
+        device: torch.device | str,
+        factors: dict[str, LowRank],
+    ) -> None:
+        self.difference, self.catalogue, self.ranks = difference, catalogue, ranks
+        self.store, self.device, self.factors = store, device, factors
+        self.reports: dict[str, ExportedLayer] = {}
+        self.left_out: list[ExportedLayer] = []
+        self.outside: dict[str, float] = {}
+
+    def work(self, name: str) -> _Found:
+        change = self.difference.load(name)
+        layers = self.catalogue.by_tensor.get(name, ())
+        found = tuple((layer, self._factored(layer, change[layer.row_slice])) for layer in layers)
+        if not layers:
+            return _Found((), norm(change))
+        held = sum(layer.out_features for layer in layers)
+        if held == change.shape[0]:
+            return _Found(found, 0.0)
+        rest = torch.ones(change.shape[0], dtype=torch.bool)
+        for layer in layers:
+            rest[layer.row_slice] = False
+        return _Found(found, norm(change[rest]))
+
+    def _factored(self, layer: Layer, change: Tensor) -> Exported | ExportedLayer:
+        """The factors of the change, or what is to be said of a layer that is left out."""
+        if not bool(change.any()):
+            return ExportedLayer(layer.name, 0, layer.full_rank, 0.0, 0.0)
+        rank = self.ranks.get(layer.name, 0)
+        if not rank:
+            return ExportedLayer(layer.name, 0, layer.full_rank, norm(change), 1.0)
+        split = split_weight(change, rank=rank, store=self.store, device=self.device, name=layer.name)
+        left = to_matrix(change)  # computed here, so that it may be changed in place
+        for tile, numbers in Product(split.low_rank, exact=False).tiles():
+            left[tile] -= numbers
+        size = split.report.norm
+        report = ExportedLayer(
+            layer.name, split.report.rank, layer.full_rank, size, norm(left) / size if size else 0.0
+        )
+        return Exported(split.low_rank, report)
+
+    def take(self, name: str, found: _Found) -> None:
+        for layer, exported in found.layers:
+            if isinstance(exported, ExportedLayer):
+                self.left_out.append(exported)
+            else:
+                self.factors[layer.name] = exported.low_rank
+                self.reports[layer.name] = exported.report
+        if found.outside:
+            self.outside[name] = found.outside
+
+    def base_hash(self, before: WeightSource) -> str:
+        """Of the original, with the tensors that were not compared."""
+        for name in before.tensors:
+            if name not in self.difference.hasher:
+                self.difference.hasher.add(name, before.load(name))
+        return self.difference.hasher.hexdigest()
+
+
+def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tuple[str, ...]]:
+    """The tensors to compare; raises InputError when the UNets or encoders do not have the same ones."""
+    names = [name for name in before.tensors if _is_weight(before.tensors[name])]
+    ours = [name for name in names if name.startswith((UNET_ROOT, _ENCODERS))]
+    missing = [name for name in ours if name not in after.tensors]
+    extra = [
+        name
+        for name, info in after.tensors.items()
+        if name.startswith((UNET_ROOT, _ENCODERS)) and _is_weight(info) and name not in before.tensors
+    ]
+    for found, one, other in ((missing, before, after), (extra, after, before)):
+        if found:
+            raise InputError(
+                f"{len(found)} tensors of {one.label} are not in {other.label}: {some_of(found)}",
+                hint="the difference of two checkpoints of the same kind is needed",
+            )
+    misfits = [name for name in ours if after.tensors[name].shape != before.tensors[name].shape]
+    if misfits:
+        name = misfits[0]
+        raise InputError(
+            f"{len(misfits)} tensors of {after.label} have another shape than in {before.label}: {name} is "
+            f"{after.tensors[name].shape}, expected {before.tensors[name].shape}",
+            hint="the two are models of different sizes",
+        )
+    vae = [name for name in names if name.startswith(VAE_ROOT)]
+    other_vae = [name for name in vae if not _same_bits(after, before, name)]
+    if not other_vae:
+        return ours, ()
+    return ours, (
+        f"the autoencoders differ in {len(other_vae)} tensors, which no LoRA holds: "
+        f"use the one of {after.label} beside the LoRA",
+    )
+
+
+def _is_weight(info: TensorInfo) -> bool:
+    return info.dtype.is_floating_point and bool(info.numel) and not info.name.endswith(_NO_WEIGHTS)
+
+
+def _same_bits(after: WeightSource, before: WeightSource, name: str) -> bool:
+    if name not in after.tensors or after.tensors[name].shape != before.tensors[name].shape:
+        return False
+    return torch.equal(after.load(name).float(), before.load(name).float())
+
+
+def _prediction_warning(after: WeightSource, before: WeightSource) -> tuple[str, ...]:
+    now, then = declared_prediction(after) or "eps", declared_prediction(before) or "eps"
+    if now == then:
+        return ()
+    return (
+        f"{after.label} predicts {now}, {before.label} {then}: whoever loads the LoRA must sample for {now}",
+    )

@@ -1,0 +1,142 @@
+"""What a file is and what a rank costs, from its header alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
+from spectune.adapters.alphas import alpha_problems, read_alphas, scale_problems
+from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
+from spectune.errors import InputError
+from spectune.files.provenance import Provenance, Role, declared_prediction
+from spectune.files.reader import DTYPE_NAMES, WeightSource
+from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
+from spectune.sdxl.layout import PART_ROOTS, Layout, infer_layout, part_of
+
+# what keys of adapters have in them, also of those of other models and kinds
+_ADAPTER_SIGNS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".frame_")
+_ADAPTER_ENDS = (".diff", ".diff_b")
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """One part of a checkpoint."""
+
+    name: str  # unet, te1, te2, vae, other
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]  # the most frequent first
+    layers: int  # that can be factored by default
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A checkpoint, as far as its header tells."""
+
+    label: str
+    role: str
+    prediction: str
+    declared: bool  # whether the file itself says what it predicts
+    provenance: Provenance
+    layout: Layout
+    parts: tuple[PartSummary, ...]
+    ranks: tuple[RankCost, ...]
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter, as far as its header tells."""
+
+    label: str
+    role: str
+    spelling: str  # kohya, diffusers, comfyui
+    provenance: Provenance
+    layers: Mapping[str, int]  # by part
+    ranks: Mapping[int, int]  # how many layers have a rank
+    scales: Mapping[float, int]  # how many have alpha / rank; empty where no alphas are written
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    problems: tuple[str, ...]  # of its alphas, in words
+    replaced: int = 0  # tensors of the base that it holds whole; not among layers and parameters
+
+
+def is_adapter(source: WeightSource) -> bool:
+    """Whether the file holds low-rank factors and not a model."""
+    return any(
+        name.startswith("lora_")
+        or name.endswith(_ADAPTER_ENDS)
+        or any(sign in name for sign in _ADAPTER_SIGNS)
+        for name in source.tensors
+    )
+
+
+def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
+    """Parts, layers and costs of a checkpoint; raises InputError when it is no SDXL."""
+    provenance = Provenance.from_metadata(source.metadata)
+    catalogue = build_catalogue(source)
+    prediction = declared_prediction(source)
+    return ModelSummary(
+        label=source.label,
+        role=str(provenance.role or Role.MODEL),
+        prediction=prediction or "eps",
+        declared=prediction is not None,
+        provenance=provenance,
+        layout=infer_layout(source),
+        parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
+        ranks=tuple(rank_cost(catalogue, rank) for rank in ranks),
+    )
+
+
+def describe_adapter(source: WeightSource) -> AdapterSummary:
+    """Layers, ranks and scales of an adapter in any spelling; raises InputError when the file holds none."""
+    downs = [
+        info
+        for name, info in source.tensors.items()
+        if factor_of(name) in (DOWN, FRAME_DOWN) and len(info.shape) > 1
+    ]
+    if not downs:
+        raise InputError(
+            f"{source.label} holds no pairs of low-rank factors",
+            hint="keys like lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight are expected",
+        )
+    provenance = Provenance.from_metadata(source.metadata)
+    parts = Counter(str(adapter_part(info.name) or "other") for info in downs)
+    factors = [name for name in source.tensors if factor_of(name) not in (None, ALPHA)]
+    alphas = read_alphas(source, all_spellings=True).values()
+    scales = Counter(alpha.value / alpha.rank for alpha in alphas if alpha.value and alpha.rank)
+    return AdapterSummary(
+        label=source.label,
+        role=str(provenance.role or Role.LORA),
+        spelling=" and ".join(sorted({spelling_of(info.name) for info in downs})),
+        provenance=provenance,
+        layers=dict(parts),
+        ranks=dict(sorted(Counter(info.shape[0] for info in downs).items())),
+        scales=dict(scales.most_common()),
+        parameters=sum(source.tensors[name].numel for name in factors),
+        nbytes=sum(info.nbytes for info in source.tensors.values()),
+        dtypes=_dtypes(source, factors),
+        problems=(*alpha_problems(source), *scale_problems(source)),
+        replaced=sum(name.startswith(REPLACED) for name in source.tensors),
+    )
+
+
+def _part(name: str, source: WeightSource, catalogue: Catalogue) -> PartSummary:
+    names = [tensor for tensor in source.tensors if part_of(tensor) == name]
+    infos = [source.tensors[tensor] for tensor in names]
+    return PartSummary(
+        name=name,
+        tensors=len(infos),
+        parameters=sum(info.numel for info in infos),
+        nbytes=sum(info.nbytes for info in infos),
+        dtypes=_dtypes(source, names),
+        layers=sum(layer.part.value == name for layer in catalogue.layers),
+    )
+
+
+def _dtypes(source: WeightSource, names: Sequence[str]) -> tuple[str, ...]:
+    counted = Counter(DTYPE_NAMES[source.tensors[name].dtype] for name in names)
+    return tuple(dtype for dtype, _ in counted.most_common())

@@ -1,0 +1,139 @@
+"""What the operations on files share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.spellings import Spelling
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.targets import TensorWriter
+from spectune.errors import InputError
+from spectune.files.provenance import (
+    PREFIX,
+    Provenance,
+    Role,
+    WeightsHasher,
+    declared_prediction,
+    spectune_version,
+)
+from spectune.files.reader import MODEL_INDEX, Checkpoint, TensorInfo, WeightSource
+from spectune.files.stream import Progress, stream, tell
+from spectune.files.writer import refuse_inputs
+from spectune.sdxl.layers import Catalogue, build_catalogue
+
+# True of the bytes of the original file only.
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def template_of(base: Checkpoint) -> Path | None:
+    """The diffusers folder whose small files a new one takes over; None for a base of another kind."""
+    folder = base.path.parent if base.path.name == MODEL_INDEX else base.path
+    return folder if (folder / MODEL_INDEX).is_file() else None
+
+
+def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | None) -> None:
+    """Compute and write every tensor of a model."""
+    names, done = list(model.tensors), 0
+
+    def write(name: str, tensor: Tensor) -> None:
+        nonlocal done
+        writer.write(name, tensor)
+        tell(progress, done, len(names), name)
+        done += 1
+
+    def computed(name: str) -> Tensor:
+        tensor = model.load(name)
+        writer.hash_ahead(name, tensor)
+        return tensor
+
+    stream(names, computed, write, size=lambda name: model.tensors[name].nbytes)
+    tell(progress, done, len(names), "")
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A source whose numbers are hashed while they pass; every tensor is loaded once."""
+
+    source: WeightSource
+    hasher: WeightsHasher
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.source.metadata
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    def load(self, name: str) -> Tensor:
+        tensor = self.source.load(name)
+        self.hasher.add(name, tensor)
+        return tensor
+
+
+def refuse_parts(base: WeightSource) -> None:
+    role = Provenance.from_metadata(base.metadata).role
+    if role not in (None, Role.MODEL):
+        raise InputError(f"{base.label} is a {role}: expected a whole model", hint="split the original model")
+
+
+def origin_of(base: Checkpoint) -> Provenance:
+    """What every file that is made from `base` says about it."""
+    return replace(
+        Provenance.from_metadata(base.metadata),
+        version=spectune_version(),
+        base_name=base.label,
+        principal_hash=None,
+        prediction=declared_prediction(base),
+    )
+
+
+def refuse_overwriting(out: Path, sources: Sequence[Checkpoint | Adapter | TunedAdapter]) -> None:
+    """Raise InputError, before any work, when a file that is read would be written."""
+    files = [source.file if isinstance(source, Adapter | TunedAdapter) else source for source in sources]
+    refuse_inputs(out, [path for file in files if file is not None for path in file.paths])
+
+
+def catalogue_of(base: Path, out: Path) -> Catalogue:
+    """All layers of a checkpoint, whose header alone is read; InputError if `out` would overwrite it."""
+    with open_checkpoint(base) as source:
+        refuse_overwriting(out, [source])
+        return build_catalogue(source, all_layers=True)
+
+
+def check_stays_tuned(
+    tuned: Adapter | TunedAdapter, spelling: Spelling, store: torch.dtype | None, *, even: bool = False
+) -> None:
+    """Raise InputError when trained deltas are to be written as other programs write factors."""
+    if spelling is not Spelling.KOHYA or store is not None or even:
+        raise InputError(
+            f"{tuned.label} holds trained deltas, which no other program reads in any spelling",
+            hint="`spectune export` writes a plain LoRA of it, and takes --keys",
+        )
+
+
+def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, str]:
+    """What the metadata of an adapter say that is still true of its layers in another file.
+
+    Hashes, the title and the sizes of the network are written anew, and so is all of `spectune.`.
+    """
+    sizes = (
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "lora_adapter_metadata",
+    )
+    names = ("modelspec.title",) if one_file else ("modelspec.title", "ss_output_name")
+    gone = {*STALE, *sizes, *names}
+    return {key: text for key, text in metadata.items() if key not in gone and not key.startswith(PREFIX)}

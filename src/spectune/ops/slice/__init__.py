@@ -1,0 +1,1 @@
+"""Combining parts of adapters and of checkpoints."""

@@ -1,0 +1,198 @@
+"""Cutting layers out of adapter files and putting those of several together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
+from spectune.adapters.alphas import scale_problems
+from spectune.adapters.reader import open_adapter
+from spectune.adapters.spellings import Spelling
+from spectune.adapters.traits import TraitRule
+from spectune.adapters.writer import AdapterWriter, save_tuned
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.combine import Term, summed
+from spectune.core.delta import Delta
+from spectune.core.lora import Exported, ExportedLayer, limited_rank, total_error
+from spectune.core.low_rank import common_type
+from spectune.errors import InputError, some_of
+from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.files.stream import Progress, stream, tell
+from spectune.ops.shared import (
+    catalogue_of,
+    check_stays_tuned,
+    kept_metadata,
+    refuse_overwriting,
+)
+from spectune.ops.slice.plan import (
+    Slice,
+    SlicePlan,
+    SliceResult,
+    provenance_of,
+    role_of,
+    slices_metadata,
+)
+from spectune.sdxl.layers import Layer
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """What `slice` wrote."""
+
+    path: Path
+    hash: str
+    role: Role  # lora, tuned or principal
+    slices: tuple[SliceResult, ...]
+    layers: tuple[ExportedLayer, ...]  # with what rounding cost; none for tuned
+    overlaps: tuple[str, ...]  # layers that are sums
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Relative error of all layers together."""
+        return total_error(self.layers)
+
+
+def slice_adapters(
+    slices: Sequence[Slice],
+    out: Path,
+    *,
+    traits: Mapping[str, TraitRule] | None = None,
+    base: Path | None = None,
+    store: torch.dtype | None = None,
+    spelling: Spelling = Spelling.KOHYA,
+    overlap: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SliceReport:
+    """Put layers of one or several adapters into a new one.
+
+    A layer that several slices have is the exact sum of them, or with `overlap` off an InputError. Weights
+    count once; alphas stay. Tuned adapters of one model give a tuned adapter where every layer comes from one
+    of them at weight 1, otherwise, and beside LoRAs, a LoRA. `store` is the type of the factors: by default
+    that of the files, float16 for what comes from tuned adapters. `base` is the model, where it is not of
+    SDXL's size. Progress counts layers. Raises PairingError for files that no single adapter can hold.
+    """
+    with ExitStack() as stack:
+        catalogue = None if base is None else catalogue_of(base, out)
+        opened: dict[Path, Adapter | TunedAdapter] = {}
+        for piece in slices:
+            if piece.path not in opened:
+                opened[piece.path] = stack.enter_context(open_adapter(piece.path, catalogue))
+        refuse_overwriting(out, list(opened.values()))
+        plan = SlicePlan.of(slices, opened, traits or {})
+        if plan.overlaps and not overlap:
+            raise InputError(
+                f"{len(plan.overlaps)} layers are in more than one slice: {some_of(plan.overlaps)}",
+                hint="leave out --no-overlap to add them up, or narrow the traits",
+            )
+        role, warnings = role_of(plan, opened)
+        known = any(isinstance(adapter, TunedAdapter) or _has_role(adapter) for adapter in opened.values())
+        provenance = provenance_of(plan, opened, role)
+        # what other programs made stays without a role, and is judged by its numbers
+        provenance = replace(provenance, role=role if known else None, version=spectune_version())
+        kept = kept_metadata(opened[plan.leading].metadata, one_file=len(opened) == 1)
+        metadata = {**kept, **slices_metadata(slices)}
+        warnings = (*(text for adapter in opened.values() for text in adapter.warnings), *warnings)
+        if role is Role.TUNED:
+            check_stays_tuned(opened[slices[0].path], spelling, store)
+            written = _write_tuned(plan, opened, out, provenance, metadata, force=force)
+            reports: list[ExportedLayer] = []
+        else:
+            written, reports = _write(
+                plan, opened, out, provenance, metadata, store, spelling, force=force, progress=progress
+            )
+            with open_checkpoint(out) as made:
+                warnings = (*warnings, *scale_problems(made))
+    return SliceReport(out, written, role, plan.results, tuple(reports), plan.overlaps, warnings)
+
+
+def _has_role(adapter: Adapter | TunedAdapter) -> bool:
+    return Provenance.from_metadata(adapter.metadata).role is not None
+
+
+def _write_tuned(
+    plan: SlicePlan,
+    opened: Mapping[Path, Adapter | TunedAdapter],
+    out: Path,
+    provenance: Provenance,
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
+) -> str:
+    adapters = {layer.name: opened[plan.sources[layer.name][0].path] for layer in plan.layers}
+    ranks = {name: adapter.rank(name) for name, adapter in adapters.items()}
+
+    def read(name: str) -> Delta:
+        delta = adapters[name].layers[name]
+        assert isinstance(delta, Delta)
+        return delta
+
+    dtypes = dict.fromkeys(ranks, torch.float32)
+    tuned = TunedAdapter(LazyLayers(ranks, dtypes, read), metadata, out.name)
+    return save_tuned(out, tuned, provenance, metadata=metadata, force=force)
+
+
+def _write(
+    plan: SlicePlan,
+    opened: Mapping[Path, Adapter | TunedAdapter],
+    out: Path,
+    provenance: Provenance,
+    metadata: Mapping[str, str],
+    store: torch.dtype | None,
+    spelling: Spelling,
+    *,
+    force: bool,
+    progress: Progress | None,
+) -> tuple[str, list[ExportedLayer]]:
+    ranks = {layer.name: _rank(layer, plan, opened) for layer in plan.layers}
+    dtypes = {layer.name: store or _dtype(layer, plan, opened) for layer in plan.layers}
+    reports: list[ExportedLayer] = []
+    with AdapterWriter(
+        out, plan.layers, ranks, dtype=dtypes, provenance=provenance, spelling=spelling,
+        metadata=metadata, force=force,
+    ) as writer:  # fmt: skip
+
+        def work(layer: Layer) -> Exported:
+            pieces = plan.sources[layer.name]
+            terms = [Term(opened[piece.path].layers[layer.name], piece.weight) for piece in pieces]
+            return summed(terms, dtypes[layer.name], layer.name, even=spelling is Spelling.DIFFUSERS)
+
+        def take(layer: Layer, result: Exported) -> None:
+            tell(progress, len(reports), len(plan.layers), layer.name)
+            writer.write(layer, result.low_rank)
+            reports.append(result.report)
+
+        stream(plan.layers, work, take, size=lambda layer: ranks[layer.name] * _side(layer) * 16)
+        tell(progress, len(reports), len(plan.layers), "")
+    return writer.hash, reports
+
+
+def _side(layer: Layer) -> int:
+    return layer.in_features + layer.out_features
+
+
+def _rank(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> int:
+    adapters = [opened[piece.path] for piece in plan.sources[layer.name]]
+    terms = sum(
+        adapter.rank(layer.name) * (2 if isinstance(adapter, TunedAdapter) else 1) for adapter in adapters
+    )
+    # a layer that is not summed keeps even a rank above its own size
+    return terms if len(adapters) == 1 and isinstance(adapters[0], Adapter) else limited_rank(
+        layer.shape, terms, None
+    )  # fmt: skip
+
+
+def _dtype(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> torch.dtype:
+    """The type that holds the factors of all files: theirs, float16 for deltas, which are re-factored."""
+    adapters = [opened[piece.path] for piece in plan.sources[layer.name]]
+    found = [
+        torch.float16 if isinstance(adapter, TunedAdapter) else adapter.dtype(layer.name)
+        for adapter in adapters
+    ]
+    return common_type(found)

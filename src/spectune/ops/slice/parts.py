@@ -1,0 +1,151 @@
+"""A checkpoint put together from whole parts of others: the UNet of one, the encoders of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.targets import open_writer
+from spectune.errors import InputError, did_you_mean
+from spectune.files.provenance import (
+    ADAPTERS_KEY,
+    PREFIX,
+    Provenance,
+    Role,
+    modelspec_model,
+    spectune_version,
+)
+from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.stream import Progress
+from spectune.ops.shared import STALE, refuse_overwriting, refuse_parts, template_of, write_all
+from spectune.ops.slice.plan import Slice, slices_metadata
+from spectune.sdxl.layers import build_catalogue
+from spectune.sdxl.layout import PARTS, part_of
+
+_WORDS: Mapping[str, tuple[str, ...]] = {**{part: (part,) for part in PARTS}, "te": ("te1", "te2")}
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Tensors from the files of several checkpoints, each part from one; what is in no part, as the UNet."""
+
+    sources: Mapping[str, WeightSource]  # by part
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def of(cls, sources: Mapping[str, WeightSource]) -> Swapped:
+        tensors = {
+            name: info
+            for part, source in sources.items()
+            for name, info in source.tensors.items()
+            if _home(name) == part
+        }
+        return cls(sources, tensors)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.sources["unet"].metadata
+
+    @property
+    def label(self) -> str:
+        return " + ".join(f"{part} of {source.label}" for part, source in self.sources.items())
+
+    def load(self, name: str) -> Tensor:
+        return self.sources[_home(name)].load(name)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What was written: of which file each part is."""
+
+    path: Path
+    hash: str
+    parts: Mapping[str, str]
+    tensors: int
+
+
+def swap_parts(
+    slices: Sequence[Slice], out: Path, *, force: bool = False, progress: Progress | None = None
+) -> SwapReport:
+    """Write a checkpoint whose parts (unet, te1, te2 or te for both, vae) are byte for byte those of others.
+
+    Every part must be named once. What is predicted, and everything beside the parts, is as in the UNet's
+    file; the scale and shift of latents as in the VAE's. Progress counts tensors. Raises InputError for
+    checkpoints whose parts do not fit each other.
+    """
+    chosen = _chosen(slices)
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(open_checkpoint(path)) for path in dict.fromkeys(chosen.values())}
+        for source in opened.values():
+            refuse_parts(source)
+        refuse_overwriting(out, list(opened.values()))
+        model = Swapped.of({part: opened[chosen[part]] for part in PARTS})
+        missing = [part for part in PARTS if not any(_home(name) == part for name in model.tensors)]
+        if missing:
+            label = model.sources[missing[0]].label
+            raise InputError(f"{label} has no {missing[0]}", hint="take that part from another file")
+        # the UNet is built for one width of text conditioning, which the encoders must have
+        build_catalogue(model)
+        infos = list(model.tensors.values())
+        template = template_of(opened[chosen["unet"]])
+        metadata = _metadata(model, slices, title=out.name.removesuffix(".safetensors"))
+        with open_writer(out, infos, metadata=metadata, force=force, template=template) as writer:
+            write_all(model, writer, progress)
+    return SwapReport(out, writer.hash, {part: chosen[part].name for part in PARTS}, len(infos))
+
+
+def _chosen(slices: Sequence[Slice]) -> dict[str, Path]:
+    """The file of each part."""
+    chosen: dict[str, Path] = {}
+    for piece in slices:
+        if piece.weight != 1:
+            raise InputError(f"{piece}: parts of checkpoints have no weight", hint="leave it out")
+        word = piece.trait or ""
+        if word not in _WORDS:
+            raise InputError(
+                f"{piece.path.name} is a checkpoint: expected one of its parts"
+                + (f", got `{word}`{did_you_mean(word, _WORDS)}" if word else ""),
+                hint=f"write {piece.path.name}:unet; parts are {', '.join(_WORDS)}",
+            )
+        for part in _WORDS[word]:
+            if part in chosen:
+                raise InputError(f"{part} is taken twice: of {chosen[part].name} and of {piece.path.name}")
+            chosen[part] = piece.path
+    missing = [part for part in PARTS if part not in chosen]
+    if missing:
+        raise InputError(
+            f"no file gives the {' and the '.join(missing)}",
+            hint=f"name one for each of {', '.join(PARTS)}, such as {slices[0].path.name}:{missing[0]}",
+        )
+    return chosen
+
+
+def _home(name: str) -> str:
+    part = part_of(name)
+    return part if part in PARTS else "unet"
+
+
+def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[str, str]:
+    told = Provenance.from_metadata(model.metadata)
+    vae = Provenance.from_metadata(model.sources["vae"].metadata)
+    provenance = replace(
+        told,
+        role=Role.MODEL,
+        version=spectune_version(),
+        base_hash=None,
+        base_name=None,
+        principal_hash=None,
+        vae_scale=vae.vae_scale,
+        vae_shift=vae.vae_shift,
+        vae_padding=vae.vae_padding,
+        vae_name=vae.vae_name,
+    )
+    # what the UNet's file was rebuilt with is not true of the other parts
+    ours = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {ADAPTERS_KEY}
+    kept = {key: text for key, text in model.metadata.items() if key not in ours and key not in STALE}
+    return kept | modelspec_model(kept, title=title) | provenance.to_metadata() | slices_metadata(slices)

@@ -1,0 +1,220 @@
+"""Splitting a checkpoint file into the files of its principal and its residual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spectune.adapters.writer import AdapterWriter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.core.report import Agreement, LayerReport, total_energy, total_share
+from spectune.core.rounding import check_dtype
+from spectune.core.svd import Method
+from spectune.files.atomic import Together
+from spectune.files.provenance import Role, WeightsHasher
+from spectune.files.reader import INDEX_SUFFIX, TensorInfo, WeightSource
+from spectune.files.stream import Progress, stream, tell
+from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
+from spectune.ops.shared import STALE, origin_of, refuse_parts
+from spectune.pairs.exceptions import HEADER_BYTES, exceptions_name, to_bytes
+from spectune.pairs.layer_ranks import FixedRank, RankRequest, choose_ranks
+from spectune.pairs.rules import LAYER_COUNT_KEY, base_dtypes_metadata
+from spectune.pairs.split_tensor import SplitPlan, SplitTensor, split_tensor
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.selection import select_layers
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What `split` wrote and measured; agreements say how the stored pair makes each tensor again."""
+
+    principal: Path
+    residual: Path | None
+    base_hash: str
+    principal_hash: str
+    label: str  # what the ranks are, as in the file's name: r64
+    layers: tuple[LayerReport, ...]
+    agreements: Mapping[str, Agreement]  # by tensor, the factored ones; empty without a residual
+    exceptions: int = 0  # numbers that the residual's file keeps by themselves
+
+    @property
+    def energy(self) -> float:
+        """The share of the squared norm of all factored weights that the principal holds, 0..1."""
+        return total_energy(self.layers)
+
+    @property
+    def share(self) -> float:
+        """The bit-equal share of the factored numbers when the pair is put together again, 0..1."""
+        return total_share(self.agreements.values())
+
+    @property
+    def exact(self) -> bool:
+        return all(agreement.exact for agreement in self.agreements.values())
+
+    @property
+    def excess(self) -> float:
+        """The largest estimated (norm of what is left / smallest possible) - 1 of a layer."""
+        return max((layer.excess for layer in self.layers), default=0.0)
+
+    @property
+    def capped(self) -> tuple[LayerReport, ...]:
+        """Layers that are no larger than their rank, so that all of them is in the principal."""
+        return tuple(layer for layer in self.layers if layer.capped)
+
+
+def principal_name(stem: str, label: str) -> str:
+    """The file name of a principal adapter: `base.principal-r64.safetensors`."""
+    return f"{stem}.principal-{label}.safetensors"
+
+
+def residual_name(stem: str) -> str:
+    """The file name of a residual model: `base.residual.safetensors`."""
+    return f"{stem}.residual.safetensors"
+
+
+def checkpoint_stem(path: Path) -> str:
+    """The name of a checkpoint without its suffixes; of a folder, its own name."""
+    return path.resolve().name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
+
+
+def split_checkpoint(
+    model: Path,
+    folder: Path,
+    *,
+    ranks: RankRequest | None = None,
+    store: torch.dtype = torch.float16,
+    residual_dtype: torch.dtype | None = None,
+    with_residual: bool = True,
+    layers: Sequence[str] = ("default",),
+    method: Method = "auto",
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SplitReport:
+    """Write the principal adapter of `model` and, unless told otherwise, its residual model into `folder`.
+
+    `ranks` is 64 for every layer if not given; `layers` are words and patterns that `select_layers` knows.
+    `residual_dtype` None keeps each tensor's own type (float16 for fp8); a wider one makes the pair exact.
+    Both files appear together when they are complete. Progress counts tensors. Raises InputError when `model`
+    is itself only a part of a model.
+    """
+    with open_checkpoint(model) as base:
+        refuse_parts(base)
+        check_not_quantised(base)
+        chosen = select_layers(build_catalogue(base, all_layers=True), layers)
+        for layer in chosen:
+            check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")
+        rank_plan = choose_ranks(base, chosen, ranks or FixedRank(64), store=store, progress=progress)
+        plan = SplitPlan(rank_plan.ranks, store, residual_dtype, method, device)
+        catalogue = Catalogue(
+            tuple(layer for layer in chosen if plan.ranks.get(layer.name, 0)), build_catalogue(base).unet
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = checkpoint_stem(model)
+        principal = folder / principal_name(stem, rank_plan.label)
+        residual = folder / residual_name(stem) if with_residual else None
+        origin = origin_of(base)
+        with Together(principal) as together:
+            # both at once: a pair that is half old and half new fits nobody
+            for path in filter(None, (principal, residual)):
+                check_target(path, 0, force=force)
+            with _residual_writer(residual, base, catalogue, plan, force=force) as residual_writer:
+                with AdapterWriter(
+                    principal,
+                    catalogue.layers,
+                    plan.ranks,
+                    dtype=store,
+                    provenance=replace(origin, role=Role.PRINCIPAL),
+                    force=force,
+                    hold=True,
+                ) as writer:
+                    together.hold(writer)
+                    passage = _TensorSplitter(base, catalogue, plan, writer, residual_writer, progress)
+                    passage.run()
+                    origin = replace(origin, base_hash=passage.hasher.hexdigest())
+                    writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
+                if residual_writer is not None:
+                    together.hold(residual_writer)
+                    made_from = replace(origin, role=Role.RESIDUAL, principal_hash=writer.hash)
+                    residual_writer.metadata.update(made_from.to_metadata())
+    assert origin.base_hash is not None
+    return SplitReport(
+        principal=principal,
+        residual=residual,
+        base_hash=origin.base_hash,
+        principal_hash=writer.hash,
+        label=rank_plan.label,
+        layers=tuple(passage.reports),
+        agreements=passage.agreements,
+        exceptions=passage.exceptions,
+    )
+
+
+class _TensorSplitter:
+    """All tensors of a checkpoint on their way into the files of the split."""
+
+    def __init__(
+        self,
+        base: WeightSource,
+        catalogue: Catalogue,
+        plan: SplitPlan,
+        writer: AdapterWriter,
+        residual_writer: StreamWriter | None,
+        progress: Progress | None,
+    ) -> None:
+        self.base, self.catalogue, self.plan = base, catalogue, plan
+        self.writer, self.residual_writer, self.progress = writer, residual_writer, progress
+        self.hasher = WeightsHasher()
+        self.reports: list[LayerReport] = []
+        self.agreements: dict[str, Agreement] = {}
+        self.exceptions = 0
+        self._done = 0
+
+    def run(self) -> None:
+        stream(list(self.base.tensors.values()), self._split, self._write, size=lambda info: info.nbytes)
+        tell(self.progress, self._done, self._done, "")
+
+    def _split(self, info: TensorInfo) -> SplitTensor:
+        tensor = self.base.load(info.name)
+        self.hasher.add(info.name, tensor)
+        layers = self.catalogue.by_tensor.get(info.name)
+        if layers is None:
+            return SplitTensor(tensor, (), (), None)
+        return split_tensor(tensor, layers, self.plan, with_residual=self.residual_writer is not None)
+
+    def _write(self, info: TensorInfo, split: SplitTensor) -> None:
+        for layer, low_rank in split.low_ranks:
+            self.writer.write(layer, low_rank)
+        self.reports += split.reports
+        if split.agreement is not None:
+            self.agreements[info.name] = split.agreement
+        if self.residual_writer is not None and split.residual is not None:
+            self.residual_writer.write(info.name, split.residual)
+            if split.exceptions:
+                self.residual_writer.append(exceptions_name(info.name), to_bytes(split.exceptions))
+                self.exceptions += sum(len(part) for _, part in split.exceptions)
+        tell(self.progress, self._done, len(self.base.tensors), info.name)
+        self._done += 1
+
+
+def _residual_writer(
+    path: Path | None, base: WeightSource, catalogue: Catalogue, plan: SplitPlan, *, force: bool
+) -> StreamWriter | nullcontext[None]:
+    if path is None:
+        return nullcontext()
+    infos = [
+        replace(info, dtype=plan.residual_of(info.dtype)) if name in catalogue.by_tensor else info
+        for name, info in base.tensors.items()
+    ]
+    other = {info.name: base.tensors[info.name].dtype for info in infos if info != base.tensors[info.name]}
+    kept = {key: value for key, value in base.metadata.items() if key not in STALE}
+    metadata = {**kept, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
+    reserve = RESERVE_BYTES + HEADER_BYTES * len(other)
+    return StreamWriter(
+        path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True, hashed=False
+    )

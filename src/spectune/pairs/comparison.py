@@ -1,0 +1,311 @@
+"""Does residual + principal give the model back? Every tensor is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.adapter import Adapter
+from spectune.core.linalg import converted, scratch
+from spectune.core.low_rank import LowRank, Product, to_matrix
+from spectune.core.report import Agreement, compare, total_share
+from spectune.core.residual import Exceptions, gives_every_bit_back, working_dtype
+from spectune.errors import some_of
+from spectune.files.provenance import Provenance, WeightsHasher
+from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.stream import Progress, stream, tell
+from spectune.pairs.exceptions import is_exceptions, read_exceptions
+from spectune.pairs.merged import check_fits
+from spectune.pairs.rules import adapter_hash, read_base_dtypes, shown
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+
+# Half an ulp of a number of magnitude 1, and half of the smallest step near zero.
+_HALF_ULP = {
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.float8_e5m2: 2.0**-3,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+}
+_HALF_STEP = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17, torch.float16: 2.0**-25}
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the model beside what residual and principal make of it."""
+
+    name: str
+    layers: tuple[str, ...]  # the factored layers it holds; none where it must be carried byte for byte
+    agreement: Agreement
+    excess: float  # largest error over what rounding explains, 0 where nothing is off; above 1 is wrong
+    wrong_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Weights hashes: of the model, of what the pair makes together, and of the principal."""
+
+    model: str
+    rebuilt: str
+    principal: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All tensors compared, the hashes of the three files, and in words what does not hold."""
+
+    records: tuple[TensorRecord, ...]
+    hashes: Hashes
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Everything agrees as far as the type of the residual allows."""
+        return not self.problems
+
+    @property
+    def exact(self) -> bool:
+        """Every bit of every tensor agrees."""
+        return self.ok and all(record.agreement.exact for record in self.records)
+
+    @property
+    def exact_tensors(self) -> int:
+        return sum(record.agreement.exact for record in self.records)
+
+    @property
+    def share(self) -> float:
+        """The bit-equal share of all numbers, 0..1."""
+        return total_share(record.agreement for record in self.records)
+
+    @property
+    def max_ulp(self) -> int:
+        return max((record.agreement.max_ulp for record in self.records), default=0)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of a tensor."""
+        return max((record.agreement.relative_error for record in self.records), default=0.0)
+
+    @property
+    def wrong_layers(self) -> tuple[str, ...]:
+        """Layers whose factors or residual are off by more than one rounding each explains."""
+        return tuple(name for record in self.records for name in record.wrong_layers)
+
+
+def verify(
+    model: WeightSource, residual: WeightSource, principal: Adapter, *, progress: Progress | None = None
+) -> VerifyReport:
+    """Rebuild every tensor of `model` from the pair; compare bits, hashes and names in one pass."""
+    catalogue = build_catalogue(model, all_layers=True)
+    inspection = _Inspection(model, residual, principal, catalogue)
+    records: list[TensorRecord] = []
+
+    def note(info: TensorInfo, record: TensorRecord | None) -> None:
+        if record is not None:
+            records.append(record)
+        nonlocal done
+        tell(progress, done, len(model.tensors), info.name)
+        done += 1
+
+    done = 0
+    stream(list(model.tensors.values()), inspection.look_at, note, size=lambda info: 2 * info.nbytes)
+    tell(progress, done, done, "")
+    hashes = Hashes(
+        model=inspection.hasher.hexdigest(),
+        principal=adapter_hash(principal),
+        rebuilt=inspection.rebuilt_hasher.hexdigest(),
+    )
+    problems = [
+        *_hash_problems(model, residual, principal, hashes),
+        *_name_problems(model, residual, principal, [layer.name for layer in catalogue], inspection.misfits),
+        *_number_problems(records),
+        *alpha_problems(principal),
+    ]
+    return VerifyReport(tuple(records), hashes, tuple(problems))
+
+
+def alpha_problems(principal: Adapter) -> list[str]:
+    """In words, layers whose alpha is not their rank: a program that ignores it would scale them wrongly."""
+    wrong = [name for name, layer in principal.layers.items() if layer.alpha != layer.rank]
+    if not wrong:
+        return []
+    return [f"{len(wrong)} layers of {principal.label} have an alpha other than their rank: {some_of(wrong)}"]
+
+
+class _Inspection:
+    """Looks at one tensor after the other, in several threads."""
+
+    def __init__(
+        self, model: WeightSource, residual: WeightSource, principal: Adapter, catalogue: Catalogue
+    ) -> None:
+        self.model, self.residual, self.principal = model, residual, principal
+        self.factored = {
+            tensor: tuple(layer for layer in layers if layer.name in principal.layers)
+            for tensor, layers in catalogue.by_tensor.items()
+        }
+        self.original = read_base_dtypes(residual)
+        self.hasher, self.rebuilt_hasher = WeightsHasher(), WeightsHasher()
+        self._misfits: set[str] = set()
+
+    @property
+    def misfits(self) -> list[str]:
+        return sorted(self._misfits)
+
+    def look_at(self, info: TensorInfo) -> TensorRecord | None:
+        name = info.name
+        weight = self.model.load(name)
+        self.hasher.add(name, weight)
+        found = self.residual.tensors.get(name)
+        if found is None:
+            return None
+        layers = self.factored.get(name, ())
+        stored_as = self.original.get(name, found.dtype) if layers else found.dtype
+        if found.shape != info.shape or stored_as != info.dtype:
+            self._misfits.add(name)
+            return None
+        stored = self.residual.load(name)
+        if not layers:
+            return self._carried(name, weight, stored)
+        exceptions = read_exceptions(self.residual, name, info.dtype)
+        return self._factored(name, weight, stored, layers, exceptions)
+
+    def _carried(self, name: str, weight: Tensor, stored: Tensor) -> TensorRecord:
+        agreement = compare(stored, weight)
+        if agreement.exact:
+            self.rebuilt_hasher.copy(name, self.hasher)
+        else:
+            self.rebuilt_hasher.add(name, stored)
+        return TensorRecord(name, (), agreement, 0.0 if agreement.exact else inf, ())
+
+    def _factored(
+        self,
+        name: str,
+        weight: Tensor,
+        stored: Tensor,
+        layers: Sequence[Layer],
+        exceptions: Exceptions | None,
+    ) -> TensorRecord:
+        rebuilt = stored.to(weight.dtype, copy=True)  # rows that belong to no layer stay as they are
+        excess: dict[str, float] = {}
+        for layer in layers:
+            rows, low_rank = layer.row_slice, self.principal.layers[layer.name]
+            check_fits(layer, low_rank, self.residual.label)
+            excess[layer.name] = _put_together(rebuilt[rows], stored[rows], weight[rows], low_rank)
+        if exceptions is not None:
+            rebuilt.view(-1)[exceptions.index] = exceptions.values
+        agreement = compare(rebuilt, weight)
+        if agreement.exact:
+            self.rebuilt_hasher.copy(name, self.hasher)
+        else:
+            self.rebuilt_hasher.add(name, rebuilt)
+        return TensorRecord(
+            name=name,
+            layers=tuple(excess),
+            agreement=agreement,
+            excess=max(excess.values()),
+            wrong_layers=tuple(name for name, value in excess.items() if not value <= 1),
+        )
+
+
+def _put_together(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank) -> float:
+    """Write residual + principal into `rebuilt`; the largest error over what rounding explains."""
+    into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
+    working = working_dtype(residual.dtype)
+    worst = 0.0
+    exact_sum = gives_every_bit_back(residual.dtype, weight.dtype)
+    product = Product(low_rank, exact=exact_sum)
+    of_rows, of_columns = product.rounding()
+    for tile, principal in product.tiles():
+        stored = converted("residual", left[tile], working)
+        expected = converted("weight", original[tile], torch.float32)
+        exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
+        into[tile].copy_(exact)
+        allowed = _allowed(stored, expected, residual.dtype, weight.dtype)
+        if not exact_sum:  # the residual may come from another machine
+            allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
+        over = exact.sub_(expected).abs_().sub_(allowed)
+        if not float(torch.aminmax(over)[1]) <= 0:  # also where it is NaN
+            worst = max(worst, _excess(over.add_(allowed), allowed))
+    return worst
+
+
+def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: torch.dtype) -> Tensor:
+    """The largest |R + P - W| per number that one rounding of R explains, before R + P is rounded itself.
+
+    R was rounded once to its type; P is the same float32 number on both sides but for ties of its rounding,
+    and so is their sum: two roundings of numbers of up to |R| + |W|. Both arguments are used up.
+    """
+    final = 4 * _HALF_ULP[torch.float32]
+    # an fp16 -0 is written as a number in its place, see `subtract_principal`
+    step = _HALF_STEP.get(stored, 0.0) + _HALF_STEP.get(original, 0.0)
+    allowed = residual.abs_().mul_(_HALF_ULP.get(stored, 0.0) + final).add_(step)
+    return allowed.add_(weight.abs(), alpha=final)
+
+
+def _excess(error: Tensor, allowed: Tensor) -> float:
+    if not bool(torch.isfinite(error).all()):
+        return inf
+    return float((error / allowed).nan_to_num(0.0).max())  # 0/0: nothing allowed and nothing off
+
+
+def _hash_problems(
+    model: WeightSource, residual: WeightSource, principal: Adapter, hashes: Hashes
+) -> list[str]:
+    problems: list[str] = []
+    of_residual, of_principal = (Provenance.from_metadata(file.metadata) for file in (residual, principal))
+    for file, provenance in ((residual, of_residual), (principal, of_principal)):
+        if provenance.base_hash not in (None, hashes.model):
+            problems.append(
+                f"{file.label} was made from base {shown(provenance.base_hash)}, "
+                f"{model.label} is {shown(hashes.model)}"
+            )
+    bases = (of_residual.base_hash, of_principal.base_hash)
+    if None not in bases and bases[0] != bases[1]:
+        problems.append(
+            f"{residual.label} was made from base {shown(bases[0])}, {principal.label} from {shown(bases[1])}"
+        )
+    if of_residual.principal_hash not in (None, hashes.principal):
+        problems.append(
+            f"{residual.label} belongs to principal {shown(of_residual.principal_hash)}, "
+            f"{principal.label} is {shown(hashes.principal)}"
+        )
+    return problems
+
+
+def _name_problems(
+    model: WeightSource,
+    residual: WeightSource,
+    principal: Adapter,
+    known_layers: Sequence[str],
+    misfits: Sequence[str],
+) -> list[str]:
+    missing = [name for name in model.tensors if name not in residual.tensors]
+    spare = [name for name in residual.tensors if name not in model.tensors and not is_exceptions(name)]
+    strange = [name for name in principal.layers if name not in set(known_layers)]
+    found = (
+        (missing, f"tensors of {model.label} are missing in {residual.label}"),
+        (spare, f"tensors of {residual.label} are not in {model.label}"),
+        (misfits, f"tensors of {residual.label} have another shape or type than in {model.label}"),
+        (strange, f"layers of {principal.label} are not in {model.label}"),
+    )
+    return [f"{len(names)} {what}: {some_of(names)}" for names, what in found if names]
+
+
+def _number_problems(records: Sequence[TensorRecord]) -> list[str]:
+    problems: list[str] = []
+    wrong = [name for record in records for name in record.wrong_layers]
+    if wrong:
+        worst = max(records, key=lambda record: record.excess if record.layers else 0.0)
+        count = sum(len(record.layers) for record in records)
+        problems.append(
+            f"{len(wrong)} of {count} factored layers are off by more than rounding explains "
+            f"(worst {worst.excess:.3g} times in {worst.name}): {some_of(wrong)}"
+        )
+    carried = [record.name for record in records if not record.layers and not record.agreement.exact]
+    if carried:
+        problems.append(f"{len(carried)} tensors outside the factored layers differ: {some_of(carried)}")
+    return problems

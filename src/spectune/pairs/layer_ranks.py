@@ -1,0 +1,203 @@
+"""From what is asked for (a rank, an energy, a file size) to the rank of every layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.writer import adapter_infos
+from spectune.core.rank import (
+    BudgetRank,
+    EnergyRank,
+    FixedRank,
+    Price,
+    best_ranks,
+    rank_for_energy,
+    rank_of,
+)
+from spectune.errors import InputError
+from spectune.files.reader import DTYPE_NAMES, TensorInfo, WeightSource
+from spectune.files.stream import Progress
+from spectune.files.writer import RESERVE_BYTES
+from spectune.pairs.layer_spectra import all_spectra
+from spectune.pairs.sizes import format_bytes, parse_bytes
+from spectune.sdxl.layers import Layer
+
+__all__ = [
+    "BudgetRank",
+    "EnergyRank",
+    "FixedRank",
+    "RankPlan",
+    "RankRequest",
+    "choose_ranks",
+    "file_bytes",
+    "parse_ranks",
+]
+
+RankRequest = FixedRank | EnergyRank | BudgetRank
+
+# Length, alignment, and more than kohya's and our own metadata take with the longest file names.
+_METADATA_BYTES = 8192
+# As long as the offsets in the header of any file up to 10 TB.
+_LONG_OFFSET = 10**12
+
+
+def parse_ranks(
+    rank: int | None,
+    conv_rank: int | None,
+    energy: float | None,
+    budget: str | None,
+    *,
+    budget_word: str = "budget",
+) -> RankRequest:
+    """The one way of choosing ranks that was asked for; rank 64 if none was."""
+    asked = {"--rank": rank, "--energy": energy, f"--{budget_word}": budget}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other", hint="choose one of them")
+    if conv_rank is not None and given not in ([], ["--rank"]):
+        raise InputError(f"--conv-rank and {given[0]} exclude each other", hint="leave out --conv-rank")
+    if energy is not None:
+        return EnergyRank(energy)
+    if budget is not None:
+        return BudgetRank(parse_bytes(budget))
+    return FixedRank(64 if rank is None else rank, conv_rank)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The true rank of each layer of a principal, and what it takes."""
+
+    ranks: Mapping[
+        str, int
+    ]  # by layer name, at least 1, in the order of the layers; alpha is the same number
+    left_out: tuple[str, ...]  # layers that get no direction: they stay whole in the residual
+    label: str  # for file names: r64, r64-c32, e0.90, 600MB
+    parameters: int
+    nbytes: int  # of the principal file, at most
+    energy: float | None  # share of the squared norm of all layers that the ranks hold; None if not measured
+
+
+def choose_ranks(
+    source: WeightSource,
+    layers: Sequence[Layer],
+    request: RankRequest,
+    *,
+    store: torch.dtype,
+    progress: Progress | None = None,
+) -> RankPlan:
+    """The ranks that `request` gives to `layers`, with factors stored as `store`.
+
+    A fixed rank needs shapes only. An energy or a budget reads every weight once; progress counts layers.
+    Energy is absolute: the sum of squares over all layers, so that a layer counts by its norm.
+    Raises InputError for damaged weights, and for a budget in which no direction fits.
+    """
+    if isinstance(request, FixedRank):
+        ranks = [rank_of(request, layer.shape) for layer in layers]
+        return _plan(layers, ranks, request, store, energy=None)
+    spectra = all_spectra(source, layers, progress)
+    ranks = ranks_of_spectra(layers, spectra, request, store=store)
+    return _plan(layers, ranks, request, store, energy=_captured(spectra, ranks))
+
+
+def ranks_of_spectra(
+    layers: Sequence[Layer],
+    spectra: Sequence[Tensor],
+    request: EnergyRank | BudgetRank,
+    *,
+    store: torch.dtype,
+) -> list[int]:
+    """The ranks that an energy or a budget gives to layers with these singular values; 0 leaves one out."""
+    if isinstance(request, EnergyRank):
+        return [_for_energy(values, request) for values in spectra]
+    return _for_budget(layers, spectra, request, store)
+
+
+def _for_energy(values: Tensor, request: EnergyRank) -> int:
+    rank = rank_for_energy(values, request.share)
+    return rank if request.max_rank is None else min(rank, request.max_rank)
+
+
+def _for_budget(
+    layers: Sequence[Layer], spectra: Sequence[Tensor], request: BudgetRank, store: torch.dtype
+) -> list[int]:
+    prices = [layer_price(layer, store) for layer in layers]
+    ranks = best_ranks(spectra, prices, request.nbytes - empty_file_bytes())
+    if not any(ranks):
+        least = min((price.entry + price.direction for price in prices), default=0) + empty_file_bytes()
+        raise InputError(
+            f"a budget of {format_bytes(request.nbytes)} holds no direction of any of {len(layers)} layers",
+            hint=f"the smallest adapter takes {least:,} bytes; `inspect --spectrum` shows what ranks cost",
+        )
+    return list(ranks)
+
+
+def _plan(
+    layers: Sequence[Layer],
+    ranks: Sequence[int],
+    request: RankRequest,
+    store: torch.dtype,
+    *,
+    energy: float | None,
+) -> RankPlan:
+    chosen = {layer.name: rank for layer, rank in zip(layers, ranks, strict=True) if rank}
+    kept = [layer for layer in layers if layer.name in chosen]
+    return RankPlan(
+        ranks=chosen,
+        left_out=tuple(layer.name for layer in layers if layer.name not in chosen),
+        label=request_label(request),
+        parameters=sum(chosen[layer.name] * (layer.in_features + layer.out_features) for layer in kept),
+        nbytes=file_bytes(kept, chosen, store),
+        energy=energy,
+    )
+
+
+def _captured(spectra: Sequence[Tensor], ranks: Sequence[int]) -> float:
+    total = sum(float(values.square().sum()) for values in spectra)
+    kept = sum(float(v[:rank].square().sum()) for v, rank in zip(spectra, ranks, strict=True))
+    return kept / total if total else 1.0
+
+
+def request_label(request: RankRequest) -> str:
+    """`r64`, `r64-c32`, `e0.90`, `e0.90-r128` or `600MB`, for the names of files."""
+    match request:
+        case FixedRank(rank, conv_rank):
+            return f"r{rank}" if conv_rank in (None, rank) else f"r{rank}-c{conv_rank}"
+        case EnergyRank(share, max_rank):
+            digits = max(2, len(f"{share:.6f}".rstrip("0").partition(".")[2]))
+            return f"e{share:.{digits}f}" + ("" if max_rank is None else f"-r{max_rank}")
+        case BudgetRank(nbytes):
+            return format_bytes(nbytes)
+
+
+def file_bytes(layers: Sequence[Layer], ranks: Mapping[str, int], store: torch.dtype) -> int:
+    """An upper bound of the size of an adapter file: at most a few percent above it, never below."""
+    prices = [(layer_price(layer, store), ranks[layer.name]) for layer in layers]
+    return empty_file_bytes() + sum(price.entry + rank * price.direction for price, rank in prices)
+
+
+def empty_file_bytes() -> int:
+    """What an adapter file takes before its first layer: metadata and the room that is kept for hashes."""
+    return RESERVE_BYTES + _METADATA_BYTES
+
+
+def layer_price(layer: Layer, store: torch.dtype) -> Price:
+    """Header entries and alpha once, and the numbers of a direction: (in + out) * itemsize."""
+    infos = adapter_infos([layer], {layer.name: layer.full_rank}, store)
+    entries = sum(len(_header_entry(info)) for info in infos)
+    alpha = torch.float32.itemsize
+    return Price(entry=entries + alpha, direction=(layer.in_features + layer.out_features) * store.itemsize)
+
+
+def _header_entry(info: TensorInfo) -> str:
+    """The longest that the header of a file says of a tensor, and the comma after it."""
+    described = {
+        "dtype": DTYPE_NAMES[info.dtype],
+        "shape": list(info.shape),
+        "data_offsets": [_LONG_OFFSET, _LONG_OFFSET],
+    }
+    return json.dumps({info.name: described}, separators=(",", ":"))

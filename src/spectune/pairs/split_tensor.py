@@ -1,0 +1,84 @@
+"""One tensor of a checkpoint, with one layer or three in it, split and checked at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.core.low_rank import LowRank
+from spectune.core.report import Agreement, LayerReport, total
+from spectune.core.residual import Exceptions, subtract_principal
+from spectune.core.split import split_weight
+from spectune.core.svd import Method
+from spectune.sdxl.layers import Layer
+
+# A residual needs digits that eight bits have not.
+_RESIDUAL_OF_NARROW = torch.float16
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The rank of each layer that is factored, and the types on disk."""
+
+    ranks: Mapping[str, int]  # by layer name; other layers stay whole in the residual
+    store: torch.dtype
+    residual_dtype: torch.dtype | None = None  # None: the tensor's own, float16 for fp8
+    method: Method = "auto"
+    device: torch.device | str = "cpu"  # where the singular vectors are computed
+
+    def residual_of(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of the residual of a tensor of type `dtype`."""
+        own = _RESIDUAL_OF_NARROW if dtype.itemsize == 1 else dtype
+        return self.residual_dtype or own
+
+
+@dataclass(frozen=True)
+class SplitTensor:
+    """The parts of one tensor as they are stored, and how well they make it again."""
+
+    residual: Tensor | None
+    low_ranks: tuple[tuple[Layer, LowRank], ...]
+    reports: tuple[LayerReport, ...]
+    agreement: Agreement | None
+    exceptions: tuple[tuple[int, Exceptions], ...] = ()  # with the place in the tensor where the layer begins
+
+
+def split_tensor(
+    tensor: Tensor, layers: Sequence[Layer], plan: SplitPlan, *, with_residual: bool = True
+) -> SplitTensor:
+    """Split every layer of a tensor by itself; the residual has the tensor's shape."""
+    pairs: list[tuple[Layer, LowRank]] = []
+    reports: list[LayerReport] = []
+    for layer in layers:
+        split = split_weight(
+            tensor[layer.row_slice],
+            rank=plan.ranks[layer.name],
+            store=plan.store,
+            method=plan.method,
+            device=plan.device,
+            name=layer.name,
+        )
+        pairs.append((layer, split.low_rank))
+        reports.append(split.report)
+    if not with_residual:
+        return SplitTensor(None, tuple(pairs), tuple(reports), None)
+    dtype = plan.residual_of(tensor.dtype)
+    # rows of a fused tensor that belong to no factored layer stay as they are
+    left = tensor.to(dtype, copy=True) if len(layers) > 1 or layers[0].rows is not None else None
+    agreements: list[Agreement] = []
+    exceptions: list[tuple[int, Exceptions]] = []
+    for layer, low_rank in pairs:
+        part = subtract_principal(tensor[layer.row_slice], low_rank, dtype, name=layer.name)
+        agreements.append(part.agreement)
+        if part.exceptions is not None:
+            start = 0 if layer.rows is None else layer.rows[0]
+            exceptions.append((start * math.prod(tensor.shape[1:]), part.exceptions))
+        if left is None:
+            left = part.residual
+        else:
+            left[layer.row_slice] = part.residual
+    return SplitTensor(left, tuple(pairs), tuple(reports), total(agreements), tuple(exceptions))

@@ -1,0 +1,115 @@
+"""A principal that another program has trained, and the one it was, as the deltas between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
+from spectune.core.delta import Delta
+from spectune.core.low_rank import LowRank, weight_shape
+from spectune.errors import InputError, PairingError, some_of
+from spectune.files.provenance import Provenance, Role
+from spectune.pairs.likeness import likeness_of_adapters
+from spectune.pairs.rules import adapter_hash, shown
+
+
+def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAdapter) -> TunedAdapter:
+    """dA = A - A0 and dB = B - B0 of every layer, in float32, on the original's frame.
+
+    Exact where both are 16-bit factors close to each other (Sterbenz 1974). Raises InputError where the files
+    are not of this kind, have other ranks or scales, and PairingError where they do not belong together.
+    """
+    for adapter, what in ((trained, "a trained principal"), (original, "the principal it was trained from")):
+        if isinstance(adapter, TunedAdapter):
+            raise InputError(
+                f"{adapter.label} is a tuned adapter: expected {what}",
+                hint="leave out --principal: a tuned adapter holds its own",
+            )
+    assert isinstance(trained, Adapter)
+    assert isinstance(original, Adapter)
+    foreign = [name for name in trained.layers if name not in original.layers]
+    if foreign:
+        raise InputError(
+            f"{len(foreign)} of {len(trained.layers)} layers of {trained.label} are not in {original.label}: "
+            f"{some_of(foreign)}",
+            hint="pass the principal that it was trained from as --principal",
+        )
+    ranks = {name: trained.rank(name) for name in trained.layers}
+    resized = [name for name, rank in ranks.items() if rank != original.rank(name)]
+    if resized:
+        name = resized[0]
+        raise InputError(
+            f"{len(resized)} layers of {trained.label} have another rank than in {original.label}: "
+            f"{name} has {ranks[name]}, expected {original.rank(name)}",
+            hint="train with the rank of the principal: network_dim, conv_dim",
+        )
+    for name in trained.layers:
+        shapes = [_shape_of(adapter, name) for adapter in (trained, original)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{name} is {shapes[0]} in {trained.label} and {shapes[1]} in {original.label}",
+                hint="the adapters belong to models of different sizes",
+            )
+    found = adapter_hash(original)
+    _check_pair(trained, original, found)
+
+    def delta(name: str) -> Delta:
+        before, after = original.layers[name], trained.layers[name]
+        _check_scale(name, before, after, original.label, trained.label)
+        return Delta(
+            before, down=after.down.float() - before.down.float(), up=after.up.float() - before.up.float()
+        )
+
+    told = Provenance.from_metadata(trained.metadata)
+    origin = Provenance.from_metadata(original.metadata)
+    provenance = replace(
+        told,
+        role=Role.TUNED,
+        base_hash=origin.base_hash,
+        base_name=origin.base_name,
+        principal_hash=found,
+        prediction=told.prediction or origin.prediction,
+    )
+    return TunedAdapter(
+        LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), delta),
+        {**trained.metadata, **provenance.to_metadata()},
+        trained.label,
+        trained.warnings,
+        None,
+        trained.catalogue,
+    )
+
+
+def _shape_of(adapter: Adapter, name: str) -> tuple[int, ...]:
+    if adapter.catalogue is not None and name in adapter.catalogue.by_name:
+        return adapter.catalogue.by_name[name].shape
+    return weight_shape(adapter.layers[name])
+
+
+def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
+    made_from = Provenance.from_metadata(trained.metadata).principal_hash
+    if made_from is not None and made_from != found:
+        raise PairingError(
+            f"{trained.label} replaces principal {shown(made_from)}, {original.label} is {shown(found)}",
+            hint="pass the principal that it was trained from",
+        )
+    alike = likeness_of_adapters(original, trained)
+    if not alike.is_inside:
+        for name, after in trained.layers.items():
+            _check_scale(name, original.layers[name], after, original.label, trained.label)
+        raise PairingError(
+            f"{trained.label} does not look like {original.label} after training: only "
+            f"{alike.projection:.0%} of it is there",
+            hint="pass the principal that it was trained from",
+        )
+
+
+def _check_scale(name: str, before: LowRank, after: LowRank, original: str, trained: str) -> None:
+    if after.scale != before.scale:
+        raise InputError(
+            f"{name} has scale {after.scale:g} in {trained} and {before.scale:g} in {original}: trained from "
+            "it, both are the same",
+            hint="train with alpha = rank: network_alpha, conv_alpha",
+        )

@@ -1,0 +1,169 @@
+"""Text to image with an SDXL in memory, through the schedulers of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from PIL import Image
+from torch import Tensor
+
+from spectune.errors import InputError, did_you_mean
+from spectune.model.network import Sdxl, TextStates
+from spectune.model.prediction import Ddpm, Flow, Prediction
+from spectune.model.text import tokenize
+from spectune.sampling.terminal_schedule import TerminalDdim
+
+# SDXL's published scheduler configuration.
+_DDPM: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+_DDPM_SAMPLERS: Mapping[str, Callable[[Any], Any]] = {
+    "euler": lambda kind: EulerDiscreteScheduler(prediction_type=kind, **_DDPM),
+    "euler_a": lambda kind: EulerAncestralDiscreteScheduler(prediction_type=kind, **_DDPM),
+    "ddim": lambda kind: DDIMScheduler(
+        prediction_type=kind, clip_sample=False, set_alpha_to_one=False, **_DDPM
+    ),
+    "dpmpp_2m": lambda kind: DPMSolverMultistepScheduler(prediction_type=kind, **_DDPM),
+}
+# One method under both names: from pure noise, Euler's is computed as DDIM.
+_TERMINAL_SAMPLERS: Mapping[str, Callable[[Ddpm], Any]] = {"euler": TerminalDdim, "ddim": TerminalDdim}
+_FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
+    "euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
+    "heun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
+}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; sizes in pixels."""
+
+    width: int = 1024
+    height: int = 1024
+    steps: int = 25
+    cfg: float = 5.0
+    sampler: str = "euler"
+    negative: str = ""
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: what it shows and the seed of its noise."""
+
+    caption: str
+    seed: int
+
+
+def generate(
+    model: Sdxl,
+    requests: Sequence[Request],
+    settings: SampleSettings,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture per request, in their order; `progress` hears how many are done.
+
+    A picture depends on its own seed alone, not on its neighbours, up to the rounding of batched arithmetic.
+    Raises InputError for sizes that the UNet cannot hold and for unknown samplers.
+    """
+    _check_size(model, settings)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(requests), settings.batch):
+        chunk = requests[start : start + settings.batch]
+        latents = sample_latents(model, chunk, settings)
+        # one by one: the decoder needs gigabytes for a single large picture
+        pictures += [to_images(model.decode_latents(row[None]))[0] for row in latents]
+        if progress is not None:
+            progress(len(pictures))
+    return pictures
+
+
+@torch.no_grad()
+def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSettings) -> Tensor:
+    """Latents (batch, 4, h, w), float32, of a batch of requests."""
+    flow = isinstance(model.prediction, Flow)
+    scheduler = make_scheduler(model.prediction, settings.sampler, pixels=settings.width * settings.height)
+    scheduler.set_timesteps(settings.steps, device=model.device)
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    latents = _noise(model, generators, settings) * getattr(scheduler, "init_noise_sigma", 1.0)
+    text = _guided_text(model, [request.caption for request in requests], settings)
+    time_ids = torch.tensor([[settings.height, settings.width, 0, 0, settings.height, settings.width]])
+    time_ids = time_ids.to(model.device, torch.float32).expand(len(text.pooled), -1)
+    extra = {"generator": generators} if settings.sampler == "euler_a" else {}
+    for timestep in scheduler.timesteps:
+        noised = latents if flow else scheduler.scale_model_input(latents, timestep)
+        noised = torch.cat([noised, noised]) if settings.cfg != 1.0 else noised
+        times = timestep.expand(len(noised))
+        output = model.denoise(noised.to(model.unet.dtype), times, text, time_ids).float()
+        latents = scheduler.step(_guided(output, settings.cfg), timestep, latents, **extra).prev_sample
+    return latents
+
+
+def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None = None) -> Any:
+    """A scheduler that samples `prediction`, by diffusers or with the same interface.
+
+    `pixels` is the area of the pictures, for flow with a shift by resolution.
+    Raises InputError when the sampler does not exist for this prediction type.
+    """
+    terminal = prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
+    flow = isinstance(prediction, Flow)
+    known = _TERMINAL_SAMPLERS if terminal else _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
+    if sampler not in known:
+        kind = f"zero-terminal-SNR {prediction.name}" if terminal else prediction.name
+        raise InputError(
+            f"no sampler {sampler!r} for {kind} models{did_you_mean(sampler, known)}",
+            hint=f"choose one of {', '.join(known)}",
+        )
+    if terminal:
+        return _TERMINAL_SAMPLERS[sampler](terminal)
+    if flow:
+        return _FLOW_SAMPLERS[sampler](prediction.shift_at(pixels))
+    return _DDPM_SAMPLERS[sampler]({"eps": "epsilon", "v": "v_prediction"}[prediction.name])
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (batch, 3, H, W) in -1..1 as 8-bit pictures."""
+    levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]
+
+
+def _noise(model: Sdxl, generators: Sequence[torch.Generator], settings: SampleSettings) -> Tensor:
+    edge = model.pixels_per_latent
+    shape = (model.layout.unet.in_channels, settings.height // edge, settings.width // edge)
+    # Drawn on the CPU, so that a seed gives the same picture on every device.
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+
+
+def _guided_text(model: Sdxl, captions: list[str], settings: SampleSettings) -> TextStates:
+    """Negative rows first, then the captions; without guidance only the captions."""
+    everything = captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
+    return model.encode_text(tokenize(everything, model.layout.te1.context))
+
+
+def _guided(output: Tensor, cfg: float) -> Tensor:
+    if cfg == 1.0:
+        return output
+    negative, positive = output.chunk(2)
+    return negative + cfg * (positive - negative)
+
+
+def _check_size(model: Sdxl, settings: SampleSettings) -> None:
+    step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
+    for name, value in (("width", settings.width), ("height", settings.height)):
+        if value <= 0 or value % step:
+            raise InputError(f"{name} {value} is not a positive multiple of {step} pixels")

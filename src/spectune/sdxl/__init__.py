@@ -1,0 +1,1 @@
+"""Facts about SDXL: its layout, the names of its tensors, its layers and its vocabulary."""

@@ -1,0 +1,1 @@
+"""Converting an EPS model into a flow model."""

@@ -1,0 +1,1 @@
+"""GPU memory that a training run needs, and the settings that fit a card."""

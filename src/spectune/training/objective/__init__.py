@@ -1,0 +1,1 @@
+"""What the network is trained to predict, and the losses."""

@@ -1,0 +1,1 @@
+"""A training run as a TOML file: sections, defaults and validation."""

@@ -1,0 +1,200 @@
+"""Traits name layers: by part, block, pattern, and by the JSON of the B-LoRA slicer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from spectune.adapters.traits import TRAITS, TraitRule, read_traits, trait_layers
+from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
+from spectune.files.reader import TensorInfo
+from spectune.ops.slice.adapters import slice_adapters
+from spectune.ops.slice.plan import Slice
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from tests.loras import same_tensors, saved_lora
+
+# as in the guide, and as in the slicer's own file, whose words are those of diffusers
+GUIDE = {
+    "te": {
+        "whitelist": ["lora_te1_text_model_encoder_layers_", "lora_te2_text_model_encoder_layers_"],
+        "blacklist": [],
+    }
+}
+SLICER = {
+    "content": {
+        "whitelist": ["lora_unet_output_blocks_0_1", "lora_te1_"],
+        "blacklist": ["alpha", "attn2"],
+    },
+    "style": {"whitelist": ["lora_unet_output_blocks_1_1"], "blacklist": ["alpha"]},
+}
+
+
+@pytest.fixture(scope="module")
+def full(full_infos: Mapping[str, TensorInfo]) -> Catalogue:
+    return build_catalogue(full_infos)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Path) -> Catalogue:
+    with open_checkpoint(tiny_checkpoint) as source:
+        return build_catalogue(source)
+
+
+def written(path: Path, told: object) -> Path:
+    path.write_text(told if isinstance(told, str) else json.dumps(told))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("trait", "count"),
+    [
+        (None, 1052),
+        ("te", 264),
+        ("te1", 72),
+        ("te2", 192),
+        ("unet", 788),
+        ("te1+te2", 264),
+        ("te1+unet", 860),
+        ("content", 80),  # 10 blocks with 2 attentions of 4 projections
+        ("style", 80),
+        ("mid", 108),
+        ("te1.3", 6),
+        ("te1.3+te2.31", 12),
+        ("mid + te1.3", 114),
+        ("unet.*attn2*", 280),
+        ("conv", 49),
+        ("unet.*attn2*+unet.*attn1*", 560),
+    ],
+)
+def test_a_trait_names_so_many_layers_of_sdxl(trait: str | None, count: int, full: Catalogue) -> None:
+    found = trait_layers(full, trait, {})
+    assert len(found) == count
+    order = [layer.name for layer in full]
+    assert [layer.name for layer in found] == sorted((layer.name for layer in found), key=order.index)
+
+
+def test_content_and_style_are_the_two_transformers_of_b_lora(full: Catalogue) -> None:
+    for trait, place in (("content", 0), ("style", 1)):
+        found = trait_layers(full, trait, {})
+        root = f"unet.up_blocks.0.attentions.{place}.transformer_blocks."
+        assert all(layer.diffusers.startswith(root) for layer in found)
+        sgm = f"unet.output_blocks.{place}.1.transformer_blocks."
+        assert all(layer.name.startswith(sgm) for layer in found)
+        assert {layer.name.rpartition("attn")[2] for layer in found} == {
+            f"{attention}.{axis}" for attention in "12" for axis in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+
+
+def test_the_guides_file_cuts_out_the_encoders(
+    tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rules = read_traits(written(tmp_path / "blora_traits.json", GUIDE))
+    assert rules == {"te": TraitRule(tuple(GUIDE["te"]["whitelist"]), ())}
+    lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=1.0)
+    report = slice_adapters(
+        [Slice(lora, "te")], tmp_path / "b.safetensors", traits=rules, base=tiny_checkpoint
+    )
+    kept = {key: t for key, t in load_file(lora).items() if key.startswith(("lora_te1_", "lora_te2_"))}
+    assert same_tensors(load_file(report.path), kept)
+
+
+def test_alphas_stay_where_the_slicer_throws_them_away(
+    tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The slicer's lists name alpha in the blacklist, and its files are read at another strength."""
+    rules = read_traits(written(tmp_path / "blora_traits.json", SLICER))
+    lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=0.5)
+    for trait in SLICER:
+        out = tmp_path / f"{trait}.safetensors"
+        slice_adapters([Slice(lora, trait)], out, traits=rules, base=tiny_checkpoint)
+        found = load_file(out)
+        assert len(found) % 3 == 0
+        white, black = rules[trait].whitelist, ("attn2",) if trait == "content" else ()
+        assert same_tensors(
+            found,
+            {
+                key: t
+                for key, t in load_file(lora).items()
+                if any(word in key for word in white) and not any(word in key for word in black)
+            },
+        )
+        assert sum(key.endswith(".alpha") for key in found) == len(found) // 3 > 0
+
+
+def test_a_file_may_give_a_word_another_meaning(full: Catalogue) -> None:
+    rules = {
+        "style": TraitRule(("lora_unet_middle_block_",), ("attn",)),
+        "mid": TraitRule(("lora_te1_",), ()),
+    }
+    assert {layer.block for layer in trait_layers(full, "style", rules)} == {"mid"}
+    assert {layer.part.value for layer in trait_layers(full, "mid", rules)} == {"te1"}
+    assert len(trait_layers(full, "content", rules)) == 80
+
+
+@pytest.mark.parametrize("end", ["lora_up", "lora_down.weight"])
+def test_a_trait_may_not_cut_a_pair_in_half(end: str, full: Catalogue) -> None:
+    first = trait_layers(full, "te1", {})[0].kohya
+    for rule in (TraitRule(("lora_te1_",), (end,)), TraitRule((end,), ())):
+        with pytest.raises(InputError) as caught:
+            trait_layers(full, "half", {"half": rule})
+        assert caught.value.what.startswith("trait `half` keeps one factor of lora_")
+        assert caught.value.what.endswith(" and leaves out the other")
+        assert caught.value.hint == "let its words match whole layers, not lora_up or lora_down"
+    with pytest.raises(InputError, match=first):
+        trait_layers(full, "half", {"half": TraitRule(("lora_te1_",), (end,))})
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        ("{", "cannot read traits from"),
+        ("[1]", "is not a JSON object"),
+        ({"te": ["lora_te1_"]}, "trait `te` of {path} is no object"),
+        ({"te": {"whitelst": ["x"]}}, "has an unknown key `whitelst`; did you mean `whitelist`?"),
+        ({"te": {"whitelist": "lora_te1_"}}, "whitelist of trait `te` of {path} is no list of words"),
+        ({"te": {"whitelist": ["x"], "blacklist": [1]}}, "blacklist of trait `te` of {path} is no list"),
+        ({"te": {"whitelist": []}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
+        ({"te": {"blacklist": ["x"]}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
+    ],
+)  # fmt: skip
+def test_files_of_another_form_are_refused(told: object, what: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "traits.json", told)
+    with pytest.raises(InputError) as caught:
+        read_traits(path)
+    assert what.format(path=path) in caught.value.what
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"cannot read traits from {tmp_path / 'gone.json'}"):
+        read_traits(tmp_path / "gone.json")
+
+
+def test_traits_that_name_nothing_are_errors(full: Catalogue) -> None:
+    unet = Catalogue(trait_layers(full, "unet", {}), full.unet)
+    encoders = Catalogue(trait_layers(full, "te", {}), full.unet)
+    rules = {"nobody": TraitRule(("lora_te3_",), ())}
+    for catalogue, trait, what in (
+        (unet, "te", "trait `te` names none of 788 layers"),
+        (encoders, "style", "trait `style` names none of 264 layers"),
+        (full, "nobody", "trait `nobody` names none of 1052 layers"),
+        (full, "styel", "no layer matches `styel`; did you mean `style`?"),
+        (full, "nobdoy", "no layer matches `nobdoy`; did you mean `nobody`?"),
+        (full, "te1+styel", "no layer matches `styel`; did you mean `style`?"),
+        (unet, "te1", "trait `te1` names none of 788 layers"),
+    ):
+        with pytest.raises(InputError) as caught:
+            trait_layers(catalogue, trait, rules)
+        assert caught.value.what.startswith(what)
+
+
+def test_unions_may_join_every_kind_of_word(full: Catalogue) -> None:
+    rules = {"middle": TraitRule(("lora_unet_middle_block_",), ())}
+    assert len(trait_layers(full, "content+te1", rules)) == 80 + 72
+    assert len(trait_layers(full, "style+content", rules)) == 160
+    assert len(trait_layers(full, "te+middle", rules)) == 264 + 108
+    assert set(TRAITS) == {"te", "te1", "te2", "unet", "content", "style"}

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.errors import InputError
+from spectune.files.provenance import weights_hash
+from spectune.files.reader import MemorySource
+from spectune.files.writer import write_tensors
+
+LINEAR = "model.diffusion_model.middle_block.1.proj_in"
+FP8 = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+ONE = torch.ones(())
+
+
+def found(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, weight: Tensor = FP8) -> str:
+    source = MemorySource({f"{LINEAR}.weight": weight, **extra}, metadata or {}, "small.safetensors")
+    with pytest.raises(InputError) as caught:
+        check_not_quantised(source)
+    assert caught.value.hint is not None
+    assert "its fp8 form without scales" in caught.value.hint
+    return caught.value.what
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
+def test_plain_numbers_of_any_type_pass(dtype: torch.dtype) -> None:
+    check_not_quantised(MemorySource({f"{LINEAR}.weight": torch.zeros(4, 4).to(dtype)}, {}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scaled_fp8",
+        "model.diffusion_model.scaled_fp8",
+        f"{LINEAR}.scale_weight",
+        f"{LINEAR}.weight_scale",
+        f"{LINEAR}.scale_input",
+        f"{LINEAR}.input_scale",
+        f"{LINEAR}.comfy_quant",
+    ],
+)
+def test_scaled_fp8_is_refused(name: str) -> None:
+    message = found({name: ONE})
+    assert message == (
+        "small.safetensors is a scaled quantised checkpoint: its weights must be multiplied by factors "
+        f"that it stores apart: {name}"
+    )
+
+
+def test_a_table_of_quantised_layers_is_refused() -> None:
+    message = found({}, {"_quantization_metadata": "{}"})
+    assert message.endswith("that it stores apart: metadata _quantization_metadata")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{LINEAR}.weight.absmax",
+        f"{LINEAR}.weight.quant_map",
+        f"{LINEAR}.weight.nested_absmax",
+        f"{LINEAR}.weight.quant_state.bitsandbytes__nf4",
+        f"{LINEAR}.weight.SCB",
+        f"{LINEAR}.SCB",
+    ],
+)
+def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
+    message = found({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
+    assert message == (
+        "small.safetensors is quantised by bitsandbytes: 1 tensors are the state that its weights are "
+        f"unpacked with: {name}"
+    )
+
+
+def test_a_scale_that_scales_no_fp8_weight_is_a_tensor_like_any_other() -> None:
+    half = {f"{LINEAR}.weight": FP8.half(), f"{LINEAR}.scale_weight": ONE}
+    check_not_quantised(MemorySource(half, {}))
+    check_not_quantised(MemorySource({"other.scale_weight": ONE, f"{LINEAR}.weight": FP8}, {}))
+
+
+def test_an_fp8_file_keeps_its_bits(tmp_path: Path) -> None:
+    everything = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)  # NaN included
+    written = write_tensors(tmp_path / "x.safetensors", {"a": everything, "b": everything.view(16, 16).T})
+    with open_checkpoint(tmp_path / "x.safetensors") as source:
+        assert torch.equal(source.load("a").view(torch.uint8), everything.view(torch.uint8))
+        assert torch.equal(source.load("b").view(torch.uint8), everything.view(torch.uint8).view(16, 16).T)
+        assert weights_hash(source) == written
+
+
+def test_a_gguf_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"GGUF" + bytes(range(200, 240)))
+    with pytest.raises(InputError, match=re.escape("it is a GGUF file, whose numbers are quantised")):
+        open_checkpoint(path)

@@ -1,0 +1,187 @@
+"""Commands end to end on a tiny SDXL, through the same function as the console script."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spectune.cli.app import run
+from spectune.training.data.captions import read_sidecar
+from spectune.training.recipe.sections import CaptionSection
+
+
+@pytest.fixture
+def files(tiny_checkpoint, tmp_path, capfd):
+    assert (
+        run(
+            ["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "4", "--residual-dtype", "float32"]
+        )
+        == 0
+    )
+    capfd.readouterr()
+    stem = tiny_checkpoint.stem
+    return (
+        tiny_checkpoint,
+        tmp_path / f"{stem}.residual.safetensors",
+        tmp_path / f"{stem}.principal-r4.safetensors",
+    )
+
+
+def test_help_of_every_command_has_an_example(capfd):
+    for command in ("inspect", "split", "verify", "train", "rebuild", "export", "sample", "compare", "demo"):
+        assert run([command, "--help"]) == 0
+        shown = " ".join(capfd.readouterr().out.split())
+        assert f"Example: spectune {command}" in shown, command
+
+
+def test_split_verify_rebuild_give_the_same_bits(files, tmp_path, capfd):
+    model, residual, principal = files
+    assert run(["verify", str(model), str(residual), str(principal), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["exact"] is True
+    assert report["bit_equal_share"] == 1.0
+    whole = tmp_path / "whole.safetensors"
+    assert run(["rebuild", str(principal), "--base", str(residual), "-o", str(whole)]) == 0
+    before, after = load_file(model), load_file(whole)
+    assert before.keys() == after.keys()
+    assert all(
+        torch.equal(before[name].view(-1).view(torch.uint8), after[name].view(-1).view(torch.uint8))
+        for name in before
+    )
+
+
+def test_verify_names_a_layer_whose_factor_is_off(files, tmp_path, capfd):
+    model, residual, principal = files
+    tensors = load_file(principal)
+    with safe_open(principal, "pt") as file:
+        metadata = file.metadata()
+    stem = "lora_unet_middle_block_1_proj_in"
+    tensors[f"{stem}.lora_up.weight"] *= 1.01
+    wrong = tmp_path / "wrong.safetensors"
+    save_file(tensors, wrong, metadata)
+    assert run(["verify", str(model), str(residual), str(wrong)]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "unet.middle_block.1.proj_in" in said
+    assert "the pair does NOT hold" in said
+
+
+def test_verify_names_both_bases(files, tmp_path, capfd):
+    model, residual, _ = files
+    tensors = load_file(model)
+    with safe_open(model, "pt") as file:
+        metadata = file.metadata()
+    tensors["model.diffusion_model.middle_block.1.proj_in.weight"] += 0.25
+    other, folder = tmp_path / "other.safetensors", tmp_path / "other"
+    save_file(tensors, other, metadata)
+    assert run(["split", str(other), "-o", str(folder), "--rank", "4", "--json"]) == 0
+    other_hash = json.loads(capfd.readouterr().out)["base_hash"]
+    assert (
+        run(["verify", str(model), str(residual), str(folder / "other.principal-r4.safetensors"), "--json"])
+        == 1
+    )
+    report = json.loads(capfd.readouterr().out)
+    problems = " ".join(report["problems"])
+    assert other_hash[:16] in problems
+    assert report["model_hash"][:16] in problems
+
+
+def test_errors_are_messages_with_exit_code_2(tmp_path, capfd):
+    assert run(["split", str(tmp_path / "none.safetensors")]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("error: no such file")
+    assert said.out == ""
+    pickle = tmp_path / "model.ckpt"
+    pickle.write_bytes(b"\x80\x02.")
+    assert run(["inspect", str(pickle)]) == 2
+    assert "never unpickled" in capfd.readouterr().err
+    assert run(["split"]) == 2
+    assert run(["nonsense"]) == 2
+
+
+def test_nothing_is_overwritten_without_force(files, capfd):
+    model, residual, principal = files
+    before = residual.read_bytes(), principal.read_bytes()
+    assert run(["split", str(model), "-o", str(residual.parent), "--rank", "4"]) == 2
+    assert "--force" in capfd.readouterr().err
+    assert (residual.read_bytes(), principal.read_bytes()) == before
+    assert run(["split", str(model), "-o", str(residual.parent), "--rank", "4", "--force"]) == 0
+
+
+def test_inspect_reads_models_and_adapters(files, capfd):
+    model, residual, principal = files
+    assert run(["inspect", str(model), "--json"]) == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["prediction"] == "eps"
+    assert {part["name"] for part in summary["parts"] if part["layers"]} == {"unet", "te1", "te2"}
+    assert run(["inspect", str(principal)]) == 0
+    assert "principal adapter" in capfd.readouterr().err
+    assert run(["inspect", str(residual)]) == 0
+    assert "SDXL residual" in capfd.readouterr().err
+
+
+def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path, capfd):
+    assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--rank", "4", "--dry-run"]) == 0
+    assert "would factor" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pair_draws_the_same_pictures_as_the_original(files, tmp_path, capfd):
+    model, residual, principal = files
+    sheet = tmp_path / "sheet.png"
+    size = ["--size", "32", "--steps", "2", "--cell", "32"]
+    command = [
+        "compare",
+        str(model),
+        f"{residual}+{principal}",
+        str(residual),
+        "-c",
+        "a cat",
+        "-c",
+        "a dog",
+        "-o",
+        str(sheet),
+    ]
+    assert run([*command, *size, "--json"]) == 0
+    values = [column["psnr_db"] for column in json.loads(capfd.readouterr().out)["columns"]]
+    assert values[:2] == ["inf", "inf"]
+    assert float(values[2]) < 60
+    assert sheet.exists()
+
+
+def test_sampled_pictures_can_be_trained_on(files, tmp_path, capfd):
+    command = ["sample", str(files[0]), "-c", "a café", "-c", "two cats", "-o", str(tmp_path / "own")]
+    command += ["--size", "32", "--steps", "1", "--metadata"]
+    assert run(command) == 0
+    found = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
+    assert found == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
+    assert all((tmp_path / "own" / name).is_file() for name in found)
+    (tmp_path / "own" / "000-a-café.png").unlink()
+    (tmp_path / "own" / "001-two-cats.png").unlink()
+    assert run(command) == 2, "metadata.jsonl is there"
+    assert read_sidecar(tmp_path / "own" / "metadata.jsonl") == found
+    assert "metadata.jsonl" in capfd.readouterr().err
+
+
+def test_sample_writes_pictures_and_compare_reads_them(files, tmp_path, capfd):
+    model, residual, principal = files
+    for folder, words in (("a", [str(model)]), ("b", [str(residual), str(principal)])):
+        command = [
+            "sample",
+            *words,
+            "-c",
+            "a cat!",
+            "-o",
+            str(tmp_path / folder),
+            "--size",
+            "32",
+            "--steps",
+            "2",
+        ]
+        assert run(command) == 0
+    assert (tmp_path / "a" / "000-a-cat.png").exists()
+    sheet = tmp_path / "sheet.png"
+    assert run(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(sheet), "--json"]) == 0
+    capfd.readouterr()
+    assert (tmp_path / "a" / "000-a-cat.png").read_bytes() == (tmp_path / "b" / "000-a-cat.png").read_bytes()

@@ -1,0 +1,57 @@
+"""The demo from end to end on the embedded base, with a run short enough for every test run."""
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from spectune.cli.demo import check_hash, demo_files, run_demo
+from spectune.errors import InputError
+from spectune.sampling.contact_sheet import mean_psnr
+from spectune.training.data.folders import scan_parents
+
+
+def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):
+    files = demo_files()
+    check_hash(files.base, files.checksum)
+    damaged = tmp_path / "base.safetensors"
+    data = bytearray(files.base.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(InputError, match="is damaged: expected sha256"):
+        check_hash(damaged, files.checksum)
+
+
+def test_drawn_and_held_out_captions_are_not_trained_on():
+    files = demo_files()
+    folder = files.base.parent
+    train = {image.caption for image in scan_parents([folder / "images"], (".txt",)).images}
+    held_out = {image.caption for image in scan_parents([folder / "validation"], (".txt",)).images}
+    drawn = {line for line in files.captions.read_text(encoding="utf-8").splitlines() if line}
+    assert (len(train), len(held_out)) == (120, 40)
+    assert not train & held_out
+    assert drawn <= held_out
+
+
+def test_demo_keeps_all_its_promises(tmp_path, capfd):
+    """run_demo itself raises unless the pair is exact, its pictures identical and the LoRA within 45 dB."""
+    report = run_demo(tmp_path / "demo", steps=2)
+    assert capfd.readouterr().out.strip() == str(report.sheet)
+    assert report.share == 1.0
+    assert report.lora_db > report.tuned_db + 6, "the LoRA draws the tuned model and not the original"
+    with Image.open(report.sheet) as picture:
+        assert picture.width > 5 * 128
+    written = {path.name for path in (tmp_path / "demo").glob("*.safetensors")}
+    assert {"base.principal-r16.safetensors", "base.residual.safetensors", "emoji3d.safetensors"} <= written
+    assert {"base-emoji3d.safetensors", "emoji3d-lora.safetensors"} <= written
+    before = load_file(demo_files().base)
+    after = load_file(tmp_path / "demo" / "base-emoji3d.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert all(name.startswith("model.diffusion_model.") for name in changed), "only the UNet is tuned"
+
+
+def test_mean_psnr_would_notice(tmp_path):
+    """The bound of 45 dB is not met by pictures that differ a little."""
+    one, other = Image.new("RGB", (8, 8), (100, 100, 100)), Image.new("RGB", (8, 8), (103, 100, 100))
+    assert mean_psnr([one], [other]) < 45

@@ -1,0 +1,108 @@
+"""`spectune plan` on a tiny SDXL: tables on stderr, a recipe on stdout, and exit code 2 when nothing fits."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from spectune.cli.app import run
+from spectune.training.optim import OPTIMIZERS
+from spectune.training.recipe.file import parse_recipe
+
+SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
+
+
+def test_the_recipe_is_on_stdout_and_the_tables_are_not(
+    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", str(tiny_checkpoint), "--vram", "2GB", *SMALL]) == 0
+    said = capfd.readouterr()
+    data = tomllib.loads(said.out)
+    assert data["model"] == {
+        "base": str(tiny_checkpoint),
+        "rank": 4,
+        "form": "delta",
+        "parts": ["te2"],
+        "quantize": "none",
+    }
+    data["data"]["folders"] = ["pictures"]
+    data["run"] |= {"name": "t", "output": "out", "steps": 1}
+    recipe = parse_recipe(data)
+    assert (recipe.data.resolution_px, recipe.run.precision, recipe.run.batch) == (64, "bf16", 1)
+    shown = " ".join(said.err.split())
+    assert "the best that fits" in shown
+    assert "no GPU has measured it" in shown
+    assert "the reserve is 600.0 MB for CUDA and 5%" in shown
+
+
+def test_a_smaller_card_gets_a_cheaper_way(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(tiny_checkpoint), "--rank", "4", "--resolution", "64", "--json"]
+    assert run([*command, "--vram", "2GB"]) == 0
+    wide = json.loads(capfd.readouterr().out)
+    memory, first, second = wide["best"]["memory"], wide["best"], wide["runners_up"][0]
+    assert first["setup"]["parts"] == ["unet", "te1", "te2"]
+    assert not first["setup"]["gradient_checkpointing"]
+    assert second["setup"]["gradient_checkpointing"]
+    assert memory["total"] == memory["reserve"] + max(memory["allocated"], memory["caching"])
+    assert memory["optimizer"] == wide["optimizers"]["adamw"]
+    assert set(wide["optimizers"]) == set(OPTIMIZERS)
+    unet = wide["weights"]["UNet"]
+    assert unet["fp32"] == 2 * unet["bf16"] > 2 * unet["int8"] > 2 * unet["nf4"]
+
+    assert run([*command, "--vram", str(memory["total"] - 1)]) == 0
+    narrow = json.loads(capfd.readouterr().out)
+    assert narrow["best"] == second
+    assert [one["least"] for one in narrow["too_large"]] == [memory["total"]]
+    assert "gradient_checkpointing = true" in narrow["recipe"]
+
+
+def test_nothing_fits(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(tiny_checkpoint), "--vram", "100MB", *SMALL]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    shown = " ".join(said.err.split())
+    assert "nothing fits 0.10 GB: the smallest way, rank 4, te2, residual, nf4 base, checkpointing" in shown
+    assert "takes 0.6" in shown
+    assert "at 64 px in batches of 1" in shown
+    assert "hint: a smaller --resolution" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vram", "12XB"], "unknown unit 'XB' in '12XB'"),
+        (["--vram", "1GB", "--parts", "te3"], "unknown part 'te3'; did you mean"),
+        (["--vram", "1GB", "--optimizer", "adamww"], "unknown optimiser 'adamww'; did you mean `adamw`?"),
+        (
+            ["--vram", "1GB", "--resolution", "50"],
+            "--resolution 50: this model needs a multiple of 16 pixels",
+        ),
+    ],
+)
+def test_wrong_words(
+    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert run(["plan", str(tiny_checkpoint), *words]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_only_an_original_is_planned_with(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2"]) == 0
+    for file, message in (
+        ("residual", "is a residual: expected"),
+        ("principal-r2", "is an adapter: expected"),
+    ):
+        path = tmp_path / f"{tiny_checkpoint.stem}.{file}.safetensors"
+        assert run(["plan", str(path), "--vram", "1GB"]) == 2
+        assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_help_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--help"]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "Example: spectune plan model.safetensors --vram 12GB" in shown

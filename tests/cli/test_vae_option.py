@@ -1,0 +1,114 @@
+"""Which autoencoder draws: the one on the command line, by the convention of the training."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spectune.cli.app import run
+from spectune.cli.arguments import ModelSpec, Weighted
+from spectune.cli.pictures import VaeRequest, declared_vae, load_model
+from spectune.files.provenance import Provenance
+from spectune.model.vae_settings import KNOWN_VAES, declare_vae
+from spectune.sdxl.layout import VAE_ROOT
+
+ANZHC = KNOWN_VAES["eq-anzhc"]
+
+
+@pytest.fixture(scope="module")
+def vae_file(tiny_checkpoint, tmp_path_factory):
+    """The checkpoint's own autoencoder with another last bias: its pictures are brighter."""
+    tensors = {name: t for name, t in load_file(tiny_checkpoint).items() if name.startswith(VAE_ROOT)}
+    tensors[f"{VAE_ROOT}decoder.conv_out.bias"] += 0.25
+    path = tmp_path_factory.mktemp("vae") / "bright.safetensors"
+    save_file(tensors, path, metadata_of(tiny_checkpoint))
+    return path
+
+
+@pytest.fixture
+def pair(tiny_checkpoint, tmp_path, capfd):
+    assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "4"]) == 0
+    capfd.readouterr()
+    return tmp_path / "tiny.residual.safetensors", tmp_path / "tiny.principal-r4.safetensors"
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def declaring(path, folder, origin):
+    """A copy of a file that also says which autoencoder its training used."""
+    copy = folder / f"declaring-{path.name}"
+    save_file(load_file(path), copy, metadata_of(path) | origin.to_metadata())
+    return copy
+
+
+def convention(model):
+    conv = model.vae.encoder.conv_in
+    return model.layout.vae.scale, model.layout.vae.shift, conv.padding_mode
+
+
+def test_the_option_changes_the_pictures(tiny_checkpoint, vae_file, tmp_path, capfd):
+    small = ["-c", "a cat", "--size", "32", "--steps", "2"]
+    commands = {
+        "own": [],
+        "other": ["--vae", str(vae_file)],
+        "name": ["--vae-name", "eq-anzhc"],
+        "both": ["--vae", str(tiny_checkpoint), "--vae-name", "sdxl"],
+    }
+    for folder, options in commands.items():
+        command = ["sample", str(tiny_checkpoint), *small, *options, "-o", str(tmp_path / folder)]
+        assert run(command) == 0, capfd.readouterr().err
+    found = {folder: (tmp_path / folder / "000-a-cat.png").read_bytes() for folder in commands}
+    assert found["both"] == found["own"]
+    assert len({found["own"], found["other"], found["name"]}) == 3
+
+
+def test_compare_takes_it_too_and_a_wrong_name_is_refused_at_once(tiny_checkpoint, vae_file, tmp_path, capfd):
+    models = ["compare", str(tiny_checkpoint), str(tiny_checkpoint), "-o", str(tmp_path / "sheet.png")]
+    small = ["-c", "a cat", "--size", "32", "--steps", "1", "--cell", "32"]
+    assert run([*models, *small, "--vae", str(vae_file), "--json"]) == 0
+    assert '"psnr_db": "inf"' in capfd.readouterr().out
+    assert run([*models, *small, "--force", "--vae-name", "eq-anzc"]) == 2
+    assert "unknown VAE 'eq-anzc'; did you mean `eq-anzhc`?" in capfd.readouterr().err
+
+
+def test_a_trained_adapter_says_how_its_latents_are_scaled(pair, tmp_path, capfd):
+    residual, principal = pair
+    told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, None))
+    plain = load_model(ModelSpec(residual, (Weighted(principal, 1.0),)))
+    assert convention(plain) == (0.13025, 0.0, "zeros")
+    model = load_model(ModelSpec(residual, (Weighted(told, 1.0),)))
+    assert convention(model) == (0.1406, -0.4743, "reflect")
+    assert "pass --vae" not in capfd.readouterr().err
+    overruled = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), vae=VaeRequest(name="sdxl"))
+    assert convention(overruled) == (0.13025, 0.0, "zeros")
+
+
+def test_the_last_adapter_that_says_it_counts_and_the_base_last(pair, tiny_checkpoint, tmp_path):
+    base = declaring(tiny_checkpoint, tmp_path, Provenance(vae_scale=0.5))
+    assert convention(load_model(ModelSpec(base, ()))) == (0.5, 0.0, "zeros")
+    first = declaring(pair[1], tmp_path, Provenance(vae_scale=0.2, vae_shift=0.1))
+    last = declaring(first, tmp_path, Provenance(vae_scale=0.3))
+    silent = Weighted(pair[1], 1.0)
+    adapters = (Weighted(first, 1.0), Weighted(last, 1.0), silent)
+    assert declared_vae(ModelSpec(base, adapters)).vae_scale == 0.3
+    assert declared_vae(ModelSpec(base, (silent,))).vae_scale == 0.5
+    assert declared_vae(ModelSpec(tiny_checkpoint, (silent,))).vae_scale is None
+
+
+def test_an_autoencoder_that_is_not_given_is_asked_for(pair, vae_file, tmp_path, capfd):
+    residual, principal = pair
+    told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, vae_file))
+    spec = ModelSpec(residual, (Weighted(told, 1.0),))
+    load_model(spec)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "was trained with the autoencoder bright.safetensors" in said
+    assert "pass --vae" in said
+    model = load_model(spec, vae=VaeRequest(vae_file))
+    assert "pass --vae" not in capfd.readouterr().err
+    assert convention(model) == (0.1406, -0.4743, "reflect")
+    own = load_model(ModelSpec(residual, (Weighted(principal, 1.0),)))
+    brighter = model.vae.decoder.conv_out.bias - own.vae.decoder.conv_out.bias
+    torch.testing.assert_close(brighter, torch.full((3,), 0.25), rtol=0, atol=2**-12)  # float16 in the file

@@ -1,0 +1,169 @@
+"""The commands on files alone, as people call them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectune.cli.app import run
+from spectune.cli.arguments import parse_device
+from spectune.errors import InputError
+from spectune.files.dtypes import parse_residual_dtype
+from spectune.pairs.layer_ranks import BudgetRank, EnergyRank, FixedRank, parse_ranks
+from tests.sample_pairs import recast
+
+
+def test_ranks_are_asked_for_in_one_way() -> None:
+    assert parse_ranks(None, None, None, None) == FixedRank(64)
+    assert parse_ranks(32, 8, None, None) == FixedRank(32, 8)
+    assert parse_ranks(None, None, 0.9, None) == EnergyRank(0.9)
+    assert parse_ranks(None, None, None, "600MB") == BudgetRank(600_000_000)
+    with pytest.raises(InputError, match="--rank and --energy exclude each other"):
+        parse_ranks(8, None, 0.9, None)
+    with pytest.raises(InputError, match="--conv-rank and --budget exclude each other"):
+        parse_ranks(None, 8, None, "1MB")
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert parse_device("cpu") == "cpu"
+    assert parse_residual_dtype("fp64") == torch.float64
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        parse_device("gpu")
+    with pytest.raises(InputError, match="there is no cuda:99"):
+        parse_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("model", "residual"),
+    [
+        (torch.float16, "float32"),
+        (torch.bfloat16, "float32"),
+        (torch.float32, "float64"),
+        (torch.float8_e4m3fn, "float32"),
+    ],
+)
+def test_a_wider_residual_is_exact_for_every_type(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    model: torch.dtype,
+    residual: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    base = recast(tiny_checkpoint, tmp_path / "m.safetensors", model)
+    out = ["-o", str(tmp_path), "--rank", "4"]
+    assert run(["split", str(base), *out, "--residual-dtype", residual, "--json"]) == 0
+    split = json.loads(capfd.readouterr().out)
+    assert split["bit_equal_share"] == 1.0
+    assert run(["verify", str(base), split["residual"], split["principal"], "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["ok"], report["exact"]) == (True, True)
+    assert report["rebuilt_hash"] == report["model_hash"] == split["base_hash"]
+    whole = tmp_path / "whole.safetensors"
+    assert run(["rebuild", split["principal"], "--base", split["residual"], "-o", str(whole)]) == 0
+    before, after = load_file(base), load_file(whole)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        assert torch.equal(tensor.view(bits), after[name].view(bits)), name
+
+
+def test_a_16_bit_share_is_what_an_independent_count_finds(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "4", "--json"]) == 0
+    split = json.loads(capfd.readouterr().out)
+    assert run(["verify", str(tiny_checkpoint), split["residual"], split["principal"], "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    model, residual, principal = (
+        load_file(path) for path in (tiny_checkpoint, split["residual"], split["principal"])
+    )
+    # only what numpy and the file formats say, none of our own functions: unfused UNet layers by their names
+    equal = total = 0
+    for name, weight in model.items():
+        stem = "lora_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(
+            ".", "_"
+        )
+        if not name.startswith("model.diffusion_model.") or f"{stem}.alpha" not in principal:
+            continue
+        up, down = principal[f"{stem}.lora_up.weight"], principal[f"{stem}.lora_down.weight"]
+        product = (up.flatten(1).double().numpy() @ down.flatten(1).double().numpy()).astype("float32")
+        again = (residual[name].flatten(1).float().numpy() + product).astype("float16")
+        same = again.view("int16") == weight.flatten(1).numpy().view("int16")
+        total += same.size
+        equal += int(same.sum())
+        stated = report["inexact"].get(name, {"bit_equal": same.size})
+        # ours is summed in float32, whose order of summation, and so a tie here and there, is the processor's
+        assert stated["bit_equal"] == pytest.approx(int(same.sum()), abs=1 + 1e-4 * same.size), name
+    assert 0.5 < equal / total < 1
+    assert split["bit_equal_share"] == pytest.approx(equal / total, abs=0.05)
+
+
+def test_verify_says_who_loads_what(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2"]) == 0
+    pair = [str(tmp_path / name) for name in ("tiny.residual.safetensors", "tiny.principal-r2.safetensors")]
+    capfd.readouterr()
+    assert run(["verify", str(tiny_checkpoint), *pair]) == 0
+    said = capfd.readouterr().err
+    for word in (
+        "who loads tiny.principal-r2.safetensors",
+        "ComfyUI",
+        "sd-scripts",
+        "sha256",
+        "the pair holds",
+    ):
+        assert word in said
+
+
+def test_null_has_the_bytes_of_the_header_and_zeros(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "null.safetensors"
+    assert run(["null", str(tiny_checkpoint), "-o", str(out)]) == 0
+    original, null = tiny_checkpoint.read_bytes(), out.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    assert len(null) == len(original)
+    assert null[:header] == original[:header]
+    kept = (".position_ids", ".logit_scale")
+    assert all(not tensor.any() for name, tensor in load_file(out).items() if not name.endswith(kept))
+    assert run(["null", str(tiny_checkpoint), "-o", str(out)]) == 2
+
+
+def test_a_model_goes_through_a_diffusers_folder_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert (
+        run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2", "--residual-dtype", "fp32"])
+        == 0
+    )
+    residual, principal = (
+        str(tmp_path / name) for name in ("tiny.residual.safetensors", "tiny.principal-r2.safetensors")
+    )
+    folder = tmp_path / "pipeline"
+    assert run(["rebuild", principal, "--base", residual, "-o", str(folder)]) == 0
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    again = tmp_path / "again"
+    assert run(["split", str(folder), "-o", str(again), "--rank", "2", "--residual-dtype", "fp32"]) == 0
+    pair = [str(again / f"pipeline.{part}.safetensors") for part in ("residual", "principal-r2")]
+    assert run(["verify", str(tiny_checkpoint), *pair]) == 0
+    index = tmp_path / "shards.safetensors.index.json"
+    assert run(["rebuild", pair[1], "--base", pair[0], "-o", str(index)]) == 0
+    assert run(["verify", str(index), *pair]) == 0
+
+
+def test_damaged_weights_are_named_and_counted(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.sample_pairs import changed_copy
+
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    broken = load_file(tiny_checkpoint)[name].clone()
+    broken.view(-1)[:3] = float("nan")
+    base = changed_copy(tiny_checkpoint, tmp_path / "m.safetensors", {name: broken})
+    assert run(["split", str(base), "-o", str(tmp_path / "out")]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "unet.middle_block.0.in_layers.2: 3 of" in said
+    assert "numbers are NaN or infinite" in said
+    assert list((tmp_path / "out").iterdir()) == []

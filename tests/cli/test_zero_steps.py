@@ -1,0 +1,76 @@
+"""A run of no steps changes nothing, all the way to the rebuilt file and its pictures."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from spectune.cli.app import run
+
+RECIPE = """
+[model]
+base = "base.safetensors"
+principal = "base.principal-r4.safetensors"
+form = "delta"
+
+[data]
+folders = ["images"]
+resolution_px = 32
+
+[run]
+name = "nothing"
+output = "."
+steps = 0
+batch = 2
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    shutil.copy(tiny_checkpoint, tmp_path / "base.safetensors")
+    images = tmp_path / "images" / "2_dots"
+    images.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (32, 32), (60 * number, 10, 10)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"dot {number}", encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    assert run(["split", str(tmp_path / "base.safetensors"), "-o", str(tmp_path), "--rank", "4"]) == 0
+    return tmp_path
+
+
+def same_bits(first, second):
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(
+        torch.equal(one[name].reshape(-1).view(torch.uint8), two[name].reshape(-1).view(torch.uint8))
+        for name in one
+    )
+
+
+def test_zero_steps_rebuild_the_original(folder):
+    base, whole = folder / "base.safetensors", folder / "whole.safetensors"
+    assert run(["train", str(folder / "recipe.toml")]) == 0
+    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(whole)]) == 0
+    assert same_bits(base, whole)
+    small = ["-c", "a cat", "--size", "32", "--steps", "2"]
+    assert run(["sample", str(base), *small, "-o", str(folder / "a")]) == 0
+    assert (
+        run(["sample", str(base), str(folder / "nothing.safetensors"), *small, "-o", str(folder / "b")]) == 0
+    )
+    assert (folder / "a" / "000-a-cat.png").read_bytes() == (folder / "b" / "000-a-cat.png").read_bytes()
+
+
+def test_one_step_does_change_it(folder):
+    base, whole = folder / "base.safetensors", folder / "whole.safetensors"
+    assert run(["train", str(folder / "recipe.toml"), "--set", "run.steps=1"]) == 0
+    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(whole)]) == 0
+    assert not same_bits(base, whole)
+
+
+def test_previews_are_drawn_on_request(folder):
+    recipe = str(folder / "recipe.toml")
+    assert run(["train", recipe, "--set", "run.steps=2", "--set", "run.preview_every_steps=2"]) == 0
+    with Image.open(folder / "previews" / "nothing-step00000002.png") as sheet:
+        assert sheet.width > 3 * 32

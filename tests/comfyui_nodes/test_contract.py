@@ -1,0 +1,134 @@
+"""What ComfyUI asks of every node, and how the folder is found."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfyui_nodes.fakes import NODES, ROOT, Comfy, forget_package, load_package
+
+NAMES = (
+    "SpectuneSplit",
+    "SpectuneLoadPair",
+    "SpectuneApplyDeltas",
+    "SpectuneExport",
+    "SpectuneSlice",
+    "SpectuneSampling",
+)
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
+
+
+def problems(node: type[Any]) -> list[str]:
+    """What is wrong with a class as a node."""
+    found: list[str] = []
+    if not inspect.ismethod(node.INPUT_TYPES):
+        return ["INPUT_TYPES is no classmethod"]
+    inputs = node.INPUT_TYPES()
+    if "required" not in inputs or not set(inputs) <= {"required", "optional", "hidden"}:
+        found.append(f"groups of inputs: {sorted(inputs)}")
+    if not isinstance(node.RETURN_TYPES, tuple):
+        found.append("RETURN_TYPES is no tuple")
+    if len(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)) != len(node.RETURN_TYPES):
+        found.append("as many names as outputs are needed")
+    if node.CATEGORY != "spectune":
+        found.append(f"category {node.CATEGORY}")
+    parameters = dict(list(inspect.signature(getattr(node, node.FUNCTION)).parameters.items())[1:])
+    optional = set(inputs.get("optional", {}))
+    if set(parameters) != set(inputs["required"]) | optional:
+        found.append(f"parameters {sorted(parameters)}")
+    if optional != {name for name, told in parameters.items() if told.default is not told.empty}:
+        found.append("optional inputs need a default, and only they")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_keeps_the_contract(comfy: Comfy, name: str) -> None:
+    assert problems(comfy.nodes.NODE_CLASS_MAPPINGS[name]) == []
+
+
+def test_a_wrong_name_of_an_input_is_noticed(comfy: Comfy) -> None:
+    class Wrong(comfy.nodes.NODE_CLASS_MAPPINGS["SpectuneSampling"]):
+        def set(self, model: Any, fiel: str, prediction: str = "auto", shift: float = 0.0) -> None: ...
+
+    assert problems(Wrong) == ["parameters ['fiel', 'model', 'prediction', 'shift']"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_sockets_widgets_or_lists(comfy: Comfy, name: str) -> None:
+    for group in comfy.nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES().values():
+        for kind, *options in group.values():
+            assert isinstance(kind, list) or kind in WIDGETS | {"MODEL", "CLIP"}
+            assert all(isinstance(option, dict) for option in options)
+            if isinstance(kind, list):
+                assert all(isinstance(choice, str) for choice in kind)
+
+
+def test_there_are_all_nodes_and_each_has_a_title(comfy: Comfy) -> None:
+    assert tuple(comfy.nodes.NODE_CLASS_MAPPINGS) == NAMES
+    assert tuple(comfy.nodes.NODE_DISPLAY_NAME_MAPPINGS) == NAMES
+
+
+def test_lists_hold_safetensors_files_only(comfy: Comfy) -> None:
+    (comfy.folders["checkpoints"] / "old.ckpt").touch()
+    inputs = comfy.nodes.NODE_CLASS_MAPPINGS["SpectuneSplit"].INPUT_TYPES()
+    assert inputs["required"]["checkpoint"][0] == ["tiny.safetensors"]
+
+
+def test_the_whole_repository_loads_as_a_custom_node(comfy: Comfy) -> None:
+    path = list(sys.path)
+    try:
+        repository = load_package(ROOT, "cloned")
+        assert tuple(repository.NODE_CLASS_MAPPINGS) == NAMES
+        assert tuple(repository.NODE_DISPLAY_NAME_MAPPINGS) == NAMES
+        assert sys.path == path, "the library is installed: nothing is to be put on the path"
+    finally:
+        forget_package("cloned")
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spectune" else found(name))
+
+
+def test_a_clone_brings_its_own_library(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(before))
+    without_library(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cloned.comfy", comfy.nodes)  # the nodes themselves are loaded already
+    try:
+        load_package(ROOT, "cloned")
+        assert sys.path == [*before, str(ROOT / "src")], "src alone: the repository would hide `comfy`"
+    finally:
+        forget_package("cloned")
+
+
+def test_the_repository_is_nothing_outside_of_comfyui() -> None:
+    assert "folder_paths" not in sys.modules
+    try:
+        assert not hasattr(load_package(ROOT, "cloned"), "NODE_CLASS_MAPPINGS")
+    finally:
+        forget_package("cloned")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_library(monkeypatch)
+    try:
+        with pytest.raises(ImportError, match=r"need the library spectune[\s\S]*hint: run `pip install"):
+            load_package(ROOT / "comfyui_nodes", NODES)
+    finally:
+        forget_package(NODES)
+
+
+def test_only_relative_imports_of_its_own(comfy: Comfy) -> None:
+    """Inside of ComfyUI the name `comfy` is ComfyUI's."""
+    own = {path.stem for path in (ROOT / "comfyui_nodes").glob("*.py")}
+    for path in sorted((ROOT / "comfyui_nodes").glob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and words[1].startswith("comfy"):
+                assert words[1].removeprefix("comfy.") not in own, f"{Path(path).name}: {line}"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import spectune
+from tests.comfyui_nodes.conftest import BASE
+from tests.comfyui_nodes.fakes import Comfy, Interrupted
+
+INPUTS: dict[str, Any] = {
+    "checkpoint": BASE,
+    "rank": 4,
+    "residual_type": "model's own",
+    "layers": "default",
+    "residual_folder": "",
+    "principal_folder": "",
+    "overwrite": False,
+}
+RESIDUAL, PRINCIPAL = "tiny.residual.safetensors", "tiny.principal-r4.safetensors"
+
+
+def run(comfy: Comfy, **changes: Any) -> tuple[str, str]:
+    return comfy.run("SpectuneSplit", **{**INPUTS, **changes})
+
+
+def test_both_files_are_written_where_the_lists_look(comfy: Comfy) -> None:
+    assert run(comfy) == (RESIDUAL, PRINCIPAL)
+    assert comfy.files("checkpoints") == [RESIDUAL, BASE]
+    assert comfy.files("loras") == [PRINCIPAL]
+    assert sorted(path.name for path in comfy.folders["checkpoints"].iterdir()) == [RESIDUAL, BASE]
+    done, total = comfy.bars[0][-1]
+    assert done == total > 100
+    report = spectune.verify(
+        comfy.folders["checkpoints"] / BASE,
+        comfy.folders["checkpoints"] / RESIDUAL,
+        comfy.folders["loras"] / PRINCIPAL,
+    )
+    assert report.ok
+
+
+def test_the_files_are_those_of_the_library(comfy: Comfy, tmp_path: Path) -> None:
+    run(comfy, residual_type="float32", layers="all")
+    made = spectune.split(
+        comfy.folders["checkpoints"] / BASE,
+        tmp_path / "out",
+        rank=4,
+        residual_dtype="float32",
+        layers=("all",),
+    )
+    assert made.residual is not None
+    assert (comfy.folders["checkpoints"] / RESIDUAL).read_bytes() == made.residual.read_bytes()
+    assert (comfy.folders["loras"] / PRINCIPAL).read_bytes() == made.principal.read_bytes()
+
+
+def test_folders_are_inside_of_comfyuis(comfy: Comfy) -> None:
+    assert run(comfy, residual_folder="parts", principal_folder="parts\\r4") == (
+        str(Path("parts") / RESIDUAL),
+        str(Path("parts") / "r4" / PRINCIPAL),
+    )
+    assert str(Path("parts") / "r4" / PRINCIPAL) in comfy.files("loras")
+
+
+@pytest.mark.parametrize("folder", ["../outside", "a/../../outside"])
+def test_no_folder_leads_out(comfy: Comfy, folder: str) -> None:
+    with pytest.raises(RuntimeError, match="is no name for a file in loras"):
+        run(comfy, principal_folder=folder)
+
+
+def test_files_are_named_after_the_list_and_not_after_what_a_link_leads_to(comfy: Comfy) -> None:
+    (comfy.folders["checkpoints"] / "linked.safetensors").symlink_to(comfy.folders["checkpoints"] / BASE)
+    assert run(comfy, checkpoint="linked.safetensors") == (
+        "linked.residual.safetensors",
+        "linked.principal-r4.safetensors",
+    )
+
+
+def test_existing_files_stay_unless_told_otherwise(comfy: Comfy) -> None:
+    (comfy.folders["loras"] / PRINCIPAL).write_text("mine")
+    with pytest.raises(RuntimeError, match=r"is there already, in loras\nhint: turn overwrite on"):
+        run(comfy)
+    assert (comfy.folders["loras"] / PRINCIPAL).read_text() == "mine"
+    assert comfy.files("checkpoints") == [BASE]
+    run(comfy, overwrite=True)
+    assert len(load_file(comfy.folders["loras"] / PRINCIPAL)) > 100
+
+
+@pytest.mark.parametrize("at", [1, 40])
+def test_the_interrupt_button_leaves_no_file(comfy: Comfy, at: int) -> None:
+    comfy.stop_at = at
+    with pytest.raises(Interrupted):
+        run(comfy)
+    assert comfy.steps == at, "it went on after the button"
+    assert comfy.files("checkpoints") == [BASE]
+    assert comfy.files("loras") == []
+    assert sorted(path.name for path in comfy.folders["checkpoints"].iterdir()) == [BASE]
+
+
+def test_errors_show_what_and_hint(comfy: Comfy) -> None:
+    run(comfy)
+    with pytest.raises(
+        RuntimeError, match=r"is a residual: expected a whole model\nhint: split the original"
+    ):
+        run(comfy, checkpoint=RESIDUAL)
+
+
+def test_a_changed_file_is_split_again(comfy: Comfy) -> None:
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["SpectuneSplit"]
+    before = node.IS_CHANGED(**INPUTS)
+    assert node.IS_CHANGED(**INPUTS) == before != ""
+    with (comfy.folders["checkpoints"] / BASE).open("ab") as file:
+        file.write(b"x")
+    assert node.IS_CHANGED(**INPUTS) != before
+    assert node.IS_CHANGED(**{**INPUTS, "checkpoint": "gone.safetensors"}) == ""

@@ -1,0 +1,218 @@
+"""What becomes of single flags, and what the tables of flags promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune.errors import InputError
+from spectune.interop.kohya.command_line import parse_command
+from spectune.interop.kohya.flags import NETWORK_ARGS, RULES, judge
+from spectune.interop.kohya.importer import convert, nested
+from spectune.interop.kohya.settings import OPTIMIZER_NAMES
+from spectune.training.recipe.file import Recipe
+from tests.interop.kohya_commands import answer, converted, recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "section", "expected"),
+    [
+        ("--network_dim 16 --network_args conv_dim=8", "model", {"rank": 16, "conv_rank": 8}),
+        ("", "model", {"rank": 4}),  # the default of sd-scripts
+        ("--network_train_unet_only", "model", {"parts": ["unet"]}),
+        ("--network_train_text_encoder_only", "model", {"parts": ["te1", "te2"]}),
+        ("--text_encoder_lr=0 --unet_lr=1e-4", "model", {"parts": ["unet"]}),
+        ("--network_module=networks.lora --network_dropout=0.1", "model", {"dropout_probability": 0.1}),
+        ("", "objective", {"kind": "eps"}),
+        ("--v_parameterization --zero_terminal_snr", "objective", {"kind": "v", "zero_terminal_snr": True}),
+        (
+            "--noise_offset 0.05 --ip_noise_gamma .1",
+            "objective",
+            {"noise_offset": 0.05, "input_perturbation": 0.1},
+        ),
+        ("--min_snr_gamma=5", "loss", {"weighting": "min_snr", "min_snr_gamma": 5.0}),
+        ("--debiased_estimation_loss", "loss", {"weighting": "debiased"}),
+        (
+            "--edm2_loss_weighting --edm2_loss_weighting_optimizer_lr=0.01",
+            "loss",
+            {"weighting": "edm2", "edm2": {"learning_rate": 0.01}},
+        ),
+        ("--v_parameterization --scale_v_pred_loss_like_noise_pred", "loss", {"scale_v_like_noise": True}),
+        ("--loss_type l2", "loss", {"kind": "mse"}),
+        (
+            "--loss_type huber --huber_c .2",
+            "loss",
+            {"kind": "huber", "huber_c": 0.2, "huber_schedule": "snr"},
+        ),
+        ("--learning_rate=1e-4", "optimizer", {"learning_rate": 1e-4}),
+        ("", "optimizer", {"learning_rate": 2e-6}),  # the default of sd-scripts
+        (
+            "--unet_lr 1e-4 --text_encoder_lr 1e-5 2e-5",
+            "optimizer",
+            {"part_learning_rates": {"unet": 1e-4, "te1": 1e-5, "te2": 2e-5}},
+        ),
+        (
+            "--optimizer_type=Prodigy --learning_rate=1",
+            "optimizer",
+            {"name": "prodigy", "learning_rate": 1.0},
+        ),
+        ("--use_8bit_adam", "optimizer", {"name": "adamw8bit"}),
+        (
+            "--optimizer_type adafactor --optimizer_args warmup_init=True",
+            "optimizer",
+            {"name": "adafactor", "options": {"relative_step": True, "warmup_init": True}},
+        ),
+        (
+            "--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3 --lr_warmup_steps=0.1 "
+            "--max_train_steps=200",
+            "optimizer",
+            {"schedule": "cosine_restarts", "cycles": 3, "warmup_steps": 20},
+        ),
+        (
+            "--lr_scheduler polynomial --lr_scheduler_power 2",
+            "optimizer",
+            {"schedule": "polynomial", "power": 2.0},
+        ),
+        ("--resolution=832,1216 --enable_bucket", "data", {"resolution_px": 1006}),
+        ("--reg_data_dir=r --prior_loss_weight=0.5", "data", {"regularisation_weight": 0.5}),
+        ("--shuffle_caption --keep_tokens=1", "data", {"caption": {"shuffle": True, "keep_tokens": 1}}),
+        ("", "data", {"caption": {"extensions": [".caption"]}}),  # the default of sd-scripts
+        ("--masked_loss", "data", {"mask": "file"}),
+        ("--masked_loss --alpha_mask", "data", {"mask": "alpha"}),
+        ("--cache_latents_to_disk", "data", {"cache_latents": True, "cache_folder": "o/latents"}),
+        (
+            "--network_train_unet_only --cache_text_encoder_outputs",
+            "data",
+            {"cache_text": True, "folders": ["d"]},
+        ),
+        ("", "run", {"steps": 1600, "name": "last"}),  # the defaults of sd-scripts
+        ("--max_train_epochs=3 --max_train_steps=9", "run", {"epochs": 3}),
+        (
+            "--save_every_n_steps=100 --save_last_n_steps=200",
+            "run",
+            {"save_every_steps": 100, "keep_last": 3},
+        ),
+        ("--output_name 'my style'", "run", {"name": "my_style"}),
+        ("--mixed_precision=fp16", "run", {"precision": "bf16"}),
+        ("--sample_every_n_steps=50", "run", {"preview_every_steps": 50}),
+        ("--seed=1 --seed=2", "run", {"seed": 2}),
+    ],
+)
+def test_what_is_taken_over(flags: str, section: str, expected: dict[str, Any]) -> None:
+    found = recipe(flags)[section]
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert found[key].items() >= value.items()
+        else:
+            assert found[key] == value
+    if section == "run":
+        assert ("steps" in found) != ("epochs" in found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "line"),
+    [
+        ("--min_snr_gamma=5 --flow_matching", "min_snr_gamma", "ignored because weights by signal-to-noise"),
+        ("--keep_tokens=1", "keep_tokens", "ignored because nothing moves the tags"),
+        ("--cache_latents --random_crop", "cache_latents", "ignored because crops or colours vary"),
+        ("--cache_text_encoder_outputs", "cache_text_encoder_outputs", "ignored because encoders that train"),
+        ("--full_bf16", "full_bf16", "ignored because this optimiser would lose small updates"),
+        ("--network_dim=8 --network_alpha=1", "network_alpha", "sd-scripts would scale by 1/8"),
+        ("--network_dropout=0.1", "network_dropout", "ignored because LyCORIS does not apply it"),
+        ("--seed=1 --seed=2", "seed", "ignored because it is given again later"),
+        ("--min_timestep=0", "min_timestep", "ignored because that is how spectune does it"),
+        ("--min_timestep=10", "min_timestep", "not supported: all noise levels are trained"),
+        ("--network_args algo=lokr", "algo", "not supported: what is trained has the form of locon"),
+        ("--dataset_config=d.toml", "dataset_config", "not supported: write each of its subsets"),
+        ("--optimizer_type=Prodigy --learning_rate=0.5", "learning_rate", "the optimiser finds its step"),
+        ("--optimizer_type=SGDNesterov", "optimizer_type", "not supported: adamw is written instead"),
+        ("--optimizer_args decouple=True", "decouple", "not supported: adamw has no option `decouple`"),
+        ("--lr_scheduler=inverse_sqrt", "lr_scheduler", "not supported: optimizer.schedule is one of"),
+        ("--seed=x", "seed", "not supported: expected a whole number, got `x`"),
+        ("--seed", "seed", "not supported: it has no value"),
+        ("--loss_type=l3", "loss_type", "not supported: loss.kind is one of mse, l1, huber"),
+        ("--min_snr_gamma=5 --debiased_estimation_loss", "debiased_estimation_loss", "is min_snr already"),
+        ("--min_snr_gama=5", "min_snr_gama", "unknown flag; did you mean `min_snr_gamma`?"),
+        ("--network_args convdim=5", "convdim", "unknown flag; did you mean `conv_dim`?"),
+        ("--flip_aug yes", "flip_aug", "taken over as data.flip_probability = 0.5 (left out: yes)"),
+        ("--max_train_epochs=10 $more", "max_train_epochs", "run.epochs = 10 (left out: $more)"),
+        ("--unet_lr=1e-4 1e-5", "unet_lr", "part_learning_rates.unet = 0.0001 (left out: 1e-5)"),
+        ("--flow_matching true", "flow_matching", '"flow" (left out: true)'),
+        ("--wandb_api_key=hidden", "wandb_api_key", "--wandb_api_key=***: ignored"),
+    ],
+)  # fmt: skip
+def test_what_is_not(flags: str, name: str, line: str) -> None:
+    assert line in answer(flags, name)
+
+
+def test_what_has_to_be_filled_in_is_said() -> None:
+    conversion = converted(
+        script="sdxl_train_network.py --pretrained_model_name_or_path m --dataset_config d.toml"
+    )
+    data = nested(conversion.settings)
+    assert (data["data"]["folders"], data["run"]["output"]) == (["images"], "output")
+    assert conversion.notes == ("data.folders: to fill in", "run.output: to fill in")
+    doubtful = converted("--vae=%VAE%").notes
+    assert doubtful == ("vae.path holds a variable that the text does not set: %VAE%",)
+
+
+def test_a_full_training_becomes_a_principal_of_rank_64() -> None:
+    script = "sdxl_train.py --pretrained_model_name_or_path m.safetensors --train_data_dir d --output_dir o"
+    assert recipe(script=script)["model"] == {"base": "m.safetensors", "rank": 64, "parts": ["unet"]}
+    data = recipe("--train_text_encoder --learning_rate=1e-5 --learning_rate_te2=0", script=script)
+    assert data["model"]["parts"] == ["unet", "te1"]
+
+
+def test_pickles_and_hub_names_are_pointed_out() -> None:
+    text = "sdxl_train_network.py --train_data_dir d --output_dir o --pretrained_model_name_or_path "
+    hub = convert(parse_command(text + "stabilityai/stable-diffusion-xl-base-1.0"), folder=Path())
+    assert "if this is a name on Hugging Face: download it first" in str(hub.answers[2])
+    with pytest.raises(InputError, match="give either `base`"):
+        convert(parse_command(text + "m.ckpt"), folder=Path())
+
+
+def test_every_rule_answers_every_kind_of_value() -> None:
+    for table, shape in ((RULES, "--{name}{value}"), (NETWORK_ARGS, "--network_args {name}{value}")):
+        for name in table:
+            for value in ("", "=1", "=0", "=x", "=1,2"):
+                command = parse_command("sdxl_train_network.py " + shape.format(name=name, value=value))
+                lines = [str(answer) for given in command.flags for answer in judge(given, command)]
+                assert lines, name
+                assert all(
+                    re.search(r": (taken over as|ignored because|not supported)", line) for line in lines
+                )
+
+
+def test_every_key_that_a_rule_names_is_one_of_recipes() -> None:
+    keys = {key for rule in [*RULES.values(), *NETWORK_ARGS.values()] for key in _keys_in(rule.says)}
+    assert {"data.bucket.min_px", "loss.edm2.learning_rate", "optimizer.part_learning_rates"} <= keys
+    assert {key for key in keys if not _is_key(key)} == set()
+    assert not _is_key("data.bucket.min_pixels")
+
+
+def _keys_in(text: str) -> list[str]:
+    sections = "|".join(Recipe.model_fields)
+    return re.findall(rf"\b((?:{sections})\.[a-z_\d.]*[a-z\d])", text)
+
+
+def _is_key(key: str) -> bool:
+    section: Any = Recipe
+    for name in key.split("."):
+        fields = getattr(section, "model_fields", {})
+        if name not in fields:
+            return False
+        section = fields[name].annotation
+    return True
+
+
+def test_the_page_of_flags_is_what_the_tables_say() -> None:
+    page = (ROOT / "docs" / "reference" / "kohya-flags.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    said = {name: rule.says for name, rule in {**RULES, **NETWORK_ARGS}.items()}
+    names = {name: f"`{ours}`" for name, ours in OPTIMIZER_NAMES.items()}
+    assert rows == said | names

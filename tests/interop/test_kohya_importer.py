@@ -1,0 +1,218 @@
+"""Commands of sd-scripts become recipes, and every flag has an answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune.cli.app import run
+from spectune.interop.kohya.command_line import parse_command
+from spectune.interop.kohya.importer import replaced_by_split
+from spectune.training.recipe.file import load_recipe
+from tests.interop.kohya_commands import GUIDE_FIX, GUIDE_TRAINING, SHORT
+
+
+def test_the_training_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipe", "import", GUIDE_TRAINING]) == 0
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "unknown" not in said.err
+    text = Path("recipe.toml").read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "# spectune train recipe.toml"
+    assert 'base = "original.safetensors"' in text  # how to train on the original instead
+    assert tomllib.loads(text) == {
+        "model": {
+            "residual": "K:/Comfyui_033/ComfyUI/output/checkpoints/BIG25NULLdiff.safetensors",
+            "principal": "K:/Comfyui_033/ComfyUI/models/loras/train/ext_big25_fix.safetensors",
+            "form": "residual",
+        },
+        "vae": {"path": "K:/ComfyUI_p022/ComfyUI/models/vae/kohaku"},
+        "data": {
+            "folders": ["mydataset"],
+            "resolution_px": 1024,
+            "workers": 1,
+            "color_probability": 0.33,
+            "flip_probability": 0.5,
+            "random_crop": True,
+            "bucket": {"enabled": True, "step_px": 64, "min_px": 768, "max_px": 1280},
+            "caption": {"shuffle": True, "extensions": [".txt"], "dropout_probability": 0.5},
+        },
+        "objective": {"kind": "flow", "flow_shift": 2.5},
+        "loss": {"kind": "fft"},
+        "optimizer": {
+            "name": "prodigy_plus_schedule_free",
+            "learning_rate": 1.0,
+            "options": {
+                "prodigy_steps": 100,
+                "betas": [0.8, 0.8],
+                "schedulefree_c": 10,
+                "weight_decay_by_lr": False,
+                "d0": 1e-5,
+                "use_stableadamw": False,
+                "d_limiter": False,
+                "d_coef": 1,
+                "use_speed": False,
+            },
+        },
+        "run": {
+            "output": "output_dir",
+            "name": "NAME",
+            "epochs": 1000,
+            "save_every_steps": 100,
+            "batch": 1,
+            "accumulation": 1,
+            "precision": "bf16",
+            "gradient_checkpointing": True,
+            "trained_precision": "bf16",
+            "seed": 1,
+            "tensorboard": True,
+        },
+    }
+    assert load_recipe(Path("recipe.toml")).objective.flow_shift == 2.5
+
+
+def test_every_flag_of_the_guide_has_one_line(tmp_path: Path, capfd: Any) -> None:
+    assert run(["recipe", "import", GUIDE_TRAINING, "-o", str(tmp_path / "r.toml")]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    flags = re.findall(r"^--(\w+)", GUIDE_TRAINING, flags=re.MULTILINE)
+    assert len(flags) == 48
+    for flag in flags:
+        found = [line for line in lines if re.match(rf"--{flag}(?!\w)", line)]
+        parts = {"network_args": 5, "optimizer_args": 9}.get(flag, 1)
+        assert len(found) == parts, flag
+        assert all(": taken over as " in line or ": ignored because " in line for line in found)
+    assert any("left out, it follows the command: That’s it — the training starts." in line for line in lines)
+
+
+def test_the_fix_of_the_guide_is_answered_with_the_split_that_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipe", "import", GUIDE_FIX]) == 0
+    said = capfd.readouterr()
+    assert said.out == (
+        "spectune split K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors "
+        "--rank 64 -o output_dir\n"
+    )
+    assert "this command trains nothing" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fix_with_another_conv_rank_and_a_path_with_spaces() -> None:
+    text = GUIDE_FIX.replace('"conv_dim=64"', "conv_dim=32").replace("K:/Comfyui_033", "K:/my models")
+    assert replaced_by_split(parse_command(text)) == (
+        'spectune split "K:/my models/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors" '
+        "--rank 64 --conv-rank 32 -o output_dir"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [("0.000000000000000000000001", "1e-6"), ("--network_weights=", "--base_weights=")]
+)
+def test_what_trains_is_no_fix(change: tuple[str, str]) -> None:
+    assert replaced_by_split(parse_command(GUIDE_FIX.replace(*change))) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "no training command: neither a script such as sdxl_train_network.py"),
+        (GUIDE_FIX + GUIDE_TRAINING, "2 training commands: sdxl_train_network.py, sdxl_train_network.py"),
+        (
+            "flux_train_network.py --seed=1",
+            "flux_train_network.py is none of sdxl_train_network.py, sdxl_train.py",
+        ),
+        ('sdxl_train.py --vae="C:/x', 'a quote is not closed: "C:/x'),
+        ("sdxl_train_network.py --seed=1", "the command names no model"),
+        (f"{SHORT} --train_batch_size=0", "the command: [run] `batch`: input should be greater than"),
+        ("none.bat", "none.bat does not exist"),
+        (f"{SHORT} --config_file none", "--config_file none.toml does not exist"),
+    ],
+)
+def test_messages(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipe", "import", text]) == 2
+    said = capfd.readouterr().err
+    assert f"error: {message}" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_supported_is_written_down_and_makes_the_exit_code_1(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "r.toml"
+    text = f"{SHORT} --save_every_n_epochs=1 --no_such_thing"
+    assert run(["recipe", "import", text, "-o", str(out)]) == 1
+    said = capfd.readouterr().err
+    assert (
+        "warning: --save_every_n_epochs=1: not supported: counted in steps here: run.save_every_steps" in said
+    )
+    assert "warning: --no_such_thing: unknown flag" in said
+    assert re.search(r"2 of \d+ flags have no counterpart", said)
+    assert "#   --no_such_thing: unknown flag" in out.read_text()
+    assert load_recipe(out).run.name == "last"
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "r.toml"
+    out.write_text("mine")
+    assert run(["recipe", "import", SHORT, "-o", str(out)]) == 2
+    assert f"{out} exists" in " ".join(capfd.readouterr().err.split())
+    assert out.read_text() == "mine"
+    assert run(["recipe", "import", SHORT, "-o", str(out), "--force"]) == 0
+    assert load_recipe(out).model.rank == 4
+
+
+def test_paths_stay_where_they_are_when_the_recipe_goes_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("deep").mkdir()
+    text = SHORT.replace("m.safetensors", "models/m.safetensors").replace("output_dir o", "output_dir K:/o")
+    assert run(["recipe", "import", text, "-o", "deep/r.toml"]) == 0
+    data = tomllib.loads(Path("deep/r.toml").read_text())
+    assert data["model"]["base"] == "../models/m.safetensors"
+    assert data["data"]["folders"] == ["../d"]
+    assert data["run"]["output"] == "K:/o"
+
+
+def test_keys_stand_once_and_in_the_order_of_recipes(tmp_path: Path) -> None:
+    out = tmp_path / "r.toml"
+    flags = "--seed=3 --cache_latents --cache_latents_to_disk --network_dim=8 --flip_aug --resolution=512"
+    assert run(["recipe", "import", f"{SHORT} {flags}", "-o", str(out)]) == 0
+    keys = re.findall(r"^(\w+) =", out.read_text(), flags=re.MULTILINE)
+    assert keys == [
+        *("base", "rank"),
+        *("folders", "resolution_px", "flip_probability", "cache_latents", "cache_folder"),
+        "extensions",
+        "kind",
+        "learning_rate",
+        *("name", "output", "steps", "seed"),
+    ]
+    assert load_recipe(out).data.cache_latents is True
+
+
+def test_help_has_an_example(capfd: Any) -> None:
+    assert run(["recipe", "import", "--help"]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "Example: spectune recipe import train.bat -o recipe.toml" in shown
+
+
+def test_json_output(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "r.toml"
+    assert run(["recipe", "import", f"{SHORT} --sed=1", "-o", str(out), "--json"]) == 1
+    record = json.loads(capfd.readouterr().out)
+    assert (record["recipe"], record["understood"]) == (str(out), False)
+    flags = {entry["flag"]: entry for entry in record["flags"]}
+    assert flags["--train_data_dir=d"]["settings"] == {"data.folders": ["d"]}
+    assert flags["--sed=1"] == {
+        "flag": "--sed=1", "verdict": "unknown", "settings": {}, "why": "did you mean `seed`?"
+    }  # fmt: skip
+    assert run(["recipe", "import", GUIDE_FIX, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["replaced_by"].startswith("spectune split K:/")

@@ -1,0 +1,136 @@
+"""A model built from the tensors of a checkpoint alone."""
+
+import pytest
+import torch
+
+from spectune.errors import InputError
+from spectune.files.reader import MemorySource
+from spectune.model.network import build_model
+from spectune.model.prediction import Ddpm
+from spectune.model.text import TokenIds, tokenize
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return build_model(source)
+
+
+def test_every_stage_runs(model):
+    text = model.encode_text(tokenize(["a cat", ""], model.layout.te1.context))
+    assert text.context.shape == (2, model.layout.te1.context, model.layout.unet.context)
+    assert text.pooled.shape == (2, model.layout.unet.pooled)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode_images(pixels)
+    edge = 32 // model.pixels_per_latent
+    assert latents.shape == (2, 4, edge, edge)
+    out = model.denoise(latents, torch.tensor([10, 900]), text, torch.zeros(2, 6))
+    assert out.shape == latents.shape
+    assert torch.isfinite(out).all()
+    assert model.decode_latents(latents).shape == pixels.shape
+
+
+def test_modules_hold_the_numbers_of_the_file(model, source):
+    block = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    attention = model.te2.text_model.encoder.layers[0].self_attn
+    joined = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.equal(joined, source.load(block).float())
+    projection = source.load("conditioner.embedders.1.model.text_projection").float()
+    assert torch.equal(model.te2.text_projection.weight, projection.T)
+
+
+def test_place_finds_each_layer_of_the_catalogue(model, source):
+    from spectune.sdxl.layers import build_catalogue, layer_weight
+
+    for layer in build_catalogue(source, all_layers=True):
+        parent, attribute = model.place(layer.name)
+        assert torch.equal(getattr(parent, attribute).weight, layer_weight(source, layer).float()), layer.name
+
+
+def test_unknown_layer_is_named(model):
+    with pytest.raises(InputError, match=r"the model has no layer unet\.nowhere"):
+        model.place("unet.nowhere")
+
+
+def test_prediction_comes_from_the_metadata(source):
+    assert build_model(source).prediction.name == "eps"
+    flow = {**source.metadata, "spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
+    prediction = build_model(MemorySource(source.values, flow)).prediction
+    assert (prediction.name, prediction.shift) == ("flow", 2.5)
+
+
+def test_missing_tensor_is_named(source):
+    values = dict(source.values)
+    del values["model.diffusion_model.out.2.bias"]
+    with pytest.raises(InputError, match=r"out\.2\.bias"):
+        build_model(MemorySource(values, source.metadata))
+
+
+def test_wrong_shape_is_named(source):
+    name = "model.diffusion_model.time_embed.2.bias"
+    values = {**source.values, name: torch.zeros(3, dtype=torch.float16)}
+    with pytest.raises(InputError, match=r"time_embedding\.linear_2\.bias: expected \(\d+,\), got \(3,\)"):
+        build_model(MemorySource(values, source.metadata))
+
+
+def test_text_agrees_with_the_diffusers_pipeline(model):
+    """The oracle is StableDiffusionXLPipeline.encode_prompt with our tokenizer in both places."""
+    pipeline = oracle_pipeline(model)
+    captions = ["a cat", "a red fox in the snow"]  # no "!": the second tokenizer of diffusers pads with it
+    for caption in captions:
+        context, _, pooled, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+        ours = model.encode_text(tokenize([caption], model.layout.te1.context))
+        torch.testing.assert_close(ours.context, context)
+        torch.testing.assert_close(ours.pooled, pooled)
+
+
+def oracle_pipeline(model):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    from spectune.model.text import clip_tokenizer
+
+    first = clip_tokenizer()
+    vocabulary = first.get_vocab()
+    merges = [tuple(merge) for merge in first._merges]
+    second = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!")
+    first.model_max_length = second.model_max_length = 77
+    return StableDiffusionXLPipeline(
+        vae=model.vae,
+        text_encoder=model.te1,
+        text_encoder_2=model.te2,
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=model.unet,
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def test_pooled_text_is_read_at_the_first_end_token(model):
+    ids = tokenize(["a cat"], model.layout.te1.context)
+    twice = ids.te2.clone()
+    twice[0, 10] = 49407
+    state = model.te2.text_model(twice).last_hidden_state[0, 3]
+    torch.testing.assert_close(
+        model.encode_text(TokenIds(ids.te1, twice)).pooled[0], model.te2.text_projection(state)
+    )
+
+
+def test_latents_are_shifted_and_scaled(source):
+    """latents = (z - shift) * scale, here with the numbers of the EQ-D-VR autoencoder."""
+    metadata = {**source.metadata, "spectune.vae_scale": "0.1406", "spectune.vae_shift": "-0.4743"}
+    model = build_model(MemorySource(source.values, metadata))
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    z = model.vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(model.encode_images(pixels), (z + 0.4743) * 0.1406)
+    torch.testing.assert_close(
+        model.decode_latents((z + 0.4743) * 0.1406),
+        model.vae.decode(z).sample.clamp(-1, 1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_zero_terminal_snr_models_are_known_by_their_key(source):
+    values = {**source.values, "ztsnr": torch.zeros(()), "v_pred": torch.zeros(())}
+    metadata = {key: value for key, value in source.metadata.items() if "prediction" not in key}
+    assert build_model(MemorySource(values, metadata)).prediction == Ddpm("v", zero_terminal_snr=True)

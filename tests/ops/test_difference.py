@@ -1,0 +1,348 @@
+"""The LoRA of two checkpoints: what was added comes back, and what no LoRA holds is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectune.adapters.adapter import TunedAdapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import change
+from spectune.errors import InputError
+from spectune.files.provenance import Provenance, Role, weights_hash
+from spectune.ops.export.difference import export_difference
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.pairs.layer_ranks import BudgetRank, EnergyRank, FixedRank
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+from tests.loras import distance, products
+from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned, tuned_from
+from tests.split_fixtures import TinySplit
+
+MIDDLE = "unet.middle_block"
+EXACT = FixedRank(8)  # twice the rank of the tuned adapters here
+U32 = 2.0**-24
+
+
+@pytest.fixture(scope="module")
+def catalogue(tiny_checkpoint: Path) -> Catalogue:
+    with open_checkpoint(tiny_checkpoint) as source:
+        return build_catalogue(source)
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A checkpoint in float32, made of the tiny one by a tuned adapter of rank 4 in some layers."""
+
+    path: Path
+    deltas: TunedAdapter
+
+    def exact(self, name: str) -> Tensor:
+        return change(self.deltas.layers[name]).flatten(1).double()
+
+
+MakeTuned = Callable[[str], TunedModel]
+
+
+@pytest.fixture(scope="module")
+def make_tuned(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path_factory: pytest.TempPathFactory
+) -> MakeTuned:
+    folder, made = tmp_path_factory.mktemp("models"), dict[str, TunedModel]()
+
+    def make(only: str) -> TunedModel:
+        if only not in made:
+            deltas = tuned_from(tiny_checkpoint, tiny_split(None), size=0.05, only=only)
+            adapter = saved_tuned(deltas, folder / f"adapter{len(made)}.safetensors")
+            path = folder / f"model{len(made)}.safetensors"
+            rebuild_checkpoint(adapter, tiny_checkpoint, path, dtype=torch.float32)
+            made[only] = TunedModel(path, deltas)
+        return made[only]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(tiny_checkpoint)
+
+
+def weight_norm(weights: dict[str, Tensor], layer: Layer) -> float:
+    return float(weights[layer.tensor][layer.row_slice].double().norm())
+
+
+def test_at_twice_the_rank_the_lora_is_the_change(
+    make_tuned: MakeTuned,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    catalogue: Catalogue,
+    weights: dict[str, Tensor],
+) -> None:
+    tuned = make_tuned("")
+    seen: list[tuple[int, int, str]] = []
+    report = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT, store=torch.float32,
+        progress=lambda *step: seen.append(step),
+    )  # fmt: skip
+    found = products(report.path)
+    assert len(report.layers) == len(found) == len(catalogue)
+    for reported in report.layers:
+        layer, exact = catalogue.by_name[reported.name], tuned.exact(reported.name)
+        # one rounding of W + dW to float32, of which at most all falls on dW; factors round at their own size
+        bound = U32 * weight_norm(weights, layer) / float(exact.norm()) + 1e-6
+        assert distance(found[layer.kohya], exact) < bound, layer.name
+        assert distance(1.01 * found[layer.kohya], exact) > bound
+        assert reported.norm == pytest.approx(float(exact.norm()), rel=1e-5)
+        assert reported.error < bound
+        assert reported.rank == min(8, layer.full_rank)
+        assert reported.full_rank == layer.full_rank
+    assert (report.left_out, report.outside, report.outside_share) == ((), {}, 0.0)
+    assert (seen[0][0], seen[-1]) == (0, (seen[0][1], seen[0][1], ""))
+
+
+def test_layers_that_did_not_change_are_left_out(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    report = export_difference(tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT)
+    assert {layer.name for layer in report.layers} == set(tuned.deltas.layers)
+    assert set(report.unchanged) == set(catalogue.by_name) - set(tuned.deltas.layers)
+    assert report.lost == ()
+    assert set(products(report.path)) == {catalogue.by_name[name].kohya for name in tuned.deltas.layers}
+    # float16 factors; nothing else is lost
+    assert 1e-5 < report.error < 1e-3
+    (part,) = report.parts
+    assert (part.part, part.layers, part.truncated) == ("unet", len(tuned.deltas.layers), len(report.layers))
+
+
+def test_the_file_says_where_it_comes_from(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    report = export_difference(tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT)
+    told = Provenance.from_metadata(read_metadata(report.path))
+    with open_checkpoint(tiny_checkpoint) as source:
+        assert told.base_hash == weights_hash(source)
+    assert (told.role, told.base_name, told.principal_hash) == (Role.LORA, "tiny.safetensors", None)
+    assert (told.prediction, told.flow_shift) == ("flow", 2.5)
+    # the tuned model predicts flow, the tiny one eps
+    assert report.warnings == (
+        f"{tuned.path.name} predicts flow, tiny.safetensors eps: whoever loads the LoRA must sample for flow",
+    )
+
+
+def test_the_lora_makes_the_tuned_model_of_the_original(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    lora = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT, store=torch.float32
+    )
+    again = tmp_path / "again.safetensors"
+    report = rebuild_checkpoint(lora.path, tiny_checkpoint, again, dtype=torch.float32)
+    assert report.changed_tensors == len({catalogue.by_name[name].tensor for name in tuned.deltas.layers})
+    found, expected = load_file(again), load_file(tuned.path)
+    assert max(distance(found[n], t) for n, t in expected.items() if t.is_floating_point()) < 1e-6
+
+
+def test_a_cut_loses_the_smallest_directions(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    report = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=FixedRank(3, 2), store=torch.float32
+    )
+    for layer in report.layers:
+        values = torch.linalg.svdvals(tuned.exact(layer.name))
+        best = float((values[layer.rank :].square().sum() / values.square().sum()).sqrt())
+        assert layer.error == pytest.approx(best, rel=1e-3)
+    assert {layer.rank for layer in report.layers} == {2, 3}
+
+
+def test_an_energy_is_that_of_each_layers_change(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    report = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EnergyRank(0.9), store=torch.float32
+    )
+    assert len(report.layers) == len(tuned.deltas.layers)
+    for layer in report.layers:
+        held = torch.linalg.svdvals(tuned.exact(layer.name)).square().cumsum(0)
+        held = held / held[-1]
+        assert held[layer.rank - 1] >= 0.9 - 1e-6
+        assert layer.rank == 1 or held[layer.rank - 2] < 0.9 + 1e-6
+        assert layer.error**2 == pytest.approx(1 - float(held[layer.rank - 1]), abs=1e-5)
+
+
+def test_a_size_is_kept_and_what_finds_no_room_is_told_and_counted(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned("unet")
+    size = 60_000
+    report = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=BudgetRank(size), store=torch.float32
+    )
+    assert report.path.stat().st_size <= size
+    assert len(report.lost) > 5
+    assert {layer.name for layer in report.layers} | set(report.lost) == set(tuned.deltas.layers)
+    whole = sum(float(tuned.exact(name).square().sum()) for name in tuned.deltas.layers)
+    lost = sum((layer.error * layer.norm) ** 2 for layer in report.layers)
+    lost += sum(float(tuned.exact(name).square().sum()) for name in report.lost)
+    assert report.error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+
+
+def test_biases_and_norms_are_outside_and_their_share_is_right(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    bias, norm = "model.diffusion_model.middle_block.1.proj_in.bias", "model.diffusion_model.out.0.weight"
+    token = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
+    added = {bias: 0.5, norm: 0.25, token: 2.0**-6}
+    changes = {name: weights[name].float() + number for name, number in added.items()}
+    model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
+    report = export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+    assert report.outside is not None
+    assert set(report.outside) == set(added)
+    for name, number in added.items():
+        assert report.outside[name] == pytest.approx(number * weights[name].numel() ** 0.5, rel=1e-5)
+    missed = sum(number**2 * weights[name].numel() for name, number in added.items())
+    held = sum(float(tuned.exact(name).square().sum()) for name in tuned.deltas.layers)
+    assert report.outside_share == pytest.approx(missed / (missed + held), rel=1e-5)
+    assert report.error < 1e-3  # of what the LoRA is for
+
+
+def test_layers_that_are_not_named_are_no_loss(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    tuned = make_tuned("")
+    report = export_difference(
+        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT, layers=["te1"]
+    )
+    assert {layer.part for layer in report.layers} == {"te1"}
+    assert (len(report.layers), report.left_out, report.outside) == (12, (), {})
+    end = "model.diffusion_model.out.2.weight"
+    changes = {end: weights[end].float() + 0.1}
+    model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
+    default = export_difference(model, tiny_checkpoint, tmp_path / "y.safetensors", ranks=EXACT)
+    assert set(default.outside or {}) == {end}
+    whole = export_difference(model, tiny_checkpoint, tmp_path / "z.safetensors", ranks=EXACT, layers=["all"])
+    assert whole.outside == {}
+    assert "lora_unet_out_2" in products(whole.path)
+
+
+def test_sixteen_bit_models_are_subtracted_in_float32(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    half = recast(tuned.path, tmp_path / "half.safetensors", torch.float16)
+    report = export_difference(
+        half, tiny_checkpoint, tmp_path / "x.safetensors", ranks=FixedRank(400), store=torch.float32
+    )
+    after, before = load_file(half), load_file(tiny_checkpoint)
+    with open_checkpoint(tiny_checkpoint) as source:
+        layers = build_catalogue(source).by_name
+    found = products(report.path)
+    for reported in report.layers:
+        layer = layers[reported.name]
+        exact = after[layer.tensor].double() - before[layer.tensor].double()
+        assert distance(found[layer.kohya], exact.flatten(1)) < 2e-6
+
+
+def test_autoencoders_that_differ_are_said(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    names = [name for name in weights if name.startswith("first_stage_model.decoder.conv_")][:3]
+    changes = {name: weights[name] + 1 for name in names}
+    model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
+    report = export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+    assert report.warnings[0] == (
+        "the autoencoders differ in 3 tensors, which no LoRA holds: use the one of model.safetensors beside "
+        "the LoRA"
+    )
+    assert report.outside == {}
+
+
+def test_what_has_no_difference_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(tiny_checkpoint.read_bytes())
+    with pytest.raises(InputError) as caught:
+        export_difference(copy, tiny_checkpoint, out)
+    assert caught.value.what == "no layer of copy.safetensors differs from tiny.safetensors"
+    assert caught.value.hint == "pass the tuned model first and the one it was made from as --base"
+    bias = "model.diffusion_model.out.2.bias"
+    model = changed_copy(copy, tmp_path / "bias.safetensors", {bias: load_file(copy)[bias] + 1})
+    with pytest.raises(InputError, match=r"no layer of bias\.safetensors differs"):
+        export_difference(model, tiny_checkpoint, out)
+    assert not out.exists()
+
+
+def test_models_of_other_tensors_are_refused(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    out, metadata = tmp_path / "x.safetensors", read_metadata(tiny_checkpoint)
+    norm = "model.diffusion_model.middle_block.1.norm.weight"
+    fewer = tmp_path / "fewer.safetensors"
+    save_file({name: t for name, t in weights.items() if name != norm}, fewer, metadata=metadata)
+    for one, other, told in (
+        (fewer, tiny_checkpoint, f"1 tensors of tiny.safetensors are not in fewer.safetensors: {norm}"),
+        (tiny_checkpoint, fewer, f"1 tensors of tiny.safetensors are not in fewer.safetensors: {norm}"),
+    ):
+        with pytest.raises(InputError) as caught:
+            export_difference(one, other, out)
+        assert caught.value.what == told
+        assert caught.value.hint == "the difference of two checkpoints of the same kind is needed"
+    wider = changed_copy(tiny_checkpoint, tmp_path / "wider.safetensors", {norm: torch.ones(33)})
+    with pytest.raises(InputError) as caught:
+        export_difference(wider, tiny_checkpoint, out)
+    assert caught.value.what == (
+        f"1 tensors of wider.safetensors have another shape than in tiny.safetensors: {norm} is (33,), "
+        "expected (32,)"
+    )
+    residual = tiny_split(None).residual
+    assert residual is not None
+    for one, other in ((residual, tiny_checkpoint), (tiny_checkpoint, residual)):
+        with pytest.raises(InputError, match=r"tiny\.residual\.safetensors is a residual"):
+            export_difference(one, other, out)
+    with pytest.raises(InputError, match="is one of the files that are read"):
+        export_difference(wider, tiny_checkpoint, wider, force=True)
+
+
+def test_numbers_that_are_not_finite_reach_no_lora(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    broken = load_file(tuned.path)[name].clone()
+    broken[0, 0] = float("nan")
+    model = changed_copy(tuned.path, tmp_path / "model.safetensors", {name: broken})
+    with pytest.raises(InputError, match=r"unet\.middle_block\.1\.proj_in: 1 of 1024 numbers are NaN"):
+        export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_checkpoints_in_eight_bits_are_subtracted_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """With each stored number exact in its type, the difference is what it is in any other type."""
+    base = recast(tiny_checkpoint, tmp_path / "base.safetensors", torch.float8_e4m3fn)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    doubled = {name: (load_file(base)[name].float() * 2).to(torch.float8_e4m3fn)}
+    tuned = changed_copy(base, tmp_path / "tuned.safetensors", doubled)
+    report = export_difference(tuned, base, tmp_path / "lora.safetensors", ranks=FixedRank(32))
+    assert [layer.name for layer in report.layers] == ["unet.middle_block.1.proj_in"]
+    assert report.error < 1e-3
+
+
+def test_a_file_that_is_there_stops_it_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora.safetensors"
+    out.write_bytes(b"mine")
+    missing = tmp_path / "not_even_read.safetensors"
+    with pytest.raises(InputError, match="exists"):
+        export_difference(missing, tiny_checkpoint, out)
+    assert out.read_bytes() == b"mine"

@@ -1,0 +1,73 @@
+"""A residual that another program made, trained here, becomes a whole model again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.writer import save_tuned
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import absolute
+from spectune.core.low_rank import product
+from spectune.errors import PairingError
+from spectune.files.provenance import Provenance, weights_hash
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.pairs.rules import foreign_residual_hash
+from spectune.sdxl.layers import build_catalogue, layer_weight
+from tests.sample_pairs import tuned_from
+from tests.split_fixtures import TinySplit
+
+
+@pytest.fixture
+def residual(tiny_split: TinySplit, tmp_path: Path) -> Path:
+    """A residual that says nothing of itself."""
+    made = tiny_split(torch.float32).residual
+    assert made is not None
+    path = tmp_path / "diff.safetensors"
+    save_file({name: t for name, t in load_file(made).items() if "spectune" not in name}, path)
+    return path
+
+
+def tuned_on(residual: Path, tuned: TunedAdapter, out: Path) -> Path:
+    """The file that a training on such a residual leaves."""
+    told = Provenance.from_metadata(tuned.metadata)
+    with open_checkpoint(residual) as source:
+        found = foreign_residual_hash(weights_hash(source), told.principal_hash)
+    save_tuned(out, tuned, replace(told, base_hash=found))
+    return out
+
+
+def test_the_tuned_factors_take_the_principals_place(
+    tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
+) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
+    path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
+    out = rebuild_checkpoint(path, residual, tmp_path / "whole.safetensors", dtype=torch.float32).path
+    with open_checkpoint(residual) as rest, open_checkpoint(out) as whole:
+        for layer in build_catalogue(rest):
+            expected = layer_weight(rest, layer) + product(absolute(tuned.layers[layer.name]))
+            assert torch.allclose(layer_weight(whole, layer), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_on_the_original_the_same_file_is_refused(
+    tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
+) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
+    path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
+    with pytest.raises(PairingError, match="was trained from base"):
+        rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "whole.safetensors")
+    assert not (tmp_path / "whole.safetensors").exists()
+
+
+def test_a_part_of_the_principal_is_not_enough(
+    tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
+) -> None:
+    tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02, only="unet.")
+    path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
+    with pytest.raises(PairingError, match=r"lacks the principal of \d+ of its layers: te1"):
+        rebuild_checkpoint(path, residual, tmp_path / "whole.safetensors")

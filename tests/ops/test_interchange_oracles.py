@@ -1,0 +1,281 @@
+"""What diffusers, PEFT and lycoris-lora make of our files, beside W + dW of our own, in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.models.attention import BasicTransformerBlock
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.spellings import Spelling
+from spectune.adapters.writer import AdapterWriter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.low_rank import LowRank
+from spectune.files.provenance import Provenance
+from spectune.files.reader import TensorInfo
+from spectune.ops.convert import convert_adapter, convert_checkpoint
+from spectune.ops.export.adapter import export_adapter
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.pairs.merged import Merged, Restored, merged
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
+from spectune.sdxl.names import ModuleName, module_path, module_tensors
+from tests.layouts import TINY, Modules
+from tests.loras import distance, saved_lora
+from tests.ops.test_oracles import lycoris_weight, module_of, peft_weight
+from tests.sample_pairs import open_principal, saved_tuned, tuned_from
+from tests.split_fixtures import TinySplit
+
+PARTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
+
+
+@pytest.fixture(scope="module")
+def catalogue(tiny_checkpoint: Path) -> Catalogue:
+    with open_checkpoint(tiny_checkpoint) as source:
+        return build_catalogue(source)
+
+
+def pipeline(modules: Modules) -> StableDiffusionXLPipeline:
+    """Of copies of the tiny modules, without tokenizers and autoencoder."""
+    parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "tokenizer_2"))
+    for part, name in PARTS.items():
+        parts[name] = copy.deepcopy(getattr(modules, part))
+    return StableDiffusionXLPipeline(**parts, scheduler=cast(Any, EulerDiscreteScheduler()))
+
+
+def weights_in(pipe: StableDiffusionXLPipeline, catalogue: Catalogue) -> dict[str, Tensor]:
+    """W + dW as PEFT would merge it, by layer."""
+    found: dict[str, Tensor] = {}
+    for layer in catalogue:
+        part, path = module_path(layer.name, catalogue.unet)
+        module = getattr(pipe, PARTS[part]).get_submodule(path)
+        assert isinstance(module, LoraLayer), layer.name
+        (active,) = module.scaling
+        base = cast(nn.Module, module.get_base_layer())
+        found[layer.name] = (cast(Tensor, base.weight) + module.get_delta_weight(active)).detach()
+    return found
+
+
+def in_diffusers(modules: Modules, path: Path, catalogue: Catalogue) -> dict[str, Tensor]:
+    pipe = pipeline(modules)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    return weights_in(pipe, catalogue)
+
+
+def largest_error(ours: Merged | Restored, theirs: Mapping[str, Tensor], layers: Catalogue) -> float:
+    return max(distance(theirs[layer.name], layer_weight(ours, layer)) for layer in layers)
+
+
+def changes_much(base: Path, ours: Merged | Restored, layers: Catalogue) -> bool:
+    """A thousand times more than what is allowed between the programs: who adds nothing is caught."""
+    with open_checkpoint(base) as source:
+        return all(distance(layer_weight(source, one), layer_weight(ours, one)) > 1e-3 for one in layers)
+
+
+@pytest.mark.parametrize("spelling", [Spelling.KOHYA, Spelling.DIFFUSERS])
+def test_diffusers_loads_what_export_writes(
+    spelling: Spelling,
+    tiny_modules: Modules,
+    tiny_checkpoint: Path,
+    tiny_split: TinySplit,
+    tmp_path: Path,
+    catalogue: Catalogue,
+) -> None:
+    tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
+    lora = export_adapter(tuned, tiny_checkpoint, tmp_path / "lora.safetensors", spelling=spelling).path
+    theirs = in_diffusers(tiny_modules, lora, catalogue)
+    with open_checkpoint(tiny_checkpoint) as base:
+        ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
+        assert changes_much(tiny_checkpoint, ours, catalogue)
+        assert largest_error(ours, theirs, catalogue) < 1e-6
+
+
+@pytest.mark.parametrize("spelling", Spelling)
+def test_a_scale_is_the_same_to_them_in_every_spelling(
+    spelling: Spelling, tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    lora = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, alpha=3.0)
+    made = convert_adapter(lora, tmp_path / "b.safetensors", spelling=spelling, base=tiny_checkpoint).path
+    with open_checkpoint(tiny_checkpoint) as base:
+        ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
+        if spelling is Spelling.COMFYUI:
+            theirs = by_state_dict_names(load_file(made), tiny_modules, catalogue)
+        else:
+            theirs = in_diffusers(tiny_modules, made, catalogue)
+        assert changes_much(tiny_checkpoint, ours, catalogue)
+        assert largest_error(ours, theirs, catalogue) < 1e-6
+
+
+def by_state_dict_names(file: dict[str, Tensor], modules: Modules, catalogue: Catalogue) -> dict[str, Tensor]:
+    """As ComfyUI maps keys: a stem is a name in the state dict of its model, before `.weight`.
+
+    Its UNet has the names of the checkpoint, its encoders those of transformers with `text_model.`.
+    """
+    names: dict[str, Tensor] = {}
+    for name, tensor in modules.single_file().items():
+        if name.startswith("model.diffusion_model."):
+            names[name.removeprefix("model.").removesuffix(".weight")] = tensor
+    for root, part in (("clip_l", modules.te1), ("clip_g", modules.te2)):
+        for name, tensor in part.state_dict().items():
+            path = f"text_model.{name.removeprefix('text_model.')}"
+            names[f"text_encoders.{root}.transformer.{path}".removesuffix(".weight")] = tensor
+    found: dict[str, Tensor] = {}
+    for key, up in file.items():
+        stem, end, _ = key.partition(".lora_up.weight")
+        if end:
+            down, alpha = file[f"{stem}.lora_down.weight"], float(file[f"{stem}.alpha"])
+            change = alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1))
+            found[stem] = names[stem] + change.reshape(names[stem].shape)
+    assert len(found) == len(catalogue)
+    ordered = {layer.name: _comfyui_stem(layer) for layer in catalogue}
+    return {name: found[stem] for name, stem in ordered.items()}
+
+
+def _comfyui_stem(layer: Layer) -> str:
+    part, _, rest = layer.name.partition(".")
+    roots = {"unet": "diffusion_model", "te1": "clip_l", "te2": "clip_g"}
+    return f"{roots[part]}.{rest}" if part == "unet" else f"text_encoders.{roots[part]}.transformer.{rest}"
+
+
+def test_what_diffusers_does_with_alphas_that_differ_is_why_convert_evens_them(
+    tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    one = {layer for layer in catalogue if layer.block == "mid"}
+    lora = saved_lora(tmp_path / "a.safetensors", one, rank=4, alpha=1.0)
+    rest = saved_lora(
+        tmp_path / "rest.safetensors", [layer for layer in catalogue if layer not in one], rank=4
+    )
+    save_file(load_file(lora) | load_file(rest), lora)
+    even = convert_adapter(lora, tmp_path / "even.safetensors", even=True, base=tiny_checkpoint)
+    assert even.error == 0  # alpha / rank is 1/4
+    with open_checkpoint(tiny_checkpoint) as base:
+        ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
+        evened = in_diffusers(tiny_modules, even.path, catalogue)
+        assert largest_error(ours, evened, catalogue) < 1e-6
+        assert largest_error(ours, in_diffusers(tiny_modules, lora, catalogue), catalogue) > 1e-3
+
+
+BLOCK = "unet.middle_block.1.transformer_blocks.0"
+CONV = "unet.middle_block.0.in_layers.2"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """SDXL in its own size, whose tensors are drawn when they are asked for."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    label: str = "drawn"
+
+    def load(self, name: str) -> Tensor:
+        shape = self.tensors[name].shape
+        generator = torch.Generator().manual_seed(len(name))
+        return 0.02 * torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("spelling", [Spelling.KOHYA, Spelling.DIFFUSERS])
+def test_a_block_of_the_full_size_is_the_same_to_them(
+    spelling: Spelling, full_infos: Mapping[str, TensorInfo], tmp_path: Path
+) -> None:
+    base, rank = Drawn(full_infos), 16
+    layers = [layer for layer in build_catalogue(base) if layer.name.startswith((f"{BLOCK}.", CONV))]
+    assert len(layers) == 11
+    assert max(layer.shape for layer in layers) == (10240, 1280)
+    path = tmp_path / "lora.safetensors"
+    pairs = {layer.name: drawn_pair(layer, rank) for layer in layers}
+    ranks = dict.fromkeys(pairs, rank)
+    with AdapterWriter(
+        path, layers, ranks, dtype=torch.float16, provenance=Provenance(), spelling=spelling
+    ) as writer:
+        for layer in layers:
+            writer.write(layer, pairs[layer.name])
+    ours = merged(base, [(Adapter(pairs, {}, "memory"), 1.0)], dtype=torch.float32)
+    file = load_file(path)
+    expected = {layer.name: layer_weight(ours, layer) for layer in layers}
+    if spelling is Spelling.KOHYA:
+        for layer in {layer.shape: layer for layer in layers}.values():
+            weight = layer_weight(base, layer)
+            for theirs in (lycoris_weight(layer, weight, file), peft_weight(layer, weight, file)):
+                assert distance(theirs, expected[layer.name]) < 1e-6
+                assert distance(weight, expected[layer.name]) > 1e-3
+        return
+    block = full_block(base, layers)
+    wrapped = nn.ModuleDict({"block": block, "conv": module_of(layers[0], layer_weight(base, layers[0]))})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in linears(wrapped)])
+    inject_adapter_in_model(config, wrapped)
+    state = {in_block(key): tensor.float() for key, tensor in file.items()}
+    loaded = set_peft_model_state_dict(wrapped, state)
+    assert not loaded.unexpected_keys
+    for layer in layers:
+        module = wrapped.get_submodule(in_block(layer.diffusers))
+        assert isinstance(module, LoraLayer)
+        weight = cast(Tensor, cast(nn.Module, module.get_base_layer()).weight)
+        theirs = (weight + module.get_delta_weight("default")).detach()
+        assert distance(theirs, expected[layer.name]) < 1e-6
+
+
+def drawn_pair(layer: Layer, rank: int) -> LowRank:
+    generator = torch.Generator().manual_seed(len(layer.name))
+    down, up = (0.05 * torch.randn(s, generator=generator) for s in layer.factor_shapes(rank))
+    return LowRank(down.half(), up.half(), float(rank))
+
+
+def full_block(base: Drawn, layers: list[Layer]) -> BasicTransformerBlock:
+    """A transformer block of diffusers in SDXL's sizes, filled with the weights of the layers."""
+    block = BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048, activation_fn="geglu")
+    found = dict(linears(block))
+    ours = {layer.name.removeprefix(f"{BLOCK}."): layer for layer in layers if layer.name.startswith(BLOCK)}
+    assert found.keys() == ours.keys()
+    for name, module in found.items():
+        cast(nn.Linear, module).weight.data = layer_weight(base, ours[name])
+    return block
+
+
+def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+
+
+def in_block(key: str) -> str:
+    """The place in the wrapped block of what stands in a pipeline."""
+    inside = key.replace("unet.mid_block.attentions.0.transformer_blocks.0.", "block.")
+    return inside.replace("unet.mid_block.resnets.0.conv1", "conv")
+
+
+def test_diffusers_opens_a_rebuilt_checkpoint_with_all_weights(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
+    model = rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "model.safetensors").path
+    # names and sizes of a model this small are in no program: the folder says them
+    folder = convert_checkpoint(tiny_checkpoint, tmp_path / "folder").path
+    pipe = StableDiffusionXLPipeline.from_single_file(
+        str(model), config=str(folder), local_files_only=True, torch_dtype=torch.float32
+    )
+    modules = {**{part: getattr(pipe, name) for part, name in PARTS.items()}, "vae": pipe.vae}
+    with open_checkpoint(model) as source, open_checkpoint(tiny_checkpoint) as before:
+        counts = dict.fromkeys(modules, 0)
+        for part, module in modules.items():
+            views = module_tensors(TINY, cast(ModuleName, part), source)
+            state = {key.removeprefix("text_model."): t for key, t in module.state_dict().items()}
+            for name, view in views.items():
+                found = state[name.removeprefix("text_model.")]
+                assert torch.equal(found, view.load(source).float()), f"{part} {name}"
+                counts[part] += not torch.equal(found, view.load(before).float())
+    assert counts["vae"] == 0
+    assert [counts[part] for part in PARTS] == [
+        sum(
+            name.startswith(f"{part}.")
+            for name in tuned_from(tiny_checkpoint, tiny_split(None), size=0).layers
+        )
+        for part in PARTS
+    ]

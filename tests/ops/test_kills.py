@@ -1,0 +1,146 @@
+"""A program that is killed leaves nothing that looks whole, and the next run succeeds."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.files.atomic import Together
+from spectune.files.writer import StreamWriter, partial_path
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.split import split_checkpoint
+from spectune.ops.verify import verify_files
+from spectune.pairs.layer_ranks import FixedRank
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 30  # of each command
+
+
+@pytest.fixture(scope="module")
+def mid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 2515 tensors at a quarter of SDXL's widths, 0.47 GB."""
+    path = tmp_path_factory.mktemp("mid") / "mid.safetensors"
+    maker = ROOT / "benchmarks" / "make_checkpoint.py"
+    subprocess.run([sys.executable, str(maker), str(path), "--size", "mid"], check=True, capture_output=True)
+    return path
+
+
+def seconds_of(command: list[str]) -> float:
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def kill_at_random(command: list[str], longest: float, chance: random.Random) -> bool:
+    """Start a command and kill it; whether it was still running."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(chance.uniform(0, longest))
+    running = process.poll() is None
+    process.kill()
+    process.wait()
+    return running
+
+
+@pytest.mark.slow
+def test_killed_splits_leave_no_half_pair(mid: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spectune", "split", str(mid), "--rank", "16", "-o"]
+    longest = seconds_of([*command, str(tmp_path / "first")])
+    chance, out, killed = random.Random(0), tmp_path / "out", 0
+    names = {"mid.principal-r16.safetensors", "mid.residual.safetensors"}
+    for _ in range(KILLS):
+        killed += kill_at_random([*command, str(out)], longest, chance)
+        whole = {path.name for path in out.glob("*.safetensors")} if out.is_dir() else set()
+        for name in whole:
+            open_checkpoint(out / name).close()  # complete: header and size agree
+        if whole == names:
+            assert verify_files(
+                mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors"
+            ).ok
+            for name in names:
+                (out / name).unlink()
+    assert killed > KILLS // 2
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    assert {path.name for path in out.iterdir()} == names
+    assert verify_files(mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors").ok
+
+
+@pytest.mark.slow
+def test_killed_rebuilds_leave_no_half_model(mid: Path, tmp_path: Path) -> None:
+    report = split_checkpoint(mid, tmp_path, ranks=FixedRank(16))
+    out = tmp_path / "out" / "whole.safetensors"
+    out.parent.mkdir()
+    command = [sys.executable, "-m", "spectune", "rebuild", str(report.principal), "-o", str(out), "--base"]
+    longest = seconds_of([*command, str(report.residual)])
+    expected = out.read_bytes()
+    out.unlink()
+    chance, killed = random.Random(1), 0
+    for _ in range(KILLS):
+        killed += kill_at_random([*command, str(report.residual)], longest, chance)
+        if out.exists():
+            assert out.read_bytes() == expected
+            out.unlink()
+    assert killed > KILLS // 2
+    subprocess.run([*command, str(report.residual)], check=True, capture_output=True)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() == expected
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_pair_that_was_half_named_is_taken_away(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[Path] = []
+    commit = StreamWriter.commit
+
+    def once(writer: StreamWriter) -> None:
+        if named:
+            raise Killed
+        commit(writer)
+        named.append(writer.path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamWriter, "commit", once)
+        with pytest.raises(Killed):
+            split_checkpoint(tiny_checkpoint, tmp_path, ranks=FixedRank(2))
+    assert [path.exists() for path in named] == [True]  # one of two: the journal knows
+    report = split_checkpoint(tiny_checkpoint, tmp_path, ranks=FixedRank(2))
+    assert report.residual is not None
+    assert {path.name for path in tmp_path.iterdir()} == {report.principal.name, report.residual.name}
+
+
+def test_a_journal_never_leaves_its_folder(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.safetensors"
+    precious.write_bytes(b"mine")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".x.safetensors.journal").write_text('["../precious.safetensors", 7]', encoding="utf-8")
+    Together(folder / "x.safetensors")
+    assert precious.read_bytes() == b"mine"
+    assert list(folder.iterdir()) == []
+
+
+def test_leftovers_of_dead_processes_are_removed_and_others_stay(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "whole.safetensors"
+    report = split_checkpoint(tiny_checkpoint, tmp_path / "pair", ranks=FixedRank(2))
+    assert report.residual is not None
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr("os.getpid", lambda: ended.pid)
+    dead = partial_path(out)
+    monkeypatch.undo()
+    other = partial_path(tmp_path / "another.safetensors")
+    for path in (dead, other):
+        path.write_bytes(b"half")
+    rebuild_checkpoint(report.principal, report.residual, out)
+    assert (dead.exists(), other.exists()) == (False, True)

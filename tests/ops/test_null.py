@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
+from spectune.files.provenance import Provenance, Role
+from spectune.files.reader import MemorySource
+from spectune.ops import null
+from spectune.ops.null import write_null
+from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, VAE_ROOT
+
+KEPT = (f"{TE1_ROOT}embeddings.position_ids", f"{TE2_ROOT}logit_scale")
+
+
+def header(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def stamped(path: Path, out: Path, **fields: object) -> Path:
+    """A copy with other provenance in its metadata."""
+    with open_checkpoint(path) as source:
+        metadata = {**source.metadata, **replace(Provenance(), **fields).to_metadata()}
+    save_file(load_file(path), out, metadata=metadata)
+    return out
+
+
+def test_the_header_is_the_originals_and_the_numbers_are_zero(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "null.safetensors"
+    report = write_null(tiny_checkpoint, out)
+    assert header(out) == header(tiny_checkpoint)
+    assert out.stat().st_size == tiny_checkpoint.stat().st_size == report.nbytes
+    before, after = load_file(tiny_checkpoint), load_file(out)
+    assert before.keys() == after.keys()
+    assert (report.path, report.tensors) == (out, len(before))
+    assert set(report.kept) == set(KEPT)
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]) if name in KEPT else not tensor.any(), name
+    assert before[f"{VAE_ROOT}decoder.conv_in.weight"].any()
+    assert [path.name for path in tmp_path.iterdir()] == ["null.safetensors"]
+
+
+def test_original_minus_null_is_the_original(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As ComfyUI's ModelSubtract and CLIPSubtract compute it: all but the two kinds of tensor they leave."""
+    write_null(tiny_checkpoint, tmp_path / "null.safetensors")
+    before, zero = load_file(tiny_checkpoint), load_file(tmp_path / "null.safetensors")
+    difference = {
+        name: tensor if name.endswith((".position_ids", ".logit_scale")) else tensor - zero[name]
+        for name, tensor in before.items()
+    }
+    assert all(torch.equal(difference[name], tensor) for name, tensor in before.items())
+    zero[f"{VAE_ROOT}quant_conv.bias"] += 0.01
+    assert not torch.equal(
+        before[f"{VAE_ROOT}quant_conv.bias"] - zero[f"{VAE_ROOT}quant_conv.bias"],
+        before[f"{VAE_ROOT}quant_conv.bias"],
+    )
+
+
+def test_bytes_lie_where_the_header_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Tensors in another order than the writer's, a header with spaces and entries of other programs."""
+    entries = json.loads(header(tiny_checkpoint)[8:])
+    entries["__metadata__"]["modelspec.title"] = "käse"
+    text = json.dumps(dict(reversed(entries.items())), ensure_ascii=False).encode() + b"   "
+    odd = tmp_path / "odd.safetensors"
+    start = len(header(tiny_checkpoint))
+    odd.write_bytes(len(text).to_bytes(8, "little") + text + tiny_checkpoint.read_bytes()[start:])
+    write_null(odd, tmp_path / "null.safetensors")
+    assert header(tmp_path / "null.safetensors") == header(odd)
+    for name, tensor in load_file(tmp_path / "null.safetensors").items():
+        assert torch.equal(tensor, load_file(odd)[name]) == (name in KEPT), name
+
+
+def test_a_failing_write_leaves_no_file(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_null(tiny_checkpoint, tmp_path / "null.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_write_leaves_the_file_before(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "null.safetensors"
+    out.write_bytes(b"precious")
+    monkeypatch.setattr(null, "_copy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_null(tiny_checkpoint, out, force=True)
+    assert out.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_existing_files_and_the_original_itself(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "null.safetensors"
+    out.write_bytes(b"precious")
+    with pytest.raises(InputError, match=re.escape(f"{out} exists")):
+        write_null(tiny_checkpoint, out)
+    with pytest.raises(InputError, match="is one of the files that are read"):
+        write_null(tiny_checkpoint, tiny_checkpoint, force=True)
+    assert out.read_bytes() == b"precious"
+    write_null(tiny_checkpoint, out, force=True)
+    assert out.stat().st_size == tiny_checkpoint.stat().st_size
+
+
+@pytest.mark.parametrize("role", [Role.RESIDUAL, Role.PRINCIPAL])
+def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Role) -> None:
+    model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=role)
+    with pytest.raises(InputError) as caught:
+        write_null(model, tmp_path / "null.safetensors")
+    assert caught.value.what == (
+        f"model.safetensors is a {role.value} of spectune: the zero model is made from an original model"
+    )
+    assert caught.value.hint == "pass the checkpoint that was split"
+    assert not (tmp_path / "null.safetensors").exists()
+
+
+def test_a_model_of_spectune_keeps_its_metadata(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=Role.MODEL, prediction="flow")
+    write_null(model, tmp_path / "null.safetensors")
+    with open_checkpoint(tmp_path / "null.safetensors") as source:
+        assert Provenance.from_metadata(source.metadata).prediction == "flow"
+
+
+def test_what_is_no_checkpoint_in_one_file(source: MemorySource, tmp_path: Path) -> None:
+    shard, rest = {}, dict(source.values)
+    for name in list(rest)[:5]:
+        shard[name] = rest.pop(name)
+    homes: dict[str, str] = {}
+    for file, tensors in (("a.safetensors", shard), ("b.safetensors", rest)):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / file)
+        homes |= dict.fromkeys(tensors, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": homes}))
+    for path in (index, tmp_path):
+        with pytest.raises(InputError) as caught:
+            write_null(path, tmp_path / "null.safetensors")
+        assert "is stored in several files: the zero model has the layout of one" in caught.value.what
+        assert caught.value.hint == "save the model as a single .safetensors file first"
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_out_2.lora_down.weight": torch.zeros(1, 4)}, lora)
+    with pytest.raises(InputError, match=r"lora\.safetensors is not an SDXL checkpoint but an adapter"):
+        write_null(lora, tmp_path / "null.safetensors")

@@ -1,0 +1,404 @@
+"""Whole models rebuilt: strengths by part, types, metadata, and pairs of which one file says nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectune.adapters.adapter import TunedAdapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.delta import change
+from spectune.errors import InputError, PairingError
+from spectune.files.provenance import Provenance, Role
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.pairs.strength import Strength, parse_strength
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from tests.loras import distance, products, same_bits, same_tensors, saved_lora
+from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned, tuned_from
+from tests.split_fixtures import TinySplit
+
+UNET, TE1, TE2, VAE = (
+    "model.diffusion_model.",
+    "conditioner.embedders.0.",
+    "conditioner.embedders.1.",
+    "first_stage_model.",
+)
+
+
+@pytest.fixture(scope="module")
+def catalogue(tiny_checkpoint: Path) -> Catalogue:
+    with open_checkpoint(tiny_checkpoint) as source:
+        return build_catalogue(source)
+
+
+@pytest.fixture(scope="module")
+def deltas(tiny_checkpoint: Path, tiny_split: TinySplit) -> TunedAdapter:
+    """Trained layers in every part."""
+    tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.05)
+    some = {
+        name: delta
+        for name, delta in tuned.layers.items()
+        if name.startswith(("unet.middle", "te1.", "te2."))
+    }
+    return TunedAdapter(some, tuned.metadata, "tuned.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(deltas: TunedAdapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_tuned(deltas, tmp_path_factory.mktemp("adapters") / "tuned.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(tiny_checkpoint)
+
+
+def bare(path: Path, out: Path, *keep: str) -> Path:
+    """A copy without metadata, as other programs leave it; `keep` are entries that stay."""
+    told = {key: text for key, text in read_metadata(path).items() if key in keep}
+    save_file(load_file(path), out, metadata=told)
+    return out
+
+
+def bare_model(path: Path, out: Path) -> Path:
+    return bare(path, out, "spectune.layout")  # without which the tiny heads are not known
+
+
+@pytest.mark.parametrize(
+    ("strength", "by_part"),
+    [
+        ({"te": 0.0}, {UNET: 1.0, TE1: 0.0, TE2: 0.0}),
+        ({"unet": 0.5, "te1": -1.0, "te2": 2.0}, {UNET: 0.5, TE1: -1.0, TE2: 2.0}),
+        (parse_strength("unet=0,te2=0.25"), {UNET: 0.0, TE1: 1.0, TE2: 0.25}),
+        (0.7, {UNET: 0.7, TE1: 0.7, TE2: 0.7}),
+    ],
+)
+def test_each_part_has_its_strength(
+    strength: float | dict[str, float] | Strength,
+    by_part: dict[str, float],
+    tuned: Path,
+    deltas: TunedAdapter,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    catalogue: Catalogue,
+    base: dict[str, Tensor],
+) -> None:
+    out = tmp_path / "x.safetensors"
+    report = rebuild_checkpoint(tuned, tiny_checkpoint, out, strength=strength, dtype=torch.float32)
+    found = load_file(out)
+    for name, delta in deltas.layers.items():
+        layer = catalogue.by_name[name]
+        factor = next(number for root, number in by_part.items() if layer.tensor.startswith(root))
+        before = base[layer.tensor][layer.row_slice].double()
+        exact = before + factor * change(delta).double()
+        after = found[layer.tensor][layer.row_slice].double()
+        assert distance(after, exact) < 2e-7
+        if factor:
+            assert distance(after, before + 1.01 * factor * change(delta).double()) > 1e-5
+    for name, tensor in base.items():
+        if not by_part.get(next((root for root in by_part if name.startswith(root)), ""), 0.0):
+            assert same_bits(found[name], tensor), name
+    roots = tuple(root for root, factor in by_part.items() if factor)
+    changed = {catalogue.by_name[name].tensor for name in deltas.layers}
+    assert report.changed_tensors == sum(name.startswith(roots) for name in changed)
+
+
+def test_no_strength_at_all_is_the_base(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", strength=0.0)
+    assert (report.identical, report.changed_tensors) == (True, 0)
+    assert same_tensors(load_file(report.path), load_file(tiny_checkpoint))
+
+
+def test_parts_that_are_not_known_are_errors(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown part 'unett'; did you mean `unet`"):
+        rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", strength={"unett": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+TYPES = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.float8_e5m2: 2.0**-3,
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_changed_tensors_have_the_type_that_was_asked_for_and_one_rounding(
+    dtype: torch.dtype,
+    tuned: Path,
+    deltas: TunedAdapter,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    catalogue: Catalogue,
+    base: dict[str, Tensor],
+) -> None:
+    out = tmp_path / "x.safetensors"
+    rebuild_checkpoint(tuned, tiny_checkpoint, out, dtype=dtype)
+    found = load_file(out)
+    changed = {catalogue.by_name[name].tensor for name in deltas.layers}
+    for name, tensor in base.items():
+        assert found[name].dtype == (dtype if name in changed else tensor.dtype)
+        assert name in changed or same_bits(found[name], tensor)
+    for name, delta in deltas.layers.items():
+        layer = catalogue.by_name[name]
+        exact = base[layer.tensor][layer.row_slice].double() + change(delta).double()
+        error = (found[layer.tensor][layer.row_slice].double() - exact).abs()
+        smallest = (
+            2.0**-24 if dtype == torch.float16 else 2.0**-9 if dtype == torch.float8_e4m3fn else 2.0**-16
+        )
+        largest = max(TYPES[dtype], 2.0**-22)  # W + dW is itself a sum in float32
+        assert bool((error <= 1.001 * largest * exact.abs() + smallest / 2 + 1e-7).all()), name
+
+
+def test_cast_all_reaches_everything_but_the_autoencoder(
+    tuned: Path, tiny_checkpoint: Path, tmp_path: Path, base: dict[str, Tensor]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    report = rebuild_checkpoint(tuned, tiny_checkpoint, out, dtype=torch.bfloat16, cast_all=True)
+    found = load_file(out)
+    assert found.keys() == base.keys()
+    for name, tensor in base.items():
+        if name.startswith(VAE) or not tensor.is_floating_point():
+            assert same_bits(found[name], tensor), name
+        else:
+            assert found[name].dtype == torch.bfloat16, name
+    norm = "model.diffusion_model.out.0.weight"
+    assert torch.equal(found[norm], base[norm].bfloat16())
+    floats = [n for n, t in base.items() if t.is_floating_point() and not n.startswith(VAE)]
+    assert report.changed_tensors == len(floats)
+
+
+def test_cast_all_without_a_type_is_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="all tensors are to be cast, and to no type"):
+        rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", cast_all=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fits", "does_not"),
+    [
+        (torch.float8_e4m3fn, 464.0, 465.0),  # the largest are 448 and 57344; what is nearer to them fits
+        (torch.float8_e4m3fn, 464.0, 9e9),
+        (torch.float8_e5m2, 61439.0, 61440.0),
+    ],
+)
+def test_numbers_beyond_eight_bits_are_refused_and_not_clamped(
+    dtype: torch.dtype, fits: float, does_not: float, tuned: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    norm, adapter = "model.diffusion_model.out.0.weight", bare(tuned, tmp_path / "bare.safetensors")
+    out = tmp_path / "x.safetensors"
+    for number in (fits, does_not):
+        changes = {norm: torch.full((16,), number)}
+        model = changed_copy(tiny_checkpoint, tmp_path / f"{number:g}.safetensors", changes)
+        if number == fits:
+            rebuild_checkpoint(adapter, model, out, dtype=dtype, cast_all=True)
+            assert set(load_file(out)[norm].float().tolist()) == {torch.finfo(dtype).max}
+            out.unlink()
+        else:
+            with pytest.raises(InputError) as caught:
+                rebuild_checkpoint(adapter, model, out, dtype=dtype, cast_all=True)
+            told = f": 16 of 16 numbers up to {number:.3g} do not fit {str(dtype).removeprefix('torch.')}"
+            assert caught.value.what.startswith(norm)
+            assert caught.value.what.endswith(told)
+    assert not out.exists()
+
+
+def test_the_file_says_what_it_is_and_what_was_added(
+    tuned: Path, tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    told = {"modelspec.author": "me", "modelspec.resolution": "512x512", "modelspec.hash_sha256": "00"}
+    base = tmp_path / "base.safetensors"
+    save_file(load_file(tiny_checkpoint), base, metadata=read_metadata(tiny_checkpoint) | told)
+    report = rebuild_checkpoint(tuned, base, tmp_path / "style-xl.safetensors", strength={"te": 0.5})
+    found = read_metadata(report.path)
+    assert {key: text for key, text in found.items() if key.startswith("modelspec.")} == {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": "512x512",
+        "modelspec.title": "style-xl",
+        "modelspec.author": "me",
+    }
+    assert json.loads(found["spectune.adapters"]) == [
+        {"file": "tuned.safetensors", "role": "tuned", "strength": "unet=1,te1=0.5,te2=0.5"}
+    ]
+    origin = Provenance.from_metadata(found)
+    assert (origin.role, origin.prediction, origin.flow_shift) == (Role.MODEL, "flow", 2.5)
+    assert (origin.base_hash, origin.base_name) == (tiny_split(None).base_hash, "base.safetensors")
+
+
+def test_the_report_counts_the_layers_of_each_part(
+    tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    layers = [layer for layer in catalogue if layer.block in ("mid", "te2.1")]
+    lora = saved_lora(tmp_path / "lora.safetensors", layers)
+    report = rebuild_checkpoint(lora, tiny_checkpoint, tmp_path / "x.safetensors")
+    of_all = {part: sum(layer.part.value == part for layer in catalogue) for part in ("unet", "te1", "te2")}
+    assert report.layers == {
+        "unet": (len(layers) - 6, of_all["unet"]),
+        "te1": (0, of_all["te1"]),
+        "te2": (6, of_all["te2"]),
+    }
+    assert report.warnings == ()
+
+
+Files = Callable[[Path], tuple[Path, Path]]
+
+
+def trained_elsewhere(path: Path, out: Path, *, size: float = 0.02) -> Path:
+    """A principal as another program leaves it after training: no metadata, factors changed a bit."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        key: t if key.endswith("alpha") else t * (1 + size * torch.randn(t.shape, generator=generator)).half()
+        for key, t in load_file(path).items()
+    }
+    save_file(tensors, out)
+    return out
+
+
+def test_a_principal_trained_elsewhere_goes_on_its_residual(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    report = tiny_split(torch.float32)
+    assert report.residual is not None
+    trained = trained_elsewhere(report.principal, tmp_path / "trained.safetensors")
+    out = tmp_path / "x.safetensors"
+    rebuilt = rebuild_checkpoint(trained, report.residual, out, dtype=torch.float32)
+    assert rebuilt.warnings == (
+        "trained.safetensors does not say which principal it was trained from; its numbers are those of one, "
+        "so it is taken for that of tiny.residual.safetensors",
+    )
+    residual, added, found = load_file(report.residual), products(trained), load_file(out)
+    original = load_file(tiny_checkpoint)
+    for layer in catalogue:
+        exact = residual[layer.tensor][layer.row_slice].double().flatten(1) + added[layer.kohya]
+        assert distance(found[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
+        before = original[layer.tensor][layer.row_slice].double().flatten(1)
+        assert distance(exact, before) > 1e-3  # the training is there
+    assert not rebuilt.identical
+
+
+def test_an_untouched_principal_without_metadata_gives_the_model_back(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    report = tiny_split(torch.float32)
+    assert report.residual is not None
+    principal = bare(report.principal, tmp_path / "p.safetensors")
+    rebuilt = rebuild_checkpoint(principal, report.residual, tmp_path / "x.safetensors")
+    assert rebuilt.hash == report.base_hash
+    assert same_tensors(load_file(rebuilt.path), load_file(tiny_checkpoint))
+
+
+def test_a_lora_without_metadata_goes_on_no_residual(
+    tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    residual = tiny_split(torch.float32).residual
+    assert residual is not None
+    lora = saved_lora(tmp_path / "lora.safetensors", catalogue, size=0.05)
+    with pytest.raises(PairingError) as caught:
+        rebuild_checkpoint(lora, residual, tmp_path / "x.safetensors")
+    assert caught.value.what == (
+        "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
+        "principal"
+    )
+    assert caught.value.hint == "pass the original model as --base"
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, base: dict[str, Tensor]
+) -> None:
+    report = tiny_split(None)
+    assert report.residual is not None
+    residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
+    rebuilt = rebuild_checkpoint(report.principal, residual, tmp_path / "x.safetensors")
+    assert rebuilt.warnings == (
+        f"foreign.safetensors does not say that it is a residual; its numbers lack what "
+        f"{report.principal.name} holds, so the two are taken for a pair",
+    )
+    found = load_file(rebuilt.path)
+    for name, tensor in base.items():
+        # one rounding of the residual to fp16 and one of the sum
+        torch.testing.assert_close(found[name], tensor, rtol=2.0**-10, atol=2.0**-12)
+
+
+def test_a_foreign_principal_is_not_counted_twice(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
+) -> None:
+    principal = tiny_split(None).principal
+    model = bare_model(tiny_checkpoint, tmp_path / "model.safetensors")
+    for name, adapter in (
+        ("stripped", bare(principal, tmp_path / "stripped.safetensors")),
+        ("trained", trained_elsewhere(principal, tmp_path / "trained.safetensors")),
+    ):
+        with pytest.raises(PairingError) as caught:
+            rebuild_checkpoint(adapter, model, tmp_path / "x.safetensors")
+        assert caught.value.what == (
+            f"{name}.safetensors has the numbers of a principal adapter: model.safetensors is no residual of "
+            "spectune, so the principal part would be counted twice"
+        )
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_principal_may_be_taken_away_from_the_model_that_holds_it(
+    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    report = tiny_split(None)
+    principal = bare(report.principal, tmp_path / "p.safetensors")
+    rebuilt = rebuild_checkpoint(principal, tiny_checkpoint, tmp_path / "x.safetensors", strength=-1.0)
+    assert report.residual is not None
+    left, residual = load_file(rebuilt.path), load_file(report.residual)
+    for layer in catalogue:
+        one, other = left[layer.tensor], residual[layer.tensor]
+        # the same but for the order of a float32 sum, which may turn a rounding to fp16
+        torch.testing.assert_close(one, other, rtol=2.0**-10, atol=2.0**-23)
+        assert float((one == other).float().mean()) > 0.98
+
+
+def test_a_lora_of_another_base_is_warned_of(
+    tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue, base: dict[str, Tensor]
+) -> None:
+    told = Provenance(role=Role.LORA, base_hash="ab" * 32, base_name="anime.safetensors").to_metadata()
+    lora = saved_lora(tmp_path / "lora.safetensors", catalogue, metadata=told)
+    rebuilt = rebuild_checkpoint(lora, tiny_checkpoint, tmp_path / "x.safetensors", dtype=torch.float32)
+    assert rebuilt.base_hash is not None
+    assert rebuilt.warnings == (
+        f"lora.safetensors was made for base {'ab' * 8} (anime.safetensors), tiny.safetensors is "
+        f"{rebuilt.base_hash[:16]}: a LoRA goes on relatives of its base, how well only pictures tell",
+    )
+    added, found = products(lora), load_file(rebuilt.path)
+    for layer in catalogue:
+        exact = base[layer.tensor][layer.row_slice].double().flatten(1) + added[layer.kohya]
+        assert distance(found[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
+    told = Provenance(role=Role.LORA, base_hash=rebuilt.base_hash).to_metadata()
+    own = saved_lora(tmp_path / "own.safetensors", catalogue, metadata=told)
+    assert rebuild_checkpoint(own, tiny_checkpoint, tmp_path / "y.safetensors").warnings == ()
+
+
+def test_a_residual_gives_eight_bits_as_near_as_the_model_does(
+    tiny_checkpoint: Path,
+    tiny_split: TinySplit,
+    tmp_path: Path,
+    catalogue: Catalogue,
+    base: dict[str, Tensor],
+) -> None:
+    report = tiny_split(torch.float32)
+    assert report.residual is not None
+    eight, out = torch.float8_e4m3fn, tmp_path / "x.safetensors"
+    rebuild_checkpoint(report.principal, report.residual, out, dtype=eight, cast_all=True)
+    found, direct = load_file(out), load_file(recast(tiny_checkpoint, tmp_path / "e.safetensors", eight))
+    for layer in catalogue:
+        exact = base[layer.tensor].double()
+        off, least = ((file[layer.tensor].double() - exact).abs() for file in (found, direct))
+        # ties, which numbers of 16 bits often are, may fall on the other side
+        assert bool((off - least <= 1e-6).all())
+        assert float((found[layer.tensor].float() == direct[layer.tensor].float()).float().mean()) > 0.95
+    assert {t.dtype for n, t in found.items() if n.startswith(VAE)} == {torch.float16}

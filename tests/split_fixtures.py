@@ -1,0 +1,27 @@
+"""Splits of the tiny checkpoint that many tests look at and none changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectune.ops.split import SplitReport, split_checkpoint
+from spectune.pairs.layer_ranks import FixedRank
+
+TinySplit = Callable[[torch.dtype | None], SplitReport]
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TinySplit:
+    """Principal of rank 4 and residual of the tiny checkpoint, by the residual type; made once each."""
+
+    @cache
+    def make(residual_dtype: torch.dtype | None) -> SplitReport:
+        folder = tmp_path_factory.mktemp("split")
+        return split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), residual_dtype=residual_dtype)
+
+    return make

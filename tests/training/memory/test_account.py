@@ -1,0 +1,291 @@
+"""Planned bytes against those of real steps on the CPU, which autograd and torch's profiler count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.low_rank import LowRank
+from spectune.files.reader import TensorInfo
+from spectune.model.inject import Injection, inject
+from spectune.model.network import Sdxl, build_model
+from spectune.model.quantize import quantise
+from spectune.model.text import tokenize
+from spectune.sdxl.layers import Kind, Part, build_catalogue
+from spectune.sdxl.layout import infer_layout, layout_of
+from spectune.training.denoiser import Denoiser
+from spectune.training.memory.account import DTYPES, MemoryMeter, Setup, optimizer_bytes, quantised_bytes
+from spectune.training.memory.step import LiveBytes, attention_of_gpus
+from spectune.training.optim import OPTIMIZERS, build_optimizer, groups_by_part
+from spectune.training.state import trained_tensors
+
+ROOT = Path(__file__).resolve().parents[3]
+DEMO = ROOT / "demo" / "base.safetensors"
+TINY_STEP = Setup(rank=2, resolution_px=64, batch=2, precision="fp32")
+DEMO_STEP = Setup(rank=8, resolution_px=64, batch=2, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint: Path) -> dict[str, Path]:
+    return {"tiny": tiny_checkpoint, "demo": DEMO}
+
+
+def meter_of(path: Path) -> MemoryMeter:
+    with open_checkpoint(path) as source:
+        return MemoryMeter(infer_layout(source), build_catalogue(source))
+
+
+@pytest.fixture(scope="module")
+def meters(checkpoints: dict[str, Path]) -> dict[str, MemoryMeter]:
+    return {name: meter_of(path) for name, path in checkpoints.items()}
+
+
+def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
+    """A model with random frames; their sizes are those of real ones."""
+    with open_checkpoint(path) as source:
+        model = build_model(source, dtype=DTYPES[setup.precision])
+        frames = {
+            layer.name: LowRank(
+                down=0.01 * torch.randn(rank, *layer.shape[1:]),
+                up=0.01 * torch.randn(layer.shape[0], rank, *(1,) * (len(layer.shape) - 2)),
+                alpha=float(rank),
+            )
+            for layer in build_catalogue(source)
+            if layer.part.value in setup.parts
+            for rank in [min(setup.rank, layer.full_rank)]
+        }
+    injection = inject(model, frames, form=setup.form, dtype=DTYPES[setup.trained_precision])
+    denoiser = Denoiser(model, trains_text=setup.trains_text)
+    if setup.gradient_checkpointing:
+        denoiser.checkpoint_gradients()
+    denoiser.train()
+    return model, injection
+
+
+def real_loss(model: Sdxl, setup: Setup) -> Tensor:
+    edge = setup.resolution_px // model.pixels_per_latent
+    with torch.set_grad_enabled(setup.trains_text):
+        text = model.encode_text(tokenize(["a cat"] * setup.batch, model.layout.te1.context))
+    x = torch.randn(setup.batch, 4, edge, edge)
+    times, ids = torch.full((setup.batch,), 500), torch.full((setup.batch, 6), 64.0)
+    return F.mse_loss(model.denoise(x.to(model.unet.dtype), times, text, ids).float(), x)
+
+
+def saved_bytes(model: Sdxl, forward: Callable[[], Tensor]) -> int:
+    """Distinct storages that autograd saves in a forward pass, parameters and frames aside."""
+    own = [*model.unet.parameters(), *model.te1.parameters(), *model.te2.parameters(), *model.unet.buffers()]
+    own += [*model.te1.buffers(), *model.te2.buffers()]
+    places = {tensor.untyped_storage().data_ptr() for tensor in own}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in places:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most that the CPU's allocator hands out at once, as torch's profiler sees it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def total(tensors: Iterable[Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+CASES = [
+    ("tiny", TINY_STEP),
+    ("tiny", replace(TINY_STEP, precision="bf16", parts=("te2",), optimizer="adafactor")),
+    ("demo", replace(DEMO_STEP, precision="bf16", optimizer="prodigy_plus_schedule_free")),
+    ("demo", replace(DEMO_STEP, form="residual", optimizer="prodigy", parts=("unet", "te1"))),
+]
+
+
+@pytest.mark.parametrize(("name", "setup"), CASES)
+def test_a_plan_says_what_a_real_step_holds(
+    name: str, setup: Setup, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
+) -> None:
+    planned = meters[name].measure(setup)
+    model, injection = real_model(checkpoints[name], setup)
+    assert planned.kept == pytest.approx(saved_bytes(model, lambda: real_loss(model, setup)), rel=0.05)
+    trained = trained_tensors(injection.named_deltas())
+    optimizer = build_optimizer(setup.optimizer, groups_by_part(trained))
+    real_loss(model, setup).backward()
+    optimizer.step()
+    state = [v for one in optimizer.state.values() for v in one.values() if isinstance(v, Tensor)]
+    assert planned.optimizer == pytest.approx(total(state), rel=1e-3)
+    # exact: the last layer of the first encoder, which feeds nothing, gets no gradient in either
+    assert planned.gradients == total(tensor.grad for tensor in trained.values())
+    assert planned.fixed.trained == total(trained.values())
+    networks = (model.unet, model.te1, model.te2, model.vae)
+    everything = total(
+        tensor for network in networks if network for tensor in (*network.parameters(), *network.buffers())
+    )
+    assert planned.fixed.total == everything
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_worst_moment_is_that_of_the_allocator(
+    checkpointing: bool, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
+) -> None:
+    # large enough that what kernels of the CPU take for themselves does not count
+    setup = replace(TINY_STEP, batch=4, resolution_px=96, gradient_checkpointing=checkpointing)
+    planned = meters["tiny"].measure(setup)
+    model, _ = real_model(checkpoints["tiny"], setup)
+    real_loss(model, setup).backward()  # gradients are there from now on
+    peak = allocated_peak(lambda: real_loss(model, setup).backward())
+    assert planned.kept + planned.working == pytest.approx(peak, rel=0.1)
+
+
+def test_making_latents_takes_what_the_allocator_says(
+    checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
+) -> None:
+    model, _ = real_model(checkpoints["demo"], DEMO_STEP)
+    pixels = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        peak = allocated_peak(lambda: model.encode_images(pixels))
+    memory = meters["demo"].measure(replace(DEMO_STEP, parts=("te2",), offload=("vae",)))
+    assert memory.encoding == pytest.approx(peak, rel=0.1)
+    assert memory.waiting == memory.caching - memory.fixed.total - memory.encoding
+    assert model.vae is not None
+    assert memory.waiting == total(model.vae.parameters())
+
+
+def test_twice_the_rank_is_twice_the_frame_and_what_is_trained(meters: dict[str, MemoryMeter]) -> None:
+    meter = meters["demo"]
+    one, two = (meter.measure(replace(DEMO_STEP, rank=rank, parts=("te2",))) for rank in (4, 8))
+    assert two.fixed == replace(one.fixed, frame=2 * one.fixed.frame, trained=2 * one.fixed.trained)
+    assert two.gradients == 2 * one.gradients == two.fixed.trained
+    assert two.optimizer == pytest.approx(2 * one.optimizer, rel=1e-2)  # each tensor counts its steps
+    assert one.kept < two.kept < 1.1 * one.kept
+
+
+def test_half_the_numbers_for_bfloat16_and_the_batch_counts_twice(meters: dict[str, MemoryMeter]) -> None:
+    meter = meters["tiny"]
+    wish = replace(TINY_STEP, parts=("unet",), batch=1)
+    wide, narrow = meter.measure(wish), meter.measure(replace(wish, precision="bf16"))
+    assert wide.fixed.unet == 2 * narrow.fixed.unet
+    assert narrow.kept == pytest.approx(wide.kept / 2, rel=0.05)
+    assert meter.measure(replace(wish, batch=2)).kept == pytest.approx(2 * wide.kept, rel=0.05)
+    assert meter.measure(replace(wish, ema=True)).average == wide.fixed.trained
+    assert meter.measure(replace(wish, trained_precision="bf16")).fixed.trained == wide.fixed.trained / 2
+
+
+def test_full_sdxl_by_hand(full_infos: Mapping[str, TensorInfo]) -> None:
+    """Numbers of parameters as in the published model; 254.6 M of rank 64 in 1052 layers."""
+    meter = MemoryMeter(layout_of(full_infos), build_catalogue(full_infos))
+    found = meter.inventory(Setup(rank=64))
+    plain = found.weights["none"]
+    assert plain.unet == 2 * 2_567_463_684
+    positions = 8 * 77 * 2  # two tables of int64
+    assert plain.encoders == 2 * (123_060_480 + 694_659_840) + positions
+    assert plain.vae == 4 * 83_653_863
+    numbers = sum(tensor.numel() for tensor in found.trained.values())
+    assert numbers == pytest.approx(254.6e6, rel=1e-3)
+    assert found.frame == 4 * numbers
+    assert optimizer_bytes("adamw", found.trained.values(), from_zero=True) == 8 * numbers + 4 * 2 * 1052
+    linear = sum(
+        layer.in_features * layer.out_features
+        for layer in build_catalogue(full_infos)
+        if layer.kind is Kind.LINEAR and layer.part is Part.UNET
+    )
+    # 4 bits and a float32 scale for 64 numbers are left of 16 bits
+    assert plain.unet - found.weights["nf4"].unet == linear * (2 - 1 / 2 - 4 / 64)
+    assert found.weights["nf4"].unpacked == 2 * 10240 * 1280
+
+
+def test_checkpointing_saves_activations_only(meters: dict[str, MemoryMeter]) -> None:
+    plain = meters["tiny"].measure(TINY_STEP)
+    slow = meters["tiny"].measure(replace(TINY_STEP, gradient_checkpointing=True))
+    assert slow.kept < plain.kept / 2
+    assert replace(slow, kept=plain.kept, working=plain.working) == plain
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bytes_are_those_of_the_quantiser(kind: Literal["nf4", "int8"]) -> None:
+    pytest.importorskip("bitsandbytes")
+    for shape in ((96, 64), (48, 40)):
+        weight = torch.randn(shape)
+        packed = quantise(weight, kind)
+        assert quantised_bytes(weight, kind) == packed.codes.nbytes + packed.scales.nbytes
+    assert quantised_bytes(weight, "none") == 4 * 48 * 40
+
+
+# ---------------------------------------------------------------- counting
+
+
+def test_storages_count_while_they_live() -> None:
+    x = torch.zeros(10, requires_grad=True)
+    with LiveBytes([x]) as alive:
+        y = x.exp()
+        assert alive.live == 40
+        assert y.view(2, 5).shape == (2, 5)  # no storage of its own
+        assert alive.live == 40
+        z = y + 1
+        assert (alive.live, alive.peak) == (80, 80)
+        del z
+        assert (alive.live, alive.peak) == (40, 80)
+        del y
+    assert (alive.live, alive.peak) == (0, 80)
+
+
+def test_attention_on_the_meta_device_keeps_no_matrix() -> None:
+    q, k, v = (torch.zeros(1, 2, 128, 16, device="meta", requires_grad=True) for _ in range(3))
+    plain_function = F.scaled_dot_product_attention
+    out, row_sums = 4 * 2 * 128 * 16, 4 * 2 * 128
+    with attention_of_gpus(), LiveBytes([q, k, v]) as fused:
+        kept = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert fused.live == out + row_sums
+    assert F.scaled_dot_product_attention is plain_function
+    with LiveBytes([q, k, v]) as plain:
+        again = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert plain.live > 4 * 2 * 128 * 128
+    assert kept.shape == again.shape
+
+
+def test_attention_elsewhere_is_torchs_own() -> None:
+    q = torch.randn(1, 2, 8, 4)
+    expected = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    with attention_of_gpus():
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_an_optimiser_follows_the_numbers(name: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    tensors = [torch.zeros(64, 640, device="meta"), torch.zeros(640, 64, device="meta")]
+    one = optimizer_bytes(name, tensors, from_zero=True)
+    assert one > 0
+    assert optimizer_bytes(name, tensors * 3, from_zero=True) == 3 * one
+    assert optimizer_bytes(name, [], from_zero=True) == 0
+
+
+def test_prodigy_remembers_where_it_started() -> None:
+    tensor = torch.zeros(64, 640, device="meta")
+    zero, elsewhere = (optimizer_bytes("prodigy", [tensor], from_zero=zero) for zero in (True, False))
+    assert elsewhere == pytest.approx(zero + tensor.nbytes, abs=64)

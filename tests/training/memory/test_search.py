@@ -1,0 +1,124 @@
+"""Which way of training fits: the ladder, the choice, and the recipe that asks for it."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spectune.errors import InputError
+from spectune.training.memory.account import Fixed, Memory, MemoryMeter, Setup
+from spectune.training.memory.search import described, ladder, plan, recipe_text
+from spectune.training.recipe.file import parse_recipe
+
+
+def memory_of(unet: int) -> Memory:
+    return Memory(Fixed(unet, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_the_card_must_have_the_larger_phase_and_a_reserve() -> None:
+    memory = Memory(
+        fixed=Fixed(unet=1000, encoders=200, vae=0, frame=30, trained=30),
+        gradients=30,
+        optimizer=60,
+        average=0,
+        kept=400,
+        working=50,
+        unpacked=0,
+        waiting=300,
+        encoding=200,
+    )
+    assert memory.allocated == 1800
+    assert memory.caching == 1760
+    assert memory.total == 1800 + 600_000_000 + 90
+    assert replace(memory, encoding=340).total == 1900 + 600_000_000 + 95
+
+
+class Prices(MemoryMeter):
+    """Ways of training with prices by their place on the ladder, the first the dearest."""
+
+    def __init__(self, wish: Setup) -> None:
+        self.setups = list(ladder(wish))
+        self.measured: list[Setup] = []
+
+    def measure(self, setup: Setup) -> Memory:
+        self.measured.append(setup)
+        return memory_of(1_000_000_000 * (len(self.setups) - self.setups.index(setup)))
+
+    def least(self, setup: Setup) -> int:
+        return memory_of(900_000_000 * (len(self.setups) - self.setups.index(setup))).total
+
+
+def test_the_ladder_goes_from_the_wish_to_the_cheapest() -> None:
+    rungs = [described(setup) for setup in ladder(Setup(rank=16))]
+    lean = "checkpointing, text+vae offloaded"
+    assert rungs == [
+        "rank 16, unet+te1+te2, delta, bf16 base",
+        *(
+            f"rank {rank}, {way}"
+            for rank in (16, 8)
+            for way in (
+                "unet+te1+te2, delta, bf16 base, checkpointing",
+                "unet+te1+te2, delta, bf16 base, checkpointing, vae offloaded",
+                f"unet, delta, bf16 base, {lean}",
+                f"unet, residual, int8 base, {lean}",
+                f"unet, residual, nf4 base, {lean}",
+            )
+        ),
+    ]
+    rounding = Setup(rank=8, parts=("unet",), optimizer="prodigy_plus_schedule_free")
+    assert described(list(ladder(rounding))[-1]) == (
+        f"rank 8, unet, residual, nf4 base, bf16 trained, {lean}"
+    )
+
+
+def test_the_first_that_fits_is_the_answer_and_two_more_are_shown() -> None:
+    meter = Prices(Setup(rank=16))
+    third = meter.measure(meter.setups[2]).total
+    meter.measured.clear()
+    found = plan(meter, meter.setups[0], third)
+    assert found.best.setup == meter.setups[2]
+    assert [one.setup for one in found.too_large] == meter.setups[:2]
+    assert [one.setup for one in found.runners_up] == meter.setups[3:5]
+    assert plan(meter, meter.setups[0], third - 1).best.setup == meter.setups[3]
+
+
+def test_what_is_too_large_without_activations_is_not_measured() -> None:
+    meter = Prices(Setup(rank=16))
+    found = plan(meter, meter.setups[0], meter.least(meter.setups[4]))
+    assert set(meter.setups[:4]).isdisjoint(meter.measured)
+    assert [one.memory for one in found.too_large[:4]] == [None] * 4
+
+
+def test_nothing_that_fits_says_what_the_smallest_takes() -> None:
+    meter = Prices(Setup(rank=16))
+    with pytest.raises(
+        InputError, match=r"nothing fits 1\.00 GB: the smallest way, rank 8, .* takes 1\.65 GB"
+    ):
+        plan(meter, meter.setups[0], 10**9)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 5])
+def test_the_recipe_asks_for_what_was_planned(place: int) -> None:
+    setup = list(ladder(Setup(rank=16, batch=3, resolution_px=768)))[place]
+    data = tomllib.loads(recipe_text(setup, 'models/the "best".safetensors'))
+    data["data"]["folders"] = ["pictures"]
+    data["run"] |= {"name": "t", "output": "out", "steps": 1}
+    recipe = parse_recipe(data)
+    model, run = recipe.model, recipe.run
+    assert model.base == Path('models/the "best".safetensors')
+    assert setup == Setup(
+        rank=model.rank or 0,
+        parts=model.parts,
+        resolution_px=recipe.data.resolution_px,
+        batch=run.batch,
+        form=model.form,
+        quantize=model.quantize,
+        precision=run.precision,
+        trained_precision=run.trained_precision,
+        gradient_checkpointing=run.gradient_checkpointing,
+        offload=run.offload,
+        optimizer=recipe.optimizer.name,
+    )

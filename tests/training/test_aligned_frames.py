@@ -1,0 +1,302 @@
+"""Frames that the first batches decide: streamed as dense, exact at step 0, the same after a stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.frames import plain_frame
+from spectune.core.linalg import column_norms, row_norms, thin_svd
+from spectune.core.low_rank import to_matrix
+from spectune.errors import InputError, SpectuneError
+from spectune.files.provenance import Provenance
+from spectune.model.inject import AdaptedLayer, Injection
+from spectune.model.network import build_model
+from spectune.ops.inspect import describe_adapter
+from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.training import prepare, state
+from spectune.training import setup as run
+from spectune.training.aligned_frames import Gradients, Inputs, align, range_of
+from spectune.training.callbacks import Callbacks
+from spectune.training.denoiser import Denoiser
+from spectune.training.loop import train
+from spectune.training.setup import Run, assemble
+from tests.training.conftest import MakeRecipe
+
+Kind = Literal["gradient", "data"]
+KINDS: tuple[Kind, ...] = ("gradient", "data")
+CONV = "unet.input_blocks.1.0.in_layers.2"
+FEW = ("unet.*attn2*", "unet.time_embed.0", CONV)  # of each kind of layer, for short runs
+
+
+class Toy:
+    """A 3x3 convolution and a linear layer in float64, each with a plain frame, and three batches."""
+
+    def __init__(self, *, rank: int = 2, dropout: float = 0.0) -> None:
+        torch.manual_seed(0)
+        conv, linear = nn.Conv2d(4, 10, 3, stride=2, padding=1), nn.Linear(10, 14)
+        self.layers = {
+            name: AdaptedLayer(
+                base.double().requires_grad_(False),
+                plain_frame(tuple(base.weight.shape), rank=rank, generator=torch.Generator().manual_seed(1)),
+                "delta",
+                torch.float32,
+                dropout,
+            )
+            for name, base in (("conv", conv), ("linear", linear))
+        }
+        self.batches = [torch.randn(3, 4, 8, 8).double() for _ in range(3)]
+        self.looks = 0
+
+    def losses(self) -> Iterator[Tensor]:
+        self.looks += 1
+        for x in self.batches:
+            self.answer_of_the_base(x)  # as a teacher's, it counts for nothing
+            yield self.answer(x).square().mean()
+
+    @torch.no_grad()
+    def answer_of_the_base(self, x: Tensor) -> Tensor:
+        with Injection(self.layers, {}).switched_off():
+            return self.answer(x)
+
+    def answer(self, x: Tensor) -> Tensor:
+        hidden = self.layers["conv"](x).tanh()  # (3, 10, 4, 4)
+        return self.layers["linear"](hidden.flatten(2).transpose(1, 2))
+
+    def dense(self, kind: Kind) -> dict[str, Tensor]:
+        """The matrix M of each layer, formed as nobody should."""
+        bases = {name: layer.base for name, layer in self.layers.items()}
+        weights = {name: base.weight.detach().clone().requires_grad_() for name, base in bases.items()}
+        total = torch.zeros((), dtype=torch.float64)
+        found = {name: torch.zeros(to_matrix(w).shape).double() for name, w in weights.items()}
+        for x in self.batches:
+            patches = F.unfold(x, 3, stride=2, padding=1).transpose(1, 2).flatten(0, 1)  # (tokens, 36)
+            hidden = F.conv2d(x, weights["conv"], bases["conv"].bias, 2, 1).tanh().flatten(2).transpose(1, 2)
+            total = total + F.linear(hidden, weights["linear"], bases["linear"].bias).square().mean()
+            for name, seen in (("conv", patches), ("linear", hidden.detach().flatten(0, 1))):
+                found[name] += to_matrix(weights[name].detach()) @ seen.T @ seen
+        if kind == "data":
+            return found
+        gradients = torch.autograd.grad(total, list(weights.values()))
+        return {name: to_matrix(g) for name, g in zip(weights, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_products_are_the_dense_ones(kind: Kind) -> None:
+    toy = Toy()
+    dense = toy.dense(kind)
+    products = (Gradients if kind == "gradient" else Inputs)(toy.layers, toy.losses)
+    omegas = {name: torch.randn(5, matrix.shape[1]).double() for name, matrix in dense.items()}
+    bases = {name: torch.randn(matrix.shape[0], 5).double() for name, matrix in dense.items()}
+    right, left = products.right(omegas), products.left(bases)
+    for name, matrix in dense.items():
+        wanted = matrix @ omegas[name].T
+        assert (right[name] - wanted).norm() < 1e-12 * wanted.norm()
+        assert (right[name] - 1.01 * wanted).norm() > 1e-3 * wanted.norm()  # the test can fail
+        wanted = bases[name].T @ matrix
+        assert (left[name] - wanted).norm() < 1e-12 * wanted.norm()
+    assert toy.looks == 2
+    assert all(p.grad is None for layer in toy.layers.values() for p in layer.parameters())
+
+
+def test_the_range_holds_the_first_directions() -> None:
+    """A spectrum that falls slowly; each power round lowers what is left out."""
+
+    class Dense:
+        def __init__(self, matrix: Tensor) -> None:
+            self.matrix = matrix
+
+        def right(self, omegas: Any) -> dict[str, Tensor]:
+            return {"a": self.matrix @ omegas["a"].T.to(self.matrix)}
+
+        def left(self, bases: Any) -> dict[str, Tensor]:
+            return {"a": bases["a"].T @ self.matrix}
+
+    generator = torch.Generator().manual_seed(0)
+    u, _, vh = thin_svd(torch.randn(120, 90, generator=generator).double())
+    values = 1 / torch.arange(1, 91).double()
+    products = Dense((u * values) @ vh)
+    missed: list[float] = []
+    for rounds in (0, 1, 2):
+        basis, core = range_of(products, {"a": (120, 90)}, {"a": 20}, seed=0, power_rounds=rounds)
+        assert torch.allclose(basis["a"].T @ products.matrix, core["a"])
+        missed.append(float((u[:, :4] - basis["a"] @ (basis["a"].T @ u[:, :4])).norm()))
+    assert missed[0] > 2 * missed[1] > 4 * missed[2]
+    assert missed[1] < 0.02
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_gradient_frame_is_that_of_the_dense_gradient(rank: int) -> None:
+    """Oversampling reaches the full rank here, so that nothing is approximated."""
+    toy = Toy(rank=rank, dropout=0.5)
+    before = {name: layer.frame_down.clone() for name, layer in toy.layers.items()}
+    found = align(toy.layers, "gradient", toy.losses, seed=0)
+    assert not found.silent
+    for name, matrix in toy.dense("gradient").items():
+        u, _, vh = thin_svd(matrix)
+        frame, layer = found.frames[name], toy.layers[name]
+        up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
+        second = slice(rank, 2 * rank) if 2 * rank <= min(matrix.shape) else slice(0, rank)
+        for basis, wanted in ((up, u[:, :rank]), (down.T, vh[second].T)):
+            projector = basis @ basis.T * 3  # of unit columns 1/sqrt(3) long
+            assert (projector - wanted @ wanted.T).norm() < 1e-5 * math.sqrt(rank)
+        assert frame.alpha == rank
+        assert torch.equal(layer.frame_down, before[name])  # its own frame, dropout and type again
+        assert (layer.dropout, layer.down.dtype, layer.down.grad) == (0.5, torch.float32, None)
+        assert layer.down.requires_grad
+        assert layer.up.requires_grad
+
+
+def test_a_data_frame_is_cordas_without_its_inverse() -> None:
+    toy = Toy()
+    found = align(toy.layers, "data", toy.losses, seed=0)
+    for name, matrix in toy.dense("data").items():
+        weight = to_matrix(toy.layers[name].base.weight.detach())
+        covariance = torch.linalg.lstsq(weight, matrix, driver="gelsd").solution
+        u, s, vh = thin_svd(matrix)
+        wanted = u[:, :2] @ u[:, :2].T @ weight
+        frame = found.frames[name]
+        up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
+        assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+        assert torch.allclose(column_norms(up), row_norms(down), rtol=1e-5)  # balanced
+        if weight.shape[0] >= weight.shape[1]:  # then lstsq has found C itself
+            with_inverse = torch.linalg.solve(covariance, ((u[:, :2] * s[:2]) @ vh[:2]), left=False)
+            assert (up @ down - with_inverse).norm() < 1e-5 * wanted.norm()
+    one_length = align(toy.layers, "data", toy.losses, seed=0, length=0.5).frames["linear"]
+    assert row_norms(one_length.down).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_layers_without_a_part_in_the_batches_are_named() -> None:
+    toy = Toy()
+    unused = AdaptedLayer(
+        nn.Linear(6, 5), plain_frame((5, 6), rank=2, generator=torch.Generator()), "delta", torch.float32
+    )
+    for kind in KINDS:
+        found = align({**toy.layers, "unused": unused}, kind, toy.losses, seed=0)
+        assert found.silent == ("unused",)
+        assert found.warnings == ["1 layers have no part in the first batches: unused"]
+        assert set(found.frames) == {"conv", "linear"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_stop_the_run(kind: Kind) -> None:
+    toy = Toy()
+    toy.batches[1][0, 0, 0, 0] = math.inf
+    with pytest.raises(SpectuneError, match="layers numbers that are not finite: conv"):
+        align(toy.layers, kind, toy.losses, seed=0)
+
+
+def test_a_frame_stays_once_training_has_begun() -> None:
+    layer = Toy().layers["linear"]
+    frame = plain_frame((14, 10), rank=3, generator=torch.Generator())
+    layer.reframe(frame)
+    assert (layer.down.shape, layer.alpha, layer.scale) == ((3, 10), 3.0, 1.0)
+    with torch.no_grad():
+        layer.up[0, 0] = 1
+    with pytest.raises(InputError, match="training has begun"):
+        layer.reframe(frame)
+    residual = AdaptedLayer(nn.Linear(10, 14), frame, "residual", torch.float32)
+    with pytest.raises(InputError, match="the residual form cannot change its frame"):
+        residual.reframe(frame)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def assembled(make_recipe: MakeRecipe, **sections: dict[str, Any]) -> Run:
+    return assemble(make_recipe(**sections), Accelerator(cpu=True), Callbacks(), None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_starts_from_its_base_in_frames_of_its_batches(make_recipe: MakeRecipe, kind: Kind) -> None:
+    model = {"frame": kind, "frame_batches": 1, "dropout_probability": 0.2, "layers": (*FEW, "te1")}
+    first = assembled(make_recipe, model=model)
+    framed = answer(first.denoiser, first)
+    with first.injection.switched_off():
+        assert torch.equal(framed, answer(first.denoiser, first))
+    frames = first.frames()
+    assert frames is not None
+    assert all(frame.rank == 2 and frame.up.any() for name, frame in frames.items() if "te1" not in name)
+    # the last layer of the first encoder feeds nothing, so that no gradient reaches it
+    silent = [name for name, frame in frames.items() if not frame.up.any()]
+    assert all(name.startswith("te1.") for name in silent)
+    warned = any("have no part in the first batches: te1." in warning for warning in first.warnings)
+    assert bool(silent) == warned == (kind == "gradient")
+    assert all(parameter.grad is None and not parameter.any() for parameter in first.parameters)
+    assert all(layer.dropout == 0.2 for layer in first.injection.layers.values())
+    again = assembled(make_recipe, model=model)
+    assert again.prepared.frame_hash == first.prepared.frame_hash
+
+
+def test_bf16_runs_find_frames_too(make_recipe: MakeRecipe) -> None:
+    first = assembled(
+        make_recipe,
+        model={"frame": "gradient", "frame_batches": 1, "frame_norm": 1.0, "layers": FEW},
+        optimizer={"name": "prodigy_plus_schedule_free", "learning_rate": ...},
+        run={"precision": "bf16", "trained_precision": "bf16", "gradient_checkpointing": True},
+    )
+    layer = first.injection.layers[CONV]
+    assert layer.down.dtype == torch.bfloat16
+    assert row_norms(to_matrix(layer.frame_down)).tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
+def test_every_frame_trains_and_is_rebuilt_from_its_file(
+    make_recipe: MakeRecipe, tiny_checkpoint: Path, tmp_path: Path, frame: str
+) -> None:
+    few = {"frame_batches": 1} if frame in KINDS else {}
+    recipe = make_recipe(model={"frame": frame, "layers": FEW, **few}, run={"steps": 2})
+    untrained = assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
+    report = train(recipe)
+    assert report.steps == 2
+    folder = tmp_path / "out" / "t-step00000002.state"
+    trained = assemble(recipe, Accelerator(cpu=True), Callbacks(), folder)
+    tuned, whole = tmp_path / "out" / "t.safetensors", tmp_path / "whole.safetensors"
+    rebuild_checkpoint(tuned, tiny_checkpoint, whole, dtype=torch.float32)
+    with open_checkpoint(whole) as file:
+        rebuilt = Denoiser(build_model(file), trains_text=False)
+        assert Provenance.from_metadata(file.metadata).frame is None
+    base, wanted, found = (answer(it, trained) for it in (untrained.denoiser, trained.denoiser, rebuilt))
+    assert (wanted - base).norm() > 1e-3 * base.norm()
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    shown = describe_adapter(open_checkpoint(tuned)).provenance
+    assert shown.frame == frame
+    assert shown.principal_hash is None
+
+
+@torch.no_grad()
+def answer(denoiser: Denoiser, like: Run) -> Tensor:
+    batch = like.pictures.__getitems__(like.plan.epoch(0)[0])
+    assert batch.latents is not None
+    text = like.denoiser.text_states(batch.captions)
+    denoiser.eval()
+    return denoiser.model.denoise(batch.latents, torch.full((len(batch),), 500.0), text, batch.time_ids)
+
+
+def test_a_resumed_run_takes_its_frames_from_the_state(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"frame": "gradient", "layers": FEW, "frame_batches": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_recipe(model=model, run={"output": whole, "steps": 3}))
+    train(make_recipe(model=model, run={"output": parts, "steps": 2}))
+    for module, name in ((run, "align"), (prepare, "_made_frames")):
+        monkeypatch.setattr(module, name, None)  # nothing is made or found a second time
+    train(make_recipe(model=model, run={"output": parts, "steps": 3}))
+    one, two = load_file(whole / "t.safetensors"), load_file(parts / "t.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    frames = load_file(parts / "t-step00000003.state" / state.FRAMES)
+    assert torch.equal(
+        frames[f"{CONV}.down"],
+        one["lora_unet_input_blocks_1_0_in_layers_2.frame_down.weight"],
+    )
