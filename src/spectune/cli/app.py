@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-# the commands join the application as their modules load, and appear in `--help` in this order
+# The commands register themselves when their modules load, in the order of `--help`.
+from spectune.cli import file_commands, picture_commands, run_commands  # noqa: F401
 from spectune.cli.console import print_error
 from spectune.cli.huge_pages import use_huge_pages
 from spectune.cli.options import app
