@@ -1,27 +1,33 @@
-"""What must hold for the repository as a whole: sizes, paths, locks, and commands that its pages name."""
+"""Check the repository as a whole: sizes, paths, locks, and the commands, links and recipes on its pages."""
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dev
+from spectune.cli.app import app
 from spectune.training.recipe.file import parse_recipe
+from tests.test_layers import LEVELS
 
 ROOT = dev.ROOT
+DOCS = ROOT / "docs"
+SRC = ROOT / "src" / "spectune"
 LARGEST_BYTES = 25_000_000
 
-# Put together from parts, so that this file does not contain what it looks for.
+# Assembled from parts: this file must not match its own pattern.
 MACHINE_FOLDERS = ("tmp", "root", "work", "farm", r"home/\w+", r"Users/\w+")
 MACHINE_PATH = re.compile(r"(?<![\w.~/\-])(?:/|[A-Z]:[\\/])(?:" + "|".join(MACHINE_FOLDERS) + r")(?![\w\-])")
 
@@ -42,7 +48,7 @@ ENVIRONMENTS = [
 
 
 def repository_files() -> list[Path]:
-    """Files that are tracked, or would be by `git add`."""
+    """Return the files that are tracked, or that `git add` would track."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -52,7 +58,7 @@ def repository_files() -> list[Path]:
 
 
 def text_of(path: Path) -> str | None:
-    """The text of a file, None when it is not one."""
+    """Return the text of a file, or None if the file is binary."""
     raw = path.read_bytes()
     return None if b"\0" in raw[:8192] else raw.decode("utf-8", errors="replace")
 
@@ -87,30 +93,76 @@ def test_the_search_for_machine_paths_finds_them(folder: str) -> None:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """Return all pages: those of the documentation, and the Markdown files at the root and for GitHub."""
+    return [
+        *sorted(ROOT.glob("*.md")),
+        *sorted((ROOT / ".github").rglob("*.md")),
+        *sorted(DOCS.rglob("*.md")),
+    ]
 
 
-def commands_on(page: Path, program: str) -> Iterator[str]:
-    """The words that follow a program's name in the code of a page: blocks and spans between backticks."""
+def commands_of_dev(page: Path) -> Iterator[str]:
+    """Yield the first argument of every `python dev.py ...` in the code of a page, in blocks and in spans."""
     text = page.read_text(encoding="utf-8")
     for code in re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL):
-        yield from re.findall(rf"(?<![\w/.\-]){program} +([a-z][a-z\-]*)", code)
+        yield from re.findall(r"(?<![\w/.\-])python3? dev\.py +([a-z][a-z\-]*)", code)
 
 
 def test_the_pages_name_commands_of_dev_py_that_exist() -> None:
-    named = {(page.name, word) for page in pages() for word in commands_on(page, r"python3? dev\.py")}
+    named = {(page.name, word) for page in pages() for word in commands_of_dev(page)}
     assert {word for page, word in named if page == "README.md"} >= {"demo", "test"}
     assert {(page, word) for page, word in named if word not in dev.COMMANDS} == set()
 
 
-def test_the_pages_name_commands_of_spectune_that_exist() -> None:
-    command = [sys.executable, "-m", "spectune", "--help"]
-    plain = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-    known = set(re.findall(r"^[ |│]{1,4}([a-z][a-z\-]*)\s", done.stdout, flags=re.MULTILINE))
-    named = {(page.name, word) for page in pages() for word in commands_on(page, "spectune")}
-    assert named, "no page shows a command"
-    assert {(page, word) for page, word in named if word not in known} == set()
+def spectune_commands(page: Path) -> list[list[str]]:
+    """Return the arguments of every `spectune` command in the shell blocks of a page."""
+    commands: list[list[str]] = []
+    for code in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+        commands += [words[1:] for words in lines if words[:1] == ["spectune"]]
+    return commands
+
+
+def parse(arguments: list[str]) -> str:
+    """Parse a command line without running it. Return the error, or "" if the command line is valid."""
+    command: Any = typer.main.get_command(app)
+    context, name = None, "spectune"
+    try:
+        while True:
+            context = command.make_context(name, arguments, parent=context)
+            if not hasattr(command, "commands"):
+                return ""
+            name, command, arguments = command.resolve_command(
+                context, [*context._protected_args, *context.args]
+            )
+    except Exception as error:  # typer's own copy of click raises classes that it does not export
+        return str(error) or type(error).__name__
+
+
+def test_the_commands_on_the_pages_are_valid() -> None:
+    """Check names, options and the number of arguments; values are checked where the parser checks them."""
+    commands = [(page.name, command) for page in pages() for command in spectune_commands(page)]
+    assert len(commands) > 50, "the search finds too few commands"
+    invalid = {(page, " ".join(command)): parse(command) for page, command in commands}
+    assert {key: error for key, error in invalid.items() if error} == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["reconstruct a.safetensors", "null a.safetensors -o b --ranks 3", "verify a b"]
+)
+def test_an_invalid_command_is_found(line: str) -> None:
+    assert parse(line.split())
+
+
+def test_the_spans_on_the_pages_name_commands_that_exist() -> None:
+    known = set(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
+    spans = {
+        (page.name, word)
+        for page in pages()
+        for word in re.findall(r"`spectune +([a-z][a-z\-]*)[^`]*`", page.read_text(encoding="utf-8"))
+    }
+    assert spans, "no page names a command in its text"
+    assert {(page, word) for page, word in spans if word not in known} == set()
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -123,19 +175,47 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_the_recipes_on_the_pages_are_valid() -> None:
-    """Parsing refuses unknown keys and values that do not fit."""
+    """Parsing refuses unknown keys and values out of range."""
     for page in pages():
         for text in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
             parse_recipe(tomllib.loads(text), label=page.name)
 
 
+def test_the_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.])([a-z_]+(?:/[a-z_]+)*(?:/|\.py))(?![\w/])", text))
+    assert len(named) > 30
+    assert {name for name in named if not any((root / name).exists() for root in (SRC, ROOT))} == set()
+
+
+def test_the_architecture_lists_the_rooms_in_the_order_that_the_layer_test_enforces() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z]+)/` \|", text, flags=re.MULTILINE)
+    assert listed == [room for room in sorted(LEVELS, key=LEVELS.__getitem__) if (SRC / room).is_dir()]
+
+
+def test_the_versions_that_stand_in_two_files_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    assert {name for hook in hooks for name in hook["additional_dependencies"]} == {str(pins()["ruff"])}
+
+
+def test_the_package_declares_its_types() -> None:
+    assert (SRC / "py.typed").is_file()
+
+
 def pins() -> dict[str, Requirement]:
-    """What the lock files pin, by canonical name."""
+    """Return the pins of the lock files by canonical name."""
     requirements = map(Requirement, dev.read_lock(dev.DEV_LOCK))
+    # The lock for developers comes after the other one: where both pin a package, its marker counts.
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
-def wanted_in(requirement: Requirement, environment: dict[str, str]) -> bool:
+def applies(requirement: Requirement, environment: dict[str, str]) -> bool:
     return requirement.marker is None or requirement.marker.evaluate(environment)
 
 
@@ -145,18 +225,18 @@ def test_every_pin_is_one_exact_version_without_a_local_part() -> None:
     assert specifiers["torch"] == "==2.13.0"
 
 
-def test_the_pins_lie_in_the_ranges_of_the_package() -> None:
+def test_the_pins_are_in_the_ranges_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        wanted = Requirement(text)
-        version = str(pins()[canonicalize_name(wanted.name)].specifier).removeprefix("==")
-        assert wanted.specifier.contains(version), text
+        requirement = Requirement(text)
+        version = str(pins()[canonicalize_name(requirement.name)].specifier).removeprefix("==")
+        assert requirement.specifier.contains(version), text
 
 
-def test_the_locks_leave_out_nothing_on_any_platform() -> None:
-    """Every package that a pinned one asks for is pinned, for the platforms and Pythons that are supported.
+def test_the_locks_are_complete_on_every_platform() -> None:
+    """Check that every dependency of a pinned package is pinned, for all supported platforms and Pythons.
 
-    Skips pins that are not installed here; torch itself pins what it needs for CUDA.
+    Pins that are not installed here are skipped. torch itself pins its dependencies for CUDA.
     """
     locked = pins()
     missing: set[str] = set()
@@ -170,8 +250,8 @@ def test_the_locks_leave_out_nothing_on_any_platform() -> None:
             if name == "torch" and re.match(r"nvidia|cuda|triton", need.name):
                 continue
             for environment in ENVIRONMENTS:
-                if not (wanted_in(locked[name], environment) and wanted_in(need, environment)):
+                if not (applies(locked[name], environment) and applies(need, environment)):
                     continue
-                if pin is None or not wanted_in(pin, environment):
-                    missing.add(f"{need.name}, wanted by {name} on {environment['sys_platform']}")
+                if pin is None or not applies(pin, environment):
+                    missing.add(f"{need.name}, needed by {name} on {environment['sys_platform']}")
     assert missing == set()
