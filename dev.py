@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Sets spectune up in .venv and runs it; needs only Python 3.11 or newer, on Linux, macOS and Windows.
+"""Install spectune in .venv and run it. Needs only Python 3.11 or newer, on Linux, macOS or Windows.
 
-    python dev.py demo            installs what is needed, then runs the whole way on the embedded model
-    python dev.py setup           everything for working on spectune; more arguments go to `pip install`
-    python dev.py test            the tests, without the slow ones; more arguments go to pytest
-    python dev.py lint [--fix]    ruff and pyright
-    python dev.py bench NAME      benchmarks/NAME.py; more arguments go to it
-    python dev.py experiment ...  repeats the experiments of docs/concepts/evidence.md, by name or all
+    python dev.py demo            run the whole workflow on the embedded model
+    python dev.py setup           install everything for development; further arguments go to `pip install`
+    python dev.py test            run the tests except the slow ones; further arguments go to pytest
+    python dev.py lint [--fix]    run ruff and pyright
+    python dev.py docs            build the documentation site; warnings are errors
+                                  --serve: show it in a browser; --write: regenerate the generated pages first
+    python dev.py bench NAME      run benchmarks/NAME.py; further arguments go to it
+    python dev.py experiment ...  repeat the experiments of docs/concepts/evidence.md, by name or all
 
-Every command installs by itself what is missing or out of date. A torch that is already in .venv stays, so a
-build for another GPU can be put there first.
+Every command first installs what is missing or out of date. A torch that is already in .venv stays; to use a
+build for another GPU, install it there first.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "spectune-stamp.json"
 BENCHMARKS = ROOT / "benchmarks"
 EXPERIMENTS = ROOT / "experiments" / "run_all.py"
+PAGE_GENERATOR = ROOT / "docs" / "generate.py"
 RUN_LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 MIN_PYTHON = (3, 11)
@@ -34,34 +37,34 @@ MIN_TORCH = (2, 4)
 
 
 class DevError(Exception):
-    """Something that the person at the keyboard can mend; the text says how."""
+    """A failure that the user can fix; the text says how."""
 
 
 def python_complaint(version: tuple[int, ...], executable: str) -> str:
-    """What to tell somebody whose Python is too old, "" when it is not."""
+    """Return an error message if Python is too old, otherwise an empty string."""
     if version[:2] >= MIN_PYTHON:
         return ""
-    wanted, got = (".".join(str(part) for part in parts) for parts in (MIN_PYTHON, version[:3]))
+    required, found = (".".join(str(part) for part in parts) for parts in (MIN_PYTHON, version[:3]))
     return (
-        f"spectune needs Python {wanted} or newer, {executable} is Python {got}\n"
-        f"hint: install a newer one from python.org and start dev.py with it: python{wanted} dev.py demo"
+        f"spectune needs Python {required} or newer, {executable} is Python {found}\n"
+        f"hint: install a newer Python from python.org and run dev.py with it: python{required} dev.py demo"
     )
 
 
 def venv_python(venv: Path, *, windows: bool) -> Path:
-    """The interpreter of a virtual environment."""
+    """Return the path of the interpreter of a virtual environment."""
     return venv / "Scripts" / "python.exe" if windows else venv / "bin" / "python"
 
 
 def without_comments(lock: str) -> list[str]:
-    """The requirement lines of a lock file, and its `-r` lines."""
+    """Return the requirement lines and the `-r` lines of a lock file."""
     lines = (line.split("#")[0].strip() for line in lock.splitlines())
     return [line for line in lines if line]
 
 
 def fingerprint(requirements: list[str], pyproject: str, python: str) -> str:
-    """Changes whenever an installation made from these by this Python would be another one."""
-    import tomllib  # not at the top: an older Python must come as far as the message about its age
+    """Return a hash that changes when an installation from these inputs would change."""
+    import tomllib  # not at the top: an older Python must reach the message about its version
 
     tables = tomllib.loads(pyproject)
     installed = {key: tables.get(key) for key in ("project", "build-system")}
@@ -70,20 +73,20 @@ def fingerprint(requirements: list[str], pyproject: str, python: str) -> str:
 
 
 def keeps_torch(installed: str | None) -> bool:
-    """Whether a torch that is already there is new enough to stay."""
-    numbers = re.match(r"(\d+)\.(\d+)", installed or "")
-    return numbers is not None and tuple(int(number) for number in numbers.groups()) >= MIN_TORCH
+    """Return whether an installed torch is new enough to stay."""
+    version = re.match(r"(\d+)\.(\d+)", installed or "")
+    return version is not None and tuple(int(part) for part in version.groups()) >= MIN_TORCH
 
 
 def with_torch(lines: list[str], installed: str | None) -> list[str]:
-    """The requirement lines with torch pinned to the one that is there, when that one may stay."""
+    """Return the requirement lines with torch pinned to the installed version, if that one may stay."""
     if not keeps_torch(installed):
         return lines
     return [f"torch=={installed}" if re.match(r"torch\s*==", line) else line for line in lines]
 
 
 def read_lock(name: str) -> list[str]:
-    """The requirement lines of a lock file and of those that it refers to."""
+    """Return the requirement lines of a lock file and of the files that it includes."""
     lines: list[str] = []
     for line in without_comments((ROOT / name).read_text(encoding="utf-8")):
         lines += read_lock(line[2:].strip()) if line.startswith("-r") else [line]
@@ -91,7 +94,7 @@ def read_lock(name: str) -> list[str]:
 
 
 def read_stamps() -> dict[str, str]:
-    """What was installed, as {lock file: fingerprint}; a lost or damaged record means: nothing."""
+    """Read {lock file: fingerprint} of what is installed; empty if the record is missing or damaged."""
     try:
         stamps = json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,9 +107,10 @@ def say(text: str) -> None:
 
 
 def run(*command: object) -> int:
-    """Exit status of a command that is run from the root of the repository; Ctrl-C is left to the command."""
-    # UTF-8 mode: recipes and captions are UTF-8 whatever the code page of a Windows console.
-    environment = {**os.environ, "PYTHONUTF8": "1"}
+    """Run a command in the root of the repository and return its exit status; the command handles Ctrl-C."""
+    # UTF-8 mode: recipes and captions are UTF-8 whatever the code page of a Windows console. The other variable
+    # silences an announcement about successors of MkDocs.
+    environment = {**os.environ, "PYTHONUTF8": "1", "NO_MKDOCS_2_WARNING": "1"}
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment)
     while True:
         try:
@@ -116,7 +120,7 @@ def run(*command: object) -> int:
 
 
 def query(python: Path, code: str) -> str | None:
-    """What a line of Python prints in the virtual environment, None when it fails."""
+    """Return what a line of Python prints in the virtual environment, None if it fails."""
     try:
         done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     except OSError:
@@ -125,40 +129,40 @@ def query(python: Path, code: str) -> str | None:
 
 
 def make_venv() -> Path:
-    """The interpreter of .venv, which is made first where it is missing."""
+    """Return the interpreter of .venv; create .venv if it is missing."""
     python = venv_python(VENV, windows=os.name == "nt")
-    # pip too: where the system lacks ensurepip, an environment is left behind that has none.
-    ask = "import pip, sys; print(*sys.version_info[:3])"
-    version = query(python, ask)
+    # pip too: without ensurepip, creation fails and leaves an environment without pip.
+    probe = "import pip, sys; print(*sys.version_info[:3])"
+    version = query(python, probe)
     if version is None:
-        say(f"making {VENV.name} with Python {'.'.join(map(str, sys.version_info[:3]))}")
-        made = run(sys.executable, "-m", "venv", VENV) == 0
-        version = query(python, ask)
-        if not made or version is None:
+        say(f"creating {VENV.name} with Python {'.'.join(map(str, sys.version_info[:3]))}")
+        created = run(sys.executable, "-m", "venv", VENV) == 0
+        version = query(python, probe)
+        if not created or version is None:
             raise DevError(
-                f"no virtual environment could be made in {VENV.name}\n"
-                "hint: delete that folder if it is there; Debian and Ubuntu need: apt install python3-venv"
+                f"cannot create a virtual environment in {VENV.name}\n"
+                "hint: delete this folder if it exists; on Debian and Ubuntu run: apt install python3-venv"
             )
-    complaint = python_complaint(tuple(int(number) for number in version.split()), str(python))
+    complaint = python_complaint(tuple(int(part) for part in version.split()), str(python))
     if complaint:
         raise DevError(f"{complaint}\nhint: delete the folder {VENV.name} first")
     return python
 
 
 def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
-    """The interpreter of .venv, with everything in `lock` and spectune itself installed there.
+    """Install everything in `lock` and spectune itself into .venv; return its interpreter.
 
-    Does nothing when that has been done and neither the lock file nor the project's own data has changed,
-    unless there are arguments for pip.
+    Skip the installation if it was done and neither the lock file nor the project's metadata has changed,
+    except if `pip_args` are given.
     """
     python = make_venv()
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = query(python, "import sys; print(sys.version_info[:2])") or ""
-    # The lock for developers includes the other one.
+    # The development lock includes the other one.
     locks = (RUN_LOCK, DEV_LOCK) if lock == DEV_LOCK else (lock,)
-    wanted = {name: fingerprint(read_lock(name), pyproject, version) for name in locks}
+    current = {name: fingerprint(read_lock(name), pyproject, version) for name in locks}
     stamps = read_stamps()
-    if {**stamps, **wanted} == stamps and not pip_args:
+    if {**stamps, **current} == stamps and not pip_args:
         return python
 
     lines = read_lock(lock)
@@ -169,9 +173,9 @@ def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
     for target in (["-r", pinned], ["--no-deps", "-e", ROOT]):
         if run(*pip, *(pip_args or []), *target) != 0:
-            raise DevError("pip could not install what spectune needs; its message stands above")
-    # Written last: an installation that was interrupted is done again.
-    STAMP.write_text(json.dumps({**stamps, **wanted}, indent=1) + "\n", encoding="utf-8")
+            raise DevError("pip failed; its message is above")
+    # Written last, so that an interrupted installation is repeated.
+    STAMP.write_text(json.dumps({**stamps, **current}, indent=1) + "\n", encoding="utf-8")
     return python
 
 
@@ -190,7 +194,7 @@ def test(args: list[str]) -> int:
 
 
 def lint(args: list[str]) -> int:
-    """Runs all of the checkers, also when the first one complains."""
+    """Run all checkers, even if the first one fails."""
     python = ensure(DEV_LOCK)
     fix = "--fix" in args
     paths = [arg for arg in args if arg != "--fix"]
@@ -204,11 +208,24 @@ def lint(args: list[str]) -> int:
     return int(any(statuses))
 
 
+def docs(args: list[str]) -> int:
+    """Build the documentation site with warnings as errors."""
+    unknown = [arg for arg in args if arg not in ("--serve", "--write")]
+    if unknown:
+        raise DevError(f"docs has no option `{unknown[0]}`\nhint: choose from --serve, --write")
+    python = ensure(DEV_LOCK)
+    if "--write" in args:
+        status = run(python, PAGE_GENERATOR)
+        if status != 0:
+            return status
+    return run(python, "-m", "mkdocs", "serve" if "--serve" in args else "build", "--strict")
+
+
 def bench(args: list[str]) -> int:
     names = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
     if not args or args[0] not in names:
-        asked = f"there is no benchmark `{args[0]}`" if args else "which benchmark?"
-        raise DevError(f"{asked}\nhint: {', '.join(names) or 'none exist yet'}")
+        problem = f"there is no benchmark `{args[0]}`" if args else "expected the name of a benchmark"
+        raise DevError(f"{problem}\nhint: choose from {', '.join(names) or 'none, the folder is empty'}")
     return run(ensure(DEV_LOCK), BENCHMARKS / f"{args[0]}.py", *args[1:])
 
 
@@ -221,6 +238,7 @@ COMMANDS = {
     "demo": demo,
     "test": test,
     "lint": lint,
+    "docs": docs,
     "bench": bench,
     "experiment": experiment,
 }

@@ -22,8 +22,7 @@ from torch import Tensor
 from experiments.lab import BASE, picture_folder
 from spectune.checkpoints.open import open_checkpoint
 from spectune.model.network import build_model
-from spectune.sdxl.inference import infer_layout
-from spectune.sdxl.layout import hints_metadata
+from spectune.sdxl.layout import hints_metadata, infer_layout
 
 STEPS, BATCH, RATE = 500, 8, 3e-4
 SIZES = (4, 8, 12)  # edges that latents of 16 are averaged down to

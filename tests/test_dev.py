@@ -1,4 +1,4 @@
-"""dev.py's pure functions, and its messages for people who start it wrongly."""
+"""Pure functions of dev.py, and its messages after wrong use."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def run_dev(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 8, 10), (3, 10, 14)])
-def test_an_old_python_is_named_with_the_one_that_is_needed(version: tuple[int, int, int]) -> None:
+def test_an_old_python_is_reported_with_the_required_version(version: tuple[int, int, int]) -> None:
     complaint = dev.python_complaint(version, "python-of-mine")
-    got = ".".join(str(part) for part in version)
-    assert f"needs Python 3.11 or newer, python-of-mine is Python {got}\n" in complaint
+    found = ".".join(str(part) for part in version)
+    assert f"needs Python 3.11 or newer, python-of-mine is Python {found}\n" in complaint
     assert "hint: " in complaint
 
 
 @pytest.mark.parametrize("version", [(3, 11, 0), (3, 14, 2), (4, 0, 0)])
-def test_a_new_python_is_no_complaint(version: tuple[int, int, int]) -> None:
+def test_a_new_python_is_accepted(version: tuple[int, int, int]) -> None:
     assert dev.python_complaint(version, "python") == ""
 
 
 def test_dev_parses_on_pythons_that_are_too_old() -> None:
-    """Else they would report a syntax error and never come to the message about their age."""
+    """An old Python must reach the message about its version instead of a syntax error."""
     ast.parse((dev.ROOT / "dev.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
@@ -52,11 +52,11 @@ def test_venv_python_of_both_families() -> None:
     assert dev.venv_python(Path("v"), windows=True) == Path("v/Scripts/python.exe")
 
 
-def test_comments_and_blank_lines_of_a_lock_are_left_out() -> None:
+def test_comments_and_blank_lines_of_a_lock_are_skipped() -> None:
     assert dev.without_comments("# head\n\na==1  # why\n-r other.lock\n") == ["a==1", "-r other.lock"]
 
 
-def test_the_fingerprint_follows_what_is_installed_and_nothing_else() -> None:
+def test_the_fingerprint_depends_only_on_what_is_installed() -> None:
     first = dev.fingerprint(["a==1"], PYPROJECT, "(3, 11)")
     assert dev.fingerprint(["a==1"], PYPROJECT.replace("110", "100"), "(3, 11)") == first
     assert dev.fingerprint(["a==2"], PYPROJECT, "(3, 11)") != first
@@ -66,7 +66,7 @@ def test_the_fingerprint_follows_what_is_installed_and_nothing_else() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that `dev.ensure` runs, in a virtual environment that is only pretended."""
+    """Return the commands that `dev.ensure` runs, in a simulated virtual environment."""
     commands: list[list[str]] = []
 
     def run(*command: object) -> int:
@@ -81,7 +81,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
     return commands
 
 
-def test_what_is_installed_is_not_installed_again(installed: list[list[str]]) -> None:
+def test_an_up_to_date_installation_is_not_repeated(installed: list[list[str]]) -> None:
     dev.ensure(dev.DEV_LOCK)
     assert len(installed) == 2
     dev.ensure(dev.DEV_LOCK)
@@ -89,7 +89,7 @@ def test_what_is_installed_is_not_installed_again(installed: list[list[str]]) ->
     assert len(installed) == 2
 
 
-def test_the_demo_installs_no_tools_and_the_tests_add_them(installed: list[list[str]]) -> None:
+def test_the_demo_installs_no_development_tools(installed: list[list[str]]) -> None:
     dev.ensure(dev.RUN_LOCK)
     pinned = (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
     assert "torch==2.12.0+cu130\n" in pinned
@@ -99,12 +99,12 @@ def test_the_demo_installs_no_tools_and_the_tests_add_them(installed: list[list[
     assert "pytest==" in (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
 
 
-def test_a_failed_installation_is_tried_again(
+def test_a_failed_installation_is_repeated(
     installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as failing:
         failing.setattr(dev, "run", lambda *_command: 1)
-        with pytest.raises(dev.DevError, match="pip could not install"):
+        with pytest.raises(dev.DevError, match="pip failed"):
             dev.ensure(dev.RUN_LOCK)
     dev.ensure(dev.RUN_LOCK)
     assert len(installed) == 2
@@ -136,7 +136,7 @@ def test_an_installed_torch_stays_when_it_is_new_enough(installed: str | None, s
     assert dev.with_torch(lines, installed) == (kept if stays else lines)
 
 
-def test_the_oldest_torch_and_python_are_those_of_the_package() -> None:
+def test_the_oldest_torch_and_python_match_the_package() -> None:
     project = tomllib.loads((dev.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (torch,) = [line for line in project["dependencies"] if Requirement(line).name == "torch"]
     assert torch == "torch>=" + ".".join(map(str, dev.MIN_TORCH))
@@ -148,7 +148,7 @@ def test_the_dev_lock_includes_the_other_one() -> None:
 
 
 @pytest.mark.parametrize("damage", [None, "", "{", "[]"])
-def test_a_lost_or_damaged_stamp_means_that_nothing_is_installed(
+def test_a_missing_or_damaged_stamp_counts_as_not_installed(
     damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp.json")
@@ -180,11 +180,11 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(
     monkeypatch.setattr(dev, "BENCHMARKS", tmp_path)
     for name in ("split", "train", "_shared"):
         (tmp_path / f"{name}.py").touch()
-    with pytest.raises(dev.DevError, match=r"no benchmark `splt`\nhint: split, train$"):
+    with pytest.raises(dev.DevError, match=r"no benchmark `splt`\nhint: choose from split, train$"):
         dev.bench(["splt"])
 
 
-def test_lint_fails_when_only_one_checker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lint_fails_if_one_checker_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def run(*command: object) -> int:
@@ -195,3 +195,30 @@ def test_lint_fails_when_only_one_checker_does(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dev, "run", run)
     assert dev.lint([]) == 1
     assert ran == ["ruff", "ruff", "pyright"]
+
+
+@pytest.mark.parametrize(
+    ("args", "commands"),
+    [
+        ([], [["-m", "mkdocs", "build", "--strict"]]),
+        (["--serve"], [["-m", "mkdocs", "serve", "--strict"]]),
+        (["--write"], [[str(dev.PAGE_GENERATOR)], ["-m", "mkdocs", "build", "--strict"]]),
+    ],
+)
+def test_docs_builds_with_warnings_as_errors(
+    args: list[str], commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(dev, "ensure", lambda _lock: Path("python"))
+    monkeypatch.setattr(dev, "run", lambda *command: ran.append([str(word) for word in command[1:]]) or 0)
+    assert dev.docs(args) == 0
+    assert ran == commands
+    assert dev.PAGE_GENERATOR.is_file()
+
+
+def test_docs_stops_if_a_page_cannot_be_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dev, "ensure", lambda _lock: Path("python"))
+    monkeypatch.setattr(dev, "run", lambda *command: 1 if command[1] == dev.PAGE_GENERATOR else 0)
+    assert dev.docs(["--write"]) == 1
+    with pytest.raises(dev.DevError, match="docs has no option `--open`"):
+        dev.docs(["--open"])

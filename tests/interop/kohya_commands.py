@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.interop.kohya.command_line import parse_command
-from spectune.interop.kohya.importer import ImportedRecipe, convert, nested
+from spectune.interop.kohya.importer import ImportedRecipe, import_command, nested
 
 GUIDE_FIX = r"""accelerate launch --num_cpu_threads_per_process 8 sdxl_train_network.py ^
 --pretrained_model_name_or_path="K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors" ^
@@ -108,13 +108,13 @@ SHORT = (
 
 
 def converted(flags: str = "", *, script: str = SHORT) -> ImportedRecipe:
-    return convert(parse_command(f"{script} {flags}"), folder=Path())
+    return import_command(parse_command(f"{script} {flags}"), folder=Path())
 
 
 def recipe(flags: str = "", *, script: str = SHORT) -> dict[str, Any]:
     return nested(converted(flags, script=script).settings)
 
 
-def answer(flags: str, name: str) -> str:
+def result_of(flags: str, name: str) -> str:
     """The line about the flag `name`."""
-    return next(str(a) for a in converted(flags).answers if a.given.name == name)
+    return next(str(r) for r in converted(flags).results if r.flag.name == name)

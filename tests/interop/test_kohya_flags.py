@@ -1,4 +1,4 @@
-"""What becomes of single flags, and what the tables of flags promise."""
+"""Import of single flags, and consistency of the table of flags with recipes and the page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from spectune.errors import InputError
 from spectune.interop.kohya.command_line import parse_command
-from spectune.interop.kohya.flags import NETWORK_ARGS, RULES, judge
-from spectune.interop.kohya.importer import convert, nested
-from spectune.interop.kohya.settings import OPTIMIZER_NAMES
+from spectune.interop.kohya.derived import OPTIMIZER_NAMES
+from spectune.interop.kohya.flags import NETWORK_ARGS, RULES, convert_flag, flags_page
+from spectune.interop.kohya.importer import import_command, nested
 from spectune.training.recipe.file import Recipe
-from tests.interop.kohya_commands import answer, converted, recipe
+from tests.interop.kohya_commands import converted, recipe, result_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +90,7 @@ ROOT = Path(__file__).parents[2]
             "data",
             {"cache_text": True, "folders": ["d"]},
         ),
-        ("", "run", {"steps": 1600, "name": "last"}),  # the defaults of sd-scripts
+        ("", "run", {"steps": 1600, "name": "last"}),  # defaults of sd-scripts
         ("--max_train_epochs=3 --max_train_steps=9", "run", {"epochs": 3}),
         (
             "--save_every_n_steps=100 --save_last_n_steps=200",
@@ -103,7 +103,7 @@ ROOT = Path(__file__).parents[2]
         ("--seed=1 --seed=2", "run", {"seed": 2}),
     ],
 )
-def test_what_is_taken_over(flags: str, section: str, expected: dict[str, Any]) -> None:
+def test_imported_flags(flags: str, section: str, expected: dict[str, Any]) -> None:
     found = recipe(flags)[section]
     for key, value in expected.items():
         if isinstance(value, dict):
@@ -117,48 +117,48 @@ def test_what_is_taken_over(flags: str, section: str, expected: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("flags", "name", "line"),
     [
-        ("--min_snr_gamma=5 --flow_matching", "min_snr_gamma", "ignored because weights by signal-to-noise"),
-        ("--keep_tokens=1", "keep_tokens", "ignored because nothing moves the tags"),
-        ("--cache_latents --random_crop", "cache_latents", "ignored because crops or colours vary"),
-        ("--cache_text_encoder_outputs", "cache_text_encoder_outputs", "ignored because encoders that train"),
-        ("--full_bf16", "full_bf16", "ignored because this optimiser would lose small updates"),
-        ("--network_dim=8 --network_alpha=1", "network_alpha", "sd-scripts would scale by 1/8"),
-        ("--network_dropout=0.1", "network_dropout", "ignored because LyCORIS does not apply it"),
-        ("--seed=1 --seed=2", "seed", "ignored because it is given again later"),
-        ("--min_timestep=0", "min_timestep", "ignored because that is how spectune does it"),
-        ("--min_timestep=10", "min_timestep", "not supported: all noise levels are trained"),
-        ("--network_args algo=lokr", "algo", "not supported: what is trained has the form of locon"),
-        ("--dataset_config=d.toml", "dataset_config", "not supported: write each of its subsets"),
-        ("--optimizer_type=Prodigy --learning_rate=0.5", "learning_rate", "the optimiser finds its step"),
-        ("--optimizer_type=SGDNesterov", "optimizer_type", "not supported: adamw is written instead"),
+        ("--min_snr_gamma=5 --flow_matching", "min_snr_gamma", "flow has no weighting by signal-to-noise"),
+        ("--keep_tokens=1", "keep_tokens", "ignored: the order of tags changes only with --shuffle_caption"),
+        ("--cache_latents --random_crop", "cache_latents", "ignored: crops or colors vary"),
+        ("--cache_text_encoder_outputs", "cache_text_encoder_outputs", "ignored: the encoders train or"),
+        ("--full_bf16", "full_bf16", "ignored: this optimizer would lose small updates"),
+        ("--network_dim=8 --network_alpha=1", "network_alpha", "sd-scripts scales by 1/8"),
+        ("--network_dropout=0.1", "network_dropout", "ignored: LyCORIS applies it in bypass_mode only"),
+        ("--seed=1 --seed=2", "seed", "ignored: a later value overrides it"),
+        ("--min_timestep=0", "min_timestep", "ignored: spectune always does this"),
+        ("--min_timestep=10", "min_timestep", "not supported: spectune trains all noise levels"),
+        ("--network_args algo=lokr", "algo", "not supported: spectune trains factors in the form of locon"),
+        ("--dataset_config=d.toml", "dataset_config", "not supported: write each subset"),
+        ("--optimizer_type=Prodigy --learning_rate=0.5", "learning_rate", "its rate must be 1"),
+        ("--optimizer_type=SGDNesterov", "optimizer_type", "not supported: the recipe uses adamw instead"),
         ("--optimizer_args decouple=True", "decouple", "not supported: adamw has no option `decouple`"),
         ("--lr_scheduler=inverse_sqrt", "lr_scheduler", "not supported: optimizer.schedule is one of"),
-        ("--seed=x", "seed", "not supported: expected a whole number, got `x`"),
+        ("--seed=x", "seed", "not supported: expected a whole number, found `x`"),
         ("--seed", "seed", "not supported: it has no value"),
         ("--loss_type=l3", "loss_type", "not supported: loss.kind is one of mse, l1, huber"),
-        ("--min_snr_gamma=5 --debiased_estimation_loss", "debiased_estimation_loss", "is min_snr already"),
+        ("--min_snr_gamma=5 --debiased_estimation_loss", "debiased_estimation_loss", "sets loss.weighting to min_snr"),
         ("--min_snr_gama=5", "min_snr_gama", "unknown flag; did you mean `min_snr_gamma`?"),
         ("--network_args convdim=5", "convdim", "unknown flag; did you mean `conv_dim`?"),
-        ("--flip_aug yes", "flip_aug", "taken over as data.flip_probability = 0.5 (left out: yes)"),
-        ("--max_train_epochs=10 $more", "max_train_epochs", "run.epochs = 10 (left out: $more)"),
-        ("--unet_lr=1e-4 1e-5", "unet_lr", "part_learning_rates.unet = 0.0001 (left out: 1e-5)"),
-        ("--flow_matching true", "flow_matching", '"flow" (left out: true)'),
+        ("--flip_aug yes", "flip_aug", "imported as data.flip_probability = 0.5 (extra values ignored: yes)"),
+        ("--max_train_epochs=10 $more", "max_train_epochs", "run.epochs = 10 (extra values ignored: $more)"),
+        ("--unet_lr=1e-4 1e-5", "unet_lr", "part_learning_rates.unet = 0.0001 (extra values ignored: 1e-5)"),
+        ("--flow_matching true", "flow_matching", '"flow" (extra values ignored: true)'),
         ("--wandb_api_key=hidden", "wandb_api_key", "--wandb_api_key=***: ignored"),
     ],
 )  # fmt: skip
-def test_what_is_not(flags: str, name: str, line: str) -> None:
-    assert line in answer(flags, name)
+def test_flags_that_are_not_imported(flags: str, name: str, line: str) -> None:
+    assert line in result_of(flags, name)
 
 
-def test_what_has_to_be_filled_in_is_said() -> None:
-    conversion = converted(
+def test_notes_name_missing_values() -> None:
+    imported = converted(
         script="sdxl_train_network.py --pretrained_model_name_or_path m --dataset_config d.toml"
     )
-    data = nested(conversion.settings)
+    data = nested(imported.settings)
     assert (data["data"]["folders"], data["run"]["output"]) == (["images"], "output")
-    assert conversion.notes == ("data.folders: to fill in", "run.output: to fill in")
-    doubtful = converted("--vae=%VAE%").notes
-    assert doubtful == ("vae.path holds a variable that the text does not set: %VAE%",)
+    assert imported.notes == ("data.folders: to fill in", "run.output: to fill in")
+    unset = converted("--vae=%VAE%").notes
+    assert unset == ("vae.path contains a variable that the text does not set: %VAE%",)
 
 
 def test_a_full_training_becomes_a_principal_of_rank_64() -> None:
@@ -170,26 +170,24 @@ def test_a_full_training_becomes_a_principal_of_rank_64() -> None:
 
 def test_pickles_and_hub_names_are_pointed_out() -> None:
     text = "sdxl_train_network.py --train_data_dir d --output_dir o --pretrained_model_name_or_path "
-    hub = convert(parse_command(text + "stabilityai/stable-diffusion-xl-base-1.0"), folder=Path())
-    assert "if this is a name on Hugging Face: download it first" in str(hub.answers[2])
+    hub = import_command(parse_command(text + "stabilityai/stable-diffusion-xl-base-1.0"), folder=Path())
+    assert "if this is a Hugging Face name, download it first" in str(hub.results[2])
     with pytest.raises(InputError, match="give either `base`"):
-        convert(parse_command(text + "m.ckpt"), folder=Path())
+        import_command(parse_command(text + "m.ckpt"), folder=Path())
 
 
-def test_every_rule_answers_every_kind_of_value() -> None:
+def test_every_rule_handles_every_kind_of_value() -> None:
     for table, shape in ((RULES, "--{name}{value}"), (NETWORK_ARGS, "--network_args {name}{value}")):
         for name in table:
             for value in ("", "=1", "=0", "=x", "=1,2"):
                 command = parse_command("sdxl_train_network.py " + shape.format(name=name, value=value))
-                lines = [str(answer) for given in command.flags for answer in judge(given, command)]
+                lines = [str(result) for flag in command.flags for result in convert_flag(flag, command)]
                 assert lines, name
-                assert all(
-                    re.search(r": (taken over as|ignored because|not supported)", line) for line in lines
-                )
+                assert all(re.search(r": (imported as|ignored|not supported)", line) for line in lines)
 
 
-def test_every_key_that_a_rule_names_is_one_of_recipes() -> None:
-    keys = {key for rule in [*RULES.values(), *NETWORK_ARGS.values()] for key in _keys_in(rule.says)}
+def test_every_key_in_a_summary_exists_in_recipes() -> None:
+    keys = {key for rule in [*RULES.values(), *NETWORK_ARGS.values()] for key in _keys_in(rule.summary)}
     assert {"data.bucket.min_px", "loss.edm2.learning_rate", "optimizer.part_learning_rates"} <= keys
     assert {key for key in keys if not _is_key(key)} == set()
     assert not _is_key("data.bucket.min_pixels")
@@ -210,9 +208,9 @@ def _is_key(key: str) -> bool:
     return True
 
 
-def test_the_page_of_flags_is_what_the_tables_say() -> None:
+def test_the_page_of_flags_is_generated_from_the_tables() -> None:
     page = (ROOT / "docs" / "reference" / "kohya-flags.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", page, flags=re.MULTILINE))
-    said = {name: rule.says for name, rule in {**RULES, **NETWORK_ARGS}.items()}
-    names = {name: f"`{ours}`" for name, ours in OPTIMIZER_NAMES.items()}
-    assert rows == said | names
+    assert page.endswith(flags_page())
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", flags_page(), flags=re.MULTILINE))
+    summaries = {name: rule.summary for name, rule in {**RULES, **NETWORK_ARGS}.items()}
+    assert rows == summaries | {name: f"`{ours}`" for name, ours in OPTIMIZER_NAMES.items()}

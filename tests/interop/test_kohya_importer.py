@@ -1,4 +1,4 @@
-"""Commands of sd-scripts become recipes, and every flag has an answer."""
+"""Commands of sd-scripts become recipes, and every flag has a result."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.interop.kohya_commands import GUIDE_FIX, GUIDE_TRAINING, SHORT
 def test_the_training_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["recipe", "import", GUIDE_TRAINING]) == 0
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert "unknown" not in said.err
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "unknown" not in output.err
     text = Path("recipe.toml").read_text(encoding="utf-8")
     assert text.splitlines()[0] == "# spectune train recipe.toml"
-    assert 'base = "original.safetensors"' in text  # how to train on the original instead
+    assert 'base = "original.safetensors"' in text  # the comment on training on the original
     assert tomllib.loads(text) == {
         "model": {
             "residual": "K:/Comfyui_033/ComfyUI/output/checkpoints/BIG25NULLdiff.safetensors",
@@ -86,25 +86,25 @@ def test_every_flag_of_the_guide_has_one_line(tmp_path: Path, capfd: Any) -> Non
         found = [line for line in lines if re.match(rf"--{flag}(?!\w)", line)]
         parts = {"network_args": 5, "optimizer_args": 9}.get(flag, 1)
         assert len(found) == parts, flag
-        assert all(": taken over as " in line or ": ignored because " in line for line in found)
-    assert any("left out, it follows the command: That’s it — the training starts." in line for line in lines)
+        assert all(": imported as " in line or ": ignored: " in line for line in found)
+    assert any("dropped text after the command: That’s it — the training starts." in line for line in lines)
 
 
-def test_the_fix_of_the_guide_is_answered_with_the_split_that_replaces_it(
+def test_step_3_of_the_guide_becomes_the_split_that_replaces_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["recipe", "import", GUIDE_FIX]) == 0
-    said = capfd.readouterr()
-    assert said.out == (
+    output = capfd.readouterr()
+    assert output.out == (
         "spectune split K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors "
         "--rank 64 -o output_dir\n"
     )
-    assert "this command trains nothing" in said.err
+    assert "this command trains nothing" in output.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_fix_with_another_conv_rank_and_a_path_with_spaces() -> None:
+def test_step_3_with_another_conv_rank_and_a_path_with_spaces() -> None:
     text = GUIDE_FIX.replace('"conv_dim=64"', "conv_dim=32").replace("K:/Comfyui_033", "K:/my models")
     assert replaced_by_split(parse_command(text)) == (
         'spectune split "K:/my models/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors" '
@@ -115,18 +115,21 @@ def test_the_fix_with_another_conv_rank_and_a_path_with_spaces() -> None:
 @pytest.mark.parametrize(
     "change", [("0.000000000000000000000001", "1e-6"), ("--network_weights=", "--base_weights=")]
 )
-def test_what_trains_is_no_fix(change: tuple[str, str]) -> None:
+def test_a_command_that_trains_is_not_replaced(change: tuple[str, str]) -> None:
     assert replaced_by_split(parse_command(GUIDE_FIX.replace(*change))) is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hello", "no training command: neither a script such as sdxl_train_network.py"),
-        (GUIDE_FIX + GUIDE_TRAINING, "2 training commands: sdxl_train_network.py, sdxl_train_network.py"),
+        ("hello", "no training command: found neither a script such as sdxl_train_network.py"),
+        (
+            GUIDE_FIX + GUIDE_TRAINING,
+            "expected one training command, found 2: sdxl_train_network.py, sdxl_train_network.py",
+        ),
         (
             "flux_train_network.py --seed=1",
-            "flux_train_network.py is none of sdxl_train_network.py, sdxl_train.py",
+            "expected sdxl_train_network.py or sdxl_train.py, found flux_train_network.py",
         ),
         ('sdxl_train.py --vae="C:/x', 'a quote is not closed: "C:/x'),
         ("sdxl_train_network.py --seed=1", "the command names no model"),
@@ -140,21 +143,22 @@ def test_messages(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["recipe", "import", text]) == 2
-    said = capfd.readouterr().err
-    assert f"error: {message}" in said
+    output = capfd.readouterr().err
+    assert f"error: {message}" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_supported_is_written_down_and_makes_the_exit_code_1(tmp_path: Path, capfd: Any) -> None:
+def test_unsupported_flags_are_listed_and_exit_with_1(tmp_path: Path, capfd: Any) -> None:
     out = tmp_path / "r.toml"
     text = f"{SHORT} --save_every_n_epochs=1 --no_such_thing"
     assert run(["recipe", "import", text, "-o", str(out)]) == 1
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     assert (
-        "warning: --save_every_n_epochs=1: not supported: counted in steps here: run.save_every_steps" in said
+        "warning: --save_every_n_epochs=1: not supported: spectune counts in steps: run.save_every_steps"
+        in output
     )
-    assert "warning: --no_such_thing: unknown flag" in said
-    assert re.search(r"2 of \d+ flags have no counterpart", said)
+    assert "warning: --no_such_thing: unknown flag" in output
+    assert re.search(r"2 of \d+ flags have no counterpart in spectune", output)
     assert "#   --no_such_thing: unknown flag" in out.read_text()
     assert load_recipe(out).run.name == "last"
 
@@ -169,7 +173,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, capfd: Any) -> Non
     assert load_recipe(out).model.rank == 4
 
 
-def test_paths_stay_where_they_are_when_the_recipe_goes_to_another_folder(
+def test_paths_are_rebased_to_the_folder_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -182,7 +186,7 @@ def test_paths_stay_where_they_are_when_the_recipe_goes_to_another_folder(
     assert data["run"]["output"] == "K:/o"
 
 
-def test_keys_stand_once_and_in_the_order_of_recipes(tmp_path: Path) -> None:
+def test_keys_occur_once_and_in_the_order_of_recipes(tmp_path: Path) -> None:
     out = tmp_path / "r.toml"
     flags = "--seed=3 --cache_latents --cache_latents_to_disk --network_dim=8 --flip_aug --resolution=512"
     assert run(["recipe", "import", f"{SHORT} {flags}", "-o", str(out)]) == 0

@@ -9,20 +9,19 @@ from spectune.adapters.coverage_rules import Program, Rule, Rules, Trait, ignore
 from spectune.errors import InputError
 from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Provenance, Role, declared_prediction
 from spectune.files.reader import WeightSource
-from spectune.sdxl.inference import layout_of
 from spectune.sdxl.layout import (
     TE1_SHORT_ROOT,
     TE2_ROOT,
     UNET_ROOT,
     VAE_ROOT,
     Layout,
-    PartName,
     TextLayout,
+    layout_of,
     te1_root,
 )
-from spectune.sdxl.names import modules_of
+from spectune.sdxl.names import ModuleName, modules_of
 
-PARTS: Mapping[PartName, str] = {
+PARTS: Mapping[ModuleName, str] = {
     "unet": UNET_ROOT,
     "te1": TE1_SHORT_ROOT,
     "te2": TE2_ROOT,
@@ -139,7 +138,7 @@ def _whole(source: WeightSource) -> Iterator[Item]:
     yield Item(source.label, frozenset(traits), counted=False)
 
 
-def _has(source: WeightSource, part: PartName) -> bool:
+def _has(source: WeightSource, part: ModuleName) -> bool:
     if part == "unet":
         return f"{UNET_ROOT}label_emb.0.0.weight" in source.tensors  # what no other model of this root has
     return any(name.startswith(PARTS[part]) for name in source.tensors)

@@ -12,9 +12,8 @@ from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role, declared_prediction
 from spectune.files.reader import DTYPE_NAMES, WeightSource
-from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
-from spectune.sdxl.layout import PART_ROOTS, Layout, part_of
+from spectune.sdxl.layout import PART_ROOTS, Layout, infer_layout, part_of
 
 # what keys of adapters have in them, also of those of other models and kinds
 _ADAPTER_SIGNS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".frame_")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.spellings import Spelling
-from spectune.checkpoints.open import TensorWriter, open_checkpoint
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.targets import TensorWriter
 from spectune.errors import InputError
 from spectune.files.provenance import (
     PREFIX,

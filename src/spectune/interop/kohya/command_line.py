@@ -1,4 +1,4 @@
-"""A kohya command as people paste it, or the script that holds it, taken apart into its flags."""
+"""Parser of pasted kohya commands and of the scripts that contain them."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ SECRETS = ("wandb_api_key", "huggingface_token")
 
 
 @dataclass(frozen=True)
-class Given:
-    """A flag as it was given; a switch has no values."""
+class Flag:
+    """A flag of a command with its values; a switch has no values."""
 
     name: str
     values: tuple[str, ...] = ()
-    within: str | None = None  # LAUNCHER, or the flag whose value this is a part of, such as network_args
-    implied: bool = False  # not given: the default of sd-scripts
+    parent: str | None = None  # LAUNCHER, or the flag that this is an argument of, such as network_args
+    is_default: bool = False  # missing in the command: the default of sd-scripts
 
     def __str__(self) -> str:
         value = "***" if self.name in SECRETS else " ".join(self.values)
         joined = f"{self.name}={value}" if self.values else self.name
         shown = f"--{joined}"
-        if self.within == LAUNCHER:
+        if self.parent == LAUNCHER:
             shown = f"{LAUNCHER} --{joined}"
-        elif self.within:
-            shown = f"--{self.within} {joined}"
-        return f"{shown} (not given)" if self.implied else shown
+        elif self.parent:
+            shown = f"--{self.parent} {joined}"
+        return f"{shown} (default)" if self.is_default else shown
 
 
 @dataclass(frozen=True)
 class Command:
+    """A training command: its script and its flags."""
+
     script: str  # one of SCRIPTS
-    flags: tuple[Given, ...]
-    launcher: tuple[Given, ...] = ()  # of `accelerate launch`
-    notes: tuple[str, ...] = ()  # what of the text was left out
+    flags: tuple[Flag, ...]
+    launcher: tuple[Flag, ...] = ()  # flags of `accelerate launch`
+    notes: tuple[str, ...] = ()  # parts of the text that were dropped
 
     def has(self, name: str) -> bool:
-        return any(given.name == name for given in self.flags)
+        return any(flag.name == name for flag in self.flags)
 
     def values(self, name: str) -> tuple[str, ...]:
-        """The values of a flag, empty where it is not given; the last one counts, as for argparse."""
-        return next((given.values for given in reversed(self.flags) if given.name == name), ())
+        """Return the values of a flag, empty if it is missing; the last occurrence counts, as in argparse."""
+        return next((flag.values for flag in reversed(self.flags) if flag.name == name), ())
 
     def value(self, name: str) -> str | None:
         return next(iter(self.values(name)), None)
@@ -62,41 +64,41 @@ _ASSIGNED = (
     re.compile(r'\s*@?set\s+"?(?P<name>\w+)=(?P<value>.*?)"?\s*', re.IGNORECASE),
     re.compile(r"""\s*(?:export\s+)?\$?(?P<name>\w+)\s*=\s*(["']?)(?P<value>.*?)\2\s*(?:#.*)?"""),
 )
-# Word processors and web pages make these of plain quotes and of two hyphens.
+# Word processors and web pages replace plain quotes and double hyphens with these.
 _TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "„": '"', "\u00a0": " ", "\ufeff": None})
 
-
-_HELD_SPACE = "\ue000"  # in a variable of PowerShell, which does not split a value into words
+# A space in a PowerShell variable. PowerShell does not split such a value into words.
+_PROTECTED_SPACE = "\ue000"
 
 
 def logical_lines(text: str) -> list[str]:
-    """The commands of a text, each in one line, without comments and with the variables it sets put in."""
+    """Return each command of `text` as one line, with comments removed and variables substituted."""
     text = re.sub(r"(?<!\S)[—–]-?(?=[a-z])", "--", text.translate(_TYPOGRAPHY))
     lines: list[str] = []
     variables: dict[str, str] = {}
-    goes_on = False
+    continued = False
     for raw in text.splitlines():
         if not raw.strip() or _COMMENT.match(raw):
             continue
-        assigned = None if goes_on else next((m for p in _ASSIGNED if (m := p.fullmatch(raw))), None)
+        assigned = None if continued else next((m for p in _ASSIGNED if (m := p.fullmatch(raw))), None)
         if assigned is not None:
-            if not assigned["value"].startswith(("[", "@(")):  # PowerShell's lists are no text
-                value = _filled_in(assigned["value"], variables)
-                held = raw.lstrip().startswith("$")
-                variables[assigned["name"]] = value.replace(" ", _HELD_SPACE) if held else value
+            if not assigned["value"].startswith(("[", "@(")):  # lists of PowerShell, not text
+                value = _substitute(assigned["value"], variables)
+                is_powershell = raw.lstrip().startswith("$")
+                variables[assigned["name"]] = value.replace(" ", _PROTECTED_SPACE) if is_powershell else value
             continue
-        line = _filled_in(_CONTINUED.sub("", raw), variables)
-        # the last line of a command may end as if it went on
-        another = bool(lines) and all(map(_NAMES_SCRIPT.search, (lines[-1], line)))
-        if lines and not another and (goes_on or raw.lstrip().startswith("--")):
+        line = _substitute(_CONTINUED.sub("", raw), variables)
+        # The last line of a command may end with a continuation sign.
+        starts_command = bool(lines) and all(map(_NAMES_SCRIPT.search, (lines[-1], line)))
+        if lines and not starts_command and (continued or raw.lstrip().startswith("--")):
             lines[-1] += " " + line
         else:
             lines.append(line)
-        goes_on = _CONTINUED.search(raw) is not None
+        continued = _CONTINUED.search(raw) is not None
     return lines
 
 
-def _filled_in(text: str, variables: dict[str, str]) -> str:
+def _substitute(text: str, variables: dict[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
         name = next(group for group in match.groups() if group)
         return variables.get(name, match[0])
@@ -108,13 +110,17 @@ def _filled_in(text: str, variables: dict[str, str]) -> str:
 
 _PIECE = r"""(?P<space>\s+) | "(?P<double>{inside}*)" | (?<![^\s=])'(?P<single>[^']*)'
     | (?P<open>") | (?P<plain>{char})"""
-# A backslash of Windows is a part of a path, one of a Unix shell takes the next sign as it is.
+# On Windows a backslash is part of a path. In a Unix shell it escapes the next character.
 _WINDOWS = re.compile(_PIECE.format(inside='[^"]', char="."), re.VERBOSE | re.DOTALL)
 _UNIX = re.compile(_PIECE.format(inside=r'(?:\\["\\]|[^"])', char=r"""\\[ "'\\]|."""), re.VERBOSE | re.DOTALL)
 
 
 def split_words(line: str) -> list[str]:
-    """The words of a command line without their quotes; InputError for a quote that is not closed."""
+    """Split a command line into words and remove the quotes.
+
+    Raises:
+        InputError: A quote is not closed.
+    """
     windows = re.search(r"[A-Za-z]:\\|\\\\\w", line) is not None
     words: list[str] = []
     word: str | None = None
@@ -122,7 +128,7 @@ def split_words(line: str) -> list[str]:
         if piece["open"]:
             raise InputError(
                 f"a quote is not closed: {line[piece.start() : piece.start() + 60]}",
-                hint="paste the whole command, or save it as a .txt file and give that",
+                hint="paste the whole command, or save it as a .txt file and pass that file",
             )
         if piece["space"]:
             words += [] if word is None else [word]
@@ -131,16 +137,16 @@ def split_words(line: str) -> list[str]:
         text = next(part for part in (piece["double"], piece["single"], piece["plain"]) if part is not None)
         escaped = not windows and piece["single"] is None
         word = (word or "") + (re.sub(r"""\\([ "'\\])""", r"\1", text) if escaped else text)
-    return [done.replace(_HELD_SPACE, " ") for done in [*words, *([] if word is None else [word])]]
+    return [done.replace(_PROTECTED_SPACE, " ") for done in [*words, *([] if word is None else [word])]]
 
 
-def group_flags(words: Sequence[str]) -> tuple[list[Given], list[str]]:
-    """The flags in `words` with the values behind them, and the text that a caret has let in."""
+def group_flags(words: Sequence[str]) -> tuple[list[Flag], list[str]]:
+    """Return the flags in `words` with their values, and the prose that follows a trailing caret."""
     grouped: list[tuple[str, list[str]]] = []
     prose: list[str] = []
     in_prose = False
     for word in words:
-        if word in ("^", "`", "\\"):  # a continuation whose line break was lost
+        if word in ("^", "`", "\\"):  # a continuation sign that lost its line break
             continue
         bare = word.lstrip("^") if word.startswith("^-") else word
         if re.match(r"--[A-Za-z]", bare):
@@ -152,7 +158,7 @@ def group_flags(words: Sequence[str]) -> tuple[list[Given], list[str]]:
             prose.append(word.lstrip("^"))
         elif grouped:
             grouped[-1][1].append(word)
-    return [Given(name, tuple(values)) for name, values in grouped], prose
+    return [Flag(name, tuple(values)) for name, values in grouped], prose
 
 
 # ---------------------------------------------------------------- the command
@@ -162,46 +168,48 @@ _SCRIPT = re.compile(r"[\w-]*train[\w-]*\.py", re.IGNORECASE)
 
 
 def parse_command(text: str) -> Command:
-    """The one training command in `text`.
+    """Return the one training command in `text`.
 
-    Raises InputError when there is none, when there are several, and for scripts that train something else.
+    Raises:
+        InputError: `text` contains no command, several commands, or a script that does not train SDXL.
     """
-    found = list(_commands(text))
-    if len(found) > 1:
+    commands = list(_commands(text))
+    if len(commands) > 1:
         raise InputError(
-            f"{len(found)} training commands: {', '.join(command.script for command in found)}",
-            hint="give one of them at a time, each has a recipe of its own",
+            f"expected one training command, found {len(commands)}: "
+            f"{', '.join(command.script for command in commands)}",
+            hint="import one command at a time; each needs its own recipe",
         )
-    if not found:
+    if not commands:
         raise InputError(
-            "no training command: neither a script such as sdxl_train_network.py nor flags with --",
-            hint="paste the command in single quotes, or give the .bat, .sh, .toml or .json file of it",
+            "no training command: found neither a script such as sdxl_train_network.py nor flags with --",
+            hint="paste the command in single quotes, or pass its .bat, .sh, .toml or .json file",
         )
-    return found[0]
+    return commands[0]
 
 
 def _commands(text: str) -> Iterator[Command]:
-    lines = [words for line in logical_lines(text) if (words := _of_one_command(split_words(line)))]
+    lines = [words for line in logical_lines(text) if (words := _training_words(split_words(line)))]
     for words in lines:
         place = next((i for i, word in enumerate(words) if _script_name(word)), None)
         if place is not None:
             yield _command(_known_script(words[place]), words[place + 1 :], words[:place])
     if not any(_script_name(word) for words in lines for word in words):
-        # the flags alone, from the middle of a script or a forum post
+        # Flags without a script, from the middle of a file or a forum post.
         yield from (_command(SCRIPTS[0], words) for words in lines if words[0].startswith("--"))
 
 
-def _of_one_command(words: list[str]) -> list[str]:
-    """The words of the command with a script among those that `&&` and the like join, else the last one."""
+def _training_words(words: list[str]) -> list[str]:
+    """Return the command with a training script among those joined by `&&` and so on, or the last command."""
     for place, word in enumerate(words):
         if word in _SHELL:
             before = words[:place]
-            return before if any(map(_script_name, before)) else _of_one_command(words[place + 1 :])
+            return before if any(map(_script_name, before)) else _training_words(words[place + 1 :])
     return words
 
 
 def _script_name(word: str) -> str | None:
-    name = PureWindowsPath(word).name  # takes both kinds of slashes
+    name = PureWindowsPath(word).name  # accepts both kinds of slashes
     return name if _SCRIPT.fullmatch(name) else None
 
 
@@ -210,13 +218,13 @@ def _known_script(word: str) -> str:
     assert name is not None
     if name not in SCRIPTS:
         raise InputError(
-            f"{name} is none of {', '.join(SCRIPTS)}{did_you_mean(name, SCRIPTS)}",
-            hint="spectune trains SDXL, and imports what sdxl_train_network.py and sdxl_train.py take",
+            f"expected {' or '.join(SCRIPTS)}, found {name}{did_you_mean(name, SCRIPTS)}",
+            hint="spectune trains SDXL only; import a command of one of these two scripts",
         )
     return name
 
 
 def _command(script: str, words: Sequence[str], launcher: Sequence[str] = ()) -> Command:
     flags, prose = group_flags(words)
-    notes = [f"left out, it follows the command: {' '.join(prose)}"] if prose else []
+    notes = [f"dropped text after the command: {' '.join(prose)}"] if prose else []
     return Command(script, tuple(flags), tuple(group_flags(launcher)[0]), tuple(notes))

@@ -1,4 +1,4 @@
-"""Settings files: the .toml that sd-scripts reads, and the .json that the kohya_ss interface saves."""
+"""Readers of settings files: the .toml of sd-scripts and the .json of the kohya_ss interface."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from spectune.errors import InputError
+from spectune.errors import InputError, counted
 from spectune.interop.kohya.command_line import (
     SCRIPTS,
     Command,
-    Given,
+    Flag,
     group_flags,
     parse_command,
     split_words,
 )
 
-# What the interface calls a flag of sd-scripts.
+# Names of the interface for flags of sd-scripts.
 _GUI_NAMES: Mapping[str, str] = {
     "epoch": "max_train_epochs",
     "optimizer": "optimizer_type",
@@ -33,7 +33,7 @@ _GUI_TYPES: Mapping[str, str] = {
     "Kohya LoCon": "networks.lora",
     "LyCORIS/LoCon": "lycoris.kohya",
 }
-# Settings of the interface itself, of `accelerate launch`, and those that belong to other kinds of networks.
+# Settings of the interface itself, of `accelerate launch`, and of other kinds of networks.
 _GUI_ONLY = frozenset(
     {
         "LoRA_type", "LyCORIS_preset", "accelerate_extra_args", "block_alphas", "block_dims",
@@ -45,7 +45,7 @@ _GUI_ONLY = frozenset(
         "num_processes", "rescaled", "sdxl", "train_on_input", "unit", "up_lr_weight", "use_wandb",
     }
 )  # fmt: skip
-# Settings that become a part of another flag.
+# Settings that become part of another flag.
 _NOT_FLAGS = frozenset(
     {
         "additional_parameters", "lr_warmup", "conv_dim", "conv_alpha", "module_dropout", "rank_dropout",
@@ -56,7 +56,7 @@ _OFF = (None, "", False, 0, "0", "0.0", "None", "none", "no", [])
 
 
 def parse_toml(text: str, label: str) -> Command:
-    """The command that sd-scripts makes of a configuration file; sections are for the eye only."""
+    """Return the command with the settings of a configuration file; sd-scripts ignores its sections."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -64,47 +64,47 @@ def parse_toml(text: str, label: str) -> Command:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= cast("dict[str, Any]", value) if isinstance(value, dict) else {key: value}
-    flags = [Given(key, _values(value)) for key, value in flat.items() if _is_on(value)]
+    flags = [Flag(key, _values(value)) for key, value in flat.items() if _is_on(value)]
     if not flags:
-        raise InputError(f"{label} holds no settings")
+        raise InputError(f"{label} contains no settings")
     return Command(SCRIPTS[0], tuple(flags))
 
 
 def parse_gui_json(text: str, label: str) -> Command:
-    """The command that the interface would start; what is off, empty or zero there is no flag."""
+    """Return the command that the interface starts; a setting that is off, empty or zero becomes no flag."""
     try:
         data: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{label} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or not data:
-        raise InputError(f"{label} holds no settings: expected an object of names and values")
+        raise InputError(f"{label} contains no settings: expected an object of names and values")
     settings = cast("dict[str, Any]", data)
     on = {key: value for key, value in settings.items() if value not in _OFF}
     flags = [_gui_flag(key, value) for key, value in on.items() if key not in _GUI_ONLY | _NOT_FLAGS]
     flags += _gui_network(on)
     flags += group_flags(split_words(str(on.get("additional_parameters", ""))))[0]
-    notes = [f"left out: {len(settings) - len(on)} settings that are off, empty or zero"]
-    if left := sorted(on.keys() & _GUI_ONLY):
-        notes.append(f"left out: settings of the interface itself: {', '.join(left)}")
+    notes = [f"dropped: {counted(len(settings) - len(on), 'setting')} that are off, empty or zero"]
+    if gui_only := sorted(on.keys() & _GUI_ONLY):
+        notes.append(f"dropped: settings of the interface itself: {', '.join(gui_only)}")
     if percent := on.get("lr_warmup"):
-        flags.append(Given("lr_warmup_steps", (str(float(percent) / 100),)))
+        flags.append(Flag("lr_warmup_steps", (str(float(percent) / 100),)))
     if settings.get("sdxl") is False:
-        raise InputError(f"{label} is for another model: its `sdxl` is off", hint="spectune trains SDXL")
+        raise InputError(f"{label} is for another model: its `sdxl` is off", hint="spectune trains SDXL only")
     return Command(SCRIPTS[0], tuple(flags), notes=tuple(notes))
 
 
-def _gui_flag(key: str, value: Any) -> Given:
-    if key == "xformers":  # the interface holds the name of the attention there
-        return Given(str(value))
+def _gui_flag(key: str, value: Any) -> Flag:
+    if key == "xformers":  # its value is the name of the attention
+        return Flag(str(value))
     if key in ("optimizer_args", "network_args", "lr_scheduler_args"):
-        return Given(key, tuple(split_words(str(value))))
-    return Given(_GUI_NAMES.get(key, key), _values(value))
+        return Flag(key, tuple(split_words(str(value))))
+    return Flag(_GUI_NAMES.get(key, key), _values(value))
 
 
-def _gui_network(on: Mapping[str, Any]) -> list[Given]:
-    """The network's kind and arguments, which the interface keeps in settings of their own."""
+def _gui_network(on: Mapping[str, Any]) -> list[Flag]:
+    """Return the network's kind and arguments, which are separate settings in the interface."""
     kind = str(on.get("LoRA_type", "Standard"))
-    flags = [Given("network_module", (_GUI_TYPES.get(kind, kind),))]
+    flags = [Flag("network_module", (_GUI_TYPES.get(kind, kind),))]
     names = ["module_dropout", "rank_dropout"]
     if kind != "Standard":
         names += ["conv_dim", "conv_alpha"]
@@ -121,7 +121,7 @@ def _gui_network(on: Mapping[str, Any]) -> list[Given]:
     arguments = [f"{name}={on[name]}" for name in names if name in on]
     if kind.startswith("LyCORIS") and "LyCORIS_preset" in on:
         arguments.append(f"preset={on['LyCORIS_preset']}")
-    return flags + ([Given("network_args", tuple(arguments))] if arguments else [])
+    return flags + ([Flag("network_args", tuple(arguments))] if arguments else [])
 
 
 def _is_on(value: Any) -> bool:
@@ -135,7 +135,7 @@ def _values(value: Any) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """A text file of any editor: UTF-8, UTF-16 with its mark (PowerShell), else Western Windows."""
+    """Read a text file in UTF-8, in UTF-16 with a byte order mark (PowerShell), or in Windows-1252."""
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16")
@@ -146,7 +146,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_file(path: Path) -> Command:
-    """The command in a file: settings in .toml or .json, in any other the text of a script."""
+    """Read the command in a file: settings if it is .toml or .json, otherwise the text of a script."""
     text = read_text(path)
     match path.suffix.lower():
         case ".toml":
@@ -158,9 +158,12 @@ def parse_file(path: Path) -> Command:
 
 
 def with_config_file(command: Command, folder: Path) -> Command:
-    """`command` with the flags of its --config_file, which its own ones overrule as in sd-scripts.
+    """Return `command` with the flags of its --config_file added.
 
-    Raises InputError when the file cannot be read; `folder` is where its path starts.
+    Flags of the command override those of the file, as in sd-scripts. Its path is relative to `folder`.
+
+    Raises:
+        InputError: The file is missing or is not valid.
     """
     name = command.value("config_file")
     if name is None:
@@ -169,8 +172,8 @@ def with_config_file(command: Command, folder: Path) -> Command:
     if not path.is_file():
         raise InputError(
             f"--config_file {path} does not exist",
-            hint="import the file itself, or run in the folder it is in",
+            hint="import the file itself, or run in the folder that contains it",
         )
-    held = parse_toml(read_text(path), path.name)
-    added = tuple(given for given in held.flags if not command.has(given.name))
+    config = parse_toml(read_text(path), path.name)
+    added = tuple(flag for flag in config.flags if not command.has(flag.name))
     return replace(command, flags=command.flags + added)

@@ -1,31 +1,31 @@
-"""From a command to the recipe that does the same, with an answer for every flag."""
+"""Conversion of a kohya command into a recipe, with a result for each flag."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from spectune.errors import InputError
-from spectune.interop.kohya import settings as setup
-from spectune.interop.kohya.command_line import LAUNCHER, Command, Given
-from spectune.interop.kohya.flags import DEFAULTS, judge
-from spectune.interop.kohya.outcomes import Answer, PathText
+from spectune.interop.kohya import derived
+from spectune.interop.kohya.command_line import LAUNCHER, Command, Flag
+from spectune.interop.kohya.flags import DEFAULTS, convert_flag
+from spectune.interop.kohya.rules import FlagResult, PathText
 from spectune.training.objective.losses import SCHEDULED_LOSSES
 from spectune.training.recipe.file import parse_recipe
 from spectune.training.recipe.sections import ALL_PARTS
 
-# A step this small changes no number: the guide's step 3 has 1e-24.
+# A step this small changes no weight: step 3 of the guide uses 1e-24.
 TRAINS_NOTHING = 1e-12
-RANK_OF_FULL_TRAINING = "64"  # for sdxl_train.py, which has none
+RANK_OF_FULL_TRAINING = "64"  # for sdxl_train.py, which has no rank
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the recipe, its value, and the flag it comes from or another reason."""
+    """A key of the recipe with its value, and the flag or other reason that it comes from."""
 
     key: str  # with its section: `data.bucket.min_px`
     value: Any
@@ -34,47 +34,51 @@ class Setting:
 
 @dataclass(frozen=True)
 class ImportedRecipe:
-    answers: tuple[Answer, ...]
+    """The settings of a recipe, and the result of every flag of the command."""
+
+    results: tuple[FlagResult, ...]
     settings: tuple[Setting, ...]
     notes: tuple[str, ...]
 
     @property
     def understood(self) -> bool:
-        """Whether nothing that the command asks for was left out for want of a way to do it."""
-        return all(answer.verdict in ("taken", "ignored") for answer in self.answers)
+        """Whether every flag was imported or has no effect in spectune."""
+        return all(result.verdict in ("taken", "ignored") for result in self.results)
 
 
-def convert(command: Command, *, folder: Path) -> ImportedRecipe:
-    """The recipe of a command, whose relative paths start here, for a file in `folder`.
+def import_command(command: Command, *, folder: Path) -> ImportedRecipe:
+    """Convert a command into the recipe of a file in `folder`; paths are rebased to `folder`.
 
-    Raises InputError where the command names no model, or where its values do not make a recipe.
+    Raises:
+        InputError: The command names no model, or its values do not form a valid recipe.
     """
     if command.value("pretrained_model_name_or_path") is None:
         raise InputError(
-            "the command names no model", hint="--pretrained_model_name_or_path is the checkpoint to train"
+            "the command names no model", hint="add --pretrained_model_name_or_path, the checkpoint to train"
         )
     complete = with_defaults(command)
-    answers = _without_conflicts(_answers(complete))
+    results = _without_conflicts(_results(complete))
     settings = [
-        Setting(key, rebased(value, folder), _source(answer, first=place == 0))
-        for answer in answers
-        if answer.verdict == "taken"
-        for place, (key, value) in enumerate(answer.settings.items())
+        Setting(key, rebased(value, folder), _source(result, first=place == 0))
+        for result in results
+        if result.verdict == "taken"
+        for place, (key, value) in enumerate(result.settings.items())
     ]
     settings = list({setting.key: setting for setting in reversed(settings)}.values())[::-1]
-    taken = {setting.key for setting in settings}
-    added = [setting for setting in _additions(complete) if setting.key not in taken]
-    conversion = ImportedRecipe(
-        (*_launcher_answers(command), *answers),
+    keys = {setting.key for setting in settings}
+    added = [setting for setting in _additions(complete) if setting.key not in keys]
+    to_do = (f"{setting.key}: {setting.source}" for setting in added if setting.source == _TO_DO)
+    imported = ImportedRecipe(
+        (*_launcher_results(command), *results),
         (*settings, *added),
-        (*command.notes, *_doubts(settings), *(f"{s.key}: {s.source}" for s in added if s.source in _TO_DO)),
+        (*command.notes, *_unset_variables(settings), *to_do),
     )
-    parse_recipe(nested(conversion.settings), label="the command")
-    return conversion
+    parse_recipe(nested(imported.settings), label="the command")
+    return imported
 
 
 def with_defaults(command: Command) -> Command:
-    """`command` with the values that sd-scripts takes for some flags that are not given."""
+    """Return `command` with the defaults of sd-scripts for some missing flags."""
     values = dict(DEFAULTS)
     if command.has("max_train_epochs"):
         del values["max_train_steps"]
@@ -82,81 +86,81 @@ def with_defaults(command: Command) -> Command:
         del values["network_dim"]
     elif command.script == "sdxl_train.py":
         values["network_dim"] = RANK_OF_FULL_TRAINING
-    rates = setup.rates_of(command)
-    if setup.traits(command).fixed_learning_rate is not None or all(
-        rates[part] is not None for part in setup.parts_of(command)
+    rates = derived.rates_of(command)
+    if derived.traits(command).fixed_learning_rate is not None or all(
+        rates[part] is not None for part in derived.parts_of(command)
     ):
         del values["learning_rate"]
     if command.value("loss_type") in SCHEDULED_LOSSES:
         values["huber_schedule"] = "snr"
     missing = {name: value for name, value in values.items() if not command.has(name)}
-    implied = tuple(Given(name, (value,), implied=True) for name, value in missing.items())
-    return replace(command, flags=command.flags + implied)
+    defaults = tuple(Flag(name, (value,), is_default=True) for name, value in missing.items())
+    return replace(command, flags=command.flags + defaults)
 
 
-def _answers(command: Command) -> Iterator[Answer]:
-    for place, given in enumerate(command.flags):
-        if any(later.name == given.name for later in command.flags[place + 1 :]):
-            yield Answer(given, "ignored", "it is given again later")
+def _results(command: Command) -> Iterator[FlagResult]:
+    for place, flag in enumerate(command.flags):
+        if any(later.name == flag.name for later in command.flags[place + 1 :]):
+            yield FlagResult(flag, "ignored", "a later value overrides it")
         else:
-            yield from judge(given, command)
+            yield from convert_flag(flag, command)
 
 
-def _without_conflicts(answers: Iterator[Answer]) -> tuple[Answer, ...]:
-    """The answers, where a key that two flags set differently stays with the first."""
-    held: dict[str, tuple[Any, Given]] = {}
-    kept: list[Answer] = []
-    for answer in answers:
-        clash = next((k for k, v in answer.settings.items() if k in held and held[k][0] != v), None)
+def _without_conflicts(results: Iterator[FlagResult]) -> tuple[FlagResult, ...]:
+    """Return the results; if two flags set a key differently, the first wins."""
+    owners: dict[str, tuple[Any, Flag]] = {}
+    resolved: list[FlagResult] = []
+    for result in results:
+        clash = next((k for k, v in result.settings.items() if k in owners and owners[k][0] != v), None)
         if clash is not None:
-            value, owner = held[clash]
-            kept.append(Answer(answer.given, "unsupported", f"{clash} is {value} already, by {owner}"))
+            value, owner = owners[clash]
+            why = f"{owner} already sets {clash} to {value}"
+            resolved.append(FlagResult(result.flag, "unsupported", why))
             continue
-        held |= {key: (value, answer.given) for key, value in answer.settings.items()}
-        kept.append(answer)
-    return tuple(kept)
+        owners |= {key: (value, result.flag) for key, value in result.settings.items()}
+        resolved.append(result)
+    return tuple(resolved)
 
 
-_LAUNCH = "it is for accelerate: accelerate launch ... -m spectune train works as well"
+_LAUNCH = "a flag of accelerate; accelerate launch ... -m spectune train works too"
 
 
-def _launcher_answers(command: Command) -> Iterator[Answer]:
-    for given in command.launcher:
-        told = Given(given.name, given.values, within=LAUNCHER)
-        yield Answer(told, "ignored", _LAUNCH)
+def _launcher_results(command: Command) -> Iterator[FlagResult]:
+    for flag in command.launcher:
+        yield FlagResult(replace(flag, parent=LAUNCHER), "ignored", _LAUNCH)
 
 
-_TO_DO = ("to fill in",)
+_TO_DO = "to fill in"
 
 
 def _additions(command: Command) -> Iterator[Setting]:
-    """What a recipe says and sd-scripts takes for granted."""
-    yield Setting("objective.kind", "eps", "what sd-scripts trains unless it is told otherwise")
-    parts = setup.parts_of(command)
+    """Yield settings that a recipe needs and sd-scripts implies."""
+    yield Setting("objective.kind", "eps", "the default of sd-scripts")
+    parts = derived.parts_of(command)
     if parts != ALL_PARTS:
-        yield Setting("model.parts", list(parts), f"what {command.script} trains with these flags")
-    for key, value in setup.options_of(command).items():
+        yield Setting("model.parts", list(parts), f"{command.script} trains these parts with these flags")
+    for key, value in derived.options_of(command).items():
         yield Setting(f"optimizer.options.{key}", value, "the default of sd-scripts")
-    yield Setting("data.folders", ["images"], "to fill in")
-    yield Setting("run.output", "output", "to fill in")
+    yield Setting("data.folders", ["images"], _TO_DO)
+    yield Setting("run.output", "output", _TO_DO)
 
 
-def _source(answer: Answer, *, first: bool) -> str:
-    given = answer.given
-    flag = f"--{given.within} {given.name}" if given.within else f"--{given.name}"
-    if given.implied:
+def _source(result: FlagResult, *, first: bool) -> str:
+    parent, name = result.flag.parent, result.flag.name
+    flag = f"--{parent} {name}" if parent else f"--{name}"
+    if result.flag.is_default:
         return f"the default of sd-scripts for {flag}"
-    return f"{flag}; {answer.why}" if answer.why and first else flag
+    return f"{flag}; {result.why}" if result.why and first else flag
 
 
-def _doubts(settings: Sequence[Setting]) -> Iterator[str]:
+def _unset_variables(settings: Sequence[Setting]) -> Iterator[str]:
     for setting in settings:
         if isinstance(setting.value, str) and re.search(r"%\w+%|\$\{?\w+|!\w+!", setting.value):
-            yield f"{setting.key} holds a variable that the text does not set: {setting.value}"
+            yield f"{setting.key} contains a variable that the text does not set: {setting.value}"
 
 
 def nested(settings: Sequence[Setting]) -> dict[str, Any]:
-    """The settings as the mapping that a recipe is parsed from."""
+    """Return the settings as nested dictionaries, from which a recipe is parsed."""
     data: dict[str, Any] = {}
     for setting in settings:
         *sections, key = setting.key.split(".")
@@ -168,7 +172,7 @@ def nested(settings: Sequence[Setting]) -> dict[str, Any]:
 
 
 def rebased(value: Any, folder: Path) -> Any:
-    """A path, or the paths in a list, as seen from `folder` instead of the working directory."""
+    """Return a path, or each path of a list, relative to `folder` instead of the working directory."""
     if isinstance(value, list):
         return [rebased(item, folder) for item in value]
     if not isinstance(value, PathText) or folder.resolve() == Path.cwd().resolve():
@@ -180,22 +184,22 @@ def rebased(value: Any, folder: Path) -> Any:
     return PathText(os.path.relpath(here, folder.resolve()).replace(os.sep, "/"))
 
 
-# ---------------------------------------------------------------- the guide's step 3
+# ---------------------------------------------------------------- step 3 of the guide
 
 
 def replaced_by_split(command: Command) -> str | None:
-    """The `spectune split` that replaces a command which only rewrites an extract; None for one that trains.
+    """Return the `spectune split` that replaces a command which only rewrites an extract, else None.
 
-    The guide's step 3 trains an extract for one step at a rate of 1e-24: nothing changes, except that
-    the trainer writes its own keys, alpha and type. `split` writes those at once.
+    Step 3 of the guide trains an extract for one step at a rate of 1e-24. This changes no weight: the trainer
+    only rewrites the file with its own keys, alpha and dtype. `split` writes these at once.
     """
-    rates = [rate for rate in setup.rates_of(command).values() if rate is not None]
+    rates = [rate for rate in derived.rates_of(command).values() if rate is not None]
     model = command.value("pretrained_model_name_or_path")
     if model is None or not command.has("network_weights") or not rates or max(rates) > TRAINS_NOTHING:
         return None
     words = ["spectune", "split", _quoted(model)]
     rank = command.value("network_dim")
-    conv_rank = setup.network_argument(command, "conv_dim")
+    conv_rank = derived.network_argument(command, "conv_dim")
     if rank is not None:
         words += ["--rank", rank]
     if conv_rank is not None and conv_rank != rank:
@@ -205,13 +209,3 @@ def replaced_by_split(command: Command) -> str | None:
 
 def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w./:\\-]+", text) and "\\" not in text else f'"{text}"'
-
-
-def kept_out(answers: Sequence[Answer]) -> Mapping[str, list[Answer]]:
-    """The answers that left nothing in the recipe, by heading."""
-    headings = {"ignored": "ignored", "unsupported": "not supported", "unknown": "not supported"}
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        if answer.verdict in headings:
-            groups.setdefault(headings[answer.verdict], []).append(answer)
-    return groups

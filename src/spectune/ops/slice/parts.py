@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spectune.checkpoints.open import open_checkpoint, open_writer
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.targets import open_writer
 from spectune.errors import InputError, did_you_mean
 from spectune.files.provenance import (
     ADAPTERS_KEY,

@@ -1,4 +1,4 @@
-"""What several flags of a command say together: objective, optimiser, trained parts and their rates."""
+"""Values that follow from several flags of a command: objective, optimizer, trained parts and their rates."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from spectune.interop.kohya.command_line import Command
-from spectune.interop.kohya.outcomes import literal, number
+from spectune.interop.kohya.rules import literal, number
 from spectune.training.optim import OPTIMIZERS, Traits, check_options, traits_of
 from spectune.training.recipe.sections import ALL_PARTS, OptimizerSection, PartName
 
 Objective = Literal["eps", "v", "flow"]
 
-# Names of sd-scripts in lower case, the last word of an import path among them.
+# Names of sd-scripts in lower case; of an import path, the last word.
 OPTIMIZER_NAMES: Mapping[str, str] = {
     "adamw": "adamw",
     "pagedadamw": "adamw",
@@ -38,8 +38,8 @@ def objective_of(command: Command) -> Objective:
     return "v" if command.has("v_parameterization") else "eps"
 
 
-def optimizer_word(command: Command) -> str:
-    """The optimiser as sd-scripts is told to take it."""
+def kohya_optimizer(command: Command) -> str:
+    """Return the optimizer's name as sd-scripts writes it."""
     if word := command.value("optimizer_type"):
         return word
     if command.has("use_8bit_adam"):
@@ -47,30 +47,30 @@ def optimizer_word(command: Command) -> str:
     return "Lion" if command.has("use_lion_optimizer") else "AdamW"
 
 
-def optimizer_name(word: str) -> str | None:
-    """Our name of an optimiser of sd-scripts, None where there is none."""
-    name = OPTIMIZER_NAMES.get(word.rpartition(".")[2].lower())
+def optimizer_name(kohya_name: str) -> str | None:
+    """Return spectune's name of an optimizer of sd-scripts, None if spectune does not have it."""
+    name = OPTIMIZER_NAMES.get(kohya_name.rpartition(".")[2].lower())
     return name if name in OPTIMIZERS else None
 
 
-# What sd-scripts adds to an optimiser's arguments, where spectune's default is another.
-IMPLIED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"adafactor": {"relative_step": True}}
+# Defaults of sd-scripts for an optimizer's arguments that differ from spectune's defaults.
+DEFAULT_OPTIONS: Mapping[str, Mapping[str, Any]] = {"adafactor": {"relative_step": True}}
 
 
 def options_of(command: Command) -> dict[str, Any]:
-    """The optimiser's arguments that spectune has too, those included that sd-scripts adds."""
-    name = optimizer_name(optimizer_word(command))
+    """Return the optimizer's arguments that spectune also has, with the defaults that sd-scripts adds."""
+    name = optimizer_name(kohya_optimizer(command))
     if name is None:
         return {}
-    given = [text.partition("=") for text in command.values("optimizer_args")]
-    left = dict(IMPLIED_OPTIONS.get(name, {})) | {
-        key.strip(): literal(value.strip()) for key, equals, value in given if equals
+    arguments = [text.partition("=") for text in command.values("optimizer_args")]
+    remaining = dict(DEFAULT_OPTIONS.get(name, {})) | {
+        key.strip(): literal(value.strip()) for key, equals, value in arguments if equals
     }
     options: dict[str, Any] = {}
-    while fitting := {key: value for key, value in left.items() if _fits(name, options | {key: value})}:
-        # one round after another: an argument may need one that stands behind it
+    while fitting := {key: value for key, value in remaining.items() if _fits(name, options | {key: value})}:
+        # Repeat, because an argument may require one that follows it.
         options |= fitting
-        left = {key: value for key, value in left.items() if key not in fitting}
+        remaining = {key: value for key, value in remaining.items() if key not in fitting}
     return options
 
 
@@ -83,14 +83,14 @@ def _fits(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def traits(command: Command) -> Traits:
-    """What the optimiser is that the recipe will name, with its arguments."""
-    name = optimizer_name(optimizer_word(command)) or "adamw"
+    """Return the traits of the recipe's optimizer with its options."""
+    name = optimizer_name(kohya_optimizer(command)) or "adamw"
     return traits_of(name, check_options(name, options_of(command)))
 
 
 def schedule_free(command: Command) -> bool:
-    """Whether a recipe for this optimiser may name no schedule."""
-    name = optimizer_name(optimizer_word(command)) or "adamw"
+    """Return whether a recipe with this optimizer may not have a learning rate schedule."""
+    name = optimizer_name(kohya_optimizer(command)) or "adamw"
     try:
         OptimizerSection(name=name, options=options_of(command), schedule="linear")
     except ValueError:
@@ -99,7 +99,7 @@ def schedule_free(command: Command) -> bool:
 
 
 def network_argument(command: Command, name: str) -> str | None:
-    """The value of `name=value` among the network's arguments."""
+    """Return the value of `name=value` among the --network_args."""
     for argument in command.values("network_args"):
         key, equals, value = argument.partition("=")
         if equals and key.strip() == name:
@@ -108,7 +108,7 @@ def network_argument(command: Command, name: str) -> str | None:
 
 
 def rates_of(command: Command) -> dict[PartName, float | None]:
-    """The learning rate of each part as sd-scripts takes it; None where it is not given or no number."""
+    """Return the learning rate of each part in sd-scripts; None if it is missing or is not a number."""
     both = _rates(command.values("text_encoder_lr")) or _rates(command.values("learning_rate_te"))
     base = _rates(command.values("learning_rate"))
     first = _rates(command.values("text_encoder_lr1")) or _rates(command.values("learning_rate_te1"))
@@ -122,7 +122,7 @@ def rates_of(command: Command) -> dict[PartName, float | None]:
 
 def _rates(values: tuple[str, ...]) -> list[float]:
     try:
-        # a list of a config file may come as one word
+        # A list in a config file can arrive as one word.
         return [number(word) for word in " ".join(values).strip("[]").replace(",", " ").split()]
     except ValueError:
         return []
@@ -133,7 +133,7 @@ def _first(*candidates: list[float]) -> float | None:
 
 
 def parts_of(command: Command) -> tuple[PartName, ...]:
-    """The parts that sd-scripts would change: the selected ones whose learning rate is not zero."""
+    """Return the parts that sd-scripts trains: the selected ones with a nonzero learning rate."""
     selected = ALL_PARTS
     if command.has("network_train_text_encoder_only"):
         selected = ("te1", "te2")

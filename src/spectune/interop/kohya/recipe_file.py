@@ -1,0 +1,97 @@
+"""Text of an imported recipe: TOML with a comment that names the source of each value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tomlkit
+from pydantic import BaseModel
+from tomlkit.items import Table
+
+from spectune.interop.kohya.importer import ImportedRecipe, Setting, nested
+from spectune.interop.kohya.rules import toml_item
+from spectune.training.recipe.file import Recipe
+
+_RESIDUAL = """\
+The pair of the guide: its diff model and its extract, which is the principal. To make training exact from
+the start, train on the original instead of the diff model:
+  base = "original.safetensors"     (and no `residual`)
+  form = "delta"                    (`principal` stays)"""
+_BASE = """\
+The frame is computed from the base when training starts. `spectune split` computes it once, into a file:
+  principal = "base.principal-r64.safetensors"     (and no `rank`)"""
+_VAE = """\
+No file declares how its latents are scaled. For a known VAE add name = "eq-kblueleaf" or "eq-anzhc", for
+any other add scale, shift and padding."""
+
+
+def recipe_text(imported: ImportedRecipe, *, command: str) -> str:
+    """Return the text of the recipe; its first line is `command`, which runs it."""
+    document = tomlkit.document()
+    _add_comment(
+        document, f"{command}\nWritten by `spectune recipe import`; each comment names the flag of a value."
+    )
+    for section, settings in _by_section(imported.settings):
+        table = tomlkit.table()
+        _add_comment(table, _remark(section, settings))
+        for setting in settings:
+            table.add(
+                setting.key.rpartition(".")[2], toml_item(setting.value).comment(_one_line(setting.source))
+            )
+        *parents, name = section.split(".")
+        place: Any = document
+        for parent in parents:
+            place = place.setdefault(parent, tomlkit.table(is_super_table=True))
+        place.add(name, table)
+    for heading, verdicts in (("Ignored", ("ignored",)), ("Not supported", ("unsupported", "unknown"))):
+        lines = [f"  {_one_line(str(result))}" for result in imported.results if result.verdict in verdicts]
+        if lines:
+            document.add(tomlkit.nl())
+            _add_comment(document, "\n".join([f"{heading}:", *lines]))
+    text = tomlkit.dumps(document)
+    assert tomllib.loads(text) == nested(imported.settings), "the text differs from the checked recipe"
+    return text
+
+
+def _add_comment(container: tomlkit.TOMLDocument | Table, text: str) -> None:
+    for line in text.splitlines():
+        container.add(tomlkit.comment(line))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _by_section(settings: Sequence[Setting]) -> Iterator[tuple[str, list[Setting]]]:
+    """Yield the settings of each table of the file; tables and keys are in the order of a recipe."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(setting.key.rpartition(".")[0], []).append(setting)
+    order = list(Recipe.model_fields)
+    for section in sorted(groups, key=lambda name: (order.index(name.split(".")[0]), name)):
+        fields = _fields_of(section)
+        yield section, sorted(groups[section], key=lambda setting: _place(setting.key, fields))
+
+
+def _fields_of(section: str) -> list[str]:
+    """Return the keys of a table in the order of a recipe; none if any key is allowed, as in the options."""
+    kind: type[BaseModel] = Recipe
+    for name in section.split("."):
+        annotation = kind.model_fields[name].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def _place(key: str, fields: Sequence[str]) -> int:
+    name = key.rpartition(".")[2]
+    return fields.index(name) if name in fields else len(fields)
+
+
+def _remark(section: str, settings: Sequence[Setting]) -> str:
+    if any(setting.key == "model.residual" for setting in settings):
+        return _RESIDUAL
+    return {"model": _BASE, "vae": _VAE}.get(section, "")
