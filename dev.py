@@ -108,8 +108,8 @@ def say(text: str) -> None:
 
 def run(*command: object) -> int:
     """Run a command in the root of the repository and return its exit status; the command handles Ctrl-C."""
-    # UTF-8 mode: recipes and captions are UTF-8 whatever the code page of a Windows console. The other variable
-    # silences an announcement about successors of MkDocs.
+    # UTF-8 mode: recipes and captions are UTF-8 whatever the code page of a Windows console.
+    # The other variable silences an announcement of MkDocs.
     environment = {**os.environ, "PYTHONUTF8": "1", "NO_MKDOCS_2_WARNING": "1"}
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment)
     while True:
