@@ -136,7 +136,7 @@ def test_imported_flags(flags: str, section: str, expected: dict[str, Any]) -> N
         ("--seed=x", "seed", "not supported: expected a whole number, found `x`"),
         ("--seed", "seed", "not supported: it has no value"),
         ("--loss_type=l3", "loss_type", "not supported: loss.kind is one of mse, l1, huber"),
-        ("--min_snr_gamma=5 --debiased_estimation_loss", "debiased_estimation_loss", "loss.weighting to min_snr"),
+        ("--min_snr_gamma=5 --debiased_estimation_loss", "debiased_estimation_loss", "already sets loss."),
         ("--min_snr_gama=5", "min_snr_gama", "unknown flag; did you mean `min_snr_gamma`?"),
         ("--network_args convdim=5", "convdim", "unknown flag; did you mean `conv_dim`?"),
         ("--flip_aug yes", "flip_aug", "imported as data.flip_probability = 0.5 (extra values ignored: yes)"),
