@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+
+import tomlkit
 
 from spectune.errors import InputError
 from spectune.training.memory.account import Memory, MemoryMeter, Setup
@@ -149,10 +149,4 @@ def recipe_text(setup: Setup, base: str) -> str:
         "optimizer": {"name": setup.optimizer},
         "run": run,
     }
-    return "\n\n".join(_section(name, keys) for name, keys in sections.items())
-
-
-def _section(name: str, keys: Mapping[str, Any]) -> str:
-    # TOML writes words, numbers, truth values and lists of them as JSON does
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-    return "\n".join([f"[{name}]", *lines])
+    return tomlkit.dumps(sections).rstrip()
