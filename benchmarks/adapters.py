@@ -30,7 +30,6 @@ from spectune.core.delta import Delta, change, joined
 from spectune.core.lora import export_layer
 from spectune.core.low_rank import LowRank, product
 from spectune.core.report import relative_error
-from spectune.files.provenance import Provenance
 from spectune.ops.convert import convert_adapter
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.export.difference import export_difference
@@ -60,7 +59,7 @@ def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
             return Delta(frame, down, up)
 
         layers = LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), tuned)
-        provenance = replace(Provenance.from_metadata(opened.metadata), principal_hash=principal_hash)
+        provenance = replace(opened.provenance, principal_hash=principal_hash)
         save_tuned(out, TunedAdapter(layers, opened.metadata, out.name), provenance)
     return out
 

@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.files.reader import TensorInfo
+from spectune.files.dtypes import WEIGHT_DTYPES_BY_NAME
+from spectune.files.source import TensorInfo
 from spectune.files.writer import StreamWriter
 from spectune.model.network import new_unet, new_vae, text_config
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
@@ -33,12 +34,6 @@ from spectune.sdxl.layout import Layout, hints_metadata, layout_of
 from spectune.sdxl.names import LOGIT_SCALE, single_file_tensors
 
 KEYS = Path(__file__).resolve().parents[1] / "tests" / "data" / "sdxl_keys.tsv.gz"
-DTYPES: Mapping[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 Size = Literal["full", "mid", "narrow"]
 
 SLOWEST, FASTEST = 0.3, 0.5  # decay of singular values in trained weights, s_i ~ i^-a
@@ -283,7 +278,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--dtype", choices=WEIGHT_DTYPES_BY_NAME, default="float16")
     parser.add_argument("--size", choices=get_args(Size), default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="overwrite the file")
@@ -292,7 +287,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    catalogue = write_checkpoint(args.out, args.size, DTYPES[args.dtype], args.seed, force=args.force)
+    catalogue = write_checkpoint(
+        args.out, args.size, WEIGHT_DTYPES_BY_NAME[args.dtype], args.seed, force=args.force
+    )
     print_shares(catalogue, args.seed)
     print_peak_memory()
 

@@ -11,7 +11,7 @@ from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.lora import change_factors
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, WeightsHasher
+from spectune.files.weights_hash import WeightsHasher
 from spectune.pairs.rules import check_base_hash
 
 from .library import library, progress_bar
@@ -86,7 +86,7 @@ def _check_sampling(model: Any, tuned: TunedAdapter) -> None:
 
     A checkpoint that is sampled as it came may still be set right behind this node: that is only warned of.
     """
-    provenance = Provenance.from_metadata(tuned.metadata)
+    provenance = tuned.provenance
     trained, found = provenance.prediction, sampled_as(model)
     if provenance.vae_name is not None:
         logging.warning("spectune: %s wants the VAE %s", tuned.label, provenance.vae_name)
@@ -102,7 +102,7 @@ def _check_sampling(model: Any, tuned: TunedAdapter) -> None:
 
 def _check_base(tuned: TunedAdapter, base: Path) -> None:
     """Raise PairingError naming both hashes when a checkpoint is not the one that was trained from."""
-    if Provenance.from_metadata(tuned.metadata).base_hash is None:
+    if tuned.provenance.base_hash is None:
         raise InputError(
             f"{tuned.label} does not say which model it was trained from", hint="set checkpoint to none"
         )

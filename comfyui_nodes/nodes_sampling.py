@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import Prediction, Provenance, declared_prediction, declared_zero_snr
+from spectune.files.provenance import Prediction
+from spectune.files.source import declared_prediction, declared_zero_snr
 
 from .library import library
 from .places import listed_of_both, path_of_both, stamp
@@ -82,7 +83,7 @@ class SpectuneSampling:
 def read_told(path: Path) -> Told:
     """What the header of a file says about sampling; no weights are read."""
     with open_checkpoint(path) as source:
-        shift = Provenance.from_metadata(source.metadata).flow_shift
+        shift = source.provenance.flow_shift
         return Told(source.label, declared_prediction(source), shift, declared_zero_snr(source))
 
 

@@ -11,7 +11,7 @@ from comfy.weight_adapter import LoRAAdapter
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import some_of
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.layout import SDXL, TextLayout
 from spectune.sdxl.names import Module, te1_modules, te2_modules

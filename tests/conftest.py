@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.files.writer import write_tensors
 from spectune.sdxl.layout import hints_metadata
 from tests.folder_fixtures import folder, tiny_folder  # noqa: F401

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.sdxl.vocabulary import EOS, tokenizer_files
 from tests.layouts import Modules
 

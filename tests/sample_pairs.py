@@ -76,5 +76,5 @@ def tuned_from(base: Path, report: SplitReport, *, size: float, only: str = "") 
 
 
 def saved_tuned(tuned: TunedAdapter, path: Path) -> Path:
-    save_tuned(path, tuned, Provenance.from_metadata(tuned.metadata))
+    save_tuned(path, tuned, tuned.provenance)
     return path

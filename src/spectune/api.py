@@ -16,7 +16,7 @@ from spectune.adapters.traits import read_traits
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, PairingError, SpectuneError
 from spectune.files.dtypes import parse_dtype, parse_residual_dtype, parse_weight_dtype
-from spectune.files.stream import Progress
+from spectune.files.pipeline import Progress
 from spectune.ops import inspect as describe
 from spectune.ops.convert import ConvertReport, convert_adapter, convert_checkpoint
 from spectune.ops.export.adapter import ExportForm, ExportReport, export_adapter

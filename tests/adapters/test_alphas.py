@@ -5,7 +5,7 @@ import torch
 
 from spectune.adapters.alphas import alpha_problems, read_alphas
 from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.sdxl.layers import Layer, build_catalogue
 from tests.sample_adapters import Tensors, as_tuned, pair, pairs, without
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from spectune.adapters.coverage import ProgramCoverage, adapter_coverage, coverage_rows
 from spectune.adapters.coverage_checkpoint import CHECKPOINT_RULES
 from spectune.adapters.coverage_rules import ADAPTER_RULES, Program, Trait
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from tests.sample_adapters import (
     Tensors,

@@ -22,7 +22,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
 from spectune.adapters.reader import open_adapter
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.ops.convert import convert_adapter
 from spectune.sdxl.layers import Catalogue, Part, build_catalogue
 from spectune.sdxl.names import module_path

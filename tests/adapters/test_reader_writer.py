@@ -20,8 +20,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role, weights_hash
-from spectune.files.reader import TensorInfo
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import TensorInfo
+from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import StreamWriter
 from spectune.sdxl.layers import Catalogue, Kind, Layer, build_catalogue
 
@@ -76,7 +77,7 @@ def test_round_trip(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> N
     assert isinstance(again, Adapter)
     assert list(again.layers) == list(adapter.layers)
     assert all(same(again.layers[name], adapter.layers[name]) for name in adapter.layers)
-    assert Provenance.from_metadata(again.metadata) == PROVENANCE
+    assert again.provenance == PROVENANCE
     assert (again.label, again.warnings) == ("a.safetensors", ())
     with open_checkpoint(path) as source:
         assert weights_hash(source) == written
@@ -205,7 +206,7 @@ def test_tuned_round_trip(catalogue: Catalogue, tmp_path: Path) -> None:
         assert again.layers[name].frame.down.dtype == torch.float16
         assert torch.equal(again.layers[name].down, delta.down)
         assert torch.equal(again.layers[name].up, delta.up)
-    assert Provenance.from_metadata(again.metadata).role is Role.TUNED
+    assert again.provenance.role is Role.TUNED
     assert again.metadata["spectune.steps"] == "10"
     assert not any(key.startswith("ss_") for key in again.metadata)
     with open_checkpoint(path) as source:

@@ -28,7 +28,7 @@ from spectune.adapters.spellings import (
 )
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.ops.convert import convert_adapter
 from spectune.ops.inspect import describe_adapter
 from spectune.sdxl.layers import Catalogue, Layer, Part, build_catalogue

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from spectune.adapters.traits import TRAITS, TraitRule, read_traits, trait_layers
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.ops.slice.adapters import slice_adapters
 from spectune.ops.slice.plan import Slice
 from spectune.sdxl.layers import Catalogue, build_catalogue

@@ -21,7 +21,7 @@ from benchmarks.make_checkpoint import (
     write_checkpoint,
 )
 from spectune.checkpoints.open import open_checkpoint
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layers import Catalogue, Kind, build_catalogue, layer_weight
 from spectune.sdxl.layout import infer_layout
 from tests.cli.test_full_layout import NARROW

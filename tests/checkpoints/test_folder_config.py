@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from spectune.checkpoints.diffusers_folder.config import FolderFacts, Schedule, folder_metadata, read_schedule
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import declared_prediction
+from spectune.files.source import declared_prediction
 from spectune.model.network import source_prediction
 from spectune.model.prediction import Ddpm
 from spectune.sdxl.layout import hints_metadata, read_hints

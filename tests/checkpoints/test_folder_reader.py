@@ -13,8 +13,8 @@ from spectune.checkpoints.diffusers_folder.keys import state_key
 from spectune.checkpoints.diffusers_folder.module_sizes import folder_layout
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import weights_hash
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, TensorInfo
+from spectune.files.weights_hash import weights_hash
 from spectune.model.network import build_model
 from spectune.ops.split import split_checkpoint
 from spectune.sdxl.layout import infer_layout, layout_of

@@ -19,8 +19,8 @@ from spectune.checkpoints.diffusers_folder.small_files import small_files
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import WeightsHasher, weights_hash
-from spectune.files.reader import MemorySource, TensorInfo, WeightSource
+from spectune.files.source import MemorySource, TensorInfo, WeightSource
+from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.files.writer import write_tensors
 from spectune.sdxl.layout import hints_metadata
 from tests.cli.test_full_layout import NARROW

@@ -10,8 +10,8 @@ from torch import Tensor
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.errors import InputError
-from spectune.files.provenance import weights_hash
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
+from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import write_tensors
 
 LINEAR = "model.diffusion_model.middle_block.1.proj_in"

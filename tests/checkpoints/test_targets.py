@@ -8,9 +8,9 @@ from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.targets import open_writer
 from spectune.errors import InputError
-from spectune.files.provenance import weights_hash
-from spectune.files.reader import MemorySource
 from spectune.files.shards import ShardedWriter
+from spectune.files.source import MemorySource
+from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import StreamWriter
 from tests.pipelines import infos_of
 

@@ -21,7 +21,7 @@ from spectune.files.dtypes import parse_dtype
 def test_dtype():
     assert parse_dtype("fp16") is torch.float16
     assert parse_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(InputError, match="unknown type 'flaot32'; did you mean `float32`"):
+    with pytest.raises(InputError, match="unknown dtype 'flaot32'; did you mean `float32`"):
         parse_dtype("flaot32")
 
 

@@ -148,7 +148,7 @@ def test_checkpoints_are_sliced_part_by_part(tiny_checkpoint: Path, tmp_path: Pa
         (["{lora}:te:much"], "is 'much': expected a number like 0.8", ""),
         (["{lora}:te1", "{lora}:te", "--no-overlap"], "12 layers are in more than one slice", "narrow"),
         (["{lora}:te", "--keys", "khoya"], "unknown spelling 'khoya'; did you mean `kohya`?", "comfyui"),
-        (["{lora}:te", "--dtype", "fp8"], "unknown type 'fp8'", "one of float16, bfloat16, float32"),
+        (["{lora}:te", "--dtype", "fp8"], "unknown dtype 'fp8'", "use one of float16, bfloat16, float32"),
         (["{model}:unet"], "no file gives the te1 and the te2 and the vae", "tiny.safetensors:te1"),
         (
             ["{model}:unet", "{lora}:te"],
@@ -331,7 +331,7 @@ def test_rebuild_counts_by_part_and_says_what_it_covers(
         (["--strength", "strong"], "unreadable strength 'strong'"),
         (["--strength", "unett=1"], "unknown part 'unett'; did you mean `unet`?"),
         (["--strength", "unet=nan"], "the strength of unet is nan: expected a finite number"),
-        (["--dtype", "fp4"], "unknown type 'fp4'"),
+        (["--dtype", "fp4"], "unknown dtype 'fp4'"),
         (["--cast-all"], "all tensors are to be cast, and to no type"),
     ],
 )

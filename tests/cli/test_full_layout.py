@@ -15,7 +15,6 @@ from spectune.adapters.writer import save_tuned
 from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.app import run
 from spectune.core.delta import Delta
-from spectune.files.provenance import Provenance
 from spectune.files.writer import write_tensors
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import hints_metadata
@@ -84,7 +83,7 @@ def test_export_of_a_tuned_adapter_covers_all_layers(model, pair, tmp_path, capf
             for name, frame in frames.layers.items()
         }
         tuned = tmp_path / "tuned.safetensors"
-        origin = Provenance.from_metadata(frames.metadata)
+        origin = frames.provenance
         save_tuned(tuned, TunedAdapter(deltas, {}, "tuned"), origin)
     lora = tmp_path / "lora.safetensors"
     assert run(["export", str(tuned), "--base", str(model), "-o", str(lora), "--json"]) == 0

@@ -5,8 +5,8 @@ import torch
 
 from spectune.errors import InputError
 from spectune.files.dtypes import (
-    DTYPES,
-    WEIGHT_DTYPES,
+    STORE_DTYPES,
+    WEIGHT_DTYPES_BY_NAME,
     parse_dtype,
     parse_residual_dtype,
     parse_weight_dtype,
@@ -37,28 +37,28 @@ def test_eight_bits_are_for_whole_weights_only() -> None:
         for parse in (parse_dtype, parse_residual_dtype):
             with pytest.raises(InputError) as caught:
                 parse(short)
-            assert caught.value.what.startswith(f"unknown type '{short}'")
-            assert caught.value.hint == "one of float16, bfloat16, float32"
+            assert caught.value.what.startswith(f"unknown dtype '{short}'")
+            assert caught.value.hint == "use one of float16, bfloat16, float32"
 
 
 def test_a_residual_may_be_float64() -> None:
     words = ("float64", "fp64", "Double", torch.float64)
     assert {parse_residual_dtype(word) for word in words} == {torch.float64}
-    with pytest.raises(InputError, match="unknown type 'fp64'"):
+    with pytest.raises(InputError, match="unknown dtype 'fp64'"):
         parse_dtype("fp64")
-    with pytest.raises(InputError, match="unknown type 'float64'"):
+    with pytest.raises(InputError, match="unknown dtype 'float64'"):
         parse_weight_dtype(torch.float64)
 
 
 def test_other_words_are_refused() -> None:
     with pytest.raises(InputError) as caught:
         parse_dtype("flaot16")
-    assert caught.value.what == "unknown type 'flaot16'; did you mean `float16`?"
+    assert caught.value.what == "unknown dtype 'flaot16'; did you mean `float16`?"
     with pytest.raises(InputError) as caught:
         parse_weight_dtype("int8")
-    assert caught.value.hint == "one of float16, bfloat16, float32, float8_e4m3fn, float8_e5m2"
+    assert caught.value.hint == "use one of float16, bfloat16, float32, float8_e4m3fn, float8_e5m2"
 
 
 def test_names_are_those_of_torch() -> None:
-    assert set(DTYPES) < set(WEIGHT_DTYPES)
-    assert all(str(dtype) == f"torch.{name}" for name, dtype in WEIGHT_DTYPES.items())
+    assert set(STORE_DTYPES) < set(WEIGHT_DTYPES_BY_NAME)
+    assert all(str(dtype) == f"torch.{name}" for name, dtype in WEIGHT_DTYPES_BY_NAME.items())

@@ -8,15 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectune.errors import InputError
-from spectune.files.provenance import (
-    Provenance,
-    Role,
-    WeightsHasher,
-    declared_prediction,
-    tensor_bytes,
-    weights_hash,
-)
-from spectune.files.reader import MemorySource
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import MemorySource, declared_prediction
+from spectune.files.weights_hash import WeightsHasher, tensor_bytes, weights_hash
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 shifts = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False)
@@ -123,3 +117,12 @@ def test_declared_prediction() -> None:
     assert of({}, v_pred=torch.empty(0)) == "v"
     assert of({"modelspec.prediction_type": "epsilon"}) == "eps"
     assert of({"modelspec.prediction_type": "v", "spectune.prediction": "flow"}) == "flow"
+
+
+def test_a_source_parses_its_provenance_once_and_refuses_damaged_metadata_at_first_use() -> None:
+    source = MemorySource({}, Provenance(role=Role.LORA).to_metadata())
+    assert source.provenance.role is Role.LORA
+    assert source.provenance is source.provenance
+    damaged = MemorySource({}, {"spectune.role": "?"})
+    with pytest.raises(InputError, match=r"metadata spectune\.role is `\?`"):
+        _ = damaged.provenance

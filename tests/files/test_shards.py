@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import weights_hash
-from spectune.files.reader import MemorySource, TensorInfo, WeightSource
 from spectune.files.shards import ShardedWriter, shared_out
+from spectune.files.source import MemorySource, TensorInfo, WeightSource
+from spectune.files.weights_hash import weights_hash
 from tests.pipelines import infos_of, same_bits
 
 TENSORS = {

@@ -14,8 +14,9 @@ from torch import Tensor
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files import writer as writer_module
-from spectune.files.provenance import weights_hash
-from spectune.files.reader import DTYPE_NAMES, TensorInfo
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.source import TensorInfo
+from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import StreamWriter, refuse_inputs, write_tensors
 
 TENSORS = {
@@ -180,7 +181,7 @@ def test_the_chunks_of_the_hash_are_joined(tmp_path: Path, monkeypatch: pytest.M
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(list(DTYPE_NAMES)), st.lists(st.integers(0, 4), max_size=4)),
+        st.tuples(st.sampled_from(list(SAFETENSORS_NAMES)), st.lists(st.integers(0, 4), max_size=4)),
         max_size=6,
     )
 )

@@ -7,7 +7,7 @@ from spectune.core.delta import Factors, delta_linear
 from spectune.core.low_rank import LowRank, product
 from spectune.core.split import split_weight
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.model.inject import inject
 from spectune.model.network import build_model
 from spectune.model.text import tokenize

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.model.network import build_model
 from spectune.model.prediction import Ddpm
 from spectune.model.text import TokenIds, tokenize

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.model.network import source_prediction
 from spectune.model.prediction import Ddpm, Flow, LogitNormal, make_prediction
 

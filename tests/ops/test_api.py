@@ -71,7 +71,7 @@ def test_words_and_types_are_those_of_the_command_line(
     for call, what in (
         (lambda out: spectune.export(tuned, out, base=base, rank=2, energy=0.5), "exclude each other"),
         (lambda out: spectune.export(tuned, out, base=base, keys="khoya"), "unknown spelling 'khoya'"),
-        (lambda out: spectune.rebuild(tuned, base, out, dtype="fp4"), "unknown type 'fp4'"),
+        (lambda out: spectune.rebuild(tuned, base, out, dtype="fp4"), "unknown dtype 'fp4'"),
         (lambda out: spectune.rebuild(tuned, base, out, strength={"vae": 1}), "unknown part 'vae'"),
         (lambda out: spectune.split(base, out, svd="fast"), "unknown SVD method 'fast'"),
         (lambda out: spectune.slice([], out), "nothing to put together"),

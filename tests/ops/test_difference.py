@@ -15,7 +15,8 @@ from spectune.adapters.adapter import TunedAdapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import change
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role, weights_hash
+from spectune.files.provenance import Provenance, Role
+from spectune.files.weights_hash import weights_hash
 from spectune.ops.export.difference import export_difference
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.pairs.layer_ranks import BudgetRank, EnergyRank, FixedRank

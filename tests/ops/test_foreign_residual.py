@@ -15,7 +15,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import absolute
 from spectune.core.low_rank import product
 from spectune.errors import PairingError
-from spectune.files.provenance import Provenance, weights_hash
+from spectune.files.weights_hash import weights_hash
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.pairs.rules import foreign_residual_hash
 from spectune.sdxl.layers import build_catalogue, layer_weight
@@ -35,7 +35,7 @@ def residual(tiny_split: TinySplit, tmp_path: Path) -> Path:
 
 def tuned_on(residual: Path, tuned: TunedAdapter, out: Path) -> Path:
     """The file that a training on such a residual leaves."""
-    told = Provenance.from_metadata(tuned.metadata)
+    told = tuned.provenance
     with open_checkpoint(residual) as source:
         found = foreign_residual_hash(weights_hash(source), told.principal_hash)
     save_tuned(out, tuned, replace(told, base_hash=found))

@@ -22,8 +22,8 @@ from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
-from spectune.files.provenance import Provenance
-from spectune.files.reader import TensorInfo
+from spectune.files.provenance import HasProvenance, Provenance
+from spectune.files.source import TensorInfo
 from spectune.ops.convert import convert_adapter, convert_checkpoint
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.rebuild import rebuild_checkpoint
@@ -170,7 +170,7 @@ CONV = "unet.middle_block.0.in_layers.2"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Drawn(HasProvenance):
     """SDXL in its own size, whose tensors are drawn when they are asked for."""
 
     tensors: Mapping[str, TensorInfo]

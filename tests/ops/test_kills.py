@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.files.atomic import Together
+from spectune.files.atomic_group import AtomicGroup
 from spectune.files.writer import StreamWriter, partial_path
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.ops.split import split_checkpoint
@@ -123,7 +123,7 @@ def test_a_journal_never_leaves_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / ".x.safetensors.journal").write_text('["../precious.safetensors", 7]', encoding="utf-8")
-    Together(folder / "x.safetensors")
+    AtomicGroup(folder / "x.safetensors")
     assert precious.read_bytes() == b"mine"
     assert list(folder.iterdir()) == []
 

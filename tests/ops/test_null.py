@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.ops import null
 from spectune.ops.null import write_null
 from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, VAE_ROOT
@@ -135,7 +135,7 @@ def test_a_model_of_spectune_keeps_its_metadata(tiny_checkpoint: Path, tmp_path:
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=Role.MODEL, prediction="flow")
     write_null(model, tmp_path / "null.safetensors")
     with open_checkpoint(tmp_path / "null.safetensors") as source:
-        assert Provenance.from_metadata(source.metadata).prediction == "flow"
+        assert source.provenance.prediction == "flow"
 
 
 def test_what_is_no_checkpoint_in_one_file(source: MemorySource, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.split import split_checkpoint
 from spectune.pairs.layer_ranks import FixedRank

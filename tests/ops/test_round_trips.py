@@ -16,7 +16,6 @@ from spectune.adapters.adapter import TunedAdapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.linalg import norm
-from spectune.files.provenance import Provenance
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.ops.split import split_checkpoint
@@ -84,7 +83,7 @@ def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> P
             name: random_delta(Delta(principal.layers[name], torch.empty(0), torch.empty(0)), size, seed)
             for seed, name in enumerate(principal.layers)
         }
-    told = Provenance.from_metadata(principal.metadata)
+    told = principal.provenance
     provenance = replace(told, principal_hash=report.principal_hash)
     return saved_tuned(TunedAdapter(deltas, provenance.to_metadata(), "tuned"), folder / "tuned.safetensors")
 

@@ -15,7 +15,8 @@ from spectune.cli.arguments import ModelSpec, Weighted
 from spectune.cli.pictures import open_model
 from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import Provenance, Role, spectune_version, weights_hash
+from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.files.weights_hash import weights_hash
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.ops.split import split_checkpoint
@@ -69,8 +70,8 @@ def test_split_names_its_files_and_says_where_they_come_from(tiny_checkpoint: Pa
     ):
         assert report.base_hash == weights_hash(base)
         assert report.principal_hash == weights_hash(principal)
-        of_principal = Provenance.from_metadata(principal.metadata)
-        of_residual = Provenance.from_metadata(residual.metadata)
+        of_principal = principal.provenance
+        of_residual = residual.provenance
         assert list(residual.tensors) == list(base.tensors)
         assert residual.metadata["spectune.layout"] == base.metadata["spectune.layout"]
         assert seen[0] == (0, len(base.tensors), next(iter(base.tensors)))

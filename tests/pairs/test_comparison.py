@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
-from spectune.files.provenance import weights_hash
+from spectune.files.weights_hash import weights_hash
 from spectune.ops.split import SplitReport
 from spectune.ops.verify import verify_files
 from spectune.pairs.comparison import verify

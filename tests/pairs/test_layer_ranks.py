@@ -10,7 +10,7 @@ from spectune.adapters.writer import AdapterWriter
 from spectune.core.low_rank import LowRank, to_factors
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.pairs.layer_ranks import (
     BudgetRank,
     EnergyRank,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.pairs.layer_spectra import CURVE_RANKS, SpectrumReport, all_spectra, measure_spectra
 from spectune.sdxl.layers import RANKS, Catalogue, build_catalogue, layer_weight, rank_cost
 

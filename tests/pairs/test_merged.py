@@ -17,8 +17,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import change
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import LAYOUT_KEY, Prediction, Provenance, Role
-from spectune.files.reader import Checkpoint, MemorySource, TensorInfo
+from spectune.files.provenance import LAYOUT_KEY, HasProvenance, Prediction, Provenance, Role
+from spectune.files.reader import Checkpoint
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.model.network import source_prediction
 from spectune.model.prediction import Ddpm
 from spectune.pairs.merged import add, merged, restored
@@ -195,6 +196,10 @@ class Counting:
         return self.source.metadata
 
     @property
+    def provenance(self) -> Provenance:
+        return self.source.provenance
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.source.tensors
 
@@ -224,7 +229,7 @@ def test_one_tensor_of_the_base_is_in_memory_at_a_time(base: Checkpoint) -> None
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Sketch(HasProvenance):
     """A source of the full layout that makes its tensors when asked for them."""
 
     tensors: Mapping[str, TensorInfo]
@@ -257,7 +262,7 @@ def test_the_full_layout_is_planned_without_reading_it(full_infos: Mapping[str, 
 
 
 def told_that(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
-    origin = replace(Provenance.from_metadata(tuned.metadata), flow_shift=None, **facts)
+    origin = replace(tuned.provenance, flow_shift=None, **facts)
     return replace(tuned, metadata=origin.to_metadata())
 
 
@@ -291,8 +296,6 @@ def test_a_rebuilt_model_says_which_autoencoder_it_was_trained_with(
         "vae_padding": "reflect",
         "vae_name": "eq.safetensors",
     }
-    origin = replace(Provenance.from_metadata(tuned.metadata), **facts)
-    told = Provenance.from_metadata(
-        merged(base, [(replace(tuned, metadata=origin.to_metadata()), 1.0)]).metadata
-    )
+    origin = replace(tuned.provenance, **facts)
+    told = merged(base, [(replace(tuned, metadata=origin.to_metadata()), 1.0)]).provenance
     assert {key: getattr(told, key) for key in facts} == facts

@@ -18,7 +18,7 @@ from spectune.cli.arguments import parse_model
 from spectune.cli.pictures import open_model
 from spectune.core.delta import change
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role
+from spectune.files.provenance import Role
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.pairs.merged import merged, restored
 from spectune.sdxl.layers import build_catalogue
@@ -211,5 +211,5 @@ def test_the_rebuilt_checkpoint_is_exported_as_the_hint_says(
     report = spectune.export(model, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=4)
     assert {BIAS, TE1} <= set(report.outside or ())
     with open_checkpoint(model) as source:
-        assert Provenance.from_metadata(source.metadata).role is Role.MODEL
+        assert source.provenance.role is Role.MODEL
         assert build_catalogue(source, all_layers=True)

@@ -13,7 +13,7 @@ from spectune.core.delta import Delta, change
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import MemorySource
+from spectune.files.source import MemorySource
 from spectune.pairs.rules import adapter_hash
 from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, build_catalogue
@@ -75,12 +75,12 @@ def test_frame_and_delta_are_the_trained_factors_exactly(catalogue: Catalogue, d
 
 def test_the_deltas_say_what_they_belong_to(original: Adapter) -> None:
     deltas = trained_deltas(trained(original), original)
-    told = Provenance.from_metadata(deltas.metadata)
+    told = deltas.provenance
     assert (told.role, told.base_hash, told.base_name) == (Role.TUNED, HASH, "tiny.safetensors")
     assert (told.principal_hash, told.prediction) == (adapter_hash(original), "eps")
     assert deltas.metadata["ss_comment"] == "kohya"
     for_flow = Provenance(prediction="flow", flow_shift=2.5).to_metadata()
-    told = Provenance.from_metadata(trained_deltas(trained(original, metadata=for_flow), original).metadata)
+    told = trained_deltas(trained(original, metadata=for_flow), original).provenance
     assert (told.prediction, told.flow_shift) == ("flow", 2.5)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layers import Kind, Layer, Part, build_catalogue, layer_weight
 
 

@@ -11,7 +11,7 @@ import torch
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.provenance import LAYOUT_KEY, Provenance
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.sdxl.layout import hints_metadata, infer_layout, layout_of, read_hints
 from tests.layouts import FULL, TINY
 

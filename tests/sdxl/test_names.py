@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.reader import MemorySource, TensorInfo
+from spectune.files.provenance import HasProvenance
+from spectune.files.source import MemorySource, TensorInfo
 from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.names import (
     diffusers_module,
@@ -190,7 +191,7 @@ def test_tables_are_bijections(channels: list[int], depths: list[int], resnets: 
     assert len(set(slots)) == len(slots)
 
 
-class Infos:
+class Infos(HasProvenance):
     """A source of names and shapes without numbers."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from spectune.errors import InputError
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.selection import select_layers
 

@@ -19,7 +19,6 @@ from spectune.core.frames import plain_frame
 from spectune.core.linalg import column_norms, row_norms, thin_svd
 from spectune.core.low_rank import to_matrix
 from spectune.errors import InputError, SpectuneError
-from spectune.files.provenance import Provenance
 from spectune.model.inject import AdaptedLayer, Injection
 from spectune.model.network import build_model
 from spectune.ops.inspect import describe_adapter
@@ -265,7 +264,7 @@ def test_every_frame_trains_and_is_rebuilt_from_its_file(
     rebuild_checkpoint(tuned, tiny_checkpoint, whole, dtype=torch.float32)
     with open_checkpoint(whole) as file:
         rebuilt = Denoiser(build_model(file), trains_text=False)
-        assert Provenance.from_metadata(file.metadata).frame is None
+        assert file.provenance.frame is None
     base, wanted, found = (answer(it, trained) for it in (untrained.denoiser, trained.denoiser, rebuilt))
     assert (wanted - base).norm() > 1e-3 * base.norm()
     assert (found - wanted).norm() < 1e-5 * wanted.norm()

@@ -22,7 +22,7 @@ from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, SpectuneError
-from spectune.files.provenance import Provenance, Role
+from spectune.files.provenance import Role
 from spectune.files.writer import write_tensors
 from spectune.model.network import Sdxl
 from spectune.sdxl.layers import build_catalogue
@@ -142,7 +142,7 @@ def test_names_and_origin_of_the_files(
     with open_checkpoint(tiny_checkpoint) as base:
         tuned = open_adapter(tmp_path / "out" / "t.safetensors", build_catalogue(base))
     assert isinstance(tuned, TunedAdapter)
-    origin = Provenance.from_metadata(tuned.metadata)
+    origin = tuned.provenance
     assert (origin.role, origin.prediction, origin.flow_shift) == (Role.TUNED, "eps", None)
     assert origin.base_name == tiny_checkpoint.name
 
@@ -172,7 +172,7 @@ def test_flow_with_shift_is_recorded(make_recipe: MakeRecipe, tmp_path: Path, pi
     report = train(recipe)
 
     with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
-        origin = Provenance.from_metadata(file.metadata)
+        origin = file.provenance
     assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
     assert report.validation_before is not None
     assert report.validation_after is not None
@@ -341,7 +341,7 @@ def test_the_base_says_what_it_predicts(
     base = declaring(tiny_checkpoint, tmp_path / "flow.safetensors", flow)
     report = train(make_recipe(model={"base": base}, run={"steps": 0}))
     with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
-        origin = Provenance.from_metadata(file.metadata)
+        origin = file.provenance
     assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
     assert not any("converts" in warning for warning in report.warnings)
 

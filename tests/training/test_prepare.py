@@ -11,7 +11,8 @@ import torch
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.linalg import row_norms
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import LAYOUT_KEY, Provenance, Role, weights_hash
+from spectune.files.provenance import LAYOUT_KEY, Provenance, Role
+from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import write_tensors
 from spectune.model.inject import Injection
 from spectune.model.network import Sdxl

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_type
+from spectune.files.provenance import HasProvenance
 from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Layers(Generic[T]):
+class _Layers(HasProvenance, Generic[T]):
     layers: Mapping[str, T]  # by the layer's canonical name
     metadata: Mapping[str, str]
     label: str

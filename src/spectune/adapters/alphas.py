@@ -12,8 +12,9 @@ import torch
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN
 from spectune.adapters.spellings import stem_and_factor
 from spectune.errors import some_of
-from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import DTYPE_NAMES, WeightSource
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.provenance import Role
+from spectune.files.source import WeightSource
 from spectune.sdxl.names import split_adapter_key
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -42,7 +43,7 @@ def alpha_problems(source: WeightSource) -> list[str]:
     A missing alpha, one that is not a finite number, and one whose type cannot hold the rank are problems of
     any adapter; another value than the rank is one of a principal that spectune wrote.
     """
-    ours = Provenance.from_metadata(source.metadata).role in (Role.PRINCIPAL, Role.TUNED)
+    ours = source.provenance.role in (Role.PRINCIPAL, Role.TUNED)
     missing: list[str] = []
     broken: list[str] = []
     rounded: list[str] = []
@@ -53,7 +54,9 @@ def alpha_problems(source: WeightSource) -> list[str]:
         elif not isfinite(alpha.value):
             broken.append(alpha.stem)
         elif alpha.rounded:
-            rounded.append(f"{alpha.stem} {alpha.value:g} for {alpha.rank} in {DTYPE_NAMES[alpha.dtype]}")
+            rounded.append(
+                f"{alpha.stem} {alpha.value:g} for {alpha.rank} in {SAFETENSORS_NAMES[alpha.dtype]}"
+            )
         elif ours and alpha.value != alpha.rank:
             other.append(f"{alpha.stem} {alpha.value:g} for {alpha.rank}")
     found = (

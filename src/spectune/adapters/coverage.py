@@ -10,7 +10,7 @@ from spectune.adapters.adapter import DELTA_SUFFIXES, DOWN, FRAME_DOWN, LOW_RANK
 from spectune.adapters.alphas import KOHYA_PREFIXES, Alpha, read_alphas
 from spectune.adapters.coverage_rules import ADAPTER_RULES, Fate, Program, Rules, Trait
 from spectune.errors import some_of
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Catalogue, Layer
 from spectune.sdxl.names import Part, is_peft_key, split_adapter_key
 

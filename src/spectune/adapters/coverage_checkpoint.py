@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from spectune.adapters.coverage import Item, ProgramCoverage, judge
 from spectune.adapters.coverage_rules import Program, Rule, Rules, Trait, ignores, loads, raises
 from spectune.errors import InputError
-from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Provenance, Role, declared_prediction
-from spectune.files.reader import WeightSource
+from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Role
+from spectune.files.source import WeightSource, declared_prediction
 from spectune.sdxl.layout import (
     TE1_SHORT_ROOT,
     TE2_ROOT,
@@ -128,7 +128,7 @@ def _tensors(source: WeightSource) -> Iterator[Item]:
 def _whole(source: WeightSource) -> Iterator[Item]:
     """What is said of the file as a whole."""
     traits: set[Trait] = set()
-    if Provenance.from_metadata(source.metadata).role is Role.RESIDUAL:
+    if source.provenance.role is Role.RESIDUAL:
         traits.add(Trait.RESIDUAL)
     prediction = declared_prediction(source)
     if prediction == "flow":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError
-from spectune.files.json_text import parse_json
+from spectune.files.provenance import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # as diffusers writes it: {"unet.r": 8, "unet.lora_alpha": 16, ...}

@@ -32,7 +32,8 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_type
 from spectune.errors import InputError, some_of
-from spectune.files.reader import DTYPE_NAMES, Checkpoint
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue, Kind, Layer, squeezed
 from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_module, is_peft_key, modules_of
@@ -154,8 +155,8 @@ def _check_replaced(source: Checkpoint, table: KeyTable, *, taken_up: bool) -> N
         dtype = source.tensors[f"{REPLACED}{name}"].dtype
         if dtype != torch.float32:
             raise InputError(
-                f"{REPLACED}{name} of {source.label} is {DTYPE_NAMES[dtype]}: "
-                f"expected {DTYPE_NAMES[torch.float32]}",
+                f"{REPLACED}{name} of {source.label} is {SAFETENSORS_NAMES[dtype]}: "
+                f"expected {SAFETENSORS_NAMES[torch.float32]}",
                 hint="a tuned adapter keeps what it replaces in float32: was the file cast?",
             )
 
@@ -207,8 +208,8 @@ class _Reader:
         for dtype in types:
             if not dtype.is_floating_point:
                 raise InputError(
-                    f"the factors of {layer.name} in {self.source.label} are {DTYPE_NAMES[dtype]}: expected "
-                    "floating-point numbers",
+                    f"the factors of {layer.name} in {self.source.label} are {SAFETENSORS_NAMES[dtype]}: "
+                    "expected floating-point numbers",
                     hint="get the adapter in fp16, bf16 or fp32",
                 )
         return common_type(types)

@@ -28,7 +28,7 @@ from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role, modelspec_metadata, spectune_version
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.files.writer import RESERVE_BYTES, StreamWriter
 from spectune.sdxl.layers import Kind, Layer
 from spectune.sdxl.names import kohya_stem

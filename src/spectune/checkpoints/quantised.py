@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spectune.errors import InputError, some_of
-from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 
 # the whole file is scaled: what ComfyUI writes once for a model
 _MARKERS = ("scaled_fp8", "comfy_quant")

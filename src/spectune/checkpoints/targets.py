@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.errors import InputError
-from spectune.files.provenance import WeightsHasher
-from spectune.files.reader import INDEX_SUFFIX, PICKLES, TensorInfo
+from spectune.files.reader import INDEX_SUFFIX, PICKLES
 from spectune.files.shards import MAX_SHARD_BYTES, ShardedWriter
+from spectune.files.source import TensorInfo
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter
 
 _NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")

@@ -19,8 +19,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.arguments import ModelSpec
 from spectune.cli.console import print_warning
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role, weights_hash
-from spectune.files.reader import WeightSource
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import WeightSource
+from spectune.files.weights_hash import weights_hash
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
 from spectune.model.vae_loading import choose_vae
@@ -56,12 +57,10 @@ def open_model(spec: ModelSpec) -> Iterator[WeightSource]:
 
 def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
     """Raise PairingError for a tuned adapter of another base; the base is read only where one is recorded."""
-    if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
+    if base.provenance.role is Role.RESIDUAL:
         return
     recorded = [
-        adapter
-        for adapter in adapters
-        if isinstance(adapter, TunedAdapter) and Provenance.from_metadata(adapter.metadata).base_hash
+        adapter for adapter in adapters if isinstance(adapter, TunedAdapter) and adapter.provenance.base_hash
     ]
     if recorded:
         found = weights_hash(base)
@@ -128,7 +127,7 @@ def declared_vae(spec: ModelSpec) -> Provenance:
     """What the files say of the autoencoder that the model was trained with; a later adapter comes first."""
     for path in [*(adapter.path for adapter in reversed(spec.adapters)), spec.model]:
         with open_checkpoint(path) as file:
-            told = Provenance.from_metadata(file.metadata)
+            told = file.provenance
         if says_vae(told):
             return told
     return Provenance()

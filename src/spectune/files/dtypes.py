@@ -1,15 +1,41 @@
-"""Types of numbers by their names."""
+"""Dtypes by name: torch's long names, the usual short names, and the names in safetensors headers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from spectune.core.rounding import WEIGHT_DTYPES, dtype_name
 from spectune.errors import InputError, did_you_mean
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# Eight bits hold a whole weight, roughly; for factors and residuals they are too few.
-WEIGHT_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-_SHORT = {
+SAFETENSORS_NAMES: Mapping[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+DTYPES_BY_SAFETENSORS_NAME: Mapping[str, torch.dtype] = {
+    name: dtype for dtype, name in SAFETENSORS_NAMES.items()
+}
+
+WEIGHT_DTYPES_BY_NAME: Mapping[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
+# Eight bits are enough for whole weights, roughly, but not for factors and residuals.
+STORE_DTYPES: Mapping[str, torch.dtype] = {
+    name: dtype for name, dtype in WEIGHT_DTYPES_BY_NAME.items() if dtype.itemsize > 1
+}
+_LONG_NAMES = {
     "fp16": "float16",
     "half": "float16",
     "bf16": "bfloat16",
@@ -21,25 +47,25 @@ _SHORT = {
 }
 
 
-def parse_dtype(word: str | torch.dtype, known: dict[str, torch.dtype] = DTYPES) -> torch.dtype:
-    """A type by its long or short name (float16 = fp16), among those that are known here."""
+def parse_dtype(word: str | torch.dtype, allowed: Mapping[str, torch.dtype] = STORE_DTYPES) -> torch.dtype:
+    """Return the allowed dtype with this long or short name (float16 = fp16); raise InputError for others."""
     if isinstance(word, torch.dtype):
-        word = str(word).removeprefix("torch.")
-    name = _SHORT.get(word.lower(), word.lower())
-    if name not in known:
+        word = dtype_name(word)
+    name = _LONG_NAMES.get(word.lower(), word.lower())
+    if name not in allowed:
         raise InputError(
-            f"unknown type {word!r}{did_you_mean(name, known)}", hint=f"one of {', '.join(known)}"
+            f"unknown dtype {word!r}{did_you_mean(name, allowed)}", hint=f"use one of {', '.join(allowed)}"
         )
-    return known[name]
+    return allowed[name]
 
 
 def parse_residual_dtype(word: str | torch.dtype) -> torch.dtype:
-    """A storage type; a residual may also be float64, which gives an fp32 model back."""
+    """Return a dtype for residuals: also float64, which restores a float32 model bit for bit."""
     if word == torch.float64 or (isinstance(word, str) and word.lower() in ("float64", "fp64", "double")):
         return torch.float64
     return parse_dtype(word)
 
 
 def parse_weight_dtype(word: str | torch.dtype) -> torch.dtype:
-    """The type of a whole model's weights: also float8_e4m3fn (fp8) and float8_e5m2."""
-    return parse_dtype(word, WEIGHT_DTYPES)
+    """Return a dtype for the weights of a whole model: also float8_e4m3fn (fp8) and float8_e5m2."""
+    return parse_dtype(word, WEIGHT_DTYPES_BY_NAME)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,108 +10,21 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from spectune.errors import InputError
-
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
-DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME
+from spectune.files.provenance import HasProvenance
+from spectune.files.source import TensorFile, TensorInfo
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 INDEX_SUFFIX = ".index.json"
 MODEL_INDEX = "model_index.json"  # what makes a folder one of diffusers
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DOWNLOAD_AGAIN = "the file is damaged or not what its name says; download or copy it again"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known about a tensor before its numbers are read."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class WeightSource(Protocol):
-    """Anything that yields tensors by name, lazily: a file, or a merge computed on the fly."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors in file order."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """The name used in messages: a file name."""
-        ...
-
-    def load(self, name: str) -> Tensor:
-        """The tensor on the CPU; callers never change it in place."""
-        ...
-
-
-class TensorFile(Protocol):
-    """What a checkpoint consists of: an open file, or several under other names."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    @property
-    def paths(self) -> tuple[Path, ...]: ...
-
-    def load(self, name: str) -> Tensor: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class MemorySource:
-    """Tensors that are already in memory, as a source."""
-
-    values: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-    label: str = "memory"
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.values.items()}
-
-    def load(self, name: str) -> Tensor:
-        return self.values[name]
 
 
 @dataclass(frozen=True)
@@ -160,7 +72,7 @@ class SafetensorsFile:
         self._file.close()
 
 
-class Checkpoint:
+class Checkpoint(HasProvenance):
     """An open checkpoint of one or several files; a context manager."""
 
     def __init__(
@@ -307,9 +219,9 @@ def _span(name: str, entry: Any, path: Path) -> _Span:
         raise InputError(
             f"the header of {path.name} is wrong at tensor {name}", hint=DOWNLOAD_AGAIN
         ) from None
-    if dtype not in DTYPES:
+    if dtype not in DTYPES_BY_SAFETENSORS_NAME:
         raise InputError(f"tensor {name} of {path.name} has a type that is not supported: {dtype}")
-    info = TensorInfo(name, DTYPES[dtype], shape)
+    info = TensorInfo(name, DTYPES_BY_SAFETENSORS_NAME[dtype], shape)
     if min(shape, default=0) < 0 or end - begin != info.nbytes:
         raise InputError(
             f"tensor {name} of {path.name}: expected {info.nbytes} bytes for {dtype} {shape}, "

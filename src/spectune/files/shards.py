@@ -10,14 +10,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.files.assembled import AssembledWriter, PlannedFile
-from spectune.files.reader import INDEX_SUFFIX, Checkpoint, SafetensorsFile, TensorInfo, open_binary
+from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
+from spectune.files.reader import INDEX_SUFFIX, Checkpoint, SafetensorsFile, open_binary
+from spectune.files.source import TensorInfo
 from spectune.files.writer import RESERVE_BYTES, check_target
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-class ShardedWriter(AssembledWriter):
+class ShardedWriter(MultiFileWriter):
     """Writes `<stem>-00001-of-00003.safetensors` and so on, and `path`, their index.
 
     A shard holds at most `max_shard_bytes` of numbers, or a single tensor that is larger. Tensors are shared

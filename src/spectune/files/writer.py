@@ -17,8 +17,9 @@ import psutil
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.files.provenance import WeightsHasher, tensor_bytes
-from spectune.files.reader import DTYPE_NAMES, TensorInfo
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.source import TensorInfo
+from spectune.files.weights_hash import WeightsHasher, tensor_bytes
 
 RESERVE_BYTES = 16384  # room for metadata that is only known at the end (hashes)
 _CHUNK_BYTES = 1 << 22
@@ -184,7 +185,7 @@ class StreamWriter:
         for name, info in self._infos.items():
             begin = self._begin[name]
             header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
+                "dtype": SAFETENSORS_NAMES[info.dtype],
                 "shape": list(info.shape),
                 "data_offsets": [begin, begin + info.nbytes],
             }

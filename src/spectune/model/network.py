@@ -14,8 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, declared_prediction, declared_zero_snr
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import BOS_ID, EOS_ID, TokenIds
 from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, infer_layout
@@ -139,7 +138,7 @@ def source_prediction(source: WeightSource) -> Prediction:
 
     A tensor `ztsnr` marks a schedule rescaled to end in pure noise, as ComfyUI takes it.
     """
-    shift = Provenance.from_metadata(source.metadata).flow_shift
+    shift = source.provenance.flow_shift
     return make_prediction(
         declared_prediction(source) or "eps",
         flow_shift=1.0 if shift is None else shift,

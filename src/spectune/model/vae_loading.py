@@ -17,7 +17,8 @@ from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import state_key
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.errors import InputError, some_of
-from spectune.files.reader import WeightSource, open_file
+from spectune.files.reader import open_file
+from spectune.files.source import WeightSource
 from spectune.model.network import Sdxl, new_vae
 from spectune.model.vae_settings import CONFIG, Padding, VaeConvention, vae_folder, vae_weights
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints

@@ -149,7 +149,7 @@ def _told_by(path: Path) -> Provenance:
             vae_shift=_number(config, "shift_factor", where),
         )
     with open_file(path) as file:
-        return Provenance.from_metadata(file.metadata)
+        return file.provenance
 
 
 def _number(config: Mapping[str, Any], key: str, where: Path) -> float | None:

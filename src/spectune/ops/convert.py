@@ -28,8 +28,8 @@ from spectune.core.lora import (
 from spectune.core.low_rank import LowRank
 from spectune.core.rounding import rounded
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, spectune_version
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.provenance import spectune_version
 from spectune.ops.shared import (
     STALE,
     catalogue_of,
@@ -91,7 +91,7 @@ def convert_adapter(
         original = None if principal is None else stack.enter_context(open_adapter(principal, catalogue))
         refuse_overwriting(out, [opened] if original is None else [opened, original])
         source = opened if original is None else trained_deltas(opened, original)
-        told = Provenance.from_metadata(source.metadata)
+        told = source.provenance
         metadata = kept_metadata(source.metadata, one_file=True)
         if isinstance(source, TunedAdapter):
             check_stays_tuned(source, spelling, store, even=even)
@@ -116,12 +116,12 @@ def convert_adapter(
                 )
 
             def take(layer: Layer, result: Exported) -> None:
-                tell(progress, len(reports), len(layers), layer.name)
+                report_progress(progress, len(reports), len(layers), layer.name)
                 writer.write(layer, result.low_rank)
                 reports.append(result.report)
 
-            stream(layers, work, take, size=lambda layer: ranks[layer.name] * sum(_sides(layer)) * 16)
-            tell(progress, len(layers), len(layers), "")
+            run_pipeline(layers, work, take, size=lambda layer: ranks[layer.name] * sum(_sides(layer)) * 16)
+            report_progress(progress, len(layers), len(layers), "")
         with open_checkpoint(out) as made:
             warnings = (*opened.warnings, *scale_problems(made))
     return ConvertReport(out, writer.hash, tuple(reports), dropped, len(layers), warnings)

@@ -10,8 +10,9 @@ from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
 from spectune.adapters.alphas import alpha_problems, read_alphas, scale_problems
 from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role, declared_prediction
-from spectune.files.reader import DTYPE_NAMES, WeightSource
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import WeightSource, declared_prediction
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
 from spectune.sdxl.layout import PART_ROOTS, Layout, infer_layout, part_of
 
@@ -76,7 +77,7 @@ def is_adapter(source: WeightSource) -> bool:
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
     """Parts, layers and costs of a checkpoint; raises InputError when it is no SDXL."""
-    provenance = Provenance.from_metadata(source.metadata)
+    provenance = source.provenance
     catalogue = build_catalogue(source)
     prediction = declared_prediction(source)
     return ModelSummary(
@@ -103,7 +104,7 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
             f"{source.label} holds no pairs of low-rank factors",
             hint="keys like lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight are expected",
         )
-    provenance = Provenance.from_metadata(source.metadata)
+    provenance = source.provenance
     parts = Counter(str(adapter_part(info.name) or "other") for info in downs)
     factors = [name for name in source.tensors if factor_of(name) not in (None, ALPHA)]
     alphas = read_alphas(source, all_spellings=True).values()
@@ -138,5 +139,5 @@ def _part(name: str, source: WeightSource, catalogue: Catalogue) -> PartSummary:
 
 
 def _dtypes(source: WeightSource, names: Sequence[str]) -> tuple[str, ...]:
-    counted = Counter(DTYPE_NAMES[source.tensors[name].dtype] for name in names)
+    counted = Counter(SAFETENSORS_NAMES[source.tensors[name].dtype] for name in names)
     return tuple(dtype for dtype, _ in counted.most_common())

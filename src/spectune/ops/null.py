@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import Provenance, Role
+from spectune.files.provenance import Role
 from spectune.files.reader import Checkpoint
 from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
 from spectune.sdxl.layout import layout_of
@@ -81,7 +81,7 @@ def _check_model(source: Checkpoint) -> None:
             hint="save the model as a single .safetensors file first",
         )
     layout_of(source.tensors, label=source.label)  # no adapter, no other architecture
-    role = Provenance.from_metadata(source.metadata).role
+    role = source.provenance.role
     if role not in (None, Role.MODEL):
         raise InputError(
             f"{source.label} is a {role} of spectune: the zero model is made from an original model",

@@ -16,9 +16,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.checkpoints.targets import open_writer
 from spectune.errors import InputError
-from spectune.files.json_text import parse_json
-from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, WeightsHasher, modelspec_model
-from spectune.files.stream import Progress
+from spectune.files.pipeline import Progress
+from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
+from spectune.files.weights_hash import WeightsHasher
 from spectune.ops.shared import STALE, Hashed, refuse_overwriting, template_of, write_all
 from spectune.pairs.merged import Merged, Restored, merged
 from spectune.pairs.rules import check_base_hash, foreign_base_warning
@@ -75,7 +75,7 @@ def rebuild_checkpoint(
         refuse_overwriting(out, [source, opened])
         check_not_quantised(source)
         # a residual has no hash that anything refers to; the original it gives back has
-        is_residual = Provenance.from_metadata(source.metadata).role is Role.RESIDUAL
+        is_residual = source.provenance.role is Role.RESIDUAL
         # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it
         model = merged(source, [(opened, strength)], dtype=dtype, cast_all=cast_all)
         hashed = None if is_residual else Hashed(source, WeightsHasher())
@@ -99,7 +99,7 @@ def rebuild_checkpoint(
         path=out,
         hash=writer.hash,
         base_hash=base_hash,
-        original_hash=Provenance.from_metadata(opened.metadata).base_hash,
+        original_hash=opened.provenance.base_hash,
         changed_tensors=_factored(model) if hashed is None else writer.differing(hashed.hasher),
         tensors=len(model.tensors),
         warnings=tuple(warnings),
@@ -120,7 +120,7 @@ def _described(
     metadata: Mapping[str, str], path: Path, adapter: Adapter | TunedAdapter, strength: Strength
 ) -> str:
     """What a model is made with, after what its base was made with."""
-    told = Provenance.from_metadata(adapter.metadata)
+    told = adapter.provenance
     entry = {"file": path.name, "role": told.role or Role.LORA, "strength": str(strength)}
     earlier = parse_json(metadata.get(ADAPTERS_KEY, "[]"))
     return json.dumps([*(earlier if isinstance(earlier, list) else []), entry])

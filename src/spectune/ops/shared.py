@@ -14,16 +14,11 @@ from spectune.adapters.spellings import Spelling
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.targets import TensorWriter
 from spectune.errors import InputError
-from spectune.files.provenance import (
-    PREFIX,
-    Provenance,
-    Role,
-    WeightsHasher,
-    declared_prediction,
-    spectune_version,
-)
-from spectune.files.reader import MODEL_INDEX, Checkpoint, TensorInfo, WeightSource
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.provenance import PREFIX, Provenance, Role, spectune_version
+from spectune.files.reader import MODEL_INDEX, Checkpoint
+from spectune.files.source import TensorInfo, WeightSource, declared_prediction
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import refuse_inputs
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
@@ -44,7 +39,7 @@ def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | No
     def write(name: str, tensor: Tensor) -> None:
         nonlocal done
         writer.write(name, tensor)
-        tell(progress, done, len(names), name)
+        report_progress(progress, done, len(names), name)
         done += 1
 
     def computed(name: str) -> Tensor:
@@ -52,8 +47,8 @@ def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | No
         writer.hash_ahead(name, tensor)
         return tensor
 
-    stream(names, computed, write, size=lambda name: model.tensors[name].nbytes)
-    tell(progress, done, len(names), "")
+    run_pipeline(names, computed, write, size=lambda name: model.tensors[name].nbytes)
+    report_progress(progress, done, len(names), "")
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,10 @@ class Hashed:
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.source.metadata
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.source.provenance
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -82,7 +81,7 @@ class Hashed:
 
 
 def refuse_parts(base: WeightSource) -> None:
-    role = Provenance.from_metadata(base.metadata).role
+    role = base.provenance.role
     if role not in (None, Role.MODEL):
         raise InputError(f"{base.label} is a {role}: expected a whole model", hint="split the original model")
 
@@ -90,7 +89,7 @@ def refuse_parts(base: WeightSource) -> None:
 def origin_of(base: Checkpoint) -> Provenance:
     """What every file that is made from `base` says about it."""
     return replace(
-        Provenance.from_metadata(base.metadata),
+        base.provenance,
         version=spectune_version(),
         base_name=base.label,
         principal_hash=None,

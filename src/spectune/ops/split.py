@@ -15,10 +15,12 @@ from spectune.checkpoints.quantised import check_not_quantised
 from spectune.core.report import Agreement, LayerReport, total_energy, total_share
 from spectune.core.rounding import check_dtype
 from spectune.core.svd import Method
-from spectune.files.atomic import Together
-from spectune.files.provenance import Role, WeightsHasher
-from spectune.files.reader import INDEX_SUFFIX, TensorInfo, WeightSource
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.atomic_group import AtomicGroup
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.provenance import Role
+from spectune.files.reader import INDEX_SUFFIX
+from spectune.files.source import TensorInfo, WeightSource
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
 from spectune.ops.shared import STALE, origin_of, refuse_parts
 from spectune.pairs.exceptions import HEADER_BYTES, exceptions_name, to_bytes
@@ -119,7 +121,7 @@ def split_checkpoint(
         principal = folder / principal_name(stem, rank_plan.label)
         residual = folder / residual_name(stem) if with_residual else None
         origin = origin_of(base)
-        with Together(principal) as together:
+        with AtomicGroup(principal) as group:
             # both at once: a pair that is half old and half new fits nobody
             for path in filter(None, (principal, residual)):
                 check_target(path, 0, force=force)
@@ -133,13 +135,13 @@ def split_checkpoint(
                     force=force,
                     hold=True,
                 ) as writer:
-                    together.hold(writer)
+                    group.add(writer)
                     passage = _TensorSplitter(base, catalogue, plan, writer, residual_writer, progress)
                     passage.run()
                     origin = replace(origin, base_hash=passage.hasher.hexdigest())
                     writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
                 if residual_writer is not None:
-                    together.hold(residual_writer)
+                    group.add(residual_writer)
                     made_from = replace(origin, role=Role.RESIDUAL, principal_hash=writer.hash)
                     residual_writer.metadata.update(made_from.to_metadata())
     assert origin.base_hash is not None
@@ -176,8 +178,10 @@ class _TensorSplitter:
         self._done = 0
 
     def run(self) -> None:
-        stream(list(self.base.tensors.values()), self._split, self._write, size=lambda info: info.nbytes)
-        tell(self.progress, self._done, self._done, "")
+        run_pipeline(
+            list(self.base.tensors.values()), self._split, self._write, size=lambda info: info.nbytes
+        )
+        report_progress(self.progress, self._done, self._done, "")
 
     def _split(self, info: TensorInfo) -> SplitTensor:
         tensor = self.base.load(info.name)
@@ -198,7 +202,7 @@ class _TensorSplitter:
             if split.exceptions:
                 self.residual_writer.append(exceptions_name(info.name), to_bytes(split.exceptions))
                 self.exceptions += sum(len(part) for _, part in split.exceptions)
-        tell(self.progress, self._done, len(self.base.tensors), info.name)
+        report_progress(self.progress, self._done, len(self.base.tensors), info.name)
         self._done += 1
 
 

@@ -8,7 +8,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.stream import Progress
+from spectune.files.pipeline import Progress
 from spectune.pairs.comparison import VerifyReport, verify
 from spectune.sdxl.layers import build_catalogue
 

@@ -15,9 +15,9 @@ from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.report import Agreement, compare, total_share
 from spectune.core.residual import Exceptions, gives_every_bit_back, working_dtype
 from spectune.errors import some_of
-from spectune.files.provenance import Provenance, WeightsHasher
-from spectune.files.reader import TensorInfo, WeightSource
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.source import TensorInfo, WeightSource
+from spectune.files.weights_hash import WeightsHasher
 from spectune.pairs.exceptions import is_exceptions, read_exceptions
 from spectune.pairs.merged import check_fits
 from spectune.pairs.rules import adapter_hash, read_base_dtypes, shown
@@ -108,12 +108,12 @@ def verify(
         if record is not None:
             records.append(record)
         nonlocal done
-        tell(progress, done, len(model.tensors), info.name)
+        report_progress(progress, done, len(model.tensors), info.name)
         done += 1
 
     done = 0
-    stream(list(model.tensors.values()), inspection.look_at, note, size=lambda info: 2 * info.nbytes)
-    tell(progress, done, done, "")
+    run_pipeline(list(model.tensors.values()), inspection.look_at, note, size=lambda info: 2 * info.nbytes)
+    report_progress(progress, done, done, "")
     hashes = Hashes(
         model=inspection.hasher.hexdigest(),
         principal=adapter_hash(principal),
@@ -256,7 +256,7 @@ def _hash_problems(
     model: WeightSource, residual: WeightSource, principal: Adapter, hashes: Hashes
 ) -> list[str]:
     problems: list[str] = []
-    of_residual, of_principal = (Provenance.from_metadata(file.metadata) for file in (residual, principal))
+    of_residual, of_principal = (file.provenance for file in (residual, principal))
     for file, provenance in ((residual, of_residual), (principal, of_principal)):
         if provenance.base_hash not in (None, hashes.model):
             problems.append(

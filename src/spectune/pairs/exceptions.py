@@ -15,7 +15,7 @@ from torch import Tensor
 from spectune.core.residual import Exceptions
 from spectune.errors import InputError
 from spectune.files.provenance import PREFIX
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 
 EXCEPTIONS = f"{PREFIX}exceptions."
 HEADER_BYTES = 192  # what one such tensor takes in the header, at most

@@ -20,8 +20,9 @@ from spectune.core.rank import (
     rank_of,
 )
 from spectune.errors import InputError
-from spectune.files.reader import DTYPE_NAMES, TensorInfo, WeightSource
-from spectune.files.stream import Progress
+from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.pipeline import Progress
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.writer import RESERVE_BYTES
 from spectune.pairs.layer_spectra import all_spectra
 from spectune.pairs.sizes import format_bytes, parse_bytes
@@ -196,7 +197,7 @@ def layer_price(layer: Layer, store: torch.dtype) -> Price:
 def _header_entry(info: TensorInfo) -> str:
     """The longest that the header of a file says of a tensor, and the comma after it."""
     described = {
-        "dtype": DTYPE_NAMES[info.dtype],
+        "dtype": SAFETENSORS_NAMES[info.dtype],
         "shape": list(info.shape),
         "data_offsets": [_LONG_OFFSET, _LONG_OFFSET],
     }

@@ -12,8 +12,8 @@ from spectune.core.low_rank import to_matrix
 from spectune.core.rank import rank_for_energy
 from spectune.core.rounding import check_dtype
 from spectune.core.spectrum import decay_exponent, energy_at, energy_curve, singular_values
-from spectune.files.reader import WeightSource
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.source import WeightSource
 from spectune.sdxl.layers import RANKS, Catalogue, Layer, RankCost, rank_cost
 
 # Two or three steps an octave: enough for a smooth curve; with the five ranks of every table among them.
@@ -91,9 +91,9 @@ def all_spectra(
 
     def collect(tensor_name: str, values: list[Tensor]) -> None:
         found.update(zip(places[tensor_name], values, strict=True))
-        tell(progress, len(found), len(layers), tensor_name)
+        report_progress(progress, len(found), len(layers), tensor_name)
 
-    stream(places, measure, collect, size=lambda name: source.tensors[name].nbytes)
+    run_pipeline(places, measure, collect, size=lambda name: source.tensors[name].nbytes)
     return tuple(found[place] for place in range(len(layers)))
 
 

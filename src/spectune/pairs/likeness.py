@@ -13,7 +13,7 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.delta import Delta, joined
 from spectune.core.linalg import norm
 from spectune.core.low_rank import LowRank, to_matrix, weight_shape
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Layer, build_catalogue, layer_weight
 
 SAMPLE = 12  # layers that are looked at

@@ -20,12 +20,13 @@ from spectune.files.provenance import (
     PREFIX,
     V_KEY,
     ZERO_SNR_KEY,
+    HasProvenance,
     Provenance,
     Role,
     modelspec_metadata,
     spectune_version,
 )
-from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.pairs.exceptions import is_exceptions, read_exceptions
 from spectune.pairs.replaced import Replacement, check_none_replaced, replacements
 from spectune.pairs.rules import (
@@ -48,7 +49,7 @@ _DIVERGED = "if the training diverged, rebuild an earlier step"
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(HasProvenance):
     """A source whose tensors are W + sum of changes, each computed in float32 and rounded once.
 
     W is the base's tensor, or what stands in for it. Tensors that no adapter changes come byte for byte from
@@ -104,7 +105,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(HasProvenance):
     """A source whose tensors are residual + principal: the original, or what training made of it."""
 
     residual: WeightSource
@@ -176,7 +177,7 @@ def merged(
         check_goes_on(base, adapter, strengthens=max(strength.by_part.values()) > 0)
         for adapter, strength in counted
     )
-    if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
+    if base.provenance.role is Role.RESIDUAL:
         # a residual becomes the model again by its one principal, at full strength
         if len(counted) != 1 or not counted[0][1].whole:
             raise InputError(
@@ -354,9 +355,9 @@ def _marker(name: str) -> Tensor:
 
 def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:
     """Metadata of a whole model: the base's, with the objective that an adapter was trained for."""
-    provenance = Provenance.from_metadata(base.metadata)
+    provenance = base.provenance
     for adapter in adapters:
-        tuned_for = Provenance.from_metadata(adapter.metadata)
+        tuned_for = adapter.provenance
         if tuned_for.prediction is not None:
             provenance = replace(
                 provenance,

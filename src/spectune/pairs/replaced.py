@@ -11,7 +11,7 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.rounding import check_dtype, check_finite
 from spectune.errors import InputError, some_of
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 from spectune.pairs.strength import Strength
 from spectune.sdxl.layout import part_of
 

@@ -12,8 +12,10 @@ import torch
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.writer import kohya_tensors
 from spectune.errors import InputError, PairingError, some_of
-from spectune.files.provenance import PREFIX, Provenance, Role, WeightsHasher
-from spectune.files.reader import DTYPE_NAMES, DTYPES, WeightSource
+from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME, SAFETENSORS_NAMES
+from spectune.files.provenance import PREFIX, Role
+from spectune.files.source import WeightSource
+from spectune.files.weights_hash import WeightsHasher
 from spectune.pairs.likeness import Likeness, likeness
 from spectune.sdxl.layers import build_catalogue
 
@@ -37,8 +39,8 @@ def check_goes_on(base: WeightSource, adapter: Adapter | TunedAdapter, *, streng
     the model that holds it already would count twice, unless it is taken away (not `strengthens`).
     Hashes are not looked at here: `check_base_hash` does when the numbers of the base have been read.
     """
-    base_role = Provenance.from_metadata(base.metadata).role
-    told = Provenance.from_metadata(adapter.metadata)
+    base_role = base.provenance.role
+    told = adapter.provenance
     role = told.role
     if isinstance(adapter, TunedAdapter):
         return ""
@@ -83,7 +85,7 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
     Raise PairingError, naming both hashes, unless it is that one or was trained from it; a file of another
     program, which names none, is judged by its numbers.
     """
-    made_from = Provenance.from_metadata(residual.metadata)
+    made_from = residual.provenance
     if made_from.role is not Role.RESIDUAL:
         role = made_from.role or "unknown"
         raise PairingError(
@@ -92,15 +94,15 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
         )
     replaces_another = True
     if isinstance(adapter, TunedAdapter):
-        found = Provenance.from_metadata(adapter.metadata).principal_hash
+        found = adapter.provenance.principal_hash
         what = f"{adapter.label} was trained from principal"
     else:
         # a tuned principal names the one that it replaces; an untouched one is known by its own numbers
-        replaces = Provenance.from_metadata(adapter.metadata).principal_hash
+        replaces = adapter.provenance.principal_hash
         replaces_another = replaces is not None
         found = replaces or adapter_hash(adapter)
         what = f"{adapter.label} replaces principal" if replaces else f"{adapter.label} is principal"
-    foreign = Provenance.from_metadata(adapter.metadata).role is None
+    foreign = adapter.provenance.role is None
     if made_from.principal_hash != found and not (foreign and likeness(residual, adapter).is_missing):
         raise PairingError(
             f"{residual.label} belongs to principal {shown(made_from.principal_hash)}, {what} {shown(found)}",
@@ -123,7 +125,7 @@ def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> 
     """
     if not isinstance(adapter, TunedAdapter):
         return
-    told = Provenance.from_metadata(adapter.metadata)
+    told = adapter.provenance
     recorded = told.base_hash
     if recorded not in (None, found, foreign_residual_hash(found, told.principal_hash)):
         raise PairingError(
@@ -138,10 +140,10 @@ def lacks_frame(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
 
     Raises PairingError when the adapter holds only a part of it.
     """
-    told = Provenance.from_metadata(adapter.metadata)
+    told = adapter.provenance
     if not isinstance(adapter, TunedAdapter) or told.principal_hash is None:
         return False
-    if Provenance.from_metadata(base.metadata).role is not None:
+    if base.provenance.role is not None:
         return False
     frames = LazyLayers(
         {name: adapter.rank(name) for name in adapter.layers}, {}, lambda name: adapter.layers[name].frame
@@ -173,7 +175,7 @@ def foreign_base_warning(found: str, adapter: Adapter | TunedAdapter, label: str
     """
     if isinstance(adapter, TunedAdapter):
         return ""
-    told = Provenance.from_metadata(adapter.metadata)
+    told = adapter.provenance
     if told.role is Role.PRINCIPAL or told.base_hash in (None, found):
         return ""
     return (
@@ -191,7 +193,7 @@ def base_dtypes_metadata(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
     """The metadata entry for tensors that are stored in another type than the original's."""
     if not dtypes:
         return {}
-    names = {name: DTYPE_NAMES[dtype] for name, dtype in dtypes.items()}
+    names = {name: SAFETENSORS_NAMES[dtype] for name, dtype in dtypes.items()}
     return {BASE_DTYPES_KEY: json.dumps(names, separators=(",", ":"))}
 
 
@@ -200,7 +202,7 @@ def read_base_dtypes(source: WeightSource) -> dict[str, torch.dtype]:
     text = source.metadata.get(BASE_DTYPES_KEY, "{}")
     try:
         names = cast(dict[str, str], json.loads(text))
-        dtypes = {name: DTYPES[dtype] for name, dtype in names.items()}
+        dtypes = {name: DTYPES_BY_SAFETENSORS_NAME[dtype] for name, dtype in names.items()}
     except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"metadata {BASE_DTYPES_KEY} of {source.label} cannot be read: "

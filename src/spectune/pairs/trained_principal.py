@@ -10,7 +10,7 @@ from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError, PairingError, some_of
-from spectune.files.provenance import Provenance, Role
+from spectune.files.provenance import Role
 from spectune.pairs.likeness import likeness_of_adapters
 from spectune.pairs.rules import adapter_hash, shown
 
@@ -62,8 +62,8 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
             before, down=after.down.float() - before.down.float(), up=after.up.float() - before.up.float()
         )
 
-    told = Provenance.from_metadata(trained.metadata)
-    origin = Provenance.from_metadata(original.metadata)
+    told = trained.provenance
+    origin = original.provenance
     provenance = replace(
         told,
         role=Role.TUNED,
@@ -89,7 +89,7 @@ def _shape_of(adapter: Adapter, name: str) -> tuple[int, ...]:
 
 
 def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
-    made_from = Provenance.from_metadata(trained.metadata).principal_hash
+    made_from = trained.provenance.principal_hash
     if made_from is not None and made_from != found:
         raise PairingError(
             f"{trained.label} replaces principal {shown(made_from)}, {original.label} is {shown(found)}",

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.sdxl.layout import Layout, UNetLayout, layout_of, require, te1_root
 from spectune.sdxl.names import Duty, Module, Part, diffusers_module, kohya_stem, modules_of
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from spectune.errors import InputError, did_you_mean, some_of
 from spectune.files.provenance import LAYOUT_KEY, Provenance
-from spectune.files.reader import TensorInfo, WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 
 UNET_ROOT = "model.diffusion_model."
 TE1_ROOT = "conditioner.embedders.0.transformer.text_model."
@@ -118,7 +118,7 @@ def infer_layout(source: WeightSource) -> Layout:
     follow SDXL's 64 channels per head.
     """
     hints = read_hints(source.metadata)
-    layout = layout_of(source.tensors, hints, Provenance.from_metadata(source.metadata), label=source.label)
+    layout = layout_of(source.tensors, hints, source.provenance, label=source.label)
     _check_heads(layout, hints, source.label)
     return layout
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
-from spectune.files.reader import WeightSource
+from spectune.files.source import WeightSource
 from spectune.sdxl.layout import (
     TE1_ROOT,
     TE1_SHORT_ROOT,

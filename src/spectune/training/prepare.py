@@ -15,15 +15,9 @@ from spectune.core.frames import minor_frame, normalised, plain_frame, principal
 from spectune.core.low_rank import LowRank, product
 from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import (
-    Provenance,
-    Role,
-    WeightsHasher,
-    declared_prediction,
-    declared_zero_snr,
-    weights_hash,
-)
-from spectune.files.reader import WeightSource
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
+from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.pairs.rules import adapter_hash, check_residual_pair, foreign_residual_hash, shown
@@ -69,7 +63,7 @@ def with_resolved_objective(recipe: Recipe) -> Recipe:
             )
         shift, zero = section.flow_shift, section.zero_terminal_snr
         if kind == "flow" and shift is None:
-            shift = Provenance.from_metadata(base.metadata).flow_shift or 1.0
+            shift = base.provenance.flow_shift or 1.0
         if zero is None:
             zero = kind != "flow" and declared_zero_snr(base)
         resolved = {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}
@@ -119,7 +113,7 @@ def prepare(
     Raises InputError for files that are of no use here, PairingError for files that do not belong together.
     """
     with open_checkpoint(section.checkpoint) as base:
-        declared = Provenance.from_metadata(base.metadata)
+        declared = base.provenance
         _check_role(section, declared)
         say(f"reading {section.checkpoint.name}")
         found = weights_hash(base)
@@ -221,13 +215,13 @@ def _open_principal(section: ModelSection, catalogue: Catalogue) -> Adapter:
 
 
 def _check_pair(section: ModelSection, base: WeightSource, found: str, adapter: Adapter) -> None:
-    origin = Provenance.from_metadata(adapter.metadata)
+    origin = adapter.provenance
     if origin.principal_hash is not None:
         raise InputError(
             f"{adapter.label} is a principal that was trained already: its change would be lost",
             hint="rebuild the tuned model and split that, or let the run go on from its state in run.output",
         )
-    if Provenance.from_metadata(base.metadata).role is Role.RESIDUAL:
+    if base.provenance.role is Role.RESIDUAL:
         check_residual_pair(base, adapter)
     elif section.residual is None and origin.base_hash is not None and origin.base_hash != found:
         raise PairingError(

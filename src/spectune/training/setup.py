@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
+from spectune.files.dtypes import parse_dtype
 from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
 from spectune.model.offload import Offload, offload
@@ -63,8 +64,6 @@ from spectune.training.prepare import (
 from spectune.training.recipe.file import Recipe
 from spectune.training.recipe.sections import VaeSection
 from spectune.training.validation import HeldOut, encode_held_out
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -181,8 +180,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
         seed=recipe.run.seed,
         # what is quantised goes to the GPU layer by layer: all of it would not fit there before
         device="cpu" if quantised else accelerator.device,
-        dtype=DTYPES[recipe.run.precision],
-        trained_dtype=DTYPES[recipe.run.trained_precision],
+        dtype=parse_dtype(recipe.run.precision),
+        trained_dtype=parse_dtype(recipe.run.trained_precision),
         say=hear.on_message,
     )
     if quantised:

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
-from spectune.files.reader import TensorInfo
+from spectune.files.dtypes import parse_dtype
+from spectune.files.source import TensorInfo
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantise
@@ -23,7 +24,7 @@ from spectune.model.text import tokenize
 from spectune.sdxl.layers import Kind, Part, build_catalogue
 from spectune.sdxl.layout import infer_layout, layout_of
 from spectune.training.denoiser import Denoiser
-from spectune.training.memory.account import DTYPES, MemoryMeter, Setup, optimizer_bytes, quantised_bytes
+from spectune.training.memory.account import MemoryMeter, Setup, optimizer_bytes, quantised_bytes
 from spectune.training.memory.step import LiveBytes, attention_of_gpus
 from spectune.training.optim import OPTIMIZERS, build_optimizer, groups_by_part
 from spectune.training.state import trained_tensors
@@ -52,7 +53,7 @@ def meters(checkpoints: dict[str, Path]) -> dict[str, MemoryMeter]:
 def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
     """A model with random frames; their sizes are those of real ones."""
     with open_checkpoint(path) as source:
-        model = build_model(source, dtype=DTYPES[setup.precision])
+        model = build_model(source, dtype=parse_dtype(setup.precision))
         frames = {
             layer.name: LowRank(
                 down=0.01 * torch.randn(rank, *layer.shape[1:]),
@@ -63,7 +64,7 @@ def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
             if layer.part.value in setup.parts
             for rank in [min(setup.rank, layer.full_rank)]
         }
-    injection = inject(model, frames, form=setup.form, dtype=DTYPES[setup.trained_precision])
+    injection = inject(model, frames, form=setup.form, dtype=parse_dtype(setup.trained_precision))
     denoiser = Denoiser(model, trains_text=setup.trains_text)
     if setup.gradient_checkpointing:
         denoiser.checkpoint_gradients()

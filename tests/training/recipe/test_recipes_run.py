@@ -14,7 +14,6 @@ import torch
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.files.provenance import Provenance
 from spectune.sdxl.layers import build_catalogue
 from spectune.training.callbacks import Callbacks, StepInfo
 from spectune.training.loop import train
@@ -139,4 +138,4 @@ def assert_trained(path: Path, recipe: Recipe) -> None:
         parts = {name.partition(".")[0] for name in tuned.layers}
         moved = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}
         assert parts == moved == set(recipe.model.parts)
-        assert Provenance.from_metadata(tuned.metadata).prediction == recipe.objective.kind
+        assert tuned.provenance.prediction == recipe.objective.kind

@@ -11,7 +11,7 @@ from itertools import count, takewhile
 
 from spectune.checkpoints.diffusers_folder.keys import SUBFOLDERS
 from spectune.errors import InputError
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layout import (
     HEAD_CHANNELS,
     NORM_GROUPS,

@@ -28,7 +28,8 @@ from spectune.checkpoints.diffusers_folder.keys import (
 from spectune.checkpoints.diffusers_folder.module_sizes import folder_layout
 from spectune.checkpoints.diffusers_folder.subfolder import Subfolder, open_subfolder
 from spectune.errors import InputError, some_of
-from spectune.files.reader import Checkpoint, TensorFile, TensorInfo, open_file
+from spectune.files.reader import Checkpoint, open_file
+from spectune.files.source import TensorFile, TensorInfo
 from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, Layout
 from spectune.sdxl.names import ModuleName, state_views
 

@@ -14,8 +14,9 @@ from spectune.checkpoints.diffusers_folder.keys import STEMS, SUBFOLDERS, is_pos
 from spectune.checkpoints.diffusers_folder.module_sizes import NOT_SDXL_FOLDER
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.errors import InputError, some_of
-from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, TensorInfo, open_file
+from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import open_sharded
+from spectune.files.source import TensorInfo
 from spectune.sdxl.names import ModuleName
 
 _STEM = "(?:diffusion_pytorch_model|model)"

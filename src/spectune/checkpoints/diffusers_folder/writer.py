@@ -28,9 +28,11 @@ from spectune.checkpoints.diffusers_folder.keys import (
 )
 from spectune.checkpoints.diffusers_folder.small_files import read_template, small_files
 from spectune.errors import InputError, some_of
-from spectune.files.assembled import AssembledWriter, PlannedFile
-from spectune.files.provenance import Provenance, WeightsHasher, declared_prediction
-from spectune.files.reader import MODEL_INDEX, TensorInfo
+from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
+from spectune.files.provenance import HasProvenance
+from spectune.files.reader import MODEL_INDEX
+from spectune.files.source import TensorInfo, declared_prediction
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, check_target
 from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, infer_layout, te1_root
 from spectune.sdxl.names import ModuleName, module_tensors
@@ -39,7 +41,7 @@ _SMALL = 4096  # numbers; a counter of positions has 77
 _FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
 
 
-class FolderWriter(AssembledWriter):
+class FolderWriter(MultiFileWriter):
     """Writes a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
 
     The small files are those of the diffusers folder `template`, and where it has none, or there is no
@@ -82,7 +84,7 @@ class FolderWriter(AssembledWriter):
     def _small_files(self) -> dict[str, bytes]:
         source = self._announced()
         prediction = declared_prediction(source)
-        shift = Provenance.from_metadata(source.metadata).flow_shift or 1.0
+        shift = source.provenance.flow_shift or 1.0
         schedule = Schedule(prediction, shift if prediction == "flow" else None, "ztsnr" in self._infos)
         return small_files(infer_layout(source), schedule, self._template)
 
@@ -152,7 +154,7 @@ class FolderWriter(AssembledWriter):
 
 
 @dataclass(frozen=True)
-class _Announced:
+class _Announced(HasProvenance):
     """The tensors that are to be written, before they are there."""
 
     tensors: Mapping[str, TensorInfo]

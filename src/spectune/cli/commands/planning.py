@@ -11,8 +11,8 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.quantised import check_not_quantised
 from spectune.cli.console import megabytes, print_json, say, table
 from spectune.errors import InputError, SpectuneError, did_you_mean
-from spectune.files.provenance import Provenance, Role
-from spectune.files.reader import WeightSource
+from spectune.files.provenance import Role
+from spectune.files.source import WeightSource
 from spectune.ops.inspect import is_adapter
 from spectune.pairs.sizes import parse_bytes
 from spectune.sdxl.layers import build_catalogue
@@ -115,7 +115,7 @@ def _check_original(source: WeightSource) -> None:
             f"{source.label} is an adapter: expected a checkpoint",
             hint="pass the model that it was made from",
         )
-    if Provenance.from_metadata(source.metadata).role is Role.RESIDUAL:
+    if source.provenance.role is Role.RESIDUAL:
         raise InputError(
             f"{source.label} is a residual: expected the original checkpoint",
             hint='plan with the original; it takes as much, and form = "residual" is tried too',

@@ -26,8 +26,8 @@ from spectune.core.lora import (
     tuned_principal,
 )
 from spectune.errors import InputError, PairingError, some_of
-from spectune.files.provenance import Provenance, Role, spectune_version
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.provenance import Role, spectune_version
 from spectune.files.writer import check_target
 from spectune.ops.shared import catalogue_of, kept_metadata, refuse_overwriting
 from spectune.pairs.layer_ranks import FixedRank, RankRequest, ranks_of_spectra
@@ -148,7 +148,7 @@ def export_adapter(
                 f"{opened.label} changes nothing: all of its {len(layers)} layers are zero",
                 hint="was it saved before it was trained?",
             )
-        made_from = Provenance.from_metadata(source.metadata)
+        made_from = source.provenance
         if form == "lora":
             made_from = replace(made_from, principal_hash=None)
         metadata = kept_metadata(source.metadata, one_file=True)
@@ -173,12 +173,12 @@ def export_adapter(
                 return export_layer(changed, rank=ranks[layer.name], store=store, name=layer.name)
 
             def write(layer: Layer, result: Exported) -> None:
-                tell(progress, len(reports), len(kept), layer.name)
+                report_progress(progress, len(reports), len(kept), layer.name)
                 writer.write(layer, result.low_rank)
                 reports.append(result.report)
 
-            stream(kept, exported, write, size=lambda layer: _working_bytes(layer, ranks[layer.name]))
-            tell(progress, len(kept), len(kept), "")
+            run_pipeline(kept, exported, write, size=lambda layer: _working_bytes(layer, ranks[layer.name]))
+            report_progress(progress, len(kept), len(kept), "")
     return ExportReport(
         path=out,
         hash=writer.hash,
@@ -208,7 +208,7 @@ def _source(
     """What holds the change: a tuned adapter, a LoRA, or a trained principal minus the original one."""
     if original is not None:
         return trained_deltas(opened, original)
-    told = Provenance.from_metadata(opened.metadata)
+    told = opened.provenance
     if isinstance(opened, Adapter) and told.role is Role.PRINCIPAL:
         if told.principal_hash is None:
             raise PairingError(
@@ -226,13 +226,13 @@ def _role(source: Adapter | TunedAdapter, form: ExportForm) -> Role | None:
     """What the new file is; what another program made stays without a role, and is judged by its numbers."""
     if form == "principal":
         return Role.PRINCIPAL
-    known = isinstance(source, TunedAdapter) or Provenance.from_metadata(source.metadata).role is not None
+    known = isinstance(source, TunedAdapter) or source.provenance.role is not None
     return Role.LORA if known else None
 
 
 def _check_no_principal(opened: Adapter | TunedAdapter, base: Path) -> None:
     """Raise InputError for a principal that does not say so: as a LoRA it would count twice."""
-    if isinstance(opened, TunedAdapter) or Provenance.from_metadata(opened.metadata).role is not None:
+    if isinstance(opened, TunedAdapter) or opened.provenance.role is not None:
         return
     with open_checkpoint(base) as source:
         alike = likeness(source, opened)
@@ -254,7 +254,7 @@ def _check_whole_principal(
         )
     if rank is not None:
         raise InputError("a tuned principal keeps its rank", hint="leave out --rank, or export a plain LoRA")
-    if Provenance.from_metadata(source.metadata).principal_hash is None:
+    if source.provenance.principal_hash is None:
         raise InputError(
             f"{source.label} was not trained from the principal of a residual: there is none that it fits",
             hint=_PLAIN_LORA,
@@ -285,9 +285,9 @@ def _ranks(
 
     def collect(layer: Layer, found: Tensor) -> None:
         values.append(found)
-        tell(progress, len(values), len(layers), layer.name)
+        report_progress(progress, len(values), len(layers), layer.name)
 
-    stream(
+    run_pipeline(
         layers,
         lambda layer: change_values(source.layers[layer.name], layer.name),
         collect,

@@ -19,15 +19,10 @@ from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.rounding import check_dtype
 from spectune.core.split import split_weight
 from spectune.errors import InputError, some_of
-from spectune.files.provenance import (
-    Provenance,
-    Role,
-    WeightsHasher,
-    declared_prediction,
-    spectune_version,
-)
-from spectune.files.reader import TensorInfo, WeightSource
-from spectune.files.stream import Progress, stream, tell
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.files.source import TensorInfo, WeightSource, declared_prediction
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import check_target
 from spectune.ops.export.adapter import ExportReport
 from spectune.ops.shared import refuse_overwriting, refuse_parts
@@ -61,6 +56,10 @@ class Difference:
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.tuned.metadata
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.tuned.provenance
 
     @property
     def label(self) -> str:
@@ -119,10 +118,10 @@ def export_difference(
         def consume(name: str, found: _Found) -> None:
             nonlocal done
             passage.take(name, found)
-            tell(progress, done, len(compared), name)
+            report_progress(progress, done, len(compared), name)
             done += 1
 
-        stream(compared, passage.work, consume, size=lambda name: 3 * difference.tensors[name].nbytes)
+        run_pipeline(compared, passage.work, consume, size=lambda name: 3 * difference.tensors[name].nbytes)
         # factors are small beside the model; which layers changed at all is known only now
         changed = [layer for layer in kept if layer.name in factors]
         if not changed:
@@ -131,7 +130,7 @@ def export_difference(
                 hint="pass the tuned model first and the one it was made from as --base",
             )
         provenance = replace(
-            Provenance.from_metadata(after.metadata),
+            after.provenance,
             role=Role.LORA,
             version=spectune_version(),
             base_hash=passage.base_hash(before),
@@ -150,7 +149,7 @@ def export_difference(
         ) as writer:
             for layer in changed:
                 writer.write(layer, factors[layer.name])
-        tell(progress, done, done, "")
+        report_progress(progress, done, done, "")
     return ExportReport(
         path=out,
         hash=writer.hash,

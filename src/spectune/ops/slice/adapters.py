@@ -21,8 +21,8 @@ from spectune.core.delta import Delta
 from spectune.core.lora import Exported, ExportedLayer, limited_rank, total_error
 from spectune.core.low_rank import common_type
 from spectune.errors import InputError, some_of
+from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Provenance, Role, spectune_version
-from spectune.files.stream import Progress, stream, tell
 from spectune.ops.shared import (
     catalogue_of,
     check_stays_tuned,
@@ -113,7 +113,7 @@ def slice_adapters(
 
 
 def _has_role(adapter: Adapter | TunedAdapter) -> bool:
-    return Provenance.from_metadata(adapter.metadata).role is not None
+    return adapter.provenance.role is not None
 
 
 def _write_tuned(
@@ -164,12 +164,12 @@ def _write(
             return summed(terms, dtypes[layer.name], layer.name, even=spelling is Spelling.DIFFUSERS)
 
         def take(layer: Layer, result: Exported) -> None:
-            tell(progress, len(reports), len(plan.layers), layer.name)
+            report_progress(progress, len(reports), len(plan.layers), layer.name)
             writer.write(layer, result.low_rank)
             reports.append(result.report)
 
-        stream(plan.layers, work, take, size=lambda layer: ranks[layer.name] * _side(layer) * 16)
-        tell(progress, len(reports), len(plan.layers), "")
+        run_pipeline(plan.layers, work, take, size=lambda layer: ranks[layer.name] * _side(layer) * 16)
+        report_progress(progress, len(reports), len(plan.layers), "")
     return writer.hash, reports
 
 

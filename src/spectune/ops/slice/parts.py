@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.targets import open_writer
 from spectune.errors import InputError, did_you_mean
+from spectune.files.pipeline import Progress
 from spectune.files.provenance import (
     ADAPTERS_KEY,
     PREFIX,
@@ -20,8 +21,7 @@ from spectune.files.provenance import (
     modelspec_model,
     spectune_version,
 )
-from spectune.files.reader import TensorInfo, WeightSource
-from spectune.files.stream import Progress
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.ops.shared import STALE, refuse_overwriting, refuse_parts, template_of, write_all
 from spectune.ops.slice.plan import Slice, slices_metadata
 from spectune.sdxl.layers import build_catalogue
@@ -50,6 +50,10 @@ class Swapped:
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.sources["unet"].metadata
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.sources["unet"].provenance
 
     @property
     def label(self) -> str:
@@ -131,8 +135,8 @@ def _home(name: str) -> str:
 
 
 def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[str, str]:
-    told = Provenance.from_metadata(model.metadata)
-    vae = Provenance.from_metadata(model.sources["vae"].metadata)
+    told = model.provenance
+    vae = model.sources["vae"].provenance
     provenance = replace(
         told,
         role=Role.MODEL,

@@ -142,7 +142,7 @@ def _order(adapters: Iterable[Adapter | TunedAdapter]) -> list[str]:
 
 def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> tuple[Role, tuple[str, ...]]:
     """What the new file is, and what is to be said about it."""
-    told = {path: Provenance.from_metadata(adapter.metadata) for path, adapter in opened.items()}
+    told = {path: adapter.provenance for path, adapter in opened.items()}
     principals = [path for path in opened if told[path].role is Role.PRINCIPAL]
     bases = {told[path].base_hash for path in opened}
     known = {base for base in bases if base is not None}
@@ -189,8 +189,8 @@ def _hashes(bases: set[str]) -> str:
 
 def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter], role: Role) -> Provenance:
     """What the new file says: where it comes from if all agree, what it predicts as the UNet's layers do."""
-    told = [Provenance.from_metadata(adapter.metadata) for adapter in opened.values()]
-    result = Provenance.from_metadata(opened[plan.leading].metadata)
+    told = [adapter.provenance for adapter in opened.values()]
+    result = opened[plan.leading].provenance
     if len({one.base_hash for one in told}) > 1:
         result = replace(result, base_hash=None, base_name=None)
     principals = {_principal_hash(adapter) for adapter in opened.values()}
@@ -204,7 +204,7 @@ def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]
 
 def _principal_hash(adapter: Adapter | TunedAdapter) -> str | None:
     """The principal that an adapter was trained from; an untouched one is its own."""
-    told = Provenance.from_metadata(adapter.metadata)
+    told = adapter.provenance
     if isinstance(adapter, Adapter) and told.role is Role.PRINCIPAL and told.principal_hash is None:
         return adapter_hash(adapter)
     return told.principal_hash

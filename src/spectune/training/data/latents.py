@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectune.errors import InputError
-from spectune.files.provenance import WeightsHasher
+from spectune.files.weights_hash import WeightsHasher
 from spectune.model.network import Sdxl
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import CacheKey, Pictures

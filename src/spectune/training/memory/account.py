@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spectune.core.rank import FixedRank
+from spectune.files.dtypes import parse_dtype
 from spectune.model.inject import AdaptedLayer, Form, Injection, inject
 from spectune.model.network import Sdxl
 from spectune.model.quantize import NF4_BLOCK, linear_layers
@@ -24,8 +25,6 @@ from spectune.training.memory.step import StepBytes, empty_frame, empty_model, e
 from spectune.training.optim import build_optimizer
 from spectune.training.recipe.sections import ALL_PARTS, PartName, Quantization
 from spectune.training.state import trained_tensors
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Assumed, not measured: a CUDA context with the kernels of torch, cuBLAS and cuDNN and their workspaces, and
 # what the allocator cannot use of the rest because the pieces do not fit.
@@ -163,13 +162,13 @@ class MemoryMeter:
 
     def _built(self, setup: Setup) -> tuple[Sdxl, Injection]:
         rule = FixedRank(setup.rank)
-        model = empty_model(self._layout, DTYPES[setup.precision])
+        model = empty_model(self._layout, parse_dtype(setup.precision))
         frames = {
             layer.name: empty_frame(layer, rule.wanted(layer.shape))
             for layer in self._layers
             if layer.part.value in setup.parts
         }
-        dtype = DTYPES[setup.trained_precision]
+        dtype = parse_dtype(setup.trained_precision)
         return model, inject(model, frames, form=setup.form, dtype=dtype)
 
     def _step(self, setup: Setup) -> StepBytes:

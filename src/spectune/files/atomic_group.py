@@ -1,4 +1,4 @@
-"""Files that belong together appear together, even if the program is killed in between."""
+"""Several files that appear together or not at all, even if the program is killed in between."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class HeldWriter(Protocol):
     def abandon(self) -> None: ...
 
 
-class Together:
-    """Gives several finished files their names at once, or drops them all.
+class AtomicGroup:
+    """Renames several finished files to their final names together, or drops them all.
 
-    A journal beside them says which names are about to appear. Where a program was killed between two of
-    them, the next run finds the journal and takes away what is only a part.
+    A journal next to the files lists the names that are about to appear. If the program is killed between two
+    renames, the next run finds the journal and removes the incomplete set.
     """
 
     def __init__(self, journal_of: Path) -> None:
         self._journal = journal_of.with_name(f".{journal_of.name}.journal")
         self._held: list[HeldWriter] = []
-        _undo(self._journal)
+        _roll_back(self._journal)
 
-    def hold(self, writer: HeldWriter) -> None:
-        """Answer for a writer from here on."""
+    def add(self, writer: HeldWriter) -> None:
+        """Take ownership of `writer`: commit it with the group or abandon it."""
         self._held.append(writer)
 
     def __enter__(self) -> Self:
@@ -42,7 +42,7 @@ class Together:
     ) -> None:
         try:
             if kind is None:
-                # a file that is replaced on purpose stays when the other one is missing
+                # a file that existed before is not listed: a rollback must not delete it
                 fresh = [writer.path.name for writer in self._held if not writer.path.exists()]
                 self._journal.write_text(json.dumps(fresh), encoding="utf-8")
                 for writer in self._held:
@@ -53,8 +53,8 @@ class Together:
                 writer.abandon()
 
 
-def _undo(journal: Path) -> None:
-    """Take away what a killed program had already named."""
+def _roll_back(journal: Path) -> None:
+    """Remove the files that a killed program had already renamed."""
     try:
         names = cast(Sequence[object], json.loads(journal.read_text(encoding="utf-8")))
     except (OSError, ValueError):

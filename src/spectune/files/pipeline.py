@@ -1,4 +1,4 @@
-"""Tensors on their way through a command: read and computed by several threads, written by one, in order."""
+"""A pipeline over tensors: several threads read and compute, one writes, in order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int, str], None]  # done, total, name of what is at hand
+Progress = Callable[[int, int, str], None]  # done, total, name of the current item
 
-# Bytes of tensors, as they are stored, that may be on their way at once. What is computed from them takes up
-# to five times as much.
+# Limit for the stored bytes of all items in flight. Intermediate results take up to five times as much.
 IN_FLIGHT_BYTES = 1 << 27
 
 
-def stream(
+def run_pipeline(
     items: Iterable[Item],
     work: Callable[[Item], Result],
     consume: Callable[[Item, Result], None],
@@ -30,9 +29,8 @@ def stream(
     """Call `work` on every item in threads and `consume` on the results in this one, in the items' order.
 
     There are as many threads as torch uses, and each computes with one: a matrix of SDXL is too small to be
-    worth sharing, and reading, hashing and writing run beside it. `size` gives the bytes of an item; so many
-    items are begun as fit into IN_FLIGHT_BYTES, at least one. The first exception stops everything and is
-    raised.
+    worth sharing, and reading, hashing and writing run concurrently. `size` gives the bytes of an item; items
+    start while they fit into IN_FLIGHT_BYTES, at least one. The first exception ends all work and is raised.
     """
     threads = max(torch.get_num_threads(), 1)
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
@@ -59,8 +57,8 @@ def stream(
             raise
 
 
-def tell(progress: Progress | None, done: int, total: int, name: str) -> None:
-    """Report progress to whoever listens."""
+def report_progress(progress: Progress | None, done: int, total: int, name: str) -> None:
+    """Call `progress` unless it is None."""
     if progress is not None:
         progress(done, total, name)
 

@@ -13,8 +13,8 @@ from typing import Self
 from torch import Tensor
 
 from spectune.errors import some_of
-from spectune.files.provenance import WeightsHasher
-from spectune.files.reader import TensorInfo
+from spectune.files.source import TensorInfo
+from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import StreamWriter, partial_path, remove_leftovers
 
 
@@ -26,7 +26,7 @@ class PlannedFile:
     metadata: Mapping[str, str]
 
 
-class AssembledWriter(ABC):
+class MultiFileWriter(ABC):
     """What writers of several files have in common; to its callers it is a StreamWriter.
 
     Takes the tensors announced in `infos` under single-file names, in any order, each once. The files are
