@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from spectune.training.callbacks import Callbacks
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.objective.target import ask_at_random
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.seeds import derived_generator
 from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss

@@ -22,7 +22,7 @@ from spectune.ops.split import split_checkpoint
 from spectune.pairs.layer_ranks import FixedRank
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo
 from spectune.training.loop import train
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 
 IMAGES = Path(__file__).resolve().parents[1] / "demo" / "images"
 

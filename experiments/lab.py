@@ -16,7 +16,7 @@ from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.loop import train
 from spectune.training.objective.target import ask_at_random
-from spectune.training.recipe.file import Recipe, parse_recipe
+from spectune.training.recipe.recipe import Recipe, parse_recipe
 from spectune.training.seeds import derived_generator, derived_seed
 from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss

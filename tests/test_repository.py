@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 import dev
 from spectune.cli.app import app
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 from tests.test_layers import LEVELS
 
 ROOT = dev.ROOT

@@ -10,7 +10,7 @@ import pytest
 
 from spectune.cli.app import run
 from spectune.training.optim import OPTIMIZERS
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 
 SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spectune.training.recipe.file import Recipe, parse_recipe
+from spectune.training.recipe.recipe import Recipe, parse_recipe
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 40), *, seed: int = 0) -> None:

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from spectune.training.loop import train
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 
 PROGRAM = """
 import json, sys
 from spectune.training.loop import train
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 train(parse_recipe(json.loads(sys.argv[1])))
 """
 

@@ -30,7 +30,7 @@ from spectune.training import prepare, state
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.training.loop import train
 from spectune.training.objective import requests as questions
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 
 GUIDE = {"betas": [0.8, 0.8], "schedulefree_c": 10, "d0": 1e-3, "use_stableadamw": False, "d_limiter": False}

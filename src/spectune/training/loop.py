@@ -30,7 +30,7 @@ from spectune.training.data.dataset import Batch, as_it_is
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopWish
 from spectune.training.optim import finished_weights, learning_rates, rate_factor, step_sizes
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 from spectune.training.seeds import derived_seed
 from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss

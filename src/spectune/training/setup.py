@@ -61,7 +61,7 @@ from spectune.training.prepare import (
     prepare,
     with_resolved_objective,
 )
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections import VaeSection
 from spectune.training.validation import HeldOut, encode_held_out
 

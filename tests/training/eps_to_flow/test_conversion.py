@@ -26,7 +26,7 @@ from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import WarmStart, parameters, refit_time
 from spectune.training.loop import train
 from spectune.training.objective.target import Question
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 from spectune.training.setup import Run, assemble
 from spectune.training.validation import held_out_loss
 from tests.training.conftest import MakeRecipe
@@ -225,9 +225,9 @@ def test_a_gradient_frame_follows_the_warm_start(make_recipe: MakeRecipe, pictur
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"kind": "eps", "flow_shift": ..., "teacher": "eps"}, '`teacher` belongs to kind = "flow"'),
-        ({"start": "warm", "bridge_steps": 5}, "give one"),
-        ({"warm_images": 5}, '`warm_images` does nothing without start = "warm"'),
+        ({"kind": "eps", "flow_shift": ..., "teacher": "eps"}, '`teacher` needs `kind = "flow"`'),
+        ({"start": "warm", "bridge_steps": 5}, "give only one of them"),
+        ({"warm_images": 5}, '`warm_images` does nothing without `start = "warm"`'),
     ],
 )
 def test_keys_that_exclude_each_other(

@@ -11,7 +11,7 @@ import pytest
 from spectune.errors import InputError
 from spectune.training.memory.account import Fixed, Memory, MemoryMeter, Setup
 from spectune.training.memory.search import described, ladder, plan, recipe_text
-from spectune.training.recipe.file import parse_recipe
+from spectune.training.recipe.recipe import parse_recipe
 
 
 def memory_of(unet: int) -> Memory:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from spectune.errors import InputError
-from spectune.training.recipe.file import load_recipe, parse_recipe
+from spectune.training.recipe.file import load_recipe
+from spectune.training.recipe.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "demo" / "demo.toml"]
@@ -91,24 +92,27 @@ def test_overrides_are_toml_values(
         ),
         ("optimizer.options.eps=-1", "option `eps` of adamw: Input should be greater than 0, got -1"),
         ("optimizer.name=adam", "; did you mean `adamw`?"),
-        ("objective.kind=epsilon", "[objective] `epsilon` is none of eps, v, flow; did you mean `eps`?"),
+        (
+            "objective.kind=epsilon",
+            "[objective] `kind`: `epsilon` is not one of eps, v, flow; did you mean `eps`?",
+        ),
         ("run.batch=0", "[run] `batch`: input should be greater than or equal to 1, got 0"),
         (
             "optimizer.options.betas=[0.9, 1.0]",
             "option `betas` of adamw: Input should be less than 1, got 1.0",
         ),
         ("data.caption.keep_tokens=1", "[data.caption] `keep_tokens` does nothing without `shuffle`"),
-        ('data.caption.extensions=["txt"]', "`extensions` begin with a dot, such as `.txt`; got `txt`"),
-        ("loss.min_snr_gamma=5", '[loss] `min_snr_gamma` does nothing without weighting = "min_snr"'),
+        ('data.caption.extensions=["txt"]', "`extensions` must begin with a dot, like `.txt`; got `txt`"),
+        ("loss.min_snr_gamma=5", '[loss] `min_snr_gamma` does nothing without `weighting = "min_snr"`'),
         ('model.principal="p"', "[model] give either `principal`"),
         ("model.parts=[]", "[model] `parts` is empty"),
-        ("objective={kind='eps', flow_shift=2.5}", '`flow_shift` belongs to kind = "flow", not to "eps"'),
+        ("objective={kind='eps', flow_shift=2.5}", '`flow_shift` needs `kind = "flow"`, not "eps"'),
         (
             "data.cache_text=true",
             "data.cache_text needs frozen text encoders, but model.parts trains te1, te2",
         ),
         ("run.name=../x", "[run] `name`"),
-        ("run.name.x=3", "override `run.name.x=3` reaches into `name`, which is a value and not a section"),
+        ("run.name.x=3", "override `run.name.x=3`: `name` is a value and not a section"),
         ("run.steps", "override `run.steps` is not of the form section.key=value"),
     ],
 )
@@ -135,10 +139,13 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
             "option `beta3` of prodigy_plus_schedule_free",
         ),
         (["data.random_crop=true", "data.cache_latents=true"], "`cache_latents` needs fixed crops"),
-        (["data.bucket.enabled=true", "data.bucket.max_px=768"], "`resolution_px` 1024 lies outside"),
-        (["model.frame=gradient", "model.form=residual"], '`frame` = "gradient" needs form = "delta"'),
-        (["model.frame=data", "model.form=residual"], '`frame` = "data" needs form = "delta"'),
-        (["model.frame=minor", "model.frame_batches=2"], "`frame_batches` does nothing without frame ="),
+        (
+            ["data.bucket.enabled=true", "data.bucket.max_px=768"],
+            "`resolution_px` 1024 must be between `bucket.min_px` and `bucket.max_px`, 256..768",
+        ),
+        (["model.frame=gradient", "model.form=residual"], '`frame = "gradient"` needs `form = "delta"`'),
+        (["model.frame=data", "model.form=residual"], '`frame = "data"` needs `form = "delta"`'),
+        (["model.frame=minor", "model.frame_batches=2"], "`frame_batches` does nothing without `frame ="),
         (["model.frame=random"], r"\[model\] `frame`: input should be 'principal', 'minor'"),
         (["model.frame_norm=0"], "`frame_norm`: input should be greater than 0"),
     ],
@@ -149,11 +156,13 @@ def test_contradictions(recipe_file: Path, overrides: list[str], message: str) -
 
 
 @pytest.mark.parametrize("override", ['frame="plain"', "frame_norm=1.0", 'layers=["all"]'])
-def test_a_principal_file_brings_its_own_frame(tmp_path: Path, override: str) -> None:
+def test_frame_keys_need_rank(tmp_path: Path, override: str) -> None:
     path = tmp_path / "principal.toml"
     path.write_text(MINIMAL.replace("rank = 16", 'principal = "p.safetensors"'))
     load_recipe(path)
-    with pytest.raises(InputError, match=r"needs `rank`: a principal file brings its own frame; give `rank`"):
+    with pytest.raises(
+        InputError, match=r"needs `rank`: a principal file contains its frame; give `rank` in"
+    ):
         load_recipe(path, [f"model.{override}"])
 
 

@@ -12,7 +12,7 @@ from tomlkit.items import Table
 
 from spectune.interop.kohya.importer import ImportedRecipe, Setting, nested
 from spectune.interop.kohya.rules import toml_item
-from spectune.training.recipe.file import Recipe
+from spectune.training.recipe.recipe import Recipe
 
 _RESIDUAL = """\
 The pair of the guide: its diff model and its extract, which is the principal. To make training exact from

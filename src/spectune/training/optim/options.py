@@ -1,4 +1,4 @@
-"""The options of each optimiser: checked names and ranges, with the defaults of the library it comes from.
+"""The options of each optimizer: names, ranges and help, with the defaults of the library it comes from.
 
 Weight decay is 0 everywhere: the deltas start at zero, and decay would pull them back to the base.
 """
@@ -14,43 +14,80 @@ DividingBeta = Annotated[float, Field(gt=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
+Betas = Annotated[
+    tuple[Beta, Beta], Field(description="Decay rates of the averages of the gradient and of its square.")
+]
+Epsilon = Annotated[
+    float, Field(gt=0, description="Added to the root of the average square, which a step is divided by.")
+]
+WeightDecay = Annotated[
+    float, Field(ge=0, description="Pull of what is trained towards 0, which in the delta form is the base.")
+]
+Beta3 = Annotated[
+    Beta | None,
+    Field(description="Decay rate of the averages that estimate d. None: the root of the second of `betas`."),
+]
+FirstDistance = Annotated[float, Field(gt=0, description="First estimate of the distance d to the solution.")]
+DistanceFactor = Annotated[
+    float, Field(gt=0, description="Factor of the estimate of d. Larger values train more boldly.")
+]
+GrowthRate = Annotated[
+    float | None, Field(gt=1, description="Largest growth of d from one step to the next. None: no limit.")
+]
+Decouple = Annotated[bool, Field(description="Decay weights directly, like AdamW, not through the gradient.")]
+BiasCorrection = Annotated[
+    bool, Field(description="Correct the averages of the first steps, which start at 0.")
+]
+
 
 class Options(BaseModel):
+    """The options of an optimizer. They are frozen and refuse unknown names, NaN and infinity."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdamWOptions(Options):
     """Loshchilov and Hutter 2019, arXiv:1711.05101; as in torch."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
+    betas: Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: WeightDecay = 0.0
 
 
 class AdamW8bitOptions(AdamWOptions):
-    """Dettmers et al. 2022, arXiv:2110.02861: AdamW with 8-bit moments; as in bitsandbytes."""
+    """Dettmers et al. 2022, arXiv:2110.02861: AdamW with 8-bit averages; as in bitsandbytes."""
 
-    min_8bit_size: int = Field(default=4096, ge=1)  # smaller tensors keep moments in float32
+    min_8bit_size: int = Field(
+        default=4096, ge=1, description="Tensors with fewer values keep their averages in float32."
+    )
 
 
 class AdafactorOptions(Options):
     """Shazeer and Stern 2018, arXiv:1804.04235; arguments as in transformers.
 
-    Other defaults than there: `scale_parameter` multiplies a step by the size of what is trained, which is
-    zero at first, and `relative_step` leaves no learning rate to the recipe.
+    Two defaults differ from transformers: `scale_parameter` multiplies a step by the size of what is trained,
+    which is zero at first, and `relative_step` leaves no learning rate to the recipe.
     """
 
-    eps: tuple[Positive, Positive] = (1e-30, 1e-3)  # under the square gradient; least size of a parameter
-    clip_threshold: Positive = 1.0  # largest root mean square of an update
-    decay_rate: float = Field(default=-0.8, lt=0)  # the second moment forgets with 1 - step ** decay_rate
-    beta1: Beta | None = None  # of a first moment; None: none is kept
-    weight_decay: NotNegative = 0.0
-    scale_parameter: bool = False
-    relative_step: bool = False  # steps of min(0.01, 1 / sqrt(step))
-    warmup_init: bool = False  # ... that begin at 1e-6 * step
+    eps: tuple[Positive, Positive] = Field(
+        default=(1e-30, 1e-3), description="Added to the squared gradient; smallest size of a parameter."
+    )
+    clip_threshold: Positive = Field(default=1.0, description="Largest root mean square of an update.")
+    decay_rate: float = Field(
+        default=-0.8, lt=0, description="The average square decays with `1 - step ** decay_rate`."
+    )
+    beta1: Beta | None = Field(
+        default=None, description="Decay rate of an average of the gradient. None: no such average."
+    )
+    weight_decay: WeightDecay = 0.0
+    scale_parameter: bool = Field(
+        default=False, description="Multiply steps by the root mean square of the parameter."
+    )
+    relative_step: bool = Field(default=False, description="Steps of `min(0.01, 1 / sqrt(step))`.")
+    warmup_init: bool = Field(default=False, description="Steps of `relative_step` begin at `1e-6 * step`.")
 
     @model_validator(mode="after")
-    def _warms_up_its_own_steps(self) -> Self:
+    def _warmup_needs_relative_step(self) -> Self:
         if self.warmup_init and not self.relative_step:
             raise ValueError("`warmup_init` does nothing without `relative_step`")
         return self
@@ -59,80 +96,112 @@ class AdafactorOptions(Options):
 class LionOptions(Options):
     """Chen et al. 2023, arXiv:2302.06675; as in lion-pytorch."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    weight_decay: NotNegative = 0.0
-    decoupled_weight_decay: bool = False  # the decay of a step does not grow with the learning rate
+    betas: Betas = (0.9, 0.99)
+    weight_decay: WeightDecay = 0.0
+    decoupled_weight_decay: bool = Field(
+        default=False, description="The decay of a step does not grow with the learning rate."
+    )
 
 
 class DAdaptAdamOptions(Options):
     """Defazio and Mishchenko 2023, arXiv:2301.07733; as in dadaptation."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
-    decouple: bool = False  # decay as AdamW does
-    use_bias_correction: bool = False
-    d0: Positive = 1e-6
-    growth_rate: float | None = Field(default=None, gt=1)  # of d from step to step, at most; None: any
+    betas: Betas = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: WeightDecay = 0.0
+    decouple: Decouple = False
+    use_bias_correction: BiasCorrection = False
+    d0: FirstDistance = 1e-6
+    growth_rate: GrowthRate = None
 
 
-class ProdigyOptions(Options):
+class ProdigyOptions(DAdaptAdamOptions):
     """Mishchenko and Defazio 2024, arXiv:2306.06101; as in prodigyopt."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    beta3: Beta | None = None  # of the estimate of d; None: the root of the second of `betas`
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
-    decouple: bool = True  # decay as AdamW does
-    use_bias_correction: bool = False
-    safeguard_warmup: bool = False  # keeps d from being too large after a warm-up
-    d0: Positive = 1e-6
-    d_coef: Positive = 1.0
-    growth_rate: float | None = Field(default=None, gt=1)  # of d from step to step, at most; None: any
-    slice_p: int = Field(default=1, ge=1)  # d is estimated from every p-th number
+    decouple: Decouple = True
+    beta3: Beta3 = None
+    d_coef: DistanceFactor = 1.0
+    safeguard_warmup: bool = Field(
+        default=False, description="Keep d from growing too large after a warm-up of the learning rate."
+    )
+    slice_p: int = Field(default=1, ge=1, description="Estimate d from every p-th value of a tensor.")
 
 
 class AdamWScheduleFreeOptions(Options):
     """Defazio et al. 2024, arXiv:2405.15682; as in schedulefree."""
 
-    betas: tuple[DividingBeta, Beta] = (0.9, 0.999)  # the average is read off by dividing by the first
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
-    warmup_steps: int = Field(default=0, ge=0)
-    r: NotNegative = 0.0  # steps weigh step ** r in the average
-    weight_lr_power: NotNegative = 2.0  # ... times the largest rate so far to this power
+    # Reading the average divides by the first of them.
+    betas: Annotated[
+        tuple[DividingBeta, Beta],
+        Field(description="Weight of the average in the steps; decay rate of the average square."),
+    ] = (0.9, 0.999)
+    eps: Epsilon = 1e-8
+    weight_decay: WeightDecay = 0.0
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises to its full value."
+    )
+    r: NotNegative = Field(default=0.0, description="A step has the weight `step ** r` in the average.")
+    weight_lr_power: NotNegative = Field(
+        default=2.0,
+        description="That weight is multiplied by this power of the largest learning rate so far.",
+    )
 
 
 class ProdigyPlusOptions(Options):
     """Arguments of ProdigyPlusScheduleFree 2.0.1 with its defaults."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    beta3: Beta | None = None
-    weight_decay: NotNegative = 0.0
-    weight_decay_by_lr: bool = True
-    d0: Positive = 1e-6
-    d_coef: Positive = 1.0
-    d_limiter: bool = True
-    prodigy_steps: int = Field(default=0, ge=0)  # the step size is frozen from this step on; 0: never
-    schedulefree_c: NotNegative = 0
-    eps: Positive | None = 1e-8
-    split_groups: bool = True
-    split_groups_mean: bool = False
-    factored: bool = True
-    factored_fp32: bool = True
-    use_bias_correction: bool = False
-    use_stableadamw: bool = True
-    use_schedulefree: bool = True
-    use_speed: bool = False
-    stochastic_rounding: bool = True
-    use_cautious: bool = False
-    use_grams: bool = False
-    use_adopt: bool = False
-    use_orthograd: bool = False
-    use_focus: bool = False
+    betas: Betas = (0.9, 0.99)
+    beta3: Beta3 = None
+    weight_decay: WeightDecay = 0.0
+    weight_decay_by_lr: bool = Field(default=True, description="Multiply the decay by the learning rate.")
+    d0: FirstDistance = 1e-6
+    d_coef: DistanceFactor = 1.0
+    d_limiter: bool = Field(default=True, description="Limit the growth of d in each step.")
+    prodigy_steps: int = Field(
+        default=0, ge=0, description="Freeze d after this step and free its memory. 0: never."
+    )
+    schedulefree_c: NotNegative = Field(
+        default=0,
+        description="Strength of the averaging (arXiv:2507.09846): larger values average over fewer steps. "
+        "0: the original rule.",
+    )
+    eps: Positive | None = Field(
+        default=1e-8,
+        description="Added to the root of the average square. None: Adam-atan2, which needs no such value.",
+    )
+    split_groups: bool = Field(default=True, description="Estimate d for each part of the model separately.")
+    split_groups_mean: bool = Field(
+        default=False, description="All parts use the harmonic mean of their d; needs `split_groups`."
+    )
+    factored: bool = Field(
+        default=True, description="Store the average square as a product of rows and columns."
+    )
+    factored_fp32: bool = Field(default=True, description="Store these factors in float32.")
+    use_bias_correction: bool = Field(
+        default=False, description="Correct the averages of the first steps, like RAdam; d grows later."
+    )
+    use_stableadamw: bool = Field(default=True, description="Divide updates by their root mean square.")
+    use_schedulefree: bool = Field(
+        default=True, description="Average steps. Off: a Prodigy that takes a schedule."
+    )
+    use_speed: bool = Field(
+        default=False, description="Estimate d from the direction of progress; experimental."
+    )
+    stochastic_rounding: bool = Field(default=True, description="Round bf16 tensors stochastically.")
+    use_cautious: bool = Field(default=False, description="Cautious updates, arXiv:2411.16085; experimental.")
+    use_grams: bool = Field(default=False, description="Grams updates, arXiv:2412.17107; experimental.")
+    use_adopt: bool = Field(default=False, description="ADOPT, arXiv:2411.02853, in part; experimental.")
+    use_orthograd: bool = Field(
+        default=False,
+        description="Use the gradient orthogonal to the weights, arXiv:2501.04697; experimental.",
+    )
+    use_focus: bool = Field(
+        default=False,
+        description="FOCUS, arXiv:2501.12243; experimental, needs `factored = false` and an `eps`.",
+    )
 
     @model_validator(mode="after")
-    def _average_can_be_read(self) -> Self:
+    def _average_is_readable(self) -> Self:
         if self.use_schedulefree and self.betas[0] == 0:
             raise ValueError("the first of `betas` is 0: schedule-free steps divide by it")
         return self

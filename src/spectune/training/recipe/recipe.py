@@ -1,0 +1,150 @@
+"""The whole recipe: its sections, the rules between them, and errors in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from spectune.errors import InputError, did_you_mean
+from spectune.training.optim import OPTIMIZERS
+from spectune.training.recipe.sections import (
+    DataSection,
+    LossSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    RunSection,
+    Section,
+    VaeSection,
+)
+
+EXAMPLES_HINT = "recipes/ contains examples of every section"
+
+
+class Recipe(Section):
+    """A training run: what is trained, on which data, and how."""
+
+    model: ModelSection
+    vae: VaeSection = VaeSection()
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_objective()
+        self._check_optimizer()
+        self._check_caches()
+        return self
+
+    def _check_objective(self) -> None:
+        kind = self.objective.kind
+        if kind == "flow" and self.loss.weighting not in ("none", "edm2"):
+            raise ValueError(
+                f'loss.weighting = "{self.loss.weighting}" depends on the signal-to-noise ratio, '
+                "which flow does not use"
+            )
+        if self.objective.converts and self.model.form != "delta":
+            raise ValueError(
+                'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base'
+            )
+        if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
+            raise ValueError(f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"')
+
+    def _check_optimizer(self) -> None:
+        name, traits = self.optimizer.name, self.optimizer.traits
+        frozen = [part for part in self.optimizer.part_learning_rates if part not in self.model.parts]
+        if frozen:
+            raise ValueError(
+                f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train"
+            )
+        if self.run.ema_decay is not None and traits.schedule_free:
+            raise ValueError(f"run.ema_decay: {name} already saves an average of its steps")
+        if self.run.trained_precision == "bf16" and not traits.rounds_stochastically:
+            good = [other for other, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
+            raise ValueError(
+                'run.trained_precision = "bf16" needs an optimizer that rounds stochastically, or small '
+                f"updates are lost; {name} with these options does not, {', '.join(good)} can"
+            )
+
+    def _check_caches(self) -> None:
+        if "text" in self.run.offload and not self.caches_text:
+            raise ValueError(
+                'run.offload = ["text"] needs cached captions: freeze the encoders and keep captions fixed'
+            )
+        if "vae" in self.run.offload and not self.data.caches_latents:
+            raise ValueError('run.offload = ["vae"] needs cached latents')
+        trained = [part for part in self.model.parts if part != "unet"]
+        if self.data.cache_text and trained:
+            raise ValueError(
+                f"data.cache_text needs frozen text encoders, but model.parts trains {', '.join(trained)}"
+            )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether images are encoded once, before the training."""
+        return self.data.caches_latents
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether captions are encoded once, before the training."""
+        if self.data.cache_text is not None:
+            return self.data.cache_text
+        return self.model.parts == ("unet",) and not self.data.caption.varies
+
+
+def parse_recipe(data: Mapping[str, Any], *, label: str = "recipe") -> Recipe:
+    """Return a checked recipe from nested mappings; `label` names it in messages.
+
+    Raises:
+        InputError: A key is unknown or missing, or a value does not fit.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(dict(details)) for details in error.errors()]
+        more = f"; ... ({len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{label}: {'; '.join(problems[:3])}{more}", hint=EXAMPLES_HINT) from error
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class in a field's annotation: `Section` or `tuple[Section, ...]`."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _problem(details: dict[str, Any]) -> str:
+    location = [str(part) for part in details["loc"]]
+    where = f"[{'.'.join(location[:-1])}] " if len(location) > 1 else ""
+    key = location[-1] if location else ""
+    message = f"{details['msg'][:1].lower()}{details['msg'][1:]}"
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{where}unknown key `{key}`{did_you_mean(key, _keys_of(location[:-1]))}"
+        case "missing":
+            return f"{where}key `{key}` is missing"
+        case "unknown_name":
+            return f"{where}`{key}`: {message}"
+        case "value_error":
+            place = f"[{'.'.join(location)}] " if location else ""
+            return f"{place}{details['ctx']['error']}"
+        case _:
+            return f"{where}`{key}`: {message}, got {details['input']!r}"
+
+
+def _keys_of(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for name in location:
+        if name.isdecimal():
+            continue  # the index in an array of tables
+        below = section_of(section.model_fields[name].annotation)
+        if below is None:
+            return []
+        section = below
+    return list(section.model_fields)

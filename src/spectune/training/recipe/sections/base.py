@@ -1,0 +1,41 @@
+"""What all sections of a recipe share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from spectune.errors import did_you_mean
+
+
+class Section(BaseModel):
+    """A table of a recipe. It is frozen and refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def differs(self, key: str) -> bool:
+        """Return whether `key` has another value than its default."""
+        return getattr(self, key) != type(self).model_fields[key].default
+
+
+class OneOf:
+    """A validator that accepts the names of a registry, for `Annotated[str, AfterValidator(OneOf(...))]`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __call__(self, name: str) -> str:
+        """Return `name`; raise an error with a suggestion if the registry does not contain it."""
+        if name not in self.names:
+            raise PydanticCustomError(
+                "unknown_name",
+                "`{name}` is not one of {names}{suggestion}",  # pyright: ignore[reportArgumentType]
+                {
+                    "name": name,
+                    "names": ", ".join(self.names),
+                    "suggestion": did_you_mean(name, self.names),
+                },
+            )
+        return name

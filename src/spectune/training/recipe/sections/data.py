@@ -1,0 +1,197 @@
+"""[data]: folders of images, and how an image becomes a training example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from spectune.training.recipe.sections.base import Section
+
+MaskSource = Literal["none", "alpha", "file"]
+
+
+class BucketSection(Section):
+    """Aspect buckets: sizes of about `resolution_px`² pixels."""
+
+    enabled: bool = Field(
+        default=False, description="Train each image near its own aspect. Off: every image becomes a square."
+    )
+    min_px: int = Field(default=256, ge=8, description="Shortest side in pixels.")
+    max_px: int = Field(default=1024, ge=8, description="Longest side in pixels.")
+    step_px: int = Field(default=64, ge=8, description="Sides are multiples of this number of pixels.")
+
+
+class CaptionSection(Section):
+    """How captions are read, and how they vary from draw to draw."""
+
+    extensions: tuple[str, ...] = Field(
+        default=(".txt", ".caption"),
+        description="Extensions of caption files. The first line of the first such file is the caption.",
+    )
+    sidecar: str = Field(
+        default="metadata.jsonl",
+        description='Name of a JSONL file in a folder of images, with `{"file_name": ..., "text": ...}` '
+        "on each line. Empty: no sidecar is read.",
+    )
+    shuffle: bool = Field(default=False, description="Shuffle the comma separated tags.")
+    keep_tokens: int = Field(
+        default=0, ge=0, description="Leading tags that keep their place and are never dropped."
+    )
+    dropout_probability: float = Field(
+        default=0.0, ge=0, le=1, description="Probability that the whole caption becomes empty."
+    )
+    tag_dropout_probability: float = Field(
+        default=0.0, ge=0, le=1, description="Probability that a tag is dropped, for each tag separately."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for extension in self.extensions:
+            if not extension.startswith(".") or extension == ".":
+                raise ValueError(f"`extensions` must begin with a dot, like `.txt`; got `{extension}`")
+        if self.keep_tokens and not self.varies:
+            raise ValueError(
+                "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`; "
+                "turn one of them on or leave it out"
+            )
+        return self
+
+    @property
+    def varies(self) -> bool:
+        """Whether one image has more captions than its own and the empty one."""
+        return self.shuffle or self.tag_dropout_probability > 0
+
+
+class ImageSetSection(Section):
+    """One folder of images with its own settings."""
+
+    path: Path = Field(description="The folder that contains the images.")
+    repeats: int = Field(default=1, ge=1, description="How often each image is drawn in an epoch.")
+    caption: str = Field(default="", description="Caption of images that have none.")
+    loss_weight: float = Field(default=1.0, gt=0, description="Factor of the loss of these images.")
+    regularisation: bool = Field(
+        default=False,
+        description="These images show a class that the model should keep. "
+        "Their loss is also multiplied by `data.regularisation_weight`.",
+    )
+
+
+class DataSection(Section):
+    """Images, captions and masks, and what varies from draw to draw."""
+
+    folders: tuple[Path, ...] = Field(
+        default=(), description="Parents of `N_name` folders. Each epoch draws their images N times."
+    )
+    sets: tuple[ImageSetSection, ...] = Field(
+        default=(), description="Folders of images, each a table [[data.sets]] with its own settings."
+    )
+    regularisation_folders: tuple[Path, ...] = Field(
+        default=(), description="Like `folders`, for images of a class that the model should keep."
+    )
+    regularisation_weight: float = Field(
+        default=1.0, gt=0, description="Factor of the loss of regularisation images."
+    )
+    resolution_px: int = Field(
+        default=1024, ge=16, description="Side in pixels of the square whose area images are trained at."
+    )
+    bucket: BucketSection = BucketSection()
+    caption: CaptionSection = CaptionSection()
+    flip_probability: float = Field(
+        default=0.0, ge=0, le=1, description="Probability that an image is mirrored."
+    )
+    random_crop: bool = Field(default=False, description="Crop at a random position instead of the center.")
+    color_probability: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Probability of a small change of hue, saturation and gamma.",
+    )
+    mask: MaskSource = Field(
+        default="none",
+        description="Where the loss counts. `alpha`: the alpha channel. "
+        "`file`: a gray image in the folder of its picture.",
+    )
+    mask_suffix: str = Field(
+        default=".mask.png",
+        description="End of the names of mask files: `cat.mask.png` is the mask of `cat.webp`. "
+        "Such files are never training images.",
+    )
+    cache_latents: bool | None = Field(
+        default=None,
+        description="Encode each image once, before the training. "
+        "None: where crops and colors are fixed or `cache_variants` is above 1.",
+    )
+    cache_variants: int = Field(
+        default=1, ge=1, description="Crops and colors of each image and orientation in the cache."
+    )
+    cache_folder: Path | None = Field(
+        default=None, description="Folder that keeps latents between runs. None: in memory only."
+    )
+    cache_text: bool | None = Field(
+        default=None,
+        description="Encode each caption once, before the training. "
+        "None: where the text encoders are frozen and the captions fixed.",
+    )
+    validation_folder: Path | None = Field(
+        default=None,
+        description="Images that are not trained on, in `N_name` folders or directly.",
+    )
+    workers: int = Field(
+        default=0, ge=0, description="Processes that prepare batches. 0: the training process prepares them."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.folders and not self.sets:
+            raise ValueError("no images: give `folders` (parents of `N_name` folders) or [[data.sets]]")
+        if not self.mask_suffix:
+            raise ValueError("`mask_suffix` is empty: every file would be a mask")
+        self._check_caches()
+        self._check_buckets()
+        return self
+
+    def _check_caches(self) -> None:
+        if self.varies and self.cache_latents and self.cache_variants == 1:
+            raise ValueError(
+                "`cache_latents` needs fixed crops and colors: turn `random_crop` and "
+                "`color_probability` off, raise `cache_variants`, or leave `cache_latents` out"
+            )
+        if not self.caches_latents and (self.cache_variants > 1 or self.cache_folder is not None):
+            raise ValueError(
+                "`cache_variants` and `cache_folder` do nothing where latents are not cached: turn "
+                "`cache_latents` on, and raise `cache_variants` where crops or colors vary"
+            )
+        if self.cache_variants > 1 and not self.varies:
+            raise ValueError("`cache_variants` does nothing where crops and colors are fixed")
+        if self.cache_text and self.caption.varies:
+            raise ValueError(
+                "`cache_text` needs fixed captions: turn `caption.shuffle` and "
+                "`caption.tag_dropout_probability` off"
+            )
+
+    def _check_buckets(self) -> None:
+        sides = self.bucket
+        if sides.enabled and not sides.min_px <= self.resolution_px <= sides.max_px:
+            raise ValueError(
+                f"`resolution_px` {self.resolution_px} must be between `bucket.min_px` and `bucket.max_px`, "
+                f"{sides.min_px}..{sides.max_px}"
+            )
+        if sides.enabled and sides.step_px > self.resolution_px:
+            raise ValueError(
+                f"`bucket.step_px` {sides.step_px} is larger than `resolution_px` {self.resolution_px}: "
+                "no bucket fits"
+            )
+
+    @property
+    def varies(self) -> bool:
+        """Whether the pixels of one image differ from draw to draw, mirroring aside."""
+        return self.random_crop or self.color_probability > 0
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether images are encoded once, before the training."""
+        if self.cache_latents is not None:
+            return self.cache_latents
+        return not self.varies or self.cache_variants > 1

@@ -1,0 +1,146 @@
+"""[model] and [vae]: what is trained, and which autoencoder makes latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from spectune.files.provenance import FrameKind
+from spectune.model.vae_settings import KNOWN_VAES
+from spectune.training.recipe.sections.base import OneOf, Section
+
+PartName = Literal["unet", "te1", "te2"]
+ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
+Quantization = Literal["none", "nf4", "int8"]
+
+
+class ModelSection(Section):
+    """The base checkpoint, and the frame whose directions are trained."""
+
+    base: Path | None = Field(
+        default=None,
+        description="The original checkpoint, or a residual that `spectune split` wrote. "
+        "Give either `base` or `residual`.",
+    )
+    residual: Path | None = Field(
+        default=None,
+        description="A residual that another tool wrote, such as the guide's diff model. "
+        'Needs its `principal` and `form = "residual"`.',
+    )
+    principal: Path | None = Field(
+        default=None,
+        description="The principal adapter, written by `spectune split` or another tool. "
+        "Give either `principal` or `rank`.",
+    )
+    rank: int | None = Field(
+        default=None, ge=1, description="Split the base at this rank when the run starts."
+    )
+    conv_rank: int | None = Field(
+        default=None, ge=1, description="Rank of 3x3 convolutions. None: the same as `rank`."
+    )
+    layers: tuple[str, ...] = Field(
+        default=("default",),
+        description="Layers that `rank` applies to, in the words of `spectune split --layers`.",
+    )
+    frame: FrameKind = Field(
+        default="principal", description="The frame that `rank` makes: which directions are trained."
+    )
+    frame_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="Euclidean length of each row of A0 and each column of B0. "
+        "None: the frame's own lengths.",
+    )
+    frame_batches: int = Field(
+        default=4, ge=1, description="Batches that `gradient` and `data` frames are computed from."
+    )
+    form: Literal["delta", "residual"] = Field(
+        default="delta",
+        description="`delta` keeps the original weights and trains dA and dB. "
+        "`residual` keeps the residual and trains A and B.",
+    )
+    parts: tuple[PartName, ...] = Field(default=ALL_PARTS, description="Parts of the model to train.")
+    quantize: Quantization = Field(
+        default="none",
+        description="Storage of the frozen linear layers. Other values than `none` need "
+        '`form = "residual"` and bitsandbytes.',
+    )
+    dropout_probability: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability that a direction of a change is dropped in a step."
+    )
+
+    @model_validator(mode="after")
+    def _one_frame(self) -> Self:
+        if (self.base is None) == (self.residual is None):
+            raise ValueError("give either `base` (the original checkpoint) or `residual`")
+        if (self.principal is None) == (self.rank is None):
+            raise ValueError("give either `principal` (a file made by `spectune split`) or `rank`")
+        if self.residual is not None and (self.principal is None or self.form != "residual"):
+            raise ValueError('`residual` needs its `principal` and `form = "residual"`')
+        if self.conv_rank is not None and self.rank is None:
+            raise ValueError("`conv_rank` needs `rank`: a principal file already has its ranks")
+        self._check_frame()
+        if self.quantize != "none" and self.form != "residual":
+            raise ValueError(
+                '`quantize` needs `form = "residual"`: the residual loses least when it is quantized'
+            )
+        if not self.parts:
+            raise ValueError(f"`parts` is empty; give at least one of {', '.join(ALL_PARTS)}")
+        return self
+
+    def _check_frame(self) -> None:
+        for key in ("frame", "frame_norm", "layers"):
+            if self.rank is None and self.differs(key):
+                raise ValueError(
+                    f"`{key}` needs `rank`: a principal file contains its frame; "
+                    "give `rank` instead of `principal`"
+                )
+        if self.aligned and self.form != "delta":
+            raise ValueError(
+                f'`frame = "{self.frame}"` needs `form = "delta"`: it is computed with the original weights, '
+                "and the residual form has replaced them by then"
+            )
+        if not self.aligned and self.differs("frame_batches"):
+            raise ValueError('`frame_batches` does nothing without `frame = "gradient"` or "data"')
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the frame is computed from the first batches of the run."""
+        return self.frame in ("gradient", "data")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that the model is built from."""
+        path = self.base or self.residual
+        assert path is not None
+        return path
+
+
+class VaeSection(Section):
+    """The autoencoder that makes latents of pictures: latents = (z - shift) * scale.
+
+    A value that the recipe leaves out comes from the autoencoder's file, else from the checkpoint, else it is
+    SDXL's.
+    """
+
+    path: Path | None = Field(
+        default=None, description="A file or a diffusers folder. None: the checkpoint's own autoencoder."
+    )
+    name: Annotated[str, AfterValidator(OneOf(KNOWN_VAES))] | None = Field(
+        default=None, description="A known autoencoder. It sets `scale`, `shift` and `padding`."
+    )
+    scale: float | None = Field(default=None, gt=0, description="Factor of the latents.")
+    shift: float | None = Field(default=None, description="Subtracted from z, before the factor.")
+    padding: Literal["zeros", "reflect"] | None = Field(
+        default=None, description="Padding of the autoencoder's convolutions."
+    )
+
+    @model_validator(mode="after")
+    def _name_or_values(self) -> Self:
+        if self.name is not None and (self.scale, self.shift, self.padding) != (None, None, None):
+            raise ValueError(
+                f'`name = "{self.name}"` sets `scale`, `shift` and `padding`: give either the name or these'
+            )
+        return self

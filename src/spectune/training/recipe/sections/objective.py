@@ -1,0 +1,145 @@
+"""[objective] and [loss]: what the network is trained to predict, and what an error costs."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from spectune.training.objective.losses import HUBER_C, LOSSES, SCHEDULED_LOSSES
+from spectune.training.objective.target import OBJECTIVES
+from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
+from spectune.training.recipe.sections.base import OneOf, Section
+
+CONVERSION_KEYS = ("start", "teacher", "bridge_steps")
+FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *CONVERSION_KEYS)
+
+
+class ObjectiveSection(Section):
+    """What the network predicts, and at which noise levels."""
+
+    kind: Annotated[str, AfterValidator(OneOf(OBJECTIVES))] | None = Field(
+        default=None, description="Prediction type. None: the type that the base declares, else `eps`."
+    )
+    flow_shift: float | Literal["resolution"] | None = Field(
+        default=None,
+        description="Shift of noise levels, above 0; flow only. `resolution`: from the area of each batch. "
+        "None: the shift that a flow base declares, else 1.",
+    )
+    flow_times: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="Distribution of noise levels before the shift; flow only."
+    )
+    flow_times_mean: float = Field(
+        default=0.0, description="Mean of the normal distribution of `logit_normal`, in logits."
+    )
+    flow_times_std: float = Field(
+        default=1.0, gt=0, description="Standard deviation of the normal distribution of `logit_normal`."
+    )
+    start: Literal["raw", "warm"] = Field(
+        default="raw",
+        description="`warm` refits the layers of an EPS base that depend on the noise level, "
+        "before a run that trains flow.",
+    )
+    warm_images: int = Field(default=256, ge=1, description="Images that the warm start is fitted on.")
+    teacher: Literal["none", "eps"] = Field(
+        default="none",
+        description="`eps`: the target is the velocity of the EPS base, not that of the images; flow only.",
+    )
+    bridge_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps over which the prediction of an EPS base changes from EPS to velocity; flow only.",
+    )
+    zero_terminal_snr: bool | None = Field(
+        default=None,
+        description="Rescale the noise schedule to end in pure noise; eps and v only. "
+        "None: as the base declares.",
+    )
+    noise_offset: float = Field(
+        default=0.0, ge=0, description="Standard deviation of an offset of each channel's noise."
+    )
+    input_perturbation: float = Field(
+        default=0.0,
+        ge=0,
+        description="Standard deviation of noise that is added to the input only; eps and v only.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = sorted(key for key in self.model_fields_set.intersection(FLOW_KEYS) if self.differs(key))
+        if given and self.kind not in (None, "flow"):
+            raise ValueError(f'`{given[0]}` needs `kind = "flow"`, not "{self.kind}"')
+        if isinstance(self.flow_shift, float | int) and not 0 < self.flow_shift < math.inf:
+            raise ValueError(f'`flow_shift` is {self.flow_shift}: expected a positive number or "resolution"')
+        if self.start == "warm" and self.bridge_steps:
+            raise ValueError(
+                '`bridge_steps` starts from the unchanged base, `start = "warm"` from a refitted one: '
+                "give only one of them"
+            )
+        if self.start != "warm" and self.differs("warm_images"):
+            raise ValueError('`warm_images` does nothing without `start = "warm"`')
+        if self.kind == "flow" and self.zero_terminal_snr:
+            raise ValueError("`zero_terminal_snr` is for eps and v: flow always reaches pure noise")
+        if self.kind == "flow" and self.input_perturbation:
+            raise ValueError("`input_perturbation` is for eps and v")
+        return self
+
+    @property
+    def converts(self) -> bool:
+        """Whether the run uses help to convert an EPS base into a flow model."""
+        return any(self.differs(key) for key in CONVERSION_KEYS)
+
+
+class Edm2Section(Section):
+    """The learned weighting of noise levels (`weighting = "edm2"`). It has its own optimizer."""
+
+    learning_rate: float = Field(default=2e-2, gt=0, description="Learning rate of the weighting.")
+    fourier_features: int = Field(
+        default=128, ge=2, description="Number of features of the noise level, the input of the weighting."
+    )
+    importance_gamma: float = Field(
+        default=1.0,
+        gt=0,
+        description="Signal-to-noise ratio of the noise level with the largest weight.",
+    )
+
+
+class LossSection(Section):
+    """The cost of an error, and the weight of each noise level."""
+
+    kind: Annotated[str, AfterValidator(OneOf(LOSSES))] = Field(
+        default="mse", description="Cost of the difference between prediction and target."
+    )
+    huber_c: float | None = Field(
+        default=None,
+        gt=0,
+        description="Difference at which `huber` and `smooth_l1` turn from quadratic to linear. "
+        f"None: {HUBER_C}.",
+    )
+    huber_schedule: Literal["constant", "snr"] = Field(
+        default="constant", description="`snr`: `huber_c` depends on the noise level."
+    )
+    weighting: Annotated[str, AfterValidator(OneOf(WEIGHTINGS))] = Field(
+        default="none",
+        description="Weight of each noise level. Flow takes `none` and `edm2` only.",
+    )
+    min_snr_gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Signal-to-noise ratio g of `min_snr` and `soft_min_snr`. None: 5, as in the paper.",
+    )
+    scale_v_like_noise: bool = Field(
+        default=False, description="Weight the loss of a v model like the eps loss of the same network."
+    )
+    edm2: Edm2Section = Edm2Section()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_snr_gamma is not None and self.weighting not in GAMMA_WEIGHTINGS:
+            raise ValueError('`min_snr_gamma` does nothing without `weighting = "min_snr"` or "soft_min_snr"')
+        if self.kind not in SCHEDULED_LOSSES and (self.huber_c is not None or self.differs("huber_schedule")):
+            raise ValueError(f"`huber_c` and `huber_schedule` are for {' and '.join(SCHEDULED_LOSSES)}")
+        if self.weighting != "edm2" and self.differs("edm2"):
+            raise ValueError('[loss.edm2] does nothing without `weighting = "edm2"`')
+        return self

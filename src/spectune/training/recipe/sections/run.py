@@ -1,0 +1,148 @@
+"""[optimizer] and [run]: how long and how fast to train, in which precision, and what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from spectune.training.optim import OPTIMIZERS, SCHEDULES, Traits, check_options, traits_of
+from spectune.training.recipe.sections.base import OneOf, Section
+from spectune.training.recipe.sections.model import PartName
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Offloaded = Literal["text", "vae"]
+
+
+class OptimizerSection(Section):
+    """The optimizer, its learning rates and their schedule."""
+
+    name: Annotated[str, AfterValidator(OneOf(OPTIMIZERS))] = Field(default="adamw", description="Optimizer.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate. None: the default of the optimizer."
+    )
+    part_learning_rates: dict[PartName, float] = Field(
+        default_factory=dict,
+        description="Learning rates of single parts, above 0. They replace `learning_rate` there.",
+    )
+    schedule: Annotated[str, AfterValidator(OneOf(SCHEDULES))] = Field(
+        default="constant", description="Shape of the learning rate over the run, after the warm-up."
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises linearly to its full value."
+    )
+    cycles: int = Field(default=1, ge=1, description="Number of cycles of `cosine_restarts`.")
+    power: float = Field(default=1.0, gt=0, description="Exponent of `polynomial`.")
+    final_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the learning rate that decaying schedules end at."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Largest norm of all gradients together; 0 turns clipping off."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the optimizer, listed below for each of them."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        traits = self.traits
+        if traits.schedule_free and (self.schedule != "constant" or self.warmup_steps):
+            raise ValueError(f"{self.name} is schedule-free: leave `schedule` and `warmup_steps` out")
+        if self.cycles != 1 and self.schedule != "cosine_restarts":
+            raise ValueError('`cycles` needs `schedule = "cosine_restarts"`')
+        if self.power != 1 and self.schedule != "polynomial":
+            raise ValueError('`power` needs `schedule = "polynomial"`')
+        if self.final_share and self.schedule == "constant":
+            raise ValueError("`final_share` needs a schedule that decays")
+        for part, rate in self.part_learning_rates.items():
+            if not rate > 0:
+                raise ValueError(
+                    f"the learning rate of {part} is {rate}: expected a positive number; "
+                    "to freeze the part, leave it out of model.parts"
+                )
+        fixed = traits.fixed_learning_rate
+        rates = [self.learning_rate, *self.part_learning_rates.values()]
+        if fixed is not None and any(rate not in (None, fixed) for rate in rates):
+            raise ValueError(
+                f"{self.name} finds its own step size: leave `learning_rate` out or set it to {fixed:g}"
+            )
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """What the optimizer does with these options."""
+        return traits_of(self.name, check_options(self.name, self.options))
+
+
+class RunSection(Section):
+    """Length, memory, output and logging of a run."""
+
+    name: str = Field(
+        pattern=r"^[\w.-]+$",
+        description="Stem of the files that the run writes: letters, digits, `_`, `-` and `.`.",
+    )
+    output: Path = Field(description="Folder for adapters, previews, logs and states.")
+    steps: int | None = Field(
+        default=None, ge=0, description="Optimizer steps. Give either `steps` or `epochs`."
+    )
+    epochs: int | None = Field(default=None, ge=1, description="Passes over all images.")
+    batch: int = Field(default=1, ge=1, description="Images per process and forward pass.")
+    accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    precision: Precision = Field(default="fp32", description="Dtype of the frozen model.")
+    trained_precision: Precision = Field(
+        default="fp32",
+        description="Dtype of the trained tensors and their gradients. "
+        "`bf16` needs an optimizer that rounds stochastically.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, slower steps.",
+    )
+    compile: bool = Field(default=False, description="Compile the UNet with torch.compile.")
+    offload: tuple[Offloaded, ...] = Field(
+        default=(),
+        description="Frozen networks that stay in main memory during the training. "
+        "They need cached captions or cached latents.",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay per step of a moving average of the deltas, which is then saved and sampled. "
+        "None: no average.",
+    )
+    seed: int = Field(default=1, ge=0, description="Seed of all random choices of the run.")
+    save_every_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between saves. None: at the end only."
+    )
+    keep_last: int = Field(default=3, ge=1, description="Number of saved states that stay on disk.")
+    validate_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between validations. None: before and after the training only.",
+    )
+    validation_times: int = Field(default=4, ge=1, description="Noise levels per validation image.")
+    preview_every_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between preview images. None: no previews."
+    )
+    log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between log entries.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard logs.")
+    resume: bool = Field(
+        default=True, description="Continue from the newest state in `output`, if there is one."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        return self
+
+    @field_validator("name")
+    @classmethod
+    def _no_leading_dot(cls, name: str) -> str:
+        if name.startswith("."):
+            raise ValueError("the name starts with a dot")
+        return name
