@@ -26,7 +26,7 @@ from spectune.adapters.reader import open_adapter
 from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import save_tuned
 from spectune.cli.huge_pages import use_huge_pages
-from spectune.core.delta import Delta, change, joined
+from spectune.core.delta import Delta, added_to_residual, change
 from spectune.core.lora import export_layer
 from spectune.core.low_rank import LowRank, product
 from spectune.core.report import relative_error
@@ -135,10 +135,10 @@ def print_naive(tuned: Path) -> None:
 def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
     """[B0+dB, -B0] [A0+dA; A0]: the difference of the products, as it is written down without a thought."""
     frame = delta.frame
-    pair = joined(delta)
-    down = torch.cat([frame.down.float() + delta.down.float(), frame.down.float()])
-    up = torch.cat([frame.up.float() + delta.up.float(), -frame.up.float()], dim=1)
-    return LowRank(down=down.to(store), up=up.to(store), alpha=pair.alpha)
+    tuned = added_to_residual(delta)
+    down = torch.cat([tuned.down, frame.down.float()])
+    up = torch.cat([tuned.up, -frame.up.float()], dim=1)
+    return LowRank(down=down.to(store), up=up.to(store), alpha=2 * frame.alpha)
 
 
 def main() -> None:

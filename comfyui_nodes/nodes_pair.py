@@ -8,10 +8,9 @@ from typing import Any
 import comfy.sd
 import folder_paths
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.delta import Delta, absolute
+from spectune.core.delta import added_to_residual
 from spectune.core.low_rank import LowRank
 from spectune.pairs.merged import restored
 from spectune.pairs.rules import check_residual_pair
@@ -97,12 +96,7 @@ def _checked(residual: Path, principal: Path) -> dict[str, LowRank]:
         open_adapter(principal, build_catalogue(source, all_layers=True)) as adapter,
     ):
         check_residual_pair(source, adapter)
-        return {name: _product(adapter, name) for name in adapter.layers}
-
-
-def _product(adapter: Adapter | TunedAdapter, name: str) -> LowRank:
-    layer = adapter.layers[name]
-    return absolute(layer) if isinstance(layer, Delta) else layer
+        return {name: added_to_residual(layer) for name, layer in adapter.layers.items()}
 
 
 def _loaded(path: Path) -> tuple[Any, Any, Any]:

@@ -67,7 +67,7 @@ def test_a_linear_layer_multiplies_a_turned_input_as_the_original_does(tokens, w
     base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
     x = torch.randn(2, width, tokens).transpose(1, 2)
     zeros, frame = torch.zeros(4, width), torch.randn(4, width)
-    factors = Factors(frame_down=frame, frame_up=torch.randn(width, 4), down=zeros, up=zeros.T.clone())
+    factors = Factors(A0=frame, B0=torch.randn(width, 4), dA=zeros, dB=zeros.T.clone())
     assert torch.equal(delta_linear(x, base, 1.0, factors), base(x))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.writer import save_tuned
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.delta import absolute
+from spectune.core.delta import added_to_residual
 from spectune.core.low_rank import product
 from spectune.errors import PairingError
 from spectune.files.weights_hash import weights_hash
@@ -50,7 +50,7 @@ def test_the_tuned_factors_take_the_principals_place(
     out = rebuild_checkpoint(path, residual, tmp_path / "whole.safetensors", dtype=torch.float32).path
     with open_checkpoint(residual) as rest, open_checkpoint(out) as whole:
         for layer in build_catalogue(rest):
-            expected = layer_weight(rest, layer) + product(absolute(tuned.layers[layer.name]))
+            expected = layer_weight(rest, layer) + product(added_to_residual(tuned.layers[layer.name]))
             assert torch.allclose(layer_weight(whole, layer), expected, rtol=1e-6, atol=1e-7)
 
 

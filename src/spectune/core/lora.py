@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spectune.core.delta import Delta, absolute, change, joined
+from spectune.core.delta import Delta, added_to_base, added_to_residual, change
 from spectune.core.linalg import norm, thin_qr, thin_svd
 from spectune.core.low_rank import LowRank, product, to_factors, to_matrix, weight_shape
 from spectune.core.report import relative_error
@@ -66,9 +66,8 @@ def change_factors(layer: LowRank | Delta, name: str) -> LowRank:
     if isinstance(layer, Delta):
         check_factors(layer.frame, name)
     check_factors(layer, name)
-    if isinstance(layer, Delta):
-        return joined(layer)
-    return LowRank(down=layer.down.float(), up=layer.up.float(), alpha=layer.alpha)
+    pair = added_to_base(layer)
+    return LowRank(down=pair.down.float(), up=pair.up.float(), alpha=pair.alpha)
 
 
 def check_factors(layer: LowRank | Delta, name: str) -> None:
@@ -157,7 +156,7 @@ def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: s
     The rounding falls on the whole factors and not on the change alone, so the error of the change is large.
     """
     change_factors(delta, name)
-    factors = absolute(delta)
+    factors = added_to_residual(delta)
     low_rank = LowRank(
         down=rounded(factors.down, store, name), up=rounded(factors.up, store, name), alpha=factors.alpha
     )

@@ -1,6 +1,6 @@
 """Adapters in place: factored layers of a running model, trained in the delta or the residual form.
 
-Both forms are the same function of the same weights, W' = W + scale*(dB (A0+dA) + B0 dA):
+Both forms are the same function of the same weights; core/delta.py derives them:
 
 * delta:    the base layer holds W; dA and dB are trained from zero, A0 and B0 are fixed.
 * residual: the base layer holds R = W - scale*B0 A0; A = A0+dA and B = B0+dB are trained.
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from spectune.core.delta import (
     Delta,
     Factors,
-    absolute,
+    added_to_residual,
+    apply_low_rank,
+    delta_between,
     delta_conv,
     delta_linear,
-    joined_down,
-    joined_up,
-    low_rank,
+    stacked_down,
+    stacked_up,
 )
 from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError
@@ -74,18 +75,18 @@ class AdaptedLayer(nn.Module):
         if self.form == "residual":
             down, up = self.down.to(x.dtype), self.up.to(x.dtype)
             return self.base(x).add_(self._low_rank(x, down, up), alpha=self.scale)
-        factors = Factors(self.frame_down, self.frame_up, self.down, self.up)
+        factors = Factors(A0=self.frame_down, B0=self.frame_up, dA=self.down, dB=self.up)
         if not (self.dropout and self.training):
             if isinstance(self.base, nn.Conv2d):
                 return self.base(x).add_(delta_conv(x, self.base, self.scale, factors))
             if type(self.base) is nn.Linear:  # a quantised one has no weight to multiply with
                 return delta_linear(x, self.base, self.scale, factors)
-        down, up = joined_down(factors, x.dtype), joined_up(factors, 1.0, x.dtype)
+        down, up = stacked_down(factors, x.dtype), stacked_up(factors, 1.0, x.dtype)
         return self.base(x).add_(self._low_rank(x, down, up, halves=2), alpha=self.scale)
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, *, halves: int = 1) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
+        return apply_low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
 
     def trained_change(self) -> tuple[Tensor, Tensor]:
         """dA and dB where they are, in the type that is trained."""
@@ -99,7 +100,7 @@ class AdaptedLayer(nn.Module):
         frame = LowRank(down=self.frame_down.cpu(), up=self.frame_up.cpu(), alpha=self.alpha)
         down, up = self.down.detach().cpu().float(), self.up.detach().cpu().float()
         if self.form == "residual":
-            down, up = down - frame.down.float(), up - frame.up.float()
+            return delta_between(frame, LowRank(down=down, up=up, alpha=self.alpha))
         return Delta(frame=frame, down=down.clone(), up=up.clone())
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class AdaptedLayer(nn.Module):
             raise InputError(
                 "the trained change belongs to another frame", hint="use the principal it was trained from"
             )
-        start = delta if self.form == "delta" else absolute(delta)
+        start = delta if self.form == "delta" else added_to_residual(delta)
         self.down.copy_(start.down)
         self.up.copy_(start.up)
 

@@ -10,7 +10,7 @@ from statistics import median
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
-from spectune.core.delta import Delta, joined
+from spectune.core.delta import Delta, added_to_base
 from spectune.core.linalg import norm
 from spectune.core.low_rank import LowRank, to_matrix, weight_shape
 from spectune.files.source import WeightSource
@@ -85,7 +85,7 @@ def _spread(names: Sequence[str]) -> list[str]:
 
 def _compared(base: WeightSource, layer: Layer, adapted: LowRank | Delta) -> tuple[float, float] | None:
     """|BA| / |W| and <W, BA> / |BA|^2 of one layer; None where they say nothing."""
-    low_rank = joined(adapted) if isinstance(adapted, Delta) else adapted
+    low_rank = added_to_base(adapted)
     if weight_shape(low_rank) != layer.shape:
         return None
     weight = to_matrix(layer_weight(base, layer)).float()  # (out, in*kh*kw)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
-from spectune.core.delta import Delta, absolute, joined
+from spectune.core.delta import added_to_base, added_to_residual
 from spectune.core.low_rank import LowRank, Product, product, to_matrix, weight_shape
 from spectune.core.residual import add_principal
 from spectune.core.rounding import check_dtype, check_finite, largest_magnitude, rounded
@@ -248,8 +248,7 @@ def _strong(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:
 
 def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
     def of(name: str) -> LowRank:
-        layer: LowRank | Delta = adapter.layers[name]
-        low_rank = joined(layer) if isinstance(layer, Delta) else layer
+        low_rank = added_to_base(adapter.layers[name])
         return replace(low_rank, alpha=low_rank.alpha * strength.of(name))
 
     return of
@@ -257,12 +256,7 @@ def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
 
 def _whole(adapter: Adapter | TunedAdapter) -> Change:
     """What stands beside the residual: the principal, or the tuned factors themselves."""
-
-    def of(name: str) -> LowRank:
-        layer: LowRank | Delta = adapter.layers[name]
-        return absolute(layer) if isinstance(layer, Delta) else layer
-
-    return of
+    return lambda name: added_to_residual(adapter.layers[name])
 
 
 def _merged(

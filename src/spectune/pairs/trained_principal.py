@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
-from spectune.core.delta import Delta
+from spectune.core.delta import Delta, delta_between
 from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError, PairingError, some_of
 from spectune.files.provenance import Role
@@ -58,9 +58,7 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
     def delta(name: str) -> Delta:
         before, after = original.layers[name], trained.layers[name]
         _check_scale(name, before, after, original.label, trained.label)
-        return Delta(
-            before, down=after.down.float() - before.down.float(), up=after.up.float() - before.up.float()
-        )
+        return delta_between(before, after)
 
     told = trained.provenance
     origin = original.provenance
