@@ -1,14 +1,15 @@
-"""3. Sixteen bits: the guide's form and the delta form, trained and stored in bfloat16. The 3D style."""
+"""3. Sixteen bits: the form of the guide and the delta form, trained and stored in bfloat16. 3D style."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
-from experiments.lab import by_recipe, recipe_of
+from experiments.lab import recipe_of, train_recipe
 from experiments.trial import Outcome, Trial, save
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.reader import open_adapter
@@ -38,14 +39,14 @@ def variant(form: str, precision: str) -> Trial:
 
 
 def variants() -> list[Trial]:
-    """ProdigyPlus as in the guide; it rounds bfloat16 parameters stochastically."""
-    found = [variant(form, precision) for form in ("residual", "delta") for precision in ("fp32", "bf16")]
-    return on_seeds(found)
+    """Return trials with ProdigyPlus, as in the guide; it rounds bfloat16 parameters stochastically."""
+    forms, precisions = ("residual", "delta"), ("fp32", "bf16")
+    return on_seeds([variant(form, precision) for form in forms for precision in precisions])
 
 
 def run(trial: Trial, work: Path) -> Outcome:
-    """Train, then measure what storing the result in bfloat16 costs, as factors and as deltas."""
-    found = by_recipe(trial, work)
+    """Train, then measure the error of storing the result in bfloat16, as factors and as deltas."""
+    trained = train_recipe(trial, work)
     recipe = recipe_of(trial, work)
     path = recipe.run.output / "trial.safetensors"
     base = recipe.model.base
@@ -58,15 +59,16 @@ def run(trial: Trial, work: Path) -> Outcome:
         factors, deltas = stored_errors([tuned.layers[name] for name in tuned.layers])
     shutil.rmtree(recipe.run.output, ignore_errors=True)
     extra = {"stored_as_factors": factors, "stored_as_deltas": deltas}
-    outcome = Outcome(found.curve, found.trained_numbers, extra)
+    outcome = replace(trained, extra=extra)
     save(trial, outcome)
     return outcome
 
 
 def stored_errors(layers: list[Delta]) -> tuple[float, float]:
-    """How wrong the change of all weights is when it is stored in bfloat16: |found - true| / |true|.
+    """Return the relative error of the change of all weights stored in bfloat16: |stored - true| / |true|.
 
-    First as the trained factors beside the residual, B0+dB and A0+dA; then as dA and dB beside their frame.
+    The first error is for the trained factors B0+dB and A0+dA next to the residual, the second for dA and dB
+    next to their frame.
     """
     as_factors = as_deltas = size = 0.0
     for layer in layers:
@@ -78,7 +80,7 @@ def stored_errors(layers: list[Delta]) -> tuple[float, float]:
 
 
 def _through_factors(layer: Delta) -> torch.Tensor:
-    """The change after the trained factors were stored; the residual knows the frame exactly."""
+    """Return the change after storing the trained factors; the residual contains the exact frame."""
     frame = layer.frame
     down, up = (_in_bf16(a.float() + b.float()) for a, b in ((frame.down, layer.down), (frame.up, layer.up)))
     return change(LowRank(down, up, frame.alpha)) - change(frame)
@@ -92,8 +94,8 @@ def _in_bf16(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.bfloat16).float()
 
 
-def found() -> dict[str, str]:
-    names = {"residual": "factors beside the residual (the guide's)", "delta": "deltas"}
+def page_values() -> dict[str, str]:
+    names = {"residual": "factors with a residual (the guide)", "delta": "deltas"}
     rows: list[list[str]] = []
     by_label = finals(variants())
     for label, outcomes in by_label.items():
@@ -110,7 +112,7 @@ def found() -> dict[str, str]:
         )
         for form in names
     }
-    header = ["what is trained", "precision", "held-out loss", "error of the change, stored in bf16"]
+    header = ["trained", "precision", "validation loss", "error of the change, stored in bf16"]
     return {
         "table": table(header, rows),
         "factors_apart": f"{apart['residual']:.5f}",
@@ -118,4 +120,4 @@ def found() -> dict[str, str]:
     }
 
 
-BF16 = Experiment(NAME, (variants,), found, runner=run)
+BF16 = Experiment(NAME, (variants,), page_values, runner=run)

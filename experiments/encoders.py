@@ -1,8 +1,9 @@
-"""7 and 9. Text encoders: stopped early, or never trained. The 3D style, all parts; held-out captions."""
+"""7 and 9. Text encoders: stopped early, or not trained. 3D style, all parts; validation captions."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 
 from experiments import near_full
 from experiments.experiment import Experiment, finals, mean, on_seeds, spread, table
-from experiments.lab import by_recipe, recipe_of
+from experiments.lab import recipe_of, train_recipe, validation_loss
 from experiments.trial import Outcome, Trial, save
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.reader import open_adapter
@@ -20,10 +21,9 @@ from spectune.sdxl.layers import build_catalogue
 from spectune.training import state
 from spectune.training.callbacks import Callbacks
 from spectune.training.setup import Run, assemble
-from spectune.training.validation import held_out_loss
 
 NAME = "encoders"
-STOPS = (0, 20, 40, 80, 120)  # the step that the encoders are taken from
+STOPS = (0, 20, 40, 80, 120)  # the step of the encoders
 
 
 def all_parts() -> Trial:
@@ -45,8 +45,8 @@ def trials() -> list[Trial]:
 
 
 def run(trial: Trial, work: Path) -> Outcome:
-    """Train everything, then put the UNet of the end beside the encoders of each stop."""
-    found = by_recipe(trial, work)
+    """Train all parts, then combine the final UNet with the encoders of each stop."""
+    trained = train_recipe(trial, work)
     recipe = recipe_of(trial, work)
     output, name = recipe.run.output, recipe.run.name
     files = {step: state.adapter_file(output, name, step) for step in STOPS if 0 < step < trial.steps}
@@ -58,7 +58,7 @@ def run(trial: Trial, work: Path) -> Outcome:
         str(stop): loss_of(run, mixed(deltas[trial.steps], deltas.get(stop, untrained))) for stop in STOPS
     }
     shutil.rmtree(output, ignore_errors=True)
-    outcome = Outcome(found.curve, found.trained_numbers, {"encoders_of_step": losses})
+    outcome = replace(trained, extra={"encoders_of_step": losses})
     save(trial, outcome)
     return outcome
 
@@ -74,19 +74,16 @@ def without_change(delta: Delta) -> Delta:
 
 
 def mixed(last: dict[str, Delta], encoders: dict[str, Delta]) -> dict[str, Delta]:
-    """The UNet of one, the encoders of the other."""
+    """Return the UNet of `last` and the encoders of `encoders`."""
     return {name: (last if name.startswith("unet") else encoders)[name] for name in last}
 
 
 def loss_of(run: Run, deltas: dict[str, Delta]) -> float:
     run.injection.load(deltas)
-    settings = run.recipe.run
-    return held_out_loss(
-        run.denoiser, run.held_out, run.prediction, times=settings.validation_times, batch=settings.batch
-    )
+    return validation_loss(run)
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     outcomes = finals(trials())["all parts"]
     last = [it.extra["encoders_of_step"][str(STOPS[-1])] for it in outcomes]
     rows: list[list[str]] = []
@@ -96,11 +93,11 @@ def found() -> dict[str, str]:
         rows.append([str(stop), f"{spread(losses):.5f}", f"{spread(cost):+.2f} %"])
     unet = finals(near_full.repeats())["principal r16"]
     return {
-        "stops": table(["encoders of step", "held-out loss", "beside the end's"], rows),
+        "stops": table(["encoders of step", "validation loss", "relative to the last step"], rows),
         "all": f"{spread(last):.5f}",
         "unet": f"{spread(it.final for it in unet):.5f}",
         "difference": f"{100 * (mean(it.final for it in unet) / mean(last) - 1):+.1f} %",
     }
 
 
-ENCODERS = Experiment(NAME, (trials,), found, runner=run, needs=("near_full",))
+ENCODERS = Experiment(NAME, (trials,), page_values, runner=run, needs=("near_full",))

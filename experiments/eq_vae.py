@@ -1,8 +1,8 @@
-"""The demo's autoencoder with equivariant latents: turned or scaled, they decode to such a picture.
+"""The VAE of the demo, fine-tuned to equivariant latents: rotated or scaled latents decode to such images.
 
-EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, section 3): beside its own reconstruction, the decoder is
-trained on latents that were averaged down or turned, with the picture treated alike for target. Scale and
-shift are taken anew, so that latents = (z - shift) * scale have mean 0 and deviation 1.
+EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, section 3): in addition to its own reconstruction, the decoder
+is trained on downsampled or rotated latents. The target is the image, transformed in the same way. New scale
+and shift give latents = (z - shift) * scale with mean 0 and deviation 1.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from spectune.model.network import build_model
 from spectune.sdxl.layout import hints_metadata, infer_layout
 
 STEPS, BATCH, RATE = 500, 8, 3e-4
-SIZES = (4, 8, 12)  # edges that latents of 16 are averaged down to
+SIZES = (4, 8, 12)  # edges to which latents of 16 are downsampled
 FILE, FACTS = "eq_vae.safetensors", "eq_vae.json"
 
 
 def pixels_of(folder: Path) -> Tensor:
-    """All pictures of a folder, (pictures, 3, 64, 64) in -1..1."""
+    """Return all images of a folder, (images, 3, 64, 64) in -1..1."""
     rows = [
         torch.tensor(list(Image.open(path).convert("RGB").tobytes()))
         for path in sorted(folder.glob("*.webp"))
@@ -39,7 +39,7 @@ def pixels_of(folder: Path) -> Tensor:
 
 
 def transformed(latents: Tensor, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both, turned by a multiple of 90 degrees and averaged down to one of SIZES or left as large."""
+    """Return both, rotated by a multiple of 90 degrees and downsampled to one of SIZES or kept."""
     turns = int(torch.randint(4, (), generator=generator))
     latents, pixels = (torch.rot90(it, turns, (2, 3)) for it in (latents, pixels))
     choice = int(torch.randint(len(SIZES) + 1, (), generator=generator))
@@ -65,7 +65,7 @@ def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> T
 
 @torch.no_grad()
 def equivariance(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
-    """PSNR in dB of reconstructions, and of pictures decoded from turned and from halved latents."""
+    """Return the PSNR in dB of reconstructions, and of images from rotated and from halved latents."""
     latents = cast("Any", vae.encode(pixels)).latent_dist.mode()
     pairs = {
         "as_it_is": (latents, pixels),
@@ -79,7 +79,7 @@ def equivariance(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
 
 
 def make(work: Path) -> None:
-    """Write the autoencoder into the work folder, unless it is there."""
+    """Write the VAE into the work folder, unless it exists."""
     if (work / FACTS).exists():
         return
     torch.manual_seed(0)
@@ -88,8 +88,8 @@ def make(work: Path) -> None:
     assert vae is not None
     folders = [picture_folder(pictures, work) for pictures in ("flat", "three_d")]
     pixels = torch.cat([pixels_of(folder / "train") for folder in folders])
-    held_out = torch.cat([pixels_of(folder / "held_out") for folder in folders])
-    before = equivariance(vae, held_out)
+    validation = torch.cat([pixels_of(folder / "held_out") for folder in folders])
+    before = equivariance(vae, validation)
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -108,8 +108,8 @@ def make(work: Path) -> None:
         "scale": 1 / float(latents.std()),
         "shift": float(latents.mean()),
         "before": before,
-        "after": equivariance(vae, held_out),
+        "after": equivariance(vae, validation),
     }
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, work / FILE, metadata=layout)  # with the number of norm groups, which is not SDXL's
+    save_file(weights, work / FILE, metadata=layout)  # the layout has its own number of norm groups
     (work / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

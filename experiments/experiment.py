@@ -1,4 +1,4 @@
-"""What an experiment is: stages of trials, and a section of the page."""
+"""An experiment: stages of trials and a section of the page; helpers to summarize outcomes."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from pathlib import Path
 
 from experiments.trial import Outcome, Trial, load
 
-Stage = Callable[[], list[Trial]]  # later stages read what earlier ones found
+Stage = Callable[[], list[Trial]]  # later stages read the results of earlier ones
 SEEDS = (1, 2, 3)
-FRAME_RATES = {  # where frames are compared
+FRAME_RATES = {  # learning rates in the comparison of frames
     "principal": (2.5e-4, 5e-4, 1e-3),
     "minor": (1e-3, 2e-3),
     "gradient": (2.5e-4, 5e-4, 1e-3),
     "data": (2.5e-4, 5e-4, 1e-3),
 }
 FRAMES = tuple(FRAME_RATES)
-LENGTH = 0.577  # of each direction there: 1/sqrt(3), that of a row of plain LoRA
+LENGTH = 0.577  # length of each direction in that comparison: 1/sqrt(3), as a row of plain LoRA
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """Stages of trials, and the values for a section of the page."""
+
     name: str
     stages: tuple[Stage, ...]
-    figures: Callable[[], Mapping[str, str]]  # what stands in braces in its text, from the results
-    prepare: Callable[[Path], None] | None = None  # files that its trials need, made in the work folder
-    runner: Callable[[Trial, Path], Outcome] | None = None  # instead of lab.run_trial
-    needs: tuple[str, ...] = ()  # experiments whose results its trials or its text take up
+    values: Callable[[], Mapping[str, str]]  # values for the braces in its text, from the results
+    prepare: Callable[[Path], None] | None = None  # writes files that its trials need into the work folder
+    runner: Callable[[Trial, Path], Outcome] | None = None  # replaces lab.run_trial
+    needs: tuple[str, ...] = ()  # experiments whose results its trials or its text use
 
     def trials(self) -> list[Trial]:
-        """All trials that are known so far."""
-        found: list[Trial] = []
+        """Return all trials that are known so far."""
+        trials: list[Trial] = []
         for stage in self.stages:
-            found += stage()
-            if not all(trial.done for trial in found):
+            trials += stage()
+            if not all(trial.done for trial in trials):
                 break
-        return found
+        return trials
 
     @property
     def done(self) -> bool:
@@ -50,12 +52,12 @@ class Experiment:
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """The trial that ends at the lowest held-out loss."""
+    """Return the trial with the lowest final validation loss."""
     return min(trials, key=lambda trial: load(trial).final)
 
 
 def best_of_each(trials: Iterable[Trial]) -> dict[str, Trial]:
-    """The best trial of each label, in the order of their first appearance."""
+    """Return the best trial of each label, in the order of first appearance."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.label, []).append(trial)
@@ -68,7 +70,7 @@ def on_seeds(trials: Iterable[Trial], seeds: Sequence[int] = SEEDS) -> list[Tria
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; of one seed, its value."""
+    """Mean and sample standard deviation over seeds; for one seed, its value."""
 
     mean: float
     deviation: float
@@ -82,17 +84,17 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    found = tuple(values)
-    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-    return Spread(statistics.fmean(found), deviation, found)
+    values = tuple(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), deviation, values)
 
 
 def finals(trials: Iterable[Trial]) -> Mapping[str, list[Outcome]]:
-    """Outcomes by label, seeds in order."""
-    found: dict[str, list[Outcome]] = {}
+    """Load the outcomes by label, with seeds in order."""
+    outcomes: dict[str, list[Outcome]] = {}
     for trial in trials:
-        found.setdefault(trial.label, []).append(load(trial))
-    return found
+        outcomes.setdefault(trial.label, []).append(load(trial))
+    return outcomes
 
 
 def mean(values: Iterable[float]) -> float:
@@ -100,27 +102,27 @@ def mean(values: Iterable[float]) -> float:
 
 
 def steps_to(outcomes: Iterable[Outcome], losses: Iterable[float]) -> list[float | None]:
-    """Steps of each outcome until its loss, seed by seed; None where it never falls that low."""
+    """Return the steps of each outcome until its loss, seed by seed; None if it never falls that low."""
     return [outcome.steps_until(loss) for outcome, loss in zip(outcomes, losses, strict=False)]
 
 
-def told_steps(steps: Sequence[float | None], *, of: int | None = None) -> str:
-    """Mean and deviation, of steps or as a share `of` a number of them, or in how many seeds it got there."""
+def steps_text(steps: Sequence[float | None], *, of: int | None = None) -> str:
+    """Return mean and deviation of steps, as a share of `of` if given; or the seeds that reached the loss."""
     reached = [it / (of or 1) for it in steps if it is not None]
     if len(reached) == len(steps):
         return f"{spread(reached):{'.0f' if of is None else '.2f'}}"
     return f"in {len(reached)} of {len(steps)} seeds" if reached else "never"
 
 
-def told_rate(trial: Trial, searched: Iterable[Trial]) -> str:
-    """The rate, with a star where it is the lowest or the highest that the label was searched at."""
+def rate_text(trial: Trial, searched: Iterable[Trial]) -> str:
+    """Return the rate, with a star if it is the lowest or the highest in the search of its label."""
     rates = sorted(it.rate for it in searched if it.label == trial.label and it.rate is not None)
     assert trial.rate is not None
     return f"{trial.rate:g}" + ("*" if trial.rate in (*rates[:1], *rates[-1:]) else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table; all columns but the first are right-aligned."""
+    """Return a markdown table; all columns except the first are right-aligned."""
     lines = [
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",

@@ -1,4 +1,4 @@
-"""The plots of the page, as PNG files in docs/images."""
+"""Plots of the page, as PNG files in docs/images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from experiments.trial import Outcome
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a")
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
+COLORS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a")
 _SIZE_INCHES, _DPI, _TEXT_PT = (8.6, 4.6), 110, 10.5
 _GRID, _INK = "#dddddd", "#222222"
 
@@ -35,7 +35,7 @@ def new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, name: str) -> str:
-    """Write a figure; the markdown path of it from docs/concepts."""
+    """Write a figure and return its path relative to docs/concepts."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / name, format="png", metadata={"Software": ""})
     return f"../images/{name}"
@@ -48,17 +48,17 @@ def curves(
     *,
     level: tuple[str, float] | None = None,
     top: float | None = None,
-    y_label: str = "loss on held-out pictures",
+    y_label: str = "validation loss",
 ) -> str:
-    """Loss over steps: the mean over seeds of each group, with a band from the lowest to the highest seed."""
+    """Plot loss over steps: the mean over seeds of each group, with a band from the lowest to the highest."""
     figure, axes = new_axes(title, "steps", y_label)
-    for colour, (label, outcomes) in zip(COLOURS, groups.items(), strict=False):
+    for color, (label, outcomes) in zip(COLORS, groups.items(), strict=False):
         steps = [step for step, _ in outcomes[0].curve]
         rows = [[loss for _, loss in outcome.curve] for outcome in outcomes]
         columns = list(zip(*rows, strict=True))
-        axes.plot(steps, [statistics.fmean(it) for it in columns], color=colour, linewidth=2, label=label)
+        axes.plot(steps, [statistics.fmean(it) for it in columns], color=color, linewidth=2, label=label)
         low, high = [min(it) for it in columns], [max(it) for it in columns]
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     if level is not None:
         axes.axhline(level[1], color="#8a8a8a", linestyle="--", linewidth=1.2, label=level[0])
     if top is not None:
@@ -68,11 +68,11 @@ def curves(
 
 
 def rates(name: str, title: str, groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Final losses over learning rates."""
-    figure, axes = new_axes(title, "learning rate", "loss on held-out pictures")
-    for colour, (label, points) in zip(COLOURS[1:], groups.items(), strict=False):
+    """Plot final losses over learning rates."""
+    figure, axes = new_axes(title, "learning rate", "validation loss")
+    for color, (label, points) in zip(COLORS[1:], groups.items(), strict=False):
         xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, color=colour, linewidth=2, marker="o", label=label)
+        axes.plot(xs, ys, color=color, linewidth=2, marker="o", label=label)
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize=_TEXT_PT - 1)
     return save(figure, name)
@@ -86,14 +86,14 @@ def dots(
     *,
     level: tuple[str, float] | None = None,
 ) -> str:
-    """One row per group: every seed as a dot, the mean as a bar."""
+    """Plot one row per group: every seed as a dot, the mean as a bar."""
     figure, axes = new_axes(title, x_label, "")
     labels = list(groups)
     for row, label in enumerate(labels):
-        colour = COLOURS[1 + row % (len(COLOURS) - 1)]
+        color = COLORS[1 + row % (len(COLORS) - 1)]
         values = list(groups[label])
-        axes.plot(values, [row] * len(values), "o", color=colour, markersize=7, alpha=0.75)
-        axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=3)
+        axes.plot(values, [row] * len(values), "o", color=color, markersize=7, alpha=0.75)
+        axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=color, linewidth=3)
     if level is not None:
         axes.axvline(level[1], color="#8a8a8a", linestyle="--", linewidth=1.2, label=level[0])
         axes.legend(frameon=False, fontsize=_TEXT_PT - 1)
@@ -103,7 +103,7 @@ def dots(
 
 
 def strips(name: str, files: Mapping[str, Path]) -> str:
-    """Rows of pictures, one below the other, each with its name above it."""
+    """Plot image strips in rows, each below its name."""
     pictures = {label: Image.open(file) for label, file in files.items()}
     figure = Figure(
         figsize=(_SIZE_INCHES[0], 1.75 * len(pictures)), dpi=_DPI, facecolor="white", layout="constrained"

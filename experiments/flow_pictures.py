@@ -1,9 +1,9 @@
-"""How far the pictures of a converted model are from those of the EPS model that it was.
+"""Distance between the images of a converted model and those of its original EPS model.
 
-Flow sampling integrates dx/ds = v(x, s) from noise at s = 1. Read through the exact bridge, the EPS model
-gives such a v too, so from the same noise both draw the same picture as far as their velocities agree. The
-distance is that of their latents, relative to the size of the EPS model's: no network judges, nothing is
-estimated from a few samples, and 0 can be reached. No guidance, Euler, shift 2.5.
+Flow sampling integrates dx/ds = v(x, s) from noise at s = 1. Through the exact bridge, the EPS model also has
+such a v. From the same noise, both models generate the same image as far as their velocities agree. The
+distance is |difference of the latents| / |latents of the EPS model|. No network judges the images, nothing is
+estimated from a few samples, and 0 is possible. Euler's method without guidance, shift 2.5.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from spectune.training.eps_to_flow.bridge import Bridge
 
 SHIFT, STEPS, EDGE_PX = 2.5, 20, 64
 SETTINGS = SampleSettings(width=EDGE_PX, height=EDGE_PX, steps=STEPS, cfg=1.0)
-SHOWN = 6  # pictures of a strip
+SHOWN = 6  # images in a strip
 BATCH = 30
 
 
 def captions_of(folder: Path, count: int = 24) -> list[str]:
-    """The first captions of a folder of pictures."""
+    """Return the first captions of a folder of images."""
     return [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))[:count]]
 
 
 @torch.no_grad()
 def as_eps(model: Sdxl, captions: Sequence[str], *, first_seed: int = 0) -> Tensor:
-    """Latents that the EPS model draws by flow sampling through the bridge, (captions, channels, h, w)."""
+    """Return latents of the EPS model by flow sampling through the bridge, (captions, channels, h, w)."""
     scheduler = make_scheduler(Flow(SHIFT), "euler", pixels=EDGE_PX**2)
     scheduler.set_timesteps(STEPS)
     x = torch.stack([_noise(model, first_seed + number) for number in range(len(captions))])
@@ -52,7 +52,10 @@ def as_eps(model: Sdxl, captions: Sequence[str], *, first_seed: int = 0) -> Tens
 
 
 def draw_own(base: Path, flat: Path, target: Path) -> None:
-    """A picture set that the EPS base draws of the flat set's captions; what is held out stays real."""
+    """Write an image set that the EPS base generates from the captions of the flat set.
+
+    The validation images stay those of the flat set.
+    """
     if target.exists():
         return
     partial = target.with_name(f"{target.name}.partial")
@@ -72,30 +75,30 @@ def draw_own(base: Path, flat: Path, target: Path) -> None:
 
 
 def as_flow(model: Sdxl, captions: Sequence[str]) -> Tensor:
-    """Latents that a flow model draws from the same noise."""
+    """Return latents of a flow model from the same noise."""
     requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
     return sample_latents(replace(model, prediction=Flow(SHIFT)), requests, SETTINGS)
 
 
 def reference(base: Path, captions: Sequence[str], work: Path) -> Tensor:
-    """What the EPS base draws, kept in the work folder."""
+    """Return the latents of the EPS base; cache them in the work folder."""
     file = work / "eps_pictures.pt"
     if not file.exists():
         with open_checkpoint(base) as source:
-            drawn = as_eps(build_model(source), captions)
-        partial = file.with_suffix(f".{id(drawn)}")
-        torch.save(drawn, partial)
+            latents = as_eps(build_model(source), captions)
+        partial = file.with_suffix(f".{id(latents)}")
+        torch.save(latents, partial)
         partial.replace(file)
     return torch.load(file, weights_only=True)
 
 
-def distance(latents: Tensor, wanted: Tensor) -> float:
-    return float((latents - wanted).norm() / wanted.norm())
+def distance(latents: Tensor, target: Tensor) -> float:
+    return float((latents - target).norm() / target.norm())
 
 
 @torch.no_grad()
 def strip(model: Sdxl, latents: Tensor) -> Image.Image:
-    """The first pictures side by side, twice as large."""
+    """Return the first images in a row, at twice their size."""
     pictures = to_images(model.decode_latents(latents[:SHOWN]))
     sheet = Image.new("RGB", (2 * EDGE_PX * len(pictures), 2 * EDGE_PX), "white")
     for place, picture in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""8. Which frame? Five frames at rank 16, every direction of one length, on the 3D style."""
+"""8. Which frame? Five frames at rank 16, all directions equally long, on the 3D style."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from experiments.experiment import (
     best,
     best_of_each,
     on_seeds,
+    rate_text,
     spread,
     table,
-    told_rate,
 )
 from experiments.trial import Trial, load
 
@@ -47,13 +47,13 @@ def repeats() -> list[Trial]:
 
 
 def plain() -> list[Trial]:
-    """Plain LoRA as near_full has it, on every seed."""
+    """Return plain LoRA from near_full, with every seed."""
     return on_seeds([near_full.chosen()["plain r16"]])
 
 
 def tasks() -> dict[str, Mapping[str, Sequence[Trial]]]:
-    """The trials of each frame on each task; three seeds but for some on the way to flow."""
-    flow = {"plain": best(to_flow.best_way()), **best_of_each(to_flow.frames_sweep())}
+    """Return the trials of each frame on each task; three seeds except for some conversions to flow."""
+    flow = {"plain": best(to_flow.best_method()), **best_of_each(to_flow.frames_sweep())}
     latents = latent_space.chosen()
     return {
         "style": {"plain": plain(), **_with_seeds(chosen(), repeats(), FRAMES)},
@@ -63,11 +63,11 @@ def tasks() -> dict[str, Mapping[str, Sequence[Trial]]]:
 
 
 def searched() -> dict[str, list[Trial]]:
-    """What each task's best rates were chosen from."""
+    """Return the searches from which the best rates of each task were chosen."""
     return {
         "style": [*near_full.sweep(), *sweep()],
         "new latent space": latent_space.sweep(),
-        "EPS to flow": [*to_flow.best_way(), *to_flow.frames_sweep()],
+        "EPS to flow": [*to_flow.best_method(), *to_flow.frames_sweep()],
     }
 
 
@@ -84,22 +84,24 @@ def _same(one: Trial, other: Trial) -> bool:
     return replace(one, seed=1) == replace(other, seed=1)
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     by_task = tasks()
     rows: list[list[str]] = []
     for frame in ("plain", *FRAMES):
         cells = [frame if frame != "plain" else "plain (LoRA)"]
         for task, trials in by_task.items():
             losses = spread(load(trial).final for trial in trials[frame])
-            cells.append(f"{losses} (at {told_rate(trials[frame][0], searched()[task])})")
+            cells.append(f"{losses} (at {rate_text(trials[frame][0], searched()[task])})")
         rows.append(cells)
     plot = figures.dots(
         "evidence_frames.png",
         "3D style, rank 16, each frame at its best constant rate",
         {frame: [load(trial).final for trial in trials] for frame, trials in by_task["style"].items()},
-        "loss on held-out pictures",
+        "validation loss",
     )
     return {"plot": plot, "table": table(["frame", *by_task], rows)}
 
 
-FRAMES_EXPERIMENT = Experiment(NAME, (sweep, repeats), found, needs=("near_full", "latent_space", "to_flow"))
+FRAMES_EXPERIMENT = Experiment(
+    NAME, (sweep, repeats), page_values, needs=("near_full", "latent_space", "to_flow")
+)

@@ -1,4 +1,4 @@
-"""1, second part. Other ranks, and whether the principal reaches plain LoRA's loss in half of its steps."""
+"""1, second part. Other ranks, and whether the principal reaches LoRA's loss in half of the steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from experiments.experiment import (
     finals,
     mean,
     on_seeds,
+    rate_text,
     spread,
+    steps_text,
     steps_to,
     table,
-    told_rate,
-    told_steps,
 )
 from experiments.near_full import framed
 from experiments.trial import Outcome, Trial
 
 NAME = "half_steps"
-RATES = {  # beside rank 16, which near_full has
+RATES = {  # rank 16 is in near_full
     ("plain", 4): (1e-3, 2e-3, 4e-3),
     ("principal", 4): (2e-4, 4e-4, 8e-4, 1.6e-3),
     ("plain", 8): (1e-3, 2e-3, 4e-3),
@@ -36,7 +36,7 @@ STEPS = 120
 
 
 def ranks_sweep() -> list[Trial]:
-    """Learning rates of each rank, one seed."""
+    """Return the search of learning rates for each rank, with one seed."""
     return [
         replace(framed(frame, rank, rate), experiment=NAME)
         for (frame, rank), rates in RATES.items()
@@ -49,7 +49,7 @@ def other_ranks() -> list[Trial]:
 
 
 def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
-    """A run whose learning rate falls to nothing, so that its end is as good as its length allows."""
+    """Return a run whose learning rate decays to zero, so its end is as good as its length allows."""
     return Trial(
         NAME,
         label,
@@ -62,10 +62,10 @@ def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
 
 HALF = STEPS // 2
 LONGER = 90
-LONG = "plain, 120 steps"  # what is to be reached in half of its steps
+LONG = "plain, 120 steps"  # its final loss is the target for half of the steps
 PLAIN_MORE = "plain, all layers, 3x3 rank 32"
 PLAIN_MORE_LONG = f"{PLAIN_MORE}, {STEPS} steps"
-TOLD = {  # in the text
+TEXT_LABELS = {  # names of values in the text
     "aim": LONG,
     "plain": "plain",
     "principal": "principal",
@@ -80,38 +80,38 @@ TOLD = {  # in the text
 
 
 def decaying_sweep() -> list[Trial]:
-    """Plain LoRA over all steps, and what may reach its loss in half: changes to the principal."""
+    """Return plain LoRA with all steps, and changes to the principal that may reach its loss in half."""
     high, low = (1e-3, 2e-3, 4e-3), (4e-4, 8e-4, 1.6e-3)
     everything = ["all"]
-    found = [decaying(LONG, rate, STEPS, frame="plain") for rate in high]
-    found += [decaying("plain", rate, HALF, frame="plain") for rate in high]
-    found += [decaying("principal", rate, HALF) for rate in low]
-    found += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in high]
-    found += [decaying("all layers", rate, HALF, layers=everything) for rate in low]
-    found += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (2e-4, *low[:2])]
-    found += [decaying("dropout 0.1", rate, HALF, dropout_probability=0.1) for rate in low[:2]]
-    found += [decaying("gradient", rate, HALF, frame="gradient") for rate in high]
-    found += [decaying("plain, all layers", rate, HALF, frame="plain", layers=everything) for rate in high]
-    found += [
+    trials = [decaying(LONG, rate, STEPS, frame="plain") for rate in high]
+    trials += [decaying("plain", rate, HALF, frame="plain") for rate in high]
+    trials += [decaying("principal", rate, HALF) for rate in low]
+    trials += [decaying("equal lengths", rate, HALF, frame_norm=LENGTH) for rate in high]
+    trials += [decaying("all layers", rate, HALF, layers=everything) for rate in low]
+    trials += [decaying("3x3 rank 32", rate, HALF, conv_rank=32) for rate in (2e-4, *low[:2])]
+    trials += [decaying("dropout 0.1", rate, HALF, dropout_probability=0.1) for rate in low[:2]]
+    trials += [decaying("gradient", rate, HALF, frame="gradient") for rate in high]
+    trials += [decaying("plain, all layers", rate, HALF, frame="plain", layers=everything) for rate in high]
+    trials += [
         decaying("all layers, equal lengths", rate, HALF, layers=everything, frame_norm=LENGTH)
         for rate in high
     ]
     more: dict[str, Any] = {"layers": everything, "conv_rank": 32}
-    found += [decaying("all layers, 3x3 rank 32", rate, HALF, **more) for rate in (2e-4, *low[:2])]
-    found += [decaying(PLAIN_MORE, rate, HALF, frame="plain", **more) for rate in high]
-    found += [decaying(PLAIN_MORE_LONG, rate, STEPS, frame="plain", **more) for rate in high[1:]]
-    return found
+    trials += [decaying("all layers, 3x3 rank 32", rate, HALF, **more) for rate in (2e-4, *low[:2])]
+    trials += [decaying(PLAIN_MORE, rate, HALF, frame="plain", **more) for rate in high]
+    trials += [decaying(PLAIN_MORE_LONG, rate, STEPS, frame="plain", **more) for rate in high[1:]]
+    return trials
 
 
-def ways() -> dict[str, Trial]:
-    """Every way at its best rate, and all layers with more steps, to see how many are enough."""
-    found = best_of_each(decaying_sweep())
+def methods() -> dict[str, Trial]:
+    """Return every method at its best rate, and all layers with more steps, to see how many are enough."""
+    best = best_of_each(decaying_sweep())
     longer = f"all layers, {LONGER} steps"
-    return {**found, longer: replace(found["all layers"], label=longer, steps=LONGER)}
+    return {**best, longer: replace(best["all layers"], label=longer, steps=LONGER)}
 
 
 def decaying_repeats() -> list[Trial]:
-    return on_seeds(ways().values())
+    return on_seeds(methods().values())
 
 
 def of_rank(frame: str, rank: int) -> list[Outcome]:
@@ -120,11 +120,11 @@ def of_rank(frame: str, rank: int) -> list[Outcome]:
 
 def _rate(frame: str, rank: int) -> str:
     searched = near_full.sweep() if rank == 16 else ranks_sweep()
-    return told_rate(best_of_each(searched)[f"{frame} r{rank}"], searched)
+    return rate_text(best_of_each(searched)[f"{frame} r{rank}"], searched)
 
 
 def rank_rows() -> list[list[str]]:
-    """Loss, share of full fine-tuning's gain and steps to LoRA's loss at each rank, constant rates."""
+    """Return loss, share of the gain of full fine-tuning and steps to LoRA's loss, at each rank."""
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
     for rank in (4, 8, 16, 32):
@@ -137,7 +137,7 @@ def rank_rows() -> list[list[str]]:
                 _rate("principal", rank),
                 *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
                 *(_percent(near_full.share_of_gain(outcomes, full)) for outcomes in (plain, principal)),
-                told_steps(steps, of=STEPS),
+                steps_text(steps, of=STEPS),
             ]
         )
     return rows
@@ -156,25 +156,25 @@ def _name(label: str) -> str:
 
 
 def change_rows() -> list[list[str]]:
-    outcomes, trials = changes(), ways()
+    outcomes, trials = changes(), methods()
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
-    for label, found in outcomes.items():
-        steps = steps_to(found, (it.final for it in outcomes[LONG]))
+    for label, seeds in outcomes.items():
+        steps = steps_to(seeds, (it.final for it in outcomes[LONG]))
         rows.append(
             [
                 _name(label),
-                told_rate(trials[label], decaying_sweep()),
+                rate_text(trials[label], decaying_sweep()),
                 str(trials[label].steps),
-                f"{spread(it.final for it in found)}",
-                _percent(near_full.share_of_gain(found, full)),
-                "" if label == LONG else told_steps(steps, of=STEPS),
+                f"{spread(it.final for it in seeds)}",
+                _percent(near_full.share_of_gain(seeds, full)),
+                "" if label == LONG else steps_text(steps, of=STEPS),
             ]
         )
     return rows
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     outcomes = changes()
     aim = mean(it.final for it in outcomes[LONG])
     plot = figures.dots(
@@ -182,18 +182,18 @@ def found() -> dict[str, str]:
         f"3D style, after {HALF} steps with a cosine schedule",
         {
             _name(label): [it.final for it in outcomes[label]]
-            for label, trial in ways().items()
+            for label, trial in methods().items()
             if trial.steps == HALF
         },
-        "loss on held-out pictures",
+        "validation loss",
         level=(f"LoRA after {STEPS} steps", aim),
     )
     return {
         "plot": plot,
         "half": str(HALF),
         "ratios": ", ".join(f"{row[-1]} at rank {row[0]}" for row in rank_rows()),
-        **{name: f"{spread(it.final for it in outcomes[label])}" for name, label in TOLD.items()},
-        "enough": told_steps(
+        **{name: f"{spread(it.final for it in outcomes[label])}" for name, label in TEXT_LABELS.items()},
+        "enough": steps_text(
             steps_to(outcomes["all layers, 3x3 rank 32"], (it.final for it in outcomes[LONG])), of=STEPS
         ),
         "longer_steps": str(LONGER),
@@ -202,7 +202,7 @@ def found() -> dict[str, str]:
             [
                 "rank",
                 "LoRA's rate",
-                "principal's",
+                "principal's rate",
                 "LoRA",
                 "principal",
                 "LoRA's share",
@@ -212,12 +212,12 @@ def found() -> dict[str, str]:
             rank_rows(),
         ),
         "changes": table(
-            ["way", "rate", "steps", "held-out loss", "share of full's gain", "steps to LoRA's loss"],
+            ["method", "rate", "steps", "validation loss", "share of full's gain", "steps to LoRA's loss"],
             change_rows(),
         ),
     }
 
 
 HALF_STEPS = Experiment(
-    NAME, (ranks_sweep, other_ranks, decaying_sweep, decaying_repeats), found, needs=("near_full",)
+    NAME, (ranks_sweep, other_ranks, decaying_sweep, decaying_repeats), page_values, needs=("near_full",)
 )

@@ -1,4 +1,4 @@
-"""How a trial is run: a recipe through spectune's own trainer, or full fine-tuning on the same batches."""
+"""Execution of a trial: a recipe in spectune's trainer, or full fine-tuning on the same batches."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 
 class Recorder(Callbacks):
-    """The curve of held-out losses."""
+    """Callbacks that record the curve of validation losses."""
 
     def __init__(self) -> None:
         self.curve: list[tuple[int, float]] = []
-        self.trained_numbers = 0
+        self.trained_parameters = 0
 
     def on_start(self, start: RunStart) -> None:
-        self.trained_numbers = start.trained_numbers
+        self.trained_parameters = start.trained_numbers
 
     def extra(self) -> dict[str, Any]:
-        """What else it heard, for the results."""
+        """Return further values for the results."""
         return {}
 
     def on_validation(self, step: int, loss: float) -> None:
@@ -46,7 +46,7 @@ class Recorder(Callbacks):
 
 
 def picture_folder(pictures: str, work: Path) -> Path:
-    """The folder of a picture set, unpacked once."""
+    """Return the folder of an image set; unpack it if it is missing."""
     folder = work / pictures
     if not folder.exists():
         partial = work / f"{pictures}.partial"
@@ -62,7 +62,7 @@ def base_file(trial: Trial, work: Path) -> Path:
 
 
 def recipe_of(trial: Trial, work: Path, more: Sections | None = None) -> Recipe:
-    """UNet only, rank 16, batches of 16, AdamW at a constant rate, unless the trial says otherwise."""
+    """Return the recipe of a trial: UNet, rank 16, batch 16, AdamW at a constant rate, and its overrides."""
     folder = picture_folder(trial.pictures, work)
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": base_file(trial, work), "rank": 16, "parts": ["unet"]},
@@ -91,22 +91,22 @@ def recipe_of(trial: Trial, work: Path, more: Sections | None = None) -> Recipe:
 
 
 def _resolved(keys: Mapping[str, Any], work: Path) -> dict[str, Any]:
-    """Values that begin with `work:` are files of an earlier stage."""
+    """Resolve values that start with `work:`, which are files of an earlier stage."""
     return {k: work / v[5:] if isinstance(v, str) and v.startswith("work:") else v for k, v in keys.items()}
 
 
 def run_trial(trial: Trial, work: Path, *, more: Sections | None = None) -> Outcome:
-    """Run a trial and save what it found."""
+    """Run a trial and save its outcome."""
     work.mkdir(parents=True, exist_ok=True)
-    outcome = (full if trial.method == "full" else by_recipe)(trial, work, more)
+    outcome = (train_full if trial.method == "full" else train_recipe)(trial, work, more)
     save(trial, outcome)
     return outcome
 
 
-def by_recipe(
+def train_recipe(
     trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
 ) -> Outcome:
-    """spectune's trainer on the trial's recipe."""
+    """Train the trial's recipe with spectune's trainer."""
     recipe = recipe_of(trial, work, more)
     shutil.rmtree(recipe.run.output, ignore_errors=True)
     recorder = recorder or Recorder()
@@ -114,23 +114,23 @@ def by_recipe(
         raise KeyboardInterrupt
     if not trial.keep:
         shutil.rmtree(recipe.run.output, ignore_errors=True)
-    return Outcome(tuple(recorder.curve), recorder.trained_numbers, recorder.extra())
+    return Outcome(tuple(recorder.curve), recorder.trained_parameters, recorder.extra())
 
 
-def full(
+def train_full(
     trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
 ) -> Outcome:
-    """Every weight of the UNet, on the batches and with the noise that the same recipe would have."""
+    """Train every weight of the UNet, with the batches and the noise of the same recipe."""
     run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks(), None)
     run.injection.eject()
     unet = run.prepared.model.unet
     parameters = [weight.requires_grad_(True) for weight in unet.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=trial.rate or 1e-4, weight_decay=0.0)
-    curve = [(0, _held_out(run))]
+    curve = [(0, validation_loss(run))]
     for step, draws in enumerate(PlannedBatches(run.plan, 0, trial.steps), start=1):
         full_step(run, parameters, optimizer, draws, step)
         if step % trial.validate_every == 0 or step == trial.steps:
-            curve.append((step, _held_out(run)))
+            curve.append((step, validation_loss(run)))
     recorder = recorder or Recorder()
     recorder.on_preview(trial.steps, run.prepared.model)
     return Outcome(tuple(curve), sum(weight.numel() for weight in parameters), recorder.extra())
@@ -144,14 +144,14 @@ def full_step(
     assert batch.latents is not None
     torch.manual_seed(derived_seed(seed, "step", batch.position))
     run.denoiser.train()
-    question = ask_at_random(
+    model_input = ask_at_random(
         run.prediction,
         batch.latents,
         derived_generator(seed, "noise", batch.position),
         pixels_per_latent=run.prepared.model.pixels_per_latent,
     )
-    answer = run.denoiser(question.noised, question.timestep, batch.captions, batch.time_ids)
-    run.cost(run.prediction, answer, question).backward()
+    output = run.denoiser(model_input.noised, model_input.timestep, batch.captions, batch.time_ids)
+    run.cost(run.prediction, output, model_input).backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = run.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))
@@ -159,8 +159,13 @@ def full_step(
     optimizer.zero_grad()
 
 
-def _held_out(run: Run) -> float:
+def validation_loss(run: Run, denoiser: Any = None) -> float:
+    """Return the validation loss of the run's denoiser, or of another one in its place."""
     settings = run.recipe.run
     return held_out_loss(
-        run.denoiser, run.held_out, run.prediction, times=settings.validation_times, batch=settings.batch
+        denoiser or run.denoiser,
+        run.held_out,
+        run.prediction,
+        times=settings.validation_times,
+        batch=settings.batch,
     )

@@ -1,4 +1,4 @@
-"""4. A new latent space: the base learns the latents of an equivariant autoencoder. Flat pictures, EPS."""
+"""4. A new latent space: the base learns the latents of an equivariant VAE. Flat images, EPS."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from experiments.experiment import (
     finals,
     mean,
     on_seeds,
+    rate_text,
     spread,
+    steps_text,
     steps_to,
     table,
-    told_rate,
-    told_steps,
 )
 from experiments.lab import run_trial
 from experiments.trial import RESULTS, Outcome, Trial
@@ -29,7 +29,7 @@ from experiments.trial import RESULTS, Outcome, Trial
 NAME = "latent_space"
 OWN = "principal, own lengths"
 STEPS = 120
-NEAR = 1.05  # of full fine-tuning's final loss
+CLOSE = 1.05  # times the final loss of full fine-tuning
 NAMES = {"full": "full fine-tuning", "plain": "LoRA r16", OWN: "principal r16"}
 
 
@@ -46,12 +46,12 @@ def run_of(label: str, rate: float, *, full: bool = False, **model: Any) -> Tria
 
 
 def sweep() -> list[Trial]:
-    found = [run_of("full", rate, full=True) for rate in (5e-5, 1e-4, 2e-4, 4e-4)]
-    found += [run_of("plain", rate, frame="plain") for rate in (5e-4, 1e-3, 3e-3)]
-    found += [run_of(OWN, rate, frame="principal") for rate in (1e-4, 2e-4, 4e-4, 1e-3)]
+    trials = [run_of("full", rate, full=True) for rate in (5e-5, 1e-4, 2e-4, 4e-4)]
+    trials += [run_of("plain", rate, frame="plain") for rate in (5e-4, 1e-3, 3e-3)]
+    trials += [run_of(OWN, rate, frame="principal") for rate in (1e-4, 2e-4, 4e-4, 1e-3)]
     for frame, rates in FRAME_RATES.items():
-        found += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in rates]
-    return found
+        trials += [run_of(frame, rate, frame=frame, frame_norm=LENGTH) for rate in rates]
+    return trials
 
 
 def chosen() -> dict[str, Trial]:
@@ -63,20 +63,20 @@ def repeats() -> list[Trial]:
 
 
 def prepare(work: Path) -> None:
-    """The autoencoder, and what is known of it beside the results."""
+    """Write the VAE, and a copy of its facts into the results."""
     eq_vae.make(work)
     (RESULTS / NAME).mkdir(parents=True, exist_ok=True)
     shutil.copy(work / eq_vae.FACTS, RESULTS / NAME / "autoencoder.facts")
 
 
 def run(trial: Trial, work: Path) -> Outcome:
-    """With the scale and the shift that the new latents need."""
+    """Run a trial with the scale and the shift of the new latents."""
     facts = json.loads((work / eq_vae.FACTS).read_text(encoding="utf-8"))
     vae = {**trial.overrides["vae"], "scale": facts["scale"], "shift": facts["shift"]}
     return run_trial(trial, work, more={"vae": vae})
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     outcomes = finals(repeats())
     full = outcomes["full"]
     plot = figures.curves(
@@ -88,20 +88,20 @@ def found() -> dict[str, str]:
     rows: list[list[str]] = []
     reached: dict[str, str] = {}
     for label, trial in chosen().items():
-        found = outcomes[label]
-        reached[label] = _reached(found, full)
+        seeds = outcomes[label]
+        reached[label] = _reached(seeds, full)
         rows.append(
             [
                 NAMES.get(label, f"{label}, equal lengths"),
-                told_rate(trial, sweep()),
-                f"{spread(it.final for it in found)}",
+                rate_text(trial, sweep()),
+                f"{spread(it.final for it in seeds)}",
                 reached[label],
             ]
         )
     facts = json.loads((RESULTS / NAME / "autoencoder.facts").read_text(encoding="utf-8"))
     return {
         "plot": plot,
-        "table": table(["method", "rate", "held-out loss", "steps to full's loss + 5 %"], rows),
+        "table": table(["method", "rate", "validation loss", "steps to the loss of full + 5 %"], rows),
         "principal": reached[OWN],
         "plain": reached["plain"],
         "steps": str(STEPS),
@@ -116,9 +116,9 @@ def found() -> dict[str, str]:
     }
 
 
-def _reached(found: Sequence[Outcome], full: Sequence[Outcome]) -> str:
-    """Steps until 5 % above full fine-tuning's final loss, seed by seed."""
-    return told_steps(steps_to(found, (NEAR * it.final for it in full)))
+def _reached(outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> str:
+    """Return the steps until 5 % above the final loss of full fine-tuning, seed by seed."""
+    return steps_text(steps_to(outcomes, (CLOSE * it.final for it in full)))
 
 
-LATENT_SPACE = Experiment(NAME, (sweep, repeats), found, prepare=prepare, runner=run)
+LATENT_SPACE = Experiment(NAME, (sweep, repeats), page_values, prepare=prepare, runner=run)

@@ -1,11 +1,11 @@
-"""1. How near to full fine-tuning do low ranks come, and how soon? The 3D style, UNet only."""
+"""1. How close do low ranks come to full fine-tuning, and how fast? 3D style, UNet only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from experiments import figures
-from experiments.experiment import SEEDS, Experiment, best_of_each, finals, on_seeds, spread, table, told_rate
+from experiments.experiment import SEEDS, Experiment, best_of_each, finals, on_seeds, rate_text, spread, table
 from experiments.trial import Outcome, Trial
 
 NAME = "near_full"
@@ -23,7 +23,7 @@ def framed(frame: str, rank: int, rate: float) -> Trial:
 
 
 def sweep() -> list[Trial]:
-    """Learning rates of each method at rank 16, one seed."""
+    """Return the search of learning rates for each method at rank 16, with one seed."""
     return [
         *(full(rate) for rate in FULL_RATES),
         *(framed("plain", 16, rate) for rate in PLAIN_RATES),
@@ -32,7 +32,7 @@ def sweep() -> list[Trial]:
 
 
 def chosen() -> dict[str, Trial]:
-    """Each method at its best rate."""
+    """Return each method at its best rate."""
     return best_of_each(sweep())
 
 
@@ -41,14 +41,14 @@ def repeats() -> list[Trial]:
 
 
 def share_of_gain(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> list[float]:
-    """How much of full fine-tuning's gain each seed reaches, beside the same seed's."""
+    """Return the share of the gain of full fine-tuning with the same seed, for each seed."""
     return [
         (one.before - one.final) / (other.before - other.final)
         for one, other in zip(outcomes, reference, strict=True)
     ]
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     outcomes = finals(repeats())
     names = {"full": "full fine-tuning", "plain r16": "LoRA r16", "principal r16": "principal r16"}
     plot = figures.curves(
@@ -68,13 +68,13 @@ def _main_table() -> str:
         rows.append(
             [
                 label.replace("plain", "LoRA"),
-                told_rate(chosen()[label], sweep()),
-                f"{outcomes[0].trained_numbers / 1e6:.2f} M",
+                rate_text(chosen()[label], sweep()),
+                f"{outcomes[0].trained_parameters / 1e6:.2f} M",
                 f"{spread(outcome.final for outcome in outcomes)}",
                 f"{100 * shares.mean:.1f} ± {100 * shares.deviation:.1f} %",
             ]
         )
-    return table(["method", "rate", "trained", "held-out loss", "share of full's gain"], rows)
+    return table(["method", "rate", "trained", "validation loss", "share of full's gain"], rows)
 
 
-NEAR_FULL = Experiment(NAME, (sweep, repeats), found)
+NEAR_FULL = Experiment(NAME, (sweep, repeats), page_values)

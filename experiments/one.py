@@ -1,4 +1,4 @@
-"""Run one trial: python -m experiments.one EXPERIMENT KEY WORK (run_all.py calls this)."""
+"""Run one trial: python -m experiments.one EXPERIMENT KEY WORK (called by run_all.py)."""
 
 from __future__ import annotations
 

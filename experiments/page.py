@@ -1,4 +1,4 @@
-"""docs/concepts/evidence.md, made of the texts beside this file and of the figures that the results give."""
+"""Generator of docs/concepts/evidence.md from the texts in texts/ and the values in the results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PAGE = HERE.parent / "docs" / "concepts" / "evidence.md"
 
 
 def text() -> str:
-    """The page: the introduction, then each finished experiment's text with its figures put in."""
+    """Return the page: the introduction, then the text of each finished experiment with its values."""
     written = [it for it in EXPERIMENTS.values() if finished(it) and (TEXTS / f"{it.name}.md").exists()]
-    sections = [_text(it.name).format_map(dict(it.figures())) for it in written]
+    sections = [_text(it.name).format_map(dict(it.values())) for it in written]
     missing = [it.name for it in EXPERIMENTS.values() if it not in written]
-    note = [f"Not run to the end or not written up yet: {', '.join(missing)}."] if missing else []
+    note = [f"Unfinished or without a text: {', '.join(missing)}."] if missing else []
     return "\n\n".join(part.rstrip() for part in [_text("introduction"), *note, *sections]) + "\n"
 
 

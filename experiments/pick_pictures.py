@@ -1,9 +1,9 @@
-"""Make the two picture sets of the experiments, 64 px, from the archives that demo/pick_images.py takes.
+"""Write the two image sets of the experiments, 64 px, from the archives that demo/pick_images.py uses.
 
     python experiments/pick_pictures.py --flat fluent_flat.tar --three-d fluent_3d.tar
 
-Of each style, 300 pictures to train on and 40 held out, with their captions, in the order of the SHA-256 of
-their names: arbitrary, always the same, and the same subjects in both styles.
+Each style has 300 training images and 40 validation images with their captions, ordered by the SHA-256 of
+their names. The choice is arbitrary but reproducible, and the subjects are the same in both styles.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add(out: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def small(data: bytes) -> bytes:
-    """The picture at 64 px, without loss."""
+    """Return the image at 64 px, in lossless WebP."""
     image = Image.open(io.BytesIO(data)).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.LANCZOS)
     target = io.BytesIO()
     image.save(target, "WEBP", lossless=True, method=6)

@@ -1,4 +1,4 @@
-"""6. A base in NF4: what is rounded when the principal is taken out first, and what it does to training."""
+"""6. A base in NF4: rounding with and without the principal removed first, and its effect on training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from spectune.sdxl.layers import Kind, build_catalogue, layer_weight
 
 NAME = "quantised"
 RANKS = (16, 64)
-SHAPES = ((1280, 1280), (10240, 1280), (640, 2048))  # of SDXL
+SHAPES = ((1280, 1280), (10240, 1280), (640, 2048))  # layers of SDXL
 
 
 def trained() -> list[Trial]:
-    """Plain and principal beside a base in NF4; plain takes nothing out, so W itself is rounded."""
-    found: list[Trial] = []
+    """Return plain and principal trials on a base in NF4; with the plain frame, W itself is rounded."""
+    trials: list[Trial] = []
     for frame in ("plain", "principal"):
         rate = near_full.chosen()[f"{frame} r16"].rate
-        found.append(
+        trials.append(
             Trial(
                 NAME,
                 f"nf4 {frame}",
@@ -36,11 +36,11 @@ def trained() -> list[Trial]:
                 overrides={"model": {"frame": frame, "form": "residual", "quantize": "nf4"}},
             )
         )
-    return on_seeds(found)
+    return on_seeds(trials)
 
 
 def errors() -> Trial:
-    """No training: the error of the rounded weights."""
+    """Return the trial without training, which measures the error of the rounded weights."""
     return Trial(NAME, "errors", None, steps=0)
 
 
@@ -57,44 +57,44 @@ def run(trial: Trial, work: Path) -> Outcome:
 
 
 def base_errors() -> dict[str, dict[str, float]]:
-    """|W - rounded| / |W| of the linear layers of each part of the base: of W, and of R at rank 16."""
+    """Return |W - rounded| / |W| of the linear layers of each part: for W, and for R at rank 16."""
     sums: dict[str, list[float]] = {}
     with open_checkpoint(BASE) as source:
         for layer in build_catalogue(source):
             if layer.kind is not Kind.LINEAR:
                 continue
             weight = to_matrix(layer_weight(source, layer)).float()
-            whole, rest = squared_errors(weight, 16)
+            of_weight, of_residual = squared_errors(weight, 16)
             row = sums.setdefault(layer.part.value, [0.0, 0.0, 0.0])
-            row[0] += whole
-            row[1] += rest
+            row[0] += of_weight
+            row[1] += of_residual
             row[2] += float(weight.square().sum())
     return {part: {"W": (w / n) ** 0.5, "R": (r / n) ** 0.5} for part, (w, r, n) in sums.items()}
 
 
 def synthetic_errors() -> list[dict[str, float]]:
-    """The same for matrices of SDXL's sizes with singular values i^-0.4, as trained weights have them."""
+    """Return the same for matrices of SDXL's sizes with singular values i^-0.4, like trained weights."""
     rows: list[dict[str, float]] = []
     for out, columns in SHAPES:
         weight = spectral(out, columns, power=-0.4)
         size = float(weight.square().sum())
         for rank in RANKS:
-            whole, rest = squared_errors(weight, rank)
+            of_weight, of_residual = squared_errors(weight, rank)
             row = {"out": out, "in": columns, "rank": rank}
-            rows.append({**row, "W": (whole / size) ** 0.5, "R": (rest / size) ** 0.5})
+            rows.append({**row, "W": (of_weight / size) ** 0.5, "R": (of_residual / size) ** 0.5})
     return rows
 
 
 def squared_errors(weight: Tensor, rank: int) -> tuple[float, float]:
-    """Squared error of a rounded W, and of a rounded R beside exact factors of this rank."""
+    """Return the squared error of a rounded W, and of a rounded R with exact factors of this rank."""
     principal = product(split_weight(weight, rank=rank, store=torch.float32).low_rank)
     residual = weight - principal
-    whole, rest = (float((it - rounded(it)).square().sum()) for it in (weight, residual))
-    return whole, rest
+    of_weight, of_residual = (float((it - rounded(it)).square().sum()) for it in (weight, residual))
+    return of_weight, of_residual
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """A matrix after a way through NF4, float32."""
+    """Round a matrix to NF4 and return it in float32."""
     shape = (weight.shape[0], weight.shape[1])
     return dequantise(quantise(weight.contiguous(), "nf4"), "nf4", shape, torch.float32)
 
@@ -106,7 +106,7 @@ def spectral(out: int, columns: int, *, power: float) -> Tensor:
     return (u * torch.arange(1, small + 1) ** power) @ v.T
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     measured = load(errors()).extra
     parts = [
         [part, *(f"{100 * row[it]:.2f} %" for it in ("W", "R"))] for part, row in measured["base"].items()
@@ -123,13 +123,13 @@ def found() -> dict[str, str]:
             f"{mean(it.before for it in in_nf4[f'nf4 {frame}']):.4f}",
             f"{spread(it.final for it in in_nf4[f'nf4 {frame}'])}",
         ]
-        for frame, name in (("plain", "LoRA beside W"), ("principal", "principal beside R"))
+        for frame, name in (("plain", "LoRA with W"), ("principal", "principal with R"))
     ]
     return {
         "parts": table(["part of the demo base, r16", "W", "R"], parts),
         "sizes": table(["matrix, singular values i^-0.4", "rank", "W", "R"], sizes),
-        "losses": table(["", "full precision", "NF4, before", "NF4, after"], losses),
+        "losses": table(["", "full precision", "NF4, before training", "NF4, after training"], losses),
     }
 
 
-QUANTISED = Experiment(NAME, (trials,), found, runner=run, needs=("near_full",))
+QUANTISED = Experiment(NAME, (trials,), page_values, runner=run, needs=("near_full",))

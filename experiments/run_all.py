@@ -1,12 +1,12 @@
-"""Repeat the experiments, one or all, and make their page again.
+"""Repeat one or all experiments and regenerate their page.
 
-    python dev.py experiment                    everything that has no result yet, then the page
-    python dev.py experiment near_full frames   some of them
-    python dev.py experiment --list             what there is, and how much of it is done
-    python dev.py experiment --again near_full  forget the results of one and run it anew
+    python dev.py experiment                    run everything that has no result yet, then write the page
+    python dev.py experiment near_full frames   run some of them
+    python dev.py experiment --list             list the experiments and their progress
+    python dev.py experiment --again near_full  delete the results of one and run it again
 
-Every run leaves a file in experiments/results/, so that a stopped repetition goes on where it was. Runs are
-dealt out to processes of one thread, which is faster than one process of several for a model of this size.
+Every run writes a file into experiments/results/, so an interrupted repetition continues from there. Each run
+is a process with one thread. For a model of this size this is faster than one process with several threads.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def run_one(trial: Trial, work: Path) -> bool:
-    """A trial in a process of its own, with one thread."""
+    """Run a trial in its own process with one thread; return whether it succeeded."""
     log = work / "logs" / f"{trial.experiment}-{trial.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    # this tree's own source, whatever is installed
+    # The source of this checkout, whatever is installed.
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "src")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "experiments.one", trial.experiment, trial.key, str(work)]
@@ -47,14 +47,14 @@ def run_one(trial: Trial, work: Path) -> bool:
 
 
 def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
-    """Its trials stage by stage: a stage may depend on what the one before found."""
+    """Run the trials stage by stage, because a stage may depend on results of the previous one."""
     if experiment.prepare is not None:
         experiment.prepare(work)
     good = True
     for stage in experiment.stages:
         missing = [trial for trial in stage() if not trial.done]
         for pictures in sorted({trial.pictures for trial in missing} - {"own"}):
-            picture_folder(pictures, work)  # before the processes, which would unpack it at once
+            picture_folder(pictures, work)  # unpack once, before processes would do it concurrently
         with ThreadPoolExecutor(processes) as pool:
             good &= all(list(pool.map(lambda trial: run_one(trial, work), missing)))
         if not good:
@@ -63,7 +63,7 @@ def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
 
 
 def with_needed(chosen: Sequence[Experiment]) -> list[Experiment]:
-    """The chosen ones, and before them those whose results they take up."""
+    """Return the chosen experiments, after those whose results they use."""
     names = {name for experiment in chosen for name in (*experiment.needs, experiment.name)}
     return [experiment for experiment in EXPERIMENTS.values() if experiment.name in names]
 
@@ -77,15 +77,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--again", action="store_true", help="forget what is there first")
+    parser.add_argument("--again", action="store_true", help="delete existing results first")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="unpacked pictures, latents, logs")
+    parser.add_argument(
+        "--work", type=Path, default=HERE / "work", help="folder for images, latents and logs"
+    )
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in EXPERIMENTS]
     if unknown:
-        parser.error(f"no experiment {unknown[0]}: expected {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiment `{unknown[0]}`; expected one of {', '.join(EXPERIMENTS)}")
     chosen = [EXPERIMENTS[name] for name in args.names or EXPERIMENTS]
     if args.list:
         for experiment in chosen:

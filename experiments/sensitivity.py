@@ -1,4 +1,4 @@
-"""2. Without tuning: learning rates over two decades, and ProdigyPlus, which finds its own. The 3D style."""
+"""2. Without tuning: learning rates over two decades, and ProdigyPlus, which finds its own rate. 3D style."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from experiments.experiment import (
     finals,
     on_seeds,
     spread,
+    steps_text,
     steps_to,
     table,
-    told_steps,
 )
 from experiments.trial import Outcome, Trial, load
 
 NAME = "sensitivity"
-RATES = {  # two decades each, and finer where near_full has looked for the best
+RATES = {  # two decades each, and finer in the range of near_full
     "plain": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "principal": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3),
 }
-KEPT = 0.9  # of the gain of the best rate: such a rate is good
+KEPT = 0.9  # a rate is good if it keeps this share of the gain of the best rate
 
 
 def rates() -> list[Trial]:
-    """Two decades; what near_full has run already is taken from there."""
+    """Return two decades of rates; trials that near_full has run are reused."""
     known = {trial.key: trial for trial in near_full.sweep()}
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for frame, rates in RATES.items():
         for rate in rates:
             trial = near_full.framed(frame, 16, rate)
-            found.append(trial if trial.key in known else replace(trial, experiment=NAME, validate_every=120))
-    return found
+            reused = trial.key in known
+            trials.append(trial if reused else replace(trial, experiment=NAME, validate_every=120))
+    return trials
 
 
 def prodigy() -> list[Trial]:
-    found = [
+    trials = [
         Trial(
             NAME,
             f"prodigy {frame}",
@@ -55,7 +56,7 @@ def prodigy() -> list[Trial]:
         )
         for frame in RATES
     ]
-    return on_seeds(found)
+    return on_seeds(trials)
 
 
 def own() -> list[Trial]:
@@ -63,16 +64,16 @@ def own() -> list[Trial]:
 
 
 def points() -> dict[str, list[tuple[float, float]]]:
-    """(rate, final loss) of each frame."""
-    found: dict[str, list[tuple[float, float]]] = {frame: [] for frame in RATES}
+    """Return the pairs (rate, final loss) of each frame."""
+    points: dict[str, list[tuple[float, float]]] = {frame: [] for frame in RATES}
     for trial in rates():
         assert trial.rate is not None
-        found[trial.label.split()[0]].append((trial.rate, load(trial).final))
-    return found
+        points[trial.label.split()[0]].append((trial.rate, load(trial).final))
+    return points
 
 
 def width(points: list[tuple[float, float]], before: float) -> tuple[float, float]:
-    """From which to which rate KEPT of the best gain is reached, straight between points in log(rate)."""
+    """Return the lowest and the highest good rate, interpolated linearly in log(rate)."""
     points = sorted(points)
     lowest = min(loss for _, loss in points)
     most = before - KEPT * (before - lowest)
@@ -81,14 +82,14 @@ def width(points: list[tuple[float, float]], before: float) -> tuple[float, floa
 
 
 def _crossing(points: list[tuple[float, float]], most: float) -> float:
-    """The rate at which a loss that begins below `most` rises to it; the last one, if it never does."""
+    """Return the rate at which a loss rises from below to `most`; the last rate if it never does."""
     for (rate, loss), (other, higher) in pairwise(points):
         if higher > most:
             return rate * (other / rate) ** ((most - loss) / (higher - loss))
     return points[-1][0]
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     names = {"plain": "LoRA r16", "principal": "principal r16"}
     curves = points()
     before = load(rates()[0]).before
@@ -118,7 +119,7 @@ def found() -> dict[str, str]:
     by_rate = [[f"{rate:g}", *(_at(dict(curves[frame]), rate) for frame in RATES)] for rate in every]
     return {
         "plot": plot,
-        "ratio": told_steps(steps),
+        "ratio": steps_text(steps),
         "early": f"{_early(automatic['prodigy principal']):.4f}",
         "plain_early": f"{_early(automatic['prodigy plain']):.4f}",
         "kept": f"{100 * KEPT:.0f}",
@@ -128,7 +129,7 @@ def found() -> dict[str, str]:
 
 
 def _early(outcomes: list[Outcome]) -> Spread:
-    """The first loss that was measured after the start."""
+    """Return the first loss after the start."""
     return spread(it.curve[1][1] for it in outcomes)
 
 
@@ -136,4 +137,4 @@ def _at(losses: dict[float, float], rate: float) -> str:
     return f"{losses[rate]:.4f}" if rate in losses else ""
 
 
-SENSITIVITY = Experiment(NAME, (own,), found, needs=("near_full",))
+SENSITIVITY = Experiment(NAME, (own,), page_values, needs=("near_full",))

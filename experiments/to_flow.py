@@ -1,11 +1,11 @@
-"""5. From EPS to flow, plainly and with a teacher, a warm start, the bridge. Flat pictures, shift 2.5."""
+"""5. From EPS to flow: plain, with a teacher, a warm start or the bridge. Flat images, shift 2.5."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -19,35 +19,42 @@ from experiments.experiment import (
     best_of_each,
     finals,
     on_seeds,
+    rate_text,
     spread,
+    steps_text,
     steps_to,
     table,
-    told_rate,
-    told_steps,
 )
 from experiments.flow_pictures import as_flow, captions_of, distance, draw_own, reference, strip
-from experiments.lab import BASE, Recorder, by_recipe, full, picture_folder, recipe_of
+from experiments.lab import (
+    BASE,
+    Recorder,
+    picture_folder,
+    recipe_of,
+    train_full,
+    train_recipe,
+    validation_loss,
+)
 from experiments.trial import RESULTS, Outcome, Trial, load, save
 from spectune.model.network import Sdxl
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
 from spectune.training.eps_to_flow.bridge import Bridge
 from spectune.training.setup import assemble
-from spectune.training.validation import held_out_loss
 
 NAME = "to_flow"
 PLAIN_STEPS = 200
 FAST_STEPS = 40  # a fifth
 LONGER_STEPS = 80
-AIM = "plain LoRA r16"  # whose final loss is to be reached in a fifth of its steps
+TARGET = "plain LoRA r16"  # its final loss is the target for a fifth of its steps
 BEST = "warm + teacher"
 BEST_LONGER = f"{BEST}, {LONGER_STEPS} steps"
-SHOWN = ("plain full", AIM, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
+SHOWN = ("plain full", TARGET, "plain principal r16", "plain, all layers", "raw", "teacher", "warm", BEST)
 REPEATED = (
-    *("plain full", AIM, "plain principal r16", "plain, all layers"),
+    *("plain full", TARGET, "plain principal r16", "plain, all layers"),
     *("raw", "teacher", "bridged + teacher", "warm", BEST, "no pictures", BEST_LONGER),
-)  # three seeds; the courses of the rate stay with one
-TOLD = {  # in the text
+)  # with three seeds; the schedules have one
+TEXT_LABELS = {  # names of values in the text
     "full": "plain full",
     "all": "plain, all layers",
     "raw": "raw",
@@ -57,13 +64,13 @@ TOLD = {  # in the text
     "longer": BEST_LONGER,
 }
 REPEATED_FRAMES = ("principal", "minor")
-SHEET = (AIM, BEST, "no pictures")  # ways whose pictures the page shows
+SHEET = (TARGET, BEST, "no pictures")  # methods whose images the page shows
 FAST_RATES = (3e-3, 6e-3)
-LOWER, HIGHER = 1.5e-3, 1e-2  # where a way is best at an edge of these
+LOWER, HIGHER = 1.5e-3, 1e-2  # for methods whose best rate is an edge of FAST_RATES
 
 
 def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial:
-    """Conversion as the guide does it: the flow objective and nothing else."""
+    """Return a conversion as in the guide: the flow objective and nothing else."""
     return Trial(
         NAME,
         label,
@@ -77,81 +84,81 @@ def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial
 
 
 def decaying(trial: Trial) -> Trial:
-    """All layers, beside the plain frame, at a rate that falls as the root of the share of steps left."""
+    """Return the trial with all layers, the plain frame and a decay by the root of the steps left."""
     model = {"frame": "plain", "layers": ("all",), **trial.overrides["model"]}
-    course = {"schedule": "polynomial", "power": 0.5}
-    return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": course})
+    schedule = {"schedule": "polynomial", "power": 0.5}
+    return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": schedule})
 
 
 def fast(label: str, rate: float, objective: Mapping[str, Any], **model: Any) -> Trial:
-    """A fifth of the steps, with what spectune adds."""
+    """Return a conversion in a fifth of the steps, with the options of spectune."""
     trial = decaying(plain(label, rate, **model))
-    told = {**trial.overrides["objective"], **objective}
+    objective = {**trial.overrides["objective"], **objective}
     return replace(
         trial,
         steps=FAST_STEPS,
         validate_every=10,
         pictures="own" if label == "no pictures" else "flat",
-        overrides={**trial.overrides, "objective": told},
+        overrides={**trial.overrides, "objective": objective},
     )
 
 
 WARM = {"start": "warm"}
 TEACHER = {"teacher": "eps"}
 BOTH = {**WARM, **TEACHER}
-WAYS: Mapping[str, Mapping[str, Any]] = {
+METHODS: Mapping[str, Mapping[str, Any]] = {
     "raw": {},
     "teacher": TEACHER,
     "bridged + teacher": {**TEACHER, "bridge_steps": 30},
     "warm": WARM,
     BEST: BOTH,
-    "no pictures": BOTH,  # of other people: those that the EPS model draws of the captions
+    "no pictures": BOTH,  # no external images: the EPS model generates them from the captions
 }
 
 
 def plain_sweep() -> list[Trial]:
     return [
         *(plain("plain full", rate, full=True) for rate in (2e-4, 4e-4)),
-        *(plain(AIM, rate, frame="plain") for rate in (1e-3, 3e-3, 6e-3)),
+        *(plain(TARGET, rate, frame="plain") for rate in (1e-3, 3e-3, 6e-3)),
         *(plain("plain principal r16", rate, frame="principal") for rate in (5e-4, 1e-3)),
         *(decaying(plain("plain, all layers", rate)) for rate in (LOWER, *FAST_RATES)),
     ]
 
 
 def schedules() -> list[Trial]:
-    """The best way with other courses of the learning rate."""
+    """Return the best method with other learning rate schedules."""
     return [
-        replace(trial, overrides={**trial.overrides, "optimizer": {"schedule": course}})
-        for label, course in (("cosine", "cosine"), ("constant rate", "constant"))
+        replace(trial, overrides={**trial.overrides, "optimizer": {"schedule": schedule}})
+        for label, schedule in (("cosine", "cosine"), ("constant rate", "constant"))
         for trial in (fast(label, rate, BOTH) for rate in FAST_RATES)
     ]
 
 
 def longer() -> list[Trial]:
-    """Twice as many steps."""
+    """Return two methods with twice as many steps."""
     return [
-        replace(fast(f"{label}, {LONGER_STEPS} steps", 3e-3, WAYS[label]), steps=LONGER_STEPS)
+        replace(fast(f"{label}, {LONGER_STEPS} steps", 3e-3, METHODS[label]), steps=LONGER_STEPS)
         for label in ("warm", BEST)
     ]
 
 
-def best_way() -> list[Trial]:
+def best_method() -> list[Trial]:
     return [fast(BEST, rate, BOTH) for rate in (*FAST_RATES, 4.5e-3, HIGHER)]
 
 
 def fast_sweep() -> list[Trial]:
     return [
-        *(fast(label, rate, way) for label, way in WAYS.items() for rate in FAST_RATES),
-        *best_way()[len(FAST_RATES) :],
-        *(fast(label, LOWER, WAYS[label]) for label in ("raw", "teacher", "warm", "no pictures")),
-        fast("bridged + teacher", HIGHER, WAYS["bridged + teacher"]),
+        *(fast(label, rate, objective) for label, objective in METHODS.items() for rate in FAST_RATES),
+        *best_method()[len(FAST_RATES) :],
+        *(fast(label, LOWER, METHODS[label]) for label in ("raw", "teacher", "warm", "no pictures")),
+        fast("bridged + teacher", HIGHER, METHODS["bridged + teacher"]),
         *schedules(),
         *longer(),
     ]
 
 
 def frames_sweep() -> list[Trial]:
-    """The best way beside other frames, every direction as long as those of the plain one."""
+    """Return the best method with other frames, whose directions are as long as those of the plain frame."""
     return [
         fast(frame, rate, BOTH, frame=frame, frame_norm=LENGTH)
         for frame in FRAMES
@@ -170,12 +177,12 @@ def repeats() -> list[Trial]:
 
 
 def prepare(work: Path) -> None:
-    """Pictures that the base draws itself, for training without any."""
+    """Generate images with the base, for training without external images."""
     draw_own(BASE, picture_folder("flat", work), work / "own")
 
 
-class Watcher(Recorder):
-    """Draws with what has been trained so far, and measures how far that is from the EPS model's pictures."""
+class DistanceRecorder(Recorder):
+    """A recorder that also measures the distance of generated images from those of the EPS model."""
 
     def __init__(self, trial: Trial, work: Path) -> None:
         super().__init__()
@@ -184,10 +191,10 @@ class Watcher(Recorder):
         self.distances: list[tuple[int, float]] = []
 
     def on_preview(self, step: int, model: Sdxl) -> None:
-        drawn = as_flow(model, self.captions)
-        self.distances.append((step, distance(drawn, reference(BASE, self.captions, self.work))))
+        latents = as_flow(model, self.captions)
+        self.distances.append((step, distance(latents, reference(BASE, self.captions, self.work))))
         if self.trial.seed == 1 and self.trial.label in SHEET and step in (FAST_STEPS, PLAIN_STEPS):
-            save_strip(self.trial, step, strip(model, drawn))
+            save_strip(self.trial, step, strip(model, latents))
 
     def extra(self) -> dict[str, Any]:
         return {"picture_distance": self.distances}
@@ -197,14 +204,14 @@ def strip_file(trial: Trial, step: int) -> Path:
     return RESULTS / NAME / "pictures" / f"{trial.key}-{step}.png"
 
 
-def save_strip(trial: Trial, step: int, drawn: Image.Image) -> None:
+def save_strip(trial: Trial, step: int, image: Image.Image) -> None:
     file = strip_file(trial, step)
     file.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(file)
+    image.save(file)
 
 
 class Bridged(nn.Module):
-    """The EPS model read through the bridge, in place of the denoiser of a flow run."""
+    """The EPS model behind the bridge, as the denoiser of a flow run."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -217,107 +224,100 @@ class Bridged(nn.Module):
 
 
 def reference_trial() -> Trial:
-    """No training: the EPS model's own loss on the flow objective, through the bridge."""
+    """Return the trial without training: the loss of the EPS model on the flow objective, via the bridge."""
     return plain("EPS model", 1e-3, frame="plain")
 
 
 def measure_reference(trial: Trial, work: Path) -> Outcome:
     run = assemble(recipe_of(trial, work), Accelerator(), Callbacks(), None)
-    settings = run.recipe.run
-    loss = held_out_loss(
-        cast("Any", Bridged(run.denoiser)),
-        run.held_out,
-        run.prediction,
-        times=settings.validation_times,
-        batch=settings.batch,
-    )
+    loss = validation_loss(run, Bridged(run.denoiser))
     captions = captions_of(picture_folder("flat", work) / "held_out")
     save_strip(trial, 0, strip(run.prepared.model, reference(BASE, captions, work)))
     return Outcome(((0, loss),), 0)
 
 
 def run(trial: Trial, work: Path) -> Outcome:
-    """As any trial, with pictures drawn every FAST_STEPS steps."""
+    """Run a trial that generates images every FAST_STEPS steps."""
     if trial.key == reference_trial().key:
         outcome = measure_reference(trial, work)
     elif trial.method == "full":
-        outcome = full(trial, work, recorder=Watcher(trial, work))
+        outcome = train_full(trial, work, recorder=DistanceRecorder(trial, work))
     else:
         more = {**trial.overrides, "run": {"preview_every_steps": FAST_STEPS}}
-        outcome = by_recipe(trial, work, more, recorder=Watcher(trial, work))
+        outcome = train_recipe(trial, work, more, recorder=DistanceRecorder(trial, work))
     save(trial, outcome)
     return outcome
 
 
-def found() -> dict[str, str]:
+def page_values() -> dict[str, str]:
     outcomes = finals(repeats())
     eps = load(reference_trial()).final
     plot = figures.curves(
         "evidence_to_flow.png",
-        "From EPS to flow, each way at its best rate",
+        "From EPS to flow, each method at its best rate",
         {label: outcomes[label] for label in SHOWN},
         level=("the EPS model through the bridge", eps),
         top=0.5,
-        y_label="flow loss on held-out pictures",
+        y_label="flow validation loss",
     )
-    aim, best = outcomes[AIM], outcomes[BEST]
+    aim, best = outcomes[TARGET], outcomes[BEST]
     steps = steps_to(best, (it.final for it in aim))
     return {
         "plot": plot,
         "sheet": sheet(),
-        "table": table(["way", "rate", "steps", "before", *_headings()], rows(outcomes)),
+        "table": table(["method", "rate", "steps", "before", *_headings()], rows(outcomes)),
         "eps": f"{eps:.3f}",
         "raw_before": f"{aim[0].before:.3f}",
         "warm_before": f"{spread(it.before for it in best):.3f}",
         "aim": f"{spread(it.final for it in aim):.3f}",
         "best": f"{spread(it.final for it in best):.3f}",
-        "ratio": told_steps(steps, of=PLAIN_STEPS),
+        "ratio": steps_text(steps, of=PLAIN_STEPS),
         "own": f"{spread(it.final for it in outcomes['no pictures']):.3f}",
-        **{name: f"{spread(it.final for it in outcomes[label]):.3f}" for name, label in TOLD.items()},
-        **{f"{name}_distance": told_distance(outcomes[TOLD[name]]) for name in ("all", "longer")},
+        **{name: f"{spread(it.final for it in outcomes[label]):.3f}" for name, label in TEXT_LABELS.items()},
+        **{f"{name}_distance": distance_text(outcomes[TEXT_LABELS[name]]) for name in ("all", "longer")},
         "longer_steps": str(LONGER_STEPS),
     }
 
 
-def told_distance(outcomes: Sequence[Outcome]) -> str:
-    """Of the pictures at the end."""
+def distance_text(outcomes: Sequence[Outcome]) -> str:
+    """Return the distance of the final images."""
     return f"{spread(it.extra['picture_distance'][-1][1] for it in outcomes):.3f}"
 
 
 def _headings() -> list[str]:
-    return [f"after {FAST_STEPS}", "at the end", "pictures' distance"]
+    return [f"after {FAST_STEPS}", "at the end", "image distance"]
 
 
 def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
-    """A row for each way but the frames, which have a table of their own."""
+    """Return a row for each method, without the frames, which have their own table."""
     searched = [*plain_sweep(), *fast_sweep()]
     chosen = best_of_each(searched)
-    found: list[list[str]] = []
+    table_rows: list[list[str]] = []
     for label, trial in chosen.items():
         seeds = outcomes.get(label, [load(trial)])
         early = spread(dict(it.curve)[FAST_STEPS] for it in seeds)
         late = spread(it.final for it in seeds)
-        found.append(
+        table_rows.append(
             [
                 label,
-                told_rate(trial, searched),
+                rate_text(trial, searched),
                 str(trial.steps),
                 f"{seeds[0].before:.3f}",
                 f"{early:.3f}",
                 f"{late:.3f}" if trial.steps > FAST_STEPS else "",
-                told_distance(seeds),
+                distance_text(seeds),
             ]
         )
-    return found
+    return table_rows
 
 
 def sheet() -> str:
-    """What the EPS model draws, and what the ways draw from the same noise."""
+    """Write images of the EPS model and of the methods from the same noise; return the figure's path."""
     chosen = best_of_each([*plain_sweep(), *fast_sweep()])
     strips = {"the EPS model, through the bridge": strip_file(reference_trial(), 0)}
     for label, step in (
-        (AIM, FAST_STEPS),
-        (AIM, PLAIN_STEPS),
+        (TARGET, FAST_STEPS),
+        (TARGET, PLAIN_STEPS),
         (BEST, FAST_STEPS),
         ("no pictures", FAST_STEPS),
     ):
@@ -325,4 +325,4 @@ def sheet() -> str:
     return figures.strips("evidence_to_flow_pictures.png", strips)
 
 
-TO_FLOW = Experiment(NAME, (sweep, repeats), found, prepare=prepare, runner=run)
+TO_FLOW = Experiment(NAME, (sweep, repeats), page_values, prepare=prepare, runner=run)
