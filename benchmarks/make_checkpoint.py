@@ -29,9 +29,10 @@ from spectune.files.dtypes import WEIGHT_DTYPES_BY_NAME
 from spectune.files.source import TensorInfo
 from spectune.files.writer import StreamWriter
 from spectune.model.network import new_unet, new_vae, text_config
+from spectune.sdxl.inference import layout_of
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
-from spectune.sdxl.layout import Layout, hints_metadata, layout_of
-from spectune.sdxl.names import LOGIT_SCALE, single_file_tensors
+from spectune.sdxl.layout import Layout, hints_metadata
+from spectune.sdxl.state_dicts import LOGIT_SCALE, single_file_tensors
 
 KEYS = Path(__file__).resolve().parents[1] / "tests" / "data" / "sdxl_keys.tsv.gz"
 Size = Literal["full", "mid", "narrow"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def _sized(text: TextLayout, shapes: Shapes, encoder: str) -> TextLayout:
     return replace(text, width=width, layers=depth)
 
 
-def _text_shapes(modules: Sequence[Module], root: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def _text_shapes(modules: Iterable[Module], root: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for module in modules:
         for parameter, view in module.parameters:

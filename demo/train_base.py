@@ -31,7 +31,7 @@ from spectune.files.writer import write_tensors
 from spectune.model.network import new_unet, new_vae, text_config
 from spectune.model.text import TokenIds, tokenize
 from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, hints_metadata
-from spectune.sdxl.names import single_file_tensors
+from spectune.sdxl.state_dicts import single_file_tensors
 
 PIXELS = 64
 BATCH = 64  # of the denoiser

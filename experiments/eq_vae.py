@@ -22,7 +22,8 @@ from torch import Tensor
 from experiments.lab import BASE, picture_folder
 from spectune.checkpoints.open import open_checkpoint
 from spectune.model.network import build_model
-from spectune.sdxl.layout import hints_metadata, infer_layout
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layout import hints_metadata
 
 STEPS, BATCH, RATE = 500, 8, 3e-4
 SIZES = (4, 8, 12)  # edges to which latents of 16 are downsampled

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectune.sdxl.layout import SDXL, Layout, TextLayout, UNetLayout, VaeLayout
-from spectune.sdxl.names import single_file_tensors
+from spectune.sdxl.state_dicts import single_file_tensors
 
 # every code path of the full model: a level without transformers, levels of different depth and of equal
 # width, a projection that is not square, an autoencoder with and without shortcuts

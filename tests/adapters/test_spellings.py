@@ -24,6 +24,7 @@ from spectune.adapters.spellings import (
     sort_keys,
     spelled,
     spelling_of,
+    split_adapter_key,
     stems,
 )
 from spectune.checkpoints.open import open_checkpoint
@@ -64,6 +65,10 @@ def test_no_stem_means_two_layers(layout: str, request: pytest.FixtureRequest) -
         assert len(written) == len(layers)
     if layout == "full":
         assert len(layers) == 1058
+
+
+def test_a_kohya_key_splits_at_its_first_dot() -> None:
+    assert split_adapter_key("lora_te1_x.lora_down.weight") == ("lora_te1_x", "lora_down.weight")
 
 
 def test_stems_are_those_that_programs_write(full: Catalogue) -> None:

@@ -22,8 +22,8 @@ from benchmarks.make_checkpoint import (
 )
 from spectune.checkpoints.open import open_checkpoint
 from spectune.files.source import TensorInfo
+from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import Catalogue, Kind, build_catalogue, layer_weight
-from spectune.sdxl.layout import infer_layout
 from tests.cli.test_full_layout import NARROW
 from tests.layouts import FULL
 

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectune.checkpoints.diffusers_folder.keys import state_key
-from spectune.checkpoints.diffusers_folder.module_sizes import folder_layout
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.source import MemorySource, TensorInfo
 from spectune.files.weights_hash import weights_hash
 from spectune.model.network import build_model
 from spectune.ops.split import split_checkpoint
-from spectune.sdxl.layout import infer_layout, layout_of
+from spectune.sdxl.inference import infer_layout, layout_of, layout_of_modules
+from spectune.sdxl.layout import NOT_SDXL
 from tests.layouts import FULL, TINY, Modules, build_modules
 from tests.pipelines import edit_json, edit_weights, same_bits
 
@@ -237,7 +237,7 @@ def test_other_parts_must_be_there(folder: Path) -> None:
     edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(InputError, match=r"has no text_encoder_2/, .* says StableDiffusionP") as caught:
         open_checkpoint(folder)
-    assert caught.value.hint == "spectune reads folders of StableDiffusionXLPipeline"
+    assert caught.value.hint == NOT_SDXL
 
 
 @pytest.mark.parametrize("name", [UNET, TE1, TE2, VAE])
@@ -252,7 +252,7 @@ def test_a_missing_tensor(folder: Path) -> None:
         "tensors are missing in text_encoder_2/model.safetensors: text_model.encoder.layers.1.mlp.fc2.bias"
     )
     edit_weights(folder / UNET, lambda tensors: tensors.pop("conv_in.weight"))
-    assert message(folder) == "unet/ of tiny-xl is not laid out like SDXL: no conv_in.weight"
+    assert message(folder) == f"{UNET} is not an SDXL checkpoint: no conv_in.weight"
 
 
 def test_wrong_shapes(folder: Path) -> None:
@@ -282,7 +282,7 @@ def test_uneven_levels(folder: Path) -> None:
 def test_quantised_weights(folder: Path) -> None:
     absmax = {"conv_in.weight.absmax": torch.zeros(1)}
     edit_weights(folder / UNET, lambda tensors: tensors.update(absmax))
-    assert message(folder).startswith(f"{UNET} is quantised by bitsandbytes: 1 tensors")
+    assert message(folder).startswith(f"{UNET} is quantized by bitsandbytes: 1 tensor with")
 
 
 def test_fp8_storage(folder: Path, tiny_modules: Modules) -> None:
@@ -303,13 +303,13 @@ def test_full_state_dicts_have_the_full_layout() -> None:
         part: {key: TensorInfo(key, t.dtype, tuple(t.shape)) for key, t in state.items()}
         for part, state in states.items()
     }
-    assert folder_layout(infos, "full") == FULL  # type: ignore[arg-type]
+    assert layout_of_modules(infos, dict.fromkeys(infos, "full")) == FULL  # type: ignore[arg-type]
     tiny = {
         part: {key: TensorInfo(key, t.dtype, tuple(t.shape)) for key, t in state.items()}
         for part, state in build_modules(TINY).states().items()
     }
     single = {n: TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in build_modules(TINY).single_file().items()}
-    assert folder_layout(tiny, "tiny") == layout_of(single)  # type: ignore[arg-type]
+    assert layout_of_modules(tiny, dict.fromkeys(tiny, "tiny")) == layout_of(single)  # type: ignore[arg-type]
 
 
 def test_the_pipeline_class_does_not_matter_and_the_tensors_do(folder: Path, tiny_modules: Modules) -> None:

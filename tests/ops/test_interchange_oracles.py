@@ -29,7 +29,9 @@ from spectune.ops.export.adapter import export_adapter
 from spectune.ops.rebuild import rebuild_checkpoint
 from spectune.pairs.merged import Merged, Restored, merged
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
-from spectune.sdxl.names import ModuleName, module_path, module_tensors
+from spectune.sdxl.layout import PartName
+from spectune.sdxl.names import module_path
+from spectune.sdxl.state_dicts import module_tensors
 from tests.layouts import TINY, Modules
 from tests.loras import distance, saved_lora
 from tests.ops.test_oracles import lycoris_weight, module_of, peft_weight
@@ -265,7 +267,7 @@ def test_diffusers_opens_a_rebuilt_checkpoint_with_all_weights(
     with open_checkpoint(model) as source, open_checkpoint(tiny_checkpoint) as before:
         counts = dict.fromkeys(modules, 0)
         for part, module in modules.items():
-            views = module_tensors(TINY, cast(ModuleName, part), source)
+            views = module_tensors(TINY, cast(PartName, part), source)
             state = {key.removeprefix("text_model."): t for key, t in module.state_dict().items()}
             for name, view in views.items():
                 found = state[name.removeprefix("text_model.")]

@@ -102,7 +102,7 @@ def test_tiny_weights(tiny_checkpoint: Path) -> None:
         names = [f"te2.text_model.encoder.layers.0.self_attn.{axis}_proj" for axis in "qkv"]
         rows = [layer_weight(source, catalogue.by_name[name]) for name in names]
         assert torch.equal(torch.cat(rows), source.load(catalogue.by_name[names[0]].tensor))
-        assert build_catalogue(list(source.tensors.values())) == catalogue
+        assert build_catalogue(source.tensors) == catalogue
 
 
 def test_a_lost_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None:
@@ -124,4 +124,4 @@ def test_a_lost_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None:
 )
 def test_other_files_are_recognised(name: str, kind: str) -> None:
     with pytest.raises(InputError, match=kind):
-        build_catalogue([TensorInfo(name, torch.float16, (1,))])
+        build_catalogue({name: TensorInfo(name, torch.float16, (1,))})

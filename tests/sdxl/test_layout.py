@@ -12,7 +12,8 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.provenance import LAYOUT_KEY, Provenance
 from spectune.files.source import MemorySource, TensorInfo
-from spectune.sdxl.layout import hints_metadata, infer_layout, layout_of, read_hints
+from spectune.sdxl.inference import infer_layout, layout_of
+from spectune.sdxl.layout import hints_metadata, read_hints
 from tests.layouts import FULL, TINY
 
 

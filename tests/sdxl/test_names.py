@@ -14,15 +14,8 @@ from spectune.errors import InputError
 from spectune.files.provenance import HasProvenance
 from spectune.files.source import MemorySource, TensorInfo
 from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout
-from spectune.sdxl.names import (
-    diffusers_module,
-    kohya_stem,
-    module_path,
-    module_tensors,
-    modules_of,
-    single_file_tensors,
-    split_adapter_key,
-)
+from spectune.sdxl.names import diffusers_name, kohya_stem, module_path, modules_of
+from spectune.sdxl.state_dicts import module_tensors, single_file_tensors
 from tests.layouts import FULL, TINY, Modules, build_modules
 
 PARTS = ("unet", "te1", "te2", "vae")
@@ -40,7 +33,6 @@ def test_kohya_stem() -> None:
         kohya_stem("te2.text_model.encoder.layers.3.self_attn.q_proj")
         == "lora_te2_text_model_encoder_layers_3_self_attn_q_proj"
     )
-    assert split_adapter_key("lora_te1_x.lora_down.weight") == ("lora_te1_x", "lora_down.weight")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +52,7 @@ def test_kohya_stem() -> None:
     ],
 )  # fmt: skip
 def test_diffusers_module(layer: str, module: str) -> None:
-    assert diffusers_module(layer, FULL.unet) == module
+    assert diffusers_name(layer, FULL.unet) == module
 
 
 @pytest.mark.parametrize("part", PARTS)

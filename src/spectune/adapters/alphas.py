@@ -10,12 +10,11 @@ from math import isfinite, nan
 import torch
 
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN
-from spectune.adapters.spellings import stem_and_factor
+from spectune.adapters.spellings import split_adapter_key, stem_and_factor
 from spectune.errors import some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Role
 from spectune.files.source import WeightSource
-from spectune.sdxl.names import split_adapter_key
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 

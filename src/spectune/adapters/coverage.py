@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from spectune.adapters.adapter import DELTA_SUFFIXES, DOWN, FRAME_DOWN, LOW_RANK_SUFFIXES, UP
 from spectune.adapters.alphas import KOHYA_PREFIXES, Alpha, read_alphas
 from spectune.adapters.coverage_rules import ADAPTER_RULES, Fate, Program, Rules, Trait
+from spectune.adapters.spellings import is_peft_key, split_adapter_key
 from spectune.errors import some_of
 from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Catalogue, Layer
-from spectune.sdxl.names import Part, is_peft_key, split_adapter_key
+from spectune.sdxl.names import Part, kohya_stem
 
 PROJECTIONS = ("lora_te1_text_projection", "lora_te2_text_projection")
 SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
@@ -164,7 +165,7 @@ def _items(source: WeightSource, catalogue: Catalogue) -> Iterator[Item]:
         only_kohya=all(key.startswith(KOHYA_PREFIXES) for key in source.tensors),
     )
     by_diffusers = {layer.diffusers: layer for layer in catalogue}
-    in_kohya_style = {"lora_" + path.replace(".", "_"): layer for path, layer in by_diffusers.items()}
+    in_kohya_style = {kohya_stem(path): layer for path, layer in by_diffusers.items()}
     for stem, suffixes in stems.items():
         layer = catalogue.by_kohya.get(stem) or in_kohya_style.get(stem)
         yield from _kohya_items(stem, suffixes, layer, file)

@@ -9,19 +9,20 @@ from spectune.adapters.coverage_rules import Program, Rule, Rules, Trait, ignore
 from spectune.errors import InputError
 from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Role
 from spectune.files.source import WeightSource, declared_prediction
+from spectune.sdxl.inference import layout_of
 from spectune.sdxl.layout import (
     TE1_SHORT_ROOT,
     TE2_ROOT,
     UNET_ROOT,
     VAE_ROOT,
     Layout,
+    PartName,
     TextLayout,
-    layout_of,
     te1_root,
 )
-from spectune.sdxl.names import ModuleName, modules_of
+from spectune.sdxl.names import modules_of
 
-PARTS: Mapping[ModuleName, str] = {
+PARTS: Mapping[PartName, str] = {
     "unet": UNET_ROOT,
     "te1": TE1_SHORT_ROOT,
     "te2": TE2_ROOT,
@@ -138,7 +139,7 @@ def _whole(source: WeightSource) -> Iterator[Item]:
     yield Item(source.label, frozenset(traits), counted=False)
 
 
-def _has(source: WeightSource, part: ModuleName) -> bool:
+def _has(source: WeightSource, part: PartName) -> bool:
     if part == "unet":
         return f"{UNET_ROOT}label_emb.0.0.weight" in source.tensors  # what no other model of this root has
     return any(name.startswith(PARTS[part]) for name in source.tensors)

@@ -27,16 +27,16 @@ from spectune.adapters.adapter import (
     TunedAdapter,
 )
 from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
-from spectune.adapters.spellings import KeyTable, sort_keys
+from spectune.adapters.spellings import KeyTable, is_peft_key, sort_keys
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_type
 from spectune.errors import InputError, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
-from spectune.sdxl.layers import Catalogue, Kind, Layer, squeezed
+from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
 from spectune.sdxl.layout import SDXL
-from spectune.sdxl.names import Module, Part, diffusers_module, is_peft_key, modules_of
+from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
 _KINDS = "only adapters that are a product of two factors are read: LoRA, LyCORIS locon"
 LARGEST_ALPHA = 1e6  # a scale far beyond any that is meant
@@ -281,7 +281,7 @@ def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
 
 @cache
 def _sdxl_paths() -> Mapping[str, str]:
-    return {name: diffusers_module(name, SDXL.unet) for name in _sdxl_modules()}
+    return {name: diffusers_name(name, SDXL.unet) for name in _sdxl_modules()}
 
 
 def sdxl_default_layers() -> tuple[str, ...]:
@@ -296,24 +296,5 @@ def _implied(source: Checkpoint, table: KeyTable) -> Catalogue:
     for name, (part, module) in _sdxl_modules().items():
         if name in table.keys:
             down, up = (source.tensors[table.keys[name][suffix]].shape for suffix in suffixes)
-            layers.append(_implied_layer(part, module, down, up))
+            layers.append(layer_of(part, module, (up[0] if up else 0, *down[1:]), SDXL.unet))
     return Catalogue(tuple(layers), SDXL.unet)
-
-
-def _implied_layer(part: Part, module: Module, down: tuple[int, ...], up: tuple[int, ...]) -> Layer:
-    shape = (up[0] if up else 0, *down[1:])
-    rows = module.weight.rows
-    if rows is not None:
-        index = rows[0] // (rows[1] - rows[0])
-        rows = (index * shape[0], (index + 1) * shape[0])
-    return Layer(
-        name=module.layer,
-        part=part,
-        kind=Kind.LINEAR if len(shape) == 2 else Kind.CONV,
-        shape=shape,
-        tensor=module.weight.tensor,
-        rows=rows,
-        block=module.block,
-        default=module.default,
-        diffusers=diffusers_module(module.layer, SDXL.unet),
-    )

@@ -18,7 +18,7 @@ from spectune.adapters.adapter import (
     UP,
 )
 from spectune.errors import InputError, did_you_mean
-from spectune.sdxl.names import kohya_stem, split_adapter_key
+from spectune.sdxl.names import COMFYUI_PARTS, comfyui_name, kohya_stem
 
 
 class Spelling(StrEnum):
@@ -38,12 +38,6 @@ def parse_spelling(word: str) -> Spelling:
     return Spelling(name)
 
 
-# What ComfyUI calls the parts of a model: the names of its own state dicts.
-_COMFYUI_PARTS: Mapping[str, str] = {
-    "unet": "diffusion_model",
-    "te1": "text_encoders.clip_l.transformer",
-    "te2": "text_encoders.clip_g.transformer",
-}
 _PEFT_SUFFIXES: Mapping[str, str] = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 
 # Every way to write a suffix: PEFT names the adapter in memory, diffusers had others before it used PEFT.
@@ -65,7 +59,7 @@ _ROOTS: Mapping[str, str] = {
     "unet.": "unet",
     "text_encoder.": "te1",
     "text_encoder_2.": "te2",
-    **{f"{root}.": part for part, root in _COMFYUI_PARTS.items()},
+    **{f"{root}.": part for part, root in COMFYUI_PARTS.items()},
 }
 _PEFT_ROOT = "base_model.model."
 _UNET_ROOTS = (
@@ -87,8 +81,7 @@ def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
         return kohya_stem(layer_name)
     if spelling is Spelling.DIFFUSERS:
         return diffusers
-    part, _, rest = layer_name.partition(".")
-    return f"{_COMFYUI_PARTS[part]}.{rest}"
+    return comfyui_name(layer_name)
 
 
 def spelled_suffix(suffix: str, spelling: Spelling) -> str:
@@ -102,7 +95,7 @@ def stems(layer_name: str, diffusers: str) -> Iterator[str]:
         yield spelled(layer_name, diffusers, spelling)
     if layer_name.startswith("unet."):
         # trainers that run the UNet of diffusers write its names in kohya's manner
-        yield "lora_" + diffusers.replace(".", "_")
+        yield kohya_stem(diffusers)
     else:
         # transformers 5 spells the encoders in memory without the prefix
         yield diffusers.replace(".text_model.", ".", 1)
@@ -166,8 +159,19 @@ def spelling_of(key: str) -> str:
     """How a key is spelled, in a word."""
     if key.startswith("lora_"):
         return Spelling.KOHYA.value
-    comfyui = key.startswith(tuple(f"{root}." for root in _COMFYUI_PARTS.values()))
+    comfyui = key.startswith(tuple(f"{root}." for root in COMFYUI_PARTS.values()))
     return (Spelling.COMFYUI if comfyui else Spelling.DIFFUSERS).value
+
+
+def split_adapter_key(key: str) -> tuple[str, str]:
+    """Return stem and suffix of a kohya key: `lora_te1_..._fc1` and `lora_down.weight`."""
+    stem, _, suffix = key.partition(".")
+    return stem, suffix
+
+
+def is_peft_key(key: str) -> bool:
+    """Return whether a key of an adapter has the spelling of PEFT or diffusers."""
+    return any(sign in key for sign in (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up."))
 
 
 def stem_and_factor(key: str) -> tuple[str, str | None]:

@@ -1,20 +1,29 @@
-"""Open a checkpoint of any form: a single file, shards with their index, or a diffusers folder."""
+"""Open a checkpoint for reading or writing: a single file, shards with an index, or a diffusers folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spectune.checkpoints.diffusers_folder.reader import open_folder
+from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.errors import InputError, some_of
-from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, Checkpoint, open_file
-from spectune.files.shards import open_sharded
+from spectune.files.assembled import AssembledWriter
+from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, PICKLES, Checkpoint, open_file
+from spectune.files.shards import MAX_SHARD_BYTES, ShardedWriter, open_sharded
+from spectune.files.source import TensorInfo
+from spectune.files.writer import RESERVE_BYTES, StreamWriter
+
+_NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")
+
+TensorWriter = StreamWriter | AssembledWriter  # takes the announced tensors under single-file names
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a single `.safetensors` file, a `*.index.json` with its shards, or a folder that holds one.
+    """Open a `.safetensors` file, a `*.index.json` with its shards, or a folder that holds one.
 
-    A diffusers folder, or its `model_index.json`, is presented under the names of a single file.
-    Raises InputError when the file is missing, damaged, incomplete or of another kind.
+    The tensors of a diffusers folder, or of its `model_index.json`, have the names of a single file.
+    Raises InputError for a file that is missing, damaged, incomplete or of another kind.
     """
     path = Path(path)
     if path.name == MODEL_INDEX:
@@ -22,22 +31,70 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         if (path / MODEL_INDEX).is_file():
             return open_folder(path)
-        return open_sharded(_index_of_folder(path))
+        return open_sharded(_index_in(path))
     if path.name.endswith(INDEX_SUFFIX):
         return open_sharded(path)
     return open_file(path)
 
 
-def _index_of_folder(folder: Path) -> Path:
+def _index_in(folder: Path) -> Path:
     indices = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
     if len(indices) == 1:
         return indices[0]
     if indices:
         raise InputError(
             f"{folder} holds {len(indices)} sharded checkpoints: {some_of([p.name for p in indices])}",
-            hint=f"pass one of the *{INDEX_SUFFIX} files itself",
+            hint=f"pass one of the *{INDEX_SUFFIX} files",
         )
     raise InputError(
         f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX} or a {MODEL_INDEX}",
-        hint="pass the .safetensors file itself",
+        hint="pass the .safetensors file",
+    )
+
+
+def open_writer(
+    path: Path,
+    infos: Sequence[TensorInfo],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    reserve_bytes: int = RESERVE_BYTES,
+    force: bool = False,
+    hold: bool = False,
+    template: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> TensorWriter:
+    """Open a writer: `x.safetensors` is a file, `x.safetensors.index.json` shards, other names a folder.
+
+    A diffusers folder takes its small files from the folder `template`. `max_shard_bytes` is for shards.
+    Raises InputError for the name of another kind of file.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if name.endswith(".safetensors"):
+        return StreamWriter(
+            path, infos, metadata=metadata, reserve_bytes=reserve_bytes, force=force, hold=hold
+        )
+    if name.endswith(f".safetensors{INDEX_SUFFIX}"):
+        return ShardedWriter(
+            path,
+            infos,
+            metadata=metadata,
+            reserve_bytes=reserve_bytes,
+            force=force,
+            hold=hold,
+            max_shard_bytes=max_shard_bytes,
+        )
+    if path.suffix.lower() in _NOT_WRITTEN:
+        raise InputError(
+            f"cannot write {path.name}: expected a name like x.safetensors, x.safetensors{INDEX_SUFFIX}, "
+            "or the name of a folder"
+        )
+    return FolderWriter(
+        path,
+        infos,
+        metadata=metadata,
+        reserve_bytes=reserve_bytes,
+        force=force,
+        hold=hold,
+        template=template,
     )

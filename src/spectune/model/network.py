@@ -12,13 +12,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import BOS_ID, EOS_ID, TokenIds
-from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, infer_layout
-from spectune.sdxl.names import ModuleName, Part, module_path, module_tensors
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
+from spectune.sdxl.names import Part, module_path
+from spectune.sdxl.state_dicts import module_tensors
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def build_model(
     `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
     Raises InputError when tensors are missing or have other shapes than the layout asks for.
     """
-    check_not_quantised(source)
+    check_plain_weights(source)
     layout = infer_layout(source)
     with init_empty_weights(include_buffers=False):
         unet = new_unet(layout.unet)
@@ -148,7 +150,7 @@ def source_prediction(source: WeightSource) -> Prediction:
 
 def _fill(
     module: nn.Module,
-    part: ModuleName,
+    part: PartName,
     source: WeightSource,
     layout: Layout,
     device: torch.device | str,

@@ -18,7 +18,7 @@ from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, SpectuneError
 from spectune.model.inject import AdaptedLayer
 from spectune.model.network import Sdxl
-from spectune.sdxl.names import Duty, Part, modules_of
+from spectune.sdxl.names import Part, modules_of
 
 Kind = Literal["nf4", "int8"]
 NF4_BLOCK = 64  # numbers that share a scale; Dettmers et al. 2023, QLoRA
@@ -235,7 +235,7 @@ def _factored(model: Sdxl) -> list[tuple[Part, str]]:
         (part, module.layer)
         for part in Part
         for module in modules_of(model.layout, part.value)
-        if module.duty is Duty.DEFAULT
+        if module.default
     ]
 
 

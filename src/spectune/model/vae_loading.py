@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import state_key
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, some_of
 from spectune.files.reader import open_file
 from spectune.files.source import WeightSource
@@ -23,6 +23,7 @@ from spectune.model.network import Sdxl, new_vae
 from spectune.model.vae_settings import CONFIG, Padding, VaeConvention, vae_folder, vae_weights
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
 from spectune.sdxl.names import TensorView, vae_modules
+from spectune.sdxl.state_dicts import views_of
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # The first convolution of resnet {1} on level {0} of the encoder, by which the two spellings are told apart.
@@ -54,7 +55,7 @@ def load_vae(
     Raises InputError for a pickle, a file without encoder, and one that is no AutoencoderKL.
     """
     with open_file(vae_weights(path), label=path.name) as source:
-        check_not_quantised(source)
+        check_plain_weights(source)
         named = _Named(source)
         layout = _layout(named, convention, _norm_groups(path, source))
         state = {key: tensor.to(device, dtype) for key, tensor in named.state(layout).items()}
@@ -134,7 +135,7 @@ class _Named:
 
     def state(self, layout: VaeLayout) -> dict[str, Tensor]:
         """The state dict of the module; raises InputError unless all tensors, and no others, are there."""
-        views = {f"{m.path}.{name}": view for m in vae_modules(layout) for name, view in m.parameters}
+        views = views_of(vae_modules(layout))
         places = self._places(views)
         missing = sorted(key for key in views if places.get(key) not in self.names)
         spare = sorted(self.names - {places[key] for key in views if key in places})

@@ -15,8 +15,7 @@ from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import AdapterWriter, save_tuned
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.targets import open_writer
+from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.core.lora import (
     Exported,
     ExportedLayer,

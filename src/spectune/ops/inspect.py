@@ -13,8 +13,9 @@ from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import WeightSource, declared_prediction
+from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
-from spectune.sdxl.layout import PART_ROOTS, Layout, infer_layout, part_of
+from spectune.sdxl.layout import PART_ROOTS, Layout, part_of
 
 # what keys of adapters have in them, also of those of other models and kinds
 _ADAPTER_SIGNS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".frame_")

@@ -12,9 +12,8 @@ import torch
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
-from spectune.checkpoints.targets import open_writer
+from spectune.checkpoints.open import open_checkpoint, open_writer
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.pipeline import Progress
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
@@ -73,7 +72,7 @@ def rebuild_checkpoint(
         open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
     ):
         refuse_overwriting(out, [source, opened])
-        check_not_quantised(source)
+        check_plain_weights(source)
         # a residual has no hash that anything refers to; the original it gives back has
         is_residual = source.provenance.role is Role.RESIDUAL
         # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it

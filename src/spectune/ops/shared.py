@@ -11,8 +11,7 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.spellings import Spelling
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.targets import TensorWriter
+from spectune.checkpoints.open import TensorWriter, open_checkpoint
 from spectune.errors import InputError
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import PREFIX, Provenance, Role, spectune_version

@@ -11,7 +11,7 @@ import torch
 
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.report import Agreement, LayerReport, total_energy, total_share
 from spectune.core.rounding import check_dtype
 from spectune.core.svd import Method
@@ -107,7 +107,7 @@ def split_checkpoint(
     """
     with open_checkpoint(model) as base:
         refuse_parts(base)
-        check_not_quantised(base)
+        check_plain_weights(base)
         chosen = select_layers(build_catalogue(base, all_layers=True), layers)
         for layer in chosen:
             check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")

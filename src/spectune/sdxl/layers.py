@@ -1,9 +1,9 @@
-"""Which layers of a checkpoint can be factored, one record each."""
+"""The layers of a checkpoint that can be factored: one record per layer, and the catalogue of all."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -11,13 +11,16 @@ from functools import cached_property
 from torch import Tensor
 
 from spectune.files.source import TensorInfo, WeightSource
-from spectune.sdxl.layout import Layout, UNetLayout, layout_of, require, te1_root
-from spectune.sdxl.names import Duty, Module, Part, diffusers_module, kohya_stem, modules_of
+from spectune.sdxl.inference import layout_of
+from spectune.sdxl.layout import UNetLayout, require, te1_root
+from spectune.sdxl.names import Module, Part, diffusers_name, kohya_stem, modules_of
 
 __all__ = ["Catalogue", "Kind", "Layer", "Part", "build_catalogue", "layer_weight", "squeezed"]
 
 
 class Kind(StrEnum):
+    """What a layer computes."""
+
     LINEAR = "linear"
     CONV = "conv"
 
@@ -29,11 +32,11 @@ class Layer:
     name: str  # canonical and unique: "unet.input_blocks.4.1.proj_in"
     part: Part
     kind: Kind
-    shape: tuple[int, ...]  # of the layer's own weight: (out, in) or (out, in, kh, kw)
-    tensor: str  # the tensor of the single file that holds it
-    rows: tuple[int, int] | None  # its rows of that tensor if it is fused, else None
+    shape: tuple[int, ...]  # of its weight: (out, in) or (out, in, kh, kw)
+    tensor: str  # the single-file tensor with its weight
+    rows: tuple[int, int] | None  # its rows of a fused tensor: first, one past the last
     block: str  # "down.1", "mid", "up.0", "embed", "te1.3"
-    default: bool  # among the modules that LyCORIS preset=full trains
+    default: bool  # whether LyCORIS preset=full trains it
     diffusers: str  # "unet.down_blocks.1.attentions.0.proj_in"
 
     @property
@@ -42,7 +45,7 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight as a matrix: in, or in * kh * kw."""
+        """Return the columns of the weight as a matrix: in, or in * kh * kw."""
         return math.prod(self.shape[1:])
 
     @property
@@ -51,23 +54,23 @@ class Layer:
 
     @property
     def row_slice(self) -> slice:
-        """Its rows of the tensor that holds it."""
+        """Return its rows of `tensor` as a slice."""
         return slice(None) if self.rows is None else slice(*self.rows)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of down and up, as LyCORIS stores them: a 1x1 convolution keeps four axes."""
+        """Return the shapes of down and up as LyCORIS stores them: a 1x1 convolution keeps four axes."""
         ones = (1,) * (len(self.shape) - 2)
         return (rank, *self.shape[1:]), (self.out_features, rank, *ones)
 
     @property
     def kohya(self) -> str:
-        """The stem of its keys in adapter files."""
+        """Return the stem of its keys in kohya adapters."""
         return kohya_stem(self.name)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The layers of one checkpoint, in a fixed order: UNet, first encoder, second encoder."""
+    """The layers of a checkpoint in the order UNet, first encoder, second encoder."""
 
     layers: tuple[Layer, ...]
     unet: UNetLayout
@@ -82,11 +85,11 @@ class Catalogue:
 
     @cached_property
     def by_tensor(self) -> Mapping[str, tuple[Layer, ...]]:
-        """The layers of each tensor: one, or three where q, k, v are fused."""
-        found: dict[str, tuple[Layer, ...]] = {}
+        """Return the layers of each tensor: one, or three where q, k, v are fused."""
+        layers: dict[str, tuple[Layer, ...]] = {}
         for layer in self.layers:
-            found[layer.tensor] = (*found.get(layer.tensor, ()), layer)
-        return found
+            layers[layer.tensor] = (*layers.get(layer.tensor, ()), layer)
+        return layers
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -96,79 +99,77 @@ class Catalogue:
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the axes of a 1x1 kernel, which programs write or leave out."""
+    """Return a shape without the axes of a 1x1 kernel, which not all programs write."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def build_catalogue(
-    source: WeightSource | Mapping[str, TensorInfo] | Sequence[TensorInfo], *, all_layers: bool = False
+    source: WeightSource | Mapping[str, TensorInfo], *, all_layers: bool = False
 ) -> Catalogue:
-    """The layers that LyCORIS `preset=full` trains; with `all_layers` also the UNet's embeddings and ends.
+    """Return the layers that LyCORIS preset=full trains; `all_layers` adds the UNet's embeddings and ends.
 
     Raises InputError if the tensors are not those of an SDXL.
     """
-    tensors, label = _tensors_of(source)
+    is_mapping = isinstance(source, Mapping)
+    tensors, label = (source, "the checkpoint") if is_mapping else (source.tensors, source.label)
     layout = layout_of(tensors, label=label)
-    duties = (Duty.DEFAULT, Duty.EXTRA) if all_layers else (Duty.DEFAULT,)
     root = te1_root(tensors)
     chosen = [
         (part, module)
         for part in Part
         for module in modules_of(layout, part.value, te1=root)
-        if module.duty in duties
+        if (module.factorable if all_layers else module.default)
     ]
     require(tensors, list(dict.fromkeys(module.weight.tensor for _, module in chosen)), label)
-    return Catalogue(tuple(_layer(module, part, tensors, layout) for part, module in chosen), layout.unet)
+    layers = (layer_of(part, module, _shape(module, tensors), layout.unet) for part, module in chosen)
+    return Catalogue(tuple(layers), layout.unet)
 
 
-def layer_weight(source: WeightSource, layer: Layer) -> Tensor:
-    """The weight of a layer; for a fused one a view of its rows."""
-    return source.load(layer.tensor)[layer.row_slice]
-
-
-def _tensors_of(
-    source: WeightSource | Mapping[str, TensorInfo] | Sequence[TensorInfo],
-) -> tuple[Mapping[str, TensorInfo], str]:
-    if isinstance(source, Mapping):
-        return source, "the checkpoint"
-    if isinstance(source, Sequence):
-        return {info.name: info for info in source}, "the checkpoint"
-    return source.tensors, source.label
-
-
-def _layer(module: Module, part: Part, tensors: Mapping[str, TensorInfo], layout: Layout) -> Layer:
-    view = module.weight
-    shape = tensors[view.tensor].shape
-    if view.rows is not None:
-        shape = (view.rows[1] - view.rows[0], *shape[1:])
+def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayout) -> Layer:
+    """Return the record of a module whose weight has this shape; its rows follow from the shape."""
+    rows = module.weight.rows
+    if rows is not None:
+        index = rows[0] // (rows[1] - rows[0])
+        rows = (index * shape[0], (index + 1) * shape[0])
     return Layer(
         name=module.layer,
         part=part,
         kind=Kind.LINEAR if len(shape) == 2 else Kind.CONV,
         shape=shape,
-        tensor=view.tensor,
-        rows=view.rows,
+        tensor=module.weight.tensor,
+        rows=rows,
         block=module.block,
-        default=module.duty is Duty.DEFAULT,
-        diffusers=diffusers_module(module.layer, layout.unet),
+        default=module.default,
+        diffusers=diffusers_name(module.layer, unet),
     )
 
 
-RANKS = (16, 32, 64, 128, 256)  # for which reports list costs
+def _shape(module: Module, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    """Return the shape of a module's weight, which can be a block of rows of its tensor."""
+    view, shape = module.weight, tensors[module.weight.tensor].shape
+    return shape if view.rows is None else (view.rows[1] - view.rows[0], *shape[1:])
+
+
+def layer_weight(source: WeightSource, layer: Layer) -> Tensor:
+    """Return the weight of a layer; for a fused tensor a view of its rows."""
+    return source.load(layer.tensor)[layer.row_slice]
+
+
+RANKS = (16, 32, 64, 128, 256)  # in the tables of costs
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What a principal of one rank takes."""
+    """The size of a principal of one rank."""
 
     rank: int
     parameters: int
     file_bytes: int  # factors in 16 bits
-    training_bytes: int  # deltas, gradients and two AdamW moments in float32 beside 16-bit factors
+    training_bytes: int  # 16-bit factors; deltas, gradients and two AdamW moments in float32
 
 
 def rank_cost(catalogue: Catalogue, rank: int) -> RankCost:
-    """Parameters and bytes of a principal of `rank`; a layer smaller than that keeps its full rank."""
+    """Return the size of a principal of `rank`; a smaller layer has its full rank."""
     parameters = sum(
         min(rank, layer.full_rank) * (layer.in_features + layer.out_features) for layer in catalogue.layers
     )

@@ -21,8 +21,8 @@ from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantise
 from spectune.model.text import tokenize
+from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, Part, build_catalogue
-from spectune.sdxl.layout import infer_layout, layout_of
 from spectune.training.denoiser import Denoiser
 from spectune.training.memory.account import MemoryMeter, Setup, optimizer_bytes, quantised_bytes
 from spectune.training.memory.step import LiveBytes, attention_of_gpus

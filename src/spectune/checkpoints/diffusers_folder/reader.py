@@ -17,23 +17,19 @@ from spectune.checkpoints.diffusers_folder.config import FolderFacts, folder_met
 from spectune.checkpoints.diffusers_folder.keys import (
     EXTRAS_FILE,
     MATRICES_KEY,
-    PARTS,
     SUBFOLDERS,
     TE1_ROOT_KEY,
-    Piece,
     derived_tensors,
-    joined,
-    pieces_by_tensor,
 )
-from spectune.checkpoints.diffusers_folder.module_sizes import folder_layout
 from spectune.checkpoints.diffusers_folder.subfolder import Subfolder, open_subfolder
 from spectune.errors import InputError, some_of
 from spectune.files.reader import Checkpoint, open_file
 from spectune.files.source import TensorFile, TensorInfo
-from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, Layout
-from spectune.sdxl.names import ModuleName, state_views
+from spectune.sdxl.inference import layout_of_modules
+from spectune.sdxl.layout import PARTS, TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, Layout, PartName
+from spectune.sdxl.state_dicts import Piece, joined, pieces_by_tensor, state_views
 
-Opened = Mapping[ModuleName, Subfolder]
+Opened = Mapping[PartName, Subfolder]
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -47,7 +43,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     label = folder.resolve().name
     with ExitStack() as stack:
-        opened: dict[ModuleName, Subfolder] = {}
+        opened: dict[PartName, Subfolder] = {}
         for part in PARTS:
             if part != "vae" or (folder / SUBFOLDERS[part]).is_dir():
                 opened[part] = open_subfolder(folder, part)
@@ -55,7 +51,10 @@ def open_folder(folder: Path) -> Checkpoint:
         extras: Checkpoint | None = None
         if (folder / EXTRAS_FILE).is_file():
             extras = stack.enter_context(open_file(folder / EXTRAS_FILE))
-        layout = folder_layout({part: subfolder.state for part, subfolder in opened.items()}, label)
+        layout = layout_of_modules(
+            {part: subfolder.state for part, subfolder in opened.items()},
+            {part: subfolder.file.label for part, subfolder in opened.items()},
+        )
         facts = read_facts(folder, layout)
         metadata = folder_metadata(opened["unet"].file.metadata, facts, layout, label)
         entries = _module_entries(opened, layout, {} if extras is None else extras.metadata)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import STEMS, SUBFOLDERS, is_positions, loose_name, state_key
-from spectune.checkpoints.diffusers_folder.module_sizes import NOT_SDXL_FOLDER
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, some_of
 from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import open_sharded
 from spectune.files.source import TensorInfo
-from spectune.sdxl.names import ModuleName
+from spectune.sdxl.layout import NOT_SDXL, PartName
 
 _STEM = "(?:diffusion_pytorch_model|model)"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
@@ -30,8 +29,8 @@ _INDEX = re.compile(rf"{_STEM}\.safetensors(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<
 class Subfolder:
     """The open weights of one part, by the keys of its module's state dict."""
 
-    def __init__(self, part: ModuleName, file: Checkpoint) -> None:
-        self.part: ModuleName = part
+    def __init__(self, part: PartName, file: Checkpoint) -> None:
+        self.part: PartName = part
         self.file = file
         self.loose: dict[str, str] = {}  # single-file names of what is in no module -> keys in the file
         self._keys: dict[str, str] = {}
@@ -56,7 +55,7 @@ class Subfolder:
             raise InputError(
                 f"{len(missing)} of {len(expected)} tensors are missing in {self.file.label}: "
                 f"{some_of(missing)}",
-                hint=NOT_SDXL_FOLDER,
+                hint=NOT_SDXL,
             )
 
     def _place(self, there: str) -> None:
@@ -78,7 +77,7 @@ class Subfolder:
             raise InputError(f"{there} of {self.file.label} does not count 0, 1, 2, ... as in every SDXL")
 
 
-def open_subfolder(folder: Path, part: ModuleName) -> Subfolder:
+def open_subfolder(folder: Path, part: PartName) -> Subfolder:
     """Open the weights of one part of a diffusers folder.
 
     Raises InputError when there are none that can be read, or when they are quantised.
@@ -87,20 +86,20 @@ def open_subfolder(folder: Path, part: ModuleName) -> Subfolder:
     label = f"{SUBFOLDERS[part]}/{path.name}"
     file = open_sharded(path, label=label) if path.suffix == ".json" else open_file(path, label=label)
     try:
-        check_not_quantised(file)
+        check_plain_weights(file)
         return Subfolder(part, file)
     except BaseException:
         file.close()
         raise
 
 
-def _find_weights(folder: Path, part: ModuleName) -> Path:
+def _find_weights(folder: Path, part: PartName) -> Path:
     """The full weights, or the only variant that there is."""
     subfolder = folder / SUBFOLDERS[part]
     if not subfolder.is_dir():
         kind = read_config(folder / MODEL_INDEX).get("_class_name", "no pipeline")
         raise InputError(
-            f"{folder} has no {SUBFOLDERS[part]}/, and its {MODEL_INDEX} says {kind}", hint=NOT_SDXL_FOLDER
+            f"{folder} has no {SUBFOLDERS[part]}/, and its {MODEL_INDEX} says {kind}", hint=NOT_SDXL
         )
     found: dict[str | None, list[Path]] = {}
     for path in sorted(subfolder.iterdir()):
@@ -124,7 +123,7 @@ def _find_weights(folder: Path, part: ModuleName) -> Path:
     return paths[0]
 
 
-def _no_weights(subfolder: Path, part: ModuleName) -> InputError:
+def _no_weights(subfolder: Path, part: PartName) -> InputError:
     pickles = sorted(path.name for path in subfolder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return InputError(

@@ -17,14 +17,11 @@ from spectune.checkpoints.diffusers_folder.default_configs import COMPONENTS
 from spectune.checkpoints.diffusers_folder.keys import (
     EXTRAS_FILE,
     MATRICES_KEY,
-    PARTS,
     STEMS,
     SUBFOLDERS,
     TE1_ROOT_KEY,
-    Piece,
     derived_tensors,
     file_key,
-    pieces_by_tensor,
 )
 from spectune.checkpoints.diffusers_folder.small_files import read_template, small_files
 from spectune.errors import InputError, some_of
@@ -34,8 +31,9 @@ from spectune.files.reader import MODEL_INDEX
 from spectune.files.source import TensorInfo, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, check_target
-from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, infer_layout, te1_root
-from spectune.sdxl.names import ModuleName, module_tensors
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layout import PARTS, TE1_ROOT, TE2_ROOT, PartName, te1_root
+from spectune.sdxl.state_dicts import Piece, module_tensors, pieces_by_tensor
 
 _SMALL = 4096  # numbers; a counter of positions has 77
 _FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
@@ -186,7 +184,7 @@ class _Extras:
         return names == set(others) and mine.hexdigest() == theirs.hexdigest()
 
 
-def _weights_file(part: ModuleName) -> str:
+def _weights_file(part: PartName) -> str:
     return f"{SUBFOLDERS[part]}/{STEMS[part]}.safetensors"
 
 

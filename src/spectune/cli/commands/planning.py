@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.cli.console import megabytes, print_json, say, table
 from spectune.errors import InputError, SpectuneError, did_you_mean
 from spectune.files.provenance import Role
 from spectune.files.source import WeightSource
 from spectune.ops.inspect import is_adapter
 from spectune.pairs.sizes import parse_bytes
+from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import build_catalogue
-from spectune.sdxl.layout import Layout, infer_layout
+from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory, MemoryMeter, Setup
 from spectune.training.memory.search import QUANTISED, Candidate, Plan, described, recipe_text
 from spectune.training.memory.search import plan as plan_training
@@ -120,7 +121,7 @@ def _check_original(source: WeightSource) -> None:
             f"{source.label} is a residual: expected the original checkpoint",
             hint='plan with the original; it takes as much, and form = "residual" is tried too',
         )
-    check_not_quantised(source)
+    check_plain_weights(source)
 
 
 def _check_resolution(layout: Layout, resolution_px: int) -> None:

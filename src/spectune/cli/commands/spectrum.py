@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.cli.console import megabytes, print_json, progress, say, table
 from spectune.errors import InputError
 from spectune.files.writer import check_target
@@ -40,7 +40,7 @@ def inspect_spectrum(
                 f"{source.label} is an adapter: expected a model, whose weights have a spectrum",
                 hint="pass the checkpoint that it was made from",
             )
-        check_not_quantised(source)
+        check_plain_weights(source)
         catalogue = build_catalogue(source, all_layers=True)
         selected = replace(catalogue, layers=select_layers(catalogue, layers))
         with progress("spectrum") as report:

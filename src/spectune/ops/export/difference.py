@@ -12,7 +12,7 @@ from torch import Tensor
 from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.linalg import norm
 from spectune.core.lora import Exported, ExportedLayer
 from spectune.core.low_rank import LowRank, Product, to_matrix
@@ -98,7 +98,7 @@ def export_difference(
         refuse_overwriting(out, [after, before])
         for source in (after, before):
             refuse_parts(source)
-            check_not_quantised(source)
+            check_plain_weights(source)
         compared, warnings = _compared(after, before)
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)

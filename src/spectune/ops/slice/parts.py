@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.targets import open_writer
+from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.errors import InputError, did_you_mean
 from spectune.files.pipeline import Progress
 from spectune.files.provenance import (

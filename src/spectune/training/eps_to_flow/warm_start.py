@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spectune.model.inject import AdaptedLayer
 from spectune.model.network import Sdxl
 from spectune.model.prediction import TRAIN_STEPS
-from spectune.sdxl.names import state_views
+from spectune.sdxl.state_dicts import state_views
 from spectune.training.eps_to_flow.bridge import Bridge
 
 PATHS = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")

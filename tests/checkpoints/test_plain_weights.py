@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.files.weights_hash import weights_hash
@@ -22,15 +22,15 @@ ONE = torch.ones(())
 def found(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, weight: Tensor = FP8) -> str:
     source = MemorySource({f"{LINEAR}.weight": weight, **extra}, metadata or {}, "small.safetensors")
     with pytest.raises(InputError) as caught:
-        check_not_quantised(source)
+        check_plain_weights(source)
     assert caught.value.hint is not None
     assert "its fp8 form without scales" in caught.value.hint
     return caught.value.what
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
-def test_plain_numbers_of_any_type_pass(dtype: torch.dtype) -> None:
-    check_not_quantised(MemorySource({f"{LINEAR}.weight": torch.zeros(4, 4).to(dtype)}, {}))
+def test_plain_weights_of_any_dtype_pass(dtype: torch.dtype) -> None:
+    check_plain_weights(MemorySource({f"{LINEAR}.weight": torch.zeros(4, 4).to(dtype)}, {}))
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_plain_numbers_of_any_type_pass(dtype: torch.dtype) -> None:
 def test_scaled_fp8_is_refused(name: str) -> None:
     message = found({name: ONE})
     assert message == (
-        "small.safetensors is a scaled quantised checkpoint: its weights must be multiplied by factors "
-        f"that it stores apart: {name}"
+        "small.safetensors is a scaled quantized checkpoint: its weights must be multiplied by scales "
+        f"stored beside them: {name}"
     )
 
 
-def test_a_table_of_quantised_layers_is_refused() -> None:
+def test_a_table_of_quantized_layers_is_refused() -> None:
     message = found({}, {"_quantization_metadata": "{}"})
-    assert message.endswith("that it stores apart: metadata _quantization_metadata")
+    assert message.endswith("stored beside them: metadata _quantization_metadata")
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_a_table_of_quantised_layers_is_refused() -> None:
 def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
     message = found({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
     assert message == (
-        "small.safetensors is quantised by bitsandbytes: 1 tensors are the state that its weights are "
-        f"unpacked with: {name}"
+        "small.safetensors is quantized by bitsandbytes: 1 tensor with the state that decodes its weights: "
+        f"{name}"
     )
 
 
 def test_a_scale_that_scales_no_fp8_weight_is_a_tensor_like_any_other() -> None:
     half = {f"{LINEAR}.weight": FP8.half(), f"{LINEAR}.scale_weight": ONE}
-    check_not_quantised(MemorySource(half, {}))
-    check_not_quantised(MemorySource({"other.scale_weight": ONE, f"{LINEAR}.weight": FP8}, {}))
+    check_plain_weights(MemorySource(half, {}))
+    check_plain_weights(MemorySource({"other.scale_weight": ONE, f"{LINEAR}.weight": FP8}, {}))
 
 
 def test_an_fp8_file_keeps_its_bits(tmp_path: Path) -> None:

@@ -1,42 +1,42 @@
-"""Checkpoints whose numbers mean something else without the scales stored beside them."""
+"""A check that the weights of a file are values by themselves: not scaled fp8, NF4 or int8."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.source import TensorInfo, WeightSource
 
-# the whole file is scaled: what ComfyUI writes once for a model
+# ComfyUI writes a marker once per model.
 _MARKERS = ("scaled_fp8", "comfy_quant")
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale")
-# bitsandbytes: state of 4-bit (absmax, quant_map, quant_state) and of 8-bit weights (SCB)
+# bitsandbytes: state of 4-bit weights (absmax, quant_map, quant_state) and of 8-bit weights (SCB).
 _STATES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB")
 _STATE_SIGNS = (".quant_state.", "bitsandbytes__")
-_METADATA_KEY = "_quantization_metadata"  # ComfyUI's table of quantised layers
+_METADATA_KEY = "_quantization_metadata"  # ComfyUI's table of quantized layers
 
-WANT_PLAIN = "get the fp16, bf16 or fp32 form of the model, or its fp8 form without scales"
+_HINT = "get the fp16, bf16 or fp32 form of the model, or its fp8 form without scales"
 
 
-def check_not_quantised(source: WeightSource) -> None:
-    """Raise InputError for weights that are not numbers by themselves: scaled fp8, NF4, int8.
+def check_plain_weights(source: WeightSource) -> None:
+    """Raise InputError for weights that need stored scales or tables to be decoded.
 
-    Plain fp8 is a storage type like any other and passes. Only names, types and metadata are read.
+    Plain fp8 is a storage dtype like any other and passes. Reads names, dtypes and metadata only.
     """
     states = [name for name in source.tensors if _is_state(name)]
     if states:
         raise InputError(
-            f"{source.label} is quantised by bitsandbytes: {len(states)} tensors are the state that its "
-            f"weights are unpacked with: {some_of(states)}",
-            hint=WANT_PLAIN,
+            f"{source.label} is quantized by bitsandbytes: {counted(len(states), 'tensor')} with the state "
+            f"that decodes its weights: {some_of(states)}",
+            hint=_HINT,
         )
     scales = [name for name in source.tensors if _is_scale(name, source.tensors)]
     if scales or _METADATA_KEY in source.metadata:
         found = some_of(scales) if scales else f"metadata {_METADATA_KEY}"
         raise InputError(
-            f"{source.label} is a scaled quantised checkpoint: its weights must be multiplied by factors "
-            f"that it stores apart: {found}",
-            hint=WANT_PLAIN,
+            f"{source.label} is a scaled quantized checkpoint: its weights must be multiplied by scales "
+            f"stored beside them: {found}",
+            hint=_HINT,
         )
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.targets import open_writer
+from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.errors import InputError
 from spectune.files.shards import ShardedWriter
 from spectune.files.source import MemorySource
@@ -48,7 +47,7 @@ def test_names_of_other_kinds_of_file(name: str, source: MemorySource, tmp_path:
         open_writer(tmp_path / name, infos_of(source))
     assert caught.value.what == (
         f"cannot write {name}: expected a name like x.safetensors, x.safetensors.index.json, "
-        "or that of a folder"
+        "or the name of a folder"
     )
     assert list(tmp_path.iterdir()) == []
 
