@@ -1,4 +1,4 @@
-"""Checkpoints that all tests share: a tiny SDXL on disk, names and shapes of the full one."""
+"""Fixtures for all tests: a tiny SDXL on disk, names and shapes of the full one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def tiny_modules() -> Modules:
-    """The modules of the tiny SDXL in float32 (of fp16 numbers), every parameter random."""
+    """The modules of the tiny SDXL: random parameters in float32 that fp16 represents exactly."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = build_modules(TINY)

@@ -1,4 +1,4 @@
-"""A diffusers folder of the tiny SDXL that all tests of folders share."""
+"""Fixtures: a diffusers folder of the tiny SDXL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.pipelines import save_pipeline
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny SDXL as diffusers saves it, in float32 (9 MB); use `folder` to change it."""
+    """The tiny SDXL as diffusers saves it, in float32 (9 MB); to change it use `folder`."""
     return save_pipeline(tiny_modules, tmp_path_factory.mktemp("tiny_folder") / "tiny-xl")
 
 

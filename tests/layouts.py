@@ -1,4 +1,4 @@
-"""The layouts that tests use, and real modules of them as diffusers and transformers build them."""
+"""Layouts for tests, and their modules as diffusers and transformers build them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.sdxl.layout import SDXL, Layout, TextLayout, UNetLayout, VaeLayout
+from spectune.sdxl.layout import SDXL, Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.state_dicts import single_file_tensors
 
-# every code path of the full model: a level without transformers, levels of different depth and of equal
-# width, a projection that is not square, an autoencoder with and without shortcuts
+# It covers every code path of the full model: a level without transformers, levels of different depth and
+# of equal width, a projection that is not square, a VAE with and without shortcuts.
 TINY = Layout(
     unet=UNetLayout(
         channels=(16, 16, 32),
@@ -50,8 +50,13 @@ class Modules:
     te2: nn.Module
     vae: nn.Module
 
-    def states(self) -> dict[str, dict[str, Tensor]]:
-        parts = {"unet": self.unet, "te1": self.te1, "te2": self.te2, "vae": self.vae}
+    def states(self) -> dict[PartName, dict[str, Tensor]]:
+        parts: dict[PartName, nn.Module] = {
+            "unet": self.unet,
+            "te1": self.te1,
+            "te2": self.te2,
+            "vae": self.vae,
+        }
         return {part: module.state_dict() for part, module in parts.items()}
 
     def single_file(self) -> dict[str, Tensor]:
@@ -60,7 +65,7 @@ class Modules:
 
 
 def build_modules(layout: Layout) -> Modules:
-    """Randomly initialised modules, from the libraries' own constructors and not from our tables."""
+    """Return randomly initialized modules from the constructors of the libraries, not from our tables."""
     assert layout.vae is not None
     return Modules(
         layout,

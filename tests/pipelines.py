@@ -1,4 +1,4 @@
-"""Diffusers folders as diffusers itself saves them, and a look at them that uses none of our tables."""
+"""Diffusers folders that diffusers saves, and helpers to read them without our tables."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CLASSES: dict[str, Any] = {
 
 
 def save_pipeline(modules: Modules, folder: Path) -> Path:
-    """A folder that `StableDiffusionXLPipeline.save_pretrained` writes, in float32."""
+    """Write a folder with `StableDiffusionXLPipeline.save_pretrained`, in float32."""
     vae = cast(AutoencoderKL, modules.vae)
     vae.register_to_config(scaling_factor=0.13025)
-    # tokenizers play no part in weights: they are added as files
+    # The tokenizers are added as files below.
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=cast(Any, modules.te1),
@@ -65,7 +65,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 
 
 def loaded(folder: Path, name: str) -> nn.Module:
-    """A module of a folder as its own library loads it; fails if the library misses or ignores a tensor."""
+    """Return a module as its library loads it; fail if the library misses or ignores a tensor."""
     module, info = CLASSES[name].from_pretrained(folder, subfolder=name, output_loading_info=True)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]

@@ -44,8 +44,8 @@ def facts(**changes: Any) -> FolderFacts:
 
 
 def test_a_standard_sdxl_needs_no_entries() -> None:
-    told = facts(hints=STANDARD, schedule=Schedule("eps"), vae_scale=0.13025, vae_shift=0.0)
-    assert folder_metadata({"format": "pt"}, told, FULL, "x") == {
+    declared = facts(hints=STANDARD, schedule=Schedule("eps"), vae_scale=0.13025, vae_shift=0.0)
+    assert folder_metadata({"format": "pt"}, declared, FULL, "x") == {
         "format": "pt",
         "spectune.prediction": "eps",
     }
@@ -59,7 +59,7 @@ def test_heads_and_groups_come_from_the_configurations(folder: Path) -> None:
     assert read_hints(metadata(folder))["unet_heads"] == [4, 4, 4]
 
 
-def test_without_configurations_the_widths_must_tell(folder: Path) -> None:
+def test_without_configurations_there_are_no_hints(folder: Path) -> None:
     for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         (folder / name / "config.json").unlink()
     assert read_hints(metadata(folder)) == {}
@@ -84,12 +84,12 @@ def test_a_v_prediction_folder(folder: Path) -> None:
     edit_json(folder / SCHEDULER, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     with open_checkpoint(folder) as source:
         assert declared_prediction(source) == "v"
-        # the markers by which other programs know such a single file
+        # The markers by which other programs recognize such a single file.
         assert {source.load(name).numel() for name in ("v_pred", "ztsnr")} == {0}
         assert source_prediction(source) == Ddpm("v", zero_terminal_snr=True)
 
 
-def test_a_prediction_that_is_not_known(folder: Path) -> None:
+def test_an_unknown_prediction(folder: Path) -> None:
     edit_json(folder / SCHEDULER, prediction_type="sample")
     assert message(folder) == (
         f"{folder / SCHEDULER}: prediction_type is 'sample': "
@@ -120,7 +120,7 @@ def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "told", "expected"),
+    ("header", "declared", "expected"),
     [
         ({"spectune.prediction": "v"}, {"schedule": Schedule("eps")}, "prediction is eps"),
         ({"spectune.vae_scale": "0.1406"}, {"vae_scale": 0.13025}, "vae_scale is 0.13025"),
@@ -132,10 +132,10 @@ def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
         ),
     ],
 )
-def test_contradictions(header: dict[str, str], told: dict[str, Any], expected: str) -> None:
+def test_contradictions(header: dict[str, str], declared: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        folder_metadata(header, facts(**told), TINY, "mixed-xl")
-    assert caught.value.what.startswith(f"mixed-xl contradicts itself: {expected} by its configuration files")
+        folder_metadata(header, facts(**declared), TINY, "mixed-xl")
+    assert caught.value.what.startswith(f"mixed-xl contradicts itself: {expected} in its configuration files")
 
 
 def test_a_foreign_header_is_kept(folder: Path) -> None:

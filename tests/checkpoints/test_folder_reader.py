@@ -54,7 +54,7 @@ def test_a_pipeline_that_diffusers_saved_is_the_single_file(folder: Path, tiny_m
     check_same(folder, tiny_modules.single_file())
 
 
-def test_one_changed_number_is_seen(folder: Path, tiny_modules: Modules) -> None:
+def test_one_changed_weight_is_noticed(folder: Path, tiny_modules: Modules) -> None:
     def nudge(tensors: dict[str, Tensor]) -> None:
         tensors["encoder.layers.1.self_attn.v_proj.bias"][3] += 1e-6
 
@@ -93,7 +93,7 @@ def test_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert source.label == "tiny-xl"
 
 
-def test_files_are_closed_also_after_an_error(folder: Path) -> None:
+def test_files_close_after_an_error_too(folder: Path) -> None:
     def still_open() -> list[str]:
         return [file.path for file in psutil.Process().open_files() if str(folder) in file.path]
 
@@ -117,7 +117,7 @@ def test_two_spellings_of_one_tensor(folder: Path) -> None:
         folder / TE1,
         lambda tensors: tensors.update({"text_model.final_layer_norm.bias": torch.zeros(16)}),
     )
-    assert "text_encoder/model.safetensors spells final_layer_norm.bias twice" in message(folder)
+    assert "text_encoder/model.safetensors has final_layer_norm.bias twice" in message(folder)
 
 
 def test_counters_that_old_versions_saved(folder: Path, tiny_modules: Modules) -> None:
@@ -133,7 +133,7 @@ def test_counters_that_old_versions_saved(folder: Path, tiny_modules: Modules) -
     )
 
 
-def test_what_sdxl_does_not_use_is_presented_where_a_single_file_has_it(folder: Path) -> None:
+def test_unused_tensors_get_their_single_file_names(folder: Path) -> None:
     edit_weights(folder / TE1, lambda tensors: tensors.update({"text_projection.weight": torch.ones(2, 2)}))
     edit_weights(folder / TE2, lambda tensors: tensors.update({"logit_scale": torch.tensor(4.5)}))
     with open_checkpoint(folder) as source:
@@ -167,7 +167,7 @@ def as_variant(path: Path, variant: str) -> Path:
     return path.rename(path.with_suffix(f".{variant}.safetensors"))
 
 
-def test_the_full_weights_go_before_a_variant(folder: Path, tiny_modules: Modules) -> None:
+def test_full_weights_take_precedence_over_a_variant(folder: Path, tiny_modules: Modules) -> None:
     half = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
     half.write_bytes((folder / UNET).read_bytes())
     edit_weights(half, lambda tensors: tensors.update({k: t.half() * 2 for k, t in tensors.items()}))
@@ -232,10 +232,10 @@ def test_a_folder_without_vae(folder: Path, tiny_modules: Modules) -> None:
     check_same(folder, {n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")})
 
 
-def test_other_parts_must_be_there(folder: Path) -> None:
+def test_a_missing_part(folder: Path) -> None:
     (folder / "text_encoder_2").rename(folder.parent / "elsewhere")
     edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(InputError, match=r"has no text_encoder_2/, .* says StableDiffusionP") as caught:
+    with pytest.raises(InputError, match=r"has no text_encoder_2/; .* declares StableDiffusionP") as caught:
         open_checkpoint(folder)
     assert caught.value.hint == NOT_SDXL
 
@@ -243,7 +243,7 @@ def test_other_parts_must_be_there(folder: Path) -> None:
 @pytest.mark.parametrize("name", [UNET, TE1, TE2, VAE])
 def test_a_spare_tensor(name: str, folder: Path) -> None:
     edit_weights(folder / name, lambda tensors: tensors.update({"adapter.0.weight": torch.zeros(1)}))
-    assert message(folder) == f"1 tensors of {name} have no place in a single-file SDXL: adapter.0.weight"
+    assert message(folder) == f"{name} has 1 tensor without a place in a single-file SDXL: adapter.0.weight"
 
 
 def test_a_missing_tensor(folder: Path) -> None:
@@ -259,7 +259,7 @@ def test_wrong_shapes(folder: Path) -> None:
     name = "text_model.encoder.layers.0.self_attn.k_proj.weight"
     edit_weights(folder / TE2, lambda tensors: tensors.update({name: tensors[name][:23]}))
     assert message(folder) == (
-        f"{name} of text_encoder_2/model.safetensors does not join its neighbours into "
+        f"{name} of text_encoder_2/model.safetensors does not fit into "
         "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight: "
         "expected torch.float32 (24, 24), got torch.float32 (23, 24)"
     )
@@ -267,7 +267,7 @@ def test_wrong_shapes(folder: Path) -> None:
     assert message(folder).endswith("conv_in.weight has the shape (16, 4), expected 4 axes")
 
 
-def test_mixed_types_of_a_fused_tensor(folder: Path) -> None:
+def test_mixed_dtypes_of_a_fused_tensor(folder: Path) -> None:
     name = "text_model.encoder.layers.0.self_attn.v_proj.bias"
     edit_weights(folder / TE2, lambda tensors: tensors.update({name: tensors[name].half()}))
     assert message(folder).endswith("expected torch.float32 (24,), got torch.float16 (24,)")
@@ -279,7 +279,7 @@ def test_uneven_levels(folder: Path) -> None:
     assert "its levels have [1, 2, 1] resnets, expected the same number" in message(folder)
 
 
-def test_quantised_weights(folder: Path) -> None:
+def test_quantized_weights(folder: Path) -> None:
     absmax = {"conv_in.weight.absmax": torch.zeros(1)}
     edit_weights(folder / UNET, lambda tensors: tensors.update(absmax))
     assert message(folder).startswith(f"{UNET} is quantized by bitsandbytes: 1 tensor with")
@@ -312,7 +312,7 @@ def test_full_state_dicts_have_the_full_layout() -> None:
     assert layout_of_modules(tiny, dict.fromkeys(tiny, "tiny")) == layout_of(single)  # type: ignore[arg-type]
 
 
-def test_the_pipeline_class_does_not_matter_and_the_tensors_do(folder: Path, tiny_modules: Modules) -> None:
+def test_tensors_decide_and_not_the_pipeline_class(folder: Path, tiny_modules: Modules) -> None:
     edit_json(folder / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
     check_same(folder, tiny_modules.single_file())
 
@@ -321,8 +321,7 @@ def test_extras_of_another_model(folder: Path) -> None:
     extras = folder / "single_file_extras.safetensors"
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, extras)
     assert message(folder) == (
-        "1 tensors of single_file_extras.safetensors stand in a subfolder too: "
-        "model.diffusion_model.out.2.bias"
+        "single_file_extras.safetensors repeats 1 tensor of a subfolder: model.diffusion_model.out.2.bias"
     )
     save_file({}, extras, metadata={"spectune.te1_root": "elsewhere."})
     assert message(folder) == "the metadata of single_file_extras.safetensors is damaged: elsewhere."

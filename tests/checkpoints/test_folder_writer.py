@@ -34,7 +34,7 @@ PARTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "vae": 
 
 
 def write(source: WeightSource, path: Path, **options: object) -> str:
-    """Write all of a source in an order of its own, and return the hash that the writer tells."""
+    """Write all tensors of a source in a shuffled order, and return the hash of the writer."""
     with FolderWriter(path, infos_of(source), metadata=source.metadata, **options) as writer:  # type: ignore[arg-type]
         for name in sorted(source.tensors, key=lambda name: name[::-1]):
             writer.write(name, source.load(name))
@@ -42,7 +42,7 @@ def write(source: WeightSource, path: Path, **options: object) -> str:
 
 
 def check_round_trip(source: WeightSource, path: Path) -> None:
-    """Folder and source must be the same tensors, by bits and by hash."""
+    """Check that folder and source have the same tensors, by bits and by hash."""
     written = write(source, path)
     with open_checkpoint(path) as again:
         assert set(again.tensors) == set(source.tensors)
@@ -78,7 +78,7 @@ def test_a_folder_becomes_a_single_file_and_the_same_folder(tiny_folder: Path, t
             continue
         with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
             assert new.metadata()["format"] == "pt"
-            # the first encoder's keys have the `text_model.` that all versions of transformers read
+            # The first encoder's keys have the prefix `text_model.`, which all versions of transformers read.
             assert all("text_model." in key for key in new.keys()) or name != TE1  # noqa: SIM118
             keys = {key.removeprefix("text_model."): key for key in new.keys()}  # noqa: SIM118
             assert {key.removeprefix("text_model.") for key in old.keys()} == keys.keys()  # noqa: SIM118
@@ -141,10 +141,10 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_no_module_holds_comes_back(change: str, source: MemorySource, tmp_path: Path) -> None:
+def test_tensors_of_no_module_round_trip(change: str, source: MemorySource, tmp_path: Path) -> None:
     tensors = CHANGES[change](dict(source.values))
     check_round_trip(MemorySource(tensors, source.metadata), tmp_path / "xl")
-    # the markers follow from the scheduler, as every folder of such a model has it
+    # The markers follow from the scheduler's configuration.
     assert (tmp_path / "xl" / EXTRAS).exists() == (change not in ("nothing", "markers"))
     loaded(tmp_path / "xl", "text_encoder")
     loaded(tmp_path / "xl", "vae")
@@ -172,12 +172,12 @@ def test_the_full_depth(tmp_path: Path) -> None:
     for part, state in modules.states().items():
         weights = loaded(tmp_path / "xl", PARTS[part]).state_dict()
         assert all(torch.equal(weights[key], state[key].half()) for key in state), part
-    # a vocabulary of 64 words is not CLIP's
+    # A vocabulary of 64 words is not CLIP's.
     assert json.loads((tmp_path / "xl/model_index.json").read_text())["tokenizer"] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
-def test_other_storage_types(dtype: torch.dtype, source: MemorySource, tmp_path: Path) -> None:
+def test_other_storage_dtypes(dtype: torch.dtype, source: MemorySource, tmp_path: Path) -> None:
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in source.values.items()}
     check_round_trip(MemorySource(tensors, source.metadata), tmp_path / "xl")
     assert not (tmp_path / "xl" / EXTRAS).exists()
@@ -214,14 +214,14 @@ def test_the_prediction_goes_into_the_scheduler(
             assert folder.metadata["spectune.prediction"] == prediction
 
 
-def test_pure_noise_at_the_end_is_what_the_template_or_the_marker_says(
+def test_zero_snr_comes_from_the_template_or_the_marker(
     source: MemorySource, folder: Path, tmp_path: Path
 ) -> None:
     edit_json(folder / SCHEDULER, rescale_betas_zero_snr=True)
     write(source, tmp_path / "of-template", template=folder)
     assert (tmp_path / "of-template" / SCHEDULER).read_bytes() == (folder / SCHEDULER).read_bytes()
     with open_checkpoint(tmp_path / "of-template") as again:
-        assert weights_hash(again) == weights_hash(source)  # also though others would have a marker
+        assert weights_hash(again) == weights_hash(source)
     marked = MemorySource({**source.values, "ztsnr": torch.empty(0)}, source.metadata)
     write(marked, tmp_path / "marked")
     config = index_and_scheduler(tmp_path / "marked")[1]
@@ -266,9 +266,7 @@ def test_late_metadata_reaches_the_configurations(source: MemorySource, tmp_path
         assert folder.metadata["late"] == "1" * 5000
 
 
-def test_a_template_gives_what_it_says_and_no_more(
-    source: MemorySource, folder: Path, tmp_path: Path
-) -> None:
+def test_a_template_gives_its_small_files_only(source: MemorySource, folder: Path, tmp_path: Path) -> None:
     edit_json(folder / "unet/config.json", sample_size=64)
     edit_json(folder / SCHEDULER, timestep_spacing="trailing")
     (folder / "tokenizer/added.json").write_text("{}")
@@ -307,12 +305,12 @@ def test_a_template_without_tokenizers_or_vae(source: MemorySource, folder: Path
 @pytest.mark.parametrize(
     ("file", "changes", "expected"),
     [
-        ("unet", {"block_out_channels": [16, 16, 64]}, "block_out_channels is [16, 16, 64], of the weights"),
-        ("unet", {"attention_head_dim": 8}, "attention_head_dim is [8, 8], of the weights [2, 4]"),
+        ("unet", {"block_out_channels": [16, 16, 64]}, "block_out_channels is [16, 16, 64], expected"),
+        ("unet", {"attention_head_dim": 8}, "attention_head_dim is [8, 8], expected [2, 4]"),
         ("unet", {"transformer_layers_per_block": [1, 1, 3]}, "transformer_layers_per_block is [1, 3]"),
-        ("text_encoder", {"num_attention_heads": 4}, "num_attention_heads is 4, of the weights 2"),
-        ("text_encoder_2", {"hidden_size": 32}, "hidden_size is 32, of the weights 24"),
-        ("vae", {"latent_channels": 16}, "latent_channels is 16, of the weights 4"),
+        ("text_encoder", {"num_attention_heads": 4}, "num_attention_heads is 4, expected 2"),
+        ("text_encoder_2", {"hidden_size": 32}, "hidden_size is 32, expected 24"),
+        ("vae", {"latent_channels": 16}, "latent_channels is 16, expected 4"),
     ],
 )
 def test_a_template_of_another_model(
@@ -321,11 +319,11 @@ def test_a_template_of_another_model(
     edit_json(folder / file / "config.json", **changes)
     with pytest.raises(InputError) as caught:
         write(source, tmp_path / "xl", template=folder)
-    assert f"{file}/config.json of the template is that of another model: {expected}" in caught.value.what
+    assert f"{file}/config.json of the template belongs to another model: {expected}" in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-xl"]
 
 
-def test_levels_without_transformers_may_say_anything(
+def test_levels_without_transformers_are_not_compared(
     source: MemorySource, folder: Path, tmp_path: Path
 ) -> None:
     edit_json(
@@ -335,7 +333,7 @@ def test_levels_without_transformers_may_say_anything(
 
 
 def test_folders_that_are_no_template(source: MemorySource, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no diffusers folder: it has no model_index\.json"):
+    with pytest.raises(InputError, match=r"is not a diffusers folder: it has no model_index\.json"):
         write(source, tmp_path / "xl", template=tmp_path)
     edit_json(folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
     with pytest.raises(InputError, match="has components that SDXL does not have: image_encoder"):
@@ -345,7 +343,7 @@ def test_folders_that_are_no_template(source: MemorySource, folder: Path, tmp_pa
 def test_the_configurations_of_the_full_model() -> None:
     files = small_files(FULL, Schedule("eps"))
     unet, vae = json.loads(files["unet/config.json"]), json.loads(files["vae/config.json"])
-    # as stabilityai/stable-diffusion-xl-base-1.0 has them
+    # The values of stabilityai/stable-diffusion-xl-base-1.0.
     assert unet["attention_head_dim"] == [5, 10, 20]
     assert unet["transformer_layers_per_block"] == [1, 2, 10]
     assert (unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]) == (2816, 256)
@@ -358,19 +356,19 @@ def test_the_configurations_of_the_full_model() -> None:
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
 
 
-def test_a_middle_that_diffusers_has_no_words_for() -> None:
-    odd = replace(FULL, unet=replace(FULL.unet, mid_depth=4))
+def test_a_middle_that_diffusers_cannot_describe() -> None:
+    uneven = replace(FULL, unet=replace(FULL.unet, mid_depth=4))
     with pytest.raises(InputError, match="its middle has 4 transformer blocks, its deepest level 10"):
-        small_files(odd, Schedule())
+        small_files(uneven, Schedule())
     bare = replace(FULL, unet=replace(FULL.unet, depths=(0, 2, 0), mid_depth=4))
     unet = json.loads(small_files(bare, Schedule())["unet/config.json"])
     assert unet["transformer_layers_per_block"] == [1, 2, 4]
 
 
-def test_what_is_no_sdxl_is_refused_before_the_work(source: MemorySource, tmp_path: Path) -> None:
+def test_tensors_of_no_sdxl_are_refused_before_the_work(source: MemorySource, tmp_path: Path) -> None:
     spare = "model.diffusion_model.adapter.weight"
     infos = [*infos_of(source), TensorInfo(spare, torch.float16, (1,))]
-    with pytest.raises(InputError, match=re.escape(f"have no place in the unet: {spare}")):
+    with pytest.raises(InputError, match=re.escape(f"without a place in the unet: {spare}")):
         FolderWriter(tmp_path / "xl", infos, metadata=source.metadata)
     with pytest.raises(InputError, match="is not an SDXL checkpoint"):
         FolderWriter(tmp_path / "xl", [TensorInfo("a", torch.float16, (1,))])
@@ -397,7 +395,7 @@ def stop_after(writer: FolderWriter, name: str, tensor: Tensor) -> None:
     raise KeyboardInterrupt
 
 
-def test_our_own_bugs(source: MemorySource, tmp_path: Path) -> None:
+def test_misuse_is_an_assertion(source: MemorySource, tmp_path: Path) -> None:
     first, second = list(source.tensors)[:2]
     writer = FolderWriter(tmp_path / "xl", infos_of(source), metadata=source.metadata)
     writer.write(first, source.load(first))
@@ -419,7 +417,8 @@ def test_an_existing_folder(source: MemorySource, folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         write(source, folder, force=True)
     assert caught.value.what == (
-        f"{folder} holds what is no part of a diffusers model and would be lost: sd_xl_base_1.0.safetensors"
+        f"{folder} holds files that are no part of a diffusers model and would be lost: "
+        "sd_xl_base_1.0.safetensors"
     )
     (folder / "sd_xl_base_1.0.safetensors").unlink()
     (folder / "unet/old.json").write_text("{}")
@@ -431,7 +430,7 @@ def test_an_existing_folder(source: MemorySource, folder: Path) -> None:
         write(source, folder.parent / "file", force=True)
 
 
-def test_a_crash_leaves_the_folder_before(source: MemorySource, folder: Path) -> None:
+def test_a_crash_keeps_the_previous_folder(source: MemorySource, folder: Path) -> None:
     before: Mapping[str, bytes] = {name: (folder / name).read_bytes() for name in files_of(folder)}
     with (
         pytest.raises(ZeroDivisionError),
@@ -442,7 +441,7 @@ def test_a_crash_leaves_the_folder_before(source: MemorySource, folder: Path) ->
     assert [path.name for path in folder.parent.iterdir()] == ["tiny-xl"]
 
 
-def test_a_finished_folder_that_cannot_be_named_stays(
+def test_a_finished_folder_that_cannot_be_renamed_stays(
     source: MemorySource, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
@@ -453,11 +452,13 @@ def test_a_finished_folder_that_cannot_be_named_stays(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(InputError, match=r"cannot name the finished folder .*: Permission denied") as caught:
+    with pytest.raises(
+        InputError, match=r"cannot rename the finished folder .*: Permission denied"
+    ) as caught:
         write(source, folder, force=True)
     monkeypatch.undo()
     (left,) = (path for path in folder.parent.iterdir() if path != folder)
-    assert caught.value.hint == f"nothing is lost: rename {left} yourself"
+    assert caught.value.hint == f"rename {left} yourself; it is complete"
     with open_checkpoint(left) as finished, open_checkpoint(folder) as before:
         assert weights_hash(finished) == weights_hash(source) != weights_hash(before)
 

@@ -13,15 +13,15 @@ from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import StreamWriter
 from tests.pipelines import infos_of
 
-SHAPES = {
+FORMS = {
     "x.safetensors": StreamWriter,
     "x.safetensors.index.json": ShardedWriter,
     "sdxl-1.0": FolderWriter,
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_name_chooses_the_shape_and_the_numbers_stay(
+@pytest.mark.parametrize("name", FORMS)
+def test_the_name_chooses_the_form_and_the_weights_stay(
     name: str, source: MemorySource, tiny_folder: Path, tmp_path: Path
 ) -> None:
     writer = open_writer(
@@ -31,7 +31,7 @@ def test_the_name_chooses_the_shape_and_the_numbers_stay(
         template=tiny_folder,
         max_shard_bytes=1_000_000,
     )
-    assert type(writer) is SHAPES[name]
+    assert type(writer) is FORMS[name]
     with writer:
         for tensor in source.tensors:
             writer.write(tensor, source.load(tensor))
@@ -52,8 +52,8 @@ def test_names_of_other_kinds_of_file(name: str, source: MemorySource, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_force_and_hold_reach_every_shape(name: str, source: MemorySource, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_force_and_hold_reach_every_form(name: str, source: MemorySource, tmp_path: Path) -> None:
     def write(*, force: bool = False, hold: bool = False) -> None:
         with open_writer(
             tmp_path / name, infos_of(source), metadata=source.metadata, force=force, hold=hold

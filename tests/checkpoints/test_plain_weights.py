@@ -19,7 +19,7 @@ FP8 = torch.zeros(4, 4).to(torch.float8_e4m3fn)
 ONE = torch.ones(())
 
 
-def found(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, weight: Tensor = FP8) -> str:
+def refusal(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, weight: Tensor = FP8) -> str:
     source = MemorySource({f"{LINEAR}.weight": weight, **extra}, metadata or {}, "small.safetensors")
     with pytest.raises(InputError) as caught:
         check_plain_weights(source)
@@ -46,7 +46,7 @@ def test_plain_weights_of_any_dtype_pass(dtype: torch.dtype) -> None:
     ],
 )
 def test_scaled_fp8_is_refused(name: str) -> None:
-    message = found({name: ONE})
+    message = refusal({name: ONE})
     assert message == (
         "small.safetensors is a scaled quantized checkpoint: its weights must be multiplied by scales "
         f"stored beside them: {name}"
@@ -54,7 +54,7 @@ def test_scaled_fp8_is_refused(name: str) -> None:
 
 
 def test_a_table_of_quantized_layers_is_refused() -> None:
-    message = found({}, {"_quantization_metadata": "{}"})
+    message = refusal({}, {"_quantization_metadata": "{}"})
     assert message.endswith("stored beside them: metadata _quantization_metadata")
 
 
@@ -70,14 +70,14 @@ def test_a_table_of_quantized_layers_is_refused() -> None:
     ],
 )
 def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
-    message = found({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
+    message = refusal({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
     assert message == (
         "small.safetensors is quantized by bitsandbytes: 1 tensor with the state that decodes its weights: "
         f"{name}"
     )
 
 
-def test_a_scale_that_scales_no_fp8_weight_is_a_tensor_like_any_other() -> None:
+def test_a_scale_without_an_fp8_weight_is_a_plain_tensor() -> None:
     half = {f"{LINEAR}.weight": FP8.half(), f"{LINEAR}.scale_weight": ONE}
     check_plain_weights(MemorySource(half, {}))
     check_plain_weights(MemorySource({"other.scale_weight": ONE, f"{LINEAR}.weight": FP8}, {}))
@@ -92,7 +92,7 @@ def test_an_fp8_file_keeps_its_bits(tmp_path: Path) -> None:
         assert weights_hash(source) == written
 
 
-def test_a_gguf_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+def test_a_gguf_file_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"GGUF" + bytes(range(200, 240)))
     with pytest.raises(InputError, match=re.escape("it is a GGUF file, whose numbers are quantised")):

@@ -105,7 +105,7 @@ def test_tiny_weights(tiny_checkpoint: Path) -> None:
         assert build_catalogue(source.tensors) == catalogue
 
 
-def test_a_lost_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None:
+def test_a_missing_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None:
     lost = "model.diffusion_model.output_blocks.8.0.in_layers.2.weight"
     infos = {name: info for name, info in full_infos.items() if name != lost}
     with pytest.raises(
@@ -122,6 +122,6 @@ def test_a_lost_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None:
         ("something.else", "not an SDXL checkpoint: no"),
     ],
 )
-def test_other_files_are_recognised(name: str, kind: str) -> None:
+def test_other_files_are_recognized(name: str, kind: str) -> None:
     with pytest.raises(InputError, match=kind):
         build_catalogue({name: TensorInfo(name, torch.float16, (1,))})

@@ -1,50 +1,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import LAYOUT_KEY, Provenance
-from spectune.files.source import MemorySource, TensorInfo
-from spectune.sdxl.inference import infer_layout, layout_of
+from spectune.files.provenance import LAYOUT_KEY
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layout import hints_metadata, read_hints
-from tests.layouts import FULL, TINY
-
-
-def test_full_layout_needs_no_hint(full_infos: Mapping[str, TensorInfo]) -> None:
-    assert layout_of(full_infos) == FULL
-
-
-def test_tiny_layout_with_its_hints(tiny_checkpoint: Path) -> None:
-    with open_checkpoint(tiny_checkpoint) as source:
-        assert infer_layout(source) == TINY
-
-
-def test_a_checkpoint_without_vae(tiny_checkpoint: Path) -> None:
-    with open_checkpoint(tiny_checkpoint) as source:
-        infos = {name: info for name, info in source.tensors.items() if not name.startswith("first_stage")}
-        assert layout_of(infos, read_hints(source.metadata)) == replace(TINY, vae=None)
-
-
-def test_vae_factor_from_provenance(tiny_checkpoint: Path) -> None:
-    with open_checkpoint(tiny_checkpoint) as source:
-        layout = layout_of(source.tensors, provenance=Provenance(vae_scale=0.1406, vae_shift=-0.4743))
-    assert layout.vae is not None
-    assert (layout.vae.scale, layout.vae.shift) == (0.1406, -0.4743)
-
-
-def test_heads_that_nothing_tells_are_an_error(tiny_checkpoint: Path) -> None:
-    with open_checkpoint(tiny_checkpoint) as source:
-        foreign = MemorySource({name: source.load(name) for name in source.tensors}, {}, "tiny.safetensors")
-    with pytest.raises(InputError, match="a width of 16 does not divide into heads of 64 channels") as caught:
-        infer_layout(foreign)
-    assert caught.value.hint == "metadata spectune.layout must give unet_heads"
+from tests.layouts import TINY
 
 
 @pytest.mark.parametrize(
@@ -65,11 +30,6 @@ def test_bad_hints(text: str, message: str) -> None:
     assert message in caught.value.what
 
 
-def test_heads_per_level_are_counted(tiny_checkpoint: Path) -> None:
-    with open_checkpoint(tiny_checkpoint) as source, pytest.raises(InputError, match="expected 3 numbers"):
-        layout_of(source.tensors, {"unet_heads": [1, 2]})
-
-
 def test_hints_are_read_back() -> None:
     assert read_hints(hints_metadata(TINY)) == {
         "unet_heads": [1, 2, 4],
@@ -78,23 +38,6 @@ def test_hints_are_read_back() -> None:
         "unet_norm_groups": 8,
         "vae_norm_groups": 4,
     }
-
-
-def test_uneven_levels_are_refused(full_infos: Mapping[str, TensorInfo]) -> None:
-    cut = {name: info for name, info in full_infos.items() if "input_blocks.8.0.in_layers.2" not in name}
-    with pytest.raises(InputError, match=r"its levels have \[2, 2, 1\] resnets"):
-        layout_of(cut)
-
-
-def test_uneven_depths_are_refused(full_infos: Mapping[str, TensorInfo]) -> None:
-    cut = {n: info for n, info in full_infos.items() if "input_blocks.8.1.transformer_blocks.9" not in n}
-    with pytest.raises(InputError, match=r"different depth .*: \[9, 10\]"):
-        layout_of(cut)
-
-
-def test_an_empty_file() -> None:
-    with pytest.raises(InputError, match="it has no tensors"):
-        infer_layout(MemorySource({}, {}, "empty.safetensors"))
 
 
 def test_a_tensor_info_counts() -> None:

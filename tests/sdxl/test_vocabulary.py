@@ -11,7 +11,7 @@ from spectune.sdxl.vocabulary import BOS, BOS_ID, EOS, EOS_ID, clip_vocabulary, 
 CAPTIONS = ["a cat", "Ein Schwälbchen, 3 times: naïve 猫 🙂", "it's  SPACED   out", ""]
 
 
-def test_the_vocabulary_is_clips() -> None:
+def test_the_vocabulary_is_that_of_clip() -> None:
     words = clip_vocabulary().words
     assert (len(words), len(set(words)), len(clip_vocabulary().merges)) == (49408, 49408, 48894)
     assert (words[BOS_ID], words[EOS_ID], words[0]) == (BOS, EOS, "!")

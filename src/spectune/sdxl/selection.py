@@ -1,4 +1,4 @@
-"""The layers that words and patterns of a command line name."""
+"""Layer selection: the words and patterns that name layers of a catalogue."""
 
 from __future__ import annotations
 
@@ -8,76 +8,76 @@ from fnmatch import fnmatchcase
 from spectune.errors import InputError, did_you_mean
 from spectune.sdxl.layers import Catalogue, Layer
 
-EVERY, DEFAULT = "all", "default"
-_LEAVE_OUT = ("!", "-")
+ALL, DEFAULT = "all", "default"
+_EXCLUDE = ("!", "-")
 _HINT = (
     "name layers by `default`, `all`, a part (unet, te1, te2), a block (down.1, mid, te1.3), a kind (linear, "
     "conv) or a pattern such as unet.*attn2*"
 )
-_LEAVES_OUT = "; `!` in front leaves out"
+_EXCLUDE_HINT = "; a leading `!` excludes"
 
 
 def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[Layer, ...]:
-    """The layers of a catalogue of all layers that the patterns name, in the catalogue's order.
+    """Return the layers that the patterns name, in the order of a catalogue of all layers.
 
-    Patterns come one by one or separated by commas. Each matches whole names ("unet.*attn2*"), blocks ("mid",
-    "te1.3"), parts ("te2") or kinds ("conv"), with * ? [ ] as in file names. With `!` or `-` in front it
-    leaves out, whatever the order; where nothing else is named, from the default layers.
-    Layers outside the default set, which other trainers do not know, join with `all`, or by a pattern that
-    matches no default layer (`embed`, `unet.time_embed.*`).
-    Raises InputError for a pattern without a match, and when no layer is left.
+    Patterns are separate strings or separated by commas. Each matches whole names ("unet.*attn2*"), blocks
+    ("mid", "te1.3"), parts ("te2") or kinds ("conv"), with * ? [ ] as in file names. A leading `!` or `-`
+    excludes its matches, in any position; without other patterns it excludes them from the default layers.
+    Layers outside the default set, which other trainers do not know, are selected by `all`, or by a pattern
+    that matches no default layer (`embed`, `unet.time_embed.*`).
+    Raises InputError for a pattern without a match, and if no layer remains.
     """
     words = [word.strip() for pattern in patterns for word in pattern.split(",") if word.strip()]
-    wanted = [word for word in words if not word.startswith(_LEAVE_OUT)] or [DEFAULT]
-    unwanted = [word[1:].strip() for word in words if word.startswith(_LEAVE_OUT)]
-    chosen = {layer.name for word in wanted for layer in _named(catalogue, word)}
-    dropped = {layer.name for word in unwanted for layer in _matches(catalogue, word)}
-    left = tuple(layer for layer in catalogue if layer.name in chosen - dropped)
-    if not left:
+    included = [word for word in words if not word.startswith(_EXCLUDE)] or [DEFAULT]
+    excluded = [word[1:].strip() for word in words if word.startswith(_EXCLUDE)]
+    chosen = {layer.name for word in included for layer in _included(catalogue, word)}
+    dropped = {layer.name for word in excluded for layer in _matches(catalogue, word)}
+    selected = tuple(layer for layer in catalogue if layer.name in chosen - dropped)
+    if not selected:
         raise InputError(
-            f"`{','.join(words)}` leaves none of {len(catalogue)} layers", hint=_HINT + _LEAVES_OUT
+            f"`{','.join(words)}` selects none of {len(catalogue)} layers", hint=_HINT + _EXCLUDE_HINT
         )
-    return left
+    return selected
 
 
 def layers_named(
     catalogue: Catalogue, words: Sequence[str], *, known: Sequence[str] = ()
 ) -> tuple[Layer, ...]:
-    """Every layer that one of the words names, default or not, in the catalogue's order.
+    """Return all layers that one of the words names, default or not, in the catalogue's order.
 
-    Raises InputError for a word without a match; `known` are other words that might have been meant.
+    Raises InputError for a word without a match. The message suggests `known` words too.
     """
     chosen = {layer.name for word in words for layer in _matches(catalogue, word.strip(), known)}
     return tuple(layer for layer in catalogue if layer.name in chosen)
 
 
-def _named(catalogue: Catalogue, word: str) -> list[Layer]:
-    """What a word adds: the default layers among its matches, or all of them where there is none."""
-    found = _matches(catalogue, word)
-    usual = [layer for layer in found if layer.default]
-    return found if word == EVERY or not usual else usual
+def _included(catalogue: Catalogue, word: str) -> list[Layer]:
+    """Return the default layers among a word's matches, or all matches if none is a default layer."""
+    matches = _matches(catalogue, word)
+    default = [layer for layer in matches if layer.default]
+    return matches if word == ALL or not default else default
 
 
 def _matches(catalogue: Catalogue, word: str, known: Sequence[str] = ()) -> list[Layer]:
-    if word == EVERY:
+    if word == ALL:
         return list(catalogue)
     if word == DEFAULT:
         return [layer for layer in catalogue if layer.default]
-    found = [layer for layer in catalogue if any(fnmatchcase(name, word) for name in _names_of(layer))]
-    if not found:
-        meant = [*known, EVERY, DEFAULT, *dict.fromkeys(_spellings(catalogue))]
+    matches = [layer for layer in catalogue if any(fnmatchcase(name, word) for name in _names_of(layer))]
+    if not matches:
+        candidates = [*known, ALL, DEFAULT, *dict.fromkeys(_words(catalogue))]
         raise InputError(
-            f"no layer matches `{word}`{did_you_mean(word, meant)} ({len(catalogue)} layers were looked at)",
-            hint=_HINT if known else _HINT + _LEAVES_OUT,
+            f"no layer matches `{word}`{did_you_mean(word, candidates)} (out of {len(catalogue)} layers)",
+            hint=_HINT if known else _HINT + _EXCLUDE_HINT,
         )
-    return found
+    return matches
 
 
 def _names_of(layer: Layer) -> tuple[str, ...]:
     return layer.part.value, layer.block, layer.kind.value, layer.name
 
 
-def _spellings(catalogue: Catalogue) -> Iterable[str]:
-    """Everything that a word could have meant, short names first."""
+def _words(catalogue: Catalogue) -> Iterable[str]:
+    """Yield all words that name a layer, short ones first."""
     columns = zip(*(_names_of(layer) for layer in catalogue), strict=True)
     return (name for column in columns for name in column)

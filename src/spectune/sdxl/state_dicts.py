@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.source import WeightSource
 from spectune.sdxl.layout import (
     PARTS,
@@ -81,12 +81,17 @@ def module_tensors(layout: Layout, part: PartName, source: WeightSource) -> Mapp
     spare = [
         name for name in source.tensors if name.startswith(_ROOTS[part]) and name not in needed | _UNUSED
     ]
-    if spare:
+    refuse_surplus(spare, source.label, f"the {part}")
+    return views
+
+
+def refuse_surplus(names: Sequence[str], label: str, whole: str) -> None:
+    """Raise InputError if there are `names` of tensors that `whole` does not have."""
+    if names:
         raise InputError(
-            f"{len(spare)} tensors of {source.label} have no place in the {part}: {some_of(spare)}",
+            f"{label} has {counted(len(names), 'tensor')} without a place in {whole}: {some_of(names)}",
             hint="the model has parts that SDXL does not have, and would run without them",
         )
-    return views
 
 
 def single_file_tensors(

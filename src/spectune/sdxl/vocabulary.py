@@ -1,4 +1,4 @@
-"""CLIP's one vocabulary, out of the merges that the package carries, and the files of its tokenizers."""
+"""CLIP's vocabulary, from the merges in this package, and the files of its tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS_ID = 49407
 
 @dataclass(frozen=True)
 class ClipVocabulary:
-    """The words by token id, and the pairs that byte-pair encoding joins, first merge first."""
+    """The words by token id, and the pairs that byte-pair encoding merges, in order."""
 
     words: tuple[str, ...]
     merges: tuple[tuple[str, str], ...]
@@ -24,7 +24,7 @@ class ClipVocabulary:
 
 @cache
 def clip_vocabulary() -> ClipVocabulary:
-    """256 byte symbols, the same with a word end, the merges joined, the two special tokens: 49,408 words."""
+    """Return 49,408 words: 256 byte symbols, the same with a word end, merged pairs, two special tokens."""
     raw = files("spectune").joinpath("sdxl", "clip_merges.txt.gz").read_bytes()
     lines = gzip.decompress(raw).decode("utf-8").splitlines()[1:]
     merges = tuple((left, right) for left, right in (line.split() for line in lines if line))
@@ -35,7 +35,7 @@ def clip_vocabulary() -> ClipVocabulary:
 
 
 def tokenizer_files(folder: str, *, pad: str, context: int) -> dict[str, bytes]:
-    """The files from which transformers loads a CLIP tokenizer, by their paths in a diffusers folder.
+    """Return the files of a CLIP tokenizer for transformers, by their paths in a diffusers folder.
 
     `pad` fills captions up to `context` tokens: `<|endoftext|>` for OpenAI's encoder, `!` for OpenCLIP's.
     """
@@ -60,7 +60,7 @@ def tokenizer_files(folder: str, *, pad: str, context: int) -> dict[str, bytes]:
 
 
 def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes, in vocabulary order (GPT-2's byte-level alphabet)."""
+    """Return the 256 printable symbols for bytes in vocabulary order (GPT-2's byte-level alphabet)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(rest))]

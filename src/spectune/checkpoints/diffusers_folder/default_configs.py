@@ -1,4 +1,4 @@
-"""The configurations of a diffusers folder, made from the layout of a model."""
+"""New configurations for a diffusers folder, from the layout of a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from spectune.errors import InputError
 from spectune.sdxl.layout import TIME_IDS, Layout, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.vocabulary import BOS_ID, EOS_ID
 
-DIFFUSERS_VERSION = "0.36.0"  # whose configurations these are
-NO_COMPONENT = [None, None]  # diffusers' entry for what a pipeline does without
+DIFFUSERS_VERSION = "0.36.0"  # its form of the configurations
+NO_COMPONENT = [None, None]  # the entry of model_index.json for an absent component
 PIPELINE: Mapping[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
     "_diffusers_version": DIFFUSERS_VERSION,
-    "force_zeros_for_empty_prompt": True,  # as the base model was trained
+    "force_zeros_for_empty_prompt": True,  # as in the training of the base model
 }
 COMPONENTS: Mapping[str, list[str]] = {
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
@@ -29,9 +29,9 @@ COMPONENTS: Mapping[str, list[str]] = {
 
 
 def model_configs(layout: Layout) -> dict[str, dict[str, Any]]:
-    """The configurations of the modules by their paths.
+    """Return the configurations of the modules by their paths in the folder.
 
-    Raises InputError for a UNet that diffusers has no words for.
+    Raises InputError for a UNet that no configuration of diffusers describes.
     """
     configs = {
         UNET: _unet_config(layout.unet),
@@ -49,7 +49,7 @@ def _unet_config(unet: UNetLayout) -> dict[str, Any]:
             hint="write a .safetensors file",
         )
     kinds = ["CrossAttn" if depth else "" for depth in unet.depths]
-    # the middle takes the last number, also where the level itself has no transformers
+    # The last number is the depth of the middle, even if the deepest level has no transformers.
     depths = [*(max(depth, 1) for depth in unet.depths[:-1]), max(unet.mid_depth, 1)]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -66,7 +66,7 @@ def _unet_config(unet: UNetLayout) -> dict[str, Any]:
         "norm_num_groups": unet.norm_groups,
         "out_channels": unet.out_channels,
         "projection_class_embeddings_input_dim": unet.pooled + TIME_IDS * unet.time_id_channels,
-        "sample_size": 128,  # latents of 1024 pixels, SDXL's default size of images
+        "sample_size": 128,  # latents of 1024 pixels, SDXL's default image size
         "transformer_layers_per_block": depths,
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "use_linear_projection": True,
@@ -111,7 +111,7 @@ def _vae_config(vae: VaeLayout) -> dict[str, Any]:
 
 
 def scheduler_config(schedule: Schedule) -> dict[str, Any]:
-    """A scheduler over SDXL's noise that StableDiffusionXLPipeline can work with."""
+    """Return a scheduler for SDXL's noise that StableDiffusionXLPipeline supports."""
     common = {
         "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": 0.012,
@@ -121,7 +121,7 @@ def scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "rescale_betas_zero_snr": schedule.zero_snr,
     }
     if schedule.prediction == "flow":
-        # the Euler schedulers of diffusers either know no flow or not what SDXL's pipeline asks of them
+        # EulerDiscreteScheduler has no flow; FlowMatchEulerDiscreteScheduler fails in SDXL's pipeline.
         return common | {
             "_class_name": "DPMSolverMultistepScheduler",
             "flow_shift": 1.0 if schedule.flow_shift is None else schedule.flow_shift,
@@ -132,6 +132,6 @@ def scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "_class_name": "EulerDiscreteScheduler",
         "prediction_type": "v_prediction" if schedule.prediction == "v" else "epsilon",
         "steps_offset": 1,
-        # only trailing timesteps begin at the last one, where such a model was trained on pure noise
+        # Only trailing timesteps start at the last one, where such a model was trained on pure noise.
         "timestep_spacing": "trailing" if schedule.zero_snr else "leading",
     }

@@ -1,14 +1,13 @@
-"""A diffusers folder, read lazily, under the names of a single file."""
+"""Read a diffusers folder lazily under the tensor names of a single file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from spectune.checkpoints.diffusers_folder.keys import (
     derived_tensors,
 )
 from spectune.checkpoints.diffusers_folder.subfolder import Subfolder, open_subfolder
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
+from spectune.files.provenance import parse_json
 from spectune.files.reader import Checkpoint, open_file
 from spectune.files.source import TensorFile, TensorInfo
 from spectune.sdxl.inference import layout_of_modules
@@ -33,13 +33,13 @@ Opened = Mapping[PartName, Subfolder]
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """A diffusers folder as a checkpoint with the tensors of a single file.
+    """Open a diffusers folder as a checkpoint with the tensors of a single file.
 
-    In every subfolder the full weights are read where both they and a variant, such as fp16, are there. The
-    second encoder's temperature and the first's position counter, which no module holds, are the values that
-    SDXL has; in a folder that spectune wrote they are those of the single file it was written from.
-    Raises InputError when a part other than the VAE is missing, a tensor has no place in a single file, or
-    the weights are pickled or quantised.
+    Full weights take precedence over a variant such as fp16. The second encoder's temperature and the first's
+    position counter are in no module: they get SDXL's values or, in a folder that spectune wrote, those of
+    the single file it was written from.
+    Raises InputError if a part other than the VAE is missing, a tensor has no place in a single file, or the
+    weights are pickled or quantized.
     """
     label = folder.resolve().name
     with ExitStack() as stack:
@@ -61,19 +61,19 @@ def open_folder(folder: Path) -> Checkpoint:
         entries |= _other_entries(opened, extras, layout, facts, entries)
         files = [*(subfolder.file for subfolder in opened.values()), *([] if extras is None else [extras])]
         stack.pop_all()
-    return Checkpoint(folder, [_Presented(entries, files)], metadata, label=label)
+    return Checkpoint(folder, [_RenamedFiles(entries, files)], metadata, label=label)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor under its single-file name, before and after its numbers are read."""
+    """A tensor under its single-file name, and the function that loads it."""
 
     info: TensorInfo
     load: Callable[[], Tensor]
 
 
-class _Presented:
-    """Several files as one, under other names."""
+class _RenamedFiles:
+    """Several files as one file with other tensor names."""
 
     def __init__(self, entries: Mapping[str, _Entry], files: Sequence[TensorFile]) -> None:
         self.metadata: Mapping[str, str] = {}
@@ -93,12 +93,12 @@ class _Presented:
             file.close()
 
 
-def _module_entries(opened: Opened, layout: Layout, says: Mapping[str, str]) -> dict[str, _Entry]:
-    """The tensors that stand in modules; `says` is what the extras say of how the single file has them."""
-    te1 = says.get(TE1_ROOT_KEY, TE1_ROOT)
-    matrices = _names_in(says.get(MATRICES_KEY, "[]"))
+def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str]) -> dict[str, _Entry]:
+    """Return the tensors of modules; `spelling` is the metadata of the extras: how a single file has them."""
+    te1 = spelling.get(TE1_ROOT_KEY, TE1_ROOT)
+    matrices = _names_in(spelling.get(MATRICES_KEY, "[]"))
     if te1 not in (TE1_ROOT, TE1_SHORT_ROOT) or matrices is None:
-        raise InputError(f"the metadata of {EXTRAS_FILE} is damaged: {some_of(list(says.values()))}")
+        raise InputError(f"the metadata of {EXTRAS_FILE} is damaged: {some_of(list(spelling.values()))}")
     entries: dict[str, _Entry] = {}
     for part, subfolder in opened.items():
         views = state_views(layout, part, te1=te1)
@@ -116,7 +116,7 @@ def _other_entries(
     facts: FolderFacts,
     placed: Mapping[str, _Entry],
 ) -> dict[str, _Entry]:
-    """The tensors that stand in no module: as found, and otherwise derived."""
+    """Return the tensors that are in no module: stored ones, and derived ones if there are no extras."""
     entries: dict[str, _Entry] = {}
     if extras is None:
         tensors = derived_tensors(
@@ -128,22 +128,22 @@ def _other_entries(
         for name, tensor in tensors.items():
             entries[name] = _Entry(TensorInfo(name, tensor.dtype, tuple(tensor.shape)), tensor.clone)
     for subfolder in opened.values():
-        for name, there in subfolder.loose.items():
-            entries[name] = _found(name, subfolder.file, there)
+        for name, file_key in subfolder.loose.items():
+            entries[name] = _stored(name, subfolder.file, file_key)
     if extras is not None:
-        entries |= {name: _found(name, extras, name) for name in extras.tensors}
+        entries |= {name: _stored(name, extras, name) for name in extras.tensors}
     twice = sorted(entries.keys() & placed.keys())
     if twice:
         raise InputError(
-            f"{len(twice)} tensors of {EXTRAS_FILE} stand in a subfolder too: {some_of(twice)}",
+            f"{EXTRAS_FILE} repeats {counted(len(twice), 'tensor')} of a subfolder: {some_of(twice)}",
             hint="it belongs to another model",
         )
     return entries
 
 
-def _found(name: str, file: Checkpoint, there: str) -> _Entry:
-    info = file.tensors[there]
-    return _Entry(TensorInfo(name, info.dtype, info.shape), partial(file.load, there))
+def _stored(name: str, file: Checkpoint, file_key: str) -> _Entry:
+    info = file.tensors[file_key]
+    return _Entry(TensorInfo(name, info.dtype, info.shape), partial(file.load, file_key))
 
 
 def _load_joined(subfolder: Subfolder, pieces: Sequence[Piece], *, matrix: bool) -> Tensor:
@@ -154,10 +154,11 @@ def _joined_info(name: str, subfolder: Subfolder, pieces: Sequence[Piece], *, ma
     infos = [subfolder.state[piece.key] for piece in pieces]
     first = infos[0]
     for piece, info in zip(pieces, infos, strict=True):
-        expected = first.shape if piece.view.rows is None else (_row_count(piece), *first.shape[1:])
+        rows = piece.view.rows
+        expected = first.shape if rows is None else (rows[1] - rows[0], *first.shape[1:])
         if (info.dtype, info.shape) != (first.dtype, expected):
             raise InputError(
-                f"{piece.key} of {subfolder.file.label} does not join its neighbours into {name}: "
+                f"{piece.key} of {subfolder.file.label} does not fit into {name}: "
                 f"expected {first.dtype} {expected}, got {info.dtype} {info.shape}"
             )
     empty = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
@@ -165,17 +166,9 @@ def _joined_info(name: str, subfolder: Subfolder, pieces: Sequence[Piece], *, ma
     return TensorInfo(name, whole.dtype, tuple(whole.shape))
 
 
-def _row_count(piece: Piece) -> int:
-    assert piece.view.rows is not None
-    return piece.view.rows[1] - piece.view.rows[0]
-
-
 def _names_in(text: str) -> frozenset[str] | None:
-    """The names of a JSON list, None if it is no such list."""
-    try:
-        names: Any = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
+    """Return the names in a JSON list, or None if it is no such list."""
+    names = parse_json(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[object], names)):
         return None
     return frozenset(cast(list[str], names))

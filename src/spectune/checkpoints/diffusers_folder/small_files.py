@@ -1,4 +1,4 @@
-"""The small files of a diffusers folder, configurations and tokenizers: of a template or made anew."""
+"""The small files of a diffusers folder, configurations and tokenizers: from a template or new."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from spectune.files.reader import MODEL_INDEX, PICKLES
 from spectune.sdxl.layout import Layout, UNetLayout, VaeLayout
 from spectune.sdxl.vocabulary import EOS, clip_vocabulary, tokenizer_files
 
-Files = Mapping[str, bytes]  # by path in the folder, with `/`
+Files = Mapping[str, bytes]  # by path in the folder, separated by `/`
 
-_LARGEST_BYTES = 20_000_000  # of a file that is taken over from a template; a vocabulary has 1 MB
+_LARGEST_BYTES = 20_000_000  # largest file to copy from a template; a vocabulary has 1 MB
 _WEIGHTS = frozenset({".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", *PICKLES})
 
-# entries that must be those of the weights; at "levels" only where the UNet has transformers
+# These have one value per level; values of levels without transformers are never used.
 _LEVELS = ("attention_head_dim", "transformer_layers_per_block")
+# Entries that must match the weights.
 _SIZES = (
     *_LEVELS,
     "addition_time_embed_dim",
@@ -57,19 +58,19 @@ _SIZES = (
 
 
 def read_template(folder: Path) -> dict[str, bytes]:
-    """The small files of a diffusers folder: all but the weights, byte for byte.
+    """Return the small files of a diffusers folder: all but the weights, byte for byte.
 
-    Raises InputError if it is no such folder, or if its pipeline has components beside those of SDXL.
+    Raises InputError if it is no such folder, or if its pipeline has components that SDXL does not have.
     """
     if not (folder / MODEL_INDEX).is_file():
-        raise InputError(f"{folder} is no diffusers folder: it has no {MODEL_INDEX}")
+        raise InputError(f"{folder} is not a diffusers folder: it has no {MODEL_INDEX}")
     files = {MODEL_INDEX: (folder / MODEL_INDEX).read_bytes()}
     index = parse_config(files[MODEL_INDEX], str(folder / MODEL_INDEX))
     others = [name for name, kind in index.items() if _is_component(kind) and name not in COMPONENTS]
     if others:
         raise InputError(
             f"{folder} has components that SDXL does not have: {some_of(others)}",
-            hint="a folder written like it would lack them; take the folder of the plain model as template",
+            hint="use the folder of a plain SDXL as `template`; the new folder would lack these components",
         )
     for name in COMPONENTS:
         for path in sorted((folder / name).glob("*")):
@@ -81,11 +82,11 @@ def read_template(folder: Path) -> dict[str, bytes]:
 
 
 def small_files(layout: Layout, schedule: Schedule, template: Files | None = None) -> dict[str, bytes]:
-    """All files of a folder but its weights: those of the template, and those that it lacks.
+    """Return all files of a folder except its weights: those of the template, and new ones for the rest.
 
-    A file of the template is taken over byte for byte unless it says otherwise of the prediction, the VAE's
-    factors or the presence of a VAE; then these entries are set. Raises InputError when a configuration of
-    the template is that of a model of other sizes.
+    A file of the template stays byte for byte unless it contradicts the prediction, the factors or the
+    presence of the VAE; then these entries are set. Raises InputError if a configuration of the template has
+    the sizes of another model.
     """
     template = template or {}
     files = {name: raw for name, raw in template.items() if layout.vae or not name.startswith("vae/")}
@@ -111,28 +112,28 @@ def _is_component(kind: Any) -> bool:
 
 
 def _is_weight(path: Path) -> bool:
-    """Whether a file is of the weights: in any format, their index too."""
+    """Return whether a file holds weights, in any format, or is their index."""
     large = path.stat().st_size > _LARGEST_BYTES
     return large or ".index." in path.name or path.suffix.lower() in _WEIGHTS
 
 
 def _check_sizes(name: str, template: Mapping[str, Any], expected: Mapping[str, Any], layout: Layout) -> None:
-    """Raise InputError when a configuration of the template describes another model than the layout's."""
+    """Raise InputError if a configuration of the template has other sizes than the weights."""
     for key in _SIZES:
         found, value = template.get(key), expected.get(key)
         if found is None or value is None:
             continue
         if key in _LEVELS:
-            found, value = _where_used(found, layout.unet), _where_used(value, layout.unet)
+            found, value = _used_levels(found, layout.unet), _used_levels(value, layout.unet)
         if found != value:
             raise InputError(
-                f"{name} of the template is that of another model: {key} is {found}, of the weights {value}",
-                hint="take the folder of the model that the weights come from as template",
+                f"{name} of the template belongs to another model: {key} is {found}, expected {value}",
+                hint="use the folder of the model that the weights come from as `template`",
             )
 
 
-def _where_used(value: Any, unet: UNetLayout) -> Any:
-    """The entries of the levels with transformers; the last is the middle's too."""
+def _used_levels(value: Any, unet: UNetLayout) -> Any:
+    """Return the values of the levels with transformers; the last value is for the middle too."""
     used = [*(depth > 0 for depth in unet.depths[:-1]), True]
     entries: Any = per_level(value, len(used))
     if not isinstance(entries, list) or len(cast(list[Any], entries)) != len(used):
@@ -150,37 +151,39 @@ def _with_factors(raw: bytes, vae: VaeLayout) -> bytes:
     return _json(config | changes) if changes else raw
 
 
-def _scheduler(raw: bytes | None, wanted: Schedule) -> bytes:
-    """The template's scheduler where it fits, else with the wanted prediction, else one of our own."""
+def _scheduler(raw: bytes | None, expected: Schedule) -> bytes:
+    """Return the template's scheduler if it fits, or adapted to the expected prediction, or a new one."""
     if raw is None:
-        return _json(scheduler_config(wanted))
+        return _json(scheduler_config(expected))
     config = parse_config(raw, f"{SCHEDULER} of the template")
     found = read_schedule(config, f"{SCHEDULER} of the template")
-    prediction = wanted.prediction or found.prediction
-    # not every single file marks that its last timestep is pure noise
-    wanted = Schedule(prediction, wanted.flow_shift or found.flow_shift, wanted.zero_snr or found.zero_snr)
-    if found == wanted:
+    # Not every single file marks that its last timestep is pure noise.
+    expected = Schedule(
+        expected.prediction or found.prediction,
+        expected.flow_shift or found.flow_shift,
+        expected.zero_snr or found.zero_snr,
+    )
+    if found == expected:
         return raw
-    ours = scheduler_config(wanted)
-    if "flow" in (found.prediction, wanted.prediction):
-        return _json(ours)
-    kept = ("prediction_type", "rescale_betas_zero_snr")
-    return _json(config | {key: ours[key] for key in kept})
+    new = scheduler_config(expected)
+    if "flow" in (found.prediction, expected.prediction):
+        return _json(new)
+    return _json(config | {key: new[key] for key in ("prediction_type", "rescale_betas_zero_snr")})
 
 
 def _model_index(files: Files, template: Files) -> bytes:
-    """The template's index, or one of our own, with entries for the components that `files` has."""
+    """Return the template's index, or a new one, with entries for the components in `files`."""
     scheduler = _class_of(files[SCHEDULER])
     kinds: dict[str, Any] = {**COMPONENTS, "scheduler": ["diffusers", scheduler]}
     present = {path.partition("/")[0] for path in files}
-    wanted = {name: kind if name in present else NO_COMPONENT for name, kind in kinds.items()}
+    expected = {name: kind if name in present else NO_COMPONENT for name, kind in kinds.items()}
     if MODEL_INDEX not in template:
-        return _json({**PIPELINE, **wanted})
+        return _json({**PIPELINE, **expected})
     index = parse_config(template[MODEL_INDEX], f"{MODEL_INDEX} of the template")
-    changed = [name for name in wanted if _is_component(index.get(name)) != (name in present)]
+    changed = [name for name in expected if _is_component(index.get(name)) != (name in present)]
     if SCHEDULER not in template or _class_of(template[SCHEDULER]) != scheduler:
         changed.append("scheduler")
-    return _json(index | {name: wanted[name] for name in changed}) if changed else template[MODEL_INDEX]
+    return _json(index | {name: expected[name] for name in changed}) if changed else template[MODEL_INDEX]
 
 
 def _class_of(scheduler: bytes) -> Any:

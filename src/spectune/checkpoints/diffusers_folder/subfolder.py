@@ -1,4 +1,4 @@
-"""The weights of one subfolder of a diffusers folder: which of its files they are, and their keys."""
+"""The weights of one subfolder of a diffusers folder: their files and their keys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import open_sharded
 from spectune.files.source import TensorInfo
 from spectune.sdxl.layout import NOT_SDXL, PartName
+from spectune.sdxl.state_dicts import refuse_surplus
 
 _STEM = "(?:diffusion_pytorch_model|model)"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
 # `model.fp16.safetensors`
 _FILE = re.compile(rf"{_STEM}(?:\.(?P<variant>[^.]+))?\.safetensors")
-# `model.safetensors.index.fp16.json`, and `model.safetensors.fp16.index.json` as older versions wrote it
+# `model.safetensors.index.fp16.json`, or `model.safetensors.fp16.index.json` from older versions
 _INDEX = re.compile(rf"{_STEM}\.safetensors(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json")
 
 
@@ -32,24 +33,19 @@ class Subfolder:
     def __init__(self, part: PartName, file: Checkpoint) -> None:
         self.part: PartName = part
         self.file = file
-        self.loose: dict[str, str] = {}  # single-file names of what is in no module -> keys in the file
-        self._keys: dict[str, str] = {}
-        for there in file.tensors:
-            self._place(there)
-        self.state: Mapping[str, TensorInfo] = {key: file.tensors[there] for key, there in self._keys.items()}
+        self.loose: dict[str, str] = {}  # tensors in no module: single-file name -> key in the file
+        self._keys: dict[str, str] = {}  # state-dict key -> key in the file
+        for file_key in file.tensors:
+            self._place(file_key)
+        self.state: Mapping[str, TensorInfo] = {key: file.tensors[at] for key, at in self._keys.items()}
 
     def load(self, key: str) -> Tensor:
         return self.file.load(self._keys[key])
 
     def check_keys(self, expected: set[str]) -> None:
-        """Raise InputError unless the keys are those of an SDXL's module of the inferred layout."""
-        spare = [there for key, there in self._keys.items() if key not in expected]
-        if spare:
-            raise InputError(
-                f"{len(spare)} tensors of {self.file.label} have no place in a single-file SDXL: "
-                f"{some_of(spare)}",
-                hint="the model has parts that SDXL does not have, and would run without them",
-            )
+        """Raise InputError unless the keys are the expected ones of the part."""
+        spare = [file_key for key, file_key in self._keys.items() if key not in expected]
+        refuse_surplus(spare, self.file.label, "a single-file SDXL")
         missing = sorted(expected - self._keys.keys())
         if missing:
             raise InputError(
@@ -58,29 +54,29 @@ class Subfolder:
                 hint=NOT_SDXL,
             )
 
-    def _place(self, there: str) -> None:
-        key = state_key(self.part, there)
+    def _place(self, file_key: str) -> None:
+        key = state_key(self.part, file_key)
         name = loose_name(self.part, key)
         if name is not None:
-            self.loose[name] = there
+            self.loose[name] = file_key
         elif is_positions(self.part, key):
-            self._check_positions(there)
+            self._check_positions(file_key)
         elif key in self._keys:
-            raise InputError(f"{self.file.label} spells {key} twice: {self._keys[key]}, {there}")
+            raise InputError(f"{self.file.label} has {key} twice: {self._keys[key]}, {file_key}")
         else:
-            self._keys[key] = there
+            self._keys[key] = file_key
 
-    def _check_positions(self, there: str) -> None:
-        """The counter that old versions saved is left out, as it is derived: it must count."""
-        found = self.file.load(there).flatten()
-        if not torch.equal(found.double(), torch.arange(found.numel()).double()):
-            raise InputError(f"{there} of {self.file.label} does not count 0, 1, 2, ... as in every SDXL")
+    def _check_positions(self, file_key: str) -> None:
+        """Check the counter that old versions saved; readers derive it, so it must be 0, 1, 2, ..."""
+        positions = self.file.load(file_key).flatten()
+        if not torch.equal(positions.double(), torch.arange(positions.numel()).double()):
+            raise InputError(f"{file_key} of {self.file.label} does not count 0, 1, 2, ... as in every SDXL")
 
 
 def open_subfolder(folder: Path, part: PartName) -> Subfolder:
     """Open the weights of one part of a diffusers folder.
 
-    Raises InputError when there are none that can be read, or when they are quantised.
+    Raises InputError if there are none that can be read, or if they are quantized.
     """
     path = _find_weights(folder, part)
     label = f"{SUBFOLDERS[part]}/{path.name}"
@@ -94,12 +90,12 @@ def open_subfolder(folder: Path, part: PartName) -> Subfolder:
 
 
 def _find_weights(folder: Path, part: PartName) -> Path:
-    """The full weights, or the only variant that there is."""
+    """Return the file of the full weights, or of the only variant."""
     subfolder = folder / SUBFOLDERS[part]
     if not subfolder.is_dir():
         kind = read_config(folder / MODEL_INDEX).get("_class_name", "no pipeline")
         raise InputError(
-            f"{folder} has no {SUBFOLDERS[part]}/, and its {MODEL_INDEX} says {kind}", hint=NOT_SDXL
+            f"{folder} has no {SUBFOLDERS[part]}/; its {MODEL_INDEX} declares {kind}", hint=NOT_SDXL
         )
     found: dict[str | None, list[Path]] = {}
     for path in sorted(subfolder.iterdir()):
@@ -112,13 +108,13 @@ def _find_weights(folder: Path, part: PartName) -> Path:
         variants = [path.name for paths in found.values() for path in paths]
         raise InputError(
             f"{subfolder} has several variants of its weights and no full ones: {some_of(variants)}",
-            hint="leave one of them there",
+            hint="keep one of them in the folder",
         )
     paths = found.get(None) or next(iter(found.values()))
     if len(paths) > 1:
         raise InputError(
             f"{subfolder} has its weights twice: {some_of([path.name for path in paths])}",
-            hint="leave those there that are meant",
+            hint="keep one of them in the folder",
         )
     return paths[0]
 

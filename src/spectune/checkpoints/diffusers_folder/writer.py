@@ -1,4 +1,4 @@
-"""A diffusers folder, written tensor by tensor under the names of a single file."""
+"""Write a diffusers folder tensor by tensor under the names of a single file."""
 
 from __future__ import annotations
 
@@ -35,20 +35,19 @@ from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import PARTS, TE1_ROOT, TE2_ROOT, PartName, te1_root
 from spectune.sdxl.state_dicts import Piece, module_tensors, pieces_by_tensor
 
-_SMALL = 4096  # numbers; a counter of positions has 77
-_FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
+_SMALL = 4096  # values; a position counter has 77
+_FORMAT = {"format": "pt"}  # transformers refuses a file without this entry
 
 
 class FolderWriter(MultiFileWriter):
     """Writes a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
 
-    The small files are those of the diffusers folder `template`, and where it has none, or there is no
-    template, made for the sizes, prediction and VAE factors of the model (see folder_files.small_files). The
-    UNet's file has the metadata. What stands in no module goes into `single_file_extras.safetensors`, unless
-    a reader derives the same, so that the folder gives the same tensors again, bit for bit. The folder
-    appears under its name when it is whole; with `force` the one before is deleted then.
-    Raises InputError before any work if the tensors are not those of an SDXL, the template is of another
-    model, the target exists and `force` is not set or may not replace it, or the disk is too full.
+    The small files come from the diffusers folder `template` or are new (`small_files`). The metadata goes
+    into the UNet's file. Tensors that are in no module go into `single_file_extras.safetensors` unless a
+    reader derives the same values: the folder reads back bit for bit. The folder gets its name when it is
+    complete; `force` then deletes the previous folder.
+    Raises InputError before any work if the tensors are not those of an SDXL, the template belongs to another
+    model, the target exists without `force` or must not be replaced, or the disk has too little space.
     """
 
     def __init__(
@@ -62,13 +61,13 @@ class FolderWriter(MultiFileWriter):
         hold: bool = False,
         template: Path | None = None,
     ) -> None:
-        # resolved: `.` has no name to put the unfinished folder beside
+        # Resolved: the unfinished folder needs a name, and `.` has none.
         super().__init__(Path(path).resolve(), infos, metadata=metadata, hold=hold)
         _check_folder(self.path, sum(info.nbytes for info in infos), force=force)
         self._template = None if template is None else read_template(template)
         source = self._announced()
         layout = infer_layout(source)
-        self._small_files()  # raises before the work what it has to raise
+        self._small_files()  # raises its errors before the work
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         for part in PARTS:
             if part != "vae" or layout.vae is not None:
@@ -120,7 +119,7 @@ class FolderWriter(MultiFileWriter):
             path.write_bytes(raw)
 
     def _spelling(self) -> dict[str, str]:
-        """How the single file has its tensors where there are several ways; empty for the usual one."""
+        """Return the metadata of the extras: unusual spellings of tensors in the single file."""
         root = te1_root(self._infos)
         matrices = [
             name
@@ -131,8 +130,8 @@ class FolderWriter(MultiFileWriter):
         return entries | ({MATRICES_KEY: json.dumps(matrices)} if matrices else {})
 
     def commit(self) -> None:
-        """Give the finished folder its name, and delete the one that had it."""
-        if not self._spelling() and self._extras.are(self._derived()):
+        """Give the finished folder its name and delete the previous folder."""
+        if not self._spelling() and self._extras.equal(self._derived()):
             (self._partial / EXTRAS_FILE).unlink(missing_ok=True)
         try:
             _replace_folder(self.path, self._partial)
@@ -141,7 +140,7 @@ class FolderWriter(MultiFileWriter):
             raise
 
     def _derived(self) -> dict[str, Tensor]:
-        """What a reader of the finished folder would derive."""
+        """Return the tensors that a reader of the finished folder derives."""
         schedule = read_schedule(read_config(self._partial / SCHEDULER), SCHEDULER)
         return derived_tensors(
             infer_layout(self._announced()).te1.context,
@@ -153,7 +152,7 @@ class FolderWriter(MultiFileWriter):
 
 @dataclass(frozen=True)
 class _Announced(HasProvenance):
-    """The tensors that are to be written, before they are there."""
+    """The announced tensors as a source of shapes only."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -164,7 +163,7 @@ class _Announced(HasProvenance):
 
 
 class _Extras:
-    """The tensors that stand in no module; remembers the small ones, which may be derivable."""
+    """The tensors that are in no module. Keeps the small ones, which a reader may derive."""
 
     def __init__(self, infos: Sequence[TensorInfo]) -> None:
         self.infos = infos
@@ -174,14 +173,14 @@ class _Extras:
         if tensor.numel() <= _SMALL:
             self._seen[name] = tensor.clone()
 
-    def are(self, others: Mapping[str, Tensor]) -> bool:
-        """Whether they are the others, bit for bit."""
-        mine, theirs = WeightsHasher(), WeightsHasher()
-        for hasher, tensors in ((mine, self._seen), (theirs, others)):
+    def equal(self, others: Mapping[str, Tensor]) -> bool:
+        """Return whether they are the others, bit for bit."""
+        own, theirs = WeightsHasher(), WeightsHasher()
+        for hasher, tensors in ((own, self._seen), (theirs, others)):
             for name, tensor in tensors.items():
                 hasher.add(name, tensor)
         names = {info.name for info in self.infos}
-        return names == set(others) and mine.hexdigest() == theirs.hexdigest()
+        return names == set(others) and own.hexdigest() == theirs.hexdigest()
 
 
 def _weights_file(part: PartName) -> str:
@@ -192,9 +191,9 @@ _UNET_FILE = _weights_file("unet")
 
 
 def _replace_folder(target: Path, finished: Path) -> None:
-    """Give a finished folder the name of `target`, which is deleted if it exists.
+    """Give a finished folder the name of `target` and delete the previous `target`.
 
-    Raises InputError, and leaves both, when that is not possible.
+    Raises InputError, and keeps both, if that fails.
     """
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -208,21 +207,21 @@ def _replace_folder(target: Path, finished: Path) -> None:
             raise
     except OSError as error:
         raise InputError(
-            f"cannot name the finished folder {target}: {error.strerror}",
-            hint=f"nothing is lost: rename {finished} yourself",
+            f"cannot rename the finished folder to {target}: {error.strerror}",
+            hint=f"rename {finished} yourself; it is complete",
         ) from error
     try:
         if old.exists():
             shutil.rmtree(old)
     except OSError as error:
         raise InputError(
-            f"{target} is written, but the folder that it replaces cannot be deleted: {error.strerror}",
+            f"{target} is written, but the previous folder cannot be deleted: {error.strerror}",
             hint=f"delete {old} yourself",
         ) from error
 
 
 def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
-    """Refuse, before work begins, a target that cannot be written or that holds more than a model."""
+    """Raise InputError for a target that cannot be written, or with files that are not of a model."""
     if not path.exists() or not force:
         check_target(path, nbytes, force=force)
         return
@@ -233,7 +232,7 @@ def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
     others = [name for name in names if name not in own and not name.startswith("LICENSE")]
     if others:
         raise InputError(
-            f"{path} holds what is no part of a diffusers model and would be lost: {some_of(others)}",
+            f"{path} holds files that are no part of a diffusers model and would be lost: {some_of(others)}",
             hint="pass -o for another name",
         )
     check_target(path.with_name(f"{path.name}.new"), nbytes, force=True)
