@@ -8,7 +8,7 @@ from pathlib import Path
 from spectune.checkpoints.diffusers_folder.reader import open_folder
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.errors import InputError, some_of
-from spectune.files.assembled import AssembledWriter
+from spectune.files.multi_file_writer import MultiFileWriter
 from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import MAX_SHARD_BYTES, ShardedWriter, open_sharded
 from spectune.files.source import TensorInfo
@@ -16,7 +16,7 @@ from spectune.files.writer import RESERVE_BYTES, StreamWriter
 
 _NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")
 
-TensorWriter = StreamWriter | AssembledWriter  # takes the announced tensors under single-file names
+TensorWriter = StreamWriter | MultiFileWriter  # takes the announced tensors under single-file names
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
