@@ -30,14 +30,13 @@ from spectune.core.delta import Delta, added_to_residual, change
 from spectune.core.lora import export_layer
 from spectune.core.low_rank import LowRank, product
 from spectune.core.report import relative_error
-from spectune.ops.convert import convert_adapter
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.export.difference import export_difference
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.slice.adapters import slice_adapters
-from spectune.ops.slice.plan import parse_slice
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.files.provenance import Provenance
+from spectune.ops.convert import convert
+from spectune.ops.export import export
+from spectune.ops.options.values import parse_slice
+from spectune.ops.rebuild import rebuild
+from spectune.ops.slice import slice
+from spectune.ops.split import split
 
 CHANGE = 0.02  # of the spread of the factors
 
@@ -59,7 +58,7 @@ def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
             return Delta(frame, down, up)
 
         layers = LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), tuned)
-        provenance = replace(opened.provenance, principal_hash=principal_hash)
+        provenance = replace(Provenance.from_metadata(opened.metadata), principal_hash=principal_hash)
         save_tuned(out, TunedAdapter(layers, opened.metadata, out.name), provenance)
     return out
 
@@ -71,21 +70,21 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
     """What is timed, with the files that it reads."""
 
     def slices(*words: str) -> Callable[[Path], object]:
-        return lambda out: slice_adapters([parse_slice(word) for word in words], out)
+        return lambda out: slice([parse_slice(word) for word in words], out)
 
     return {
-        "export, rank 2r": (lambda out: export_adapter(tuned, None, out), (tuned,)),
-        "export, cut to r": (lambda out: export_adapter(tuned, None, out, rank=rank), (tuned,)),
+        "export, rank 2r": (lambda out: export(tuned, out), (tuned,)),
+        "export, cut to r": (lambda out: export(tuned, out, rank=rank), (tuned,)),
         "slice, deltas": (slices(f"{tuned}:te", f"{tuned}:unet"), (tuned,)),
         "slice, LoRA at 0.8": (slices(f"{lora}:te", f"{lora}:unet:0.8"), (lora,)),
         "slice, LoRA summed with itself": (slices(f"{lora}", f"{lora}:unet:0.5"), (lora,)),
         "convert to ComfyUI's keys": (
-            lambda out: convert_adapter(lora, out, spelling=Spelling.COMFYUI),
+            lambda out: convert(lora, out, keys=Spelling.COMFYUI),
             (lora,),
         ),
-        "rebuild": (lambda out: rebuild_checkpoint(tuned, model, out), (model,)),
+        "rebuild": (lambda out: rebuild(model, tuned, out), (model,)),
         "difference of two checkpoints, rank r": (
-            lambda out: export_difference(rebuilt, model, out, ranks=FixedRank(rank)),
+            lambda out: export(rebuilt, out, base=model, rank=rank),
             (rebuilt, model),
         ),
     }
@@ -93,10 +92,10 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
 
 def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[Timing, Timing]]:
     """Of every stage, its own time and that of copying what it reads."""
-    split = split_checkpoint(model, folder, ranks=FixedRank(rank), with_residual=False)
-    tuned = make_tuned(split.principal, split.principal_hash, folder / "tuned.safetensors")
-    lora = export_adapter(tuned, None, folder / "lora.safetensors").path
-    rebuilt = rebuild_checkpoint(tuned, model, folder / "rebuilt.safetensors").path
+    pair = split(model, folder, rank=rank, with_residual=False)
+    tuned = make_tuned(pair.principal, pair.principal_hash, folder / "tuned.safetensors")
+    lora = export(tuned, folder / "lora.safetensors").path
+    rebuilt = rebuild(model, tuned, folder / "rebuilt.safetensors").path
     print_naive(tuned)
     timings: dict[str, tuple[Timing, Timing]] = {}
     for _ in range(runs):

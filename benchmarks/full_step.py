@@ -18,8 +18,7 @@ import psutil
 import torch
 
 from spectune.cli.huge_pages import use_huge_pages
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.split import split
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo
 from spectune.training.loop import train
 from spectune.training.recipe.recipe import parse_recipe
@@ -68,7 +67,7 @@ def main() -> None:
     use_huge_pages()
     principal = args.model.parent / f"{args.model.stem}.principal-r{args.rank}.safetensors"
     if not principal.exists():
-        split_checkpoint(args.model, args.model.parent, ranks=FixedRank(args.rank), with_residual=False)
+        split(args.model, args.model.parent, rank=args.rank, with_residual=False)
     with tempfile.TemporaryDirectory(dir=args.model.parent) as output:
         recipe = parse_recipe(
             {

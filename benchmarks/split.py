@@ -34,10 +34,9 @@ from spectune.cli.huge_pages import use_huge_pages
 from spectune.core.low_rank import to_matrix
 from spectune.core.svd import top_singular
 from spectune.files.reader import Checkpoint
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import SplitReport, split_checkpoint
-from spectune.ops.verify import verify_files
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import SplitReport, split
+from spectune.ops.verify import verify
 from spectune.sdxl.layers import Layer, build_catalogue, layer_weight
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
@@ -103,11 +102,9 @@ def stages(
     principal = folder / f"{model.stem}.principal-r{rank}.safetensors"
     residual = folder / f"{model.stem}.residual.safetensors"
     return {
-        "split": lambda: split_checkpoint(
-            model, folder, ranks=FixedRank(rank), residual_dtype=dtype, method="auto"
-        ),
-        "verify": lambda: verify_files(model, residual, principal),
-        "rebuild": lambda: rebuild_checkpoint(principal, residual, folder / "whole.safetensors"),
+        "split": lambda: split(model, folder, rank=rank, residual_dtype=dtype, svd="auto"),
+        "verify": lambda: verify(model, residual, principal),
+        "rebuild": lambda: rebuild(residual, principal, folder / "whole.safetensors"),
     }
 
 

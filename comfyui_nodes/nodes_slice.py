@@ -12,7 +12,7 @@ from typing import Any
 
 import spectune
 from spectune.errors import InputError
-from spectune.ops.slice.plan import Slice, parse_slice
+from spectune.ops.options.values import Slice, parse_slice
 
 from .library import library, progress_bar
 from .places import listed_or_none, optional_path, path_of, target

@@ -15,8 +15,7 @@ from spectune.adapters.writer import save_tuned
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.files.provenance import Provenance
-from spectune.ops.split import SplitReport, split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.split import SplitReport, split
 from spectune.sdxl.layers import build_catalogue
 
 
@@ -38,10 +37,10 @@ def recast(path: Path, out: Path, dtype: torch.dtype) -> Path:
     return out
 
 
-def split(
+def small_split(
     base: Path, folder: Path, *, rank: int = 4, residual_dtype: torch.dtype | None = None
 ) -> SplitReport:
-    return split_checkpoint(base, folder, ranks=FixedRank(rank), residual_dtype=residual_dtype)
+    return split(base, folder, rank=rank, residual_dtype=residual_dtype)
 
 
 def open_principal(base: Path, path: Path) -> Adapter:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.ops.split import SplitReport, split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.split import SplitReport, split
 
 TinySplit = Callable[[torch.dtype | None], SplitReport]
 
@@ -22,6 +21,6 @@ def tiny_split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     @cache
     def make(residual_dtype: torch.dtype | None) -> SplitReport:
         folder = tmp_path_factory.mktemp("split")
-        return split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), residual_dtype=residual_dtype)
+        return split(tiny_checkpoint, folder, rank=4, residual_dtype=residual_dtype)
 
     return make

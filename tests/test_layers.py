@@ -25,17 +25,15 @@ LEVELS = {
     "training": 9,
     "interop": 10,
     "ops": 11,
-    "api": 12,
-    "cli": 13,
+    "cli": 12,
 }
-# errors.py is below every room and `python -m spectune` above. The package forwards names of api.py but
-# imports nothing until one is used.
-BOTTOM, TOP = 0, 14
-FILES_WITH_A_LEVEL = {"api"}
+# errors.py is below every room and `python -m spectune` above. The package forwards the
+# operations but imports nothing until one is used.
+BOTTOM, TOP = 0, 13
 MOST_FILES_PER_FOLDER = 15
 
 STRANGERS = {("sampling", "training"), ("training", "sampling")}
-TENSORS_ONLY = ("core", "files", "sdxl", "checkpoints", "adapters", "pairs", "ops")
+TENSORS_ONLY = ("core", "files", "sdxl", "checkpoints", "adapters", "pairs")
 KEPT_OUT_OF_TENSORS = {"diffusers", "transformers", "accelerate", "peft", "typer", "rich"}
 
 
@@ -90,7 +88,7 @@ FILES = sorted((SRC / PACKAGE).rglob("*.py"))
 
 def test_every_folder_of_the_package_has_a_level() -> None:
     folders = {path.relative_to(SRC / PACKAGE).parts[0] for path in FILES if path.parent != SRC / PACKAGE}
-    assert folders == set(LEVELS) - FILES_WITH_A_LEVEL
+    assert folders == set(LEVELS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -122,9 +120,9 @@ def test_the_tensor_layers_load_without_the_libraries_they_do_without() -> None:
         ("spectune.cli", "from spectune.__main__ import main"),
         ("spectune.sdxl.names", "import diffusers.models"),
         ("spectune.core.split", "from transformers import CLIPTextModel"),
-        ("spectune.ops.split", "import typer"),
-        ("spectune.ops.split", "from spectune.api import split"),
-        ("spectune.api", "from spectune.cli.console import say"),
+        ("spectune.pairs.merged", "import typer"),
+        ("spectune.ops.split", "from spectune.cli.console import say"),
+        ("spectune.operation", "from spectune.files.reader import Checkpoint"),
     ],
 )
 def test_the_checker_sees_a_violation(module: str, source: str) -> None:
@@ -140,8 +138,8 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
         ("spectune.cli", "from spectune.training.loop import train\nfrom spectune.sampling import generate"),
         ("spectune.model.network", "from diffusers import AutoencoderKL"),
         ("spectune.__main__", "from spectune.cli.app import main"),
-        ("spectune.cli.app", "from spectune import api"),
-        ("spectune", "from spectune.api import split"),
+        ("spectune.cli.app", "from spectune.ops import split"),
+        ("spectune", "from spectune.ops.split import split"),
     ],
 )
 def test_the_checker_lets_downward_imports_pass(module: str, source: str) -> None:
@@ -192,6 +190,22 @@ def test_core_needs_nothing_but_torch() -> None:
     for path in (SRC / PACKAGE / "core").glob("*.py"):
         names = imports_of(path.read_text(encoding="utf-8"), module_name(path), is_package=False)
         assert {name.split(".")[0] for name in names} <= allowed, path.name
+
+
+FILE_OPERATIONS = ("inspect", "null", "split", "verify", "rebuild", "export", "slice", "convert")
+
+
+def test_operations_on_files_load_no_network_library() -> None:
+    modules = [f"spectune.ops.{name}" for name in FILE_OPERATIONS]
+    code = f"import sys, {', '.join(modules)}; print(*sorted({KEPT_OUT_OF_TENSORS!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_help_loads_neither_torch_nor_an_operation() -> None:
+    code = "import sys; from spectune.cli.commands import make_app; make_app(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_a_class_name_stands_once_in_the_package() -> None:

@@ -2,9 +2,10 @@
 
     import spectune
     spectune.split("model.safetensors", "parts", rank=64)
-    spectune.rebuild("style.safetensors", "model.safetensors", "tuned.safetensors")
+    spectune.rebuild("model.safetensors", "style.safetensors", "tuned.safetensors")
 
-Functions are those of spectune.api; they load when they are first asked for.
+The functions are the operations of the command line, with the same options and defaults (spectune.ops).
+Each loads when it is first used. Every failure that a user can mend is a SpectuneError.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spectune.api import (
-        InputError,
-        PairingError,
-        SpectuneError,
-        convert,
-        export,
-        inspect,
-        rebuild,
-        slice,
-        split,
-        train,
-        verify,
-    )
+    from spectune.errors import InputError, PairingError, SpectuneError
+    from spectune.ops.compare import compare
+    from spectune.ops.convert import convert
+    from spectune.ops.export import export
+    from spectune.ops.inspect import inspect
+    from spectune.ops.null import null
+    from spectune.ops.plan import plan
+    from spectune.ops.rebuild import rebuild
+    from spectune.ops.recipe_import import recipe_import
+    from spectune.ops.sample import sample
+    from spectune.ops.slice import slice
+    from spectune.ops.split import split
+    from spectune.ops.train import train
+    from spectune.ops.verify import verify
 
 __all__ = [
     "InputError",
     "PairingError",
     "SpectuneError",
+    "compare",
     "convert",
     "export",
     "inspect",
+    "null",
+    "plan",
     "rebuild",
+    "recipe_import",
+    "sample",
     "slice",
     "split",
     "train",
@@ -43,9 +50,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        return getattr(import_module("spectune.api"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,8 @@ from torch import nn
 from spectune.adapters.coverage import adapter_coverage
 from spectune.adapters.coverage_rules import Program
 from spectune.files.source import MemorySource
-from spectune.sdxl.layers import Catalogue, Kind, Layer, Part, build_catalogue
+from spectune.sdxl.layers import Catalogue, Kind, Layer, build_catalogue
+from spectune.sdxl.names import Part
 from tests.layouts import Modules
 from tests.sample_adapters import Tensors, as_peft, as_tuned, kohya_style, pair, pairs, renamed, without
 

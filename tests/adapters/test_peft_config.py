@@ -23,9 +23,9 @@ from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
 from spectune.adapters.reader import open_adapter
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
-from spectune.ops.convert import convert_adapter
-from spectune.sdxl.layers import Catalogue, Part, build_catalogue
-from spectune.sdxl.names import module_path
+from spectune.ops.convert import convert
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.names import Part, module_path
 from tests.layouts import Modules
 from tests.loras import distance, products
 
@@ -135,7 +135,7 @@ def test_what_peft_scales_is_kept_by_conversion(
     """kohya's keys hold the alphas; the numbers are those of PEFT's own product."""
     module = wrapped(tiny_modules.unet, UNET_TARGETS, CONFIGS["ranks and alphas by pattern"])
     path = saved_by_diffusers({"unet": module}, tmp_path)
-    made = convert_adapter(path, tmp_path / "kohya.safetensors", base=tiny_checkpoint)
+    made = convert(path, tmp_path / "kohya.safetensors", base=tiny_checkpoint)
     assert made.error == 0
     found = products(made.path)
     for layer in catalogue:
@@ -146,7 +146,7 @@ def test_what_peft_scales_is_kept_by_conversion(
             assert isinstance(lora, LoraLayer)
             theirs = lora.get_delta_weight("default").detach().flatten(1)
             assert distance(theirs, found[layer.kohya]) < 1e-6
-    again = convert_adapter(made.path, tmp_path / "peft.safetensors", base=tiny_checkpoint, even=True)
+    again = convert(made.path, tmp_path / "peft.safetensors", base=tiny_checkpoint, even_alphas=True)
     assert max(distance(products(again.path)[stem], exact) for stem, exact in found.items()) < 1e-6
 
 

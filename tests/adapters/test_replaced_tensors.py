@@ -17,10 +17,10 @@ from spectune.adapters.reader import open_adapter
 from spectune.adapters.spellings import sort_keys
 from spectune.adapters.writer import delta_tensors, save_tuned
 from spectune.checkpoints.open import open_checkpoint
-from spectune.cli.commands.weights import inspect
+from spectune.cli.app import run
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance
-from spectune.ops.inspect import AdapterSummary
+from spectune.ops.inspect.summary import AdapterSummary
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.names import kohya_stem
 from tests.loras import same_bits
@@ -153,9 +153,9 @@ def test_inspect_counts_them_beside_the_layers(
     assert (found.replaced, plain.replaced) == (2, 0)
     for field in ("layers", "ranks", "scales", "parameters", "dtypes", "problems", "spelling"):
         assert getattr(found, field) == getattr(plain, field), field
-    inspect(replacing, as_json=False)
-    assert "replaced      2 tensors of the base, whole" in capsys.readouterr().err
-    inspect(ordinary, as_json=False)
+    assert run(["inspect", str(replacing)]) == 0
+    assert "replaced      2 whole tensors of the base" in capsys.readouterr().err
+    assert run(["inspect", str(ordinary)]) == 0
     assert "replaced" not in capsys.readouterr().err
-    inspect(replacing, as_json=True)
+    assert run(["inspect", str(replacing), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["replaced"] == 2

@@ -30,9 +30,10 @@ from spectune.adapters.spellings import (
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.source import MemorySource, TensorInfo
-from spectune.ops.convert import convert_adapter
-from spectune.ops.inspect import describe_adapter
-from spectune.sdxl.layers import Catalogue, Layer, Part, build_catalogue
+from spectune.ops.convert import convert
+from spectune.ops.inspect.summary import describe_adapter
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+from spectune.sdxl.names import Part
 from tests.loras import distance, lora_tensors, products, same_tensors, saved_lora
 
 Keys = Callable[[Layer, str], str]  # of the factor `down` or `up` of a layer
@@ -325,9 +326,9 @@ def some(catalogue: Catalogue, numbers: Sequence[int]) -> list[Layer]:
 def there_and_back(path: Path, spelling: Spelling, base: Path) -> tuple[Path, float]:
     """A file through another spelling and again in kohya's, and what that cost."""
     away, back = path.with_name("away.safetensors"), path.with_name("back.safetensors")
-    first = convert_adapter(path, away, spelling=spelling, base=base, force=True)
+    first = convert(path, away, keys=spelling, base=base, force=True)
     assert all(spelling_of(key) == spelling for key in load_file(away))
-    second = convert_adapter(away, back, base=base, force=True)
+    second = convert(away, back, base=base, force=True)
     assert second.error == 0
     return back, first.error
 
@@ -417,9 +418,7 @@ def test_a_converted_file_says_its_network_anew(
     told = {"ss_network_dim": "64", "ss_network_args": '{"conv_dim": "64"}', "ss_comment": "mine"}
     told |= {"lora_adapter_metadata": '{"unet.lora_alpha": 99}'}
     path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, metadata=told)
-    out = convert_adapter(
-        path, tmp_path / "b.safetensors", spelling=Spelling.DIFFUSERS, base=tiny_checkpoint
-    ).path
+    out = convert(path, tmp_path / "b.safetensors", keys=Spelling.DIFFUSERS, base=tiny_checkpoint).path
     with open_checkpoint(out) as source:
         metadata = dict(source.metadata)
     assert (metadata["ss_network_dim"], metadata["ss_comment"]) == ("4", "mine")

@@ -13,8 +13,8 @@ from spectune.adapters.traits import TRAITS, TraitRule, read_traits, trait_layer
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.source import TensorInfo
-from spectune.ops.slice.adapters import slice_adapters
-from spectune.ops.slice.plan import Slice
+from spectune.ops.options.values import Slice
+from spectune.ops.slice import slice
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import same_tensors, saved_lora
 
@@ -96,9 +96,7 @@ def test_the_guides_file_cuts_out_the_encoders(
     rules = read_traits(written(tmp_path / "blora_traits.json", GUIDE))
     assert rules == {"te": TraitRule(tuple(GUIDE["te"]["whitelist"]), ())}
     lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=1.0)
-    report = slice_adapters(
-        [Slice(lora, "te")], tmp_path / "b.safetensors", traits=rules, base=tiny_checkpoint
-    )
+    report = slice([Slice(lora, "te")], tmp_path / "b.safetensors", traits=rules, base=tiny_checkpoint)
     kept = {key: t for key, t in load_file(lora).items() if key.startswith(("lora_te1_", "lora_te2_"))}
     assert same_tensors(load_file(report.path), kept)
 
@@ -111,7 +109,7 @@ def test_alphas_stay_where_the_slicer_throws_them_away(
     lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=0.5)
     for trait in SLICER:
         out = tmp_path / f"{trait}.safetensors"
-        slice_adapters([Slice(lora, trait)], out, traits=rules, base=tiny_checkpoint)
+        slice([Slice(lora, trait)], out, traits=rules, base=tiny_checkpoint)
         found = load_file(out)
         assert len(found) % 3 == 0
         white, black = rules[trait].whitelist, ("attn2",) if trait == "content" else ()

@@ -5,17 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.cli.arguments import (
-    ImageSize,
-    ModelSpec,
-    Weighted,
-    parse_model,
-    parse_size,
-    parse_weighted,
-    read_captions,
-)
 from spectune.errors import InputError
 from spectune.files.dtypes import parse_dtype
+from spectune.ops.drawing.pictures import read_captions
+from spectune.ops.drawing.specs import ImageSize, ModelSpec, Weighted, parse_model, parse_size, parse_weighted
 
 
 def test_dtype():

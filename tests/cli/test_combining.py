@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.app import run
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import split
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import distance, products, same_tensors, saved_lora
 from tests.sample_pairs import changed_copy, saved_tuned, tuned_from
@@ -37,7 +36,7 @@ def lora(catalogue: Catalogue, tmp_path: Path) -> Path:
 def tuned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned adapter of rank 4 in the middle of the UNet and in the encoders."""
     folder = tmp_path_factory.mktemp("tuned")
-    report = split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), with_residual=False)
+    report = split(tiny_checkpoint, folder, rank=4, with_residual=False)
     deltas = tuned_from(tiny_checkpoint, report, size=0.05)
     some = {name: one for name, one in deltas.layers.items() if name.startswith(("unet.middle", "te"))}
     return saved_tuned(type(deltas)(some, deltas.metadata, deltas.label), folder / "tuned.safetensors")
@@ -46,7 +45,7 @@ def tuned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def tuned_model(tuned: Path, tiny_checkpoint: Path) -> Path:
     out = tuned.with_name("model.safetensors")
-    return rebuild_checkpoint(tuned, tiny_checkpoint, out, dtype=torch.float32).path
+    return rebuild(tiny_checkpoint, tuned, out, dtype=torch.float32).path
 
 
 def said(capfd: Capture) -> str:
@@ -135,7 +134,7 @@ def test_checkpoints_are_sliced_part_by_part(tiny_checkpoint: Path, tmp_path: Pa
     assert run(["slice", *words, "-o", str(out)]) == 0
     text = said(capfd)
     for part, name in (("unet", "other"), ("te1", "tiny"), ("te2", "tiny"), ("vae", "other")):
-        assert f"{part} of {name}.safetensors" in text
+        assert f"{part} from {name}.safetensors" in text
     encoders = {n: t for n, t in load_file(tiny_checkpoint).items() if n.startswith("conditioner.")}
     assert same_tensors(load_file(out), tensors | encoders)
 
@@ -147,8 +146,16 @@ def test_checkpoints_are_sliced_part_by_part(tiny_checkpoint: Path, tmp_path: Pa
         (["style"], "unreadable slice 'style'", "write it like style.safetensors:te"),
         (["{lora}:te:much"], "is 'much': expected a number like 0.8", ""),
         (["{lora}:te1", "{lora}:te", "--no-overlap"], "12 layers are in more than one slice", "narrow"),
-        (["{lora}:te", "--keys", "khoya"], "unknown spelling 'khoya'; did you mean `kohya`?", "comfyui"),
-        (["{lora}:te", "--dtype", "fp8"], "unknown dtype 'fp8'", "use one of float16, bfloat16, float32"),
+        (
+            ["{lora}:te", "--keys", "khoya"],
+            "unknown --keys 'khoya': expected one of kohya, diffusers, comfyui; did you mean `kohya`?",
+            "",
+        ),
+        (
+            ["{lora}:te", "--dtype", "fp8"],
+            "unknown --dtype 'float8_e4m3fn': expected one of float16, bfloat16, float32",
+            "",
+        ),
         (["{model}:unet"], "no file gives the te1 and the te2 and the vae", "tiny.safetensors:te1"),
         (
             ["{model}:unet", "{lora}:te"],
@@ -281,8 +288,8 @@ def test_export_of_a_checkpoint_wants_its_base_and_no_form(
     out, base = ["-o", str(tmp_path / "x.safetensors")], ["--base", str(tiny_checkpoint)]
     assert run(["export", str(tuned_model), *out]) == 2
     text = said(capfd)
-    assert "model.safetensors is a whole model: its LoRA is its difference from another" in text
-    assert "hint: pass the model it was made from as --base" in text
+    assert "model.safetensors is a whole model: its LoRA is the difference from another" in text
+    assert "hint: pass the model it was made from as MODEL" in text
     assert run(["export", str(tuned_model), *base, "--form", "principal", *out]) == 2
     assert "a whole model, whose difference is a plain LoRA" in said(capfd)
     assert run(["export", str(tuned_model), *base, "--form", "residual", *out]) == 2
@@ -315,8 +322,8 @@ def test_rebuild_counts_by_part_and_says_what_it_covers(
     text = said(capfd)
     middle = sum(layer.block == "mid" for layer in catalogue)
     unet = sum(layer.part.value == "unet" for layer in catalogue)
-    assert f"the adapter covers {middle} of {unet} unet layers; the others stay as they are" in text
-    assert f"{middle} of {len(load_file(out))} tensors changed" in text
+    assert f"the adapter covers {middle} of {unet} unet layers; the others stay unchanged" in text
+    assert f"{middle} of {len(load_file(out))} tensors were changed by the adapter" in text
     assert "the model is not bit-identical to its original" in text
     before, after = load_file(tiny_checkpoint), load_file(out)
     encoders = [name for name in before if name.startswith("conditioner.")]
@@ -331,8 +338,8 @@ def test_rebuild_counts_by_part_and_says_what_it_covers(
         (["--strength", "strong"], "unreadable strength 'strong'"),
         (["--strength", "unett=1"], "unknown part 'unett'; did you mean `unet`?"),
         (["--strength", "unet=nan"], "the strength of unet is nan: expected a finite number"),
-        (["--dtype", "fp4"], "unknown dtype 'fp4'"),
-        (["--cast-all"], "all tensors are to be cast, and to no type"),
+        (["--dtype", "fp4"], "unknown --dtype 'fp4'"),
+        (["--cast-all"], "--cast-all requires --dtype"),
     ],
 )
 def test_wrong_words_of_rebuild_leave_no_file(

@@ -8,11 +8,18 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from spectune.cli.commands.spectrum import inspect_spectrum
-from spectune.cli.plots import draw_spectrum
+from spectune.cli.command import Flags, execute
+from spectune.cli.commands import COMMANDS
 from spectune.errors import InputError
+from spectune.ops.inspect.plot import draw_spectrum
 from spectune.pairs.layer_spectra import measure_spectra
 from spectune.sdxl.layers import RANKS, build_catalogue
+
+
+def inspect_spectrum(model, *, as_json=False, **options):
+    """Run `inspect --spectrum` without parsing words."""
+    command = next(command for command in COMMANDS if command.name == "inspect")
+    execute(command, {"model": model, "spectrum": True, **options}, Flags(json=as_json))
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +101,8 @@ def test_a_model_with_many_blocks_fits_too(spectra, tmp_path):
 
 
 def test_a_plot_that_cannot_be_written_stops_before_measuring(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "spectune.cli.commands.spectrum.measure_spectra", lambda *_: pytest.fail("weights were read")
-    )
-    with pytest.raises(InputError, match=r"spectrum\.svg is no \.png"):
+    monkeypatch.setattr("spectune.ops.inspect.measure_spectra", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=r"spectrum\.svg is not a \.png"):
         inspect_spectrum(tiny_checkpoint, plot=tmp_path / "spectrum.svg")
     existing = tmp_path / "spectrum.png"
     existing.write_bytes(b"mine")

@@ -6,10 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
-from spectune.cli.arguments import ModelSpec, Weighted
-from spectune.cli.pictures import VaeRequest, declared_vae, load_model
 from spectune.files.provenance import Provenance
 from spectune.model.vae_settings import KNOWN_VAES, declare_vae
+from spectune.ops.drawing.models import declared_vae
+from spectune.ops.drawing.models import load_model as load
+from spectune.ops.drawing.specs import ModelSpec, Weighted
+from spectune.ops.options.pictures import DrawingOptions
 from spectune.sdxl.layout import VAE_ROOT
 
 ANZHC = KNOWN_VAES["eq-anzhc"]
@@ -30,6 +32,11 @@ def pair(tiny_checkpoint, tmp_path, capfd):
     assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "4"]) == 0
     capfd.readouterr()
     return tmp_path / "tiny.residual.safetensors", tmp_path / "tiny.principal-r4.safetensors"
+
+
+def load_model(spec, warnings=None, **options):
+    notify = (lambda text: None) if warnings is None else warnings.append
+    return load(spec, DrawingOptions(notify=notify, **options))
 
 
 def metadata_of(path):
@@ -74,15 +81,16 @@ def test_compare_takes_it_too_and_a_wrong_name_is_refused_at_once(tiny_checkpoin
     assert "unknown VAE 'eq-anzc'; did you mean `eq-anzhc`?" in capfd.readouterr().err
 
 
-def test_a_trained_adapter_says_how_its_latents_are_scaled(pair, tmp_path, capfd):
+def test_a_trained_adapter_declares_how_its_latents_are_scaled(pair, tmp_path):
     residual, principal = pair
     told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, None))
     plain = load_model(ModelSpec(residual, (Weighted(principal, 1.0),)))
     assert convention(plain) == (0.13025, 0.0, "zeros")
-    model = load_model(ModelSpec(residual, (Weighted(told, 1.0),)))
+    warnings = []
+    model = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), warnings)
     assert convention(model) == (0.1406, -0.4743, "reflect")
-    assert "pass --vae" not in capfd.readouterr().err
-    overruled = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), vae=VaeRequest(name="sdxl"))
+    assert warnings == []
+    overruled = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), vae_name="sdxl")
     assert convention(overruled) == (0.13025, 0.0, "zeros")
 
 
@@ -98,16 +106,18 @@ def test_the_last_adapter_that_says_it_counts_and_the_base_last(pair, tiny_check
     assert declared_vae(ModelSpec(tiny_checkpoint, (silent,))).vae_scale is None
 
 
-def test_an_autoencoder_that_is_not_given_is_asked_for(pair, vae_file, tmp_path, capfd):
+def test_a_missing_autoencoder_is_named_in_a_warning(pair, vae_file, tmp_path):
     residual, principal = pair
     told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, vae_file))
     spec = ModelSpec(residual, (Weighted(told, 1.0),))
-    load_model(spec)
-    said = " ".join(capfd.readouterr().err.split())
-    assert "was trained with the autoencoder bright.safetensors" in said
-    assert "pass --vae" in said
-    model = load_model(spec, vae=VaeRequest(vae_file))
-    assert "pass --vae" not in capfd.readouterr().err
+    warnings = []
+    load_model(spec, warnings)
+    (warning,) = warnings
+    assert "was trained with the autoencoder bright.safetensors" in warning
+    assert "pass `vae`" in warning
+    warnings.clear()
+    model = load_model(spec, warnings, vae=vae_file)
+    assert warnings == []
     assert convention(model) == (0.1406, -0.4743, "reflect")
     own = load_model(ModelSpec(residual, (Weighted(principal, 1.0),)))
     brighter = model.vae.decoder.conv_out.bias - own.vae.decoder.conv_out.bias

@@ -10,22 +10,34 @@ import torch
 from safetensors.torch import load_file
 
 from spectune.cli.app import run
-from spectune.cli.arguments import parse_device
+from spectune.core.rank import BudgetRank, EnergyRank, FixedRank
 from spectune.errors import InputError
 from spectune.files.dtypes import parse_residual_dtype
-from spectune.pairs.layer_ranks import BudgetRank, EnergyRank, FixedRank, parse_ranks
+from spectune.ops.options.model_files import SplitOptions
+from spectune.ops.shared import parse_device
+from spectune.pairs.layer_ranks import rank_request
 from tests.sample_pairs import recast
 
 
-def test_ranks_are_asked_for_in_one_way() -> None:
-    assert parse_ranks(None, None, None, None) == FixedRank(64)
-    assert parse_ranks(32, 8, None, None) == FixedRank(32, 8)
-    assert parse_ranks(None, None, 0.9, None) == EnergyRank(0.9)
-    assert parse_ranks(None, None, None, "600MB") == BudgetRank(600_000_000)
-    with pytest.raises(InputError, match="--rank and --energy exclude each other"):
-        parse_ranks(8, None, 0.9, None)
-    with pytest.raises(InputError, match="--conv-rank and --budget exclude each other"):
-        parse_ranks(None, 8, None, "1MB")
+def test_ranks_are_chosen_in_one_way() -> None:
+    assert rank_request(None, None, None, None) == FixedRank(64)
+    assert rank_request(32, 8, None, None) == FixedRank(32, 8)
+    assert rank_request(None, None, 0.9, None) == EnergyRank(0.9)
+    assert rank_request(None, None, None, "600MB") == BudgetRank(600_000_000)
+    with pytest.raises(InputError, match="`rank` and `energy` exclude each other"):
+        SplitOptions(Path("m"), rank=8, energy=0.9)
+    with pytest.raises(InputError, match="`conv_rank` and `budget` exclude each other"):
+        SplitOptions(Path("m"), conv_rank=8, budget="1MB")
+
+
+def test_messages_name_fields_in_python_and_flags_on_the_command_line(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--conv-rank", "8", "--budget", "1MB", "-o", str(tmp_path)]
+    assert run(["split", str(tiny_checkpoint), *words]) == 2
+    shown = capfd.readouterr().err
+    assert "error: --conv-rank and --budget exclude each other" in shown
+    assert "hint: leave out --conv-rank" in shown
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

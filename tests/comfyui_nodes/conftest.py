@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.comfyui_nodes.fakes import NODES, ROOT, Comfy, forget_package, install, load_package
-from tests.sample_pairs import saved_tuned, split, tuned_from
+from tests.sample_pairs import saved_tuned, small_split, tuned_from
 
 BASE = "tiny.safetensors"
 
@@ -28,5 +28,5 @@ def comfy(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def tuned_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned adapter of the tiny SDXL: random changes of all default layers, for flow, shift 2.5."""
     folder = tmp_path_factory.mktemp("tuned")
-    report = split(tiny_checkpoint, folder)
+    report = small_split(tiny_checkpoint, folder)
     return saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), folder / "tuned.safetensors")

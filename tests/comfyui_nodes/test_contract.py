@@ -99,7 +99,9 @@ def test_a_clone_brings_its_own_library(comfy: Comfy, monkeypatch: pytest.Monkey
     before = list(sys.path)
     monkeypatch.setattr(sys, "path", list(before))
     without_library(monkeypatch)
-    monkeypatch.setitem(sys.modules, "cloned.comfy", comfy.nodes)  # the nodes themselves are loaded already
+    monkeypatch.setitem(
+        sys.modules, "cloned.comfyui_nodes", comfy.nodes
+    )  # the nodes themselves are loaded already
     try:
         load_package(ROOT, "cloned")
         assert sys.path == [*before, str(ROOT / "src")], "src alone: the repository would hide `comfy`"

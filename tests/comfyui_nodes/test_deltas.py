@@ -22,7 +22,7 @@ from tests.comfyui_nodes.fakes import (
     loaded,
 )
 from tests.comfyui_nodes.weights import worst
-from tests.sample_pairs import read_metadata, split
+from tests.sample_pairs import read_metadata, small_split
 
 EPS = torch.finfo(torch.float32).eps
 RANK = 4
@@ -175,7 +175,7 @@ def test_a_base_is_hashed_once(comfy: Comfy, tuned: Path) -> None:
 
 
 def test_plain_loras_and_principals_have_other_nodes(comfy: Comfy, tmp_path: Path) -> None:
-    report = split(comfy.folders["checkpoints"] / BASE, tmp_path / "parts")
+    report = small_split(comfy.folders["checkpoints"] / BASE, tmp_path / "parts")
     shutil.copy(report.principal, comfy.folders["loras"] / NAME)
     with pytest.raises(
         RuntimeError, match=r"is no tuned adapter[\s\S]*hint: plain LoRAs go through ComfyUI's Load"

@@ -12,7 +12,7 @@ import spectune
 from tests.comfyui_nodes.conftest import BASE
 from tests.comfyui_nodes.fakes import Comfy, as_comfyui_has_it
 from tests.comfyui_nodes.weights import worst
-from tests.sample_pairs import changed_copy, saved_tuned, split, tuned_from
+from tests.sample_pairs import changed_copy, saved_tuned, small_split, tuned_from
 
 EPS = torch.finfo(torch.float32).eps
 HALF = torch.finfo(torch.float16).eps / 2
@@ -103,7 +103,7 @@ def test_a_whole_model_is_no_residual(comfy: Comfy) -> None:
         load(comfy, BASE, principal)
 
 
-def test_the_names_may_come_from_a_split(comfy: Comfy, original: dict[str, Tensor]) -> None:
+def test_the_names_may_come_from_a_small_split(comfy: Comfy, original: dict[str, Tensor]) -> None:
     residual, principal = split_here(comfy)
     found = load(comfy, "none", "none", residual_file=residual, principal_file=principal)
     assert worst(found, original) < 4 * RANK * EPS
@@ -119,7 +119,7 @@ def test_no_choice_is_an_error(comfy: Comfy) -> None:
 
 def test_a_tuned_adapter_takes_the_place_of_its_principal(comfy: Comfy, tmp_path: Path) -> None:
     base = comfy.folders["checkpoints"] / BASE
-    report = split(base, tmp_path / "parts", rank=RANK, residual_dtype=torch.float32)
+    report = small_split(base, tmp_path / "parts", rank=RANK, residual_dtype=torch.float32)
     assert report.residual is not None
     report.residual.rename(comfy.folders["checkpoints"] / "r.safetensors")
     tuned = saved_tuned(tuned_from(base, report, size=0.05), comfy.folders["loras"] / "t.safetensors")

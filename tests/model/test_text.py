@@ -2,7 +2,8 @@
 
 import torch
 
-from spectune.model.text import EOS_ID, clip_tokenizer, tokenize
+from spectune.model.text import clip_tokenizer, tokenize
+from spectune.sdxl.vocabulary import EOS_ID
 
 
 def test_vocabulary_and_a_cat():

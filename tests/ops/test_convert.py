@@ -15,9 +15,9 @@ from spectune.adapters.spellings import Spelling
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
-from spectune.ops.convert import convert_adapter, convert_checkpoint
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.convert import convert
+from spectune.ops.export import export
+from spectune.ops.rebuild import rebuild
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import distance, products, same_bits, same_tensors, saved_lora
 from tests.sample_pairs import read_metadata, saved_tuned, tuned_from
@@ -40,9 +40,9 @@ def test_nothing_is_left_out_that_was_not_named(
     save_file(plain | {f"{stem}.{key}": torch.ones(32)}, path)
     out = tmp_path / "b.safetensors"
     with pytest.raises(InputError, match=rf"1 keys of a\.safetensors are no factor: {stem}\.{key}"):
-        convert_adapter(path, out, base=tiny_checkpoint)
+        convert(path, out, base=tiny_checkpoint)
     assert not out.exists()
-    report = convert_adapter(path, out, base=tiny_checkpoint, drop=[f"*.{key}"])
+    report = convert(path, out, base=tiny_checkpoint, drop=[f"*.{key}"])
     assert report.dropped == (f"{stem}.{key}",)
     assert (report.count, report.error) == (len(catalogue), 0.0)
     assert same_tensors(load_file(out), plain)
@@ -53,7 +53,7 @@ def test_patterns_leave_out_whole_layers_or_nothing(
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
     out = tmp_path / "b.safetensors"
-    report = convert_adapter(path, out, base=tiny_checkpoint, drop=["lora_te2_*", "lora_te1_*_layers_0_*"])
+    report = convert(path, out, base=tiny_checkpoint, drop=["lora_te2_*", "lora_te1_*_layers_0_*"])
     kept = {
         key: t
         for key, t in load_file(path).items()
@@ -62,12 +62,12 @@ def test_patterns_leave_out_whole_layers_or_nothing(
     assert same_tensors(load_file(out), kept)
     assert len(report.dropped) == 3 * (12 + 6)
     with pytest.raises(InputError) as caught:
-        convert_adapter(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["lora_te3_*"])
+        convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["lora_te3_*"])
     assert caught.value.what == (
         f"--drop 'lora_te3_*' matches none of {3 * len(catalogue)} keys of a.safetensors"
     )
     with pytest.raises(InputError, match=r"has no `lora_up\.weight`"):
-        convert_adapter(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["*.lora_up.weight"])
+        convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["*.lora_up.weight"])
     assert not (tmp_path / "c.safetensors").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_type_costs_its_rounding_and_no_more(
     store: torch.dtype, catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=0.5, size=1.0)
-    report = convert_adapter(path, tmp_path / "b.safetensors", base=tiny_checkpoint, store=store)
+    report = convert(path, tmp_path / "b.safetensors", base=tiny_checkpoint, dtype=store)
     before, after = load_file(path), load_file(report.path)
     for key, tensor in before.items():
         assert same_bits(after[key], tensor if key.endswith("alpha") else tensor.to(store))
@@ -92,7 +92,7 @@ def test_numbers_that_do_not_fit_are_refused(
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue.layers[:3], size=1e5)
     with pytest.raises(InputError, match=r"unet\.time_embed\.0: .* do not fit float16") as caught:
-        convert_adapter(path, tmp_path / "b.safetensors", base=tiny_checkpoint, store=torch.float16)
+        convert(path, tmp_path / "b.safetensors", base=tiny_checkpoint, dtype=torch.float16)
     assert caught.value.hint == "store in bfloat16 or float32"
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -101,14 +101,14 @@ def test_evened_alphas_are_the_ranks_and_the_products_stay(
     catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=5, alpha=3.0)
-    even = convert_adapter(path, tmp_path / "b.safetensors", base=tiny_checkpoint, even=True)
+    even = convert(path, tmp_path / "b.safetensors", base=tiny_checkpoint, even_alphas=True)
     file, exact, found = load_file(even.path), products(path), products(even.path)
     assert {t.item() for key, t in file.items() if key.endswith("alpha")} == {5.0}
     assert max(distance(found[stem], exact[stem]) for stem in exact) < 1e-7
     assert 0 < even.error < 1e-7
     downs = {key: t for key, t in load_file(path).items() if ".lora_down." in key}
     assert same_tensors({key: file[key] for key in downs}, downs)
-    again = convert_adapter(even.path, tmp_path / "c.safetensors", base=tiny_checkpoint, even=True)
+    again = convert(even.path, tmp_path / "c.safetensors", base=tiny_checkpoint, even_alphas=True)
     assert again.error == 0
     assert same_tensors(load_file(again.path), file)
 
@@ -121,10 +121,10 @@ def test_an_adapter_may_have_the_layers_of_no_base(tmp_path: Path) -> None:
         f"{stem}.alpha": torch.tensor(2.0),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    away = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", spelling=Spelling.COMFYUI)
+    away = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", keys=Spelling.COMFYUI)
     path = "text_encoders.clip_g.transformer.text_model.encoder.layers.31.mlp.fc1"
     assert set(load_file(away.path)) == {f"{path}.{key.partition('.')[2]}" for key in tensors}
-    back = convert_adapter(away.path, tmp_path / "c.safetensors")
+    back = convert(away.path, tmp_path / "c.safetensors")
     assert same_tensors(load_file(back.path), tensors)
 
 
@@ -155,7 +155,7 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
     path, after = trained
     report = tiny_split(None)
     out = tmp_path / "tuned.safetensors"
-    made = convert_adapter(path, out, principal=report.principal, base=tiny_checkpoint)
+    made = convert(path, out, principal=report.principal, base=tiny_checkpoint)
     told = Provenance.from_metadata(read_metadata(out))
     assert (told.role, told.base_hash) == (Role.TUNED, report.base_hash)
     assert told.principal_hash == report.principal_hash
@@ -174,7 +174,7 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
                 assert same_bits(frame, before[key])
                 assert torch.equal(found, after[key] - before[key].float())
     # on the original it makes what the trained principal makes beside the residual
-    direct = rebuild_checkpoint(out, tiny_checkpoint, tmp_path / "a.safetensors", dtype=torch.float32)
+    direct = rebuild(tiny_checkpoint, out, tmp_path / "a.safetensors", dtype=torch.float32)
     exact, start = products(path), products(report.principal)
     found, original = load_file(direct.path), load_file(tiny_checkpoint)
     for layer in catalogue:
@@ -182,8 +182,12 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
             weight = original[layer.tensor][layer.row_slice].double().flatten(1)
             expected = weight + exact[layer.kohya] - start[layer.kohya]
             assert distance(found[layer.tensor][layer.row_slice].flatten(1), expected) < 1e-6
-    lora = export_adapter(
-        path, tiny_checkpoint, tmp_path / "lora.safetensors", principal=report.principal, store=torch.float32
+    lora = export(
+        path,
+        tmp_path / "lora.safetensors",
+        base=tiny_checkpoint,
+        principal=report.principal,
+        dtype=torch.float32,
     )
     added = products(lora.path)
     for layer in catalogue:
@@ -200,14 +204,14 @@ def test_deltas_go_into_no_other_spelling_type_or_form(
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
     for options in ({"spelling": Spelling.DIFFUSERS}, {"store": torch.float16}, {"even": True}):
         with pytest.raises(InputError, match=r"t\.safetensors holds trained deltas, which no other program"):
-            convert_adapter(tuned, out, base=tiny_checkpoint, **options)
+            convert(tuned, out, base=tiny_checkpoint, **options)
     principal = tiny_split(None).principal
     with pytest.raises(InputError, match=r"trained\.safetensors holds trained deltas"):
-        convert_adapter(trained[0], out, principal=principal, base=tiny_checkpoint, store=torch.float16)
+        convert(trained[0], out, principal=principal, base=tiny_checkpoint, dtype=torch.float16)
     with pytest.raises(InputError, match=r"t\.safetensors is a tuned adapter: expected a trained principal"):
-        convert_adapter(tuned, out, principal=principal, base=tiny_checkpoint)
+        convert(tuned, out, principal=principal, base=tiny_checkpoint)
     assert not out.exists()
-    same = convert_adapter(tuned, out, base=tiny_checkpoint)
+    same = convert(tuned, out, base=tiny_checkpoint)
     assert same_tensors(load_file(same.path), load_file(tuned))
 
 
@@ -217,9 +221,7 @@ def test_a_lora_is_no_trained_principal(
     default = [layer for layer in catalogue if layer.default]
     lora = saved_lora(tmp_path / "lora.safetensors", default, rank=4)
     with pytest.raises(PairingError, match=r"lora\.safetensors does not look like tiny\.principal-r4"):
-        convert_adapter(
-            lora, tmp_path / "x.safetensors", principal=tiny_split(None).principal, base=tiny_checkpoint
-        )
+        convert(lora, tmp_path / "x.safetensors", principal=tiny_split(None).principal, base=tiny_checkpoint)
 
 
 def test_inputs_are_never_overwritten(
@@ -229,10 +231,10 @@ def test_inputs_are_never_overwritten(
     before = principal.read_bytes()
     for target in (trained[0], principal, tiny_checkpoint):
         with pytest.raises(InputError, match="is one of the files that are read"):
-            convert_adapter(trained[0], target, principal=principal, base=tiny_checkpoint, force=True)
+            convert(trained[0], target, principal=principal, base=tiny_checkpoint, force=True)
     assert principal.read_bytes() == before
     with pytest.raises(InputError, match="is one of the files that are read"):
-        convert_checkpoint(tiny_checkpoint, tiny_checkpoint, force=True)
+        convert(tiny_checkpoint, tiny_checkpoint, force=True)
 
 
 def test_a_checkpoint_keeps_every_byte_through_every_kind_of_file(
@@ -245,7 +247,7 @@ def test_a_checkpoint_keeps_every_byte_through_every_kind_of_file(
     seen: list[tuple[int, int, str]] = []
     source = first
     for name in ("shards.safetensors.index.json", "one.safetensors", "folder", "again", "two.safetensors"):
-        report = convert_checkpoint(source, tmp_path / name, progress=lambda *step: seen.append(step))
+        report = convert(source, tmp_path / name, progress=lambda *step: seen.append(step))
         source = tmp_path / name
         with open_checkpoint(source) as made:
             found = {key: made.load(key) for key in made.tensors}
@@ -260,10 +262,10 @@ def test_a_checkpoint_keeps_every_byte_through_every_kind_of_file(
 
 
 def test_a_folder_takes_over_the_small_files_of_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = convert_checkpoint(tiny_checkpoint, tmp_path / "folder").path
+    folder = convert(tiny_checkpoint, tmp_path / "folder").path
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("{", '{"mine": 1,', 1))
-    again = convert_checkpoint(folder, tmp_path / "again").path
+    again = convert(folder, tmp_path / "again").path
     assert '"mine": 1' in (again / "scheduler" / "scheduler_config.json").read_text()
     assert (again / "tokenizer" / "merges.txt").read_bytes() == (
         folder / "tokenizer" / "merges.txt"

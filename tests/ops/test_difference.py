@@ -17,16 +17,15 @@ from spectune.core.delta import change
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.weights_hash import weights_hash
-from spectune.ops.export.difference import export_difference
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.pairs.layer_ranks import BudgetRank, EnergyRank, FixedRank
+from spectune.ops.export import export
+from spectune.ops.rebuild import rebuild
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from tests.loras import distance, products
 from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned, tuned_from
 from tests.split_fixtures import TinySplit
 
 MIDDLE = "unet.middle_block"
-EXACT = FixedRank(8)  # twice the rank of the tuned adapters here
+EXACT = 8  # twice the rank of the tuned adapters here
 U32 = 2.0**-24
 
 
@@ -61,7 +60,7 @@ def make_tuned(
             deltas = tuned_from(tiny_checkpoint, tiny_split(None), size=0.05, only=only)
             adapter = saved_tuned(deltas, folder / f"adapter{len(made)}.safetensors")
             path = folder / f"model{len(made)}.safetensors"
-            rebuild_checkpoint(adapter, tiny_checkpoint, path, dtype=torch.float32)
+            rebuild(tiny_checkpoint, adapter, path, dtype=torch.float32)
             made[only] = TunedModel(path, deltas)
         return made[only]
 
@@ -86,10 +85,14 @@ def test_at_twice_the_rank_the_lora_is_the_change(
 ) -> None:
     tuned = make_tuned("")
     seen: list[tuple[int, int, str]] = []
-    report = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT, store=torch.float32,
+    report = export(
+        tuned.path,
+        tmp_path / "lora.safetensors",
+        base=tiny_checkpoint,
+        rank=EXACT,
+        dtype=torch.float32,
         progress=lambda *step: seen.append(step),
-    )  # fmt: skip
+    )
     found = products(report.path)
     assert len(report.layers) == len(found) == len(catalogue)
     for reported in report.layers:
@@ -110,7 +113,7 @@ def test_layers_that_did_not_change_are_left_out(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     tuned = make_tuned(MIDDLE)
-    report = export_difference(tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT)
+    report = export(tuned.path, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert {layer.name for layer in report.layers} == set(tuned.deltas.layers)
     assert set(report.unchanged) == set(catalogue.by_name) - set(tuned.deltas.layers)
     assert report.lost == ()
@@ -125,7 +128,7 @@ def test_the_file_says_where_it_comes_from(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
-    report = export_difference(tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT)
+    report = export(tuned.path, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=EXACT)
     told = Provenance.from_metadata(read_metadata(report.path))
     with open_checkpoint(tiny_checkpoint) as source:
         assert told.base_hash == weights_hash(source)
@@ -141,11 +144,11 @@ def test_the_lora_makes_the_tuned_model_of_the_original(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     tuned = make_tuned(MIDDLE)
-    lora = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "lora.safetensors", ranks=EXACT, store=torch.float32
+    lora = export(
+        tuned.path, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=EXACT, dtype=torch.float32
     )
     again = tmp_path / "again.safetensors"
-    report = rebuild_checkpoint(lora.path, tiny_checkpoint, again, dtype=torch.float32)
+    report = rebuild(tiny_checkpoint, lora.path, again, dtype=torch.float32)
     assert report.changed_tensors == len({catalogue.by_name[name].tensor for name in tuned.deltas.layers})
     found, expected = load_file(again), load_file(tuned.path)
     assert max(distance(found[n], t) for n, t in expected.items() if t.is_floating_point()) < 1e-6
@@ -155,8 +158,8 @@ def test_a_cut_loses_the_smallest_directions(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
-    report = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=FixedRank(3, 2), store=torch.float32
+    report = export(
+        tuned.path, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=3, conv_rank=2, dtype=torch.float32
     )
     for layer in report.layers:
         values = torch.linalg.svdvals(tuned.exact(layer.name))
@@ -169,8 +172,8 @@ def test_an_energy_is_that_of_each_layers_change(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
-    report = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EnergyRank(0.9), store=torch.float32
+    report = export(
+        tuned.path, tmp_path / "x.safetensors", base=tiny_checkpoint, energy=0.9, dtype=torch.float32
     )
     assert len(report.layers) == len(tuned.deltas.layers)
     for layer in report.layers:
@@ -186,8 +189,8 @@ def test_a_size_is_kept_and_what_finds_no_room_is_told_and_counted(
 ) -> None:
     tuned = make_tuned("unet")
     size = 60_000
-    report = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=BudgetRank(size), store=torch.float32
+    report = export(
+        tuned.path, tmp_path / "x.safetensors", base=tiny_checkpoint, size=size, dtype=torch.float32
     )
     assert report.path.stat().st_size <= size
     assert len(report.lost) > 5
@@ -207,7 +210,7 @@ def test_biases_and_norms_are_outside_and_their_share_is_right(
     added = {bias: 0.5, norm: 0.25, token: 2.0**-6}
     changes = {name: weights[name].float() + number for name, number in added.items()}
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
-    report = export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+    report = export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert report.outside is not None
     assert set(report.outside) == set(added)
     for name, number in added.items():
@@ -222,17 +225,15 @@ def test_layers_that_are_not_named_are_no_loss(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     tuned = make_tuned("")
-    report = export_difference(
-        tuned.path, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT, layers=["te1"]
-    )
+    report = export(tuned.path, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT, layers=["te1"])
     assert {layer.part for layer in report.layers} == {"te1"}
     assert (len(report.layers), report.left_out, report.outside) == (12, (), {})
     end = "model.diffusion_model.out.2.weight"
     changes = {end: weights[end].float() + 0.1}
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
-    default = export_difference(model, tiny_checkpoint, tmp_path / "y.safetensors", ranks=EXACT)
+    default = export(model, tmp_path / "y.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert set(default.outside or {}) == {end}
-    whole = export_difference(model, tiny_checkpoint, tmp_path / "z.safetensors", ranks=EXACT, layers=["all"])
+    whole = export(model, tmp_path / "z.safetensors", base=tiny_checkpoint, rank=EXACT, layers=["all"])
     assert whole.outside == {}
     assert "lora_unet_out_2" in products(whole.path)
 
@@ -242,9 +243,7 @@ def test_sixteen_bit_models_are_subtracted_in_float32(
 ) -> None:
     tuned = make_tuned(MIDDLE)
     half = recast(tuned.path, tmp_path / "half.safetensors", torch.float16)
-    report = export_difference(
-        half, tiny_checkpoint, tmp_path / "x.safetensors", ranks=FixedRank(400), store=torch.float32
-    )
+    report = export(half, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=400, dtype=torch.float32)
     after, before = load_file(half), load_file(tiny_checkpoint)
     with open_checkpoint(tiny_checkpoint) as source:
         layers = build_catalogue(source).by_name
@@ -262,7 +261,7 @@ def test_autoencoders_that_differ_are_said(
     names = [name for name in weights if name.startswith("first_stage_model.decoder.conv_")][:3]
     changes = {name: weights[name] + 1 for name in names}
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
-    report = export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+    report = export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert report.warnings[0] == (
         "the autoencoders differ in 3 tensors, which no LoRA holds: use the one of model.safetensors beside "
         "the LoRA"
@@ -275,13 +274,13 @@ def test_what_has_no_difference_is_refused(tiny_checkpoint: Path, tmp_path: Path
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(tiny_checkpoint.read_bytes())
     with pytest.raises(InputError) as caught:
-        export_difference(copy, tiny_checkpoint, out)
+        export(copy, out, base=tiny_checkpoint)
     assert caught.value.what == "no layer of copy.safetensors differs from tiny.safetensors"
     assert caught.value.hint == "pass the tuned model first and the one it was made from as --base"
     bias = "model.diffusion_model.out.2.bias"
     model = changed_copy(copy, tmp_path / "bias.safetensors", {bias: load_file(copy)[bias] + 1})
     with pytest.raises(InputError, match=r"no layer of bias\.safetensors differs"):
-        export_difference(model, tiny_checkpoint, out)
+        export(model, out, base=tiny_checkpoint)
     assert not out.exists()
 
 
@@ -297,12 +296,12 @@ def test_models_of_other_tensors_are_refused(
         (tiny_checkpoint, fewer, f"1 tensors of tiny.safetensors are not in fewer.safetensors: {norm}"),
     ):
         with pytest.raises(InputError) as caught:
-            export_difference(one, other, out)
+            export(one, out, base=other)
         assert caught.value.what == told
         assert caught.value.hint == "the difference of two checkpoints of the same kind is needed"
     wider = changed_copy(tiny_checkpoint, tmp_path / "wider.safetensors", {norm: torch.ones(33)})
     with pytest.raises(InputError) as caught:
-        export_difference(wider, tiny_checkpoint, out)
+        export(wider, out, base=tiny_checkpoint)
     assert caught.value.what == (
         f"1 tensors of wider.safetensors have another shape than in tiny.safetensors: {norm} is (33,), "
         "expected (32,)"
@@ -311,9 +310,9 @@ def test_models_of_other_tensors_are_refused(
     assert residual is not None
     for one, other in ((residual, tiny_checkpoint), (tiny_checkpoint, residual)):
         with pytest.raises(InputError, match=r"tiny\.residual\.safetensors is a residual"):
-            export_difference(one, other, out)
+            export(one, out, base=other)
     with pytest.raises(InputError, match="is one of the files that are read"):
-        export_difference(wider, tiny_checkpoint, wider, force=True)
+        export(wider, wider, base=tiny_checkpoint, force=True)
 
 
 def test_numbers_that_are_not_finite_reach_no_lora(
@@ -325,7 +324,7 @@ def test_numbers_that_are_not_finite_reach_no_lora(
     broken[0, 0] = float("nan")
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", {name: broken})
     with pytest.raises(InputError, match=r"unet\.middle_block\.1\.proj_in: 1 of 1024 numbers are NaN"):
-        export_difference(model, tiny_checkpoint, tmp_path / "x.safetensors", ranks=EXACT)
+        export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -335,7 +334,7 @@ def test_checkpoints_in_eight_bits_are_subtracted_too(tiny_checkpoint: Path, tmp
     name = "model.diffusion_model.middle_block.1.proj_in.weight"
     doubled = {name: (load_file(base)[name].float() * 2).to(torch.float8_e4m3fn)}
     tuned = changed_copy(base, tmp_path / "tuned.safetensors", doubled)
-    report = export_difference(tuned, base, tmp_path / "lora.safetensors", ranks=FixedRank(32))
+    report = export(tuned, tmp_path / "lora.safetensors", base=base, rank=32)
     assert [layer.name for layer in report.layers] == ["unet.middle_block.1.proj_in"]
     assert report.error < 1e-3
 
@@ -345,5 +344,5 @@ def test_a_file_that_is_there_stops_it_before_any_work(tiny_checkpoint: Path, tm
     out.write_bytes(b"mine")
     missing = tmp_path / "not_even_read.safetensors"
     with pytest.raises(InputError, match="exists"):
-        export_difference(missing, tiny_checkpoint, out)
+        export(missing, out, base=tiny_checkpoint)
     assert out.read_bytes() == b"mine"

@@ -15,8 +15,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import added_to_residual
 from spectune.core.low_rank import product
 from spectune.errors import PairingError
+from spectune.files.provenance import Provenance
 from spectune.files.weights_hash import weights_hash
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.rebuild import rebuild
 from spectune.pairs.rules import foreign_residual_hash
 from spectune.sdxl.layers import build_catalogue, layer_weight
 from tests.sample_pairs import tuned_from
@@ -35,7 +36,7 @@ def residual(tiny_split: TinySplit, tmp_path: Path) -> Path:
 
 def tuned_on(residual: Path, tuned: TunedAdapter, out: Path) -> Path:
     """The file that a training on such a residual leaves."""
-    told = tuned.provenance
+    told = Provenance.from_metadata(tuned.metadata)
     with open_checkpoint(residual) as source:
         found = foreign_residual_hash(weights_hash(source), told.principal_hash)
     save_tuned(out, tuned, replace(told, base_hash=found))
@@ -47,7 +48,7 @@ def test_the_tuned_factors_take_the_principals_place(
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
-    out = rebuild_checkpoint(path, residual, tmp_path / "whole.safetensors", dtype=torch.float32).path
+    out = rebuild(residual, path, tmp_path / "whole.safetensors", dtype=torch.float32).path
     with open_checkpoint(residual) as rest, open_checkpoint(out) as whole:
         for layer in build_catalogue(rest):
             expected = layer_weight(rest, layer) + product(added_to_residual(tuned.layers[layer.name]))
@@ -60,7 +61,7 @@ def test_on_the_original_the_same_file_is_refused(
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
     with pytest.raises(PairingError, match="was trained from base"):
-        rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "whole.safetensors")
+        rebuild(tiny_checkpoint, path, tmp_path / "whole.safetensors")
     assert not (tmp_path / "whole.safetensors").exists()
 
 
@@ -70,4 +71,4 @@ def test_a_part_of_the_principal_is_not_enough(
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02, only="unet.")
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
     with pytest.raises(PairingError, match=r"lacks the principal of \d+ of its layers: te1"):
-        rebuild_checkpoint(path, residual, tmp_path / "whole.safetensors")
+        rebuild(residual, path, tmp_path / "whole.safetensors")

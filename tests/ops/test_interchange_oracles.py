@@ -22,11 +22,11 @@ from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
-from spectune.files.provenance import HasProvenance, Provenance
+from spectune.files.provenance import Provenance
 from spectune.files.source import TensorInfo
-from spectune.ops.convert import convert_adapter, convert_checkpoint
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.convert import convert
+from spectune.ops.export import export
+from spectune.ops.rebuild import rebuild
 from spectune.pairs.merged import Merged, Restored, merged
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.layout import PartName
@@ -94,7 +94,7 @@ def test_diffusers_loads_what_export_writes(
     catalogue: Catalogue,
 ) -> None:
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
-    lora = export_adapter(tuned, tiny_checkpoint, tmp_path / "lora.safetensors", spelling=spelling).path
+    lora = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint, keys=spelling).path
     theirs = in_diffusers(tiny_modules, lora, catalogue)
     with open_checkpoint(tiny_checkpoint) as base:
         ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
@@ -107,7 +107,7 @@ def test_a_scale_is_the_same_to_them_in_every_spelling(
     spelling: Spelling, tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     lora = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, alpha=3.0)
-    made = convert_adapter(lora, tmp_path / "b.safetensors", spelling=spelling, base=tiny_checkpoint).path
+    made = convert(lora, tmp_path / "b.safetensors", keys=spelling, base=tiny_checkpoint).path
     with open_checkpoint(tiny_checkpoint) as base:
         ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
         if spelling is Spelling.COMFYUI:
@@ -158,7 +158,7 @@ def test_what_diffusers_does_with_alphas_that_differ_is_why_convert_evens_them(
         tmp_path / "rest.safetensors", [layer for layer in catalogue if layer not in one], rank=4
     )
     save_file(load_file(lora) | load_file(rest), lora)
-    even = convert_adapter(lora, tmp_path / "even.safetensors", even=True, base=tiny_checkpoint)
+    even = convert(lora, tmp_path / "even.safetensors", even_alphas=True, base=tiny_checkpoint)
     assert even.error == 0  # alpha / rank is 1/4
     with open_checkpoint(tiny_checkpoint) as base:
         ours = merged(base, [(open_principal(tiny_checkpoint, lora), 1.0)], dtype=torch.float32)
@@ -172,7 +172,7 @@ CONV = "unet.middle_block.0.in_layers.2"
 
 
 @dataclass(frozen=True)
-class Drawn(HasProvenance):
+class Drawn:
     """SDXL in its own size, whose tensors are drawn when they are asked for."""
 
     tensors: Mapping[str, TensorInfo]
@@ -257,9 +257,9 @@ def test_diffusers_opens_a_rebuilt_checkpoint_with_all_weights(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
-    model = rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "model.safetensors").path
+    model = rebuild(tiny_checkpoint, tuned, tmp_path / "model.safetensors").path
     # names and sizes of a model this small are in no program: the folder says them
-    folder = convert_checkpoint(tiny_checkpoint, tmp_path / "folder").path
+    folder = convert(tiny_checkpoint, tmp_path / "folder").path
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(model), config=str(folder), local_files_only=True, torch_dtype=torch.float32
     )

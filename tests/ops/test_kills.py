@@ -13,10 +13,9 @@ import pytest
 from spectune.checkpoints.open import open_checkpoint
 from spectune.files.atomic_group import AtomicGroup
 from spectune.files.writer import StreamWriter, partial_path
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import split_checkpoint
-from spectune.ops.verify import verify_files
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import split
+from spectune.ops.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 30  # of each command
@@ -59,20 +58,18 @@ def test_killed_splits_leave_no_half_pair(mid: Path, tmp_path: Path) -> None:
         for name in whole:
             open_checkpoint(out / name).close()  # complete: header and size agree
         if whole == names:
-            assert verify_files(
-                mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors"
-            ).ok
+            assert verify(mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors").ok
             for name in names:
                 (out / name).unlink()
     assert killed > KILLS // 2
     subprocess.run([*command, str(out)], check=True, capture_output=True)
     assert {path.name for path in out.iterdir()} == names
-    assert verify_files(mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors").ok
+    assert verify(mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors").ok
 
 
 @pytest.mark.slow
 def test_killed_rebuilds_leave_no_half_model(mid: Path, tmp_path: Path) -> None:
-    report = split_checkpoint(mid, tmp_path, ranks=FixedRank(16))
+    report = split(mid, tmp_path, rank=16)
     out = tmp_path / "out" / "whole.safetensors"
     out.parent.mkdir()
     command = [sys.executable, "-m", "spectune", "rebuild", str(report.principal), "-o", str(out), "--base"]
@@ -110,9 +107,9 @@ def test_a_pair_that_was_half_named_is_taken_away(
     with monkeypatch.context() as patched:
         patched.setattr(StreamWriter, "commit", once)
         with pytest.raises(Killed):
-            split_checkpoint(tiny_checkpoint, tmp_path, ranks=FixedRank(2))
+            split(tiny_checkpoint, tmp_path, rank=2)
     assert [path.exists() for path in named] == [True]  # one of two: the journal knows
-    report = split_checkpoint(tiny_checkpoint, tmp_path, ranks=FixedRank(2))
+    report = split(tiny_checkpoint, tmp_path, rank=2)
     assert report.residual is not None
     assert {path.name for path in tmp_path.iterdir()} == {report.principal.name, report.residual.name}
 
@@ -132,7 +129,7 @@ def test_leftovers_of_dead_processes_are_removed_and_others_stay(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "whole.safetensors"
-    report = split_checkpoint(tiny_checkpoint, tmp_path / "pair", ranks=FixedRank(2))
+    report = split(tiny_checkpoint, tmp_path / "pair", rank=2)
     assert report.residual is not None
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -142,5 +139,5 @@ def test_leftovers_of_dead_processes_are_removed_and_others_stay(
     other = partial_path(tmp_path / "another.safetensors")
     for path in (dead, other):
         path.write_bytes(b"half")
-    rebuild_checkpoint(report.principal, report.residual, out)
+    rebuild(report.residual, report.principal, out)
     assert (dead.exists(), other.exists()) == (False, True)

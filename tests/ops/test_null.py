@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import spectune.ops.null as null_module
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource
-from spectune.ops import null
-from spectune.ops.null import write_null
+from spectune.ops.null import null
 from spectune.sdxl.layout import TE1_ROOT, TE2_ROOT, VAE_ROOT
 
 KEPT = (f"{TE1_ROOT}embeddings.position_ids", f"{TE2_ROOT}logit_scale")
@@ -36,7 +36,7 @@ def stamped(path: Path, out: Path, **fields: object) -> Path:
 
 def test_the_header_is_the_originals_and_the_numbers_are_zero(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "null.safetensors"
-    report = write_null(tiny_checkpoint, out)
+    report = null(tiny_checkpoint, out)
     assert header(out) == header(tiny_checkpoint)
     assert out.stat().st_size == tiny_checkpoint.stat().st_size == report.nbytes
     before, after = load_file(tiny_checkpoint), load_file(out)
@@ -52,7 +52,7 @@ def test_the_header_is_the_originals_and_the_numbers_are_zero(tiny_checkpoint: P
 
 def test_original_minus_null_is_the_original(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """As ComfyUI's ModelSubtract and CLIPSubtract compute it: all but the two kinds of tensor they leave."""
-    write_null(tiny_checkpoint, tmp_path / "null.safetensors")
+    null(tiny_checkpoint, tmp_path / "null.safetensors")
     before, zero = load_file(tiny_checkpoint), load_file(tmp_path / "null.safetensors")
     difference = {
         name: tensor if name.endswith((".position_ids", ".logit_scale")) else tensor - zero[name]
@@ -74,7 +74,7 @@ def test_bytes_lie_where_the_header_says(tiny_checkpoint: Path, tmp_path: Path) 
     odd = tmp_path / "odd.safetensors"
     start = len(header(tiny_checkpoint))
     odd.write_bytes(len(text).to_bytes(8, "little") + text + tiny_checkpoint.read_bytes()[start:])
-    write_null(odd, tmp_path / "null.safetensors")
+    null(odd, tmp_path / "null.safetensors")
     assert header(tmp_path / "null.safetensors") == header(odd)
     for name, tensor in load_file(tmp_path / "null.safetensors").items():
         assert torch.equal(tensor, load_file(odd)[name]) == (name in KEPT), name
@@ -88,7 +88,7 @@ def test_a_failing_write_leaves_no_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_null(tiny_checkpoint, tmp_path / "null.safetensors")
+        null(tiny_checkpoint, tmp_path / "null.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,9 +100,9 @@ def test_a_failing_write_leaves_the_file_before(
 
     out = tmp_path / "null.safetensors"
     out.write_bytes(b"precious")
-    monkeypatch.setattr(null, "_copy", stop)
+    monkeypatch.setattr(null_module, "_copy", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_null(tiny_checkpoint, out, force=True)
+        null(tiny_checkpoint, out, force=True)
     assert out.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [out]
 
@@ -111,11 +111,11 @@ def test_existing_files_and_the_original_itself(tiny_checkpoint: Path, tmp_path:
     out = tmp_path / "null.safetensors"
     out.write_bytes(b"precious")
     with pytest.raises(InputError, match=re.escape(f"{out} exists")):
-        write_null(tiny_checkpoint, out)
+        null(tiny_checkpoint, out)
     with pytest.raises(InputError, match="is one of the files that are read"):
-        write_null(tiny_checkpoint, tiny_checkpoint, force=True)
+        null(tiny_checkpoint, tiny_checkpoint, force=True)
     assert out.read_bytes() == b"precious"
-    write_null(tiny_checkpoint, out, force=True)
+    null(tiny_checkpoint, out, force=True)
     assert out.stat().st_size == tiny_checkpoint.stat().st_size
 
 
@@ -123,7 +123,7 @@ def test_existing_files_and_the_original_itself(tiny_checkpoint: Path, tmp_path:
 def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Role) -> None:
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=role)
     with pytest.raises(InputError) as caught:
-        write_null(model, tmp_path / "null.safetensors")
+        null(model, tmp_path / "null.safetensors")
     assert caught.value.what == (
         f"model.safetensors is a {role.value} of spectune: the zero model is made from an original model"
     )
@@ -133,9 +133,9 @@ def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Ro
 
 def test_a_model_of_spectune_keeps_its_metadata(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=Role.MODEL, prediction="flow")
-    write_null(model, tmp_path / "null.safetensors")
+    null(model, tmp_path / "null.safetensors")
     with open_checkpoint(tmp_path / "null.safetensors") as source:
-        assert source.provenance.prediction == "flow"
+        assert Provenance.from_metadata(source.metadata).prediction == "flow"
 
 
 def test_what_is_no_checkpoint_in_one_file(source: MemorySource, tmp_path: Path) -> None:
@@ -150,10 +150,10 @@ def test_what_is_no_checkpoint_in_one_file(source: MemorySource, tmp_path: Path)
     index.write_text(json.dumps({"weight_map": homes}))
     for path in (index, tmp_path):
         with pytest.raises(InputError) as caught:
-            write_null(path, tmp_path / "null.safetensors")
+            null(path, tmp_path / "null.safetensors")
         assert "is stored in several files: the zero model has the layout of one" in caught.value.what
         assert caught.value.hint == "save the model as a single .safetensors file first"
     lora = tmp_path / "lora.safetensors"
     save_file({"lora_unet_out_2.lora_down.weight": torch.zeros(1, 4)}, lora)
     with pytest.raises(InputError, match=r"lora\.safetensors is not an SDXL checkpoint but an adapter"):
-        write_null(lora, tmp_path / "null.safetensors")
+        null(lora, tmp_path / "null.safetensors")

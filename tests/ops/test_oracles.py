@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.files.source import WeightSource
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.export import export
+from spectune.ops.split import split
 from spectune.pairs.merged import merged, restored
 from spectune.sdxl.layers import Kind, Layer, build_catalogue, layer_weight
 from tests.sample_pairs import open_principal, saved_tuned, tuned_from
@@ -78,9 +77,7 @@ def assert_same_models(base: WeightSource, ours: WeightSource, adapter: Path) ->
 def test_the_principal_file_means_the_same_to_them(
     tiny_checkpoint: Path, tmp_path: Path, store: torch.dtype
 ) -> None:
-    report = split_checkpoint(
-        tiny_checkpoint, tmp_path, ranks=FixedRank(4, 3), store=store, residual_dtype=torch.float32
-    )
+    report = split(tiny_checkpoint, tmp_path, rank=4, conv_rank=3, dtype=store, residual_dtype=torch.float32)
     assert report.residual is not None
     principal = open_principal(tiny_checkpoint, report.principal)
     with open_checkpoint(report.residual) as residual:
@@ -92,7 +89,7 @@ def test_the_exported_lora_means_the_same_to_them(
 ) -> None:
     report = tiny_split(None)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.1), tmp_path / "tuned.safetensors")
-    lora = export_adapter(tuned, tiny_checkpoint, tmp_path / "lora.safetensors").path
+    lora = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint).path
     adapter = open_principal(tiny_checkpoint, lora)
     with open_checkpoint(tiny_checkpoint) as base:
         assert_same_models(base, merged(base, [(adapter, 1.0)], dtype=torch.float32), lora)

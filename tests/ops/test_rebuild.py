@@ -16,7 +16,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.rebuild import rebuild
 from spectune.pairs.strength import Strength, parse_strength
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import distance, products, same_bits, same_tensors, saved_lora
@@ -90,7 +90,7 @@ def test_each_part_has_its_strength(
     base: dict[str, Tensor],
 ) -> None:
     out = tmp_path / "x.safetensors"
-    report = rebuild_checkpoint(tuned, tiny_checkpoint, out, strength=strength, dtype=torch.float32)
+    report = rebuild(tiny_checkpoint, tuned, out, strength=strength, dtype=torch.float32)
     found = load_file(out)
     for name, delta in deltas.layers.items():
         layer = catalogue.by_name[name]
@@ -110,14 +110,14 @@ def test_each_part_has_its_strength(
 
 
 def test_no_strength_at_all_is_the_base(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    report = rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", strength=0.0)
+    report = rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", strength=0.0)
     assert (report.identical, report.changed_tensors) == (True, 0)
     assert same_tensors(load_file(report.path), load_file(tiny_checkpoint))
 
 
 def test_parts_that_are_not_known_are_errors(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown part 'unett'; did you mean `unet`"):
-        rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", strength={"unett": 1})
+        rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", strength={"unett": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +141,7 @@ def test_changed_tensors_have_the_type_that_was_asked_for_and_one_rounding(
     base: dict[str, Tensor],
 ) -> None:
     out = tmp_path / "x.safetensors"
-    rebuild_checkpoint(tuned, tiny_checkpoint, out, dtype=dtype)
+    rebuild(tiny_checkpoint, tuned, out, dtype=dtype)
     found = load_file(out)
     changed = {catalogue.by_name[name].tensor for name in deltas.layers}
     for name, tensor in base.items():
@@ -162,7 +162,7 @@ def test_cast_all_reaches_everything_but_the_autoencoder(
     tuned: Path, tiny_checkpoint: Path, tmp_path: Path, base: dict[str, Tensor]
 ) -> None:
     out = tmp_path / "x.safetensors"
-    report = rebuild_checkpoint(tuned, tiny_checkpoint, out, dtype=torch.bfloat16, cast_all=True)
+    report = rebuild(tiny_checkpoint, tuned, out, dtype=torch.bfloat16, cast_all=True)
     found = load_file(out)
     assert found.keys() == base.keys()
     for name, tensor in base.items():
@@ -177,8 +177,8 @@ def test_cast_all_reaches_everything_but_the_autoencoder(
 
 
 def test_cast_all_without_a_type_is_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="all tensors are to be cast, and to no type"):
-        rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "x.safetensors", cast_all=True)
+    with pytest.raises(InputError, match="--cast-all requires --dtype"):
+        rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", cast_all=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,12 +199,12 @@ def test_numbers_beyond_eight_bits_are_refused_and_not_clamped(
         changes = {norm: torch.full((16,), number)}
         model = changed_copy(tiny_checkpoint, tmp_path / f"{number:g}.safetensors", changes)
         if number == fits:
-            rebuild_checkpoint(adapter, model, out, dtype=dtype, cast_all=True)
+            rebuild(model, adapter, out, dtype=dtype, cast_all=True)
             assert set(load_file(out)[norm].float().tolist()) == {torch.finfo(dtype).max}
             out.unlink()
         else:
             with pytest.raises(InputError) as caught:
-                rebuild_checkpoint(adapter, model, out, dtype=dtype, cast_all=True)
+                rebuild(model, adapter, out, dtype=dtype, cast_all=True)
             told = f": 16 of 16 numbers up to {number:.3g} do not fit {str(dtype).removeprefix('torch.')}"
             assert caught.value.what.startswith(norm)
             assert caught.value.what.endswith(told)
@@ -217,7 +217,7 @@ def test_the_file_says_what_it_is_and_what_was_added(
     told = {"modelspec.author": "me", "modelspec.resolution": "512x512", "modelspec.hash_sha256": "00"}
     base = tmp_path / "base.safetensors"
     save_file(load_file(tiny_checkpoint), base, metadata=read_metadata(tiny_checkpoint) | told)
-    report = rebuild_checkpoint(tuned, base, tmp_path / "style-xl.safetensors", strength={"te": 0.5})
+    report = rebuild(base, tuned, tmp_path / "style-xl.safetensors", strength={"te": 0.5})
     found = read_metadata(report.path)
     assert {key: text for key, text in found.items() if key.startswith("modelspec.")} == {
         "modelspec.sai_model_spec": "1.0.0",
@@ -240,7 +240,7 @@ def test_the_report_counts_the_layers_of_each_part(
 ) -> None:
     layers = [layer for layer in catalogue if layer.block in ("mid", "te2.1")]
     lora = saved_lora(tmp_path / "lora.safetensors", layers)
-    report = rebuild_checkpoint(lora, tiny_checkpoint, tmp_path / "x.safetensors")
+    report = rebuild(tiny_checkpoint, lora, tmp_path / "x.safetensors")
     of_all = {part: sum(layer.part.value == part for layer in catalogue) for part in ("unet", "te1", "te2")}
     assert report.layers == {
         "unet": (len(layers) - 6, of_all["unet"]),
@@ -271,7 +271,7 @@ def test_a_principal_trained_elsewhere_goes_on_its_residual(
     assert report.residual is not None
     trained = trained_elsewhere(report.principal, tmp_path / "trained.safetensors")
     out = tmp_path / "x.safetensors"
-    rebuilt = rebuild_checkpoint(trained, report.residual, out, dtype=torch.float32)
+    rebuilt = rebuild(report.residual, trained, out, dtype=torch.float32)
     assert rebuilt.warnings == (
         "trained.safetensors does not say which principal it was trained from; its numbers are those of one, "
         "so it is taken for that of tiny.residual.safetensors",
@@ -292,7 +292,7 @@ def test_an_untouched_principal_without_metadata_gives_the_model_back(
     report = tiny_split(torch.float32)
     assert report.residual is not None
     principal = bare(report.principal, tmp_path / "p.safetensors")
-    rebuilt = rebuild_checkpoint(principal, report.residual, tmp_path / "x.safetensors")
+    rebuilt = rebuild(report.residual, principal, tmp_path / "x.safetensors")
     assert rebuilt.hash == report.base_hash
     assert same_tensors(load_file(rebuilt.path), load_file(tiny_checkpoint))
 
@@ -304,7 +304,7 @@ def test_a_lora_without_metadata_goes_on_no_residual(
     assert residual is not None
     lora = saved_lora(tmp_path / "lora.safetensors", catalogue, size=0.05)
     with pytest.raises(PairingError) as caught:
-        rebuild_checkpoint(lora, residual, tmp_path / "x.safetensors")
+        rebuild(residual, lora, tmp_path / "x.safetensors")
     assert caught.value.what == (
         "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
         "principal"
@@ -319,7 +319,7 @@ def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
     report = tiny_split(None)
     assert report.residual is not None
     residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
-    rebuilt = rebuild_checkpoint(report.principal, residual, tmp_path / "x.safetensors")
+    rebuilt = rebuild(residual, report.principal, tmp_path / "x.safetensors")
     assert rebuilt.warnings == (
         f"foreign.safetensors does not say that it is a residual; its numbers lack what "
         f"{report.principal.name} holds, so the two are taken for a pair",
@@ -340,7 +340,7 @@ def test_a_foreign_principal_is_not_counted_twice(
         ("trained", trained_elsewhere(principal, tmp_path / "trained.safetensors")),
     ):
         with pytest.raises(PairingError) as caught:
-            rebuild_checkpoint(adapter, model, tmp_path / "x.safetensors")
+            rebuild(model, adapter, tmp_path / "x.safetensors")
         assert caught.value.what == (
             f"{name}.safetensors has the numbers of a principal adapter: model.safetensors is no residual of "
             "spectune, so the principal part would be counted twice"
@@ -353,7 +353,7 @@ def test_a_principal_may_be_taken_away_from_the_model_that_holds_it(
 ) -> None:
     report = tiny_split(None)
     principal = bare(report.principal, tmp_path / "p.safetensors")
-    rebuilt = rebuild_checkpoint(principal, tiny_checkpoint, tmp_path / "x.safetensors", strength=-1.0)
+    rebuilt = rebuild(tiny_checkpoint, principal, tmp_path / "x.safetensors", strength=-1.0)
     assert report.residual is not None
     left, residual = load_file(rebuilt.path), load_file(report.residual)
     for layer in catalogue:
@@ -368,7 +368,7 @@ def test_a_lora_of_another_base_is_warned_of(
 ) -> None:
     told = Provenance(role=Role.LORA, base_hash="ab" * 32, base_name="anime.safetensors").to_metadata()
     lora = saved_lora(tmp_path / "lora.safetensors", catalogue, metadata=told)
-    rebuilt = rebuild_checkpoint(lora, tiny_checkpoint, tmp_path / "x.safetensors", dtype=torch.float32)
+    rebuilt = rebuild(tiny_checkpoint, lora, tmp_path / "x.safetensors", dtype=torch.float32)
     assert rebuilt.base_hash is not None
     assert rebuilt.warnings == (
         f"lora.safetensors was made for base {'ab' * 8} (anime.safetensors), tiny.safetensors is "
@@ -380,7 +380,7 @@ def test_a_lora_of_another_base_is_warned_of(
         assert distance(found[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
     told = Provenance(role=Role.LORA, base_hash=rebuilt.base_hash).to_metadata()
     own = saved_lora(tmp_path / "own.safetensors", catalogue, metadata=told)
-    assert rebuild_checkpoint(own, tiny_checkpoint, tmp_path / "y.safetensors").warnings == ()
+    assert rebuild(tiny_checkpoint, own, tmp_path / "y.safetensors").warnings == ()
 
 
 def test_a_residual_gives_eight_bits_as_near_as_the_model_does(
@@ -393,7 +393,7 @@ def test_a_residual_gives_eight_bits_as_near_as_the_model_does(
     report = tiny_split(torch.float32)
     assert report.residual is not None
     eight, out = torch.float8_e4m3fn, tmp_path / "x.safetensors"
-    rebuild_checkpoint(report.principal, report.residual, out, dtype=eight, cast_all=True)
+    rebuild(report.residual, report.principal, out, dtype=eight, cast_all=True)
     found, direct = load_file(out), load_file(recast(tiny_checkpoint, tmp_path / "e.safetensors", eight))
     for layer in catalogue:
         exact = base[layer.tensor].double()

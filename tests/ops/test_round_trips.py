@@ -16,10 +16,10 @@ from spectune.adapters.adapter import TunedAdapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.linalg import norm
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.files.provenance import Provenance
+from spectune.ops.export import export
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import split
 from spectune.sdxl.layers import Layer, build_catalogue
 from tests.sample_pairs import open_principal, random_delta, recast, saved_tuned
 
@@ -56,16 +56,17 @@ def test_split_and_rebuild_give_every_bit_back(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = recast(tiny_checkpoint, folder / "base.safetensors", dtype)
-        report = split_checkpoint(
+        report = split(
             base,
             folder,
-            ranks=FixedRank(rank, conv_rank),
-            store=store,
+            rank=rank,
+            conv_rank=conv_rank,
+            dtype=store,
             residual_dtype=WIDER[dtype],
             layers=chosen(tiny_checkpoint, subset),
         )
         assert report.residual is not None
-        rebuilt = rebuild_checkpoint(report.principal, report.residual, folder / "again.safetensors")
+        rebuilt = rebuild(report.residual, report.principal, folder / "again.safetensors")
         assert rebuilt.identical
         before, after = load_file(base), load_file(rebuilt.path)
         assert before.keys() == after.keys()
@@ -74,16 +75,14 @@ def test_split_and_rebuild_give_every_bit_back(
 
 def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> Path:
     """A tuned adapter of some layers, on a principal of the model."""
-    report = split_checkpoint(
-        base, folder, ranks=FixedRank(rank), layers=chosen(base, subset), with_residual=False
-    )
+    report = split(base, folder, rank=rank, layers=chosen(base, subset), with_residual=False)
     principal = open_principal(base, report.principal)
     with principal:
         deltas = {
             name: random_delta(Delta(principal.layers[name], torch.empty(0), torch.empty(0)), size, seed)
             for seed, name in enumerate(principal.layers)
         }
-    told = principal.provenance
+    told = Provenance.from_metadata(principal.metadata)
     provenance = replace(told, principal_hash=report.principal_hash)
     return saved_tuned(TunedAdapter(deltas, provenance.to_metadata(), "tuned"), folder / "tuned.safetensors")
 
@@ -102,12 +101,10 @@ def test_an_exported_lora_on_the_original_is_the_tuned_model(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tuned = tuned_on(tiny_checkpoint, folder, subset, rank, size)
-        lora = export_adapter(tuned, tiny_checkpoint, folder / "lora.safetensors", store=dtype)
+        lora = export(tuned, folder / "lora.safetensors", base=tiny_checkpoint, dtype=dtype)
         weights = {
             title: load_file(
-                rebuild_checkpoint(
-                    path, tiny_checkpoint, folder / f"{title}.safetensors", dtype=torch.float32
-                ).path
+                rebuild(tiny_checkpoint, path, folder / f"{title}.safetensors", dtype=torch.float32).path
             )
             for title, path in (("exact", tuned), ("applied", lora.path))
         }

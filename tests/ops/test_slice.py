@@ -20,12 +20,10 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.slice.adapters import slice_adapters
-from spectune.ops.slice.parts import swap_parts
-from spectune.ops.slice.plan import Slice, parse_slice
-from spectune.ops.split import split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.options.values import Slice, parse_slice
+from spectune.ops.rebuild import rebuild
+from spectune.ops.slice import slice
+from spectune.ops.split import split
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import distance, products, same_bits, same_tensors, saved_lora
 from tests.sample_pairs import changed_copy, read_metadata, saved_tuned, tuned_from
@@ -68,7 +66,7 @@ def test_disjoint_slices_give_the_whole_bit_for_bit(
     path = saved_lora(folder / "whole.safetensors", catalogue, dtype=dtype, alpha=alpha)
     words = [[block for block, at in zip(BLOCKS, groups, strict=True) if at == group] for group in range(4)]
     slices = [Slice(path, "+".join(blocks)) for blocks in words if blocks]
-    report = slice_adapters(slices, folder / "again.safetensors", base=tiny_checkpoint, force=True)
+    report = slice(slices, folder / "again.safetensors", base=tiny_checkpoint, force=True)
     assert same_tensors(load_file(report.path), load_file(path))
     assert (report.error, report.overlaps, report.role) == (0.0, (), Role.LORA)
     assert sum(len(result.kept) for result in report.slices) == len(catalogue)
@@ -96,7 +94,7 @@ def test_overlapping_layers_are_the_sum_of_their_products(
     ]
     out = folder / "sum.safetensors"
     slices = [Slice(path, None, weight) for path, weight in zip(files, weights, strict=True)]
-    report = slice_adapters(slices, out, base=tiny_checkpoint, force=True)
+    report = slice(slices, out, base=tiny_checkpoint, force=True)
     one, other, found = products(files[0]), products(files[1]), products(out)
     for layer in layers:
         expected = weights[0] * one[layer.kohya] + weights[1] * other[layer.kohya]
@@ -121,7 +119,7 @@ def test_a_sum_at_weight_one_concatenates_the_factors_as_they_are(
     layers = [layer for layer in catalogue if layer.block == "mid"]
     one = saved_lora(tmp_path / "a.safetensors", layers, rank=2, dtype=dtype)
     other = saved_lora(tmp_path / "b.safetensors", layers, rank=3, dtype=dtype, seed=1)
-    report = slice_adapters([Slice(one), Slice(other)], tmp_path / "c.safetensors", base=tiny_checkpoint)
+    report = slice([Slice(one), Slice(other)], tmp_path / "c.safetensors", base=tiny_checkpoint)
     left, right, found = load_file(one), load_file(other), load_file(report.path)
     for layer in layers:
         for side, dim in (("down", 0), ("up", 1)):
@@ -140,7 +138,7 @@ def test_a_sum_keeps_the_factor_that_has_the_wider_type(
     mixed = load_file(path)
     up = f"{layer.kohya}.lora_up.weight"
     save_file(mixed | {up: mixed[up].half()}, path)
-    report = slice_adapters([Slice(path), Slice(path)], tmp_path / "b.safetensors", base=tiny_checkpoint)
+    report = slice([Slice(path), Slice(path)], tmp_path / "b.safetensors", base=tiny_checkpoint)
     down = load_file(report.path)[f"{layer.kohya}.lora_down.weight"]
     assert same_bits(down[:3], mixed[f"{layer.kohya}.lora_down.weight"])
 
@@ -151,7 +149,7 @@ def test_overlaps_are_refused_where_they_are_not_wanted(
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
     slices = [Slice(path, "te1"), Slice(path, "te1.0+mid")]
     with pytest.raises(InputError) as caught:
-        slice_adapters(slices, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
+        slice(slices, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
     assert caught.value.what == (
         "6 layers are in more than one slice: te1.text_model.encoder.layers.0.self_attn.q_proj, "
         "te1.text_model.encoder.layers.0.self_attn.k_proj, "
@@ -160,7 +158,7 @@ def test_overlaps_are_refused_where_they_are_not_wanted(
     assert caught.value.hint == "leave out --no-overlap to add them up, or narrow the traits"
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     apart = [Slice(path, "te1.1"), Slice(path, "te1.0")]
-    made = slice_adapters(apart, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
+    made = slice(apart, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
     assert made.overlaps == ()
 
 
@@ -173,7 +171,7 @@ def test_a_weight_counts_once_and_alpha_stays(
     before = load_file(path)
     for weight, rounding in ((0.25, 0.0), (0.7, float(torch.finfo(dtype).eps))):
         out = tmp_path / f"{weight}.safetensors"
-        report = slice_adapters([Slice(path, "unet", weight)], out, base=tiny_checkpoint)
+        report = slice([Slice(path, "unet", weight)], out, base=tiny_checkpoint)
         after, found, exact = load_file(out), products(out), products(path)
         assert report.error <= rounding
         for stem in found:
@@ -188,11 +186,11 @@ def test_a_rank_above_the_size_of_a_layer_stays(
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=40)
     out = tmp_path / "b.safetensors"
-    report = slice_adapters([Slice(path, "te")], out, base=tiny_checkpoint)
+    report = slice([Slice(path, "te")], out, base=tiny_checkpoint)
     kept = {key: tensor for key, tensor in load_file(path).items() if key.startswith("lora_te")}
     assert same_tensors(load_file(out), kept)
     assert report.error == 0
-    doubled = slice_adapters([Slice(path), Slice(path)], tmp_path / "c.safetensors", base=tiny_checkpoint)
+    doubled = slice([Slice(path), Slice(path)], tmp_path / "c.safetensors", base=tiny_checkpoint)
     assert doubled.error < 1e-6
     exact, found = products(path), products(doubled.path)
     assert max(distance(found[stem], 2 * exact[stem]) for stem in exact) < 1e-6
@@ -213,8 +211,8 @@ def test_what_a_file_says_stays_where_it_is_still_true(
     }
     path = saved_lora(tmp_path / "cats.safetensors", catalogue, metadata=told)
     dogs = saved_lora(tmp_path / "dogs.safetensors", catalogue, seed=1)
-    one = slice_adapters([Slice(path, "te1")], tmp_path / "x.safetensors", base=tiny_checkpoint)
-    both = slice_adapters(
+    one = slice([Slice(path, "te1")], tmp_path / "x.safetensors", base=tiny_checkpoint)
+    both = slice(
         [Slice(path, "te1"), Slice(dogs, "te2", 0.5)], tmp_path / "y.safetensors", base=tiny_checkpoint
     )
     alone, together = read_metadata(one.path), read_metadata(both.path)
@@ -241,10 +239,12 @@ def test_the_report_says_what_was_taken_and_what_stayed_behind(
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
     seen: list[tuple[int, int, str]] = []
-    report = slice_adapters(
-        [Slice(path, "te2")], tmp_path / "b.safetensors", base=tiny_checkpoint,
+    report = slice(
+        [Slice(path, "te2")],
+        tmp_path / "b.safetensors",
+        base=tiny_checkpoint,
         progress=lambda *step: seen.append(step),
-    )  # fmt: skip
+    )
     (result,) = report.slices
     assert (len(result.kept), len(result.removed)) == (12, len(catalogue) - 12)
     assert set(result.kept) | set(result.removed) == set(catalogue.by_name)
@@ -260,11 +260,11 @@ def test_other_spellings_carry_the_same_products(
     path = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=1.0)
     exact = products(path)
     for spelling in Spelling:
-        report = slice_adapters(
+        report = slice(
             [Slice(path, "mid", 0.7)],
             tmp_path / f"{spelling}.safetensors",
             base=tiny_checkpoint,
-            spelling=spelling,
+            keys=spelling,
         )
         with open_adapter(report.path, catalogue) as opened:
             for name in opened.layers:
@@ -276,12 +276,12 @@ def test_scales_that_differ_are_said(catalogue: Catalogue, tmp_path: Path, tiny_
     one = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=1.5)
     other = saved_lora(tmp_path / "b.safetensors", catalogue)
     slices = [Slice(one, "te"), Slice(other, "unet")]
-    report = slice_adapters(slices, tmp_path / "c.safetensors", base=tiny_checkpoint)
+    report = slice(slices, tmp_path / "c.safetensors", base=tiny_checkpoint)
     (warning,) = report.warnings
     unet = sum(layer.part.value == "unet" for layer in catalogue)
     told = f"alpha / rank is not the same everywhere (1 in {unet} layers, 0.5 in 24 layers)"
     assert warning.startswith(told)
-    even = slice_adapters([Slice(one)], tmp_path / "d.safetensors", base=tiny_checkpoint)
+    even = slice([Slice(one)], tmp_path / "d.safetensors", base=tiny_checkpoint)
     assert even.warnings == ()
 
 
@@ -296,12 +296,12 @@ def test_models_of_different_sizes_are_told_apart(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / f"{name}.safetensors")
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     with pytest.raises(InputError) as caught:
-        slice_adapters([Slice(path) for path in files], tmp_path / "c.safetensors")
+        slice([Slice(path) for path in files], tmp_path / "c.safetensors")
     assert caught.value.what == (
         "te1.text_model.encoder.layers.0.mlp.fc1 is (12, 9) in b.safetensors and (12, 8) in a.safetensors"
     )
     # each alone needs no base: the layer is one of SDXL's
-    alone = slice_adapters([Slice(files[1], "te1", 2.0)], tmp_path / "c.safetensors")
+    alone = slice([Slice(files[1], "te1", 2.0)], tmp_path / "c.safetensors")
     assert torch.equal(products(alone.path)[stem], torch.full((12, 9), 4.0, dtype=torch.float64))
 
 
@@ -315,10 +315,10 @@ def test_words_that_name_nothing_are_errors(
         ("down.1", "no layer matches `down.1`"),
     ):
         with pytest.raises(InputError) as caught:
-            slice_adapters([Slice(path, word)], tmp_path / "b.safetensors", base=tiny_checkpoint)
+            slice([Slice(path, word)], tmp_path / "b.safetensors", base=tiny_checkpoint)
         assert caught.value.what.startswith(told)
     with pytest.raises(InputError, match="is one of the files that are read"):
-        slice_adapters([Slice(path)], path, base=tiny_checkpoint, force=True)
+        slice([Slice(path)], path, base=tiny_checkpoint, force=True)
 
 
 def open_deltas(path: Path, catalogue: Catalogue) -> TunedAdapter:
@@ -342,7 +342,7 @@ def test_encoders_of_an_early_step_go_with_the_unet_of_a_late_one(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     early, late = steps
-    report = slice_adapters(
+    report = slice(
         [Slice(early, "te"), Slice(late, "unet")], tmp_path / "both.safetensors", base=tiny_checkpoint
     )
     assert (report.role, report.layers, report.warnings) == (Role.TUNED, (), ())
@@ -353,7 +353,7 @@ def test_encoders_of_an_early_step_go_with_the_unet_of_a_late_one(
     models = {}
     for name, adapter in (("early", early), ("late", late), ("both", report.path)):
         path = tmp_path / f"{name}-model.safetensors"
-        assert not rebuild_checkpoint(adapter, tiny_checkpoint, path).identical
+        assert not rebuild(tiny_checkpoint, adapter, path).identical
         models[name] = load_file(path)
     for name, tensor in models["both"].items():
         expected = models["early" if name.startswith("conditioner.") else "late"][name]
@@ -368,20 +368,22 @@ def test_deltas_under_a_weight_become_a_lora(
     early, late = steps
     slices = [Slice(early, "te", 0.5), Slice(late, "unet.middle_block.*")]
     out = tmp_path / "x.safetensors"
-    report = slice_adapters(slices, out, base=tiny_checkpoint, store=torch.float32)
+    report = slice(slices, out, base=tiny_checkpoint, dtype=torch.float32)
     assert report.role is Role.LORA
     assert "spectune.principal_hash" not in read_metadata(out)
     assert read_metadata(out)["spectune.base_hash"] == read_metadata(early)["spectune.base_hash"]
     found = products(out)
     for path, weight in ((early, 0.5), (late, 1.0)):
         with open_deltas(path, catalogue) as tuned:
-            names = [name for name in tuned.layers if name.startswith("te")] if path is early else [
-                name for name in tuned.layers if name.startswith("unet.middle_block.")
-            ]  # fmt: skip
+            names = (
+                [name for name in tuned.layers if name.startswith("te")]
+                if path is early
+                else [name for name in tuned.layers if name.startswith("unet.middle_block.")]
+            )
             for name in names:
                 exact = change(tuned.layers[name]).flatten(1)
                 assert distance(found[catalogue.by_name[name].kohya], weight * exact.double()) < 2e-6
-    half = slice_adapters(slices, tmp_path / "y.safetensors", base=tiny_checkpoint)
+    half = slice(slices, tmp_path / "y.safetensors", base=tiny_checkpoint)
     factors = {t.dtype for key, t in load_file(half.path).items() if not key.endswith("alpha")}
     assert factors == {torch.float16}
     assert 1e-5 < half.error < 1e-3
@@ -394,9 +396,9 @@ def test_deltas_of_two_models_become_a_lora_and_it_is_said(
     tensors = load_file(tiny_checkpoint)
     bias = "model.diffusion_model.out.2.bias"
     second = changed_copy(tiny_checkpoint, tmp_path / "second.safetensors", {bias: tensors[bias] + 1})
-    other = split_checkpoint(second, tmp_path, ranks=FixedRank(2), with_residual=False)
+    other = split(second, tmp_path, rank=2, with_residual=False)
     foreign = saved_tuned(tuned_from(second, other, size=0.05), tmp_path / "foreign.safetensors")
-    report = slice_adapters(
+    report = slice(
         [Slice(early, "te"), Slice(foreign, "unet")], tmp_path / "x.safetensors", base=tiny_checkpoint
     )
     hashes = sorted(read_metadata(path)["spectune.base_hash"][:16] for path in (early, foreign))
@@ -415,7 +417,7 @@ def test_deltas_are_not_silently_written_otherwise_than_asked(
     early, _ = steps
     for asked in ({"store": torch.bfloat16}, {"spelling": Spelling.DIFFUSERS}):
         with pytest.raises(InputError, match="holds trained deltas"):
-            slice_adapters([Slice(early, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint, **asked)
+            slice([Slice(early, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint, **asked)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -425,10 +427,12 @@ def test_a_lora_beside_deltas_is_summed_with_their_change(
     early, _ = steps
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     lora = saved_lora(tmp_path / "lora.safetensors", [layer], alpha=1.0)
-    report = slice_adapters(
-        [Slice(early, layer.name), Slice(lora)], tmp_path / "x.safetensors", base=tiny_checkpoint,
-        store=torch.float32,
-    )  # fmt: skip
+    report = slice(
+        [Slice(early, layer.name), Slice(lora)],
+        tmp_path / "x.safetensors",
+        base=tiny_checkpoint,
+        dtype=torch.float32,
+    )
     with open_deltas(early, catalogue) as tuned:
         exact = change(tuned.layers[layer.name]).double() + products(lora)[layer.kohya]
     assert report.role is Role.LORA
@@ -442,17 +446,17 @@ def test_a_principal_goes_with_no_lora(
     lora = saved_lora(tmp_path / "lora.safetensors", catalogue)
     for slices in ([Slice(principal, "te"), Slice(lora)], [Slice(lora), Slice(principal, "te")]):
         with pytest.raises(PairingError) as caught:
-            slice_adapters(slices, tmp_path / "x.safetensors", base=tiny_checkpoint)
+            slice(slices, tmp_path / "x.safetensors", base=tiny_checkpoint)
         assert caught.value.what == (
             f"{principal.name} is a principal, which goes on a residual, and lora.safetensors is not: "
             "no model takes both"
         )
-    whole = slice_adapters(
+    whole = slice(
         [Slice(principal, "unet"), Slice(principal, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint
     )
     assert (whole.role, whole.warnings) == (Role.PRINCIPAL, ())
     assert same_tensors(load_file(whole.path), load_file(principal))
-    half = slice_adapters([Slice(principal, None, 0.5)], tmp_path / "y.safetensors", base=tiny_checkpoint)
+    half = slice([Slice(principal, None, 0.5)], tmp_path / "y.safetensors", base=tiny_checkpoint)
     assert half.warnings == ("a principal that is weighted or summed no longer fits what the residual lacks",)
 
 
@@ -538,7 +542,7 @@ def test_parts_of_checkpoints_are_swapped_byte_for_byte(
 ) -> None:
     parts = ("unet", "te1", "te2", "vae")
     slices = [Slice(other_checkpoint if part in foreign else tiny_checkpoint, part) for part in parts]
-    report = swap_parts(slices, tmp_path / "swapped.safetensors")
+    report = slice(slices, tmp_path / "swapped.safetensors")
     tiny, other = load_file(tiny_checkpoint), load_file(other_checkpoint)
     assert same_tensors(load_file(report.path), expected_parts(tiny, other, foreign))
     assert report.parts == {piece.trait: piece.path.name for piece in slices}
@@ -551,7 +555,7 @@ def test_parts_of_checkpoints_are_swapped_byte_for_byte(
 
 def test_te_stands_for_both_encoders(tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     slices = [Slice(tiny_checkpoint, "unet"), Slice(other_checkpoint, "te"), Slice(tiny_checkpoint, "vae")]
-    report = swap_parts(slices, tmp_path / "x.safetensors")
+    report = slice(slices, tmp_path / "x.safetensors")
     tiny, other = load_file(tiny_checkpoint), load_file(other_checkpoint)
     assert same_tensors(load_file(report.path), expected_parts(tiny, other, ("te1", "te2")))
     assert json.loads(read_metadata(report.path)["spectune.slices"])[1] == {
@@ -579,7 +583,7 @@ def test_wrong_words_for_parts(
     words: Sequence[str], told: str, hint: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
-        swap_parts([parse_slice(f"{tiny_checkpoint}:{word}") for word in words], tmp_path / "x.safetensors")
+        slice([parse_slice(f"{tiny_checkpoint}:{word}") for word in words], tmp_path / "x.safetensors")
     assert caught.value.what == told
     assert hint in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
@@ -592,10 +596,10 @@ def test_parts_that_do_not_fit_are_refused(
     residual = tiny_split(None).residual
     assert residual is not None
     with pytest.raises(InputError, match="is a residual: expected a whole model"):
-        swap_parts([Slice(residual, "unet"), Slice(tiny_checkpoint, "te"), Slice(residual, "vae")], out)
+        slice([Slice(residual, "unet"), Slice(tiny_checkpoint, "te"), Slice(residual, "vae")], out)
     bare = {name: t for name, t in load_file(tiny_checkpoint).items() if not name.startswith("first_stage")}
     save_file(bare, tmp_path / "bare.safetensors", metadata=read_metadata(tiny_checkpoint))
     slices = [Slice(tiny_checkpoint, "unet"), Slice(tiny_checkpoint, "te")]
     with pytest.raises(InputError, match=r"bare\.safetensors has no vae"):
-        swap_parts([*slices, Slice(tmp_path / "bare.safetensors", "vae")], out)
+        slice([*slices, Slice(tmp_path / "bare.safetensors", "vae")], out)
     assert not out.exists()

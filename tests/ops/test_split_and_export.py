@@ -11,17 +11,16 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import save_tuned
 from spectune.checkpoints.open import open_checkpoint
-from spectune.cli.arguments import ModelSpec, Weighted
-from spectune.cli.pictures import open_model
 from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role, spectune_version
 from spectune.files.weights_hash import weights_hash
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import split_checkpoint
-from spectune.ops.verify import verify_files
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.drawing.models import open_model
+from spectune.ops.drawing.specs import ModelSpec, Weighted
+from spectune.ops.export import export
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import split
+from spectune.ops.verify import verify
 from spectune.sdxl.layers import build_catalogue
 from tests.sample_pairs import (
     changed_copy,
@@ -29,7 +28,7 @@ from tests.sample_pairs import (
     read_metadata,
     recast,
     saved_tuned,
-    split,
+    small_split,
     tuned_from,
 )
 from tests.split_fixtures import TinySplit
@@ -55,9 +54,7 @@ def with_negative_zeros(base: Path, out: Path) -> Path:
 
 def test_split_names_its_files_and_says_where_they_come_from(tiny_checkpoint: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    report = split_checkpoint(
-        tiny_checkpoint, tmp_path / "new", ranks=FixedRank(4), progress=lambda *step: seen.append(step)
-    )
+    report = split(tiny_checkpoint, tmp_path / "new", rank=4, progress=lambda *step: seen.append(step))
     assert report.residual is not None
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "tiny.principal-r4.safetensors",
@@ -70,8 +67,8 @@ def test_split_names_its_files_and_says_where_they_come_from(tiny_checkpoint: Pa
     ):
         assert report.base_hash == weights_hash(base)
         assert report.principal_hash == weights_hash(principal)
-        of_principal = principal.provenance
-        of_residual = residual.provenance
+        of_principal = Provenance.from_metadata(principal.metadata)
+        of_residual = Provenance.from_metadata(residual.metadata)
         assert list(residual.tensors) == list(base.tensors)
         assert residual.metadata["spectune.layout"] == base.metadata["spectune.layout"]
         assert seen[0] == (0, len(base.tensors), next(iter(base.tensors)))
@@ -87,14 +84,14 @@ def test_a_float32_residual_gives_every_byte_back(
     tiny_checkpoint: Path, tmp_path: Path, store: torch.dtype
 ) -> None:
     base = with_negative_zeros(tiny_checkpoint, tmp_path / "base.safetensors")
-    report = split_checkpoint(base, tmp_path, ranks=FixedRank(4), store=store, residual_dtype=torch.float32)
+    report = split(base, tmp_path, rank=4, dtype=store, residual_dtype=torch.float32)
     assert report.residual is not None
     assert (report.exact, report.share) == (True, 1.0)
     dtypes = json.loads(read_metadata(report.residual)["spectune.base_dtypes"])
     with open_checkpoint(base) as source:
         assert set(dtypes) == set(build_catalogue(source).by_tensor)
         assert set(dtypes.values()) == {"F16"}
-    rebuilt = rebuild_checkpoint(report.principal, report.residual, tmp_path / "again.safetensors")
+    rebuilt = rebuild(report.residual, report.principal, tmp_path / "again.safetensors")
     assert rebuilt.identical
     assert rebuilt.hash == report.base_hash
     assert same_files(tmp_path / "again.safetensors", base)
@@ -102,7 +99,7 @@ def test_a_float32_residual_gives_every_byte_back(
     assert Provenance.from_metadata(again).role is Role.MODEL
     assert "spectune.base_dtypes" not in again
     assert again["spectune.layout"] == read_metadata(base)["spectune.layout"]
-    assert verify_files(base, report.residual, report.principal).exact
+    assert verify(base, report.residual, report.principal).exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -110,12 +107,12 @@ def test_a_residual_of_16_bits_states_its_share(
     tiny_checkpoint: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", dtype)
-    report = split(base, tmp_path)
+    report = small_split(base, tmp_path)
     assert report.residual is not None
     assert 0.5 < report.share < 1.0
-    rebuilt = rebuild_checkpoint(report.principal, report.residual, tmp_path / "again.safetensors")
+    rebuilt = rebuild(report.residual, report.principal, tmp_path / "again.safetensors")
     assert not rebuilt.identical
-    verified = verify_files(base, report.residual, report.principal)
+    verified = verify(base, report.residual, report.principal)
     assert verified.ok
     assert not verified.exact
     factored = [record.agreement for record in verified.records if record.layers]
@@ -134,20 +131,20 @@ def test_each_tensor_returns_to_a_type_of_its_own(tiny_checkpoint: Path, tmp_pat
     base = changed_copy(
         tiny_checkpoint, tmp_path / "mixed.safetensors", {names[0]: tensors[names[0]].bfloat16()}
     )
-    report = split(base, tmp_path, residual_dtype=torch.float32)
+    report = small_split(base, tmp_path, residual_dtype=torch.float32)
     assert report.residual is not None
-    rebuild_checkpoint(report.principal, report.residual, tmp_path / "again.safetensors")
+    rebuild(report.residual, report.principal, tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
     assert again[names[0]].dtype == torch.bfloat16
     assert again[names[1]].dtype == torch.float16
-    rebuild_checkpoint(report.principal, report.residual, tmp_path / "w.safetensors", dtype=torch.float32)
+    rebuild(report.residual, report.principal, tmp_path / "w.safetensors", dtype=torch.float32)
     wide = load_file(tmp_path / "w.safetensors")
     assert wide[names[0]].dtype == torch.float32
     assert wide["model.diffusion_model.out.0.weight"].dtype == torch.float16
 
 
 def test_split_twice_gives_the_same_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    one, two = split(tiny_checkpoint, tmp_path / "one"), split(tiny_checkpoint, tmp_path / "two")
+    one, two = small_split(tiny_checkpoint, tmp_path / "one"), small_split(tiny_checkpoint, tmp_path / "two")
     assert one.principal_hash == two.principal_hash
     assert one.residual is not None
     assert two.residual is not None
@@ -156,9 +153,7 @@ def test_split_twice_gives_the_same_files(tiny_checkpoint: Path, tmp_path: Path)
 
 
 def test_split_without_residual_and_with_all_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    report = split_checkpoint(
-        tiny_checkpoint, tmp_path, ranks=FixedRank(30, 2), with_residual=False, layers=["all"]
-    )
+    report = split(tiny_checkpoint, tmp_path, rank=30, conv_rank=2, with_residual=False, layers=["all"])
     assert report.residual is None
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.principal-r30-c2.safetensors"]
     ranks = {layer.name: layer.rank for layer in report.layers}
@@ -169,14 +164,14 @@ def test_split_without_residual_and_with_all_layers(tiny_checkpoint: Path, tmp_p
 
 
 def test_split_refuses_what_is_no_whole_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    report = split(tiny_checkpoint, tmp_path)
+    report = small_split(tiny_checkpoint, tmp_path)
     assert report.residual is not None
     with pytest.raises(
         InputError, match=r"tiny\.residual\.safetensors is a residual: expected a whole model"
     ):
-        split(report.residual, tmp_path)
+        small_split(report.residual, tmp_path)
     with pytest.raises(InputError, match="exists"):
-        split(tiny_checkpoint, tmp_path)
+        small_split(tiny_checkpoint, tmp_path)
 
 
 def test_damaged_weights_leave_no_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -187,18 +182,18 @@ def test_damaged_weights_leave_no_files(tiny_checkpoint: Path, tmp_path: Path) -
     with pytest.raises(
         InputError, match=r"unet\.output_blocks\.0\.0\.in_layers\.2: 1 of \d+ numbers are NaN"
     ):
-        split(base, tmp_path / "out")
+        small_split(base, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_zero_steps_change_no_byte(tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = with_negative_zeros(tiny_checkpoint, tmp_path / "base.safetensors")
-    report = split(base, tmp_path)
+    report = small_split(base, tmp_path)
     tuned = saved_tuned(tuned_from(base, report, size=0.0), tmp_path / "tuned.safetensors")
-    rebuilt = rebuild_checkpoint(tuned, base, tmp_path / "again.safetensors")
+    rebuilt = rebuild(base, tuned, tmp_path / "again.safetensors")
     assert rebuilt.identical
     assert same_files(tmp_path / "again.safetensors", base)
-    exported = export_adapter(tuned, base, tmp_path / "lora.safetensors")
+    exported = export(tuned, tmp_path / "lora.safetensors", base=base)
     assert exported.error == 0.0
     assert not any(t.any() for name, t in load_file(exported.path).items() if not name.endswith("alpha"))
 
@@ -209,7 +204,7 @@ def test_a_tuned_model_is_one_rounding_away_from_float64(
     report = tiny_split(None)
     tuned = tuned_from(tiny_checkpoint, report, size=0.05, only="unet.middle_block")
     path = saved_tuned(tuned, tmp_path / "tuned.safetensors")
-    rebuilt = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "full.safetensors")
+    rebuilt = rebuild(tiny_checkpoint, path, tmp_path / "full.safetensors")
     assert not rebuilt.identical
     before, after = load_file(tiny_checkpoint), load_file(tmp_path / "full.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -234,13 +229,13 @@ def test_the_tuned_adapter_goes_on_the_residual_as_well(
     report = tiny_split(torch.float32)
     assert report.residual is not None
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), tmp_path / "tuned.safetensors")
-    rebuild_checkpoint(tuned, tiny_checkpoint, tmp_path / "a.safetensors")
-    rebuild_checkpoint(tuned, report.residual, tmp_path / "b.safetensors")
+    rebuild(tiny_checkpoint, tuned, tmp_path / "a.safetensors")
+    rebuild(report.residual, tuned, tmp_path / "b.safetensors")
     # and so does the principal that replaces the first one
-    replaced = export_adapter(
-        tuned, tiny_checkpoint, tmp_path / "p.safetensors", form="principal", store=torch.float32
+    replaced = export(
+        tuned, tmp_path / "p.safetensors", base=tiny_checkpoint, form="principal", dtype=torch.float32
     )
-    rebuild_checkpoint(replaced.path, report.residual, tmp_path / "c.safetensors")
+    rebuild(report.residual, replaced.path, tmp_path / "c.safetensors")
     direct = load_file(tmp_path / "a.safetensors")
     for other in ("b", "c"):
         beside = load_file(tmp_path / f"{other}.safetensors")
@@ -249,7 +244,7 @@ def test_the_tuned_adapter_goes_on_the_residual_as_well(
     partly = tuned_from(tiny_checkpoint, report, size=0.05, only="unet")
     path = saved_tuned(partly, tmp_path / "unet.safetensors")
     with pytest.raises(PairingError, match=r"lacks the principal of \d+ layers, unet\.safetensors has \d+"):
-        rebuild_checkpoint(path, report.residual, tmp_path / "d.safetensors")
+        rebuild(report.residual, path, tmp_path / "d.safetensors")
 
 
 def test_rebuild_refuses_another_base_and_names_both_hashes(
@@ -266,14 +261,14 @@ def test_rebuild_refuses_another_base_and_names_both_hashes(
     with open_checkpoint(other) as source:
         found = weights_hash(source)
     with pytest.raises(PairingError) as caught:
-        rebuild_checkpoint(tuned, other, tmp_path / "full.safetensors")
+        rebuild(other, tuned, tmp_path / "full.safetensors")
     assert report.base_hash[:16] in caught.value.what
     assert found[:16] in caught.value.what
     assert not (tmp_path / "full.safetensors").exists()
     assert not list(tmp_path.glob("*.partial"))
     with (
         pytest.raises(PairingError, match=report.base_hash[:16]),
-        open_model(ModelSpec(other, (Weighted(tuned, 1.0),))),
+        open_model(ModelSpec(other, (Weighted(tuned, 1.0),)), print),
     ):
         pass
 
@@ -285,16 +280,16 @@ def test_rebuild_refuses_roles_that_exclude_each_other(
     assert report.residual is not None
     out = tmp_path / "full.safetensors"
     with pytest.raises(PairingError, match="the principal part would be counted twice"):
-        rebuild_checkpoint(report.principal, tiny_checkpoint, out)
+        rebuild(tiny_checkpoint, report.principal, out)
     with pytest.raises(InputError, match=r"expected its principal alone at strength 1, got 1 at 0\.5"):
-        rebuild_checkpoint(report.principal, report.residual, out, strength=0.5)
+        rebuild(report.residual, report.principal, out, strength=0.5)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), tmp_path / "tuned.safetensors")
-    lora = export_adapter(tuned, tiny_checkpoint, tmp_path / "lora.safetensors")
+    lora = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint)
     with pytest.raises(PairingError, match="which lacks its principal"):
-        rebuild_checkpoint(lora.path, report.residual, out)
+        rebuild(report.residual, lora.path, out)
     with pytest.raises(PairingError, match="the principal of its model as `split` wrote it"):
-        export_adapter(report.principal, tiny_checkpoint, tmp_path / "lora2.safetensors")
-    second = split(
+        export(report.principal, tmp_path / "lora2.safetensors", base=tiny_checkpoint)
+    second = small_split(
         changed_copy(
             tiny_checkpoint,
             tmp_path / "second.safetensors",
@@ -303,7 +298,7 @@ def test_rebuild_refuses_roles_that_exclude_each_other(
         tmp_path,
     )
     with pytest.raises(PairingError) as caught:
-        rebuild_checkpoint(second.principal, report.residual, out)
+        rebuild(report.residual, second.principal, out)
     assert report.principal_hash[:16] in caught.value.what
     assert second.principal_hash[:16] in caught.value.what
 
@@ -314,7 +309,7 @@ def test_the_exported_lora_makes_the_tuned_model(
     report = tiny_split(None)
     tuned = tuned_from(tiny_checkpoint, report, size=0.01)
     path = saved_tuned(tuned, tmp_path / "tuned.safetensors")
-    exported = export_adapter(path, tiny_checkpoint, tmp_path / "lora.safetensors")
+    exported = export(path, tmp_path / "lora.safetensors", base=tiny_checkpoint)
     assert exported.error < 1e-3
     assert exported.worst.error == max(layer.error for layer in exported.layers)
     lora = open_principal(tiny_checkpoint, exported.path)
@@ -326,8 +321,8 @@ def test_the_exported_lora_makes_the_tuned_model(
     metadata = read_metadata(exported.path)
     assert Provenance.from_metadata(metadata).role is Role.LORA
     assert metadata["ss_network_dim"] == "8"
-    rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "a.safetensors")
-    rebuilt = rebuild_checkpoint(exported.path, tiny_checkpoint, tmp_path / "b.safetensors")
+    rebuild(tiny_checkpoint, path, tmp_path / "a.safetensors")
+    rebuilt = rebuild(tiny_checkpoint, exported.path, tmp_path / "b.safetensors")
     assert rebuilt.changed_tensors > 100
     left, right = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert all(
@@ -335,7 +330,7 @@ def test_the_exported_lora_makes_the_tuned_model(
         for n in left
     )
     # another model takes the LoRA without a question: that is what it is for
-    rebuild_checkpoint(exported.path, tmp_path / "a.safetensors", tmp_path / "c.safetensors", strength=0.5)
+    rebuild(tmp_path / "a.safetensors", exported.path, tmp_path / "c.safetensors", strength=0.5)
 
 
 def test_a_truncated_export_says_what_it_lost(
@@ -343,14 +338,14 @@ def test_a_truncated_export_says_what_it_lost(
 ) -> None:
     report = tiny_split(None)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.01), tmp_path / "tuned.safetensors")
-    exported = export_adapter(tuned, tiny_checkpoint, tmp_path / "lora.safetensors", rank=2)
+    exported = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=2)
     assert all(layer.rank == 2 and layer.truncated for layer in exported.layers)
     assert 0.1 < exported.error < 1.0
     with open_checkpoint(tiny_checkpoint) as source:
         opened = open_adapter(exported.path, build_catalogue(source))
     assert isinstance(opened, Adapter)
     with pytest.raises(InputError, match="a tuned principal keeps its rank"):
-        export_adapter(tuned, tiny_checkpoint, tmp_path / "p.safetensors", rank=2, form="principal")
+        export(tuned, tmp_path / "p.safetensors", base=tiny_checkpoint, rank=2, form="principal")
 
 
 def test_a_bf16_principal_loses_most_of_a_small_change(
@@ -358,9 +353,9 @@ def test_a_bf16_principal_loses_most_of_a_small_change(
 ) -> None:
     report = tiny_split(None)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=1e-3), tmp_path / "tuned.safetensors")
-    plain = export_adapter(tuned, tiny_checkpoint, tmp_path / "a.safetensors", store=torch.bfloat16)
-    whole = export_adapter(
-        tuned, tiny_checkpoint, tmp_path / "b.safetensors", store=torch.bfloat16, form="principal"
+    plain = export(tuned, tmp_path / "a.safetensors", base=tiny_checkpoint, dtype=torch.bfloat16)
+    whole = export(
+        tuned, tmp_path / "b.safetensors", base=tiny_checkpoint, dtype=torch.bfloat16, form="principal"
     )
     assert plain.error < 0.01
     assert whole.error > 0.5
@@ -377,14 +372,14 @@ def test_a_partial_or_unpaired_adapter_is_no_principal(
     with pytest.raises(
         InputError, match=r"a\.safetensors lacks \d+ of \d+ layers of a principal: te1"
     ) as caught:
-        export_adapter(part, tiny_checkpoint, out, form="principal")
+        export(part, out, base=tiny_checkpoint, form="principal")
     assert caught.value.hint == "leave out --form principal: a plain LoRA goes on the original model"
     tuned = tuned_from(tiny_checkpoint, report, size=0.01)
     save_tuned(tmp_path / "b.safetensors", tuned, Provenance(base_hash=report.base_hash))
     with pytest.raises(InputError, match="was not trained from the principal of a residual"):
-        export_adapter(tmp_path / "b.safetensors", tiny_checkpoint, out, form="principal")
+        export(tmp_path / "b.safetensors", out, base=tiny_checkpoint, form="principal")
     assert not out.exists()
-    export_adapter(tmp_path / "b.safetensors", tiny_checkpoint, out, rank=1)
+    export(tmp_path / "b.safetensors", out, base=tiny_checkpoint, rank=1)
     assert read_metadata(tmp_path / "b.safetensors")["spectune.version"] == spectune_version()
 
 
@@ -393,13 +388,13 @@ def test_the_report_counts_changed_bits_and_carries_warnings(
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0, only="unet.middle_block")
     path = saved_tuned(tuned, tmp_path / "t.safetensors")
-    rebuilt = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "a.safetensors")
+    rebuilt = rebuild(tiny_checkpoint, path, tmp_path / "a.safetensors")
     assert (rebuilt.identical, rebuilt.changed_tensors, rebuilt.warnings) == (True, 0, ())
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.1, only="unet.middle_block")
     path = saved_tuned(tuned, tmp_path / "u.safetensors")
     bare = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(".alpha")}
     save_file(bare, tmp_path / "v.safetensors", metadata=read_metadata(path))
-    rebuilt = rebuild_checkpoint(tmp_path / "v.safetensors", tiny_checkpoint, tmp_path / "b.safetensors")
+    rebuilt = rebuild(tiny_checkpoint, tmp_path / "v.safetensors", tmp_path / "b.safetensors")
     assert (rebuilt.identical, rebuilt.changed_tensors) == (False, len(tuned.layers))
     assert rebuilt.warnings[0].startswith(f"{len(tuned.layers)} layers of v.safetensors have no alpha")
 
@@ -410,9 +405,9 @@ def test_inputs_are_never_overwritten(tiny_checkpoint: Path, tiny_split: TinySpl
     before = path.read_bytes(), tiny_checkpoint.read_bytes()
     for target in (path, tiny_checkpoint):
         with pytest.raises(InputError, match="is one of the files that are read"):
-            rebuild_checkpoint(path, tiny_checkpoint, target, force=True)
+            rebuild(tiny_checkpoint, path, target, force=True)
         with pytest.raises(InputError, match="is one of the files that are read"):
-            export_adapter(path, tiny_checkpoint, target, force=True)
+            export(path, target, base=tiny_checkpoint, force=True)
     assert (path.read_bytes(), tiny_checkpoint.read_bytes()) == before
 
 
@@ -423,5 +418,5 @@ def test_quantised_weights_are_refused_before_any_work(tiny_checkpoint: Path, tm
     with pytest.raises(
         InputError, match=r"layer unet\.middle_block\.0\.in_layers\.2 of i8\.safetensors is stored"
     ):
-        split(base, tmp_path / "out")
+        small_split(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,15 +12,15 @@ from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.files.weights_hash import weights_hash
 from spectune.ops.split import SplitReport
-from spectune.ops.verify import verify_files
-from spectune.pairs.comparison import verify
+from spectune.ops.verify import verify
+from spectune.pairs.comparison import compare_pair
 from tests.sample_pairs import (
     changed_copy,
     open_principal,
     read_metadata,
     recast,
     saved_tuned,
-    split,
+    small_split,
     tuned_from,
 )
 from tests.split_fixtures import TinySplit
@@ -30,7 +30,7 @@ LAYERS = ("unet.input_blocks.1.0.in_layers.2", "te1.text_model.encoder.layers.0.
 
 
 def pair(base: Path, folder: Path, dtype: torch.dtype) -> tuple[SplitReport, Path]:
-    return with_residual(split(base, folder, residual_dtype=dtype))
+    return with_residual(small_split(base, folder, residual_dtype=dtype))
 
 
 def with_residual(report: SplitReport) -> tuple[SplitReport, Path]:
@@ -46,7 +46,7 @@ def test_a_true_pair_holds_in_every_type(
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", model)
     report, rest = pair(base, tmp_path, residual)
     steps: list[tuple[int, int, str]] = []
-    verified = verify_files(base, rest, report.principal, progress=lambda *step: steps.append(step))
+    verified = verify(base, rest, report.principal, progress=lambda *step: steps.append(step))
     assert verified.problems == ()
     assert verified.ok
     assert (verified.hashes.model, verified.hashes.principal) == (report.base_hash, report.principal_hash)
@@ -72,7 +72,7 @@ def test_a_factor_off_by_one_percent_is_found_and_named(
     factors = layers[layer]
     layers[layer] = LowRank(down=factors.down, up=(factors.up.float() * 1.01).half(), alpha=factors.alpha)
     with open_checkpoint(tiny_checkpoint) as model, open_checkpoint(rest) as residual:
-        verified = verify(model, residual, replace(principal, layers=layers))
+        verified = compare_pair(model, residual, replace(principal, layers=layers))
     assert not verified.ok
     assert verified.wrong_layers == (layer,)
     numbers = [problem for problem in verified.problems if "rounding explains" in problem]
@@ -93,13 +93,13 @@ def test_a_pair_of_two_bases_is_found_and_both_hashes_named(
     other = changed_copy(tiny_checkpoint, tmp_path / "other.safetensors", changed)
     first, rest = with_residual(tiny_split(dtype))
     second, _ = pair(other, tmp_path, dtype)
-    verified = verify_files(tiny_checkpoint, rest, second.principal)
+    verified = verify(tiny_checkpoint, rest, second.principal)
     assert not verified.ok
     text = "\n".join(verified.problems)
     for digest in (first.base_hash, second.base_hash, first.principal_hash, second.principal_hash):
         assert digest[:16] in text
     assert "tiny.residual.safetensors was made from base" in text
-    assert {name.rsplit(".", 1)[1] for name in verified.wrong_layers} == {"to_q"}
+    assert {name.rsmall_split(".", 1)[1] for name in verified.wrong_layers} == {"to_q"}
 
 
 def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tm
     )
     with open_checkpoint(other) as source:
         digest = weights_hash(source)
-    problems = verify_files(other, rest, report.principal).problems
+    problems = verify(other, rest, report.principal).problems
     assert f"{digest[:16]}" in problems[0]
     assert f"{report.base_hash[:16]}" in problems[0]
     assert problems[-1] == f"1 tensors outside the factored layers differ: {name}"
@@ -123,12 +123,12 @@ def test_files_without_metadata_are_judged_by_their_numbers(
     bare_rest, bare_principal = tmp_path / "r.safetensors", tmp_path / "p.safetensors"
     save_file(load_file(rest), bare_rest)
     save_file(load_file(report.principal), bare_principal)
-    assert verify_files(tiny_checkpoint, bare_rest, bare_principal).problems == ()
+    assert verify(tiny_checkpoint, bare_rest, bare_principal).problems == ()
     name = next(name for name in load_file(rest) if name.endswith("fc1.weight"))
     tensor = load_file(rest)[name]
     tensor.view(-1)[3] += 0.01
     save_file(load_file(rest) | {name: tensor}, bare_rest)
-    verified = verify_files(tiny_checkpoint, bare_rest, bare_principal)
+    verified = verify(tiny_checkpoint, bare_rest, bare_principal)
     assert [record.name for record in verified.records if record.wrong_layers] == [name]
 
 
@@ -144,7 +144,7 @@ def test_missing_spare_and_misshapen_tensors_are_listed(
     tensors["extra"] = torch.ones(1)
     damaged = tmp_path / "damaged.safetensors"
     save_file(tensors, damaged, metadata=read_metadata(rest))
-    problems = "\n".join(verify_files(tiny_checkpoint, damaged, report.principal).problems)
+    problems = "\n".join(verify(tiny_checkpoint, damaged, report.principal).problems)
     assert f"1 tensors of tiny.safetensors are missing in damaged.safetensors: {gone}" in problems
     assert "1 tensors of damaged.safetensors are not in tiny.safetensors: extra" in problems
     assert f"have another shape or type than in tiny.safetensors: {short}" in problems
@@ -156,4 +156,4 @@ def test_a_tuned_adapter_is_no_principal(
     report, rest = with_residual(tiny_split(torch.float16))
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.1), tmp_path / "tuned.safetensors")
     with pytest.raises(InputError, match=r"tuned\.safetensors is a tuned adapter: expected a principal"):
-        verify_files(tiny_checkpoint, rest, tuned)
+        verify(tiny_checkpoint, rest, tuned)

@@ -8,18 +8,11 @@ import torch
 
 from spectune.adapters.writer import AdapterWriter
 from spectune.core.low_rank import LowRank, to_factors
+from spectune.core.rank import BudgetRank, EnergyRank, FixedRank
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource
-from spectune.pairs.layer_ranks import (
-    BudgetRank,
-    EnergyRank,
-    FixedRank,
-    RankPlan,
-    RankRequest,
-    choose_ranks,
-    request_label,
-)
+from spectune.pairs.layer_ranks import RankPlan, RankRequest, choose_ranks, request_label
 from spectune.pairs.layer_spectra import all_spectra
 from spectune.pairs.sizes import parse_bytes
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue

@@ -13,11 +13,11 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, product, to_factors, to_matrix
 from spectune.errors import PairingError
+from spectune.files.provenance import LAYOUT_KEY
 from spectune.files.source import MemorySource
 from spectune.pairs.likeness import LARGE, Likeness, likeness, likeness_of_adapters
 from spectune.pairs.rules import check_goes_on
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
-from spectune.sdxl.layout import LAYOUT_KEY
 
 RANKS = (4, 8)
 

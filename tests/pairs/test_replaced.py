@@ -14,12 +14,12 @@ from torch import Tensor
 import spectune
 from spectune.adapters.adapter import TunedAdapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.cli.arguments import parse_model
-from spectune.cli.pictures import open_model
 from spectune.core.delta import change
 from spectune.errors import InputError
-from spectune.files.provenance import Role
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.files.provenance import Provenance, Role
+from spectune.ops.drawing.models import open_model
+from spectune.ops.drawing.specs import parse_model
+from spectune.ops.rebuild import rebuild
 from spectune.pairs.merged import merged, restored
 from spectune.sdxl.layers import build_catalogue
 from tests.loras import same_bits
@@ -61,7 +61,7 @@ def with_replaced(tuned: TunedAdapter, replaced: Mapping[str, Tensor]) -> TunedA
 def test_the_replaced_tensors_stand_in_for_those_of_the_base(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    report = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "x.safetensors")
+    report = rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors")
     found = load_file(report.path)
     for name in NAMES:
         exact = tuned.replaced[name] + (change(tuned.layers[DELTA]) if name == TRAINED else 0)
@@ -79,7 +79,7 @@ def test_the_replaced_tensors_stand_in_for_those_of_the_base(
 def test_at_strength_1_in_float32_every_bit_is_the_adapters(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    out = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "x.safetensors", dtype=torch.float32).path
+    out = rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors", dtype=torch.float32).path
     found = load_file(out)
     for name in (BIAS, WEIGHT, TE1):
         assert same_bits(found[name], tuned.replaced[name])
@@ -89,7 +89,7 @@ def test_half_the_strength_is_the_middle(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
-    rebuild_checkpoint(path, tiny_checkpoint, out, strength=0.5, dtype=torch.float32)
+    rebuild(tiny_checkpoint, path, out, strength=0.5, dtype=torch.float32)
     found = load_file(out)
     for name in NAMES:
         middle = (base[name].double() + tuned.replaced[name].double()) / 2
@@ -104,18 +104,18 @@ def test_each_part_has_its_strength(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
-    report = rebuild_checkpoint(path, tiny_checkpoint, out, strength={"unet": 0.0, "te1": 1.0})
+    report = rebuild(tiny_checkpoint, path, out, strength={"unet": 0.0, "te1": 1.0})
     found = load_file(out)
     assert same_bits(found[TE1], tuned.replaced[TE1].half())
     assert all(same_bits(found[name], base[name]) for name in base if name != TE1)
     assert report.changed_tensors == 1
-    report = rebuild_checkpoint(path, tiny_checkpoint, out, strength=0.0, force=True)
+    report = rebuild(tiny_checkpoint, path, out, strength=0.0, force=True)
     assert (report.identical, report.changed_tensors) == (True, 0)
 
 
 def test_sample_and_compare_see_the_same_model(path: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    rebuilt = load_file(rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "x.safetensors").path)
-    with open_model(parse_model(f"{tiny_checkpoint}+{path}")) as model:
+    rebuilt = load_file(rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors").path)
+    with open_model(parse_model(f"{tiny_checkpoint}+{path}"), print) as model:
         assert all(same_bits(model.load(name), rebuilt[name]) for name in NAMES)
 
 
@@ -161,7 +161,7 @@ def test_a_residual_is_no_base_for_it(
     with pytest.raises(
         InputError, match=r"is a residual, and whole\.safetensors replaces 4 tensors"
     ) as caught:
-        rebuild_checkpoint(whole, residual, tmp_path / "x.safetensors")
+        rebuild(residual, whole, tmp_path / "x.safetensors")
     assert caught.value.hint == "pass the original model as --base"
     assert not (tmp_path / "x.safetensors").exists()
     with open_checkpoint(residual) as source, pytest.raises(InputError, match="is a residual"):
@@ -207,9 +207,9 @@ def test_whatever_would_lose_them_refuses(
 def test_the_rebuilt_checkpoint_is_exported_as_the_hint_says(
     path: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    model = rebuild_checkpoint(path, tiny_checkpoint, tmp_path / "model.safetensors").path
+    model = rebuild(tiny_checkpoint, path, tmp_path / "model.safetensors").path
     report = spectune.export(model, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=4)
     assert {BIAS, TE1} <= set(report.outside or ())
     with open_checkpoint(model) as source:
-        assert source.provenance.role is Role.MODEL
+        assert Provenance.from_metadata(source.metadata).role is Role.MODEL
         assert build_catalogue(source, all_layers=True)

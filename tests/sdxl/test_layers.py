@@ -11,7 +11,8 @@ import torch
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.source import TensorInfo
-from spectune.sdxl.layers import Kind, Layer, Part, build_catalogue, layer_weight
+from spectune.sdxl.layers import Kind, Layer, build_catalogue, layer_weight
+from spectune.sdxl.names import Part
 
 
 def test_full_layout_has_the_layers_of_preset_full(full_infos: Mapping[str, TensorInfo]) -> None:

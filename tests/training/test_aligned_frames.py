@@ -21,8 +21,8 @@ from spectune.core.low_rank import to_matrix
 from spectune.errors import InputError, SpectuneError
 from spectune.model.inject import AdaptedLayer, Injection
 from spectune.model.network import build_model
-from spectune.ops.inspect import describe_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.inspect.summary import describe_adapter
+from spectune.ops.rebuild import rebuild
 from spectune.training import prepare, state
 from spectune.training import setup as run
 from spectune.training.aligned_frames import Gradients, Inputs, align, range_of
@@ -261,7 +261,7 @@ def test_every_frame_trains_and_is_rebuilt_from_its_file(
     folder = tmp_path / "out" / "t-step00000002.state"
     trained = assemble(recipe, Accelerator(cpu=True), Callbacks(), folder)
     tuned, whole = tmp_path / "out" / "t.safetensors", tmp_path / "whole.safetensors"
-    rebuild_checkpoint(tuned, tiny_checkpoint, whole, dtype=torch.float32)
+    rebuild(tiny_checkpoint, tuned, whole, dtype=torch.float32)
     with open_checkpoint(whole) as file:
         rebuilt = Denoiser(build_model(file), trains_text=False)
         assert file.provenance.frame is None

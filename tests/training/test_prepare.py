@@ -17,16 +17,15 @@ from spectune.files.writer import write_tensors
 from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
 from spectune.model.text import tokenize
-from spectune.ops.split import SplitReport, split_checkpoint
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.ops.split import SplitReport, split
 from spectune.training.prepare import Prepared, prepare
 from spectune.training.recipe.sections import ModelSection
 
 
 @pytest.fixture(scope="module")
-def split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> SplitReport:
+def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> SplitReport:
     folder = tmp_path_factory.mktemp("split")
-    return split_checkpoint(tiny_checkpoint, folder, ranks=FixedRank(4), residual_dtype=torch.float32)
+    return split(tiny_checkpoint, folder, rank=4, residual_dtype=torch.float32)
 
 
 def prepared(base: Path, **keys: Any) -> Prepared:
@@ -45,36 +44,36 @@ def trained_parts(injection: Injection) -> set[str]:
     return {name.partition(".")[0] for name in injection.layers}
 
 
-def test_all_starts_are_the_same_model(tiny_checkpoint: Path, split: SplitReport) -> None:
-    assert split.residual is not None
+def test_all_starts_are_the_same_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
+    assert pair.residual is not None
     original = answer(prepared(tiny_checkpoint, rank=4).model)  # the delta form changes nothing at step 0
     starts = [
-        prepared(tiny_checkpoint, principal=split.principal),
-        prepared(tiny_checkpoint, principal=split.principal, form="residual"),
-        prepared(split.residual, principal=split.principal, form="residual"),
-        prepared(split.residual, principal=split.principal, form="residual", parts=("te1",)),
+        prepared(tiny_checkpoint, principal=pair.principal),
+        prepared(tiny_checkpoint, principal=pair.principal, form="residual"),
+        prepared(pair.residual, principal=pair.principal, form="residual"),
+        prepared(pair.residual, principal=pair.principal, form="residual", parts=("te1",)),
     ]
     scale = original.abs().max()
     for start in starts:
         assert (answer(start.model) - original).abs().max() < 1e-5 * scale
-        assert start.origin.base_hash == split.base_hash
-        assert start.origin.principal_hash == split.principal_hash
+        assert start.origin.base_hash == pair.base_hash
+        assert start.origin.principal_hash == pair.principal_hash
         assert start.origin.base_name == tiny_checkpoint.name
     assert starts[0].frame_hash == starts[1].frame_hash == starts[2].frame_hash
     assert trained_parts(starts[2].injection) == {"unet", "te1", "te2"}
     assert trained_parts(starts[3].injection) == {"te1"}
 
 
-def test_without_its_principal_a_residual_is_another_model(tiny_checkpoint: Path, split: SplitReport) -> None:
-    assert split.residual is not None
-    start = prepared(split.residual, principal=split.principal, form="residual")
+def test_without_its_principal_a_residual_is_another_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
+    assert pair.residual is not None
+    start = prepared(pair.residual, principal=pair.principal, form="residual")
     original = answer(prepared(tiny_checkpoint, rank=4).model)
     with start.injection.switched_off():
         assert (answer(start.model) - original).abs().max() > 1e-2 * original.abs().max()
 
 
 def test_a_principal_of_another_base_is_refused(
-    tiny_checkpoint: Path, split: SplitReport, tmp_path: Path
+    tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.safetensors"
     with open_checkpoint(tiny_checkpoint) as base:
@@ -83,19 +82,19 @@ def test_a_principal_of_another_base_is_refused(
         found = write_tensors(other, tensors, metadata=base.metadata)
         own = weights_hash(base)
     with pytest.raises(PairingError) as caught:
-        prepared(other, principal=split.principal)
+        prepared(other, principal=pair.principal)
     assert found[:16] in caught.value.what
     assert own[:16] in caught.value.what
 
 
-def test_files_in_the_wrong_place(tiny_checkpoint: Path, split: SplitReport) -> None:
-    assert split.residual is not None
+def test_files_in_the_wrong_place(tiny_checkpoint: Path, pair: SplitReport) -> None:
+    assert pair.residual is not None
     with pytest.raises(InputError, match="is a principal file: expected a checkpoint"):
-        prepared(split.principal, rank=4)
+        prepared(pair.principal, rank=4)
     with pytest.raises(InputError, match="is a residual: the delta form trains on the original weights"):
-        prepared(split.residual, principal=split.principal)
+        prepared(pair.residual, principal=pair.principal)
     with pytest.raises(InputError, match="is a residual: its principal directions are in another file"):
-        prepared(split.residual, rank=4, form="residual")
+        prepared(pair.residual, rank=4, form="residual")
 
 
 def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
@@ -108,12 +107,12 @@ def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
 
 
 def test_the_files_of_other_tools_start_a_run(
-    tiny_checkpoint: Path, split: SplitReport, tmp_path: Path
+    tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path
 ) -> None:
     """A residual and a principal that say nothing of themselves, the principal without its alphas."""
-    assert split.residual is not None
-    residual = without_metadata(split.residual, tmp_path / "diff.safetensors")
-    principal = without_metadata(split.principal, tmp_path / "ext.safetensors", drop=".alpha")
+    assert pair.residual is not None
+    residual = without_metadata(pair.residual, tmp_path / "diff.safetensors")
+    principal = without_metadata(pair.principal, tmp_path / "ext.safetensors", drop=".alpha")
     section = ModelSection(residual=residual, principal=principal, form="residual")
     start = prepare(section)
     original = answer(prepared(tiny_checkpoint, rank=4).model)
@@ -125,22 +124,22 @@ def test_the_files_of_other_tools_start_a_run(
     assert (answer(wrong.model) - original).abs().max() > 1e-2 * original.abs().max()
 
 
-def test_nobody_takes_another_tools_residual_for_the_original(split: SplitReport, tmp_path: Path) -> None:
-    assert split.residual is not None
-    residual = without_metadata(split.residual, tmp_path / "diff.safetensors")
-    start = prepare(ModelSection(residual=residual, principal=split.principal, form="residual"))
+def test_nobody_takes_another_tools_residual_for_the_original(pair: SplitReport, tmp_path: Path) -> None:
+    assert pair.residual is not None
+    residual = without_metadata(pair.residual, tmp_path / "diff.safetensors")
+    start = prepare(ModelSection(residual=residual, principal=pair.principal, form="residual"))
     with open_checkpoint(residual) as file:
-        assert start.origin.base_hash not in (None, weights_hash(file), split.base_hash)
+        assert start.origin.base_hash not in (None, weights_hash(file), pair.base_hash)
 
 
 def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
-    tiny_checkpoint: Path, split: SplitReport
+    tiny_checkpoint: Path, pair: SplitReport
 ) -> None:
     """The factors are rounded when training begins, and the residual is what the rounded ones leave."""
-    assert split.residual is not None
+    assert pair.residual is not None
     original = answer(prepared(tiny_checkpoint, rank=4).model)
-    for base in (tiny_checkpoint, split.residual):
-        section = ModelSection(base=base, principal=split.principal, form="residual")
+    for base in (tiny_checkpoint, pair.residual):
+        section = ModelSection(base=base, principal=pair.principal, form="residual")
         start = prepare(section, trained_dtype=torch.bfloat16)
         layer = next(iter(start.injection.layers.values()))
         assert layer.down.dtype == torch.bfloat16
@@ -148,13 +147,13 @@ def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
         assert not any(tensor.any() for tensor in layer.trained_change())
 
 
-def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, split: SplitReport, tmp_path: Path) -> None:
+def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path) -> None:
     stamped = tmp_path / "model.safetensors"
     with open_checkpoint(tiny_checkpoint) as file:
         tensors = {name: file.load(name) for name in file.tensors}
         metadata = {**file.metadata, **Provenance(role=Role.MODEL).to_metadata()}
     write_tensors(stamped, tensors, metadata=metadata)
-    section = ModelSection(residual=stamped, principal=split.principal, form="residual")
+    section = ModelSection(residual=stamped, principal=pair.principal, form="residual")
     with pytest.raises(InputError, match="is a whole model: model"):
         prepare(section)
 

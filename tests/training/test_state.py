@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.training import state
-from spectune.training.optim import OPTIMIZERS, build_optimizer
+from spectune.training.optim.groups import build_optimizer
+from spectune.training.optim.kinds import OPTIMIZERS
 
 PLAIN = (
     st.none()

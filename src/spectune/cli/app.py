@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-# The commands register themselves when their modules load, in the order of `--help`.
-from spectune.cli import file_commands, picture_commands, run_commands  # noqa: F401
+from spectune.cli.commands import make_app
 from spectune.cli.console import print_error
 from spectune.cli.huge_pages import use_huge_pages
-from spectune.cli.options import app
 from spectune.errors import SpectuneError
+
+app = make_app()
 
 
 def _version(wanted: bool) -> None:

@@ -40,6 +40,10 @@ def print_warning(what: str) -> None:
     err.print(Text.assemble(("warning: ", "bold yellow"), what), soft_wrap=True)
 
 
+def print_note(what: str) -> None:
+    err.print(Text.assemble(("note: ", "bold"), what), soft_wrap=True)
+
+
 def print_json(record: Any) -> None:
     """A record as JSON on stdout."""
     print(json.dumps(asdict(cast("Any", record)) if is_dataclass(record) else record, indent=2, default=str))

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from spectune.cli.arguments import ModelSpec, Weighted
-from spectune.cli.commands.drawing import Overrule, draw
 from spectune.cli.console import err, heading, megabytes, progress, say, table
 from spectune.errors import InputError, SpectuneError
-from spectune.ops.export.adapter import export_adapter
-from spectune.ops.rebuild import rebuild_checkpoint
-from spectune.ops.split import split_checkpoint
-from spectune.ops.verify import verify_files
-from spectune.pairs.layer_ranks import FixedRank
+from spectune.operation import operation
+from spectune.ops.drawing.models import draw
+from spectune.ops.drawing.specs import ModelSpec, Weighted
+from spectune.ops.export import export
+from spectune.ops.options.pictures import DrawingOptions
+from spectune.ops.options.training import DemoOptions
+from spectune.ops.rebuild import rebuild
+from spectune.ops.split import split
+from spectune.ops.verify import verify
 from spectune.sampling.contact_sheet import Column, contact_sheet, format_psnr, mean_psnr
 from spectune.sampling.generate import SampleSettings
 from spectune.training.callbacks import ConsoleProgress, TrainReport
@@ -111,45 +113,40 @@ def check_hash(path: Path, checksum: Path) -> str:
     return found
 
 
-def run_demo(folder: Path, *, steps: int | None = None) -> DemoReport:
-    """Run every stage into `folder`, replacing what an earlier demo left there.
+@operation(DemoOptions)
+def demo(options: DemoOptions) -> DemoReport:
+    """Run every stage into the folder `out`, replacing the files of an earlier demo.
 
-    Raises SpectuneError when a proof fails.
+    Raises SpectuneError if a proof fails.
     """
+    folder, steps = options.out, options.steps
     source, clock = demo_files(), Clock()
     folder.mkdir(parents=True, exist_ok=True)
     with clock.stage("the embedded base is what it should be"):
         digest = check_hash(source.base, source.checksum)
         say(f"   {source.base.name}, {megabytes(source.base.stat().st_size)}, sha256 {digest[:16]}...")
     with clock.stage(f"split it at rank {RANK} into principal and residual"), progress("split") as report:
-        split = split_checkpoint(
-            source.base,
-            folder,
-            ranks=FixedRank(RANK),
-            residual_dtype=torch.float32,
-            force=True,
-            progress=report,
-        )
-    say(f"   {len(split.layers)} layers; the principal holds {split.energy:.1%} of their energy")
-    assert split.residual is not None
+        pair = split(source.base, folder, rank=RANK, residual_dtype="float32", force=True, progress=report)
+    say(f"   {len(pair.layers)} layers; the principal holds {pair.energy:.1%} of their energy")
+    assert pair.residual is not None
     with clock.stage("prove that nothing was lost"), progress("verify") as report:
-        proof = verify_files(source.base, split.residual, split.principal, progress=report)
+        proof = verify(source.base, pair.residual, pair.principal, progress=report)
     _require(proof.exact, "residual + principal do not give the base back bit for bit")
     say(f"   {proof.exact_tensors} of {len(proof.records)} tensors rebuilt bit for bit")
     with clock.stage("tune the principal spectrum on 120 pictures in 3D style (delta form)"):
-        trained = _train(source, folder, split.principal, steps)
+        trained = _train(source, folder, pair.principal, steps)
     tuned = folder / "emoji3d.safetensors"
     rebuilt, lora = folder / "base-emoji3d.safetensors", folder / "emoji3d-lora.safetensors"
     with clock.stage("rebuild the full model"), progress("rebuild") as report:
-        rebuild_checkpoint(tuned, source.base, rebuilt, force=True, progress=report)
+        rebuild(source.base, tuned, rebuilt, force=True, progress=report)
     with clock.stage("export a plain LoRA"), progress("export") as report:
-        exported = export_adapter(tuned, source.base, lora, force=True, progress=report)
+        exported = export(tuned, lora, base=source.base, force=True, progress=report)
     captions = [line for line in source.captions.read_text(encoding="utf-8").splitlines() if line]
     with clock.stage("draw the same captions and seeds with each"):
         drawn = Drawn(
             original=_draw(ModelSpec(source.base, ()), captions),
-            residual=_draw(ModelSpec(split.residual, ()), captions),
-            pair=_draw(ModelSpec(split.residual, (Weighted(split.principal, 1.0),)), captions),
+            residual=_draw(ModelSpec(pair.residual, ()), captions),
+            pair=_draw(ModelSpec(pair.residual, (Weighted(pair.principal, 1.0),)), captions),
             tuned=_draw(ModelSpec(rebuilt, ()), captions),
             lora=_draw(ModelSpec(source.base, (Weighted(lora, 1.0),)), captions),
         )
@@ -165,9 +162,8 @@ def run_demo(folder: Path, *, steps: int | None = None) -> DemoReport:
         loss_before=trained.validation_before,
         loss_after=trained.validation_after,
     )
-    _print_summary(clock, report, [source.base, split.principal, split.residual, tuned, rebuilt, lora])
+    _print_summary(clock, report, [source.base, pair.principal, pair.residual, tuned, rebuilt, lora])
     _check_promises(report, whole_run=steps is None)
-    print(sheet)
     return report
 
 
@@ -196,7 +192,9 @@ def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) 
 
 def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
     # float32 on every device: the proofs are about weights, not about the rounding of 16-bit arithmetic
-    return draw(spec, captions, SEED, PICTURES, Overrule(), spec.label, dtype=torch.float32)
+    with progress(spec.label) as report:
+        options = DrawingOptions(seed=SEED, progress=report)
+        return draw(spec, captions, options, PICTURES, dtype=torch.float32)
 
 
 def _columns(drawn: Drawn) -> list[Column]:
@@ -231,3 +229,8 @@ def _loss(value: float | None) -> str:
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise SpectuneError(what, hint="this is a defect of spectune; please report it with the output above")
+
+
+def show(report: DemoReport, options: DemoOptions, seconds: float) -> None:
+    """Print the path of the contact sheet; the demo itself prints while it runs."""
+    print(report.sheet)

@@ -17,10 +17,11 @@ from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import state_key
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, some_of
+from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
 from spectune.files.source import WeightSource
 from spectune.model.network import Sdxl, new_vae
-from spectune.model.vae_settings import CONFIG, Padding, VaeConvention, vae_folder, vae_weights
+from spectune.model.vae_settings import CONFIG, VaeConvention, vae_folder, vae_weights
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
 from spectune.sdxl.names import TensorView, vae_modules
 from spectune.sdxl.state_dicts import views_of

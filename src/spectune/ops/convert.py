@@ -1,4 +1,4 @@
-"""Converting adapter files between spellings, types and forms, with nothing left out unless it is named."""
+"""Convert: files in other spellings, dtypes and forms."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import open_adapter
-from spectune.adapters.spellings import Spelling
+from spectune.adapters.spellings import Spelling, parse_spelling
 from spectune.adapters.writer import AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.core.lora import (
@@ -27,19 +27,23 @@ from spectune.core.lora import (
 from spectune.core.low_rank import LowRank
 from spectune.core.rounding import rounded
 from spectune.errors import InputError
-from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.dtypes import parse_dtype
+from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import spectune_version
+from spectune.operation import operation
+from spectune.ops.options.adapter_files import ConvertOptions
 from spectune.ops.shared import (
     STALE,
     catalogue_of,
     check_stays_tuned,
+    is_checkpoint,
     kept_metadata,
     refuse_overwriting,
     template_of,
     write_all,
 )
 from spectune.pairs.trained_principal import trained_deltas
-from spectune.sdxl.layers import Layer, build_catalogue
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
 
 @dataclass(frozen=True)
@@ -63,38 +67,46 @@ class ConvertReport:
         return tuple(layer for layer in self.layers if layer.error)
 
 
-def convert_adapter(
-    adapter: Path,
-    out: Path,
-    *,
-    spelling: Spelling = Spelling.KOHYA,
-    store: torch.dtype | None = None,
-    even: bool = False,
-    principal: Path | None = None,
-    drop: Sequence[str] = (),
-    base: Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> ConvertReport:
-    """Write an adapter in another spelling, with the factors in their own type or in `store`.
+@operation(ConvertOptions)
+def convert(options: ConvertOptions) -> ConvertReport:
+    """Write an adapter in another spelling, dtype or form; or a checkpoint as one file, shards or a folder.
 
-    `even` puts every scale into the factors, so that alpha is the rank; diffusers' spelling, which has no
-    alpha, needs that anyway. With `principal`, the untouched principal from which another program trained
-    `adapter`, the file holds the deltas between the two, as spectune trains them. `drop` are patterns of keys
-    to leave out; a key that is neither read nor named is an InputError. Progress counts layers.
+    No tensor is dropped unless `drop` names its key. `principal` turns a principal that another program
+    trained into the deltas that spectune trains.
     """
-    dropped = _dropped(adapter, drop)
+    if not is_checkpoint(options.source):
+        return _convert_adapter(options)
+    default = ConvertOptions(options.source, options.out)
+    names = ("dtype", "principal", "base", "even_alphas", "drop", "keys")
+    if any(getattr(options, name) != getattr(default, name) for name in names):
+        raise InputError(
+            f"{options.source.name} is a whole model: only its kind of file can be converted",
+            hint="the name of the output decides: x.safetensors, x.safetensors.index.json, or a folder",
+        )
+    return _convert_checkpoint(options)
+
+
+def _convert_adapter(options: ConvertOptions) -> ConvertReport:
+    """Convert an adapter; the factors keep their dtype unless `dtype` names another.
+
+    The spelling of diffusers has no alpha, so scales are multiplied into the factors there as with
+    `even_alphas`. A key that is neither read nor named by `drop` is an InputError. Progress counts layers.
+    """
+    out, progress = options.out, options.progress
+    spelling, even = parse_spelling(options.keys), options.even_alphas
+    store = None if options.dtype is None else parse_dtype(options.dtype)
+    dropped = _dropped(options.source, options.drop)
     with ExitStack() as stack:
-        catalogue = None if base is None else catalogue_of(base, out)
-        opened = stack.enter_context(open_adapter(adapter, catalogue, without=dropped))
-        original = None if principal is None else stack.enter_context(open_adapter(principal, catalogue))
+        catalogue = None if options.base is None else catalogue_of(options.base, out)
+        opened = stack.enter_context(open_adapter(options.source, catalogue, without=dropped))
+        original = _open_original(options.principal, catalogue, stack)
         refuse_overwriting(out, [opened] if original is None else [opened, original])
         source = opened if original is None else trained_deltas(opened, original)
         told = source.provenance
         metadata = kept_metadata(source.metadata, one_file=True)
         if isinstance(source, TunedAdapter):
             check_stays_tuned(source, spelling, store, even=even)
-            written = save_tuned(out, source, told, metadata=metadata, force=force)
+            written = save_tuned(out, source, told, metadata=metadata, force=options.force)
             return ConvertReport(out, written, (), dropped, len(source.layers), opened.warnings)
         assert source.catalogue is not None
         layers = [layer for layer in source.catalogue if layer.name in source.layers]
@@ -104,7 +116,7 @@ def convert_adapter(
         reports: list[ExportedLayer] = []
         with AdapterWriter(
             out, layers, ranks, dtype=dtypes, provenance=provenance, spelling=spelling,
-            metadata=metadata, force=force,
+            metadata=metadata, force=options.force,
         ) as writer:  # fmt: skip
 
             def work(layer: Layer) -> Exported:
@@ -124,6 +136,12 @@ def convert_adapter(
         with open_checkpoint(out) as made:
             warnings = (*opened.warnings, *scale_problems(made))
     return ConvertReport(out, writer.hash, tuple(reports), dropped, len(layers), warnings)
+
+
+def _open_original(
+    path: Path | None, catalogue: Catalogue | None, stack: ExitStack
+) -> Adapter | TunedAdapter | None:
+    return None if path is None else stack.enter_context(open_adapter(path, catalogue))
 
 
 def _sides(layer: Layer) -> tuple[int, int]:
@@ -147,24 +165,25 @@ def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
-                f"--drop {pattern!r} matches none of {len(names)} keys of {path.name}",
+                f"`drop` {pattern!r} matches none of {len(names)} keys of {path.name}",
                 hint="patterns are matched with whole keys: '*.diff_b', 'lora_te2_*'",
             )
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def convert_checkpoint(
-    model: Path, out: Path, *, force: bool = False, progress: Progress | None = None
-) -> ConvertReport:
-    """Write a checkpoint as a single file, as shards or as a diffusers folder, as the name of `out` says.
+def _convert_checkpoint(options: ConvertOptions) -> ConvertReport:
+    """Write a checkpoint in the kind of file that the name of `out` decides; every tensor keeps its bits.
 
-    Every tensor keeps its bits. Progress counts tensors.
+    Progress counts tensors.
     """
-    with open_checkpoint(model) as source:
+    out = options.out
+    with open_checkpoint(options.source) as source:
         refuse_overwriting(out, [source])
         build_catalogue(source)  # a file that is no SDXL is an error
         metadata = {key: value for key, value in source.metadata.items() if key not in STALE}
         infos = list(source.tensors.values())
-        with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:
-            write_all(source, writer, progress)
+        with open_writer(
+            out, infos, metadata=metadata, force=options.force, template=template_of(source)
+        ) as writer:
+            write_all(source, writer, options.progress)
     return ConvertReport(out, writer.hash, (), (), len(infos))

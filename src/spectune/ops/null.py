@@ -13,7 +13,9 @@ from spectune.errors import InputError
 from spectune.files.provenance import Role
 from spectune.files.reader import Checkpoint
 from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
-from spectune.sdxl.inference import layout_of
+from spectune.operation import operation
+from spectune.ops.options.model_files import NullOptions
+from spectune.sdxl.layout import layout_of
 
 KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's nodes that merge models leave these alone
 _CHUNK_BYTES = 1 << 22
@@ -38,22 +40,24 @@ class _ZeroSpan:
     nbytes: int
 
 
-def write_null(model: Path, out: Path, *, force: bool = False) -> NullReport:
+@operation(NullOptions)
+def null(options: NullOptions) -> NullReport:
     """Write the zero model of a checkpoint: the same header bytes, every tensor at the same offset, all zero.
 
     UNet, both text encoders and the VAE are zero, so that `original - null` is the original and an extract
-    made from the pair is an extract of the whole model; what is carried from the original are its metadata
-    and the tensors `*.position_ids` and `*.logit_scale`, which ComfyUI's merging nodes do not subtract. It
+    from the pair is an extract of the whole model. Copied from the original are its metadata and the
+    tensors `*.position_ids` and `*.logit_scale`, which ComfyUI's merging nodes do not subtract. The model
     draws nothing: it is for programs that take two models and work on their difference.
 
-    Raises InputError for a file that is no single-file SDXL, for a residual or an adapter, and when `out`
-    exists without `force`, is `model` itself, or does not fit on the disk.
+    Raises InputError if `model` is not a single-file SDXL checkpoint, or is a residual or an adapter, and
+    if `out` exists without `force`, is `model` itself, or does not fit on the disk.
     """
+    model, out = options.model, options.out
     with open_checkpoint(model) as source:
         _check_model(source)
         refuse_inputs(out, source.paths)
     nbytes = model.stat().st_size
-    check_target(out, nbytes, force=force)
+    check_target(out, nbytes, force=options.force)
     remove_leftovers(out)
     partial = partial_path(out)
     try:

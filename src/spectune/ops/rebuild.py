@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
-from spectune.checkpoints.open import open_checkpoint, open_writer
-from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.errors import InputError
-from spectune.files.pipeline import Progress
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.targets import open_writer
+from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
 from spectune.files.weights_hash import WeightsHasher
-from spectune.ops.shared import STALE, Hashed, refuse_overwriting, template_of, write_all
+from spectune.operation import operation
+from spectune.ops.options.adapter_files import RebuildOptions
+from spectune.ops.shared import STALE, Hashed, is_checkpoint, refuse_overwriting, template_of, write_all
 from spectune.pairs.merged import Merged, Restored, merged
 from spectune.pairs.rules import check_base_hash, foreign_base_warning
-from spectune.pairs.strength import Strength, strength_of
+from spectune.pairs.strength import Strength, parse_strength, strength_of
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
 
@@ -46,37 +46,29 @@ class RebuildReport:
         return self.hash == (self.original_hash or self.base_hash)
 
 
-def rebuild_checkpoint(
-    adapter: Path,
-    base: Path,
-    out: Path,
-    *,
-    strength: float | Mapping[str, float] | Strength = 1.0,
-    dtype: torch.dtype | None = None,
-    cast_all: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> RebuildReport:
+@operation(RebuildOptions)
+def rebuild(options: RebuildOptions) -> RebuildReport:
     """Write the whole model: original + tuned adapter or LoRA, or residual + principal.
 
-    `strength` is one for all or by part. Changed tensors are written as they were, or as `dtype`, and with
-    `cast_all` so are the others of the UNet and the encoders; what nothing changes is otherwise carried byte
-    for byte. Progress counts tensors. Raises PairingError, and leaves no file, when the adapter records
-    another base than the one that was read.
+    Changed tensors keep their dtype unless `dtype` names another, and with `cast_all` so do the others of
+    the UNet and the encoders. Every other tensor is copied byte for byte. Progress counts tensors.
+
+    Raises PairingError, and leaves no file, if the adapter records another base than the one that was read.
     """
-    strength = strength_of(strength)
-    if cast_all and dtype is None:
-        raise InputError("all tensors are to be cast, and to no type", hint="name one: --dtype float16")
+    options, swapped = _model_first(options)
+    base, adapter, out = options.base, options.adapter, options.out
+    strength = _strength(options.strength)
+    dtype = None if options.dtype is None else parse_weight_dtype(options.dtype)
     with (
         open_checkpoint(base) as source,
         open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
     ):
         refuse_overwriting(out, [source, opened])
-        check_plain_weights(source)
+        check_not_quantised(source)
         # a residual has no hash that anything refers to; the original it gives back has
         is_residual = source.provenance.role is Role.RESIDUAL
         # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it
-        model = merged(source, [(opened, strength)], dtype=dtype, cast_all=cast_all)
+        model = merged(source, [(opened, strength)], dtype=dtype, cast_all=options.cast_all)
         hashed = None if is_residual else Hashed(source, WeightsHasher())
         if hashed is not None:
             assert isinstance(model, Merged)
@@ -85,9 +77,11 @@ def rebuild_checkpoint(
         metadata |= modelspec_model(source.metadata, title=out.name.removesuffix(".safetensors"))
         metadata[ADAPTERS_KEY] = _described(source.metadata, adapter, opened, strength)
         infos = list(model.tensors.values())
-        warnings = [*opened.warnings, *model.warnings]
-        with open_writer(out, infos, metadata=metadata, force=force, template=template_of(source)) as writer:
-            write_all(model, writer, progress)
+        warnings = [*swapped, *opened.warnings, *model.warnings]
+        with open_writer(
+            out, infos, metadata=metadata, force=options.force, template=template_of(source)
+        ) as writer:
+            write_all(model, writer, options.progress)
             base_hash = None
             if hashed is not None:
                 base_hash = hashed.hasher.hexdigest()
@@ -104,6 +98,18 @@ def rebuild_checkpoint(
         warnings=tuple(warnings),
         layers=_coverage(opened, catalogue),
     )
+
+
+def _strength(value: str | float | Mapping[str, float]) -> Strength:
+    return parse_strength(value) if isinstance(value, str) else strength_of(value)
+
+
+def _model_first(options: RebuildOptions) -> tuple[RebuildOptions, tuple[str, ...]]:
+    """Return the options with the model and the adapter in their places, and a note where they were not."""
+    if is_checkpoint(options.base) or not is_checkpoint(options.adapter):
+        return options, ()
+    note = f"the model comes first: rebuild {options.adapter.name} {options.base.name}"
+    return replace(options, base=options.adapter, adapter=options.base), (note,)
 
 
 def _factored(model: Merged | Restored) -> int:

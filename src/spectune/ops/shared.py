@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.detect import is_adapter
 from spectune.adapters.spellings import Spelling
 from spectune.checkpoints.open import TensorWriter, open_checkpoint
 from spectune.errors import InputError
@@ -135,3 +137,27 @@ def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, s
     names = ("modelspec.title",) if one_file else ("modelspec.title", "ss_output_name")
     gone = {*STALE, *sizes, *names}
     return {key: text for key, text in metadata.items() if key not in gone and not key.startswith(PREFIX)}
+
+
+def parse_device(word: str) -> str:
+    """Return the device of a word: auto, cpu, cuda, cuda:1 or mps; auto is the GPU where there is one.
+
+    Raises InputError for a device that this machine does not have.
+    """
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?|mps", word)
+    if match is None:
+        raise InputError(f"unknown device {word!r}", hint="auto, cpu, cuda or cuda:1")
+    count = torch.cuda.device_count()
+    if word.startswith("cuda") and int(match[1] or 0) >= count:
+        raise InputError(f"there is no {word}: torch sees {count} CUDA devices", hint="`device` cpu works")
+    if word == "mps" and not torch.backends.mps.is_available():
+        raise InputError("there is no mps device", hint="`device` cpu works")
+    return word
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file or folder holds a model and not an adapter."""
+    with open_checkpoint(path) as source:
+        return not is_adapter(source)

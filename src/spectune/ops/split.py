@@ -7,27 +7,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.plain_weights import check_plain_weights
+from spectune.checkpoints.quantised import check_not_quantised
 from spectune.core.report import Agreement, LayerReport, total_energy, total_share
 from spectune.core.rounding import check_dtype
-from spectune.core.svd import Method
 from spectune.files.atomic_group import AtomicGroup
+from spectune.files.dtypes import parse_dtype, parse_residual_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Role
 from spectune.files.reader import INDEX_SUFFIX
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
-from spectune.ops.shared import STALE, origin_of, refuse_parts
+from spectune.operation import operation
+from spectune.ops.options.model_files import SplitOptions
+from spectune.ops.shared import STALE, origin_of, parse_device, refuse_parts
 from spectune.pairs.exceptions import HEADER_BYTES, exceptions_name, to_bytes
-from spectune.pairs.layer_ranks import FixedRank, RankRequest, choose_ranks
+from spectune.pairs.layer_ranks import RankPlan, choose_ranks, rank_request
 from spectune.pairs.rules import LAYER_COUNT_KEY, base_dtypes_metadata
 from spectune.pairs.split_tensor import SplitPlan, SplitTensor, split_tensor
-from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.selection import select_layers
 
 
@@ -84,42 +84,62 @@ def checkpoint_stem(path: Path) -> str:
     return path.resolve().name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
 
 
-def split_checkpoint(
-    model: Path,
-    folder: Path,
-    *,
-    ranks: RankRequest | None = None,
-    store: torch.dtype = torch.float16,
-    residual_dtype: torch.dtype | None = None,
-    with_residual: bool = True,
-    layers: Sequence[str] = ("default",),
-    method: Method = "auto",
-    device: torch.device | str = "cpu",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> SplitReport:
-    """Write the principal adapter of `model` and, unless told otherwise, its residual model into `folder`.
+@dataclass(frozen=True)
+class SplitForecast:
+    """What `split` would write."""
 
-    `ranks` is 64 for every layer if not given; `layers` are words and patterns that `select_layers` knows.
-    `residual_dtype` None keeps each tensor's own type (float16 for fp8); a wider one makes the pair exact.
-    Both files appear together when they are complete. Progress counts tensors. Raises InputError when `model`
-    is itself only a part of a model.
+    principal: Path
+    residual: Path | None
+    ranks: RankPlan
+
+
+def plan_split(options: SplitOptions) -> SplitForecast:
+    """Return the files and ranks of a split without writing; an energy or a budget reads all weights."""
+    with open_checkpoint(options.model) as base:
+        chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
+        ranks = _ranks(options, base, chosen)
+    principal, residual = _targets(options, ranks)
+    return SplitForecast(principal, residual, ranks)
+
+
+def _ranks(options: SplitOptions, base: WeightSource, layers: Sequence[Layer]) -> RankPlan:
+    request = rank_request(options.rank, options.conv_rank, options.energy, options.budget)
+    store = parse_dtype(options.dtype)
+    return choose_ranks(base, layers, request, store=store, progress=options.progress)
+
+
+def _targets(options: SplitOptions, ranks: RankPlan) -> tuple[Path, Path | None]:
+    stem = checkpoint_stem(options.model)
+    residual = options.out / residual_name(stem) if options.with_residual else None
+    return options.out / principal_name(stem, ranks.label), residual
+
+
+@operation(SplitOptions)
+def split(options: SplitOptions) -> SplitReport:
+    """Write the principal adapter and the residual model of a checkpoint.
+
+    Both files appear together when they are complete. Progress counts tensors.
+
+    Raises InputError if `model` is not a whole SDXL model.
     """
-    with open_checkpoint(model) as base:
+    force = options.force
+    device = parse_device(options.device)
+    with open_checkpoint(options.model) as base:
         refuse_parts(base)
-        check_plain_weights(base)
-        chosen = select_layers(build_catalogue(base, all_layers=True), layers)
+        check_not_quantised(base)
+        chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
         for layer in chosen:
             check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")
-        rank_plan = choose_ranks(base, chosen, ranks or FixedRank(64), store=store, progress=progress)
-        plan = SplitPlan(rank_plan.ranks, store, residual_dtype, method, device)
+        rank_plan = _ranks(options, base, chosen)
+        residual_dtype = (
+            None if options.residual_dtype is None else parse_residual_dtype(options.residual_dtype)
+        )
+        plan = SplitPlan(rank_plan.ranks, parse_dtype(options.dtype), residual_dtype, options.svd, device)
         catalogue = Catalogue(
             tuple(layer for layer in chosen if plan.ranks.get(layer.name, 0)), build_catalogue(base).unet
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = checkpoint_stem(model)
-        principal = folder / principal_name(stem, rank_plan.label)
-        residual = folder / residual_name(stem) if with_residual else None
+        options.out.mkdir(parents=True, exist_ok=True)
+        principal, residual = _targets(options, rank_plan)
         origin = origin_of(base)
         with AtomicGroup(principal) as group:
             # both at once: a pair that is half old and half new fits nobody
@@ -130,13 +150,15 @@ def split_checkpoint(
                     principal,
                     catalogue.layers,
                     plan.ranks,
-                    dtype=store,
+                    dtype=plan.store,
                     provenance=replace(origin, role=Role.PRINCIPAL),
                     force=force,
                     hold=True,
                 ) as writer:
                     group.add(writer)
-                    passage = _TensorSplitter(base, catalogue, plan, writer, residual_writer, progress)
+                    passage = _TensorSplitter(
+                        base, catalogue, plan, writer, residual_writer, options.progress
+                    )
                     passage.run()
                     origin = replace(origin, base_hash=passage.hasher.hexdigest())
                     writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())

@@ -1,30 +1,31 @@
-"""Verifying that a residual and a principal file are a checkpoint file."""
+"""Verify: whether a residual and a principal are a checkpoint."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.pipeline import Progress
-from spectune.pairs.comparison import VerifyReport, verify
+from spectune.operation import operation
+from spectune.ops.options.model_files import VerifyOptions
+from spectune.pairs.comparison import VerifyReport, compare_pair
 from spectune.sdxl.layers import build_catalogue
 
 
-def verify_files(
-    model: Path, residual: Path, principal: Path, *, progress: Progress | None = None
-) -> VerifyReport:
-    """Compare `model` with what `residual` and `principal` make together. Progress counts tensors."""
+@operation(VerifyOptions)
+def verify(options: VerifyOptions) -> VerifyReport:
+    """Compare a model, tensor by tensor, with the sum of its residual and principal; see `.ok`.
+
+    Progress counts tensors.
+    """
     with (
-        open_checkpoint(model) as source,
-        open_checkpoint(residual) as rest,
-        open_adapter(principal, build_catalogue(source, all_layers=True)) as opened,
+        open_checkpoint(options.model) as source,
+        open_checkpoint(options.residual) as residual,
+        open_adapter(options.principal, build_catalogue(source, all_layers=True)) as principal,
     ):
-        if not isinstance(opened, Adapter):
+        if not isinstance(principal, Adapter):
             raise InputError(
-                f"{opened.label} is a tuned adapter: expected a principal",
-                hint="pass the principal that `split` wrote",
+                f"{principal.label} is a tuned adapter: expected a principal",
+                hint="pass the principal that `spectune split` wrote",
             )
-        return verify(source, rest, opened, progress=progress)
+        return compare_pair(source, residual, principal, progress=options.progress)

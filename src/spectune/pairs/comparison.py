@@ -96,7 +96,7 @@ class VerifyReport:
         return tuple(name for record in self.records for name in record.wrong_layers)
 
 
-def verify(
+def compare_pair(
     model: WeightSource, residual: WeightSource, principal: Adapter, *, progress: Progress | None = None
 ) -> VerifyReport:
     """Rebuild every tensor of `model` from the pair; compare bits, hashes and names in one pass."""

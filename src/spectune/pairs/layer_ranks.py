@@ -36,10 +36,11 @@ __all__ = [
     "RankRequest",
     "choose_ranks",
     "file_bytes",
-    "parse_ranks",
+    "rank_request",
 ]
 
 RankRequest = FixedRank | EnergyRank | BudgetRank
+DEFAULT_RANK = 64
 
 # Length, alignment, and more than kohya's and our own metadata take with the longest file names.
 _METADATA_BYTES = 8192
@@ -47,26 +48,15 @@ _METADATA_BYTES = 8192
 _LONG_OFFSET = 10**12
 
 
-def parse_ranks(
-    rank: int | None,
-    conv_rank: int | None,
-    energy: float | None,
-    budget: str | None,
-    *,
-    budget_word: str = "budget",
+def rank_request(
+    rank: int | None, conv_rank: int | None, energy: float | None, size: str | int | None
 ) -> RankRequest:
-    """The one way of choosing ranks that was asked for; rank 64 if none was."""
-    asked = {"--rank": rank, "--energy": energy, f"--{budget_word}": budget}
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other", hint="choose one of them")
-    if conv_rank is not None and given not in ([], ["--rank"]):
-        raise InputError(f"--conv-rank and {given[0]} exclude each other", hint="leave out --conv-rank")
+    """Return the requested way to choose ranks, rank 64 by default; at most one of the three is given."""
     if energy is not None:
         return EnergyRank(energy)
-    if budget is not None:
-        return BudgetRank(parse_bytes(budget))
-    return FixedRank(64 if rank is None else rank, conv_rank)
+    if size is not None:
+        return BudgetRank(parse_bytes(size) if isinstance(size, str) else size)
+    return FixedRank(DEFAULT_RANK if rank is None else rank, conv_rank)
 
 
 @dataclass(frozen=True)

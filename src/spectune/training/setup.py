@@ -52,7 +52,7 @@ from spectune.training.objective.target import (
     ObjectiveOptions,
 )
 from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
-from spectune.training.optim import build_optimizer, groups_by_part
+from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.prepare import (
     KnownFrames,
     Prepared,

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.pairs.rules import shown
-from spectune.training.optim import OPTIMIZERS
+from spectune.training.optim.kinds import OPTIMIZERS
 
 FORMAT = 4  # 2: a group for each part, frames; 3: extras; 4: kinds of frames, conversions to flow
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"

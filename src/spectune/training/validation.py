@@ -12,7 +12,8 @@ from spectune.model.prediction import Prediction
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import Scan
-from spectune.training.denoiser import Denoiser, encode_pictures
+from spectune.training.data.latents import encode_pictures
+from spectune.training.denoiser import Denoiser
 from spectune.training.objective.losses import mse, per_image
 from spectune.training.objective.target import ask
 from spectune.training.seeds import derived_generator

@@ -17,7 +17,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.model.network import build_model
 from spectune.model.prediction import Flow
-from spectune.ops.rebuild import rebuild_checkpoint
+from spectune.ops.rebuild import rebuild
 from spectune.sdxl.layers import build_catalogue
 from spectune.training import state
 from spectune.training.callbacks import Callbacks, StepInfo
@@ -176,7 +176,7 @@ def test_the_rebuilt_model_is_the_trained_one(make_recipe: MakeRecipe, tmp_path:
         assert isinstance(adapter, TunedAdapter)
         assert len(adapter.replaced) == 8
     rebuilt = tmp_path / "rebuilt.safetensors"
-    rebuild_checkpoint(tuned, recipe.model.checkpoint, rebuilt, dtype=torch.float32)
+    rebuild(recipe.model.checkpoint, tuned, rebuilt, dtype=torch.float32)
     run = assemble(recipe, Accelerator(cpu=True), Callbacks(), state.saved_states(tmp_path / "out", "t")[-1])
     batch, question = first_question(run)
     run.denoiser.eval()
@@ -247,7 +247,7 @@ def test_a_conversion_needs_an_eps_base(make_recipe: MakeRecipe, tmp_path: Path)
     recipe = converting(make_recipe, {})
     train(recipe)
     flow = tmp_path / "flow.safetensors"
-    rebuild_checkpoint(tmp_path / "out" / "t.safetensors", recipe.model.checkpoint, flow)
+    rebuild(recipe.model.checkpoint, tmp_path / "out" / "t.safetensors", flow)
     with pytest.raises(InputError) as caught:
         train(converting(make_recipe, {"teacher": "eps"}, model={"base": flow}), force=True)
     assert "predicts flow" in str(caught.value)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectune.training.optim import OPTIMIZERS, build_optimizer
+from spectune.training.optim.groups import build_optimizer
+from spectune.training.optim.kinds import OPTIMIZERS
 
 
 def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:

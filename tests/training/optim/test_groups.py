@@ -8,15 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from spectune.errors import InputError
-from spectune.training.optim import (
-    OPTIMIZERS,
-    build_optimizer,
-    check_options,
-    groups_by_part,
-    learning_rates,
-    step_sizes,
-    traits_of,
-)
+from spectune.training.optim.groups import build_optimizer, groups_by_part, learning_rates, step_sizes
+from spectune.training.optim.kinds import OPTIMIZERS, check_options, traits_of
 from tests.training.optim.deltas import gradients_of_noise, trained
 
 ESTIMATING = ["dadapt_adam", "prodigy", "prodigy_plus_schedule_free"]

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from spectune.training import state
-from spectune.training.optim import OPTIMIZERS, build_optimizer, finished_weights, groups_by_part, step_sizes
+from spectune.training.optim.groups import build_optimizer, groups_by_part, step_sizes
+from spectune.training.optim.kinds import OPTIMIZERS
+from spectune.training.optim.modes import finished_weights
 from tests.training.optim.deltas import advance, trained
 
 

@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectune.training.optim import (
-    OPTIMIZERS,
-    build_optimizer,
-    finished_weights,
-    groups_by_part,
-    learning_rates,
-)
+from spectune.training.optim.groups import build_optimizer, groups_by_part, learning_rates
+from spectune.training.optim.kinds import OPTIMIZERS
+from spectune.training.optim.modes import finished_weights
 from tests.training.optim.deltas import advance, gradients_of_noise, trained
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectune.training.optim import OPTIMIZERS, build_optimizer, finished_weights, groups_by_part
+from spectune.training.optim.groups import build_optimizer, groups_by_part
+from spectune.training.optim.kinds import OPTIMIZERS
+from spectune.training.optim.modes import finished_weights
 from tests.training.optim.deltas import advance, trained
 
 SCHEDULE_FREE = [name for name, kind in OPTIMIZERS.items() if kind.schedule_free]

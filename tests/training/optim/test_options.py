@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from spectune.errors import SpectuneError
-from spectune.training.optim import OPTIMIZERS, build_optimizer, check_options, groups_by_part, traits_of
+from spectune.training.optim.groups import build_optimizer, groups_by_part
+from spectune.training.optim.kinds import OPTIMIZERS, check_options, traits_of
 from tests.training.optim.deltas import trained
 
 # name: (class that it is built from, arguments left to spectune, defaults that differ on purpose)

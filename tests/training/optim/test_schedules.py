@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spectune.training.optim import SCHEDULES, rate_factor
+from spectune.training.optim.schedules import SCHEDULES, rate_factor
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from spectune.interop.kohya.command_line import Command
 from spectune.interop.kohya.rules import literal, number
-from spectune.training.optim import OPTIMIZERS, Traits, check_options, traits_of
+from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
 from spectune.training.recipe.sections import ALL_PARTS, OptimizerSection, PartName
 
 Objective = Literal["eps", "v", "flow"]

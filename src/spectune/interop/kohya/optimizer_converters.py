@@ -20,7 +20,8 @@ from spectune.interop.kohya.rules import (
     unsupported,
     whole_number,
 )
-from spectune.training.optim import SCHEDULES, check_options
+from spectune.training.optim.kinds import check_options
+from spectune.training.optim.schedules import SCHEDULES
 from spectune.training.recipe.sections import ALL_PARTS, PartName
 
 

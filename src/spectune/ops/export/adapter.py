@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter, sdxl_default_layers
-from spectune.adapters.spellings import Spelling
+from spectune.adapters.spellings import parse_spelling
 from spectune.adapters.writer import AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.lora import (
@@ -22,115 +22,46 @@ from spectune.core.lora import (
     change_values,
     export_layer,
     limited_rank,
-    total_error,
     tuned_principal,
 )
+from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError, some_of
+from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Role, spectune_version
 from spectune.files.writer import check_target
+from spectune.ops.export.report import ExportReport
+from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import catalogue_of, kept_metadata, refuse_overwriting
-from spectune.pairs.layer_ranks import FixedRank, RankRequest, ranks_of_spectra
+from spectune.pairs.layer_ranks import RankRequest, rank_request, ranks_of_spectra
 from spectune.pairs.likeness import likeness
 from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, Layer
 
 ExportForm = Literal["lora", "principal"]
+_ALL = 1 << 30  # a rank that cuts nothing
 
 _PLAIN_LORA = "leave out --form principal: a plain LoRA goes on the original model"
 
 
-@dataclass(frozen=True)
-class PartLoss:
-    """The layers of one part: how many, their ranks, and the relative error of their change together."""
-
-    part: str
-    layers: int
-    lowest_rank: int
-    highest_rank: int
-    truncated: int  # layers of which directions were cut off
-    error: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export` wrote, with the loss of each layer."""
-
-    path: Path
-    hash: str
-    layers: tuple[ExportedLayer, ...]
-    left_out: tuple[ExportedLayer, ...] = ()  # layers of which nothing is in the file: no change, or no room
-    outside: Mapping[str, float] | None = None  # of two checkpoints: tensors that no LoRA holds -> |change|
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Relative error of the change of all layers together, those that are left out among them."""
-        return total_error((*self.layers, *self.left_out))
-
-    @property
-    def worst(self) -> ExportedLayer:
-        return max((*self.layers, *self.left_out), key=lambda layer: layer.error)
-
-    @property
-    def parts(self) -> tuple[PartLoss, ...]:
-        """The loss part by part, in the order of the file; what is left out counts as lost."""
-        layers = (*self.layers, *(layer for layer in self.left_out if layer.norm))
-        return tuple(
-            _part_loss(part, [layer for layer in layers if layer.part == part])
-            for part in dict.fromkeys(layer.part for layer in layers)
-        )
-
-    @property
-    def unchanged(self) -> tuple[str, ...]:
-        """Layers that the adapter or the tuned model does not change."""
-        return tuple(layer.name for layer in self.left_out if not layer.norm)
-
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Layers whose change did not find room."""
-        return tuple(layer.name for layer in self.left_out if layer.norm)
-
-    @property
-    def outside_share(self) -> float:
-        """The share of the squared norm of all changes that lies in tensors which no LoRA holds, 0..1."""
-        missed = sum(norm**2 for norm in (self.outside or {}).values())
-        total = missed + sum(layer.norm**2 for layer in (*self.layers, *self.left_out))
-        return missed / total if total else 0.0
-
-
-def _part_loss(part: str, layers: Sequence[ExportedLayer]) -> PartLoss:
-    ranks = [layer.rank for layer in layers]
-    truncated = sum(layer.truncated for layer in layers)
-    return PartLoss(part, len(layers), min(ranks), max(ranks), truncated, total_error(layers))
-
-
-def export_adapter(
-    adapter: Path,
-    base: Path | None,
-    out: Path,
-    *,
-    rank: int | RankRequest | None = None,
-    store: torch.dtype = torch.float16,
-    form: ExportForm = "lora",
-    spelling: Spelling = Spelling.KOHYA,
-    principal: Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> ExportReport:
+def export_adapter(options: ExportOptions) -> ExportReport:
     """Write an adapter in a form that other programs load.
 
-    lora: a plain LoRA for the original model and its relatives, of the full rank (2r for a tuned adapter) or
-    cut by `rank`: a rank, an energy for each layer, or a size of the file. A LoRA is written anew, smaller.
-    principal: the tuned factors, which take the principal's place beside the residual.
-    `principal` is the untouched principal of a model, where `adapter` is that principal as another program
-    has trained it. Of `base` names and shapes are read, and a few layers where the adapter does not say what
-    it is; without one, layers are looked up among SDXL's.
-    Progress counts layers. Raises InputError and PairingError for files that this is not possible with.
+    lora: a plain LoRA for the original model and its relatives, of the full rank (2r for a tuned adapter)
+    or cut by a rank, an energy for each layer, or a size of the file. A LoRA becomes smaller.
+    principal: the tuned factors, which replace the principal of a residual.
+
+    Only names and shapes of `base` are read, and a few layers where the adapter does not declare its role;
+    without a base, layers are looked up among SDXL's. Progress counts layers.
     """
+    out, base, form, force = options.out, options.base, options.form, options.force
+    store, rank, progress = parse_dtype(options.dtype), _request(options), options.progress
     check_adapter_name(out)
     catalogue = None if base is None else catalogue_of(base, out)
-    with open_adapter(adapter, catalogue) as opened, _Original(principal, catalogue) as original:
+    with (
+        open_adapter(options.tuned, catalogue) as opened,
+        _Original(options.principal, catalogue) as original,
+    ):
         inputs = [opened] if original is None else [opened, original]
         refuse_overwriting(out, inputs)
         check_target(out, 0, force=force)  # before the factors are looked at for an energy or a size
@@ -160,7 +91,7 @@ def export_adapter(
             ranks,
             dtype=store,
             provenance=provenance,
-            spelling=spelling,
+            spelling=parse_spelling(options.keys),
             metadata=metadata,
             force=force,
         ) as writer:
@@ -186,6 +117,17 @@ def export_adapter(
         left_out=left_out,
         warnings=opened.warnings,
     )
+
+
+def _request(options: ExportOptions) -> RankRequest | None:
+    """Return the requested cut; None keeps all."""
+    given = (options.rank, options.conv_rank, options.energy, options.size)
+    if all(value is None for value in given):
+        return None
+    if options.conv_rank is not None and options.rank is None:
+        # an adapter has a rank of its own, which a rank for convolutions alone leaves to the other layers
+        return FixedRank(_ALL, options.conv_rank)
+    return rank_request(*given)
 
 
 class _Original:
@@ -245,7 +187,7 @@ def _check_no_principal(opened: Adapter | TunedAdapter, base: Path) -> None:
 
 
 def _check_whole_principal(
-    source: Adapter | TunedAdapter, catalogue: Catalogue, rank: int | RankRequest | None, *, whole: bool
+    source: Adapter | TunedAdapter, catalogue: Catalogue, rank: RankRequest | None, *, whole: bool
 ) -> None:
     """Raise InputError unless the tuned factors can take the place of all of a residual's principal."""
     if not isinstance(source, TunedAdapter):
@@ -271,7 +213,7 @@ def _check_whole_principal(
 def _ranks(
     source: Adapter | TunedAdapter,
     layers: Sequence[Layer],
-    request: int | RankRequest | None,
+    request: RankRequest | None,
     store: torch.dtype,
     form: ExportForm,
     progress: Progress | None,
@@ -279,7 +221,7 @@ def _ranks(
     """The rank of every layer, 0 for those that are left out, and what is to be said of these."""
     if form == "principal":
         return {layer.name: source.rank(layer.name) for layer in layers}, ()
-    if request is None or isinstance(request, int | FixedRank):
+    if request is None or isinstance(request, FixedRank):
         return {layer.name: _fixed(source, layer, request) for layer in layers}, ()
     values: list[Tensor] = []
 
@@ -305,8 +247,8 @@ def _left_out(layer: Layer, values: Tensor) -> ExportedLayer:
     return ExportedLayer(layer.name, 0, len(values), size, 1.0 if size else 0.0)
 
 
-def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: int | FixedRank | None) -> int:
-    wanted = request.wanted(layer.shape) if isinstance(request, FixedRank) else request
+def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: FixedRank | None) -> int:
+    wanted = None if request is None else request.wanted(layer.shape)
     terms = source.rank(layer.name) * (2 if isinstance(source, TunedAdapter) else 1)
     return limited_rank(layer.shape, terms, wanted)
 

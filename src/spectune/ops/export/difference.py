@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spectune.adapters.spellings import Spelling
+from spectune.adapters.spellings import parse_spelling
 from spectune.adapters.writer import AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
@@ -19,14 +19,16 @@ from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.rounding import check_dtype
 from spectune.core.split import split_weight
 from spectune.errors import InputError, some_of
-from spectune.files.pipeline import Progress, report_progress, run_pipeline
+from spectune.files.dtypes import parse_dtype
+from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import Provenance, Role, spectune_version
 from spectune.files.source import TensorInfo, WeightSource, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import check_target
-from spectune.ops.export.adapter import ExportReport
-from spectune.ops.shared import refuse_overwriting, refuse_parts
-from spectune.pairs.layer_ranks import FixedRank, RankRequest, choose_ranks
+from spectune.ops.export.report import ExportReport
+from spectune.ops.options.adapter_files import ExportOptions
+from spectune.ops.shared import parse_device, refuse_overwriting, refuse_parts
+from spectune.pairs.layer_ranks import choose_ranks, rank_request
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT, VAE_ROOT
 from spectune.sdxl.selection import select_layers
@@ -73,25 +75,18 @@ class Difference:
         return self.tuned.load(name).to(torch.float32, copy=True).sub_(taken)
 
 
-def export_difference(
-    tuned: Path,
-    base: Path,
-    out: Path,
-    *,
-    ranks: RankRequest | None = None,
-    store: torch.dtype = torch.float16,
-    spelling: Spelling = Spelling.KOHYA,
-    layers: Sequence[str] = ("default",),
-    device: torch.device | str = "cpu",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> ExportReport:
-    """Write the LoRA that makes `tuned`, as far as a LoRA of these ranks can, out of `base`.
+def export_difference(options: ExportOptions, base: Path) -> ExportReport:
+    """Write the LoRA that turns `base` into `tuned`, as far as a LoRA of these ranks can.
 
-    Both are whole checkpoints. `ranks` is 64 for every layer if not given; nothing is clamped. The report
-    says what each layer lost, which tensors changed that no LoRA holds, and which layers did not change.
-    Progress counts tensors. Raises InputError for checkpoints that do not have the same tensors.
+    Both are whole checkpoints. The rank is 64 for every layer if none is given; nothing is clamped. The
+    report holds the loss of each layer, the tensors that changed and that no LoRA holds, and the layers
+    that did not change. Progress counts tensors.
+
+    Raises InputError if the checkpoints do not have the same tensors.
     """
+    tuned, out, force, progress = options.tuned, options.out, options.force, options.progress
+    ranks = rank_request(options.rank, options.conv_rank, options.energy, options.size)
+    store, device = parse_dtype(options.dtype), parse_device(options.device)
     check_adapter_name(out)
     check_target(out, 0, force=force)
     with open_checkpoint(tuned) as after, open_checkpoint(base) as before:
@@ -102,13 +97,13 @@ def export_difference(
         compared, warnings = _compared(after, before)
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
-        chosen = select_layers(catalogue, layers)
+        chosen = select_layers(catalogue, options.layers or ("default",))
         for layer in chosen:
             for source in (after, before):
                 check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
-        plan = choose_ranks(difference, chosen, ranks or FixedRank(64), store=store, progress=progress)
+        plan = choose_ranks(difference, chosen, ranks, store=store, progress=progress)
         kept = Catalogue(chosen, catalogue.unet)
-        # what --layers leaves out by name is no loss to speak of
+        # what `layers` leaves out by name is no loss to speak of
         unwanted = {layer.tensor for layer in catalogue if layer.default} - kept.by_tensor.keys()
         compared = [name for name in compared if name not in unwanted]
         factors: dict[str, LowRank] = {}
@@ -144,7 +139,7 @@ def export_difference(
             {layer.name: factors[layer.name].rank for layer in changed},
             dtype=store,
             provenance=provenance,
-            spelling=spelling,
+            spelling=parse_spelling(options.keys),
             force=force,
         ) as writer:
             for layer in changed:

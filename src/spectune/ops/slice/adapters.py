@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import open_adapter
-from spectune.adapters.spellings import Spelling
-from spectune.adapters.traits import TraitRule
+from spectune.adapters.spellings import Spelling, parse_spelling
+from spectune.adapters.traits import read_traits
 from spectune.adapters.writer import AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.combine import Term, summed
@@ -21,8 +21,10 @@ from spectune.core.delta import Delta
 from spectune.core.lora import Exported, ExportedLayer, limited_rank, total_error
 from spectune.core.low_rank import common_type
 from spectune.errors import InputError, some_of
+from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.ops.options.adapter_files import SliceOptions
 from spectune.ops.shared import (
     catalogue_of,
     check_stays_tuned,
@@ -30,7 +32,6 @@ from spectune.ops.shared import (
     refuse_overwriting,
 )
 from spectune.ops.slice.plan import (
-    Slice,
     SlicePlan,
     SliceResult,
     provenance_of,
@@ -58,38 +59,32 @@ class SliceReport:
         return total_error(self.layers)
 
 
-def slice_adapters(
-    slices: Sequence[Slice],
-    out: Path,
-    *,
-    traits: Mapping[str, TraitRule] | None = None,
-    base: Path | None = None,
-    store: torch.dtype | None = None,
-    spelling: Spelling = Spelling.KOHYA,
-    overlap: bool = True,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> SliceReport:
+def slice_adapters(options: SliceOptions) -> SliceReport:
     """Put layers of one or several adapters into a new one.
 
-    A layer that several slices have is the exact sum of them, or with `overlap` off an InputError. Weights
-    count once; alphas stay. Tuned adapters of one model give a tuned adapter where every layer comes from one
-    of them at weight 1, otherwise, and beside LoRAs, a LoRA. `store` is the type of the factors: by default
-    that of the files, float16 for what comes from tuned adapters. `base` is the model, where it is not of
-    SDXL's size. Progress counts layers. Raises PairingError for files that no single adapter can hold.
+    A layer that several slices have is their exact sum, or with `overlap` off an InputError. Weights count
+    once; alphas stay. Tuned adapters of one model give a tuned adapter where every layer comes from one of
+    them at weight 1; otherwise, and together with LoRAs, a LoRA. The factors keep the dtype of the files;
+    those from tuned adapters are float16. Progress counts layers.
+
+    Raises PairingError for files that no single adapter can hold.
     """
+    slices, out, force, progress = options.slices, options.out, options.force, options.progress
+    spelling = parse_spelling(options.keys)
+    store = None if options.dtype is None else parse_dtype(options.dtype)
+    traits = {} if options.traits is None else read_traits(options.traits)
     with ExitStack() as stack:
-        catalogue = None if base is None else catalogue_of(base, out)
+        catalogue = None if options.base is None else catalogue_of(options.base, out)
         opened: dict[Path, Adapter | TunedAdapter] = {}
         for piece in slices:
             if piece.path not in opened:
                 opened[piece.path] = stack.enter_context(open_adapter(piece.path, catalogue))
         refuse_overwriting(out, list(opened.values()))
-        plan = SlicePlan.of(slices, opened, traits or {})
-        if plan.overlaps and not overlap:
+        plan = SlicePlan.of(slices, opened, traits)
+        if plan.overlaps and not options.overlap:
             raise InputError(
                 f"{len(plan.overlaps)} layers are in more than one slice: {some_of(plan.overlaps)}",
-                hint="leave out --no-overlap to add them up, or narrow the traits",
+                hint="allow `overlap` to sum them, or narrow the traits",
             )
         role, warnings = role_of(plan, opened)
         known = any(isinstance(adapter, TunedAdapter) or _has_role(adapter) for adapter in opened.values())

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.errors import InputError, did_you_mean
-from spectune.files.pipeline import Progress
 from spectune.files.provenance import (
     ADAPTERS_KEY,
     PREFIX,
@@ -21,8 +20,10 @@ from spectune.files.provenance import (
     spectune_version,
 )
 from spectune.files.source import TensorInfo, WeightSource
+from spectune.ops.options.adapter_files import SliceOptions
+from spectune.ops.options.values import Slice
 from spectune.ops.shared import STALE, refuse_overwriting, refuse_parts, template_of, write_all
-from spectune.ops.slice.plan import Slice, slices_metadata
+from spectune.ops.slice.plan import slices_metadata
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import PARTS, part_of
 
@@ -72,15 +73,15 @@ class SwapReport:
     tensors: int
 
 
-def swap_parts(
-    slices: Sequence[Slice], out: Path, *, force: bool = False, progress: Progress | None = None
-) -> SwapReport:
-    """Write a checkpoint whose parts (unet, te1, te2 or te for both, vae) are byte for byte those of others.
+def swap_parts(options: SliceOptions) -> SwapReport:
+    """Write a checkpoint of parts (unet, te1, te2 or te for both, vae) that are copied byte for byte.
 
-    Every part must be named once. What is predicted, and everything beside the parts, is as in the UNet's
-    file; the scale and shift of latents as in the VAE's. Progress counts tensors. Raises InputError for
-    checkpoints whose parts do not fit each other.
+    Every part must be named once. The prediction, and everything outside of the parts, come from the UNet's
+    file; the scale and shift of latents from the VAE's. Progress counts tensors.
+
+    Raises InputError for checkpoints whose parts do not fit each other.
     """
+    slices, out = options.slices, options.out
     chosen = _chosen(slices)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_checkpoint(path)) for path in dict.fromkeys(chosen.values())}
@@ -97,8 +98,8 @@ def swap_parts(
         infos = list(model.tensors.values())
         template = template_of(opened[chosen["unet"]])
         metadata = _metadata(model, slices, title=out.name.removesuffix(".safetensors"))
-        with open_writer(out, infos, metadata=metadata, force=force, template=template) as writer:
-            write_all(model, writer, progress)
+        with open_writer(out, infos, metadata=metadata, force=options.force, template=template) as writer:
+            write_all(model, writer, options.progress)
     return SwapReport(out, writer.hash, {part: chosen[part].name for part in PARTS}, len(infos))
 
 

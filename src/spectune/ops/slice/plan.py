@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,51 +12,9 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.traits import TraitRule, trait_layers
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import SLICES_KEY, Provenance, Role
+from spectune.ops.options.values import Slice
 from spectune.pairs.rules import adapter_hash, shown
 from spectune.sdxl.layers import Catalogue, Layer, squeezed
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Layers of one adapter file: those that a trait names, all for None."""
-
-    path: Path
-    trait: str | None = None
-    weight: float = 1.0
-
-    def __str__(self) -> str:
-        trait = "" if self.trait is None else f":{self.trait}"
-        return f"{self.path.name}{trait}" + ("" if self.weight == 1 else f" x {self.weight:g}")
-
-
-def parse_slice(word: str) -> Slice:
-    """`FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`; a drive letter's colon is the file's."""
-    path, trait, weight = _pieces(word)
-    if trait is not None and weight is None and _NUMBER.fullmatch(trait):
-        trait, weight = None, trait
-    if weight is not None and not _NUMBER.fullmatch(weight):
-        raise InputError(f"the weight in {word!r} is {weight!r}: expected a number like 0.8")
-    number = 1.0 if weight is None else float(weight)
-    if not math.isfinite(number):
-        raise InputError(f"the weight in {word!r} is {number}: expected a finite number")
-    return Slice(Path(path), trait, number)
-
-
-def _pieces(word: str) -> tuple[str, str | None, str | None]:
-    """File, trait and weight; what is there on disk under a longer name is meant by it, folders too."""
-    for colons in range(3):
-        path, *rest = word.rsplit(":", colons)
-        if path and Path(path).exists():
-            trait, weight = (*rest, None, None)[:2]
-            return path, trait or None, weight
-    match = re.fullmatch(r"(.*?\.safetensors)(?::([^:]*))?(?::([^:]*))?", word, re.IGNORECASE)
-    if match is None:
-        raise InputError(
-            f"unreadable slice {word!r}", hint="write it like style.safetensors:te or x.safetensors:unet:0.8"
-        )
-    return match[1], match[2] or None, match[3]
 
 
 @dataclass(frozen=True)

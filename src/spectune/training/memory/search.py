@@ -9,7 +9,7 @@ import tomlkit
 
 from spectune.errors import InputError
 from spectune.training.memory.account import Memory, MemoryMeter, Setup
-from spectune.training.optim import OPTIMIZERS
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections import Quantization
 
 LOWEST_RANK = 8

@@ -17,10 +17,6 @@ from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
 from spectune.sdxl.layout import PART_ROOTS, Layout, part_of
 
-# what keys of adapters have in them, also of those of other models and kinds
-_ADAPTER_SIGNS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".frame_")
-_ADAPTER_ENDS = (".diff", ".diff_b")
-
 
 @dataclass(frozen=True)
 class PartSummary:
@@ -64,16 +60,6 @@ class AdapterSummary:
     dtypes: tuple[str, ...]
     problems: tuple[str, ...]  # of its alphas, in words
     replaced: int = 0  # tensors of the base that it holds whole; not among layers and parameters
-
-
-def is_adapter(source: WeightSource) -> bool:
-    """Whether the file holds low-rank factors and not a model."""
-    return any(
-        name.startswith("lora_")
-        or name.endswith(_ADAPTER_ENDS)
-        or any(sign in name for sign in _ADAPTER_SIGNS)
-        for name in source.tensors
-    )
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:

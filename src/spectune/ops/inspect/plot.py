@@ -1,5 +1,8 @@
 """Plots as PNG files: the only place that knows matplotlib."""
 
+# pyright: standard
+# matplotlib has no complete types.
+
 from __future__ import annotations
 
 import os

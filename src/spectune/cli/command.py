@@ -1,0 +1,252 @@
+"""A command of the command line, made from the options record of its operation."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from spectune.cli.console import print_json, print_note, print_warning, progress
+from spectune.errors import InputError, SpectuneError, counted
+from spectune.operation import OperationOptions, OptionField, flags_of, option_fields, run_operation
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """A row of the table of commands.
+
+    The operation is the function `name` in the module `operation`. The module `report` prints its result:
+    `show(report, options, seconds)`, and where they differ from the default `as_json(report, options,
+    seconds)`, `exit_code(report)` and `show_dry_run(forecast, options)`.
+    """
+
+    name: str
+    options: type[OperationOptions]
+    operation: str
+    report: str
+    panel: str
+    example: str
+    json: bool = True
+    dry_run: str | None = None  # a function of the operation's module that plans without writing
+    bar: bool = True  # whether a progress bar is shown; otherwise the operation reports by itself
+
+    @property
+    def function(self) -> str:
+        return self.name.replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """OperationOptions of every command that are no part of the operation."""
+
+    json: bool = False
+    dry_run: bool = False
+
+
+def add_command(app: typer.Typer, command: CommandSpec) -> None:
+    """Register a command; torch and the operation are loaded when it runs, not for its help."""
+    fields = option_fields(command.options)
+
+    def run(**values: Any) -> None:
+        flags = Flags(json=values.pop("json", False), dry_run=values.pop("dry_run", False))
+        code = execute(command, _record_values(fields, values), flags)
+        if code:
+            raise typer.Exit(code)
+
+    parameters = [*_parameters(command, fields), *_shared_flags(command)]
+    made = cast("Any", run)
+    made.__signature__ = inspect.Signature(parameters)
+    made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    text = with_flags(command, inspect.cleandoc(command.options.__doc__ or ""))
+    word = command.name.rpartition(" ")[2]
+    app.command(word, help=text, epilog=f"**Example:** `{command.example}`", rich_help_panel=command.panel)(
+        run
+    )
+
+
+def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> int:
+    """Run an operation and print its report; return the exit code."""
+    try:
+        operations, reports = import_module(command.operation), import_module(command.report)
+        warned: list[str] = []
+
+        def warn(text: str) -> None:
+            warned.append(text)
+            print_warning(with_flags(command, text))
+
+        started = time.perf_counter()
+        with progress(command.name) if command.bar else nullcontext() as report_progress:
+            options = command.options(**values, progress=report_progress, notify=warn)
+            if flags.dry_run:
+                assert command.dry_run is not None
+                forecast = getattr(operations, command.dry_run)(options)
+                reports.show_dry_run(forecast, options)
+                return 0
+            prepare = getattr(reports, "prepare", None)
+            options = options if prepare is None else prepare(options)
+            result = run_operation(getattr(operations, command.function), options)
+        seconds = time.perf_counter() - started
+        for text in getattr(result, "warnings", ()):
+            if text not in warned:
+                warn(text)
+        if flags.json:
+            as_json = getattr(reports, "as_json", _as_json)
+            print_json(as_json(result, options, seconds))
+        else:
+            reports.show(result, options, seconds)
+        exit_code = getattr(reports, "exit_code", None)
+        return 0 if exit_code is None else exit_code(result)
+    except SpectuneError as error:
+        # The library names fields; on the command line they are flags.
+        error.what = with_flags(command, error.what)
+        error.hint = None if error.hint is None else with_flags(command, error.hint)
+        raise
+
+
+def with_flags(command: CommandSpec, text: str) -> str:
+    """Replace a field in backticks by its flag: `conv_rank` -> --conv-rank."""
+    spelled = {
+        field.name: _placeholder(field) if field.argument else flags_of(field)[-1]
+        for field in option_fields(command.options)
+    }
+    return re.sub(r"`(\w+)`", lambda match: spelled.get(match[1], match[0]), text)
+
+
+def _as_json(report: Any, options: OperationOptions, seconds: float) -> dict[str, Any]:
+    assert is_dataclass(report)
+    return {**asdict(cast("Any", report)), "seconds": seconds}
+
+
+# ---------------------------------------------------------------- from fields to parameters of typer
+
+
+def _parameters(command: CommandSpec, fields: Sequence[OptionField]) -> list[inspect.Parameter]:
+    arguments = [field for field in fields if field.argument]
+    options = [
+        _parameter(field.name, _type(field), _option(command, field), default=_default(field))
+        for field in fields
+        if not field.argument
+    ]
+    if any(field.old_flag for field in arguments):
+        places = " ".join(
+            f"[{_placeholder(f)}]" if not f.required else _placeholder(f) for f in _in_order(arguments)
+        )
+        text = " ".join(f"{_placeholder(field)}: {field.help}" for field in _in_order(arguments))
+        files = _parameter("files", list[Path], typer.Argument(metavar=places, help=text, show_default=False))
+        old = [
+            _parameter(
+                f"old_{field.name}", Path | None, typer.Option(field.old_flag, hidden=True), default=None
+            )
+            for field in arguments
+            if field.old_flag
+        ]
+        return [files, *options, *old]
+    return [*(_argument(command, field) for field in arguments), *options]
+
+
+def _in_order(arguments: Sequence[OptionField]) -> list[OptionField]:
+    """Return the arguments in their order on the command line: an optional model comes first."""
+    return sorted(arguments, key=lambda field: field.required)
+
+
+def _argument(command: CommandSpec, field: OptionField) -> inspect.Parameter:
+    info = typer.Argument(
+        help=with_flags(command, field.help), metavar=_placeholder(field), show_default=False
+    )
+    if field.required:
+        return _parameter(field.name, _type(field), info)
+    return _parameter(field.name, _type(field), info, default=None if field.many else field.default)
+
+
+def _option(command: CommandSpec, field: OptionField) -> Any:
+    metavar = field.metavar or (f"[{'|'.join(field.choices)}]" if field.choices else None)
+    help_text = with_flags(command, field.off[1] if field.off else field.help)
+    if field.many:
+        help_text += " May be given several times."
+    return typer.Option(
+        *flags_of(field), help=help_text, metavar=metavar, min=field.minimum, max=field.maximum,
+        show_default=field.kind is not bool and field.default not in (None, "", ()),
+    )  # fmt: skip
+
+
+def _parameter(
+    name: str, kind: Any, info: Any, *, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
+    annotation = Annotated[kind, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _default(field: OptionField) -> Any:
+    if field.required:
+        return inspect.Parameter.empty
+    if field.off is not None:
+        return False
+    return list(field.default) or None if field.many and field.default is not None else field.default
+
+
+def _type(field: OptionField) -> Any:
+    if field.many:
+        return list[field.kind] if field.required else list[field.kind] | None  # pyright: ignore[reportInvalidTypeForm]
+    return (
+        field.kind | None if field.optional or (field.default is None and not field.required) else field.kind
+    )
+
+
+def _placeholder(field: OptionField) -> str:
+    return field.metavar or field.name.upper()
+
+
+def _shared_flags(command: CommandSpec) -> list[inspect.Parameter]:
+    found: list[inspect.Parameter] = []
+    if command.dry_run is not None:
+        info = typer.Option("--dry-run", help="Print the plan and stop.")
+        found.append(_parameter("dry_run", bool, info, default=False))
+    if command.json:
+        info = typer.Option("--json", help="Print the result as JSON on stdout.")
+        found.append(_parameter("json", bool, info, default=False))
+    return found
+
+
+# ---------------------------------------------------------------- from parsed words to fields
+
+
+def _record_values(fields: Sequence[OptionField], parsed: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the record; options that were not given are left to its defaults."""
+    values = dict(parsed)
+    if "files" in values:
+        values |= _placed([field for field in fields if field.argument], values.pop("files"), values)
+    for field in fields:
+        if field.off is not None:
+            values[field.name] = not values[field.name]
+        elif field.many and not values.get(field.name) and not field.required:
+            values.pop(field.name, None)
+    return values
+
+
+def _placed(
+    arguments: Sequence[OptionField], files: Sequence[Path], values: dict[str, Any]
+) -> dict[str, Any]:
+    """Assign files to arguments by place; the model comes first, or follows its old flag."""
+    found: dict[str, Any] = {}
+    for field in arguments:
+        given = values.pop(f"old_{field.name}", None)
+        if given is not None:
+            found[field.name] = given
+            print_note(
+                f"{field.old_flag} is no longer needed: write {_placeholder(field)} as the first argument"
+            )
+    left = [field for field in _in_order(arguments) if field.name not in found]
+    if len(files) < len(left):
+        left = [field for field in left if field.required]
+    if len(files) != len(left):
+        names = " ".join(_placeholder(field) for field in left)
+        raise InputError(f"{counted(len(files), 'file')} given: expected {names}", hint="see --help")
+    return found | {field.name: file for field, file in zip(left, files, strict=True)}

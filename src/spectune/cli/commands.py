@@ -1,0 +1,114 @@
+"""The table of commands. A new command is a row here, its record in ops/options, and its operation in ops."""
+
+from __future__ import annotations
+
+import typer
+
+from spectune.cli.command import CommandSpec, add_command
+from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, RebuildOptions, SliceOptions
+from spectune.ops.options.model_files import InspectOptions, NullOptions, SplitOptions, VerifyOptions
+from spectune.ops.options.pictures import CompareOptions, SampleOptions
+from spectune.ops.options.training import DemoOptions, ImportOptions, PlanOptions, TrainOptions
+
+START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
+
+
+def _command(name: str, options: type, panel: str, example: str, **more: object) -> CommandSpec:
+    word = name.replace(" ", "_")
+    homes = (f"spectune.ops.{word}", f"spectune.cli.reports.{word}")
+    operation, report = ("spectune.cli.demo", "spectune.cli.demo") if name == "demo" else homes
+    return CommandSpec(name, options, operation, report, panel, example, **more)  # pyright: ignore[reportArgumentType]
+
+
+COMMANDS = (
+    _command("demo", DemoOptions, START, "spectune demo", json=False, bar=False),
+    _command("inspect", InspectOptions, START, "spectune inspect model.safetensors"),
+    _command("plan", PlanOptions, TRAIN, "spectune plan model.safetensors --vram 12GB", bar=False),
+    _command(
+        "train",
+        TrainOptions,
+        TRAIN,
+        "spectune train recipes/emoji3d_eps.toml --set run.steps=200",
+        dry_run="plan_train",
+        bar=False,
+    ),
+    _command(
+        "recipe import", ImportOptions, TRAIN, "spectune recipe import train.bat -o recipe.toml", bar=False
+    ),
+    _command(
+        "split",
+        SplitOptions,
+        FILES,
+        "spectune split model.safetensors --rank 64 -o split/",
+        dry_run="plan_split",
+    ),
+    _command(
+        "verify",
+        VerifyOptions,
+        FILES,
+        "spectune verify model.safetensors m.residual.safetensors m.principal-r64.safetensors",
+    ),
+    _command(
+        "rebuild",
+        RebuildOptions,
+        FILES,
+        "spectune rebuild model.safetensors style.safetensors -o tuned.safetensors",
+    ),
+    _command(
+        "export",
+        ExportOptions,
+        FILES,
+        "spectune export model.safetensors style.safetensors -o style_lora.safetensors",
+    ),
+    _command(
+        "slice",
+        SliceOptions,
+        FILES,
+        "spectune slice early.safetensors:te late.safetensors:unet:0.8 -o style.safetensors",
+    ),
+    _command(
+        "convert",
+        ConvertOptions,
+        FILES,
+        "spectune convert lora.safetensors --keys diffusers -o lora_peft.safetensors",
+    ),
+    _command("null", NullOptions, FILES, "spectune null model.safetensors -o model_null.safetensors"),
+    _command(
+        "sample",
+        SampleOptions,
+        PICTURES,
+        'spectune sample model.safetensors style.safetensors:0.8 -c "a red fox" -o pictures/',
+        json=False,
+    ),
+    _command(
+        "compare",
+        CompareOptions,
+        PICTURES,
+        'spectune compare base.safetensors base.safetensors+style.safetensors -c "a cat" -o sheet.png',
+    ),
+)
+
+
+def make_app() -> typer.Typer:
+    """Return the application with all commands."""
+    app = _typer(
+        "Fine-tune a whole SDXL checkpoint by training only its principal spectrum.", name="spectune"
+    )
+    groups = {"recipe": _typer("Recipes for training.")}
+    for command in COMMANDS:
+        group = command.name.rpartition(" ")[0]
+        add_command(groups[group] if group else app, command)
+    for name, group in groups.items():
+        app.add_typer(group, name=name, rich_help_panel=TRAIN)
+    return app
+
+
+def _typer(text: str, name: str | None = None) -> typer.Typer:
+    return typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )

@@ -1,0 +1,1 @@
+"""What each command prints: one module per command with `show` and, where it differs, `as_json`."""

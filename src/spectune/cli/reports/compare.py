@@ -1,0 +1,21 @@
+"""What `compare` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectune.cli.console import say
+from spectune.ops.compare import CompareReport
+from spectune.ops.options.pictures import CompareOptions
+from spectune.sampling.contact_sheet import format_psnr
+
+
+def as_json(result: CompareReport, options: CompareOptions, seconds: float) -> dict[str, Any]:
+    columns = [{"model": label, "psnr_db": str(decibels)} for label, decibels in result.psnr_db]
+    return {"sheet": result.sheet, "columns": columns}
+
+
+def show(result: CompareReport, options: CompareOptions, seconds: float) -> None:
+    for label, decibels in result.psnr_db[1:]:
+        say(f"{label}: {format_psnr(decibels)}")
+    say(f"wrote {result.sheet}")

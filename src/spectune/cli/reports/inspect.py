@@ -1,0 +1,175 @@
+"""What `inspect` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from spectune.cli.console import megabytes, print_warning, say, table
+from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
+from spectune.ops.options.model_files import InspectOptions
+from spectune.pairs.layer_spectra import GroupSpectrum, LayerSpectrum, SpectrumReport
+from spectune.sdxl.layers import RANKS
+
+_AT_RANKS = tuple(f"r{rank}" for rank in RANKS)
+
+
+def show(
+    summary: ModelSummary | AdapterSummary | SpectrumReport, options: InspectOptions, seconds: float
+) -> None:
+    if isinstance(summary, SpectrumReport):
+        _show_spectrum(summary, options, seconds)
+    elif isinstance(summary, AdapterSummary):
+        _print_adapter(summary)
+    else:
+        _print_model(summary)
+
+
+def as_json(
+    summary: ModelSummary | AdapterSummary | SpectrumReport, options: InspectOptions, seconds: float
+) -> dict[str, Any]:
+    if isinstance(summary, SpectrumReport):
+        return _spectrum_json(summary, options, seconds)
+    return asdict(summary)
+
+
+def _print_model(summary: ModelSummary) -> None:
+    assumed = "" if summary.declared else " (assumed: the file does not declare it)"
+    say(f"{summary.label}: SDXL {summary.role}, predicts {summary.prediction}{assumed}")
+    if summary.provenance.flow_shift is not None:
+        say(f"  flow shift    {summary.provenance.flow_shift:g}")
+    _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
+    unet = summary.layout.unet
+    say(f"  UNet          channels {unet.channels}, transformer depth {unet.depths}, heads {unet.heads}")
+    if summary.layout.vae is not None:
+        say(f"  VAE           scale {summary.layout.vae.scale:g}, shift {summary.layout.vae.shift:g}")
+    rows = [
+        (p.name, f"{p.tensors}", f"{p.parameters:,}", megabytes(p.nbytes), " ".join(p.dtypes), f"{p.layers}")
+        for p in summary.parts
+        if p.tensors
+    ]
+    table("", ("part", "tensors", "parameters", "size", "dtypes", "factored layers"), rows, left=1)
+    costs = [
+        (f"{cost.rank}", f"{cost.parameters:,}", megabytes(cost.file_bytes), megabytes(cost.training_bytes))
+        for cost in summary.ranks
+    ]
+    table(
+        "what a rank costs",
+        ("rank", "parameters", "file (16 bit)", "deltas, gradients, AdamW"),
+        costs,
+        left=0,
+    )
+
+
+def _print_adapter(summary: AdapterSummary) -> None:
+    layers = ", ".join(f"{count} {part}" for part, count in summary.layers.items())
+    ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
+    say(f"{summary.label}: {summary.role} adapter in {summary.spelling} spelling")
+    say(f"  layers        {layers}")
+    say(f"  ranks         {ranks}")
+    if list(summary.scales) not in ([], [1.0]):
+        scales = ", ".join(f"{scale:g} ({count} layers)" for scale, count in summary.scales.items())
+        say(f"  alpha / rank  {scales}")
+    say(
+        f"  size          {summary.parameters:,} parameters, {megabytes(summary.nbytes)}, "
+        f"{' '.join(summary.dtypes)}"
+    )
+    if summary.replaced:
+        say(f"  replaced      {summary.replaced} whole tensors of the base")
+    if summary.provenance.frame:
+        say(f"  frame         {summary.provenance.frame}")
+    _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
+    for problem in summary.problems:
+        print_warning(problem)
+
+
+def _print_origin(base_hash: str | None, principal_hash: str | None) -> None:
+    if base_hash:
+        say(f"  made from     base {base_hash}")
+    if principal_hash:
+        say(f"  belongs to    principal {principal_hash}")
+
+
+def _show_spectrum(spectra: SpectrumReport, options: InspectOptions, seconds: float) -> None:
+    _print_spectrum(spectra, per_layer=options.per_layer)
+    say(f"{len(spectra.layers)} layers in {seconds:.1f} s")
+    if options.plot is not None:
+        say(f"wrote {options.plot}")
+
+
+def _spectrum_json(spectra: SpectrumReport, options: InspectOptions, seconds: float) -> dict[str, Any]:
+    record = asdict(spectra)
+    if not options.per_layer:
+        del record["layers"]
+    return {**record, "plot": options.plot, "seconds": seconds}
+
+
+def _print_spectrum(spectra: SpectrumReport, *, per_layer: bool) -> None:
+    say(f"{spectra.label}: energy (share of the squared norm) that a rank holds")
+    table("by part", _group_columns("part"), [_row(g) for g in (*spectra.parts, spectra.total)])
+    table("by block", _group_columns("block"), [_row(group) for group in spectra.blocks])
+    if per_layer:
+        columns = ("layer", "shape", "full rank", "norm", "largest", *_AT_RANKS, "90 % at", "decay")
+        table("by layer", columns, [_layer_row(layer) for layer in spectra.layers], left=2)
+    _say_small(spectra)
+    say("  90 % at: the rank that holds 90 % of a layer, decay: a of s_i ~ i^-a; medians over the layers")
+    costs = [
+        (
+            f"{cost.rank}",
+            _percent(spectra.total.energies[cost.rank]),
+            f"{cost.parameters:,}",
+            megabytes(cost.file_bytes),
+            megabytes(cost.training_bytes),
+        )
+        for cost in spectra.costs
+    ]
+    columns = ("rank", "energy", "parameters", "file (16 bit)", "training with AdamW")
+    table("what a rank costs", columns, costs, left=0)
+
+
+def _say_small(spectra: SpectrumReport) -> None:
+    small = spectra.smaller_than(RANKS[-1])
+    if small:
+        least = min(layer.full_rank for layer in small)
+        say(
+            f"  {len(small)} of {len(spectra.layers)} layers have a full rank below {RANKS[-1]} "
+            f"(the smallest {least}): from there on all of their energy is held, 100 %"
+        )
+
+
+def _group_columns(name: str) -> tuple[str, ...]:
+    return (name, "layers", "full rank", *_AT_RANKS, "90 % at", "decay")
+
+
+def _row(group: GroupSpectrum) -> tuple[str, ...]:
+    low, high = group.smallest_full_rank, group.largest_full_rank
+    return (
+        group.name,
+        f"{group.layers}",
+        f"{low}" if low == high else f"{low}..{high}",
+        *(_percent(group.energies[rank]) for rank in RANKS),
+        f"{group.median_rank_90:g}",
+        _decay(group.median_decay),
+    )
+
+
+def _layer_row(layer: LayerSpectrum) -> tuple[str, ...]:
+    return (
+        layer.name,
+        "x".join(str(n) for n in layer.shape),
+        f"{layer.full_rank}",
+        f"{layer.norm:.3g}",
+        f"{layer.largest:.3g}",
+        *(_percent(layer.energies[rank]) for rank in RANKS),
+        f"{layer.rank_90}",
+        _decay(layer.decay),
+    )
+
+
+def _percent(share: float) -> str:
+    """100 % only where nothing is missing but rounding."""
+    return "100 %" if share > 1 - 1e-9 else f"{min(share, 0.999):.1%}"
+
+
+def _decay(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,136 @@
+"""What `plan` prints: tables on stderr, the keys of a recipe on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from spectune.cli.console import megabytes, say, table
+from spectune.ops.options.training import PlanOptions
+from spectune.ops.plan import Activations, PlanReport
+from spectune.training.memory.account import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory
+from spectune.training.memory.search import QUANTISED, Candidate, Plan, described
+
+
+def prepare(options: PlanOptions) -> PlanOptions:
+    return replace(options, notify=say)
+
+
+def show(result: PlanReport, options: PlanOptions, seconds: float) -> None:
+    _print_weights(result.weights)
+    _print_candidates(result.found)
+    _print_memory(result.found.memory)
+    _print_optimizers(result.optimizers, result.found.best.setup.optimizer)
+    if result.activations:
+        _print_activations(result.activations)
+    _print_notes(result.found.memory)
+    print(result.recipe)
+
+
+def as_json(result: PlanReport, options: PlanOptions, seconds: float) -> dict[str, Any]:
+    found = result.found
+    return {
+        "vram": found.vram,
+        "best": _candidate_json(found.best),
+        "recipe": result.recipe,
+        "runners_up": [_candidate_json(candidate) for candidate in found.runners_up],
+        "too_large": [_candidate_json(candidate) for candidate in found.too_large],
+        "weights": result.weights,
+        "optimizers": result.optimizers,
+        "activations": [asdict(row) for row in result.activations],
+        "reserve": {"context": CONTEXT_BYTES, "fragmented_share": FRAGMENTED_SHARE},
+    }
+
+
+def _rows(memory: Memory) -> list[tuple[str, int, str]]:
+    fixed = memory.fixed
+    return [
+        ("UNet", fixed.unet, ""),
+        ("text encoders", fixed.encoders, ""),
+        ("VAE", fixed.vae, "float32"),
+        ("frame", fixed.frame, "A0, B0 of the split"),
+        ("trained tensors", fixed.trained, "dA, dB, or A, B in the residual form"),
+        ("gradients", memory.gradients, ""),
+        ("optimizer state", memory.optimizer, ""),
+        ("moving average", memory.average, ""),
+        ("activations kept", memory.kept, "between the forward and the backward pass"),
+        ("working memory", memory.working, "on top at the worst moment of the step"),
+        ("unpacked weight", memory.unpacked, "of the largest quantised layer"),
+        ("while it trains", memory.allocated, "sum of the above"),
+        ("while latents are made", memory.caching, "all networks and one picture in the VAE"),
+        ("reserve", memory.reserve, "assumed"),
+        ("the card must have", memory.total, "the larger of the two, and the reserve"),
+    ]
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    memory = candidate.memory
+    record = {"setup": asdict(candidate.setup), "least": candidate.least}
+    if memory is None:
+        return record
+    sums = {"allocated": memory.allocated, "caching": memory.caching, "reserve": memory.reserve}
+    return {**record, "memory": {**asdict(memory), **sums, "total": memory.total}}
+
+
+def _print_weights(weights: Mapping[str, Mapping[str, int]]) -> None:
+    columns = ("fp32", "bf16", *QUANTISED)
+    rows = [
+        (name, *(megabytes(sizes[column]) if column in sizes else "" for column in columns))
+        for name, sizes in weights.items()
+    ]
+    table("frozen weights", ("network", *columns), rows)
+
+
+def _print_candidates(found: Plan) -> None:
+    rows = [
+        *((candidate, "too large") for candidate in found.too_large),
+        (found.best, "the best that fits"),
+        *((candidate, "fits too") for candidate in found.runners_up),
+    ]
+    order = "from the requested settings to cheaper ones"
+    table(
+        f"{order}; the card has {megabytes(found.vram)}",
+        ("way of training", "result", "memory"),
+        [(described(one.setup), answer, _size_of(one)) for one, answer in rows],
+        left=2,
+    )
+
+
+def _size_of(candidate: Candidate) -> str:
+    return f"{'over ' if candidate.memory is None else ''}{megabytes(candidate.least)}"
+
+
+def _print_memory(memory: Memory) -> None:
+    rows = [(name, note, megabytes(nbytes)) for name, nbytes, note in _rows(memory) if nbytes]
+    table("the best that fits", ("what", "", "memory"), rows, left=2)
+
+
+def _print_optimizers(states: Mapping[str, int | None], chosen: str) -> None:
+    rows = [
+        (name, "" if name != chosen else "planned", "not installed" if size is None else megabytes(size))
+        for name, size in states.items()
+    ]
+    table("state of other optimizers", ("optimizer", "", "memory"), rows, left=2)
+
+
+def _print_activations(sizes: Sequence[Activations]) -> None:
+    rows = [
+        (f"{row.resolution_px} px", f"{row.batch}", megabytes(row.plain), megabytes(row.checkpointing))
+        for row in sizes
+    ]
+    table("activations, at their most", ("size", "batch", "all kept", "checkpointing"), rows)
+
+
+def _print_notes(memory: Memory) -> None:
+    if memory.caching > memory.allocated:
+        say("  encoding latents before training needs the most: lower --resolution, not --rank")
+    say(
+        "  counted on the tensors that the training would make, with attention that keeps no matrix; "
+        "no GPU has measured it"
+    )
+    say(
+        f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for lost pieces; "
+        "previews are not counted"
+    )
+    say("  12GB is 12,000,000,000 bytes; a card of 12 GB that draws no desktop has about 12GiB")

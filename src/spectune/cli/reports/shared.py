@@ -1,0 +1,30 @@
+"""Lines that several reports have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spectune.cli.console import megabytes
+from spectune.files.reader import INDEX_SUFFIX
+
+
+def written(path: Path, seconds: float) -> str:
+    """Return the line that names the written file, its size and the time it took."""
+    size = megabytes(sum(part.stat().st_size for part in _files_of(path)))
+    return f"wrote {path}  ({size}, {seconds:.1f} s)"
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files of a folder or of a sharded checkpoint, or the file itself."""
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    return [path, *(path.with_name(name) for name in dict.fromkeys(shards))]
+
+
+def percent(share: float) -> str:
+    """Return a small share as a percentage that never reads as zero."""
+    return "less than 0.001%" if 0 < share < 1e-5 else f"{share:.3%}"

@@ -1,0 +1,72 @@
+"""What `split` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from spectune.cli.console import megabytes, say
+from spectune.ops.options.model_files import SplitOptions
+from spectune.ops.split import SplitForecast, SplitReport
+
+
+def show(result: SplitReport, options: SplitOptions, seconds: float) -> None:
+    _print_split(result)
+    say(f"           {seconds:.1f} s")
+
+
+def show_dry_run(forecast: SplitForecast, options: SplitOptions) -> None:
+    plan = forecast.ranks
+    say(f"would factor {len(plan.ranks)} layers of {options.model}")
+    if plan.left_out:
+        say(f"             {len(plan.left_out)} more stay whole in the residual")
+    if plan.energy is not None:
+        say(f"             they hold {plan.energy:.1%} of the energy")
+    say(f"would write  {forecast.principal}  ({plan.parameters:,} parameters, {megabytes(plan.nbytes)})")
+    if forecast.residual is not None:
+        say(f"would write  {forecast.residual}")
+
+
+def as_json(result: SplitReport, options: SplitOptions, seconds: float) -> dict[str, Any]:
+    return {
+        "principal": result.principal,
+        "residual": result.residual,
+        "base_hash": result.base_hash,
+        "principal_hash": result.principal_hash,
+        "ranks": result.label,
+        "layers": len(result.layers),
+        "energy": result.energy,
+        "excess": result.excess,
+        "methods": Counter(layer.method for layer in result.layers),
+        "bit_equal_share": result.share if result.residual else None,
+        "exceptions": result.exceptions,
+        "seconds": seconds,
+    }
+
+
+def _print_split(result: SplitReport) -> None:
+    say(f"principal  {result.principal}  ({megabytes(result.principal.stat().st_size)})")
+    ranks = sorted(layer.rank for layer in result.layers)
+    spread = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    say(
+        f"           {len(result.layers)} layers of rank {spread} hold {result.energy:.1%} of the energy of "
+        "their weights"
+    )
+    if result.excess:
+        say(
+            f"           the rest is at most {result.excess:.3%} larger than the best factors of these ranks "
+            "would leave it (estimated)"
+        )
+    if result.capped:
+        say(f"           {len(result.capped)} layers are smaller than their rank and kept their full rank")
+    if result.residual is None:
+        return
+    say(f"residual   {result.residual}  ({megabytes(result.residual.stat().st_size)})")
+    if result.exact:
+        kept = f", {result.exceptions:,} of them by a list of exceptions" if result.exceptions else ""
+        say(f"           together they give every weight back bit for bit{kept}")
+    else:
+        say(
+            f"           together they give {result.share:.2%} of the factored weights back bit for bit, the "
+            "rest but for one rounding (--residual-dtype float32 is exact, float64 for an fp32 model)"
+        )

@@ -1,0 +1,43 @@
+"""What `train` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from spectune.cli.console import err, say
+from spectune.ops.options.training import TrainOptions
+from spectune.ops.train import TrainForecast
+from spectune.training.callbacks import ConsoleProgress, TrainReport
+
+INTERRUPTED = 130
+
+
+def prepare(options: TrainOptions) -> TrainOptions:
+    return replace(options, callbacks=(*(options.callbacks or ()), ConsoleProgress(err)))
+
+
+def exit_code(report: TrainReport) -> int:
+    return INTERRUPTED if report.interrupted else 0
+
+
+def show_dry_run(forecast: TrainForecast, options: TrainOptions) -> None:
+    print(forecast.recipe.model_dump_json(indent=2))
+
+
+def as_json(report: TrainReport, options: TrainOptions, seconds: float) -> dict[str, Any]:
+    return asdict(report)
+
+
+def show(report: TrainReport, options: TrainOptions, seconds: float) -> None:
+    done = report.steps - report.first_step
+    say(
+        f"{'stopped' if report.interrupted else 'finished'} at step {report.steps}; "
+        f"{done} steps took {report.seconds:.0f} s"
+    )
+    if report.validation_before is not None and report.validation_after is not None:
+        say(f"validation loss {report.validation_before:.4f} before, {report.validation_after:.4f} after")
+    for file in report.files:
+        say(f"wrote {file}")
+    if report.interrupted:
+        say("run the same command again to go on from here")

@@ -1,0 +1,81 @@
+"""What `verify` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from spectune.adapters.coverage import adapter_coverage, coverage_rows
+from spectune.adapters.coverage_checkpoint import checkpoint_coverage
+from spectune.checkpoints.open import open_checkpoint
+from spectune.cli.console import print_warning, say, table
+from spectune.ops.options.model_files import VerifyOptions
+from spectune.pairs.comparison import VerifyReport
+from spectune.sdxl.layers import build_catalogue
+
+
+def exit_code(result: VerifyReport) -> int:
+    return 0 if result.ok else 1
+
+
+def as_json(result: VerifyReport, options: VerifyOptions, seconds: float) -> dict[str, Any]:
+    return {
+        "ok": result.ok,
+        "exact": result.exact,
+        "tensors": len(result.records),
+        "exact_tensors": result.exact_tensors,
+        "bit_equal_share": result.share,
+        "max_ulp": result.max_ulp,
+        "relative_error": result.relative_error,
+        "model_hash": result.hashes.model,
+        "rebuilt_hash": result.hashes.rebuilt,
+        "principal_hash": result.hashes.principal,
+        "problems": result.problems,
+        "wrong_layers": result.wrong_layers,
+        "inexact": {
+            record.name: asdict(record.agreement) | {"share": record.agreement.share}
+            for record in result.records
+            if not record.agreement.exact
+        },
+        "programs": _programs(options),
+        "seconds": seconds,
+    }
+
+
+def show(result: VerifyReport, options: VerifyOptions, seconds: float) -> None:
+    say(
+        f"{result.exact_tensors} of {len(result.records)} tensors are bit-identical "
+        f"({result.share:.4%} of the weights)"
+    )
+    say(f"weights of the model   sha256 {result.hashes.model}")
+    say(f"weights put together   sha256 {result.hashes.rebuilt}")
+    if not result.exact:
+        worst = sorted(result.records, key=lambda record: record.agreement.share)[:5]
+        rows = [
+            (
+                r.name,
+                f"{r.agreement.share:.2%}",
+                f"{r.agreement.max_ulp}",
+                f"{r.agreement.relative_error:.1e}",
+            )
+            for r in worst
+        ]
+        table("the least exact tensors", ("tensor", "bit-equal", "largest ulp", "relative error"), rows)
+    for title, rows in _programs(options).items():
+        table(f"who loads {title}", ("program", "loads", "ignores", "note"), rows, left=4)
+    for problem in result.problems:
+        print_warning(problem)
+    say("the pair holds" if result.ok else "the pair does NOT hold")
+
+
+def _programs(options: VerifyOptions) -> dict[str, list[tuple[str, ...]]]:
+    """Return for each file of the pair what other programs load from it and what they ignore."""
+    with open_checkpoint(options.model) as source:
+        catalogue = build_catalogue(source, all_layers=True)
+    with open_checkpoint(options.principal) as adapter, open_checkpoint(options.residual) as rest:
+        return {
+            options.principal.name: [
+                tuple(row) for row in coverage_rows(adapter_coverage(adapter, catalogue))
+            ],
+            options.residual.name: [tuple(row) for row in coverage_rows(checkpoint_coverage(rest))],
+        }

@@ -1,0 +1,163 @@
+"""Load a model that is given as files, and draw with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.files.pipeline import report_progress
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import WeightSource
+from spectune.files.weights_hash import weights_hash
+from spectune.model.network import Sdxl, build_model
+from spectune.model.prediction import make_prediction
+from spectune.model.vae_loading import choose_vae
+from spectune.model.vae_settings import VaeConvention, known_convention, resolve_vae, says_vae
+from spectune.ops.drawing.specs import ModelSpec, parse_size
+from spectune.ops.options.pictures import DrawingOptions
+from spectune.pairs.merged import merged
+from spectune.pairs.rules import check_base_hash
+from spectune.sampling.generate import Request, SampleSettings, generate
+from spectune.sdxl.layers import build_catalogue
+
+Notify = Callable[[str], None]
+
+
+@contextmanager
+def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
+    """Open the weights of a model with its adapters applied; they are computed on access."""
+    with open_checkpoint(spec.model) as base:
+        if not spec.adapters:
+            yield base
+            return
+        catalogue = build_catalogue(base, all_layers=True)
+        with ExitStack() as stack:
+            adapters = [
+                stack.enter_context(open_adapter(a.path, catalogue, replaced=True)) for a in spec.adapters
+            ]
+            for warning in (warning for adapter in adapters for warning in adapter.warnings):
+                notify(warning)
+            _check_bases(base, adapters)
+            model = merged(base, list(zip(adapters, [a.strength for a in spec.adapters], strict=True)))
+            for warning in model.warnings:
+                notify(warning)
+            yield model
+
+
+def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
+    """Raise PairingError for a tuned adapter of another base; hash the base only if one is recorded."""
+    if base.provenance.role is Role.RESIDUAL:
+        return
+    recorded = [
+        adapter for adapter in adapters if isinstance(adapter, TunedAdapter) and adapter.provenance.base_hash
+    ]
+    if recorded:
+        found = weights_hash(base)
+        for adapter in recorded:
+            check_base_hash(found, adapter, base.label)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and the dtype that suits it."""
+
+    name: str
+    dtype: torch.dtype
+
+
+def best_device() -> Device:
+    """Return a GPU in 16 bits where there is one, otherwise the CPU in float32."""
+    if torch.cuda.is_available():
+        # older cards only emulate bf16, slowly
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device("cuda", torch.bfloat16 if native else torch.float16)
+    if torch.backends.mps.is_available():
+        return Device("mps", torch.float16)
+    return Device("cpu", torch.float32)
+
+
+def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:
+    """Load a model; prediction, flow shift and VAE of the options override what its files declare."""
+    device, notify = best_device(), options.notify or _ignore
+    prediction, flow_shift = options.prediction, options.flow_shift
+    declared = declared_vae(spec)
+    convention = _vae_settings(options, declared)
+    if options.vae is None and declared.vae_name is not None:
+        notify(
+            f"{spec.label} was trained with the autoencoder {declared.vae_name} and is drawn with the one of "
+            f"{spec.model.name}: pass `vae`"
+        )
+    with open_model(spec, notify) as source:
+        model = build_model(source, device=device.name, dtype=dtype or device.dtype)
+    model = choose_vae(model, options.vae, convention)
+    if prediction is None and flow_shift is None:
+        return model
+    name = prediction or ("flow" if flow_shift is not None else model.prediction.name)
+    shift = flow_shift if flow_shift is not None else getattr(model.prediction, "shift", 1.0)
+    zero = getattr(model.prediction, "zero_terminal_snr", False)
+    return replace(model, prediction=make_prediction(name, flow_shift=shift, zero_terminal_snr=zero))
+
+
+def declared_vae(spec: ModelSpec) -> Provenance:
+    """Return the declared VAE that the model was trained with; the last adapter comes first."""
+    for path in [*(adapter.path for adapter in reversed(spec.adapters)), spec.model]:
+        with open_checkpoint(path) as file:
+            declared = file.provenance
+        if says_vae(declared):
+            return declared
+    return Provenance()
+
+
+def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConvention:
+    """Return the named settings, otherwise those of the training, otherwise the autoencoder's own."""
+    if options.vae_name is not None:
+        return resolve_vae(options.vae, options.vae_name, None, None, None)
+    return resolve_vae(options.vae, None, declared.vae_scale, declared.vae_shift, declared.vae_padding)
+
+
+def _ignore(warning: str) -> None:
+    """Drop a warning that nobody listens to."""
+
+
+def sample_settings(options: DrawingOptions) -> SampleSettings:
+    """Return the settings of the sampler.
+
+    Raises InputError, before any file is read, for an unreadable size or an unknown autoencoder name.
+    """
+    if options.vae_name is not None:
+        known_convention(options.vae_name)
+    size = parse_size(options.size)
+    return SampleSettings(
+        width=size.width,
+        height=size.height,
+        steps=options.steps,
+        cfg=options.cfg,
+        sampler=options.sampler,
+        negative=options.negative,
+        batch=options.batch,
+    )
+
+
+def draw(
+    spec: ModelSpec,
+    captions: Sequence[str],
+    options: DrawingOptions,
+    settings: SampleSettings,
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Image.Image]:
+    """Draw one picture per caption, with seeds counting up from `options.seed`."""
+    model = load_model(spec, options, dtype=dtype)
+    requests = [Request(caption, options.seed + number) for number, caption in enumerate(captions)]
+
+    def report(done: int) -> None:
+        report_progress(options.progress, done, len(requests), spec.label)
+
+    return generate(model, requests, settings, progress=report)

@@ -1,0 +1,94 @@
+"""Picture files and their captions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from spectune.errors import InputError
+from spectune.sampling.contact_sheet import Column
+
+SIDECAR = "metadata.jsonl"  # the default of data.caption.sidecar
+
+
+def file_name(number: int, caption: str) -> str:
+    """Return `003-a-red-balloon.png`: sortable, and legal on every system."""
+    words = re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:60].strip("-")
+    return f"{number:03d}-{words}.png" if words else f"{number:03d}.png"
+
+
+def picture_files(folder: Path, captions: Sequence[str]) -> list[Path]:
+    """Return the files for the pictures of these captions."""
+    return [folder / file_name(number, caption) for number, caption in enumerate(captions)]
+
+
+def refuse_existing(targets: Sequence[Path], *, force: bool) -> None:
+    """Raise InputError, before any work, when a file would be overwritten without `force`."""
+    existing = [target for target in targets if target.exists()]
+    if existing and not force:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise InputError(
+            f"{existing[0]}{more} exists", hint="pass `force` to overwrite, or choose another `out`"
+        )
+
+
+def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+    """Write PNG files with their captions as text chunks."""
+    for target, caption, picture in zip(targets, captions, pictures, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = PngInfo()
+        text.add_itxt("caption", caption)
+        picture.save(target, pnginfo=text)
+
+
+def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]) -> None:
+    """Write the captions by file name, one JSON object per line, as training reads them."""
+    rows = (
+        {"file_name": picture.name, "text": caption}
+        for picture, caption in zip(pictures, captions, strict=True)
+    )
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:
+    """Read the PNG files of a folder in the order of their names, with their captions."""
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise InputError(
+            f"{folder} has no .png pictures", hint="make them with `spectune sample ... -o FOLDER`"
+        )
+    pictures: list[Image.Image] = []
+    captions: list[str] = []
+    for file in files:
+        with Image.open(file) as picture:
+            captions.append(str(picture.info.get("caption", file.stem)))
+            pictures.append(picture.convert("RGB"))
+    return Column(label, pictures), captions
+
+
+def check_sheet_name(path: Path) -> None:
+    """Raise InputError, before anything is drawn, if the name of a sheet is not that of a picture."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(
+            f"{path} is not a picture: expected .png, .jpg or .webp", hint="name it like sheet.png"
+        )
+
+
+def read_captions(captions: Sequence[str], file: Path | None) -> list[str]:
+    """Return the captions given one by one and those of a text file, one per line; at least one."""
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read captions from {file}: {error}") from error
+    everything = [*captions, *(line.strip() for line in lines if line.strip())]
+    if not everything:
+        raise InputError("no captions", hint="pass `captions`, or a text file as `captions_file`")
+    return everything

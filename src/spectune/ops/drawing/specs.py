@@ -1,0 +1,76 @@
+"""Models with adapters as words: `base.safetensors+style.safetensors:0.8`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectune.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """The size of a picture in pixels."""
+
+    width: int
+    height: int
+
+
+def parse_size(word: str) -> ImageSize:
+    """Read `1024` or `1216x832` (width x height)."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", word.strip().lower())
+    if match is None:
+        raise InputError(f"unreadable size {word!r}", hint="write it like 1024 or 1216x832, in pixels")
+    width = int(match[1])
+    return ImageSize(width=width, height=int(match[2] or width))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter file and its strength."""
+
+    path: Path
+    strength: float
+
+    @property
+    def label(self) -> str:
+        return self.path.stem if self.strength == 1.0 else f"{self.path.stem}:{self.strength:g}"
+
+
+def parse_weighted(word: str) -> Weighted:
+    """Read `style.safetensors` or `style.safetensors:0.8`; the colon of a drive letter is no strength."""
+    path, colon, number = word.rpartition(":")
+    if colon and path and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
+        return Weighted(Path(path), float(number))
+    return Weighted(Path(word), 1.0)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model file and the adapters that are applied to it."""
+
+    model: Path
+    adapters: tuple[Weighted, ...]
+
+    @property
+    def label(self) -> str:
+        return " + ".join([self.model.stem, *(adapter.label for adapter in self.adapters)])
+
+
+def parse_model(word: str) -> ModelSpec:
+    """Read `base.safetensors+style.safetensors:0.8`; the name of a file that exists may hold a plus."""
+    if Path(word).exists():
+        return ModelSpec(Path(word), ())
+    pieces = re.split(r"(?<=\.safetensors)\+|(?<=\d)\+(?=.*\.safetensors)", word)
+    return ModelSpec(Path(pieces[0]), tuple(parse_weighted(piece) for piece in pieces[1:]))
+
+
+def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:
+    """Return a label for each model, with its folder where two files have the same name."""
+    plain = [spec.label for spec in specs]
+    return [
+        label if plain.count(label) == 1 else f"{spec.model.resolve().parent.name}/{label}"
+        for spec, label in zip(specs, plain, strict=True)
+    ]

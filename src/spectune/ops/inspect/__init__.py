@@ -1,0 +1,50 @@
+"""Inspect: what a file is, what a rank costs, and where the energy of a model lies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from spectune.adapters.detect import is_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.checkpoints.quantised import check_not_quantised
+from spectune.errors import InputError
+from spectune.files.writer import check_target
+from spectune.operation import operation
+from spectune.ops.inspect.summary import AdapterSummary, ModelSummary, describe_adapter, describe_model
+from spectune.ops.options.model_files import InspectOptions
+from spectune.pairs.layer_spectra import SpectrumReport, measure_spectra
+from spectune.sdxl.layers import build_catalogue
+from spectune.sdxl.selection import select_layers
+
+
+@operation(InspectOptions)
+def inspect(options: InspectOptions) -> ModelSummary | AdapterSummary | SpectrumReport:
+    """Return what a file is, from its header alone; with `spectrum` the energy that ranks hold.
+
+    Raises InputError if the file is neither a model nor an adapter.
+    """
+    if options.measures:
+        return _spectrum(options)
+    with open_checkpoint(options.model) as source:
+        return describe_adapter(source) if is_adapter(source) else describe_model(source)
+
+
+def _spectrum(options: InspectOptions) -> SpectrumReport:
+    """Measure the spectra of the selected layers and draw the plot."""
+    if options.plot is not None:
+        check_target(options.plot, 0, force=options.force)
+    with open_checkpoint(options.model) as source:
+        if is_adapter(source):
+            raise InputError(
+                f"{source.label} is an adapter: expected a model, whose weights have a spectrum",
+                hint="pass the checkpoint that it was made from",
+            )
+        check_not_quantised(source)
+        catalogue = build_catalogue(source, all_layers=True)
+        selected = replace(catalogue, layers=select_layers(catalogue, options.layers))
+        spectra = measure_spectra(source, selected, options.progress)
+    if options.plot is not None:
+        from spectune.ops.inspect.plot import draw_spectrum  # matplotlib takes half a second to load
+
+        draw_spectrum(spectra, options.plot)
+    return spectra

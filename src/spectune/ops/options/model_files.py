@@ -1,0 +1,107 @@
+"""OperationOptions of the operations on whole models: inspect, null, split, verify."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from spectune.errors import InputError
+from spectune.operation import OperationOptions, argument, option, record
+from spectune.ops.options.values import (
+    DEVICE_HELP,
+    FORCE_HELP,
+    LAYERS_HELP,
+    FactorDtype,
+    ResidualDtype,
+    check_one_rank,
+)
+
+
+@record
+class InspectOptions(OperationOptions):
+    """Show what a file is: parts, sizes, prediction type, factored layers and what a rank costs."""
+
+    model: Path = argument(help="A checkpoint, diffusers folder or adapter.")
+    _: KW_ONLY
+    spectrum: bool = option(
+        default=False, help="Also measure how much energy ranks hold, by part and block (minutes)."
+    )
+    layers: tuple[str, ...] = option(default=("default",), help=f"With `spectrum`. {LAYERS_HELP}")
+    per_layer: bool = option(default=False, help="With `spectrum`: also every layer.")
+    plot: Path | None = option(default=None, help="With `spectrum`: write a plot to this .png file.")
+    force: bool = option(default=False, help=FORCE_HELP)
+
+    @model_validator(mode="after")
+    def _check_plot(self) -> Self:
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise InputError(
+                f"{self.plot} is not a .png file: the plot is a PNG picture", hint="name it spectrum.png"
+            )
+        return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether the spectrum is measured."""
+        return self.spectrum or self.per_layer or self.plot is not None
+
+
+@record
+class NullOptions(OperationOptions):
+    """Write the zero model of a checkpoint, for tools that extract from the difference of two models."""
+
+    model: Path = argument(help="A single-file checkpoint.")
+    out: Path = option(help="The file to write.", flag="-o")
+    _: KW_ONLY
+    force: bool = option(default=False, help=FORCE_HELP)
+
+
+@record
+class SplitOptions(OperationOptions):
+    """Split a checkpoint into its principal adapter and the residual model."""
+
+    model: Path = argument(help="The original checkpoint.")
+    out: Path = option(default=Path(), flag="-o", help="Folder for the two files.")
+    _: KW_ONLY
+    rank: int | None = option(default=None, ge=1, help="Singular directions kept per layer. Default: 64.")
+    conv_rank: int | None = option(default=None, ge=1, help="Another rank for convolutions larger than 1x1.")
+    energy: float | None = option(
+        default=None, help="Instead of a rank: the share of each layer's energy to keep, such as 0.9."
+    )
+    budget: str | int | None = option(
+        default=None, help="Instead of a rank: the size of the principal's file, such as 600MB."
+    )
+    dtype: FactorDtype = option(default="float16", help="Dtype of the stored factors.")
+    residual_dtype: ResidualDtype | None = option(
+        default=None,
+        help="Dtype of the residual; float32 makes the pair exact, float64 for an fp32 model. "
+        "Default: the model's own.",
+    )
+    with_residual: bool = option(
+        default=True,
+        help="Also write the residual model.",
+        off=("--no-residual", "Write the principal only."),
+    )
+    layers: tuple[str, ...] = option(default=("default",), help=LAYERS_HELP)
+    svd: Literal["auto", "exact", "gram", "sketch"] = option(
+        default="auto",
+        help="SVD method; auto takes a subspace sketch with an estimated bound where it is faster.",
+    )
+    device: str = option(default="auto", help=DEVICE_HELP)
+    force: bool = option(default=False, help=FORCE_HELP)
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        check_one_rank(self.rank, self.conv_rank, self.energy, self.budget, size_name="budget")
+        return self
+
+
+@record
+class VerifyOptions(OperationOptions):
+    """Prove that residual and principal give the original back."""
+
+    model: Path = argument(help="The original checkpoint.")
+    residual: Path = argument(help="The residual model.")
+    principal: Path = argument(help="The principal adapter.")

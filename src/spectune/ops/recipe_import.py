@@ -1,0 +1,69 @@
+"""Recipe import: a command of kohya's sd-scripts as a recipe."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectune.errors import InputError
+from spectune.files.writer import check_target
+from spectune.interop.kohya.command_line import Command, parse_command
+from spectune.interop.kohya.config_files import parse_file, with_config_file
+from spectune.interop.kohya.importer import ImportedRecipe, import_command, replaced_by_split
+from spectune.interop.kohya.recipe_file import recipe_text
+from spectune.operation import operation
+from spectune.ops.options.training import ImportOptions
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """The recipe that was written; or for a command that trains nothing, the command that replaces it."""
+
+    path: Path | None
+    imported: ImportedRecipe | None
+    replaced_by: str | None = None
+
+    @property
+    def understood(self) -> bool:
+        """Whether every flag has a counterpart."""
+        return self.imported is None or self.imported.understood
+
+
+@operation(ImportOptions)
+def recipe_import(options: ImportOptions) -> ImportReport:
+    """Write the recipe that a command of sd-scripts amounts to, with a verdict for each flag."""
+    command = with_config_file(read_command(options.command), _folder_of(options.command))
+    split = replaced_by_split(command)
+    if split is not None:
+        return ImportReport(None, None, split)
+    out = options.out
+    imported = import_command(command, folder=out.parent)
+    text = recipe_text(imported, command=f"spectune train {out.as_posix()}")
+    check_target(out, len(text.encode()), force=options.force)
+    out.write_text(text, encoding="utf-8")
+    return ImportReport(out, imported)
+
+
+def read_command(words: str) -> Command:
+    """Return the command itself, or the one in the file that `words` names."""
+    if _is_file_name(words):
+        path = Path(words)
+        if not path.is_file():
+            raise InputError(f"{path} does not exist", hint="pass a file, or the command itself in quotes")
+        return parse_file(path)
+    return parse_command(words)
+
+
+def _is_file_name(words: str) -> bool:
+    try:
+        if Path(words).is_file():
+            return True
+    except OSError:  # too long for a name
+        return False
+    looks_like_one = re.search(r"\.(bat|cmd|sh|ps1|txt|toml|json)$", words.strip(), re.IGNORECASE)
+    return looks_like_one is not None and "--" not in words
+
+
+def _folder_of(words: str) -> Path:
+    return Path(words).parent if _is_file_name(words) else Path()

@@ -1,0 +1,55 @@
+"""Sample: pictures of a model with any number of adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectune.operation import operation
+from spectune.ops.drawing.models import draw, sample_settings
+from spectune.ops.drawing.pictures import (
+    SIDECAR,
+    check_sheet_name,
+    picture_files,
+    read_captions,
+    refuse_existing,
+    save_pictures,
+    save_sidecar,
+)
+from spectune.ops.drawing.specs import ModelSpec, parse_weighted
+from spectune.ops.options.pictures import SampleOptions
+from spectune.sampling.contact_sheet import picture_grid
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """The files that `sample` wrote."""
+
+    folder: Path
+    pictures: tuple[Path, ...]
+    sheet: Path | None
+
+
+@operation(SampleOptions)
+def sample(options: SampleOptions) -> SampleReport:
+    """Draw pictures with a checkpoint and any number of adapters.
+
+    Progress counts pictures; `notify` gets warnings before the drawing begins.
+    """
+    spec = ModelSpec(options.model, tuple(parse_weighted(word) for word in options.adapters))
+    settings = sample_settings(options)
+    captions = read_captions(options.captions, options.captions_file)
+    targets, sheet = picture_files(options.out, captions), options.sheet
+    if sheet is not None:
+        check_sheet_name(sheet)
+    sidecar = options.out / SIDECAR if options.metadata else None
+    extra = [path for path in (sheet, sidecar) if path is not None]
+    refuse_existing([*targets, *extra], force=options.force)
+    pictures = draw(spec, captions, options, settings)
+    save_pictures(targets, captions, pictures)
+    if sidecar is not None:
+        save_sidecar(sidecar, targets, captions)
+    if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        picture_grid(pictures, captions).save(sheet)
+    return SampleReport(options.out, tuple(targets), sheet)

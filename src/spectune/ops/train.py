@@ -1,0 +1,65 @@
+"""Train: a recipe to its end, or from its newest state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from spectune.model.network import Sdxl
+from spectune.operation import operation
+from spectune.ops.options.training import TrainOptions
+from spectune.sampling.contact_sheet import picture_grid
+from spectune.sampling.generate import Request, SampleSettings, generate
+from spectune.training.callbacks import Callbacks, TrainReport
+from spectune.training.data.gather import scan_training, scan_validation
+from spectune.training.loop import train as run_training
+from spectune.training.recipe.file import Recipe, load_recipe
+
+PREVIEWS = 6  # pictures on a preview sheet
+
+
+class Previews(Callbacks):
+    """Draws a sheet of validation captions, or of training captions if there is no validation set."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def on_preview(self, step: int, model: Sdxl) -> Image.Image:
+        captions = self._captions()
+        edge = self._recipe.data.resolution_px
+        how = SampleSettings(width=edge, height=edge)
+        requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
+        target = self._recipe.run.output / "previews" / f"{self._recipe.run.name}-step{step:08d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sheet = picture_grid(generate(model, requests, how), captions, cell_px=min(edge, 256))
+        sheet.save(target)
+        return sheet
+
+    def _captions(self) -> list[str]:
+        data = self._recipe.data
+        scan = scan_validation(data) or scan_training(data)
+        return list(dict.fromkeys(image.caption for image in scan.images))[:PREVIEWS]
+
+
+@operation(TrainOptions)
+def train(options: TrainOptions) -> TrainReport:
+    """Train a recipe to its end, or continue from its newest state.
+
+    Overrides are like "run.steps=200". Previews are drawn where the recipe requests them.
+    """
+    recipe = load_recipe(options.recipe, options.overrides)
+    callbacks = [*(options.callbacks or ()), Previews(recipe)]
+    return run_training(recipe, callbacks=callbacks, force=options.force)
+
+
+@dataclass(frozen=True)
+class TrainForecast:
+    """The recipe as it would run: overrides applied, defaults filled in."""
+
+    recipe: Recipe
+
+
+def plan_train(options: TrainOptions) -> TrainForecast:
+    """Check a recipe without running it."""
+    return TrainForecast(load_recipe(options.recipe, options.overrides))
