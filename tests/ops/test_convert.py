@@ -64,7 +64,7 @@ def test_patterns_leave_out_whole_layers_or_nothing(
     with pytest.raises(InputError) as caught:
         convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["lora_te3_*"])
     assert caught.value.what == (
-        f"--drop 'lora_te3_*' matches none of {3 * len(catalogue)} keys of a.safetensors"
+        f"`drop` 'lora_te3_*' matches none of {3 * len(catalogue)} keys of a.safetensors"
     )
     with pytest.raises(InputError, match=r"has no `lora_up\.weight`"):
         convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["*.lora_up.weight"])
@@ -202,7 +202,7 @@ def test_deltas_go_into_no_other_spelling_type_or_form(
 ) -> None:
     out = tmp_path / "x.safetensors"
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
-    for options in ({"spelling": Spelling.DIFFUSERS}, {"store": torch.float16}, {"even": True}):
+    for options in ({"keys": Spelling.DIFFUSERS}, {"dtype": torch.float16}, {"even_alphas": True}):
         with pytest.raises(InputError, match=r"t\.safetensors holds trained deltas, which no other program"):
             convert(tuned, out, base=tiny_checkpoint, **options)
     principal = tiny_split(None).principal

@@ -8,6 +8,7 @@ import torch
 
 from spectune.core.rounding import WEIGHT_DTYPES, dtype_name
 from spectune.errors import InputError, did_you_mean
+from spectune.files.dtype_names import ALIASES
 
 SAFETENSORS_NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -35,23 +36,13 @@ WEIGHT_DTYPES_BY_NAME: Mapping[str, torch.dtype] = {dtype_name(dtype): dtype for
 STORE_DTYPES: Mapping[str, torch.dtype] = {
     name: dtype for name, dtype in WEIGHT_DTYPES_BY_NAME.items() if dtype.itemsize > 1
 }
-_LONG_NAMES = {
-    "fp16": "float16",
-    "half": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-    "float": "float32",
-    "fp8": "float8_e4m3fn",
-    "fp8_e4m3fn": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
 
 
 def parse_dtype(word: str | torch.dtype, allowed: Mapping[str, torch.dtype] = STORE_DTYPES) -> torch.dtype:
     """Return the allowed dtype with this long or short name (float16 = fp16); raise InputError for others."""
     if isinstance(word, torch.dtype):
         word = dtype_name(word)
-    name = _LONG_NAMES.get(word.lower(), word.lower())
+    name = ALIASES.get(word.lower(), word.lower())
     if name not in allowed:
         raise InputError(
             f"unknown dtype {word!r}{did_you_mean(name, allowed)}", hint=f"use one of {', '.join(allowed)}"
