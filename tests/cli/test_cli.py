@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
 from spectune.training.data.captions import read_sidecar
-from spectune.training.recipe.sections import CaptionSection
+from spectune.training.recipe.sections.data import CaptionSection
 
 
 @pytest.fixture

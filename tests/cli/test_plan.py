@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spectune.cli.app import run
-from spectune.training.optim import OPTIMIZERS
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.recipe import parse_recipe
 
 SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
@@ -75,7 +75,7 @@ def test_nothing_fits(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) 
     [
         (["--vram", "12XB"], "unknown unit 'XB' in '12XB'"),
         (["--vram", "1GB", "--parts", "te3"], "unknown part 'te3'; did you mean"),
-        (["--vram", "1GB", "--optimizer", "adamww"], "unknown optimiser 'adamww'; did you mean `adamw`?"),
+        (["--vram", "1GB", "--optimizer", "adamww"], "unknown optimizer 'adamww'; did you mean `adamw`?"),
         (
             ["--vram", "1GB", "--resolution", "50"],
             "--resolution 50: this model needs a multiple of 16 pixels",

@@ -19,7 +19,7 @@ from spectune.model.network import Sdxl
 from spectune.model.text import tokenize
 from spectune.ops.split import SplitReport, split
 from spectune.training.prepare import Prepared, prepare
-from spectune.training.recipe.sections import ModelSection
+from spectune.training.recipe.sections.model import ModelSection
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from spectune.training.memory.account import MemoryMeter, Setup
 from spectune.training.memory.search import QUANTISED, Plan, recipe_text
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.optim.kinds import OPTIMIZERS
-from spectune.training.recipe.sections import ALL_PARTS, PartName
+from spectune.training.recipe.sections.model import ALL_PARTS, PartName
 
 SIZES_PX, BATCHES = (512, 768, 1024), (1, 4)  # of the table of activations
 Notify = Callable[[str], None]

@@ -14,7 +14,8 @@ from spectune.sampling.generate import Request, SampleSettings, generate
 from spectune.training.callbacks import Callbacks, TrainReport
 from spectune.training.data.gather import scan_training, scan_validation
 from spectune.training.loop import train as run_training
-from spectune.training.recipe.file import Recipe, load_recipe
+from spectune.training.recipe.file import load_recipe
+from spectune.training.recipe.recipe import Recipe
 
 PREVIEWS = 6  # pictures on a preview sheet
 

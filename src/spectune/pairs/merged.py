@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.delta import added_to_base, added_to_residual
+from spectune.core.linalg import largest_magnitude
 from spectune.core.low_rank import LowRank, Product, product, to_matrix, weight_shape
 from spectune.core.residual import add_principal
-from spectune.core.rounding import check_dtype, check_finite, largest_magnitude, rounded
+from spectune.core.rounding import check_dtype, check_finite, rounded
 from spectune.errors import InputError, some_of
 from spectune.files.provenance import (
     MODELSPEC_PREDICTION_KEY,

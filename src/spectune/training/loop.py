@@ -29,7 +29,9 @@ from spectune.training.callbacks import Callbacks, Listeners, RunStart, StepInfo
 from spectune.training.data.dataset import Batch, as_it_is
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopWish
-from spectune.training.optim import finished_weights, learning_rates, rate_factor, step_sizes
+from spectune.training.optim.groups import learning_rates, step_sizes
+from spectune.training.optim.modes import finished_weights
+from spectune.training.optim.schedules import rate_factor
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.seeds import derived_seed
 from spectune.training.setup import Run, assemble

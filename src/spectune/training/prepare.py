@@ -24,7 +24,7 @@ from spectune.pairs.rules import adapter_hash, check_residual_pair, foreign_resi
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.selection import select_layers
 from spectune.training.recipe.recipe import Recipe, parse_recipe
-from spectune.training.recipe.sections import ModelSection
+from spectune.training.recipe.sections.model import ModelSection
 from spectune.training.seeds import derived_generator
 
 

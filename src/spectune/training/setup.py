@@ -62,7 +62,7 @@ from spectune.training.prepare import (
     with_resolved_objective,
 )
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.recipe.sections import VaeSection
+from spectune.training.recipe.sections.model import VaeSection
 from spectune.training.validation import HeldOut, encode_held_out
 
 

@@ -7,7 +7,7 @@ import pytest
 from annotated_types import Ge, Le
 from pydantic import BaseModel, Field
 
-from spectune.training.optim import OPTIMIZERS
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.recipe import Recipe, section_of
 from spectune.training.recipe.reference import recipe_reference, type_in_words
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from spectune.interop.kohya.command_line import Command
 from spectune.interop.kohya.rules import literal, number
 from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
-from spectune.training.recipe.sections import ALL_PARTS, OptimizerSection, PartName
+from spectune.training.recipe.sections.model import ALL_PARTS, PartName
+from spectune.training.recipe.sections.run import OptimizerSection
 
 Objective = Literal["eps", "v", "flow"]
 

@@ -16,7 +16,7 @@ from spectune.interop.kohya.flags import DEFAULTS, convert_flag
 from spectune.interop.kohya.rules import FlagResult, PathText
 from spectune.training.objective.losses import SCHEDULED_LOSSES
 from spectune.training.recipe.recipe import parse_recipe
-from spectune.training.recipe.sections import ALL_PARTS
+from spectune.training.recipe.sections.model import ALL_PARTS
 
 # A step this small changes no weight: step 3 of the guide uses 1e-24.
 TRAINS_NOTHING = 1e-12

@@ -22,7 +22,7 @@ from spectune.interop.kohya.rules import (
 )
 from spectune.training.optim.kinds import check_options
 from spectune.training.optim.schedules import SCHEDULES
-from spectune.training.recipe.sections import ALL_PARTS, PartName
+from spectune.training.recipe.sections.model import ALL_PARTS, PartName
 
 
 def optimizer_type(flag: Flag, command: Command) -> Results:

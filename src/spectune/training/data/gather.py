@@ -17,7 +17,7 @@ from spectune.training.data.latents import encode_pictures, vae_key
 from spectune.training.data.store import LatentStore
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 from spectune.training.validation import HeldOut
 
 

@@ -23,7 +23,7 @@ from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.step import StepBytes, empty_frame, empty_model, encoding_bytes, measure_step
 from spectune.training.optim.groups import build_optimizer
-from spectune.training.recipe.sections import ALL_PARTS, PartName, Quantization
+from spectune.training.recipe.sections.model import ALL_PARTS, PartName, Quantization
 from spectune.training.state import trained_tensors
 
 # Assumed, not measured: a CUDA context with the kernels of torch, cuBLAS and cuDNN and their workspaces, and

@@ -10,7 +10,7 @@ import tomlkit
 from spectune.errors import InputError
 from spectune.training.memory.account import Memory, MemoryMeter, Setup
 from spectune.training.optim.kinds import OPTIMIZERS
-from spectune.training.recipe.sections import Quantization
+from spectune.training.recipe.sections.model import Quantization
 
 LOWEST_RANK = 8
 RUNNERS_UP = 2

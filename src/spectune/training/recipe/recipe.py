@@ -8,17 +8,12 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ValidationError, model_validator
 
 from spectune.errors import InputError, did_you_mean
-from spectune.training.optim import OPTIMIZERS
-from spectune.training.recipe.sections import (
-    DataSection,
-    LossSection,
-    ModelSection,
-    ObjectiveSection,
-    OptimizerSection,
-    RunSection,
-    Section,
-    VaeSection,
-)
+from spectune.training.optim.kinds import OPTIMIZERS
+from spectune.training.recipe.sections.base import Section
+from spectune.training.recipe.sections.data import DataSection
+from spectune.training.recipe.sections.model import ModelSection, VaeSection
+from spectune.training.recipe.sections.objective import LossSection, ObjectiveSection
+from spectune.training.recipe.sections.run import OptimizerSection, RunSection
 
 EXAMPLES_HINT = "recipes/ contains examples of every section"
 

@@ -16,9 +16,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from spectune.training.optim import OPTIMIZERS
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.recipe import Recipe, section_of
-from spectune.training.recipe.sections import OneOf
+from spectune.training.recipe.sections.base import OneOf
 
 INTRODUCTION = """\
 # Recipe keys

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from spectune.training.optim import OPTIMIZERS, SCHEDULES, Traits, check_options, traits_of
+from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
+from spectune.training.optim.schedules import SCHEDULES
 from spectune.training.recipe.sections.base import OneOf, Section
 from spectune.training.recipe.sections.model import PartName
 
