@@ -37,9 +37,9 @@ from spectune.model.inject import Form, inject
 from spectune.model.network import Sdxl, new_unet, text_config
 from spectune.model.prediction import make_prediction
 from spectune.sdxl.inference import infer_layout
-from spectune.sdxl.layers import Layer, Part, build_catalogue
+from spectune.sdxl.layers import Layer, build_catalogue
 from spectune.sdxl.layout import Layout
-from spectune.sdxl.names import module_path
+from spectune.sdxl.names import Part, module_path
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 

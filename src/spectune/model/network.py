@@ -16,11 +16,12 @@ from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
-from spectune.model.text import BOS_ID, EOS_ID, TokenIds
+from spectune.model.text import TokenIds
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.names import Part, module_path
 from spectune.sdxl.state_dicts import module_tensors
+from spectune.sdxl.vocabulary import BOS_ID, EOS_ID
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from spectune.files.reader import Checkpoint
 from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
 from spectune.operation import operation
 from spectune.ops.options.model_files import NullOptions
-from spectune.sdxl.layout import layout_of
+from spectune.sdxl.inference import layout_of
 
 KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's nodes that merge models leave these alone
 _CHUNK_BYTES = 1 << 22

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, SpectuneError, did_you_mean
 from spectune.files.provenance import Role
 from spectune.files.source import WeightSource
 from spectune.operation import operation
 from spectune.ops.options.training import PlanOptions
 from spectune.pairs.sizes import parse_bytes
+from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import build_catalogue
-from spectune.sdxl.layout import Layout, infer_layout
+from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import MemoryMeter, Setup
 from spectune.training.memory.search import QUANTISED, Plan, recipe_text
 from spectune.training.memory.search import plan as plan_training
@@ -117,7 +118,7 @@ def _check_original(source: WeightSource) -> None:
             f"{source.label} is a residual: expected the original checkpoint",
             hint='plan with the original; it takes as much, and form = "residual" is tried too',
         )
-    check_not_quantised(source)
+    check_plain_weights(source)
 
 
 def _check_resolution(layout: Layout, resolution_px: int) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
-from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
-from spectune.checkpoints.targets import open_writer
+from spectune.checkpoints.open import open_checkpoint, open_writer
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
 from spectune.files.weights_hash import WeightsHasher
@@ -64,7 +63,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
         open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
     ):
         refuse_overwriting(out, [source, opened])
-        check_not_quantised(source)
+        check_plain_weights(source)
         # a residual has no hash that anything refers to; the original it gives back has
         is_residual = source.provenance.role is Role.RESIDUAL
         # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it

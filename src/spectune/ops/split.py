@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.report import Agreement, LayerReport, total_energy, total_share
 from spectune.core.rounding import check_dtype
 from spectune.files.atomic_group import AtomicGroup
@@ -126,7 +126,7 @@ def split(options: SplitOptions) -> SplitReport:
     device = parse_device(options.device)
     with open_checkpoint(options.model) as base:
         refuse_parts(base)
-        check_not_quantised(base)
+        check_plain_weights(base)
         chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
         for layer in chosen:
             check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")

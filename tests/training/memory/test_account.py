@@ -22,11 +22,13 @@ from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantise
 from spectune.model.text import tokenize
 from spectune.sdxl.inference import infer_layout, layout_of
-from spectune.sdxl.layers import Kind, Part, build_catalogue
+from spectune.sdxl.layers import Kind, build_catalogue
+from spectune.sdxl.names import Part
 from spectune.training.denoiser import Denoiser
 from spectune.training.memory.account import MemoryMeter, Setup, optimizer_bytes, quantised_bytes
 from spectune.training.memory.step import LiveBytes, attention_of_gpus
-from spectune.training.optim import OPTIMIZERS, build_optimizer, groups_by_part
+from spectune.training.optim.groups import build_optimizer, groups_by_part
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.state import trained_tensors
 
 ROOT = Path(__file__).resolve().parents[3]

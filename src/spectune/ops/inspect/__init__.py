@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.quantised import check_not_quantised
+from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.operation import operation
@@ -39,7 +39,7 @@ def _spectrum(options: InspectOptions) -> SpectrumReport:
                 f"{source.label} is an adapter: expected a model, whose weights have a spectrum",
                 hint="pass the checkpoint that it was made from",
             )
-        check_not_quantised(source)
+        check_plain_weights(source)
         catalogue = build_catalogue(source, all_layers=True)
         selected = replace(catalogue, layers=select_layers(catalogue, options.layers))
         spectra = measure_spectra(source, selected, options.progress)
