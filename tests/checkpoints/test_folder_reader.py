@@ -15,7 +15,7 @@ from spectune.errors import InputError
 from spectune.files.source import MemorySource, TensorInfo
 from spectune.files.weights_hash import weights_hash
 from spectune.model.network import build_model
-from spectune.ops.split import split_checkpoint
+from spectune.ops.split import split
 from spectune.sdxl.inference import infer_layout, layout_of, layout_of_modules
 from spectune.sdxl.layout import NOT_SDXL
 from tests.layouts import FULL, TINY, Modules, build_modules
@@ -80,7 +80,7 @@ def test_its_identity_is_that_of_the_single_file(folder: Path, tiny_modules: Mod
     expected = weights_hash(MemorySource(tiny_modules.single_file(), {}))
     with open_checkpoint(folder) as source:
         assert weights_hash(source) == expected
-    assert split_checkpoint(folder, tmp_path / "split", with_residual=False).base_hash == expected
+    assert split(folder, tmp_path / "split", with_residual=False).base_hash == expected
 
 
 def test_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
