@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import Prediction
+from spectune.files.provenance import PredictionName
 from spectune.files.source import declared_prediction, declared_zero_snr
 
 from .library import library
@@ -23,7 +23,7 @@ class Told:
     """What a file says about sampling."""
 
     label: str
-    prediction: Prediction | None
+    prediction: PredictionName | None
     shift: float | None
     zero_snr: bool
 
@@ -69,7 +69,7 @@ class SpectuneSampling:
     def set(self, model: Any, file: str, prediction: str = AUTO, shift: float = 0.0) -> tuple[Any, str]:
         with library():
             told = read_told(path_of_both(file))
-            wanted = told.prediction if prediction == AUTO else cast(Prediction, prediction)
+            wanted = told.prediction if prediction == AUTO else cast(PredictionName, prediction)
             if wanted is None:
                 raise InputError(
                     f"{told.label} does not say what its model predicts",
@@ -97,7 +97,7 @@ def _flow(model: Any, told: Told, shift: float) -> tuple[Any, str]:
     return with_flow(model, chosen), f"flow, shift {chosen:g}"
 
 
-def _discrete(model: Any, prediction: Prediction, *, zero_snr: bool) -> tuple[Any, str]:
+def _discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> tuple[Any, str]:
     what = f"{prediction}, zero terminal SNR" if zero_snr else prediction
     if prediction == "eps" and sampled_as(model) == "eps" and not zero_snr:
         return model, f"{what} (unchanged)"

@@ -6,12 +6,12 @@ from typing import Any
 
 from comfy import model_sampling
 
-from spectune.files.provenance import Prediction
+from spectune.files.provenance import PredictionName
 
 FLOW_MULTIPLIER = 1000  # the UNet is fed 1000 times the noise level, as in training
 
 
-def sampled_as(model: Any) -> Prediction | None:
+def sampled_as(model: Any) -> PredictionName | None:
     """What a MODEL is sampled as; None for a kind that spectune does not train."""
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, model_sampling.CONST):
@@ -40,7 +40,7 @@ def with_flow(model: Any, shift: float) -> Any:
     return _with(model, sampling)
 
 
-def with_discrete(model: Any, prediction: Prediction, *, zero_snr: bool) -> Any:
+def with_discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> Any:
     """A copy that is sampled as eps or v on SDXL's schedule, which with `zero_snr` ends in pure noise."""
     kind = model_sampling.V_PREDICTION if prediction == "v" else model_sampling.EPS
 

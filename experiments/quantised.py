@@ -14,7 +14,7 @@ from experiments.trial import Outcome, Trial, load, save
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import product, to_matrix
 from spectune.core.split import split_weight
-from spectune.model.quantize import dequantise, quantise
+from spectune.model.packed_linear import pack, unpack
 from spectune.sdxl.layers import Kind, build_catalogue, layer_weight
 
 NAME = "quantised"
@@ -96,7 +96,7 @@ def squared_errors(weight: Tensor, rank: int) -> tuple[float, float]:
 def rounded(weight: Tensor) -> Tensor:
     """Round a matrix to NF4 and return it in float32."""
     shape = (weight.shape[0], weight.shape[1])
-    return dequantise(quantise(weight.contiguous(), "nf4"), "nf4", shape, torch.float32)
+    return unpack(pack(weight.contiguous(), "nf4"), "nf4", shape, torch.float32)
 
 
 def spectral(out: int, columns: int, *, power: float) -> Tensor:

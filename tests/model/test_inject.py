@@ -1,33 +1,15 @@
-"""Adapters in place: both forms are the same function with the same gradients, and nothing at step 0."""
+"""Injected adapters: both forms compute the same function and gradients, without effect at step 0."""
 
 import pytest
 import torch
 
 from spectune.core.delta import Factors, delta_linear
 from spectune.core.low_rank import LowRank, product
-from spectune.core.split import split_weight
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.inject import inject
 from spectune.model.network import build_model
-from spectune.model.text import tokenize
 from spectune.sdxl.layers import build_catalogue, layer_weight
-
-
-@pytest.fixture(scope="module")
-def frames(source):
-    layers = build_catalogue(source)
-    return {
-        layer.name: split_weight(layer_weight(source, layer), rank=4, store=torch.float32).low_rank
-        for layer in layers
-    }
-
-
-def answer(model):
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 4, 8, 8, generator=generator).to(model.unet.dtype)
-    text = model.encode_text(tokenize(["a cat", "two dogs"], model.layout.te1.context))
-    return model.denoise(x, torch.tensor([10, 700]), text, torch.full((2, 6), 64.0))
 
 
 def double_model(source):
@@ -52,17 +34,17 @@ def residual_source(source, frames):
     return MemorySource(values, source.metadata)
 
 
-def test_delta_form_is_the_original_bit_for_bit_at_step_0(source, frames):
+def test_the_delta_form_equals_the_original_bit_for_bit_at_step_0(source, frames, predict):
     model = build_model(source)
-    before = answer(model)
+    before = predict(model)
     inject(model, frames)
-    assert torch.equal(answer(model), before)
+    assert torch.equal(predict(model), before)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64])
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_a_linear_layer_multiplies_a_turned_input_as_the_original_does(tokens, width):
-    """The attention blocks hand over (batch, height * width, channels) as a view of another order."""
+def test_a_linear_layer_treats_a_transposed_input_as_the_original_does(tokens, width):
+    """Attention blocks pass (batch, height * width, channels) as a transposed view."""
     torch.manual_seed(0)
     base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
     x = torch.randn(2, width, tokens).transpose(1, 2)
@@ -71,17 +53,16 @@ def test_a_linear_layer_multiplies_a_turned_input_as_the_original_does(tokens, w
     assert torch.equal(delta_linear(x, base, 1.0, factors), base(x))
 
 
-def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames):
-    frames = dict(
-        list(frames.items())[::4]
-    )  # linear and convolution, all parts: twenty steps of all take minutes
+def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames, predict):
+    # a quarter of the layers has both kinds and all parts; all layers take minutes
+    frames = dict(list(frames.items())[::4])
     delta_model, residual_model = double_model(source), double_model(residual_source(source, frames))
     delta = inject(delta_model, frames, form="delta", dtype=torch.float64)
     residual = inject(residual_model, frames, form="residual", dtype=torch.float64)
     optimizers = [torch.optim.AdamW(i.parameters(), lr=1e-3, weight_decay=0.0) for i in (delta, residual)]
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for _ in range(20):
-        outputs = [answer(delta_model), answer(residual_model)]
+        outputs = [predict(delta_model), predict(residual_model)]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
@@ -97,10 +78,10 @@ def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames):
     assert max(float(tensor.abs().max()) for tensor in delta.parameters()) > 1e-2  # something was trained
 
 
-def test_every_trainable_tensor_gets_a_gradient_and_the_base_none(source, frames):
+def test_trainable_tensors_get_gradients_and_the_base_gets_none(source, frames, predict):
     model = build_model(source)
     injection = inject(model, frames)
-    answer(model).square().mean().backward()
+    predict(model).square().mean().backward()
     unused = {
         f"te1.text_model.encoder.layers.{model.layout.te1.layers - 1}."
     }  # SDXL reads the state before it
@@ -111,8 +92,8 @@ def test_every_trainable_tensor_gets_a_gradient_and_the_base_none(source, frames
         assert layer.base.weight.grad is None
 
 
-def test_a_change_equals_the_merged_weight(source, frames):
-    """W + scale*(dB (A0+dA) + B0 dA) in place = the same network with the weight itself changed."""
+def test_an_injected_change_equals_the_merged_weight(source, frames, predict):
+    """Compare the injected change with a network whose weights are W + scale*(dB (A0+dA) + B0 dA)."""
     from spectune.core.delta import change
 
     model, merged = build_model(source), build_model(source)
@@ -125,8 +106,8 @@ def test_a_change_equals_the_merged_weight(source, frames):
         parent, attribute = merged.place(name)
         with torch.no_grad():
             getattr(parent, attribute).weight += change(delta)
-    torch.testing.assert_close(answer(model), answer(merged), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(answer(build_model(source)), answer(merged), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(predict(model), predict(merged), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(predict(build_model(source)), predict(merged), rtol=1e-3, atol=1e-4)
 
 
 def test_alpha_scales_the_frame(source, frames):
@@ -144,18 +125,18 @@ def test_alpha_scales_the_frame(source, frames):
     torch.testing.assert_close(layer(x) - layer.base(x), (full(x) - full.base(x)) / 2, rtol=1e-3, atol=1e-5)
 
 
-def test_switched_off_and_ejected(source, frames):
+def test_switching_off_and_ejecting_give_the_original(source, frames, predict):
     model = build_model(source)
-    before = answer(model)
+    before = predict(model)
     injection = inject(model, frames)
     with torch.no_grad():
         for tensor in injection.parameters():
             tensor.add_(0.05)
-    assert not torch.equal(answer(model), before)
+    assert not torch.equal(predict(model), before)
     with injection.switched_off():
-        assert torch.equal(answer(model), before)
+        assert torch.equal(predict(model), before)
     injection.eject()
-    assert torch.equal(answer(model), before)
+    assert torch.equal(predict(model), before)
 
 
 def test_moving_the_model_moves_the_adapters(source, frames):
@@ -166,7 +147,7 @@ def test_moving_the_model_moves_the_adapters(source, frames):
     assert {layer.base.weight.dtype, layer.down.dtype, layer.frame_up.dtype} == {torch.float64}
 
 
-def test_load_continues_in_either_form(source, frames):
+def test_a_saved_change_loads_in_either_form(source, frames):
     first = inject(build_model(source), frames)
     with torch.no_grad():
         for tensor in first.parameters():
@@ -176,18 +157,18 @@ def test_load_continues_in_either_form(source, frames):
         second.load(first.deltas())
         for name, delta in second.deltas().items():
             torch.testing.assert_close(delta.up, first.deltas()[name].up, rtol=0, atol=1e-6)
-    with pytest.raises(InputError, match="1 layers differ"):
+    with pytest.raises(InputError, match="differ in 1 layer: "):
         second.load(dict(list(first.deltas().items())[1:]))
 
 
-def test_frame_of_another_model_is_refused(source, frames):
+def test_a_frame_of_another_shape_is_an_error(source, frames):
     name, frame = next(iter(frames.items()))
     wrong = LowRank(down=frame.down[:, :-1], up=frame.up, alpha=frame.alpha)
-    with pytest.raises(InputError, match=f"{name}: the frame is made for a weight of"):
+    with pytest.raises(InputError, match=f"{name}: the frame is for a weight of shape"):
         inject(build_model(source), {name: wrong})
 
 
-def test_product_of_frame_reproduces_energy(source, frames):
+def test_a_frame_reduces_the_norm_of_the_rest(source, frames):
     name, frame = next(iter(frames.items()))
     layer = build_catalogue(source).by_name[name]
     weight = layer_weight(source, layer).float()

@@ -29,7 +29,7 @@ def test_every_stage_runs(model):
     assert model.decode_latents(latents).shape == pixels.shape
 
 
-def test_modules_hold_the_numbers_of_the_file(model, source):
+def test_modules_hold_the_weights_of_the_file(model, source):
     block = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
     attention = model.te2.text_model.encoder.layers[0].self_attn
     joined = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
@@ -38,7 +38,7 @@ def test_modules_hold_the_numbers_of_the_file(model, source):
     assert torch.equal(model.te2.text_projection.weight, projection.T)
 
 
-def test_place_finds_each_layer_of_the_catalogue(model, source):
+def test_place_finds_every_layer_of_the_catalogue(model, source):
     from spectune.sdxl.layers import build_catalogue, layer_weight
 
     for layer in build_catalogue(source, all_layers=True):
@@ -46,34 +46,34 @@ def test_place_finds_each_layer_of_the_catalogue(model, source):
         assert torch.equal(getattr(parent, attribute).weight, layer_weight(source, layer).float()), layer.name
 
 
-def test_unknown_layer_is_named(model):
+def test_an_unknown_layer_is_an_error(model):
     with pytest.raises(InputError, match=r"the model has no layer unet\.nowhere"):
         model.place("unet.nowhere")
 
 
-def test_prediction_comes_from_the_metadata(source):
+def test_the_prediction_type_comes_from_the_metadata(source):
     assert build_model(source).prediction.name == "eps"
     flow = {**source.metadata, "spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
     prediction = build_model(MemorySource(source.values, flow)).prediction
     assert (prediction.name, prediction.shift) == ("flow", 2.5)
 
 
-def test_missing_tensor_is_named(source):
+def test_a_missing_tensor_is_named(source):
     values = dict(source.values)
     del values["model.diffusion_model.out.2.bias"]
     with pytest.raises(InputError, match=r"out\.2\.bias"):
         build_model(MemorySource(values, source.metadata))
 
 
-def test_wrong_shape_is_named(source):
+def test_a_wrong_shape_is_named(source):
     name = "model.diffusion_model.time_embed.2.bias"
     values = {**source.values, name: torch.zeros(3, dtype=torch.float16)}
     with pytest.raises(InputError, match=r"time_embedding\.linear_2\.bias: expected \(\d+,\), got \(3,\)"):
         build_model(MemorySource(values, source.metadata))
 
 
-def test_text_agrees_with_the_diffusers_pipeline(model):
-    """The oracle is StableDiffusionXLPipeline.encode_prompt with our tokenizer in both places."""
+def test_text_states_match_the_diffusers_pipeline(model):
+    """Compare with StableDiffusionXLPipeline.encode_prompt, which uses our tokenizer for both encoders."""
     pipeline = oracle_pipeline(model)
     captions = ["a cat", "a red fox in the snow"]  # no "!": the second tokenizer of diffusers pads with it
     for caption in captions:
@@ -105,7 +105,7 @@ def oracle_pipeline(model):
     )
 
 
-def test_pooled_text_is_read_at_the_first_end_token(model):
+def test_the_pooled_state_is_read_at_the_first_end_token(model):
     ids = tokenize(["a cat"], model.layout.te1.context)
     twice = ids.te2.clone()
     twice[0, 10] = 49407
@@ -116,7 +116,7 @@ def test_pooled_text_is_read_at_the_first_end_token(model):
 
 
 def test_latents_are_shifted_and_scaled(source):
-    """latents = (z - shift) * scale, here with the numbers of the EQ-D-VR autoencoder."""
+    """Check latents = (z - shift) * scale with the values of the EQ-D-VR autoencoder."""
     metadata = {**source.metadata, "spectune.vae_scale": "0.1406", "spectune.vae_shift": "-0.4743"}
     model = build_model(MemorySource(source.values, metadata))
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -130,7 +130,7 @@ def test_latents_are_shifted_and_scaled(source):
     )
 
 
-def test_zero_terminal_snr_models_are_known_by_their_key(source):
+def test_the_key_ztsnr_marks_zero_terminal_snr(source):
     values = {**source.values, "ztsnr": torch.zeros(()), "v_pred": torch.zeros(())}
     metadata = {key: value for key, value in source.metadata.items() if "prediction" not in key}
     assert build_model(MemorySource(values, metadata)).prediction == Ddpm("v", zero_terminal_snr=True)

@@ -1,4 +1,4 @@
-"""Networks that wait in main memory: where they are at each moment, seen by modules that note it."""
+"""Offloaded networks: modules that record their moves show where they are at each moment."""
 
 from dataclasses import replace
 
@@ -11,104 +11,100 @@ from spectune.model.network import build_model
 from spectune.model.offload import Offload, offload
 from spectune.model.text import tokenize
 
-HOME = torch.device("cuda", 0)
+WORKING = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
 
-class Traveller(nn.Module):
-    """Notes each device that it is sent to, and stays where it is: there is no second device here."""
+class Recorder(nn.Module):
+    """A module that records the devices it is moved to; there is no second device to move to."""
 
-    def __init__(self, place: torch.device = HOME) -> None:
+    def __init__(self, device: torch.device = WORKING) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
-        self.trips = [place]
+        self.devices = [device]
 
     def to(self, device):
-        self.trips.append(device)
+        self.devices.append(device)
         return self
 
     @property
-    def place(self) -> torch.device:
-        return self.trips[-1]
+    def device(self) -> torch.device:
+        return self.devices[-1]
 
 
 @pytest.fixture
-def travellers():
-    return {"text": (Traveller(), Traveller()), "vae": (Traveller(),)}
+def modules():
+    return {"text": (Recorder(), Recorder()), "vae": (Recorder(),)}
 
 
 @pytest.fixture
-def waiting(travellers):
-    return Offload(travellers, home=HOME)
+def offloaded(modules):
+    return Offload(modules, working=WORKING)
 
 
-def places(travellers):
-    return {name: {module.place for module in modules} for name, modules in travellers.items()}
+def devices(modules):
+    return {name: {module.device for module in group} for name, group in modules.items()}
 
 
-def test_networks_work_until_they_are_parked(travellers, waiting):
-    with waiting.at_work():
-        assert places(travellers) == {"text": {HOME}, "vae": {HOME}}
-    assert places(travellers) == {"text": {HOME}, "vae": {HOME}}
-    assert [len(m.trips) for m in travellers["text"]] == [1, 1], "nothing was moved"
-    waiting.park()
-    assert places(travellers) == {"text": {CPU}, "vae": {CPU}}
-    waiting.bring_back()
-    with waiting.at_work("vae"):
-        pass
-    assert places(travellers) == {"text": {HOME}, "vae": {HOME}}
+def test_networks_work_until_they_are_parked(modules, offloaded):
+    with offloaded.at_work():
+        assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
+    assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
+    assert [len(m.devices) for m in modules["text"]] == [1, 1], "nothing was moved"
+    offloaded.park()
+    assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
 
 
-def test_only_what_is_asked_for_comes_back(travellers, waiting):
-    waiting.park()
-    with waiting.at_work("vae"):
-        assert places(travellers) == {"text": {CPU}, "vae": {HOME}}
-    assert places(travellers) == {"text": {CPU}, "vae": {CPU}}
-    with waiting.at_work():
-        assert places(travellers) == {"text": {HOME}, "vae": {HOME}}
+def test_only_named_networks_come_back(modules, offloaded):
+    offloaded.park()
+    with offloaded.at_work("vae"):
+        assert devices(modules) == {"text": {CPU}, "vae": {WORKING}}
+    assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
+    with offloaded.at_work():
+        assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
 
 
-def test_an_inner_block_does_not_send_away_what_the_outer_one_uses(travellers, waiting):
-    waiting.park()
-    with waiting.at_work("vae"):
-        with waiting.at_work("text", "vae"):
-            assert places(travellers) == {"text": {HOME}, "vae": {HOME}}
-        assert places(travellers) == {"text": {CPU}, "vae": {HOME}}
-    assert places(travellers) == {"text": {CPU}, "vae": {CPU}}
+def test_an_inner_block_does_not_park_networks_of_the_outer_block(modules, offloaded):
+    offloaded.park()
+    with offloaded.at_work("vae"):
+        with offloaded.at_work("text", "vae"):
+            assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
+        assert devices(modules) == {"text": {CPU}, "vae": {WORKING}}
+    assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
 
 
-def test_parking_waits_for_the_end_of_a_block(travellers, waiting):
-    with waiting.at_work("text"):
-        waiting.park()
-        assert places(travellers) == {"text": {HOME}, "vae": {CPU}}
-    assert places(travellers) == {"text": {CPU}, "vae": {CPU}}
+def test_networks_in_use_are_parked_at_the_end_of_the_block(modules, offloaded):
+    with offloaded.at_work("text"):
+        offloaded.park()
+        assert devices(modules) == {"text": {WORKING}, "vae": {CPU}}
+    assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
 
 
-def test_an_error_in_a_block_sends_them_back_too(travellers, waiting):
-    waiting.park()
-    with pytest.raises(ZeroDivisionError), waiting.at_work():
+def test_an_error_in_a_block_parks_the_networks_too(modules, offloaded):
+    offloaded.park()
+    with pytest.raises(ZeroDivisionError), offloaded.at_work():
         raise ZeroDivisionError
-    assert places(travellers) == {"text": {CPU}, "vae": {CPU}}
+    assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
 
 
-def test_networks_that_do_not_wait_are_left_alone(travellers):
-    waiting = Offload({"vae": travellers["vae"]}, home=HOME)
-    waiting.park()
-    with waiting.at_work("text"):
-        assert places(travellers) == {"text": {HOME}, "vae": {CPU}}
+def test_networks_that_are_not_offloaded_are_ignored(modules):
+    offloaded = Offload({"vae": modules["vae"]}, working=WORKING)
+    offloaded.park()
+    with offloaded.at_work("text"):
+        assert devices(modules) == {"text": {WORKING}, "vae": {CPU}}
 
 
-def test_the_networks_of_a_model(source):
+def test_networks_of_a_model_move_and_keep_their_outputs(source):
     model = build_model(source)
     text = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
-    # float64 stands for another place: `to` takes it like a device, and the real modules do move
-    waiting = offload(model, ["text", "vae"])
-    waiting._rest = torch.float64
-    waiting.park()
+    # a dtype stands for the second device: `to` accepts both, and the real modules do change
+    offloaded = offload(model, ["text", "vae"])
+    offloaded._parking = torch.float64
+    offloaded.park()
     assert {m.dtype for m in (model.te1, model.te2, model.vae)} == {torch.float64}
     assert model.unet.dtype == torch.float32
-    waiting._home = torch.float32
-    with waiting.at_work("text"):
+    offloaded._working = torch.float32
+    with offloaded.at_work("text"):
         assert (model.te1.dtype, model.te2.dtype, model.vae.dtype) == (*[torch.float32] * 2, torch.float64)
         again = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
     assert torch.equal(again.context, text.context)
@@ -116,16 +112,16 @@ def test_the_networks_of_a_model(source):
     assert model.te1.dtype == torch.float64
 
 
-def test_trained_networks_cannot_wait(source):
+def test_trained_networks_cannot_be_offloaded(source):
     model = build_model(source)
     model.te2.text_projection.weight.requires_grad_(True)
     offload(model, ["vae"])
-    with pytest.raises(InputError, match="the networks `text` are trained and cannot wait"):
+    with pytest.raises(InputError, match="the networks `text` are trained and cannot be offloaded"):
         offload(model, ["text"])
 
 
 def test_a_checkpoint_without_vae_has_nothing_to_park(source):
-    waiting = offload(replace(build_model(source), vae=None), ["vae"])
-    waiting.park()
-    with waiting.at_work("vae"):
+    offloaded = offload(replace(build_model(source), vae=None), ["vae"])
+    offloaded.park()
+    with offloaded.at_work("vae"):
         pass

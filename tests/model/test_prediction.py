@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.network import source_prediction
-from spectune.model.prediction import Ddpm, Flow, LogitNormal, make_prediction
+from spectune.model.prediction import Ddpm, Flow, LogitNormal, alphas_cumprod, make_prediction
 
 LATENTS = (5, 4, 6, 7)
 
@@ -27,7 +27,7 @@ def noise() -> torch.Tensor:
 TIMES = torch.tensor([0, 17, 500, 998, 999])
 
 
-def test_ddpm_noises_as_diffusers_does(x0, noise):
+def test_ddpm_matches_diffusers(x0, noise):
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(
         Ddpm().add_noise(x0, noise, TIMES), oracle.add_noise(x0, noise, TIMES), rtol=1e-5, atol=1e-6
@@ -46,15 +46,39 @@ def test_ddpm_noises_as_diffusers_does(x0, noise):
         (Ddpm("v", zero_terminal_snr=True), TIMES),
         (Ddpm("eps", zero_terminal_snr=True), TIMES.clamp(max=990)),
     ],
-    ids=["eps", "v", "flow", "v to pure noise", "eps to pure noise"],
+    ids=["eps", "v", "flow", "v, zero SNR", "eps, zero SNR"],
 )
-def test_perfect_answer_gives_the_image_and_its_noise_back(prediction, times, x0, noise):
+def test_a_perfect_output_recovers_the_image_and_the_noise(prediction, times, x0, noise):
     noised = prediction.add_noise(x0, noise, times)
-    answer = prediction.target(x0, noise, times)
-    torch.testing.assert_close(prediction.x0(noised, answer, times), x0, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(prediction.noise(noised, answer, times), noise, rtol=1e-3, atol=1e-4)
-    wrong = prediction.x0(noised, answer * 1.01, times)
+    output = prediction.target(x0, noise, times)
+    torch.testing.assert_close(prediction.x0(noised, output, times), x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(prediction.noise(noised, output, times), noise, rtol=1e-3, atol=1e-4)
+    wrong = prediction.x0(noised, output * 1.01, times)
     assert not torch.allclose(wrong, x0, rtol=1e-3, atol=1e-4)
+
+
+def preconditioning(prediction, times):
+    """Return c_skip, c_out and c_noise of the table in prediction.py, in float64."""
+    if isinstance(prediction, Flow):
+        return torch.ones_like(times), -times, 1000 * times
+    alpha_squared = alphas_cumprod()[times]
+    alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    return (1 / alpha, -sigma / alpha, times) if prediction.name == "eps" else (alpha, -sigma, times)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "times"),
+    [(Ddpm("eps"), TIMES), (Ddpm("v"), TIMES), (Flow(), torch.tensor([0.01, 0.3, 0.5, 0.936, 0.999]))],
+    ids=["eps", "v", "flow"],
+)
+def test_x0_follows_the_table_of_preconditioning(prediction, times, x0, noise):
+    c_skip, c_out, c_noise = preconditioning(prediction, times)
+    noised, output = x0, noise  # the table holds for any input and output
+    for scale, close in ((1.0, True), (1.01, False)):
+        expected = c_skip.view(-1, 1, 1, 1) * noised + scale * c_out.view(-1, 1, 1, 1) * output
+        found = prediction.x0(noised, output, times)
+        assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5) == close
+    assert torch.equal(prediction.timestep(times), c_noise)
 
 
 def test_flow_by_hand():
@@ -68,7 +92,7 @@ def test_flow_by_hand():
     assert flow.shifted(torch.tensor([0.5])).item() == pytest.approx(1.25 / 1.75)
 
 
-def test_flow_shift_is_the_one_that_samplers_use():
+def test_flow_shift_matches_the_sampler_of_diffusers():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.5)
     plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
     torch.testing.assert_close(scheduler.sigmas, Flow(shift=2.5).shifted(plain.sigmas))
@@ -98,7 +122,7 @@ def test_flow_bridge_to_eps(x0, noise):
     torch.testing.assert_close(bridge, flow.target(x0, noise, level), rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_name_and_bad_shift():
+def test_an_unknown_name_and_an_invalid_shift_are_errors():
     with pytest.raises(InputError, match="unknown prediction type 'epsilon': expected one of eps, v, flow"):
         make_prediction("epsilon")
     with pytest.raises(InputError, match="flow shift -1 is not positive"):
@@ -108,7 +132,7 @@ def test_unknown_name_and_bad_shift():
 # ---------------------------------------------------------------- zero terminal SNR
 
 
-def test_rescaled_schedule_is_the_one_of_diffusers():
+def test_rescaled_schedule_matches_diffusers():
     oracle = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     )
@@ -130,15 +154,14 @@ def test_last_step_by_hand():
     assert v.noise(noise, torch.full_like(x0, -2.0), last).item() == -0.5
 
 
-def test_eps_leaves_out_the_step_that_shows_nothing_of_the_image():
+def test_eps_skips_the_step_of_pure_noise():
     eps, v = Ddpm("eps", zero_terminal_snr=True), Ddpm("v", zero_terminal_snr=True)
     drawn = {kind.name: kind.sample_times(50_000, torch.Generator().manual_seed(0)) for kind in (eps, v)}
     assert drawn["eps"].max().item() == 998
     assert drawn["v"].max().item() == 999
     assert eps.even_times(999).tolist() == list(range(999))
     assert v.even_times(1000)[-1].item() == 999
-    # ... and is not asked for it
-    with pytest.raises(AssertionError, match="pure noise"):
+    with pytest.raises(AssertionError, match="eps does not determine x0"):
         eps.x0(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([999]))
 
 
@@ -185,7 +208,7 @@ def test_shift_by_resolution():
     assert flow.shifted(torch.tensor([0.5]), pixels=2048 * 2048).item() == pytest.approx(2 / 3)
     assert torch.equal(flow.even_times(3, pixels=2048**2), Flow(2.0).even_times(3))
     assert Flow(2.5).shift_at(512 * 512) == 2.5
-    with pytest.raises(ValueError, match="area of the pictures"):
+    with pytest.raises(ValueError, match="image area"):
         flow.even_times(3)
 
 

@@ -1,4 +1,4 @@
-"""Autoencoders of their own: every spelling gives the same module, and conventions say how it is used."""
+"""Autoencoders from their own files: all spellings give the same module; conventions scale and pad."""
 
 import json
 
@@ -11,15 +11,15 @@ from torch import nn
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance
 from spectune.model.network import build_model
-from spectune.model.vae_loading import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
-from spectune.model.vae_settings import (
+from spectune.model.vae_convention import (
     KNOWN_VAES,
     VaeConvention,
     declare_vae,
-    merged_convention,
-    resolve_vae,
-    says_vae,
+    declares_vae,
+    merge_conventions,
+    resolve_convention,
 )
+from spectune.model.vae_loading import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
 from spectune.sdxl.layout import VAE_ROOT, hints_metadata
 from tests.layouts import TINY
 
@@ -51,7 +51,7 @@ def written(path, tensors, metadata=None):
 
 
 def diffusers_folder(model, folder, **config):
-    """What diffusers itself writes of the module."""
+    """Save the autoencoder with diffusers and change its config.json."""
     model.vae.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -75,13 +75,13 @@ def test_a_single_file_gives_the_module_of_the_checkpoint(source, model, pixels,
     )
 
 
-def test_the_vae_inside_another_checkpoint_is_taken(source, model, tiny_checkpoint):
+def test_the_vae_of_a_whole_checkpoint_is_loaded(source, model, tiny_checkpoint):
     vae = load_vae(tiny_checkpoint, SDXL)
     assert all(torch.equal(t, model.vae.state_dict()[key]) for key, t in vae.module.state_dict().items())
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_file_in_diffusers_spelling(model, tmp_path, old):
+def test_a_file_in_diffusers_spelling_is_loaded(model, tmp_path, old):
     state = {key: tensor.contiguous() for key, tensor in model.vae.state_dict().items()}
     for new_name, old_name in OLD_ATTENTION.items() if old else ():
         state = {key.replace(f".{new_name}.", f".{old_name}."): tensor for key, tensor in state.items()}
@@ -90,33 +90,33 @@ def test_a_file_in_diffusers_spelling(model, tmp_path, old):
     assert all(torch.equal(t, model.vae.state_dict()[key]) for key, t in vae.module.state_dict().items())
 
 
-def test_a_diffusers_folder_and_a_pipeline_around_it(model, pixels, tmp_path):
+def test_a_diffusers_folder_and_its_pipeline_are_loaded(model, pixels, tmp_path):
     folder = diffusers_folder(model, tmp_path / "vae", scaling_factor=0.2, shift_factor=0.1)
     (tmp_path / "model_index.json").write_text("{}")
     oracle = AutoencoderKL.from_pretrained(folder)
     for path in (folder, tmp_path):
-        convention = resolve_vae(path, None, None, None, None)
+        convention = resolve_convention(path)
         assert convention == VaeConvention(0.2, 0.1, "zeros")
         latents = with_vae(model, load_vae(path, convention)).encode_images(pixels)
         torch.testing.assert_close(latents, (oracle.encode(pixels).latent_dist.mode() - 0.1) * 0.2)
 
 
-def test_device_and_type(source, tmp_path):
+def test_dtype(source, tmp_path):
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source))
     assert load_vae(path, SDXL, dtype=torch.bfloat16).module.dtype == torch.bfloat16
     assert load_vae(path, SDXL).module.dtype == torch.float32
 
 
-# ---------------------------------------------------------------- files that cannot be used
+# ---------------------------------------------------------------- invalid files
 
 
-def test_half_an_autoencoder_is_refused(source, tmp_path):
+def test_a_missing_encoder_is_an_error(source, tmp_path):
     path = written(tmp_path / "half.safetensors", sgm_tensors(source, without=("encoder", "quant_conv")))
-    with pytest.raises(InputError, match=r"half\.safetensors has no encoder, only a decoder"):
+    with pytest.raises(InputError, match=r"half\.safetensors has no encoder"):
         load_vae(path, SDXL)
 
 
-def test_other_files_are_refused(source, tmp_path):
+def test_other_files_are_errors(source, tmp_path):
     unet = written(tmp_path / "unet.safetensors", {"model.diffusion_model.out.2.bias": torch.zeros(4)})
     with pytest.raises(InputError, match=r"holds no VAE: found model\.diffusion_model\.out\.2\.bias"):
         load_vae(unet, SDXL)
@@ -137,13 +137,13 @@ def test_other_files_are_refused(source, tmp_path):
         load_vae(tmp_path / "folder", SDXL)
 
 
-def test_missing_and_spare_tensors_are_named(source, tmp_path):
+def test_missing_and_unknown_tensors_are_named(source, tmp_path):
     tensors = sgm_tensors(source)
     del tensors["encoder.mid.attn_1.q.weight"]
     tensors["decoder.extra.weight"] = torch.zeros(1)
     path = written(tmp_path / "vae.safetensors", tensors)
     with pytest.raises(
-        InputError, match=r"1 tensors are missing and 1 have no place: encoder\.mid_block.*decoder\.extra"
+        InputError, match=r"1 tensor missing and 1 unknown: encoder\.mid_block.*decoder\.extra"
     ):
         load_vae(path, SDXL)
 
@@ -155,13 +155,13 @@ def test_a_wrong_shape_is_named(source, tmp_path):
         load_vae(path, SDXL)
 
 
-def test_norm_groups_that_do_not_fit_are_named(source, tmp_path):
+def test_norm_groups_that_do_not_divide_the_widths_are_an_error(source, tmp_path):
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source), metadata={})
     with pytest.raises(InputError, match=r"widths \(8, 16, 16\) do not divide into 32 norm groups"):
         load_vae(path, SDXL)
 
 
-def test_latents_of_another_family_are_refused(model, tmp_path):
+def test_latents_with_other_channels_are_an_error(model, tmp_path):
     wide = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=16, layers_per_block=1)
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(InputError, match="wide makes latents of 16 channels: the UNet takes 4"):
@@ -171,40 +171,38 @@ def test_latents_of_another_family_are_refused(model, tmp_path):
 # ---------------------------------------------------------------- conventions
 
 
-def test_a_name_fixes_all_three():
-    assert resolve_vae(None, "eq-anzhc", None, None, None) == VaeConvention(0.1406, -0.4743, "reflect")
+def test_a_name_sets_scale_shift_and_padding():
+    assert resolve_convention(None, name="eq-anzhc") == VaeConvention(0.1406, -0.4743, "reflect")
     with pytest.raises(InputError, match="fixes scale, shift and padding"):
-        resolve_vae(None, "eq-anzhc", None, 0.0, None)
+        resolve_convention(None, name="eq-anzhc", shift=0.0)
     with pytest.raises(InputError, match="unknown VAE 'eq-anzc'; did you mean `eq-anzhc`"):
-        resolve_vae(None, "eq-anzc", None, None, None)
+        resolve_convention(None, name="eq-anzc")
 
 
-def test_the_recipe_comes_before_the_file_and_that_before_the_checkpoint(model, tmp_path):
+def test_precedence_is_arguments_then_file_then_checkpoint(model, tmp_path):
     folder = diffusers_folder(model, tmp_path / "vae", scaling_factor=0.2)
-    otherwise = VaeConvention(0.5, 0.7, "reflect")
-    assert resolve_vae(folder, None, None, None, None) == VaeConvention(0.2, 0.0, "zeros")
-    assert resolve_vae(folder, None, None, None, None, otherwise=otherwise) == VaeConvention(
-        0.2, 0.7, "reflect"
-    )
-    assert resolve_vae(folder, None, 0.3, None, "zeros", otherwise=otherwise) == VaeConvention(
+    default = VaeConvention(0.5, 0.7, "reflect")
+    assert resolve_convention(folder) == VaeConvention(0.2, 0.0, "zeros")
+    assert resolve_convention(folder, default=default) == VaeConvention(0.2, 0.7, "reflect")
+    assert resolve_convention(folder, scale=0.3, padding="zeros", default=default) == VaeConvention(
         0.3, 0.7, "zeros"
     )
-    assert resolve_vae(None, None, None, 0.4, None, otherwise=otherwise) == VaeConvention(0.5, 0.4, "reflect")
+    assert resolve_convention(None, shift=0.4, default=default) == VaeConvention(0.5, 0.4, "reflect")
 
 
 def test_metadata_of_a_file_count_like_a_config(source, tmp_path):
     metadata = hints_metadata(TINY) | Provenance(vae_scale=0.1406, vae_padding="reflect").to_metadata()
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source), metadata)
-    assert resolve_vae(path, None, None, None, None) == VaeConvention(0.1406, 0.0, "reflect")
+    assert resolve_convention(path) == VaeConvention(0.1406, 0.0, "reflect")
 
 
-def test_a_config_that_is_no_number_is_named(model, tmp_path):
+def test_a_config_value_that_is_not_a_number_is_an_error(model, tmp_path):
     folder = diffusers_folder(model, tmp_path / "vae", scaling_factor="big")
     with pytest.raises(InputError, match="scaling_factor is 'big': expected a number"):
-        resolve_vae(folder, None, None, None, None)
+        resolve_convention(folder)
 
 
-def test_what_a_training_used_goes_through_the_metadata(tmp_path):
+def test_the_convention_of_a_training_survives_the_metadata(tmp_path):
     origin = declare_vae(Provenance(base_name="base"), ANZHC, tmp_path / "eq.safetensors")
     back = Provenance.from_metadata(origin.to_metadata())
     assert back == Provenance(
@@ -214,13 +212,13 @@ def test_what_a_training_used_goes_through_the_metadata(tmp_path):
         vae_padding="reflect",
         vae_name="eq.safetensors",
     )
-    assert merged_convention(back) == ANZHC
-    assert says_vae(back)
-    assert not says_vae(Provenance(base_name="base"))
+    assert merge_conventions(back) == ANZHC
+    assert declares_vae(back)
+    assert not declares_vae(Provenance(base_name="base"))
     assert declare_vae(back, SDXL, None).vae_name is None
 
 
-def test_the_same_vae_by_another_convention(model, pixels):
+def test_another_convention_shares_the_weights(model, pixels):
     other = with_convention(model, ANZHC)
     raw = model.encode_images(pixels) / 0.13025
     with torch.no_grad():
@@ -233,7 +231,7 @@ def test_the_same_vae_by_another_convention(model, pixels):
     assert not torch.allclose(other.encode_images(pixels), unpadded.encode_images(pixels), atol=1e-3)
 
 
-def test_choose_vae_takes_the_file_where_there_is_one(source, model, pixels, tmp_path):
+def test_choose_vae_prefers_the_given_file(source, model, pixels, tmp_path):
     halved = {name: tensor / 2 for name, tensor in sgm_tensors(source).items()}
     path = written(tmp_path / "vae.safetensors", halved)
     own, other = choose_vae(model, None, SDXL), choose_vae(model, path, SDXL)
@@ -245,7 +243,7 @@ def test_choose_vae_takes_the_file_where_there_is_one(source, model, pixels, tmp
 # ---------------------------------------------------------------- padding
 
 
-def test_reflection_changes_border_pixels_only_and_those_of_every_convolution_that_pads(source):
+def test_reflection_changes_only_the_border_pixels_of_convolutions_that_pad(source):
     vae = build_model(source).vae
     generator = torch.Generator().manual_seed(8)
     convolutions = [module for module in vae.modules() if isinstance(module, nn.Conv2d)]
@@ -261,7 +259,7 @@ def test_reflection_changes_border_pixels_only_and_those_of_every_convolution_th
         changed = (new - old).abs().amax(dim=1)[0] > 1e-4
         assert bool(changed[0].all() and changed[-1].all() and changed[:, 0].all()) == pads, conv
         if pads:
-            # by hand: the border of a mirrored picture and no padding
+            # by hand: mirror the border, then convolve without padding
             mirrored = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
             by_hand = nn.functional.conv2d(mirrored, conv.weight, conv.bias, conv.stride)
             torch.testing.assert_close(new, by_hand)

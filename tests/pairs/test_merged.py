@@ -17,7 +17,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import change
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import LAYOUT_KEY, HasProvenance, Prediction, Provenance, Role
+from spectune.files.provenance import LAYOUT_KEY, HasProvenance, PredictionName, Provenance, Role
 from spectune.files.reader import Checkpoint
 from spectune.files.source import MemorySource, TensorInfo
 from spectune.model.network import source_prediction
@@ -140,7 +140,7 @@ def test_only_floats_of_a_model_are_changed(base: Checkpoint) -> None:
 
 @pytest.mark.parametrize(("tuned_for", "told"), [("flow", None), ("v", "v"), ("eps", "epsilon")])
 def test_other_programs_are_told_the_new_prediction(
-    base: Checkpoint, tuned_for: Prediction, told: str | None
+    base: Checkpoint, tuned_for: PredictionName, told: str | None
 ) -> None:
     source = MemorySource({n: base.load(n) for n in base.tensors}, {"modelspec.prediction_type": "v"})
     adapter = replace(lora(base, ["unet.middle_block.0.in_layers.2"]), metadata={})

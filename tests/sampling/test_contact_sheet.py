@@ -1,4 +1,4 @@
-"""PSNR by hand and the geometry of a contact sheet."""
+"""PSNR values computed by hand and the geometry of a contact sheet."""
 
 import math
 
@@ -24,17 +24,17 @@ def test_mean_psnr_pools_the_squared_errors():
     assert pooled == pytest.approx(10 * math.log10(255**2 / 12.5))
 
 
-def test_format():
+def test_format_psnr():
     assert format_psnr(math.inf) == "identical"
     assert format_psnr(45.678) == "45.7 dB"
 
 
-def test_sizes_must_agree():
+def test_pictures_of_different_sizes_are_an_error():
     with pytest.raises(InputError, match="different sizes"):
         psnr(flat(0), flat(0, (8, 8)))
 
 
-def test_sheet_holds_every_picture_in_its_place():
+def test_a_sheet_shows_every_picture():
     columns = [Column("one", [flat(10), flat(20)]), Column("two", [flat(30), flat(40)])]
     sheet = contact_sheet(columns, ["cat", "a very long caption that needs several lines"], cell_px=64)
     pixels = sheet.load()
@@ -47,12 +47,12 @@ def test_sheet_holds_every_picture_in_its_place():
     assert {10, 20, 30, 40} <= found
 
 
-def test_missing_picture_is_an_error():
-    with pytest.raises(InputError, match="column 'one' has 1 pictures for 2 captions"):
+def test_a_missing_picture_is_an_error():
+    with pytest.raises(InputError, match="column 'one' has 1 picture for 2 captions"):
         contact_sheet([Column("one", [flat(0)])], ["a", "b"])
 
 
-def test_grid_holds_every_picture():
+def test_a_grid_shows_every_picture():
     grid = picture_grid([flat(level) for level in (10, 20, 30)], ["a", "b", "c"], cell_px=32, columns=2)
     pixels = grid.load()
     found = {pixels[x, y] for x in range(grid.width) for y in range(grid.height)}

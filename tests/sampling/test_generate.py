@@ -24,8 +24,8 @@ def models(source):
     return {name: declared(name) for name in ("eps", "v", "flow")} | {"ztsnr": declared("v", "ztsnr")}
 
 
-def fitting(model, **changes):
-    """Settings whose size this model can hold."""
+def settings_for(model, **changes):
+    """Return settings with a size that the model accepts."""
     step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
     return SampleSettings(
         **{"width": 2 * step, "height": step, "steps": 3, "cfg": 3.0, "batch": 4, **changes}
@@ -45,9 +45,9 @@ def fitting(model, **changes):
         ("flow", "heun"),
     ],
 )
-def test_every_sampler_draws_and_repeats_itself(models, prediction, sampler):
+def test_every_sampler_is_reproducible(models, prediction, sampler):
     model = models[prediction]
-    settings = fitting(model, sampler=sampler)
+    settings = settings_for(model, sampler=sampler)
     done = []
     first, second, again = generate(model, REQUESTS, settings, progress=done.append)
     assert first.size == (settings.width, settings.height)
@@ -61,7 +61,7 @@ def test_every_sampler_draws_and_repeats_itself(models, prediction, sampler):
 
 
 def test_a_perfect_network_is_sampled_to_its_image():
-    """Schedulers agree with our prediction records: a network that knows x0 is led to x0."""
+    """Compare the schedulers with our prediction records: a network that knows x0 samples x0."""
     x0 = torch.full((1, 4, 2, 2), 0.7)
     for prediction in (Ddpm("eps"), Ddpm("v"), Flow(shift=2.5)):
         scheduler = make_scheduler(prediction, "euler")
@@ -72,44 +72,46 @@ def test_a_perfect_network_is_sampled_to_its_image():
         for timestep in scheduler.timesteps:
             model_input = latents if flow else scheduler.scale_model_input(latents, timestep)
             times = (timestep / 1000 if flow else timestep.long()).view(1)
-            # the noise that would have made this input out of x0
+            # the noise that turns x0 into this input
             zero = torch.zeros_like(x0)
             level = prediction.add_noise(zero, torch.ones_like(x0), times)
             implied = (model_input - prediction.add_noise(x0, zero, times)) / level
-            answer = prediction.target(x0, implied, times)
-            latents = scheduler.step(answer, timestep, latents).prev_sample
+            output = prediction.target(x0, implied, times)
+            latents = scheduler.step(output, timestep, latents).prev_sample
         torch.testing.assert_close(latents, x0, rtol=0, atol=0.05)
 
 
-def test_guidance_of_one_is_the_conditional_answer(models):
+def test_cfg_1_ignores_the_negative_prompt(models):
     model = models["eps"]
-    plain = sample_latents(model, REQUESTS[:1], fitting(model, cfg=1.0))
-    guided = sample_latents(model, REQUESTS[:1], fitting(model, cfg=1.0, negative="fog"))
+    plain = sample_latents(model, REQUESTS[:1], settings_for(model, cfg=1.0))
+    guided = sample_latents(model, REQUESTS[:1], settings_for(model, cfg=1.0, negative="fog"))
     assert torch.equal(plain, guided), "without guidance the negative prompt does nothing"
-    assert not torch.equal(plain, sample_latents(model, REQUESTS[:1], fitting(model, cfg=3.0)))
+    assert not torch.equal(plain, sample_latents(model, REQUESTS[:1], settings_for(model, cfg=3.0)))
 
 
-def test_wrong_size_and_sampler(models):
+def test_an_invalid_size_or_sampler_is_an_error(models):
     with pytest.raises(InputError, match="width 33 is not a positive multiple of"):
-        generate(models["eps"], REQUESTS, fitting(models["eps"], width=33))
+        generate(models["eps"], REQUESTS, settings_for(models["eps"], width=33))
     with pytest.raises(InputError, match="no sampler 'ddim' for flow models") as caught:
-        generate(models["flow"], REQUESTS, fitting(models["flow"], sampler="ddim"))
+        generate(models["flow"], REQUESTS, settings_for(models["flow"], sampler="ddim"))
     assert caught.value.hint == "choose one of euler, heun"
     with pytest.raises(InputError, match="did you mean `euler`"):
         make_scheduler(Ddpm(), "eular")
 
 
-def test_a_zero_terminal_model_is_drawn_from_pure_noise(models):
-    """The same weights, another schedule: another picture than the v model's, and finite."""
+def test_a_zero_terminal_snr_model_is_sampled_from_pure_noise(models):
+    """The result is finite and differs from the v model's, which has the same weights."""
     model, plain = models["ztsnr"], models["v"]
     assert model.prediction == Ddpm("v", zero_terminal_snr=True)
-    found = sample_latents(model, REQUESTS[:1], fitting(model, steps=1, cfg=1.0))
+    found = sample_latents(model, REQUESTS[:1], settings_for(model, steps=1, cfg=1.0))
     assert bool(found.isfinite().all())
-    # one step from alpha = 0 and sigma = 1: x0 is minus the answer, whose input is the noise itself
+    # one step from alpha = 0 and sigma = 1: x0 is minus the output, whose input is the noise itself
     noise = torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(1))[None]
     text = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
     height, width = (side * model.pixels_per_latent for side in found.shape[-2:])
     ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(found, -model.denoise(noise, torch.tensor([999]), text, ids))
-    assert not torch.allclose(found, sample_latents(plain, REQUESTS[:1], fitting(plain, steps=1, cfg=1.0)))
+    assert not torch.allclose(
+        found, sample_latents(plain, REQUESTS[:1], settings_for(plain, steps=1, cfg=1.0))
+    )

@@ -18,14 +18,14 @@ LAYOUT_KEY = "spectune.layout"
 ADAPTERS_KEY = "spectune.adapters"  # the adapters a model was rebuilt with: files, roles, strengths
 SLICES_KEY = "spectune.slices"  # the files, traits and weights that a file was combined from
 
-Prediction = Literal["eps", "v", "flow"]
+PredictionName = Literal["eps", "v", "flow"]
 NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v
 # Other programs read prediction and schedule from the presence of these tensors, not from their values.
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 Padding = Literal["zeros", "reflect"]
 FrameKind = Literal["principal", "minor", "plain", "gradient", "data"]  # docs/reference/frames.md
 MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
-MODELSPEC_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
+MODELSPEC_PREDICTIONS: Mapping[str, PredictionName] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 
 
 class Role(StrEnum):
@@ -48,7 +48,7 @@ class Provenance:
     base_name: str | None = None  # its file name, for messages only
     principal_hash: str | None = None
     frame: FrameKind | None = None  # kind of frame, if training computed it from the base
-    prediction: Prediction | None = None
+    prediction: PredictionName | None = None
     flow_shift: float | None = None
     noise_schedule: NoiseSchedule | None = None
     vae_scale: float | None = None  # latents = (z - shift) * scale
@@ -91,7 +91,7 @@ def _parse(field: str, text: str) -> Any:
     known = {
         "role": [role.value for role in Role],
         "frame": list(get_args(FrameKind)),
-        "prediction": list(get_args(Prediction)),
+        "prediction": list(get_args(PredictionName)),
         "vae_padding": list(get_args(Padding)),
         "noise_schedule": list(get_args(NoiseSchedule)),
     }.get(field)
@@ -119,7 +119,7 @@ def _number(field: str, text: str) -> float:
     return value
 
 
-def modelspec_metadata(prediction: Prediction | None) -> dict[str, str]:
+def modelspec_metadata(prediction: PredictionName | None) -> dict[str, str]:
     """Return the modelspec entry for a prediction; none for flow, for which modelspec has no word."""
     words = {"eps": "epsilon", "v": "v"}
     return {MODELSPEC_PREDICTION_KEY: words[prediction]} if prediction in words else {}

@@ -17,7 +17,7 @@ from spectune.files.provenance import (
     V_KEY,
     ZERO_SNR_KEY,
     HasProvenance,
-    Prediction,
+    PredictionName,
     Provenance,
 )
 
@@ -98,7 +98,7 @@ class MemorySource(HasProvenance):
         return self.values[name]
 
 
-def declared_prediction(source: WeightSource) -> Prediction | None:
+def declared_prediction(source: WeightSource) -> PredictionName | None:
     """Return the prediction that our metadata, modelspec or the key `v_pred` declares, or None."""
     if source.provenance.prediction is not None:
         return source.provenance.prediction

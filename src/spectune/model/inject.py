@@ -1,6 +1,6 @@
-"""Adapters in place: factored layers of a running model, trained in the delta or the residual form.
+"""Injected adapters: trainable low-rank changes of the layers of a running model, in two forms.
 
-Both forms are the same function of the same weights; core/delta.py derives them:
+Both forms compute the same function; core/delta.py derives them:
 
 * delta:    the base layer holds W; dA and dB are trained from zero, A0 and B0 are fixed.
 * residual: the base layer holds R = W - scale*B0 A0; A = A0+dA and B = B0+dB are trained.
@@ -28,18 +28,18 @@ from spectune.core.delta import (
     stacked_up,
 )
 from spectune.core.low_rank import LowRank, weight_shape
-from spectune.errors import InputError
+from spectune.errors import InputError, counted, some_of
 from spectune.model.network import Sdxl
 
 Form = Literal["delta", "residual"]
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen linear or convolution with a trainable low-rank change beside it.
+    """A frozen linear layer or convolution with a trainable low-rank change.
 
-    down is (rank, in) or (rank, in, kh, kw), up is (out, rank) or (out, rank, 1, 1). The trainable
-    tensors are float32 unless `dtype` says otherwise; products run in the type of the input. In training,
-    `dropout` leaves out directions of the change (in the residual form: of the principal itself).
+    `down` is (rank, in) or (rank, in, kh, kw), `up` is (out, rank) or (out, rank, 1, 1). Both have the dtype
+    `dtype`; products run in the dtype of the input. In training, `dropout` drops directions of the change
+    (in the residual form: of the principal itself).
     """
 
     frame_down: Tensor
@@ -61,7 +61,7 @@ class AdaptedLayer(nn.Module):
         self.alpha = frame.alpha
         self.enabled = True
         device = base.weight.device
-        # Buffers and not plain attributes, so that moving the model moves the frame.
+        # buffers, because they move with the model
         self.register_buffer("frame_down", frame.down.to(device), persistent=False)
         self.register_buffer("frame_up", frame.up.to(device), persistent=False)
         start_down = frame.down if form == "residual" else torch.zeros_like(frame.down)
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
         if not (self.dropout and self.training):
             if isinstance(self.base, nn.Conv2d):
                 return self.base(x).add_(delta_conv(x, self.base, self.scale, factors))
-            if type(self.base) is nn.Linear:  # a quantised one has no weight to multiply with
+            if type(self.base) is nn.Linear:  # a PackedLinear has no weight to multiply with
                 return delta_linear(x, self.base, self.scale, factors)
         down, up = stacked_down(factors, x.dtype), stacked_up(factors, 1.0, x.dtype)
         return self.base(x).add_(self._low_rank(x, down, up, halves=2), alpha=self.scale)
@@ -89,14 +89,14 @@ class AdaptedLayer(nn.Module):
         return apply_low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
 
     def trained_change(self) -> tuple[Tensor, Tensor]:
-        """dA and dB where they are, in the type that is trained."""
+        """Return dA and dB on their device, in the trained dtype."""
         if self.form == "delta":
             return self.down.detach(), self.up.detach()
         return self.down.detach() - self.frame_down, self.up.detach() - self.frame_up
 
     def delta(self) -> Delta:
-        """The change trained so far, as float32 dA and dB on the CPU with their frame."""
-        # layer by layer to the CPU: a copy of all of them would need another gigabyte of the GPU
+        """Return the current change, as float32 dA and dB on the CPU with their frame."""
+        # each layer goes to the CPU first: float32 copies of all layers would take another GB of the GPU
         frame = LowRank(down=self.frame_down.cpu(), up=self.frame_up.cpu(), alpha=self.alpha)
         down, up = self.down.detach().cpu().float(), self.up.detach().cpu().float()
         if self.form == "residual":
@@ -105,15 +105,16 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def reframe(self, frame: LowRank, *, dtype: torch.dtype | None = None) -> None:
-        """Take another frame, of any rank, before training; the trainable tensors are new ones in `dtype`.
+        """Replace the frame, by one of any rank, before training; the trainable tensors are new, in `dtype`.
 
-        Raises InputError in the residual form, whose base belongs to its frame, and once training has begun.
+        Raises:
+            InputError: The form is residual, whose base belongs to its frame, or training has begun.
         """
         if self.form == "residual":
             raise InputError("the residual form cannot change its frame", hint='use form = "delta"')
         if self.down.any() or self.up.any():
             raise InputError(
-                "the frame cannot change: training has begun", hint="start afresh with the other frame"
+                "the frame cannot change: training has begun", hint="start a new run with the other frame"
             )
         device, dtype = self.down.device, dtype or self.down.dtype
         self.frame_down, self.frame_up = frame.down.to(device), frame.up.to(device)
@@ -123,11 +124,10 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
-        """Continue from a trained change of the same frame; raises InputError for another frame."""
-        same = torch.equal(
-            delta.frame.down, self.frame_down.cpu().to(delta.frame.down.dtype)
-        ) and torch.equal(delta.frame.up, self.frame_up.cpu().to(delta.frame.up.dtype))
-        if not same or delta.frame.alpha != self.alpha:
+        """Continue from a trained change of the same frame; raise InputError for another frame."""
+        frame = delta.frame
+        same = _same(frame.down, self.frame_down) and _same(frame.up, self.frame_up)
+        if not same or frame.alpha != self.alpha:
             raise InputError(
                 "the trained change belongs to another frame", hint="use the principal it was trained from"
             )
@@ -138,29 +138,30 @@ class AdaptedLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Injection:
-    """The adapted layers of a model by layer name; `eject` puts the original modules back."""
+    """The adapted layers of a model by layer name; `eject` undoes `inject`."""
 
     layers: Mapping[str, AdaptedLayer]
     places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All trainable tensors, in layer order: down, up, down, up, ..."""
+        """Return all trainable tensors in layer order: down, up, down, up, ..."""
         return [tensor for layer in self.layers.values() for tensor in (layer.down, layer.up)]
 
     def named_deltas(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The trainable pair (down, up) of each layer."""
+        """Return the trainable pair (down, up) of each layer."""
         return {name: (layer.down, layer.up) for name, layer in self.layers.items()}
 
     def deltas(self) -> dict[str, Delta]:
-        """What was trained so far, ready to be written as a tuned adapter."""
+        """Return the current changes, ready for a tuned adapter file."""
         return {name: layer.delta() for name, layer in self.layers.items()}
 
     def load(self, deltas: Mapping[str, Delta]) -> None:
         """Continue from `deltas`, which must cover exactly the injected layers."""
         if set(deltas) != set(self.layers):
-            odd = sorted(set(deltas) ^ set(self.layers))
+            unmatched = sorted(set(deltas) ^ set(self.layers))
             raise InputError(
-                f"{len(odd)} layers differ between the trained adapter and this run: {', '.join(odd[:3])}",
+                f"the trained adapter and this run differ in {counted(len(unmatched), 'layer')}: "
+                f"{some_of(unmatched)}",
                 hint="use the principal, parts and layers that the adapter was trained with",
             )
         for name, layer in self.layers.items():
@@ -168,7 +169,7 @@ class Injection:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Run the model without the adapters: in the delta form, the original."""
+        """Disable the adapters inside the block; in the delta form the model is then the original."""
         for layer in self.layers.values():
             layer.enabled = False
         try:
@@ -191,10 +192,12 @@ def inject(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
 ) -> Injection:
-    """Put a trainable change beside every layer of `frames` (layer name -> frame) and freeze all else.
+    """Make the layers of `frames` trainable and freeze all other parameters.
 
     The model must hold the original weights for the delta form and the residual for the residual form.
-    Raises InputError when a layer is not in the model or a frame does not fit its shape.
+
+    Raises:
+        InputError: The model lacks a layer, or a frame does not fit the shape of its layer.
     """
     for module in (model.unet, model.te1, model.te2):
         module.requires_grad_(False)
@@ -210,12 +213,17 @@ def inject(
     return Injection(layers=layers, places=places)
 
 
+def _same(saved: Tensor, tensor: Tensor) -> bool:
+    """Return whether `saved` is `tensor` in its own dtype."""
+    return torch.equal(saved, tensor.cpu().to(saved.dtype))
+
+
 def _check_fit(name: str, base: nn.Module, frame: LowRank) -> None:
     if not isinstance(base, nn.Linear | nn.Conv2d):
-        raise InputError(f"{name} is a {type(base).__name__}: expected a linear or a convolution")
+        raise InputError(f"{name} is a {type(base).__name__}: expected a linear layer or a convolution")
     found = weight_shape(frame)
     if tuple(base.weight.shape) != found:
         raise InputError(
-            f"{name}: the frame is made for a weight of {found}, the model has {tuple(base.weight.shape)}",
+            f"{name}: the frame is for a weight of shape {found}, the model has {tuple(base.weight.shape)}",
             hint="the principal belongs to another checkpoint",
         )

@@ -1,4 +1,4 @@
-"""A running SDXL built from the tensors of a checkpoint alone; no configuration file is needed."""
+"""A running SDXL, built from the tensors of a checkpoint without any configuration file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.errors import InputError
+from spectune.errors import InputError, counted
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import TokenIds
@@ -26,7 +26,7 @@ from spectune.sdxl.vocabulary import BOS_ID, EOS_ID
 
 @dataclass(frozen=True)
 class TextStates:
-    """What both encoders say of a batch of captions."""
+    """The outputs of both text encoders for a batch of captions."""
 
     context: Tensor  # (batch, tokens, te1 width + te2 width)
     pooled: Tensor  # (batch, te2 projection)
@@ -34,7 +34,7 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Sdxl:
-    """The four networks of an SDXL checkpoint with what is known about them."""
+    """The four networks of an SDXL checkpoint, their layout and their prediction type."""
 
     unet: UNet2DConditionModel
     te1: CLIPTextModel
@@ -53,37 +53,42 @@ class Sdxl:
         return 2 ** (len(self._vae_layout.channels) - 1)
 
     def encode_text(self, ids: TokenIds) -> TextStates:
-        """Penultimate states of both encoders, joined, and the second's projection at its first end token."""
+        """Encode captions.
+
+        The context joins the penultimate states of both encoders. The pooled output is the projection of the
+        second encoder's last state at the first end token.
+        """
         first = self.te1(ids.te1.to(self.te1.device), output_hidden_states=True).hidden_states[-2]
         second = self.te2(ids.te2.to(self.te2.device), output_hidden_states=True)
         context = torch.cat([first, second.hidden_states[-2]], dim=-1)
         return TextStates(context=context, pooled=second.text_embeds)
 
     def denoise(self, noised: Tensor, timestep: Tensor, text: TextStates, time_ids: Tensor) -> Tensor:
-        """The UNet's answer for latents (batch, 4, h, w); `time_ids` is (batch, 6) in pixels, float32."""
+        """Run the UNet on latents (batch, 4, h, w) with `time_ids` (batch, 6) in pixels, float32."""
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
         return self.unet(noised, timestep, text.context, added_cond_kwargs=added).sample
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents of pixels (batch, 3, H, W) in -1..1.
+        """Encode pixels (batch, 3, H, W) in -1..1 to scaled float32 latents.
 
-        A sample of the posterior with a generator, its mode without.
+        With a generator, the latents are a sample of the posterior, otherwise its mode.
         """
-        posterior = cast("Any", self._vae.encode(pixels.to(self._vae.dtype))).latent_dist
+        vae, layout = self._vae, self._vae_layout
+        posterior = cast("Any", vae.encode(pixels.to(vae.dtype))).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        layout = self._vae_layout
         return (latents.float() - layout.shift) * layout.scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, H, W) in -1..1, float32, of scaled latents."""
-        layout = self._vae_layout
+        """Decode scaled latents to float32 pixels (batch, 3, H, W) in -1..1."""
+        vae, layout = self._vae, self._vae_layout
         raw = latents / layout.scale + layout.shift
-        return cast("Any", self._vae).decode(raw.to(self._vae.dtype)).sample.float().clamp(-1, 1)
+        return cast("Any", vae).decode(raw.to(vae.dtype)).sample.float().clamp(-1, 1)
 
     def place(self, layer_name: str) -> tuple[nn.Module, str]:
-        """Parent module and attribute of a factored layer, named as in the catalogue.
+        """Return the parent module and the attribute of a layer, given by its name in the catalogue.
 
-        Raises InputError when the model has no such layer.
+        Raises:
+            InputError: The model has no such layer.
         """
         try:
             part, path = module_path(layer_name, self.layout.unet)
@@ -99,14 +104,18 @@ class Sdxl:
     @property
     def _vae(self) -> AutoencoderKL:
         if self.vae is None:
-            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
+            raise _no_vae()
         return self.vae
 
     @property
     def _vae_layout(self) -> VaeLayout:
         if self.layout.vae is None:
-            raise InputError("the checkpoint has no VAE", hint="merge one into the file first")
+            raise _no_vae()
         return self.layout.vae
+
+
+def _no_vae() -> InputError:
+    return InputError("the checkpoint has no VAE", hint="merge one into the file first")
 
 
 def build_model(
@@ -116,10 +125,12 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype = torch.float32,
 ) -> Sdxl:
-    """The model whose weights `source` holds, in eval mode and frozen.
+    """Build the model of a checkpoint, frozen and in eval mode.
 
     `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
-    Raises InputError when tensors are missing or have other shapes than the layout asks for.
+
+    Raises:
+        InputError: Tensors are missing, or their shapes do not match the layout.
     """
     check_plain_weights(source)
     layout = infer_layout(source)
@@ -128,18 +139,18 @@ def build_model(
         te1 = CLIPTextModel(text_config(layout.te1))
         te2 = CLIPTextModelWithProjection(text_config(layout.te2))
         vae = None if layout.vae is None else new_vae(layout.vae)
-    _fill(unet, "unet", source, layout, device, dtype)
-    _fill(te1, "te1", source, layout, device, dtype)
-    _fill(te2, "te2", source, layout, device, dtype)
+    _load_part(unet, "unet", source, layout, device, dtype)
+    _load_part(te1, "te1", source, layout, device, dtype)
+    _load_part(te2, "te2", source, layout, device, dtype)
     if vae is not None:
-        _fill(vae, "vae", source, layout, device, vae_dtype)
+        _load_part(vae, "vae", source, layout, device, vae_dtype)
     return Sdxl(unet=unet, te1=te1, te2=te2, vae=vae, layout=layout, prediction=source_prediction(source))
 
 
 def source_prediction(source: WeightSource) -> Prediction:
-    """The prediction type that a checkpoint declares, eps if it declares none.
+    """Return the prediction type that a checkpoint declares, by default eps.
 
-    A tensor `ztsnr` marks a schedule rescaled to end in pure noise, as ComfyUI takes it.
+    A tensor `ztsnr` marks a schedule with zero terminal SNR, as in ComfyUI.
     """
     shift = source.provenance.flow_shift
     return make_prediction(
@@ -149,7 +160,7 @@ def source_prediction(source: WeightSource) -> Prediction:
     )
 
 
-def _fill(
+def _load_part(
     module: nn.Module,
     part: PartName,
     source: WeightSource,
@@ -158,27 +169,34 @@ def _fill(
     dtype: torch.dtype,
 ) -> None:
     views = module_tensors(layout, part, source)
-    state: dict[str, Tensor] = {key: view.load(source).to(device, dtype) for key, view in views.items()}
-    _check_state(module, part, state)
-    module.load_state_dict(state, strict=True, assign=True)
-    module.to(device).requires_grad_(False).eval()
+    state = {key: view.load(source).to(device, dtype) for key, view in views.items()}
+    hint = "`spectune inspect` shows what the file holds"
+    fill(module, state, label=part, architecture="SDXL's architecture", hint=hint)
+    module.to(device)  # buffers
 
 
-def _check_state(module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+def fill(module: nn.Module, state: Mapping[str, Tensor], *, label: str, architecture: str, hint: str) -> None:
+    """Give a module without memory its weights, freeze it and put it into eval mode.
+
+    Raises:
+        InputError: Names or shapes of `state` do not match those of the module.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
-    odd = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if odd:
-        first = odd[0]
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        first = wrong[0]
         raise InputError(
-            f"{len(odd)} tensors of {part} do not fit SDXL's architecture; first {first}: "
-            f"expected {wanted.get(first, 'nothing')}, got {found.get(first, 'nothing')}",
-            hint="`spectune inspect` shows what the file holds",
+            f"{label} does not match {architecture} in {counted(len(wrong), 'tensor')}; first {first}: "
+            f"expected {expected.get(first, 'nothing')}, got {found.get(first, 'nothing')}",
+            hint=hint,
         )
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
 
 
 def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
-    """A UNet with text_time conditioning of the given sizes, weights as diffusers initialises them."""
+    """Return a UNet with text_time conditioning, initialized by diffusers."""
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in layout.depths)
     up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(layout.depths))
     # diffusers annotates its tuples as having one element
@@ -202,7 +220,7 @@ def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
 
 
 def text_config(layout: TextLayout) -> CLIPTextConfig:
-    """The transformers configuration of one text encoder."""
+    """Return the transformers configuration of one text encoder."""
     return CLIPTextConfig(
         vocab_size=layout.vocab,
         max_position_embeddings=layout.context,
@@ -218,7 +236,7 @@ def text_config(layout: TextLayout) -> CLIPTextConfig:
 
 
 def new_vae(layout: VaeLayout) -> AutoencoderKL:
-    """An autoencoder of the given sizes, weights as diffusers initialises them."""
+    """Return an autoencoder, initialized by diffusers."""
     levels = len(layout.channels)
     sizes: dict[str, Any] = {
         "block_out_channels": layout.channels,

@@ -1,4 +1,4 @@
-"""Frozen networks that wait in main memory while nothing asks them, and come back when something does."""
+"""Frozen networks that are parked in main memory while they are unused."""
 
 from __future__ import annotations
 
@@ -18,76 +18,72 @@ _CPU = torch.device("cpu")
 
 
 class Offload:
-    """Networks that wait on one device and work on another; they work until `park` is called.
+    """Networks that move between a working and a parking device. They stay at work until `park` is called.
 
-    For after their outputs are cached: what they say while they wait is computed on the device they wait on.
+    Call `park` once their outputs are cached. Outside of `at_work` blocks, parked networks run on the parking
+    device.
     """
 
     def __init__(
         self,
         networks: Mapping[Network, tuple[nn.Module, ...]],
         *,
-        home: torch.device,
-        rest: torch.device = _CPU,
+        working: torch.device,
+        parking: torch.device = _CPU,
     ) -> None:
         self._networks = networks
-        self._home, self._rest = home, rest
+        self._working, self._parking = working, parking
         self._parked = False
-        self._working: dict[Network, int] = dict.fromkeys(networks, 0)  # how many blocks are using each
+        self._users: dict[Network, int] = dict.fromkeys(networks, 0)  # open blocks that use each network
 
     def park(self) -> None:
-        """Send the networks to wait; those at work go when their block ends."""
+        """Move the networks to the parking device; a network in use moves at the end of its block."""
         self._parked = True
-        for network, users in self._working.items():
+        for network, users in self._users.items():
             if not users:
-                self._move(network, self._rest)
-
-    def bring_back(self) -> None:
-        """End the waiting for good."""
-        self._parked = False
-        for network in self._networks:
-            self._move(network, self._home)
+                self._move(network, self._parking)
 
     @contextmanager
     def at_work(self, *names: Network) -> Iterator[None]:
-        """Have the named networks, or all without a name, on their working device inside the block.
+        """Hold the named networks, by default all, on the working device inside the block.
 
-        Blocks may be nested; a network that does not wait stays where it is.
+        Blocks may be nested. Networks that are not offloaded are ignored.
         """
-        wanted: list[Network] = [name for name in (names or self._networks) if name in self._networks]
-        for network in wanted:
-            self._working[network] += 1
+        used: list[Network] = [name for name in (names or self._networks) if name in self._networks]
+        for network in used:
+            self._users[network] += 1
         try:
             if self._parked:
-                for network in wanted:
-                    self._move(network, self._home)
+                for network in used:
+                    self._move(network, self._working)
             yield
         finally:
-            for network in wanted:
-                self._working[network] -= 1
-                if self._parked and not self._working[network]:
-                    self._move(network, self._rest)
+            for network in used:
+                self._users[network] -= 1
+                if self._parked and not self._users[network]:
+                    self._move(network, self._parking)
 
     def _move(self, network: Network, device: torch.device) -> None:
         for module in self._networks[network]:
             module.to(device)
 
 
-def offload(model: Sdxl, names: Iterable[Network], *, rest: torch.device | str = _CPU) -> Offload:
-    """The named networks of a model, to be parked once their outputs are cached; nothing moves yet.
+def offload(model: Sdxl, names: Iterable[Network], *, parking: torch.device | str = _CPU) -> Offload:
+    """Return an offload of the named networks of a model; nothing moves before `park`.
 
-    Raises InputError for a network that is trained, which is needed at every step.
+    Raises:
+        InputError: A network is trained and therefore needed at every step.
     """
     networks: dict[Network, tuple[nn.Module, ...]] = {}
     for name in names:
         modules = _modules(model, name)
         if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
             raise InputError(
-                f"the networks `{name}` are trained and cannot wait in main memory",
-                hint=f"leave `{name}` out of run.offload, or the text encoders out of model.parts",
+                f"the networks `{name}` are trained and cannot be offloaded",
+                hint=f"remove `{name}` from run.offload, or the text encoders from model.parts",
             )
         networks[name] = modules
-    return Offload(networks, home=model.device, rest=torch.device(rest))
+    return Offload(networks, working=model.device, parking=torch.device(parking))
 
 
 def _modules(model: Sdxl, name: Network) -> tuple[nn.Module, ...]:

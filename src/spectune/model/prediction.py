@@ -1,8 +1,14 @@
-"""What the network predicts, as one record that training and sampling share.
+"""Prediction types: how images are noised, the target of the network, and how its output is read.
 
-A prediction type says how an image is noised at a time t, what the network is asked for, which
-timestep it is fed and how its answer is turned back into an image. Times are a tensor of shape
-(batch,): whole DDPM steps 0..999 for eps and v, the noise level s in 0..1 for flow.
+Training and sampling share these records. With noised latents x_t, noise n and the UNet F, in the notation
+of Karras et al. 2022 (arXiv 2206.00364, eq. 7), x0 = c_skip x_t + c_out F(c_in x_t, c_noise):
+
+    type  x_t                 target F            c_skip   c_out         c_in  c_noise
+    eps   alpha x0 + sigma n  n                   1/alpha  -sigma/alpha  1     t
+    v     alpha x0 + sigma n  alpha n - sigma x0  alpha    -sigma        1     t
+    flow  (1-s) x0 + s n      n - x0              1        -s            1     1000 s
+
+Times are a tensor of shape (batch,): DDPM steps t in 0..999 for eps and v, noise levels s in 0..1 for flow.
 """
 
 from __future__ import annotations
@@ -17,17 +23,17 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError
+from spectune.files.provenance import PredictionName
 
 TRAIN_STEPS = 1000
-UNSHIFTED_PIXELS = 1024 * 1024  # a picture of this size has the shift 1 by resolution
-PredictionName = Literal["eps", "v", "flow"]
+UNSHIFTED_PIXELS = 1024 * 1024  # the area with the shift 1 by resolution
 Shift = float | Literal["resolution"]
 
 
 class Prediction(Protocol):
     """Noising, target and inverses of one prediction type; all arithmetic in float32.
 
-    `pixels` is the area of the pictures, height * width: a flow with a shift by resolution asks for it.
+    `pixels` is the image area, height * width. Only a flow with a shift by resolution needs it.
     """
 
     @property
@@ -36,53 +42,52 @@ class Prediction(Protocol):
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, *, pixels: int | None = None
     ) -> Tensor:
-        """Random training times, shape (batch,), on the CPU."""
+        """Draw training times, shape (batch,), on the CPU."""
         ...
 
     def even_times(self, count: int, *, pixels: int | None = None) -> Tensor:
-        """`count` fixed times that cover the training distribution evenly, for validation."""
+        """Return `count` fixed times that cover the training distribution evenly, for validation."""
         ...
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The noised latents x_t, shape of `x0`."""
+        """Return the noised latents x_t, shape of `x0`."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the network should answer for x_t."""
+        """Return the training target for x_t."""
         ...
 
     def x0(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
-        """The clean latents that `output` implies for `noised`."""
+        """Return the clean latents implied by `output`: c_skip * noised + c_out * output."""
         ...
 
     def noise(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
-        """The noise that `output` implies for `noised`."""
+        """Return the noise implied by `output`."""
         ...
 
     def timestep(self, times: Tensor) -> Tensor:
-        """What the UNet is fed as timestep, float32 or int64 of shape (batch,)."""
+        """Return the timestep input of the UNet (c_noise), float32 or int64 of shape (batch,)."""
         ...
 
     def snr(self, times: Tensor) -> Tensor:
-        """Signal-to-noise ratio of x_t, shape (batch,); 0 for pure noise, infinite for clean latents."""
+        """Return the signal-to-noise ratio of x_t, shape (batch,): 0 for pure noise, infinite for x0."""
         ...
 
 
 @cache
 def _alphas_cumprod(zero_terminal_snr: bool) -> Tensor:
-    # SDXL's schedule "scaled_linear"; float64 first, because a float32 product of 1000 factors drifts.
+    # SDXL's "scaled_linear" schedule; float64, because a float32 product of 1000 factors drifts
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
-    kept = torch.cumprod(1 - betas, dim=0)
+    alpha_squared = torch.cumprod(1 - betas, dim=0)
     if not zero_terminal_snr:
-        return kept
-    # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: shift alpha so that the last is 0, stretch it so that
-    # the first stays.
-    alpha = kept.sqrt()
+        return alpha_squared
+    # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: shift alpha to end at 0, rescale it to keep the first
+    alpha = alpha_squared.sqrt()
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
 
 
-def kept_signal() -> Tensor:
-    """alpha^2 of SDXL's timesteps 0..999, float64."""
+def alphas_cumprod() -> Tensor:
+    """Return alpha^2 of SDXL's timesteps 0..999, float64."""
     return _alphas_cumprod(False)
 
 
@@ -95,9 +100,9 @@ class Ddpm:
     """Variance-preserving diffusion, x_t = alpha*x0 + sigma*noise, alpha^2 + sigma^2 = 1 (Ho et al. 2020).
 
     `name` is "eps" (the network predicts the noise) or "v" (alpha*noise - sigma*x0; Salimans and Ho 2022).
-    With `zero_terminal_snr` the schedule is rescaled so that x_999 is pure noise (Lin et al. 2023): alpha and
-    snr are 0 there. A v answer still says what the image is, an eps answer does not, so eps is trained and
-    sampled on the times 0..998 and never asked for x0 at 999.
+    With `zero_terminal_snr`, the schedule is rescaled (Lin et al. 2023): x_999 is pure noise, where alpha and
+    snr are 0. A v prediction still determines x0 there, an eps prediction does not. Therefore eps is trained
+    and sampled on the times 0..998, and `x0` fails at 999.
     """
 
     name: Literal["eps", "v"] = "eps"
@@ -105,7 +110,7 @@ class Ddpm:
 
     @property
     def steps(self) -> int:
-        """How many times are in use, the first of them 0."""
+        """Number of times in use, from 0."""
         return TRAIN_STEPS - 1 if self.zero_terminal_snr and self.name == "eps" else TRAIN_STEPS
 
     def sample_times(
@@ -129,7 +134,7 @@ class Ddpm:
     def x0(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
         alpha, sigma = self._alpha_sigma(times, noised)
         if self.name == "eps":
-            assert bool((times < self.steps).all()), "pure noise and its eps say nothing about the image"
+            assert bool((times < self.steps).all()), "eps does not determine x0 at pure noise"
             return (noised - sigma * output) / alpha
         return alpha * noised - sigma * output
 
@@ -143,21 +148,21 @@ class Ddpm:
         return times
 
     def snr(self, times: Tensor) -> Tensor:
-        kept = self._kept(times)
-        return (kept / (1 - kept)).to(device=times.device, dtype=torch.float32)
+        alpha_squared = self._alpha_squared(times)
+        return (alpha_squared / (1 - alpha_squared)).to(device=times.device, dtype=torch.float32)
 
     def _alpha_sigma(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self._kept(times)
-        return _per_image(kept.sqrt(), like), _per_image((1 - kept).sqrt(), like)
+        alpha_squared = self._alpha_squared(times)
+        return _per_image(alpha_squared.sqrt(), like), _per_image((1 - alpha_squared).sqrt(), like)
 
-    def _kept(self, times: Tensor) -> Tensor:
-        """alpha^2, float64 on the CPU."""
+    def _alpha_squared(self, times: Tensor) -> Tensor:
+        """Return alpha^2, float64 on the CPU."""
         return _alphas_cumprod(self.zero_terminal_snr)[times.cpu()]
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Noise levels s = sigmoid(n), n normally distributed (Esser et al. 2024, section 3.1)."""
+    """Noise levels s = sigmoid(n) of normally distributed n (Esser et al. 2024, section 3.1)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -166,7 +171,7 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator))
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """The noise levels that shares (0..1) of the samples lie below."""
+        """Return the noise levels that have these shares (0..1) of the samples below them."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(shares))
 
 
@@ -178,7 +183,7 @@ class Uniform:
         return torch.rand(batch, generator=generator)
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """The noise levels that shares (0..1) of the samples lie below: the shares themselves."""
+        """Return the noise levels that have these shares (0..1) of the samples below them: the shares."""
         return shares
 
 
@@ -187,11 +192,11 @@ UNIFORM = Uniform()
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow, x_s = (1-s)*x0 + s*noise; predicted is the velocity noise - x0 (Liu et al. 2022).
+    """Rectified flow, x_s = (1-s)*x0 + s*noise; the network predicts noise - x0 (Liu et al. 2022).
 
     Levels are drawn from `levels`, then moved towards noise by the shift r: s <- r*s / (1 + (r-1)*s) (Esser
-    et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). The UNet is fed 1000*s of the
-    very s in x_s, as ComfyUI's ModelSamplingSD3 does.
+    et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). The timestep input is 1000*s
+    with the exact s of x_s, as in ComfyUI's ModelSamplingSD3.
     """
 
     shift: Shift = 1.0
@@ -207,16 +212,16 @@ class Flow:
         return self.shifted(self.levels.quantiles((torch.arange(count) + 0.5) / count), pixels=pixels)
 
     def shifted(self, times: Tensor, *, pixels: int | None = None) -> Tensor:
-        """Unshifted noise levels in 0..1 moved by the shift."""
+        """Apply the shift to noise levels in 0..1."""
         shift = self.shift_at(pixels)
         return shift * times / (1 + (shift - 1) * times)
 
     def shift_at(self, pixels: int | None) -> float:
-        """The shift for pictures of this area; raises ValueError where it depends on an area that is None."""
+        """Return the shift for images of this area; raise ValueError if it depends on an area of None."""
         if self.shift != "resolution":
             return self.shift
         if pixels is None:
-            raise ValueError("a shift by resolution needs the area of the pictures in pixels")
+            raise ValueError("a shift by resolution needs the image area in pixels")
         return math.sqrt(pixels / UNSHIFTED_PIXELS)
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -246,10 +251,12 @@ def make_prediction(
     flow_levels: Uniform | LogitNormal = UNIFORM,
     zero_terminal_snr: bool = False,
 ) -> Prediction:
-    """The prediction type called `name`: "eps", "v" or "flow".
+    """Return the prediction type called `name`: "eps", "v" or "flow".
 
-    `flow_shift` and `flow_levels` are for flow, `zero_terminal_snr` for eps and v; the others ignore them.
-    Raises InputError for any other name or a shift that is not positive.
+    `flow_shift` and `flow_levels` are for flow, `zero_terminal_snr` for eps and v; other types ignore them.
+
+    Raises:
+        InputError: The name is unknown, or the shift is not positive.
     """
     makers: dict[str, Callable[[], Prediction]] = {
         "eps": lambda: Ddpm("eps", zero_terminal_snr),

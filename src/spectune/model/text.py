@@ -1,4 +1,4 @@
-"""Captions to token ids: the one CLIP vocabulary that both SDXL text encoders share."""
+"""Captions to token ids, with the CLIP vocabulary that both text encoders of SDXL share."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class TokenIds:
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """The CLIP byte-pair tokenizer, built from the merges that the package carries."""
+    """Return the CLIP byte-pair tokenizer, built from the merges in the package."""
     vocabulary = clip_vocabulary()
-    # pairs, whatever its annotation says
+    # the annotation of `merges` is wrong: it takes pairs
     merges = cast("Any", list(vocabulary.merges))
     return CLIPTokenizer(vocab={word: n for n, word in enumerate(vocabulary.words)}, merges=merges)
 
 
 def tokenize(captions: Sequence[str], context: int = 77) -> TokenIds:
-    """Token ids of `captions` for both encoders, cut or padded to `context` tokens.
+    """Return the token ids of `captions` for both encoders, cut or padded to `context` tokens.
 
-    Padding is done here and not by the tokenizer: declaring "!" as padding token, as some
-    configurations of the second tokenizer do, would also change how a "!" in a caption is read.
+    The tokenizer itself does not pad. Declaring "!" as padding token, as some configurations of the second
+    tokenizer do, would change how it reads a "!" in a caption.
     """
     rows = [ids[: context - 1] for ids in clip_tokenizer()(list(captions))["input_ids"]]
     rows = [ids if ids[-1] == EOS_ID else [*ids, EOS_ID] for ids in rows]

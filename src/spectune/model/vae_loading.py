@@ -1,11 +1,10 @@
-"""An autoencoder of its own beside a checkpoint: read from a file or folder, put into a model."""
+"""Load an autoencoder from its own file or folder and put it into a model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -14,28 +13,30 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from spectune.checkpoints.diffusers_folder.config import read_config
-from spectune.checkpoints.diffusers_folder.keys import state_key
+from spectune.checkpoints.diffusers_folder.keys import STEMS, state_key
+from spectune.checkpoints.diffusers_folder.subfolder import missing_weights
 from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
 from spectune.files.source import WeightSource
-from spectune.model.network import Sdxl, new_vae
-from spectune.model.vae_settings import CONFIG, VaeConvention, vae_folder, vae_weights
+from spectune.model.network import Sdxl, fill, new_vae
+from spectune.model.vae_convention import CONFIG, VaeConvention, vae_folder
+from spectune.sdxl.inference import ShapeProbe, vae_layout
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
 from spectune.sdxl.names import TensorView, vae_modules
 from spectune.sdxl.state_dicts import views_of
 
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# The first convolution of resnet {1} on level {0} of the encoder, by which the two spellings are told apart.
-_SGM = "encoder.down.{}.block.{}.conv1.weight"
-_DIFFUSERS = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
-_NOT_A_VAE = "spectune reads AutoencoderKL as Stable Diffusion has it, in sgm or diffusers spelling"
+_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# The first convolution of the encoder. It identifies the spelling of the keys.
+_SGM = "encoder.down.0.block.0.conv1.weight"
+_DIFFUSERS = "encoder.down_blocks.0.resnets.0.conv1.weight"
+_NOT_A_VAE = "spectune reads the AutoencoderKL of Stable Diffusion, in sgm or diffusers spelling"
 
 
 @dataclass(frozen=True)
 class LoadedVae:
-    """An autoencoder in memory, in eval mode and frozen; `layout` holds scale and shift."""
+    """An autoencoder in memory, frozen and in eval mode; `layout` holds scale and shift."""
 
     module: AutoencoderKL
     layout: VaeLayout
@@ -50,44 +51,45 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedVae:
-    """The autoencoder of a safetensors file, of a diffusers folder, or inside a whole checkpoint.
+    """Load the autoencoder of a safetensors file, a diffusers folder or a whole checkpoint.
 
-    float32 by default, because SDXL's own overflows in float16.
-    Raises InputError for a pickle, a file without encoder, and one that is no AutoencoderKL.
+    The default dtype is float32 because SDXL's own VAE overflows in float16.
+
+    Raises:
+        InputError: The file is a pickle, lacks the encoder or decoder, or holds no AutoencoderKL.
     """
-    with open_file(vae_weights(path), label=path.name) as source:
+    with open_file(_weights_file(path), label=path.name) as source:
         check_plain_weights(source)
-        named = _Named(source)
-        layout = _layout(named, convention, _norm_groups(path, source))
-        state = {key: tensor.to(device, dtype) for key, tensor in named.state(layout).items()}
+        weights = _VaeWeights(source)
+        layout = weights.layout(convention, _norm_groups(path, source))
+        state = {key: tensor.to(device, dtype) for key, tensor in weights.state(layout).items()}
     with init_empty_weights(include_buffers=False):
         module = new_vae(layout)
-    _check_shapes(module, state, path.name)
-    module.load_state_dict(state, strict=True, assign=True)
+    fill(module, state, label=path.name, architecture="SDXL's VAE", hint=_NOT_A_VAE)
     pad_convolutions(module, convention.padding)
-    module.requires_grad_(False).eval()
     return LoadedVae(module, layout, convention.padding, path.name)
 
 
 def with_vae(model: Sdxl, vae: LoadedVae) -> Sdxl:
-    """The model with another autoencoder; raises InputError where the UNet takes other latents."""
-    wanted, found = model.layout.unet.in_channels, vae.layout.latent_channels
-    if found != wanted:
+    """Return the model with another autoencoder; raise InputError if its latents do not fit the UNet."""
+    expected, found = model.layout.unet.in_channels, vae.layout.latent_channels
+    if found != expected:
         raise InputError(
-            f"{vae.label} makes latents of {found} channels: the UNet takes {wanted}",
+            f"{vae.label} makes latents of {found} channels: the UNet takes {expected}",
             hint="it belongs to another family of models; take one made for SDXL",
         )
     return replace(model, vae=vae.module, layout=replace(model.layout, vae=vae.layout))
 
 
 def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
-    """The model with its own autoencoder, whose weights it shares, scaled and padded by another convention.
+    """Return the model with its own autoencoder under another convention; the weights are shared.
 
-    Raises InputError when it has none.
+    Raises:
+        InputError: The model has no autoencoder.
     """
     if model.vae is None or model.layout.vae is None:
         raise InputError("the checkpoint has no VAE", hint="name the file of one")
-    # the modules are new, so that the caller's stays as it is; the weights are not copied
+    # new modules, because the caller's must keep their padding; the weights are not copied
     shared = {id(tensor): tensor for tensor in model.vae.parameters()}
     module = copy.deepcopy(model.vae, shared)
     pad_convolutions(module, convention.padding)
@@ -96,7 +98,7 @@ def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
 
 
 def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdxl:
-    """The model with the autoencoder at `path`, or its own where that is None, by `convention`."""
+    """Return the model with the autoencoder at `path`, or with its own if `path` is None."""
     if path is None:
         return with_convention(model, convention)
     dtype = torch.float32 if model.vae is None else model.vae.dtype
@@ -104,92 +106,103 @@ def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdx
 
 
 def pad_convolutions(vae: nn.Module, padding: Padding) -> None:
-    """Set how every convolution that pads does it, in place.
+    """Set the padding mode of every convolution that pads, in place.
 
-    The downsamplers pad one side by themselves, with zeros, and stay as they are.
+    The downsamplers keep their own padding: zeros on one side, outside of the convolution.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and any(module.padding):
             module.padding_mode = padding
 
 
-class _Named:
-    """The tensors of an autoencoder in a file, whatever stands around them."""
+def _weights_file(path: Path) -> Path:
+    """Return the safetensors file at `path`: itself, or the one in a folder of AutoencoderKL or a pipeline.
+
+    Raises:
+        InputError: The folder has no weights, or several files and none with the standard name.
+    """
+    if not path.is_dir():
+        return path
+    folder = vae_folder(path)
+    found = sorted(folder.glob("*.safetensors"))
+    standard = folder / f"{STEMS['vae']}.safetensors"
+    if standard in found:
+        return standard
+    if not found:
+        raise missing_weights(folder, "vae", hint="pass the folder of the VAE, or its file")
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} holds {len(found)} weight files: {some_of([file.name for file in found])}",
+            hint="pass one of them itself",
+        )
+    return found[0]
+
+
+class _VaeWeights:
+    """The tensors of an autoencoder in a file, which may hold a whole checkpoint."""
 
     def __init__(self, source: WeightSource) -> None:
         root = VAE_ROOT if any(name.startswith(VAE_ROOT) for name in source.tensors) else ""
         inside = (name.removeprefix(root) for name in source.tensors if name.startswith(root))
         self.source, self.root = source, root
-        self.names = frozenset(name for name in inside if name.startswith(_PARTS))
+        self.names = frozenset(name for name in inside if name.startswith(_PREFIXES))
         self._check_halves()
-        self.is_sgm = _SGM.format(0, 0) in self.names
-        if not self.is_sgm and _DIFFUSERS.format(0, 0) not in self.names:
-            raise self._strange(f"no {_SGM.format(0, 0)}, no {_DIFFUSERS.format(0, 0)}")
+        self.is_sgm = _SGM in self.names
+        if not self.is_sgm and _DIFFUSERS not in self.names:
+            raise self._unexpected(f"no {_SGM}, no {_DIFFUSERS}")
 
-    def shape(self, name: str, axes: int = 4) -> tuple[int, ...]:
-        if name not in self.names:
-            raise self._strange(f"no {name}")
-        shape = self.source.tensors[self.root + name].shape
-        if len(shape) != axes:
-            raise self._strange(f"{name} has the shape {shape}, expected {axes} axes")
-        return shape
+    def layout(self, convention: VaeConvention, norm_groups: int) -> VaeLayout:
+        """Infer the layout from the shapes; raise InputError for widths without whole norm groups."""
+        probe = ShapeProbe(
+            self.source.tensors, self.source.label, root=self.root, kind="'s VAE", hint=_NOT_A_VAE
+        )
+        layout = vae_layout(
+            probe,
+            sgm=self.is_sgm,
+            norm_groups=norm_groups,
+            scale=convention.scale,
+            shift=convention.shift,
+        )
+        if any(width % norm_groups for width in layout.channels):
+            raise InputError(
+                f"{self.source.label}: widths {layout.channels} do not divide into {norm_groups} norm groups",
+                hint=f"pass the diffusers folder, whose {CONFIG} gives norm_num_groups",
+            )
+        return layout
 
     def state(self, layout: VaeLayout) -> dict[str, Tensor]:
-        """The state dict of the module; raises InputError unless all tensors, and no others, are there."""
+        """Read the state dict of the module; raise InputError for missing and for unknown tensors."""
         views = views_of(vae_modules(layout))
-        places = self._places(views)
-        missing = sorted(key for key in views if places.get(key) not in self.names)
-        spare = sorted(self.names - {places[key] for key in views if key in places})
-        if missing or spare:
-            raise self._strange(
-                f"{len(missing)} tensors are missing and {len(spare)} have no place: "
-                f"{some_of(missing + spare)}"
+        names = self._names_by_key(views)
+        missing = sorted(key for key in views if names.get(key) not in self.names)
+        unknown = sorted(self.names - {names[key] for key in views if key in names})
+        if missing or unknown:
+            raise self._unexpected(
+                f"{counted(len(missing), 'tensor')} missing and {len(unknown)} unknown: "
+                f"{some_of(missing + unknown)}"
             )
-        return {key: view.read(self.source.load(self.root + places[key])) for key, view in views.items()}
+        return {key: view.read(self.source.load(self.root + names[key])) for key, view in views.items()}
 
-    def _places(self, views: Mapping[str, TensorView]) -> dict[str, str]:
-        """Key of the state dict -> name in the file."""
+    def _names_by_key(self, views: Mapping[str, TensorView]) -> dict[str, str]:
+        """Return the name in the file of each state dict key."""
         if self.is_sgm:
             return {key: view.tensor.removeprefix(VAE_ROOT) for key, view in views.items()}
         return {state_key("vae", name): name for name in self.names}
 
     def _check_halves(self) -> None:
-        has = {
-            half: any(name.startswith(f"{half}.") for name in self.names) for half in ("encoder", "decoder")
-        }
-        if has["encoder"] and has["decoder"]:
-            return
-        if not any(has.values()):
+        missing = [
+            half
+            for half in ("encoder", "decoder")
+            if not any(name.startswith(f"{half}.") for name in self.names)
+        ]
+        if len(missing) == 2:
             found = some_of(sorted(self.source.tensors)) or "no tensors"
             raise InputError(f"{self.source.label} holds no VAE: found {found}", hint=_NOT_A_VAE)
-        lost, left = ("encoder", "decoder") if has["decoder"] else ("decoder", "encoder")
-        raise InputError(f"{self.source.label} has no {lost}, only a {left}", hint="take the whole VAE")
+        if missing:
+            raise InputError(f"{self.source.label} has no {missing[0]}", hint="pass the whole VAE")
 
-    def _strange(self, what: str) -> InputError:
+    def _unexpected(self, what: str) -> InputError:
         return InputError(f"{self.source.label} is not laid out like SDXL's VAE: {what}", hint=_NOT_A_VAE)
-
-
-def _layout(named: _Named, convention: VaeConvention, norm_groups: int) -> VaeLayout:
-    pattern = _SGM if named.is_sgm else _DIFFUSERS
-
-    def run(of: str) -> int:
-        return sum(1 for _ in takewhile(lambda n: of.format(n) in named.names, count()))
-
-    levels = run(pattern.format("{}", 0))
-    channels = tuple(named.shape(pattern.format(level, 0))[0] for level in range(levels))
-    if any(width % norm_groups for width in channels):
-        raise InputError(
-            f"{named.source.label}: widths {channels} do not divide into {norm_groups} norm groups",
-            hint=f"pass the diffusers folder, whose {CONFIG} gives norm_num_groups",
-        )
-    return VaeLayout(
-        channels=channels,
-        resnets=run(pattern.format(0, "{}")),
-        latent_channels=named.shape("post_quant_conv.weight")[0],
-        norm_groups=norm_groups,
-        scale=convention.scale,
-        shift=convention.shift,
-    )
 
 
 def _norm_groups(path: Path, source: WeightSource) -> int:
@@ -198,15 +211,3 @@ def _norm_groups(path: Path, source: WeightSource) -> int:
     if type(found) is not int or found < 1:
         raise InputError(f"{path / CONFIG}: norm_num_groups is {found!r}: expected a positive whole number")
     return found
-
-
-def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    odd = sorted(key for key in wanted if wanted[key] != tuple(state[key].shape))
-    if odd:
-        first = odd[0]
-        raise InputError(
-            f"{len(odd)} tensors of {label} do not fit SDXL's VAE; first {first}: "
-            f"expected {wanted[first]}, got {tuple(state[first].shape)}",
-            hint=_NOT_A_VAE,
-        )

@@ -1,1 +1,6 @@
-"""Pictures from a running model, and pictures of pictures: generation and comparison."""
+"""Pictures from a running model.
+
+* generate: text to image with the schedulers of diffusers.
+* terminal_ddim: DDIM for schedules with zero terminal SNR.
+* contact_sheet: pictures side by side, with captions and PSNR.
+"""

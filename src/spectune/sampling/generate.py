@@ -1,4 +1,4 @@
-"""Text to image with an SDXL in memory, through the schedulers of diffusers."""
+"""Text to image with a running SDXL and the schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spectune.errors import InputError, did_you_mean
 from spectune.model.network import Sdxl, TextStates
 from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.model.text import tokenize
-from spectune.sampling.terminal_schedule import TerminalDdim
+from spectune.sampling.terminal_ddim import TerminalDdim
 
 # SDXL's published scheduler configuration.
 _DDPM: dict[str, Any] = {
@@ -40,7 +40,7 @@ _DDPM_SAMPLERS: Mapping[str, Callable[[Any], Any]] = {
     ),
     "dpmpp_2m": lambda kind: DPMSolverMultistepScheduler(prediction_type=kind, **_DDPM),
 }
-# One method under both names: from pure noise, Euler's is computed as DDIM.
+# From pure noise, Euler's method is computed as DDIM.
 _TERMINAL_SAMPLERS: Mapping[str, Callable[[Ddpm], Any]] = {"euler": TerminalDdim, "ddim": TerminalDdim}
 _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
     "euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -50,7 +50,7 @@ _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are drawn; sizes in pixels."""
+    """Settings of the sampler; sizes in pixels."""
 
     width: int = 1024
     height: int = 1024
@@ -63,7 +63,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: what it shows and the seed of its noise."""
+    """The caption of a picture and the seed of its noise."""
 
     caption: str
     seed: int
@@ -76,17 +76,19 @@ def generate(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """One picture per request, in their order; `progress` hears how many are done.
+    """Generate one picture per request, in order; call `progress` with the number of finished ones.
 
-    A picture depends on its own seed alone, not on its neighbours, up to the rounding of batched arithmetic.
-    Raises InputError for sizes that the UNet cannot hold and for unknown samplers.
+    Up to the rounding of batched arithmetic, a picture does not depend on the others of its batch.
+
+    Raises:
+        InputError: The UNet does not accept the size, or the sampler is unknown.
     """
     _check_size(model, settings)
     pictures: list[Image.Image] = []
     for start in range(0, len(requests), settings.batch):
         chunk = requests[start : start + settings.batch]
         latents = sample_latents(model, chunk, settings)
-        # one by one: the decoder needs gigabytes for a single large picture
+        # one at a time: the decoder needs gigabytes for a single large picture
         pictures += [to_images(model.decode_latents(row[None]))[0] for row in latents]
         if progress is not None:
             progress(len(pictures))
@@ -95,7 +97,7 @@ def generate(
 
 @torch.no_grad()
 def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSettings) -> Tensor:
-    """Latents (batch, 4, h, w), float32, of a batch of requests."""
+    """Sample the latents (batch, 4, h, w), float32, of a batch of requests."""
     flow = isinstance(model.prediction, Flow)
     scheduler = make_scheduler(model.prediction, settings.sampler, pixels=settings.width * settings.height)
     scheduler.set_timesteps(settings.steps, device=model.device)
@@ -115,10 +117,12 @@ def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSet
 
 
 def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None = None) -> Any:
-    """A scheduler that samples `prediction`, by diffusers or with the same interface.
+    """Return a scheduler for `prediction`, from diffusers or with the same interface.
 
-    `pixels` is the area of the pictures, for flow with a shift by resolution.
-    Raises InputError when the sampler does not exist for this prediction type.
+    `pixels` is the image area, for flow with a shift by resolution.
+
+    Raises:
+        InputError: The prediction type has no such sampler.
     """
     terminal = prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
     flow = isinstance(prediction, Flow)
@@ -137,7 +141,7 @@ def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None =
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (batch, 3, H, W) in -1..1 as 8-bit pictures."""
+    """Convert pixels (batch, 3, H, W) in -1..1 to 8-bit pictures."""
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]
 
@@ -145,14 +149,14 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def _noise(model: Sdxl, generators: Sequence[torch.Generator], settings: SampleSettings) -> Tensor:
     edge = model.pixels_per_latent
     shape = (model.layout.unet.in_channels, settings.height // edge, settings.width // edge)
-    # Drawn on the CPU, so that a seed gives the same picture on every device.
+    # on the CPU: a seed gives the same picture on every device
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
 
 
 def _guided_text(model: Sdxl, captions: list[str], settings: SampleSettings) -> TextStates:
-    """Negative rows first, then the captions; without guidance only the captions."""
-    everything = captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
-    return model.encode_text(tokenize(everything, model.layout.te1.context))
+    """Encode the negative prompts, then the captions; without guidance (cfg 1) only the captions."""
+    rows = captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
+    return model.encode_text(tokenize(rows, model.layout.te1.context))
 
 
 def _guided(output: Tensor, cfg: float) -> Tensor:

@@ -20,9 +20,15 @@ from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
 from spectune.model.offload import Offload, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction
-from spectune.model.quantize import quantise_layers
+from spectune.model.quantize import quantize_layers
+from spectune.model.vae_convention import (
+    KNOWN_VAES,
+    VaeConvention,
+    declare_vae,
+    merge_conventions,
+    resolve_convention,
+)
 from spectune.model.vae_loading import choose_vae
-from spectune.model.vae_settings import KNOWN_VAES, VaeConvention, declare_vae, merged_convention, resolve_vae
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks
@@ -349,7 +355,7 @@ def _quantise(prepared: Prepared, recipe: Recipe, device: torch.device, hear: Ca
         name: LowRank(layer.frame_down, layer.frame_up, layer.alpha)
         for name, layer in prepared.injection.layers.items()
     }
-    report = quantise_layers(prepared.model, None, kind, frames=frames, device=device)
+    report = quantize_layers(prepared.model, None, kind, frames=frames, device=device)
     for part in report.parts:
         hear.on_message(f"{kind} {part}")
     model = prepared.model
@@ -364,9 +370,13 @@ def with_chosen_vae(prepared: Prepared, section: VaeSection) -> Prepared:
     own = prepared.model.layout.vae
     origin = prepared.origin
     usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
-    declared = merged_convention(origin, otherwise=usual)
-    convention = resolve_vae(
-        section.path, section.name, section.scale, section.shift, section.padding, otherwise=declared
+    convention = resolve_convention(
+        section.path,
+        name=section.name,
+        scale=section.scale,
+        shift=section.shift,
+        padding=section.padding,
+        default=merge_conventions(origin, default=usual),
     )
     if section.path is None and convention == usual:
         return prepared

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError
-from spectune.files.provenance import LAYOUT_KEY, PREFIX, Prediction, Provenance
+from spectune.files.provenance import LAYOUT_KEY, PREFIX, PredictionName, Provenance
 from spectune.sdxl.layout import (
     HEAD_CHANNELS,
     NORM_GROUPS,
@@ -25,14 +25,18 @@ TE1 = "text_encoder/config.json"
 TE2 = "text_encoder_2/config.json"
 VAE = "vae/config.json"
 
-_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+_PREDICTIONS: Mapping[str, PredictionName] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The prediction of the network and its noise schedule, from the scheduler's configuration."""
 
-    prediction: Prediction | None = None
+    prediction: PredictionName | None = None
     flow_shift: float | None = None  # for flow only
     zero_snr: bool = False  # the last timestep is pure noise
 

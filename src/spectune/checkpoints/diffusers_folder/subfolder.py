@@ -103,7 +103,7 @@ def _find_weights(folder: Path, part: PartName) -> Path:
         if match and not _SHARD.search(path.name):
             found.setdefault(match["variant"] or match.groupdict().get("old"), []).append(path)
     if not found:
-        raise _no_weights(subfolder, part)
+        raise missing_weights(subfolder, part)
     if None not in found and len(found) > 1:
         variants = [path.name for paths in found.values() for path in paths]
         raise InputError(
@@ -119,7 +119,10 @@ def _find_weights(folder: Path, part: PartName) -> Path:
     return paths[0]
 
 
-def _no_weights(subfolder: Path, part: PartName) -> InputError:
+def missing_weights(
+    subfolder: Path, part: PartName, *, hint: str = "the download may be incomplete"
+) -> InputError:
+    """Return the error for a folder without safetensors weights; it names pickles that lie there."""
     pickles = sorted(path.name for path in subfolder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return InputError(
@@ -127,7 +130,4 @@ def _no_weights(subfolder: Path, part: PartName) -> InputError:
             f"it is never unpickled: {some_of(pickles)}",
             hint="look for the .safetensors form of the same model, or convert it in a sandbox",
         )
-    return InputError(
-        f"{subfolder} has no weights: expected {STEMS[part]}.safetensors",
-        hint="the download may be incomplete",
-    )
+    return InputError(f"{subfolder} has no weights: expected {STEMS[part]}.safetensors", hint=hint)

@@ -19,7 +19,7 @@ from spectune.files.weights_hash import weights_hash
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
 from spectune.model.vae_loading import choose_vae
-from spectune.model.vae_settings import VaeConvention, known_convention, resolve_vae, says_vae
+from spectune.model.vae_convention import VaeConvention, declares_vae, known_convention, resolve_convention
 from spectune.ops.drawing.specs import ModelSpec, parse_size
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.pairs.merged import merged
@@ -110,7 +110,7 @@ def declared_vae(spec: ModelSpec) -> Provenance:
     for path in [*(adapter.path for adapter in reversed(spec.adapters)), spec.model]:
         with open_checkpoint(path) as file:
             declared = file.provenance
-        if says_vae(declared):
+        if declares_vae(declared):
             return declared
     return Provenance()
 
@@ -118,8 +118,10 @@ def declared_vae(spec: ModelSpec) -> Provenance:
 def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConvention:
     """Return the named settings, otherwise those of the training, otherwise the autoencoder's own."""
     if options.vae_name is not None:
-        return resolve_vae(options.vae, options.vae_name, None, None, None)
-    return resolve_vae(options.vae, None, declared.vae_scale, declared.vae_shift, declared.vae_padding)
+        return resolve_convention(options.vae, name=options.vae_name)
+    return resolve_convention(
+        options.vae, scale=declared.vae_scale, shift=declared.vae_shift, padding=declared.vae_padding
+    )
 
 
 def _ignore(warning: str) -> None:

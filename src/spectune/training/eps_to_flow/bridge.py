@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spectune.model.prediction import TRAIN_STEPS, kept_signal
+from spectune.model.prediction import TRAIN_STEPS, alphas_cumprod
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Bridge:
     @cached_property
     def levels(self) -> Tensor:
         """s of each timestep 0..999, rising, float64."""
-        alpha, sigma = kept_signal().sqrt(), (1 - kept_signal()).sqrt()
+        alpha, sigma = alphas_cumprod().sqrt(), (1 - alphas_cumprod()).sqrt()
         return sigma / (alpha + sigma)
 
     @property

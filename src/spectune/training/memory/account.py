@@ -18,7 +18,8 @@ from spectune.core.rank import FixedRank
 from spectune.files.dtypes import parse_dtype
 from spectune.model.inject import AdaptedLayer, Form, Injection, inject
 from spectune.model.network import Sdxl
-from spectune.model.quantize import NF4_BLOCK, linear_layers
+from spectune.model.packed_linear import NF4_BLOCK
+from spectune.model.quantize import linear_layers
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.step import StepBytes, empty_frame, empty_model, encoding_bytes, measure_step
@@ -253,7 +254,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _linear_weights(model: Sdxl) -> list[Tensor]:
-    """The weights that `quantise_layers` quantises, adapted or not."""
+    """The weights that `quantize_layers` quantizes, adapted or not."""
     found: list[Tensor] = []
     for name in linear_layers(model):
         parent, attribute = model.place(name)
@@ -263,7 +264,7 @@ def _linear_weights(model: Sdxl) -> list[Tensor]:
 
 
 def quantised_bytes(weight: Tensor, quantize: Quantization) -> int:
-    """The bytes of a matrix (out, in) as quantize.py packs it, with its float32 scales."""
+    """The bytes of a matrix (out, in) as packed_linear.py packs it, with its float32 scales."""
     match quantize:
         case "none":
             return weight.nbytes

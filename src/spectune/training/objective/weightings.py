@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectune.model.prediction import PredictionName
+from spectune.files.provenance import PredictionName
 
 DEBIASED_SNR = 1000.0
 

@@ -1,4 +1,4 @@
-"""Sampling from pure noise: schedules whose last step holds nothing of the image."""
+"""DDIM from pure noise, for schedules with zero terminal SNR."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from spectune.model.prediction import Ddpm
 
 @dataclass(frozen=True)
 class Step:
-    prev_sample: Tensor  # as diffusers calls the latents after a step
+    """The result of a scheduler step, as in diffusers."""
+
+    prev_sample: Tensor  # the latents after the step
 
 
 class TerminalDdim:
     """Deterministic DDIM (Song et al. 2021, eq. 12, eta = 0) with the interface of diffusers' schedulers.
 
-    The same steps as Euler's method in x0 + (sigma/alpha)*noise, but computed from alpha and sigma by
-    themselves: at a signal-to-noise ratio of 0 that quotient is infinite. Timesteps are spaced "trailing", so
-    that the first is the last of the schedule (Lin et al. 2023, section 3.3).
+    It takes the same steps as Euler's method in x0 + (sigma/alpha)*noise but uses alpha and sigma separately,
+    because their quotient is infinite at a signal-to-noise ratio of 0. Timesteps are spaced "trailing": the
+    first is the last of the schedule (Lin et al. 2023, section 3.3).
     """
 
     init_noise_sigma = 1.0
@@ -31,18 +33,18 @@ class TerminalDdim:
         self._done = 0
 
     def set_timesteps(self, count: int, device: torch.device | str = "cpu") -> None:
-        """Start a picture of `count` steps."""
+        """Start a run of `count` steps."""
         last = self.prediction.steps
         shares = torch.arange(count, 0, -1, dtype=torch.float64) / count
         self.timesteps = (last * shares).round().long().to(device) - 1
         self._done = 0
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The latents, which are what the UNet is fed here."""
+        """Return the latents, which need no scaling."""
         return latents
 
     def step(self, output: Tensor, timestep: Tensor, latents: Tensor) -> Step:
-        """The latents (batch, 4, h, w) at the next timestep, after the last one the clean latents."""
+        """Return the latents (batch, 4, h, w) at the next timestep, or the clean latents after the last."""
         times = timestep.expand(len(latents))
         x0 = self.prediction.x0(latents, output, times)
         self._done += 1

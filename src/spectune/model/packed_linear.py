@@ -1,0 +1,138 @@
+"""A frozen linear layer whose weight bitsandbytes has packed into 4 or 8 bits.
+
+Only the weight is quantized: it is unpacked into the dtype of the input for each product, so inputs and
+gradients keep their precision. The backward pass unpacks it again instead of keeping it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectune.errors import SpectuneError
+
+Packing = Literal["nf4", "int8"]
+NF4_BLOCK = 64  # weights that share a scale; Dettmers et al. 2023, QLoRA
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix (out, in)."""
+
+    codes: Tensor  # nf4: uint8, two weights each, in storage order; int8: (out, in)
+    scales: Tensor  # float32, the largest magnitude of each block of 64 (nf4) or of each row (int8)
+
+
+def pack(weight: Tensor, packing: Packing) -> Packed:
+    """Quantize a matrix (out, in) to 4-bit normal floats or 8-bit integers; `unpack` is the inverse.
+
+    Raises:
+        SpectuneError: bitsandbytes is not installed.
+    """
+    bnb = _bitsandbytes()
+    weight = weight.detach().contiguous()
+    if packing == "nf4":
+        if weight.dtype == torch.float64:
+            weight = weight.float()
+        codes, state = bnb.quantize_4bit(
+            weight, blocksize=NF4_BLOCK, quant_type=packing, compress_statistics=False
+        )
+        return Packed(codes, state.absmax)
+    # float16: the only dtype that the kernel takes on every device; it holds 11 bits, of which 8 are kept
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+    return Packed(codes, scales)
+
+
+def unpack(packed: Packed, packing: Packing, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return the matrix (out, in) of `packed` in `dtype`."""
+    bnb = _bitsandbytes()
+    if packing == "int8":
+        return bnb.int8_vectorwise_dequant(packed.codes, packed.scales).to(dtype)
+    # bitsandbytes unpacks 4 bits into 16 or 32
+    direct = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    state = bnb.QuantState(
+        absmax=packed.scales, shape=torch.Size(shape), dtype=direct, blocksize=NF4_BLOCK, quant_type=packing
+    )
+    return bnb.dequantize_4bit(packed.codes, state).to(dtype)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.functional as functional
+    except ImportError as error:
+        raise SpectuneError(
+            "weights in nf4 or int8 need bitsandbytes, which is not installed",
+            hint="pip install 'spectune[bnb]'",
+        ) from error
+    return functional
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear layer with a packed weight. The output has the dtype of the input."""
+
+    codes: nn.Parameter
+    scales: nn.Parameter
+
+    def __init__(self, base: nn.Linear, packing: Packing, device: torch.device | None = None) -> None:
+        # nn.Linear.__init__ would allocate the full weight
+        nn.Module.__init__(self)
+        device = device or base.weight.device
+        self.out_features, self.in_features = base.out_features, base.in_features
+        self.packing: Packing = packing
+        self.dtype = base.weight.dtype
+        packed = pack(base.weight.to(device), packing)
+        # parameters, not buffers: distributed training broadcasts buffers at every step
+        self.codes = nn.Parameter(packed.codes, requires_grad=False)
+        self.scales = nn.Parameter(packed.scales, requires_grad=False)
+        bias = None if base.bias is None else nn.Parameter(base.bias.detach().to(device), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The unpacked weight (out, in) in its original dtype; a new tensor each time."""
+        return self.unpacked(self.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in) in `dtype`."""
+        packed = Packed(self.codes, self.scales)
+        return unpack(packed, self.packing, (self.out_features, self.in_features), dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Product.apply(input, self)  # pyright: ignore[reportReturnType]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        scales = self.scales.detach()
+        super()._apply(fn, recurse)
+        # a change of dtype is for the bias only: scales rounded to 16 bits would stay off by up to 0.4 %
+        self.scales = nn.Parameter(scales.to(self.codes.device), requires_grad=False)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """x (..., in) W^T + bias -> (..., out), with a gradient for x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        weight, flat = layer.unpacked(x.dtype), x.reshape(-1, layer.in_features)
+        # not F.linear: its output can be a view, and adapters add to the output in place
+        out = x.new_empty(*x.shape[:-1], layer.out_features)
+        rows = out.view(-1, layer.out_features)
+        if layer.bias is None:
+            torch.mm(flat, weight.T, out=rows)
+        else:
+            torch.addmm(layer.bias.to(x.dtype), flat, weight.T, out=rows)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        g = gradients[0]
+        return g @ ctx.layer.unpacked(g.dtype), None

@@ -1,0 +1,121 @@
+"""How an autoencoder scales its latents and pads its convolutions: known conventions and their precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spectune.checkpoints.diffusers_folder.config import config_number, read_config
+from spectune.errors import InputError, did_you_mean
+from spectune.files.provenance import Padding, Provenance
+from spectune.files.reader import MODEL_INDEX, open_file
+from spectune.sdxl.layout import SDXL_VAE_SCALE, SDXL_VAE_SHIFT
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class VaeConvention:
+    """Scale and shift of the latents, latents = (z - shift) * scale, and the padding of convolutions."""
+
+    scale: float
+    shift: float
+    padding: Padding
+
+
+# No weights file holds scale and shift: they come from the model cards.
+_SDXL = VaeConvention(SDXL_VAE_SCALE, SDXL_VAE_SHIFT, "zeros")
+KNOWN_VAES: Mapping[str, VaeConvention] = {
+    "sdxl": _SDXL,
+    "eq-kblueleaf": _SDXL,  # none published; the examples on its card use SDXL's
+    "eq-anzhc": VaeConvention(0.1406, -0.4743, "reflect"),
+}
+
+
+def resolve_convention(
+    path: Path | None,
+    *,
+    name: str | None = None,
+    scale: float | None = None,
+    shift: float | None = None,
+    padding: Padding | None = None,
+    default: VaeConvention = _SDXL,
+) -> VaeConvention:
+    """Return the convention of the autoencoder at `path`, or of the checkpoint's own if `path` is None.
+
+    A name sets all three values. Otherwise each value comes from the first source that has it: the arguments,
+    the config.json or spectune metadata of the file, `default` (the checkpoint's values).
+
+    Raises:
+        InputError: The name is unknown, or it is combined with one of the three values.
+    """
+    if name is not None:
+        if (scale, shift, padding) != (None, None, None):
+            raise InputError(
+                f"the VAE's name {name!r} fixes scale, shift and padding, and some of them are given too",
+                hint="give one or the other",
+            )
+        return known_convention(name)
+    arguments = Provenance(vae_scale=scale, vae_shift=shift, vae_padding=padding)
+    declared = Provenance() if path is None else _declared_by(path)
+    return merge_conventions(arguments, declared, default=default)
+
+
+def known_convention(name: str) -> VaeConvention:
+    """Return the convention of a known autoencoder; raise InputError for an unknown name."""
+    if name not in KNOWN_VAES:
+        raise InputError(
+            f"unknown VAE {name!r}{did_you_mean(name, KNOWN_VAES)}", hint=f"one of {', '.join(KNOWN_VAES)}"
+        )
+    return KNOWN_VAES[name]
+
+
+def merge_conventions(*declared: Provenance, default: VaeConvention = _SDXL) -> VaeConvention:
+    """Return scale, shift and padding, each from the first record of `declared` that has it."""
+
+    def first(field: str, default: Any) -> Any:
+        values = (getattr(record, field) for record in declared)
+        return next((value for value in values if value is not None), default)
+
+    return VaeConvention(
+        scale=first("vae_scale", default.scale),
+        shift=first("vae_shift", default.shift),
+        padding=first("vae_padding", default.padding),
+    )
+
+
+def declares_vae(provenance: Provenance) -> bool:
+    """Return whether a file declares anything about its autoencoder."""
+    values = (provenance.vae_scale, provenance.vae_shift, provenance.vae_padding, provenance.vae_name)
+    return any(value is not None for value in values)
+
+
+def declare_vae(origin: Provenance, convention: VaeConvention, path: Path | None) -> Provenance:
+    """Return `origin` with the autoencoder of a training; `path` is None for the checkpoint's own."""
+    return replace(
+        origin,
+        vae_scale=convention.scale,
+        vae_shift=convention.shift,
+        vae_padding=convention.padding,
+        vae_name=None if path is None else path.name,
+    )
+
+
+def vae_folder(path: Path) -> Path:
+    """Return the folder of the autoencoder: `path`, or its vae/ subfolder if `path` is a pipeline."""
+    return path / "vae" if (path / MODEL_INDEX).is_file() else path
+
+
+def _declared_by(path: Path) -> Provenance:
+    """Read scale and shift from the file of an autoencoder; only metadata can hold the padding."""
+    if path.is_dir():
+        where = vae_folder(path) / CONFIG
+        config = read_config(where)
+        return Provenance(
+            vae_scale=config_number(config, "scaling_factor", where),
+            vae_shift=config_number(config, "shift_factor", where),
+        )
+    with open_file(path) as file:
+        return file.provenance
