@@ -13,7 +13,9 @@ MARKER = "<!-- Generated below this line by `python dev.py docs --write`. -->\n"
 # Each generated page, and the function that returns its generated text.
 PAGES: dict[str, str] = {
     "concepts/evidence.md": "experiments.page:text",
+    "reference/commands.md": "docs.operations:commands_page",
     "reference/kohya-flags.md": "spectune.interop.kohya.flags:flags_page",
+    "reference/recipe-keys.md": "spectune.training.recipe.reference:recipe_reference",
 }
 
 

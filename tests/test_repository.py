@@ -135,6 +135,8 @@ def parse(arguments: list[str]) -> str:
             name, command, arguments = command.resolve_command(
                 context, [*context._protected_args, *context.args]
             )
+    except typer.Exit:  # --help
+        return ""
     except Exception as error:  # typer's own copy of click raises classes that it does not export
         return str(error) or type(error).__name__
 
