@@ -1,13 +1,13 @@
-"""How long adapters take on their way into other files: export, slice, convert, rebuild, a difference.
+"""Benchmark of adapter files: export, slice, convert, rebuild and the difference of two checkpoints.
 
     python dev.py bench adapters                       on the embedded base, in seconds
-    python dev.py bench adapters model.safetensors     on a checkpoint of yours, at rank 64
+    python dev.py bench adapters model.safetensors     on your own checkpoint, at rank 64
 
-The tuned adapter is made of random deltas, 2 % of the size of the factors, on the model's real principal.
-Each stage is timed several times in turn into fresh files, and medians are compared with copying what the
-stage reads: read and written once, with fsync. Beside the error of the exported LoRA stands that of the
-naive one, the concatenation of the factors without factoring them again, for one layer of every shape. Run
-it alone.
+The tuned adapter has random deltas, 2 % of the size of the factors, on the model's real principal. Each stage
+runs several times into new files, in turn with the others. Its median is compared with the time to copy its
+input: one read and one write with fsync. The script also prints the error of the exported LoRA and of a naive
+one, which concatenates the factors without factoring them again, for one layer of each shape. Run it on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from split import EMBEDDED, Timing, move, watched  # beside this file
+from split import EMBEDDED, Timing, default_rank, move, watched
 
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.reader import open_adapter
@@ -38,11 +38,11 @@ from spectune.ops.rebuild import rebuild
 from spectune.ops.slice import slice
 from spectune.ops.split import split
 
-CHANGE = 0.02  # of the spread of the factors
+CHANGE = 0.02  # standard deviation of the deltas, relative to that of the factors
 
 
 def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
-    """A tuned adapter of random deltas on the frame of a principal."""
+    """Write a tuned adapter with random deltas on the frame of a principal."""
     opened = open_adapter(principal)
     assert isinstance(opened, Adapter)
     with opened:
@@ -63,11 +63,11 @@ def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
     return out
 
 
-Stage = tuple[Callable[[Path], object], tuple[Path, ...]]  # what is done into a file, and what it reads
+Stage = tuple[Callable[[Path], object], tuple[Path, ...]]  # (function that writes a file, its input files)
 
 
 def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> dict[str, Stage]:
-    """What is timed, with the files that it reads."""
+    """Return the stages by title."""
 
     def slices(*words: str) -> Callable[[Path], object]:
         return lambda out: slice([parse_slice(word) for word in words], out)
@@ -91,7 +91,7 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
 
 
 def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[Timing, Timing]]:
-    """Of every stage, its own time and that of copying what it reads."""
+    """Return, for every stage, its own time and the time to copy its input."""
     pair = split(model, folder, rank=rank, with_residual=False)
     tuned = make_tuned(pair.principal, pair.principal_hash, folder / "tuned.safetensors")
     lora = export(tuned, folder / "lora.safetensors").path
@@ -112,7 +112,7 @@ def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[
 
 
 def print_naive(tuned: Path) -> None:
-    """The error of stored factors, factored again and not, in one layer of every shape."""
+    """Print the error of stored factors, factored again or concatenated, for one layer of each shape."""
     print("| store | exported | naive concatenation |\n| --- | ---: | ---: |")
     opened = open_adapter(tuned)
     assert isinstance(opened, TunedAdapter)
@@ -132,7 +132,7 @@ def print_naive(tuned: Path) -> None:
 
 
 def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
-    """[B0+dB, -B0] [A0+dA; A0]: the difference of the products, as it is written down without a thought."""
+    """Return the naive difference of the products: [B0+dB, -B0] [A0+dA; A0]."""
     frame = delta.frame
     tuned = added_to_residual(delta)
     down = torch.cat([tuned.down, frame.down.float()])
@@ -141,22 +141,22 @@ def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
 
 
 def main() -> None:
-    use_huge_pages()  # as the commands do
+    use_huge_pages()  # like the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, nargs="?", default=EMBEDDED)
-    parser.add_argument("--rank", type=int, help="16 for the embedded base, 64 for others if not given")
+    parser.add_argument("--rank", type=int, help="default: 16 for the embedded base, 64 for others")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    rank = args.rank or (16 if args.model == EMBEDDED else 64)
+    rank = args.rank or default_rank(args.model)
     size = args.model.stat().st_size / 1e9
     print(f"{args.model.name}, {size:.2f} GB, rank {rank}, {torch.get_num_threads()} threads\n", flush=True)
-    place = None if args.model == EMBEDDED else args.model.parent
-    with tempfile.TemporaryDirectory(dir=place) as name:
+    folder = None if args.model == EMBEDDED else args.model.parent
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         timings = measure(args.model, rank, args.runs, Path(name))
     print(f"medians of {args.runs}\n")
-    print("| stage | seconds | of copying its input | peak private memory |\n| --- | ---: | ---: | ---: |")
+    print("| stage | seconds | vs. copying its input | peak private memory |\n| --- | ---: | ---: | ---: |")
     for title, (own, copied) in timings.items():
         print(
             f"| {title} | {own.median:.1f} | {own.median / copied.median:.2f} "

@@ -154,19 +154,10 @@ def differences(before: Path, after: Path) -> tuple[list[str], list[str], int]:
     for name in sorted(names[0] & names[1]):
         old, new = read_file(before / name), read_file(after / name)
         count += len(old.tensors)
-        changed = {
-            key
-            for key in old.tensors.keys() | new.tensors.keys()
-            if old.tensors.get(key) != new.tensors.get(key)
-        }
-        wrong += [f"{name}: {key}" for key in sorted(changed)]
-        keys = {
-            key
-            for key in old.metadata.keys() | new.metadata.keys()
-            if old.metadata.get(key) != new.metadata.get(key)
-        }
+        wrong += [f"{name}: {key}" for key in differing_keys(old.tensors, new.tensors)]
         metadata += [
-            f"{name}: {key}: {old.metadata.get(key)} -> {new.metadata.get(key)}" for key in sorted(keys)
+            f"{name}: {key}: {old.metadata.get(key)} -> {new.metadata.get(key)}"
+            for key in differing_keys(old.metadata, new.metadata)
         ]
     return wrong, metadata, count
 

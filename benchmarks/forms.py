@@ -1,9 +1,10 @@
-"""How far training in bfloat16 parameters strays from float32, in the delta and in the residual form.
+"""Difference between training in bfloat16 and in float32 parameters, in the delta and the residual form.
 
     python dev.py bench forms [--steps 120] [--rank 16]
 
-The embedded base, the demo's pictures, the same batches, noise and AdamW for all; only the form and the type
-of the trained tensors differ. Held-out loss on the demo's validation pictures, fixed noise and noise levels.
+All runs use the embedded base, the images of the demo, the same batches, the same noise and AdamW. Only the
+form and the dtype of the trained tensors differ. The validation loss is on the validation images of the demo,
+with fixed noise and noise levels.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 @dataclass(frozen=True)
 class Curve:
-    """Training losses step by step, and the loss on held-out pictures at the end."""
+    """Training losses of all steps, and the validation loss at the end."""
 
     losses: list[float]
-    held_out: float
+    validation_loss: float
     change: float  # Frobenius norm of all trained changes
 
 
@@ -49,7 +50,7 @@ def prepared(form: str, dtype: torch.dtype, rank: int, output: str) -> Run:
             "model": {"base": DEMO / "base.safetensors", "rank": rank, "form": form, "parts": ["unet"]},
             "data": data,
             "loss": {"weighting": "min_snr"},
-            # one that may train bf16 parameters; the steps here are AdamW's
+            # An optimizer that the recipe allows for bf16 parameters; this script takes its steps with AdamW.
             "optimizer": {"name": "prodigy_plus_schedule_free"},
             "run": {"name": "forms", "output": output, "steps": 1, "batch": 16, **precision},
         }
@@ -66,22 +67,22 @@ def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) 
         batch = run.pictures.__getitems__(draws)
         assert batch.latents is not None
         noise = derived_generator(1, "noise", batch.position)
-        question = ask_at_random(run.prediction, batch.latents, noise)
-        answer = run.denoiser(question.noised, question.timestep, batch.captions, batch.time_ids)
-        loss = run.cost(run.prediction, answer, question)
+        model_input = ask_at_random(run.prediction, batch.latents, noise)
+        output = run.denoiser(model_input.noised, model_input.timestep, batch.captions, batch.time_ids)
+        loss = run.cost(run.prediction, output, model_input)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    held_out = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=16)
+    final_loss = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=16)
     changes = [
         tensor.float().norm() for layer in run.injection.layers.values() for tensor in layer.trained_change()
     ]
-    return Curve(losses, held_out, float(torch.stack(changes).norm()))
+    return Curve(losses, final_loss, float(torch.stack(changes).norm()))
 
 
 def gap(curve: Curve, reference: Curve) -> float:
-    """The mean distance of two loss curves."""
+    """Return the mean absolute difference of two loss curves."""
     pairs = zip(curve.losses, reference.losses, strict=True)
     return sum(abs(one - other) for one, other in pairs) / len(reference.losses)
 
@@ -96,17 +97,17 @@ def main() -> None:
     args = parser.parse_args()
     for rate in args.rates:
         print(f"\nAdamW at {rate:g}, {args.steps} steps of 16, rank {args.rank}\n")
-        print("| form | trained in | held-out loss | mean gap to float32 | size of the change |")
+        print("| form | trained in | validation loss | mean gap to float32 | norm of the change |")
         print("| --- | --- | ---: | ---: | ---: |")
         for form in ("delta", "residual"):
-            found: dict[torch.dtype, Curve] = {}
+            curves: dict[torch.dtype, Curve] = {}
             for dtype in (torch.float32, torch.bfloat16):
-                found[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
-                curve = found[dtype]
+                curves[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
+                curve = curves[dtype]
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"| {form} | {name} | {curve.held_out:.5f} | {gap(curve, found[torch.float32]):.2e} "
-                    f"| {curve.change:.3f} |",
+                    f"| {form} | {name} | {curve.validation_loss:.5f} "
+                    f"| {gap(curve, curves[torch.float32]):.2e} | {curve.change:.3f} |",
                     flush=True,
                 )
 

@@ -1,10 +1,11 @@
-"""A checkpoint with the names, shapes and spectra of a trained SDXL and none of its knowledge.
+"""Write an untrained checkpoint with the names, shapes and spectra of a trained SDXL.
 
     python benchmarks/make_checkpoint.py model.safetensors                 6.9 GB in float16
     python benchmarks/make_checkpoint.py small.safetensors --size mid      all 2515 tensors, a quarter as wide
 
-Every layer that can be factored gets singular values as trained weights have them and random singular
-vectors; the rest is small noise. The same seed gives the same bytes; less than 1 GB of memory is used.
+Every layer that can be factored gets singular values like those of trained weights and random singular
+vectors; all other tensors are small noise. The same seed gives the same bytes. It uses less than 1 GB of
+memory.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ KEYS = Path(__file__).resolve().parents[1] / "tests" / "data" / "sdxl_keys.tsv.g
 Size = Literal["full", "mid", "narrow"]
 
 SLOWEST, FASTEST = 0.3, 0.5  # decay of singular values in trained weights, s_i ~ i^-a
-HEAD = 4.0  # directions over which the surplus of the leading ones fades by e
-KNEE = 0.2  # where the flat tail begins, as a share of the singular values
-TAIL_END = 0.6  # the last singular value over the one at the knee
-RANK = 64  # the rank at which the share of energy is set
-NORM_SPREAD, SMALL = 0.1, 0.02  # of norms around 1; of biases, embeddings and the autoencoder around 0
-CHUNK_NUMBERS = 1 << 21  # rotated at once
+HEAD = 4.0  # directions after which the gain of the leading ones falls by a factor e
+KNEE = 0.2  # start of the flat tail, as a share of the singular values
+TAIL_END = 0.6  # the last singular value relative to the one at the knee
+RANK = 64  # the rank for which the share of energy is set
+NORM_SPREAD, SMALL = 0.1, 0.02  # deviation of norms around 1; of biases, embeddings and the VAE around 0
+CHUNK_VALUES = 1 << 21  # rotated at a time
 
 
 def read_keys(path: Path = KEYS) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of the SDXL base checkpoint."""
+    """Return the names and shapes of all tensors of the SDXL base checkpoint."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()[1:]
     return {name: _shape(text) for name, text in (line.split("\t") for line in lines)}
 
@@ -57,7 +58,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def layout_of_size(size: Size) -> Layout:
-    """SDXL itself, or its full depth with narrower layers."""
+    """Return the layout of SDXL, or its full depth with narrower layers."""
     infos = {name: TensorInfo(name, torch.float16, shape) for name, shape in read_keys().items()}
     full = layout_of(infos)
     assert full.vae is not None
@@ -94,7 +95,7 @@ def layout_of_size(size: Size) -> Layout:
 
 
 def tensors_of(layout: Layout, dtype: torch.dtype) -> list[TensorInfo]:
-    """The tensors of a single file of this layout; shapes as diffusers and transformers build them."""
+    """Return the tensors of a single file of this layout; diffusers and transformers define the shapes."""
     assert layout.vae is not None
     with torch.device("meta"):
         states = (
@@ -110,48 +111,48 @@ def tensors_of(layout: Layout, dtype: torch.dtype) -> list[TensorInfo]:
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers of their own for each tensor, so that the order of writing does not matter."""
+    """Return a generator for one tensor, so the values do not depend on the order of writing."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values in three pieces: leading directions that stand out, i^-decay, a flat tail."""
+    """Singular values in three sections: amplified leading directions, i^-decay, a flat tail."""
 
     count: int
     decay: float  # 0.3..0.5
-    gain: float  # how far the first one stands out: s_1 = 1 + gain
+    gain: float  # of the first direction: s_1 = 1 + gain
 
     def values(self) -> Tensor:
-        """Singular values in float64, the largest first."""
+        """Return the singular values in float64, the largest first."""
         index = torch.arange(1, self.count + 1, dtype=torch.float64)
         knee = max(int(KNEE * self.count), 1)
-        # the value at the knee once, so that no two are equal
+        # The value at the knee occurs once, so no two values are equal.
         fall = torch.linspace(1, TAIL_END, self.count - knee + 1, dtype=torch.float64)
         tail = torch.cat([torch.ones(knee - 1, dtype=torch.float64), fall])
         plain = index.clamp(max=knee) ** -self.decay * tail
         return plain * (1 + self.gain * torch.exp(-(index - 1) / HEAD))
 
     def share(self, rank: int = RANK) -> float:
-        """The share of the energy that the first `rank` directions hold, 0..1."""
+        """Return the share of the energy in the first `rank` directions, 0..1."""
         energy = self.values().square()
         return float(energy[:rank].sum() / energy.sum())
 
 
 def trained_spectrum(count: int, decay: float) -> Spectrum:
-    """The spectrum whose first 64 directions hold 0.6 of the energy, less where the decay is slow.
+    """Return the spectrum with about 0.6 of the energy in the first 64 directions.
 
-    0.55 at i^-0.3 to 0.65 at i^-0.5. Decay alone gives 0.25 to 0.55 of it for 1280 singular values, and the
-    difference is what a few leading directions have more. A layer of a few hundred passes the mark by itself.
+    The share is 0.55 at i^-0.3 and 0.65 at i^-0.5. With 1280 singular values, decay alone gives 0.25 to 0.55;
+    the gain of a few leading directions adds the rest. With a few hundred values, decay alone is enough.
     """
-    wanted = 0.55 + 0.1 * (decay - SLOWEST) / (FASTEST - SLOWEST)
+    target = 0.55 + 0.1 * (decay - SLOWEST) / (FASTEST - SLOWEST)
     low, high = 0.0, 100.0
-    if Spectrum(count, decay, low).share() >= wanted:
+    if Spectrum(count, decay, low).share() >= target:
         return Spectrum(count, decay, low)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if Spectrum(count, decay, middle).share() > wanted else (middle, high)
+        low, high = (low, middle) if Spectrum(count, decay, middle).share() > target else (middle, high)
     return Spectrum(count, decay, high)
 
 
@@ -162,7 +163,7 @@ def layer_spectrum(layer: Layer, seed: int) -> Spectrum:
 
 
 def hartley(rows: Tensor) -> Tensor:
-    """The orthogonal transform sum_k x_k (cos + sin)(2 pi j k / n) / sqrt(n) of each row; its own inverse."""
+    """Return the Hartley transform of each row, sum_k x_k (cos + sin)(2 pi j k / n) / sqrt(n)."""
     half = torch.fft.rfft(rows, norm="ortho")
     count = rows.shape[-1]
     mirrored = (half.real + half.imag)[:, 1 : (count + 1) // 2].flip(-1)
@@ -171,9 +172,10 @@ def hartley(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A random orthogonal matrix: two Hartley transforms between random signs and a random order.
+    """A random orthogonal matrix: two Hartley transforms with random signs and a random permutation.
 
-    As dense and without pattern as one from a QR factorisation, for n log n instead of n**2 operations a row.
+    It is as dense and unstructured as the Q of a QR factorization, for n log n instead of n**2 operations
+    per row.
     """
 
     signs: Tensor  # (3, n), each 1 or -1
@@ -185,17 +187,17 @@ class Rotation:
         return cls(signs, torch.randperm(n, generator=generator))
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Each row, of n numbers, rotated."""
+        """Return each row of n values, rotated."""
         once = hartley(rows * self.signs[0])
         return hartley(once[:, self.order] * self.signs[1]) * self.signs[2]
 
 
 def weight_with(spectrum: Tensor, shape: tuple[int, int], generator: torch.Generator, out: Tensor) -> None:
-    """Fill `out`, a matrix of `shape`, with U diag(spectrum) V^T, U and V random with orthonormal columns."""
+    """Fill `out`, a matrix of `shape`, with U diag(spectrum) V^T; U and V are random and orthonormal."""
     small, large = min(shape), max(shape)
     inner, outer = Rotation.random(small, generator), Rotation.random(large, generator)
     square = inner.apply(torch.diag(spectrum.float())).T
-    step = max(CHUNK_NUMBERS // large, 1)
+    step = max(CHUNK_VALUES // large, 1)
     target = out if shape[0] <= shape[1] else out.T
     for begin in range(0, small, step):
         rows = square[begin : begin + step]
@@ -206,7 +208,7 @@ def weight_with(spectrum: Tensor, shape: tuple[int, int], generator: torch.Gener
 def layer_matrix(layer: Layer, seed: int, out: Tensor) -> None:
     """Fill `out` (out, in * kh * kw) with the weight of a layer."""
     generator = generator_of(seed, layer.name)
-    # what the weights of SDXL have, from layer to layer
+    # The range of the standard deviations in SDXL's layers.
     std = 0.02 + 0.02 * float(torch.rand((), generator=generator))
     values = layer_spectrum(layer, seed).values()
     shape = (layer.out_features, layer.in_features)
@@ -215,7 +217,7 @@ def layer_matrix(layer: Layer, seed: int, out: Tensor) -> None:
 
 
 def other_tensor(info: TensorInfo, seed: int) -> Tensor:
-    """A tensor that is not factored: norms near 1, all else near 0."""
+    """Return a tensor that is not factored: norms near 1, everything else near 0."""
     if info.name.endswith("position_ids"):
         return torch.arange(info.numel, dtype=info.dtype).reshape(info.shape)
     if info.name.endswith("logit_scale"):
@@ -226,7 +228,7 @@ def other_tensor(info: TensorInfo, seed: int) -> Tensor:
 
 
 def make_tensor(info: TensorInfo, layers: Sequence[Layer], seed: int) -> Tensor:
-    """One tensor of the file; `layers` are those it holds, none where it is not factored."""
+    """Return one tensor of the file; `layers` are the layers in it, none if it is not factored."""
     if not layers:
         return other_tensor(info, seed)
     tensor = torch.empty(info.shape, dtype=info.dtype)
@@ -253,16 +255,17 @@ def write_checkpoint(
 
 
 def print_shares(catalogue: Catalogue, seed: int) -> None:
-    """The energy of the first 64 directions, by the size of layer."""
+    """Print the energy of the first 64 directions, by the size of the layer."""
     sizes = sorted({layer.full_rank for layer in catalogue if layer.full_rank > RANK})
     print(f"| singular values | layers | energy of the first {RANK} | at i^-{SLOWEST} | at i^-{FASTEST} |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for size in sizes:
-        found = [layer_spectrum(layer, seed) for layer in catalogue if layer.full_rank == size]
-        by_decay = sorted(found, key=lambda spectrum: spectrum.decay)
-        mean = statistics.mean(spectrum.share() for spectrum in found)
+        spectra = [layer_spectrum(layer, seed) for layer in catalogue if layer.full_rank == size]
+        by_decay = sorted(spectra, key=lambda spectrum: spectrum.decay)
+        mean = statistics.mean(spectrum.share() for spectrum in spectra)
         print(
-            f"| {size} | {len(found)} | {mean:.1%} | {by_decay[0].share():.1%} | {by_decay[-1].share():.1%} |"
+            f"| {size} | {len(spectra)} | {mean:.1%} "
+            f"| {by_decay[0].share():.1%} | {by_decay[-1].share():.1%} |"
         )
 
 
@@ -283,9 +286,7 @@ def main() -> None:
     parser.add_argument("--size", choices=get_args(Size), default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="overwrite the file")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="more only pay on a machine that does nothing else"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="more than 1 helps only on an idle machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     catalogue = write_checkpoint(

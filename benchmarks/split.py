@@ -1,14 +1,14 @@
-"""How long split, verify and rebuild take beside moving the bytes, and our factors beside those of others.
+"""Benchmark of split, verify and rebuild against a plain copy, and of the factors against other libraries.
 
     python dev.py bench split                                  on the embedded base, in seconds
-    python dev.py bench split model.safetensors                on a checkpoint of yours, at rank 64
-    python dev.py bench split model.safetensors --peers        also LyCORIS, torch and PEFT, for minutes
+    python dev.py bench split model.safetensors                on your own checkpoint, at rank 64
+    python dev.py bench split model.safetensors --peers        also LyCORIS, torch and PEFT, takes minutes
 
-`benchmarks/make_checkpoint.py` makes a full-size checkpoint to run it on. Every stage is timed several times
-in turn, each time into fresh files, and the medians are compared. "moving the bytes" reads the model and
-writes as many bytes as the two files of a split have, with fsync and no arithmetic. Peers are timed on one
-layer of every distinct shape, times the number of such layers. Run it alone: other load slows arithmetic
-several times.
+`benchmarks/make_checkpoint.py` writes a full-size checkpoint for this benchmark. Every stage runs several
+times into new files, in turn with the others, and the medians are compared. "moving the bytes" reads the
+model and writes as many bytes as the two files of a split have, with fsync and no arithmetic. Peers are timed
+on one layer of each shape, and the time is multiplied by the number of such layers. Run it on an idle
+machine: other load slows arithmetic several times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass
 class Timing:
-    """What was measured of one stage."""
+    """Seconds of all runs of a stage, and its peak memory."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -55,8 +55,12 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+def default_rank(model: Path) -> int:
+    return 16 if model == EMBEDDED else 64
+
+
 def move(model: Path, folder: Path, sizes: list[int]) -> None:
-    """Read a file and write others of given sizes, with fsync; no file system can share the blocks."""
+    """Read a file and write others of given sizes, with fsync, so that no file system can share blocks."""
     with model.open("rb") as read:
         for index, size in enumerate(sizes):
             with (folder / f"moved{index}").open("wb") as written:
@@ -72,14 +76,14 @@ def move(model: Path, folder: Path, sizes: list[int]) -> None:
 
 
 def private_bytes() -> int:
-    """Memory of this process that is no page cache of a file."""
+    """Return the memory of this process without the page cache of files."""
     memory = psutil.Process().memory_info()
     return memory.rss - getattr(memory, "shared", 0)
 
 
 @contextmanager
 def watched(timing: Timing) -> Iterator[None]:
-    """Time what happens inside and watch its memory."""
+    """Add the time and the peak memory of the body to `timing`."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -98,7 +102,7 @@ def watched(timing: Timing) -> Iterator[None]:
 def stages(
     model: Path, folder: Path, rank: int, dtype: torch.dtype | None
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, in the order in which each stage finds its input."""
+    """Return the stages by title; each one reads output of earlier ones."""
     principal = folder / f"{model.stem}.principal-r{rank}.safetensors"
     residual = folder / f"{model.stem}.residual.safetensors"
     return {
@@ -131,11 +135,11 @@ def measure(
 
 @dataclass(frozen=True)
 class Factored:
-    """A rank-r approximation: energy captured and how much more is left over than must be."""
+    """A rank-r approximation: its time and its error."""
 
     seconds: float
-    energy: float
-    excess: float
+    energy: float  # share of the squared norm, 0..1
+    excess: float  # norm of the remainder relative to that of the best approximation, minus 1
 
 
 def lycoris(weight: Tensor, rank: int) -> Tensor:
@@ -198,44 +202,44 @@ def one_of_each_shape(model: Checkpoint) -> list[tuple[Layer, int]]:
 def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
     with open_checkpoint(path) as model:
         shapes = one_of_each_shape(model)
-        print(f"\nfactors alone, one layer of each of {len(shapes)} shapes times their number, rank {rank}\n")
+        print(f"\nfactors only, one layer of each of {len(shapes)} shapes times their number, rank {rank}\n")
         print(
-            "| method | seconds | of our whole split | energy | worst excess |\n"
+            "| method | seconds | vs. our whole split | energy | worst excess |\n"
             "| --- | ---: | ---: | ---: | ---: |"
         )
         for title, method in PEERS.items():
-            found = [
+            results = [
                 (factored(method, layer_weight(model, layer).float(), rank, runs), n) for layer, n in shapes
             ]
-            seconds = sum(one.seconds * count for one, count in found)
-            energy = sum(one.energy * count for one, count in found) / sum(count for _, count in found)
+            seconds = sum(one.seconds * count for one, count in results)
+            energy = sum(one.energy * count for one, count in results) / sum(count for _, count in results)
             print(
                 f"| {title} | {seconds:.0f} | {seconds / split_seconds:.2f} | {energy:.2%} "
-                f"| {max(one.excess for one, _ in found):.1e} |",
+                f"| {max(one.excess for one, _ in results):.1e} |",
                 flush=True,
             )
 
 
 def main() -> None:
-    use_huge_pages()  # as the commands do
+    use_huge_pages()  # like the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, nargs="?", default=EMBEDDED)
-    parser.add_argument("--rank", type=int, help="16 for the embedded base, 64 for others if not given")
+    parser.add_argument("--rank", type=int, help="default: 16 for the embedded base, 64 for others")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer-runs", type=int, default=1)
     parser.add_argument("--exact", action="store_true", help="with a float32 residual")
-    parser.add_argument("--peers", action="store_true", help="also time the SVDs of others")
+    parser.add_argument("--peers", action="store_true", help="also time the SVDs of other libraries")
     args = parser.parse_args()
-    rank = args.rank or (16 if args.model == EMBEDDED else 64)
+    rank = args.rank or default_rank(args.model)
     dtype = torch.float32 if args.exact else None
     timings, report = measure(args.model, rank, args.runs, dtype)
     moved = timings["moving the bytes"].median
     size = args.model.stat().st_size / 1e9
     threads = torch.get_num_threads()
     print(f"{args.model.name}, {size:.2f} GB, rank {rank}, {threads} threads, medians of {args.runs}\n")
-    print("| stage | seconds | of moving the bytes | peak private memory |\n| --- | ---: | ---: | ---: |")
+    print("| stage | seconds | vs. moving the bytes | peak private memory |\n| --- | ---: | ---: | ---: |")
     for title, timing in timings.items():
         print(
             f"| {title} | {timing.median:.1f} | {timing.median / moved:.2f} "

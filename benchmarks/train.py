@@ -1,11 +1,11 @@
-"""A training step beside LyCORIS and PEFT: same network, modules, rank, batch, loop and optimiser.
+"""Benchmark of a training step against LyCORIS and PEFT: same network, modules, rank, batch and optimizer.
 
     python dev.py bench train                       a tiny and a mid-size UNet, with and without checkpointing
     python dev.py bench train --sizes tiny --rounds 1
 
-Every variant runs in a process of its own, in turn with the others, so that its peak memory is its own and a
-slow minute of the machine meets all. Seconds are medians over the steps of all rounds. Random weights: only
-arithmetic is timed. Run it alone.
+Every variant runs in its own process, which has its own peak memory. The variants take turns, so that a slow
+minute of the machine affects all of them. Seconds are medians over the steps of all rounds. The weights are
+random; only arithmetic is timed. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "demo" / "base.safetensors"
 
 @dataclass(frozen=True)
 class Size:
-    """A UNet and what it is trained on."""
+    """A UNet, its batch and its rank."""
 
     layout: Layout
-    latents: int  # edge
+    latents: int  # length of an edge
     batch: int
     rank: int
 
 
 def tiny() -> Size:
-    """The embedded base."""
+    """Return the size of the embedded base."""
     with open_checkpoint(EMBEDDED) as base:
         return Size(infer_layout(base), latents=16, batch=16, rank=8)
 
 
 def mid() -> Size:
-    """SDXL's depth at a quarter of its widths; rank 16 of 320 is what rank 64 is of 1280."""
+    """Return SDXL's depth at a quarter of its widths; rank 16 of 320 corresponds to rank 64 of 1280."""
     return Size(layout_of_size("mid"), latents=32, batch=2, rank=16)
 
 
@@ -164,8 +164,8 @@ def measure(variant: str, size: Size, *, checkpointing: bool, steps: int) -> Mea
     ready, seconds = peak_memory(), []
     for _ in range(steps):
         began = time.perf_counter()
-        answer: Tensor = unet(x, times, text, added_cond_kwargs=added).sample
-        (answer - x).square().mean().backward()
+        output: Tensor = unet(x, times, text, added_cond_kwargs=added).sample
+        (output - x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
@@ -186,19 +186,20 @@ def in_own_process(variant: str, size: str, *, checkpointing: bool, steps: int) 
 
 
 def table(size: str, *, checkpointing: bool, steps: int, rounds: int) -> None:
-    found: dict[str, list[Measured]] = {variant: [] for variant in VARIANTS}
+    results: dict[str, list[Measured]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:
-            found[variant].append(in_own_process(variant, size, checkpointing=checkpointing, steps=steps))
-    about = SIZES[size]()
-    how = f"{'with' if checkpointing else 'without'} gradient checkpointing"
-    shape = f"batch {about.batch}, {about.latents}x{about.latents} latents, rank {about.rank}"
-    print(f"\n{size}: {shape}, {how}, medians of {rounds}x{steps - 1} steps\n")
-    print("| variant | trained | s/step | of PEFT | peak memory | of PEFT |")
+            result = in_own_process(variant, size, checkpointing=checkpointing, steps=steps)
+            results[variant].append(result)
+    setup = SIZES[size]()
+    mode = f"{'with' if checkpointing else 'without'} gradient checkpointing"
+    shape = f"batch {setup.batch}, {setup.latents}x{setup.latents} latents, rank {setup.rank}"
+    print(f"\n{size}: {shape}, {mode}, medians of {rounds}x{steps - 1} steps\n")
+    print("| variant | trained | s/step | vs. PEFT | peak memory | vs. PEFT |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    seconds = {v: statistics.median([s for one in m for s in one.seconds]) for v, m in found.items()}
-    peaks = {v: statistics.median([one.peak_bytes for one in m]) for v, m in found.items()}
-    for variant, measured in found.items():
+    seconds = {v: statistics.median([s for one in m for s in one.seconds]) for v, m in results.items()}
+    peaks = {v: statistics.median([one.peak_bytes for one in m]) for v, m in results.items()}
+    for variant, measured in results.items():
         print(
             f"| {variant} | {measured[0].trained / 1e6:.2f} M | {seconds[variant]:.3f} "
             f"| {seconds[variant] / seconds['PEFT LoRA']:.2f} | {peaks[variant] / 1e9:.2f} GB "

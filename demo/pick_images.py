@@ -1,10 +1,10 @@
-"""Pick the demo's 3D pictures: 120 to train on and 40 held out, with captions, in kohya layout.
+"""Copy the 3D images of the demo: 120 for training and 40 for validation, with captions, in kohya layout.
 
     python demo/pick_images.py --flat fluent_flat.tar --three-d fluent_3d.tar
 
-Both archives hold 128 px WebP pictures on white, rasterised from the npm packages fluentui-emoji 1.3.0 and
+Both archives contain 128 px WebP images on white, rasterized from the npm packages fluentui-emoji 1.3.0 and
 @lobehub/fluent-emoji-3d 1.1.0 (MIT, Copyright (c) Microsoft Corporation). Only subjects that exist in both
-styles are taken, in the order of the SHA-256 of their names, so the choice is arbitrary but always the same.
+styles are used, ordered by the SHA-256 of their names. The choice is arbitrary but reproducible.
 """
 
 from __future__ import annotations

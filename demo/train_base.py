@@ -1,11 +1,11 @@
-"""Train the embedded default from nothing: a tiny but complete SDXL on Microsoft's Fluent emoji.
+"""Train the embedded base from scratch: a tiny but complete SDXL on Microsoft's Fluent emoji.
 
     python demo/train_base.py --flat fluent_flat.tar --three-d fluent_3d.tar --work base_run
 
-The two archives hold 128 px WebP images on white with a caption beside each (`cat.webp`, `cat.txt`),
-rasterised from the npm packages fluentui-emoji 1.3.0 and @lobehub/fluent-emoji-3d 1.1.0 (MIT, Copyright (c)
-Microsoft Corporation). The autoencoder sees both styles, the UNet and the text encoders only the flat one.
-Each stage keeps a checkpoint in the work folder and continues from it; the last one writes base.safetensors.
+The two archives contain 128 px WebP images on white, each with a caption (`cat.webp`, `cat.txt`), rasterized
+from the npm packages fluentui-emoji 1.3.0 and @lobehub/fluent-emoji-3d 1.1.0 (MIT, Copyright (c) Microsoft
+Corporation). The VAE is trained on both styles, the UNet and the text encoders only on the flat one. Each
+stage saves a checkpoint in the work folder and resumes from it. The last stage writes base.safetensors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from spectune.sdxl.layout import Layout, TextLayout, UNetLayout, VaeLayout, hint
 from spectune.sdxl.state_dicts import single_file_tensors
 
 PIXELS = 64
-BATCH = 64  # of the denoiser
-SDXL_SCALE = 0.13025  # the autoencoder is rescaled at the end so that SDXL's own factor holds
+BATCH = 64  # batch size of the denoiser
+SDXL_SCALE = 0.13025  # the VAE is rescaled at the end to SDXL's own factor
 
 _TEXT = {"layers": 3, "vocab": 49408, "context": 77}
 _TE1 = TextLayout(width=32, heads=4, mlp=128, projection=None, activation="quick_gelu", **_TEXT)
@@ -67,7 +67,7 @@ class Picture:
 
 
 def read_pictures(archive: Path) -> list[Picture]:
-    """All captioned pictures of a tar archive, scaled to 64 px, in the order of their names."""
+    """Read all captioned images of a tar archive, scaled to 64 px, in the order of their names."""
     with tarfile.open(archive) as tar:
         members = {m.name: m for m in tar.getmembers() if m.isfile()}
         images = sorted(name for name in members if name.endswith(".webp"))
@@ -101,7 +101,7 @@ class Denoiser(torch.nn.Module):
 
 
 class Average:
-    """Exponential moving average of a module's parameters, with a short memory at the start."""
+    """Exponential moving average of a module's parameters, with a smaller decay at the start."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
@@ -114,12 +114,12 @@ class Average:
 
 
 def rate(step: int, steps: int, peak: float, warmup_steps: int = 200) -> float:
-    """Learning rate: linear warm-up, constant, linear decay over the last third."""
+    """Return the learning rate: linear warm-up, constant, linear decay over the last third."""
     return peak * min((step + 1) / warmup_steps, 1.0, 3 * (steps - step) / steps)
 
 
 class Run:
-    """One stage: a module, its average and optimiser, kept in a file and continued from it."""
+    """One stage: a module, its average and its optimizer, saved to a file and resumed from it."""
 
     def __init__(self, module: torch.nn.Module, file: Path, steps: int, peak: float, decay: float) -> None:
         self.module, self.file, self.steps, self.peak = module, file, steps, peak
@@ -166,14 +166,14 @@ class Run:
 
 
 def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
-    """PSNR in dB of reconstructions of pixels in -1..1 (peak to peak 2)."""
+    """Return the PSNR in dB of reconstructions of pixels in -1..1 (peak to peak 2)."""
     with torch.no_grad():
         out = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     return 10 * math.log10(4 / F.mse_loss(out, pixels).item())
 
 
 def crops(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Random crops (batch, 3, size, size), mirrored half of the time; mostly off the white margin."""
+    """Return random crops (batch, 3, size, size), half of them mirrored, mostly without the white margin."""
     low, high = (0, PIXELS - size) if size == PIXELS else (4, PIXELS - size - 4)
     offsets = torch.randint(low, high + 1, (len(pixels), 2), generator=generator).tolist()
     cut = [p[:, top : top + size, left : left + size] for p, (top, left) in zip(pixels, offsets, strict=True)]
@@ -182,7 +182,7 @@ def crops(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def train_vae(pictures: list[Picture], work: Path, steps: int) -> AutoencoderKL:
-    """Autoencoder on random 32 px crops, on whole images for the last quarter."""
+    """Train the VAE on random 32 px crops, and on whole images for the last fifth of the steps."""
     pixels = torch.stack([p.pixels for p in pictures])
     vae = new_vae(LAYOUT.vae).to(memory_format=torch.channels_last)
     run = Run(vae, work / "vae.pt", steps, peak=2e-3, decay=0.998)
@@ -204,7 +204,7 @@ def train_vae(pictures: list[Picture], work: Path, steps: int) -> AutoencoderKL:
 
 
 def rescale_latents(vae: AutoencoderKL, pixels: Tensor) -> AutoencoderKL:
-    """Scale the 1x1 convolutions around the latents so that latents * 0.13025 have unit variance."""
+    """Scale the 1x1 convolutions around the latents to unit variance of latents * 0.13025."""
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pixels.split(64)])
         factor = 1 / (SDXL_SCALE * latents.std())
@@ -217,14 +217,14 @@ def rescale_latents(vae: AutoencoderKL, pixels: Tensor) -> AutoencoderKL:
 
 
 def encode_all(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Means and standard deviations of all latents, float32 (images, 2, 4, 16, 16), already scaled."""
+    """Return mean and standard deviation of all scaled latents, float32 (images, 2, 4, 16, 16)."""
     with torch.no_grad():
         posteriors = [vae.encode(chunk).latent_dist for chunk in pixels.split(64)]
     return SDXL_SCALE * torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors])
 
 
 def train_denoiser(pictures: list[Picture], vae: AutoencoderKL, work: Path, steps: int) -> Denoiser:
-    """EPS objective with min-SNR weighting (gamma 5), a tenth of the captions dropped."""
+    """Train with the EPS objective and min-SNR weighting (gamma 5); a tenth of the captions is dropped."""
     latents = encode_all(vae, torch.stack([p.pixels for p in pictures]))
     ids = tokenize([p.caption for p in pictures] + [""])
     denoiser = Denoiser()
@@ -260,15 +260,15 @@ def train_denoiser(pictures: list[Picture], vae: AutoencoderKL, work: Path, step
 
 
 def random_time_ids(batch: int, generator: torch.Generator) -> Tensor:
-    """SDXL's six sizes: any square original of 64 to 256 px, no crop, 64 px target."""
+    """Return SDXL's six sizes: a random square original of 64 to 256 px, no crop, 64 px target."""
     original = torch.randint(PIXELS, 4 * PIXELS + 1, (batch, 1), generator=generator).expand(-1, 2)
     fixed = torch.tensor([0, 0, PIXELS, PIXELS]).expand(batch, -1)
     return torch.cat([original, fixed], dim=1).float()
 
 
 @torch.no_grad()
-def forget_unseen_tokens(denoiser: Denoiser, captions: list[str]) -> None:
-    """Zero the embeddings of tokens that no caption has: they still hold their random start."""
+def zero_unseen_tokens(denoiser: Denoiser, captions: list[str]) -> None:
+    """Set the embeddings of tokens that occur in no caption to zero; they still have random values."""
     ids = tokenize([*captions, ""])
     for encoder, seen in ((denoiser.te1, ids.te1), (denoiser.te2, ids.te2)):
         weight = encoder.get_input_embeddings().weight
@@ -277,14 +277,17 @@ def forget_unseen_tokens(denoiser: Denoiser, captions: list[str]) -> None:
 
 
 def write_base(denoiser: Denoiser, vae: AutoencoderKL, path: Path) -> None:
-    """One fp16 file in SDXL's single-file spelling; what its tensors cannot tell goes into the metadata."""
+    """Write an fp16 file in SDXL's single-file spelling; the metadata adds what tensors cannot declare."""
     parts = (denoiser.unet, denoiser.te1, denoiser.te2, vae)
     tensors = single_file_tensors(LAYOUT, *(part.state_dict() for part in parts))
     halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     provenance = Provenance(role=Role.MODEL, prediction="eps")
-    licence = {"license": "MIT: trained on Fluent Emoji, Copyright (c) Microsoft Corporation"}
+    license_entry = {"license": "MIT: trained on Fluent Emoji, Copyright (c) Microsoft Corporation"}
     write_tensors(
-        path, halves, metadata={**provenance.to_metadata(), **hints_metadata(LAYOUT), **licence}, force=True
+        path,
+        halves,
+        metadata={**provenance.to_metadata(), **hints_metadata(LAYOUT), **license_entry},
+        force=True,
     )
 
 
@@ -307,7 +310,7 @@ def main() -> None:
     vae = train_vae(both, args.work, args.vae_steps)
     vae = rescale_latents(vae, torch.stack([p.pixels for p in flat]))
     denoiser = train_denoiser(flat, vae, args.work, args.steps)
-    forget_unseen_tokens(denoiser, [picture.caption for picture in flat])
+    zero_unseen_tokens(denoiser, [picture.caption for picture in flat])
     write_base(denoiser, vae, args.work / "base.safetensors")
 
 

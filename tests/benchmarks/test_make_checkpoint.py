@@ -1,4 +1,4 @@
-"""The checkpoint that benchmarks run on: SDXL's names and shapes, and the spectra it was asked for."""
+"""The checkpoint for benchmarks has SDXL's names and shapes, and the expected spectra."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.layouts import FULL
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of tiny transforms, each shorter than the wait for a second thread on a busy machine."""
+    """Use one thread: there are thousands of transforms, each shorter than the wait for a second thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def test_every_size_has_the_names_of_sdxl() -> None:
         assert len(build_catalogue(tensors_of(layout_of_size(size), torch.float16))) == 1052
 
 
-def test_it_is_read_as_the_layout_it_was_made_for(narrow: Path) -> None:
+def test_its_layout_can_be_read(narrow: Path) -> None:
     with open_checkpoint(narrow) as source:
         assert infer_layout(source) == NARROW
         root = "conditioner.embedders."
@@ -87,18 +87,18 @@ def test_the_same_seed_gives_the_same_bytes(narrow: Path, tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_other_types(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "other.safetensors"
     write_checkpoint(path, "narrow", dtype, seed=0)
     with open_checkpoint(path) as source:
-        types = {info.dtype for info in source.tensors.values()}
-        assert types == {dtype, torch.int64}
+        dtypes = {info.dtype for info in source.tensors.values()}
+        assert dtypes == {dtype, torch.int64}
         name = "model.diffusion_model.middle_block.1.proj_in.weight"
         assert 0.015 < float(source.load(name).float().std()) < 0.045
 
 
 def layers_of_all_kinds(catalogue: Catalogue) -> list[str]:
-    """A linear layer, one of a fused tensor, a tall one, a 1x1 and a 3x3 convolution, an embedding."""
+    """Return a linear layer, one of a fused tensor, a tall one, a 1x1 and a 3x3 convolution, an embedding."""
     names = [
         "unet.middle_block.1.proj_in",
         "unet.middle_block.1.transformer_blocks.0.ff.net.0.proj",
@@ -112,15 +112,15 @@ def layers_of_all_kinds(catalogue: Catalogue) -> list[str]:
     return names
 
 
-def test_layers_have_the_spectrum_asked_for(narrow: Path) -> None:
-    """The exact SVD of the file, in float32."""
+def test_layers_have_the_expected_spectrum(narrow: Path) -> None:
+    """Compare with the exact SVD of the float32 file."""
     with open_checkpoint(narrow) as source:
         catalogue = build_catalogue(source, all_layers=True)
         for name in layers_of_all_kinds(catalogue):
             layer = catalogue.by_name[name]
             found = torch.linalg.svdvals(layer_weight(source, layer).flatten(1).double())
-            asked = layer_spectrum(layer, seed=3).values()
-            torch.testing.assert_close(found / found[0], asked / asked[0], rtol=1e-5, atol=1e-6)
+            expected = layer_spectrum(layer, seed=3).values()
+            torch.testing.assert_close(found / found[0], expected / expected[0], rtol=1e-5, atol=1e-6)
             std = float(found.norm()) / (layer.out_features * layer.in_features) ** 0.5
             assert 0.02 <= std <= 0.04
             other = layer_spectrum(layer, seed=4).values()
@@ -129,7 +129,7 @@ def test_layers_have_the_spectrum_asked_for(narrow: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(96, 96), (160, 75), (30, 2 * 3 * 49)])
 def test_singular_vectors_are_dense_and_orthonormal(shape: tuple[int, int]) -> None:
-    """As spread out as Gaussian ones: the fourth moment of an entry is 3 times its squared second moment."""
+    """Expect entries like Gaussian ones: the fourth moment is 3 times the squared second moment."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(shape)
     small = min(shape)
@@ -141,7 +141,7 @@ def test_singular_vectors_are_dense_and_orthonormal(shape: tuple[int, int]) -> N
         size = vectors.shape[1]
         assert float(vectors.abs().max()) < 6 / size**0.5
         assert float(vectors.pow(4).mean()) * size**2 == pytest.approx(3, rel=0.15)
-        # neighbours are no shifted copies of each other, as those of one transform with one set of signs are
+        # Neighbors are not shifted copies of each other, as one transform with one set of signs gives.
         shifts = torch.fft.ifft(torch.fft.fft(vectors[0]).conj() * torch.fft.fft(vectors[1])).real
         assert float(shifts.abs().max()) < 6 / size**0.5
 
@@ -153,14 +153,14 @@ def test_a_rotation_is_orthogonal(size: int) -> None:
 
 
 def test_the_share_of_energy() -> None:
-    """Measured on trained weights: about 0.6 in the first 64 directions of layers of 384 to 1536."""
+    """As measured on trained weights: about 0.6 in the first 64 directions of layers of 384 to 1536."""
     for count in (640, 768, 1280):
         for decay, share in ((0.3, 0.55), (0.4, 0.6), (0.5, 0.65)):
             spectrum = trained_spectrum(count, decay)
             assert spectrum.share() == pytest.approx(share, abs=1e-6)
             values = spectrum.values()
             assert bool((values.diff() < 0).all())
-            # around rank 64 the plain power law, behind it hardly any decay
+            # Around rank 64 the plain power law, after it almost no decay.
             assert float(values[79] / values[63]) == pytest.approx((80 / 64) ** -decay, rel=1e-5)
             assert 0.6 <= float(values[-1] / values[count // 4]) < 1
             assert Spectrum(count, decay, spectrum.gain * 1.01).share() > share
