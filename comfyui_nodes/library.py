@@ -1,4 +1,4 @@
-"""How nodes call the library: ordinary tensors, errors with their hints, progress, interrupts."""
+"""Calls of the library from nodes: ordinary tensors, errors with hints, progress, interrupts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 from spectune.errors import SpectuneError
 
 
-def told(error: SpectuneError) -> str:
-    """An error and its hint as ComfyUI shows them."""
+def error_text(error: SpectuneError) -> str:
+    """Return an error with its hint."""
     return error.what if error.hint is None else f"{error.what}\nhint: {error.hint}"
 
 
 @contextmanager
 def library() -> Iterator[None]:
-    """A stretch of library calls; raises RuntimeError with what and hint for any SpectuneError.
+    """Run library calls; turn a SpectuneError into a RuntimeError with its hint.
 
-    ComfyUI runs nodes in inference mode, whose tensors the library's threads could not write to.
+    ComfyUI runs nodes in inference mode. The library's threads cannot write to tensors of that mode.
     """
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
     except SpectuneError as error:
-        raise RuntimeError(told(error)) from error
+        raise RuntimeError(error_text(error)) from error
 
 
 def progress_bar() -> Callable[[int, int, str], None]:
-    """The bar on the node that is running; each step is where ComfyUI's interrupt takes hold."""
+    """Return a callback for the progress bar of the running node; it also checks for interrupts."""
     bar = comfy.utils.ProgressBar(1)
 
     def step(done: int, total: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Apply Tuned Deltas: what `spectune train` wrote, on the model that it was trained from."""
+"""Apply Tuned Deltas: add a tuned adapter to the model that it was trained from."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .places import listed, listed_or_none, optional_path, path_of, stamp
 from .sampling import is_set, sampled_as
 
 _STRENGTH = {"default": 1.0, "min": -20.0, "max": 20.0, "step": 0.01}
-_hashes: dict[tuple[Path, str], str] = {}  # of files that were read once, by path and state
+_hashes: dict[tuple[Path, str], str] = {}  # weights hashes by path and state of the file
 
 
 class SpectuneApplyDeltas:
-    """Adds the trained change of every layer to the original model, in float32."""
+    """Add the trained change of every layer to the original model, in float32."""
 
     CATEGORY = "spectune"
     DESCRIPTION = "Adds a tuned adapter, as `spectune train` writes it, to the model it was trained from."
@@ -44,7 +44,7 @@ class SpectuneApplyDeltas:
             "optional": {
                 "checkpoint": (
                     listed_or_none("checkpoints"),
-                    {"tooltip": "if chosen, it is read and must be the very file that was trained from"},
+                    {"tooltip": "If set, it is read and must be the file that was trained from."},
                 ),
             },
         }
@@ -76,20 +76,20 @@ def _tuned(opened: Adapter | TunedAdapter) -> TunedAdapter:
     if isinstance(opened, TunedAdapter):
         return opened
     raise InputError(
-        f"{opened.label} is no tuned adapter: it has no delta_down and delta_up",
+        f"{opened.label} is not a tuned adapter: it has no delta_down and delta_up",
         hint="plain LoRAs go through ComfyUI's Load LoRA, principals through Load Residual + Principal",
     )
 
 
 def _check_sampling(model: Any, tuned: TunedAdapter) -> None:
-    """Raise InputError when the model is sampled as something else than it will predict, for good.
+    """Raise InputError if a node has set the model to another prediction type than that of the adapter.
 
-    A checkpoint that is sampled as it came may still be set right behind this node: that is only warned of.
+    Only warn if the checkpoint itself set it: a sampling node may still follow this node.
     """
     provenance = tuned.provenance
     trained, found = provenance.prediction, sampled_as(model)
     if provenance.vae_name is not None:
-        logging.warning("spectune: %s wants the VAE %s", tuned.label, provenance.vae_name)
+        logging.warning("spectune: %s was trained with the VAE %s", tuned.label, provenance.vae_name)
     if trained is None or found is None or trained == found:
         return
     what = f"{tuned.label} was trained to predict {trained}, the MODEL is sampled as {found}"
@@ -101,10 +101,10 @@ def _check_sampling(model: Any, tuned: TunedAdapter) -> None:
 
 
 def _check_base(tuned: TunedAdapter, base: Path) -> None:
-    """Raise PairingError naming both hashes when a checkpoint is not the one that was trained from."""
+    """Raise PairingError with both hashes if a checkpoint is not the one that was trained from."""
     if tuned.provenance.base_hash is None:
         raise InputError(
-            f"{tuned.label} does not say which model it was trained from", hint="set checkpoint to none"
+            f"{tuned.label} does not declare the model it was trained from", hint="set checkpoint to none"
         )
     key = (base, stamp(lambda: base))
     if key not in _hashes:

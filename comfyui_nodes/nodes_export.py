@@ -1,4 +1,4 @@
-"""Export LoRA: a plain LoRA of a tuned adapter or of a tuned checkpoint."""
+"""Export LoRA: write a plain LoRA of a tuned adapter or a tuned checkpoint."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import logging
 from typing import Any
 
 import spectune
+from spectune.ops.options.adapter_files import ExportOptions
 
 from .library import library, progress_bar
 from .places import listed_of_both, listed_or_none, optional_path, path_of_both, stamp, target
+from .widgets import list_widget, widget
 
 
 class SpectuneExport:
-    """Writes a LoRA into the loras folder, and says by which name the list shows it."""
+    """Write a LoRA into the loras folder and return its name in the list."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Writes a plain LoRA of a tuned adapter, or of what a checkpoint has over its base."
+    DESCRIPTION = (
+        "Writes a plain LoRA of a tuned adapter, or of the difference of a checkpoint from its base."
+    )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("lora_file",)
     FUNCTION = "export"
@@ -25,29 +29,15 @@ class SpectuneExport:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "source": (listed_of_both(), {"tooltip": "a tuned adapter, a LoRA, or a tuned checkpoint"}),
-                "rank": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 4096,
-                        "tooltip": "0: an adapter's full rank, 64 for checkpoints",
-                    },
-                ),
-                "keys": (
-                    ["kohya", "comfyui", "diffusers"],
-                    {"tooltip": "ComfyUI reads the first two; diffusers has names that it passes over"},
-                ),
-                "dtype": (["float16", "bfloat16", "float32"],),
+                "source": list_widget(listed_of_both(), ExportOptions, "tuned"),
+                "rank": widget(ExportOptions, "rank"),
+                "keys": widget(ExportOptions, "keys"),
+                "dtype": widget(ExportOptions, "dtype"),
                 "name": ("STRING", {"default": "spectune_lora"}),
-                "overwrite": ("BOOLEAN", {"default": False}),
+                "overwrite": widget(ExportOptions, "force"),
             },
             "optional": {
-                "base": (
-                    listed_or_none("checkpoints"),
-                    {"tooltip": "what a checkpoint was made from; for an adapter only if not SDXL-sized"},
-                ),
+                "base": list_widget(listed_or_none("checkpoints"), ExportOptions, "base"),
             },
         }
 
@@ -58,10 +48,10 @@ class SpectuneExport:
     def export(
         self, source: str, rank: int, keys: str, dtype: str, name: str, overwrite: bool, base: str = "none"
     ) -> tuple[str]:
-        made_of, out = path_of_both(source), target("loras", name, overwrite=overwrite)
+        tuned, out = path_of_both(source), target("loras", name, overwrite=overwrite)
         with library():
             report = spectune.export(
-                made_of,
+                tuned,
                 out.path,
                 base=optional_path("checkpoints", base),
                 rank=rank or None,

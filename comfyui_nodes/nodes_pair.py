@@ -1,4 +1,4 @@
-"""Load Residual + Principal: the original model out of its two parts."""
+"""Load Residual + Principal: load the original model from its two parts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PATCH, RESTORE = "patch", "restore"
 
 
 class SpectuneLoadPair:
-    """Checks that a residual and a principal belong together, and loads what they make."""
+    """Check that residual and principal belong together and load their sum."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Loads a residual checkpoint and its principal LoRA as the model that they were split from."
+    DESCRIPTION = "Loads a residual checkpoint and its principal LoRA as the original model."
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     FUNCTION = "load"
 
@@ -100,7 +100,7 @@ def _checked(residual: Path, principal: Path) -> dict[str, LowRank]:
 
 
 def _loaded(path: Path) -> tuple[Any, Any, Any]:
-    """What ComfyUI's own loader makes of a checkpoint file."""
+    """Load a checkpoint file with ComfyUI's own loader."""
     embeddings = folder_paths.get_folder_paths("embeddings")
     return comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
@@ -108,7 +108,7 @@ def _loaded(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _restored(residual: Path, principal: Path) -> tuple[Any, Any, Any]:
-    """The same of the model that the two files make, computed tensor by tensor as `spectune rebuild` does."""
+    """Compute the original's tensors as `spectune rebuild` does, and load them with ComfyUI's loader."""
     step = progress_bar()
     with (
         library(),
@@ -128,5 +128,5 @@ def _restored(residual: Path, principal: Path) -> tuple[Any, Any, Any]:
         metadata=dict(model.metadata),
     )
     if found is None:
-        raise RuntimeError(f"ComfyUI does not know the kind of model that {residual.name} is")
+        raise RuntimeError(f"ComfyUI does not recognize the model of {residual.name}")
     return found[:3]

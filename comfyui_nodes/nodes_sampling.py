@@ -1,4 +1,4 @@
-"""Flow Sampling From File: a model is sampled as a file says that it was trained."""
+"""Flow Sampling From File: sample a model as a file declares it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file says about sampling."""
+class DeclaredSampling:
+    """The sampling that a file declares."""
 
     label: str
     prediction: PredictionName | None
@@ -29,12 +29,10 @@ class Told:
 
 
 class SpectuneSampling:
-    """Sets flow or v-prediction where the metadata of a file ask for it, and leaves eps alone."""
+    """Set flow or v-prediction if a file declares it; leave eps unchanged."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = (
-        "Samples a model as the metadata of a checkpoint or adapter say: eps, v or flow with its shift."
-    )
+    DESCRIPTION = "Samples a model as a checkpoint or adapter declares it: eps, v, or flow with its shift."
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "sampling")
     FUNCTION = "set"
@@ -44,10 +42,10 @@ class SpectuneSampling:
         return {
             "required": {
                 "model": ("MODEL",),
-                "file": (listed_of_both(), {"tooltip": "whose metadata say what the model predicts"}),
+                "file": (listed_of_both(), {"tooltip": "The file that declares the prediction type."}),
             },
             "optional": {
-                "prediction": ([AUTO, "eps", "v", "flow"], {"tooltip": "auto: as the file says"}),
+                "prediction": ([AUTO, "eps", "v", "flow"], {"tooltip": "auto: as the file declares."}),
                 "shift": (
                     "FLOAT",
                     {
@@ -56,7 +54,7 @@ class SpectuneSampling:
                         "max": 100.0,
                         "step": 0.01,
                         "round": False,
-                        "tooltip": "of flow; 0: as the file says",
+                        "tooltip": "Shift of flow. 0: as the file declares.",
                     },
                 ),
             },
@@ -68,30 +66,30 @@ class SpectuneSampling:
 
     def set(self, model: Any, file: str, prediction: str = AUTO, shift: float = 0.0) -> tuple[Any, str]:
         with library():
-            told = read_told(path_of_both(file))
-            wanted = told.prediction if prediction == AUTO else cast(PredictionName, prediction)
-            if wanted is None:
+            declared = declared_sampling(path_of_both(file))
+            chosen_type = declared.prediction if prediction == AUTO else cast(PredictionName, prediction)
+            if chosen_type is None:
                 raise InputError(
-                    f"{told.label} does not say what its model predicts",
+                    f"{declared.label} does not declare what its model predicts",
                     hint="set prediction to eps, v or flow, as the model was trained",
                 )
-            if wanted == "flow":
-                return _flow(model, told, shift)
-            return _discrete(model, wanted, zero_snr=told.zero_snr)
+            if chosen_type == "flow":
+                return _flow(model, declared, shift)
+            return _discrete(model, chosen_type, zero_snr=declared.zero_snr)
 
 
-def read_told(path: Path) -> Told:
-    """What the header of a file says about sampling; no weights are read."""
+def declared_sampling(path: Path) -> DeclaredSampling:
+    """Read the declared sampling from the header of a file."""
     with open_checkpoint(path) as source:
         shift = source.provenance.flow_shift
-        return Told(source.label, declared_prediction(source), shift, declared_zero_snr(source))
+        return DeclaredSampling(source.label, declared_prediction(source), shift, declared_zero_snr(source))
 
 
-def _flow(model: Any, told: Told, shift: float) -> tuple[Any, str]:
-    chosen = shift or told.shift
+def _flow(model: Any, declared: DeclaredSampling, shift: float) -> tuple[Any, str]:
+    chosen = shift or declared.shift
     if chosen is None:
         raise InputError(
-            f"{told.label} does not say with which shift its flow was trained",
+            f"{declared.label} does not declare the shift of its flow",
             hint="set shift: the guide trains with 2.5; a shift by resolution is sqrt(width * height) / 1024",
         )
     return with_flow(model, chosen), f"flow, shift {chosen:g}"

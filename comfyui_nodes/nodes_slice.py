@@ -1,4 +1,4 @@
-"""Slice LoRAs: layers of several adapters put together."""
+"""Slice LoRAs: combine layers of several adapters."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any
 
 import spectune
 from spectune.errors import InputError
+from spectune.ops.options.adapter_files import SliceOptions
 from spectune.ops.options.values import Slice, parse_slice
 
 from .library import library, progress_bar
 from .places import listed_or_none, optional_path, path_of, target
+from .widgets import list_widget, widget
 
 _EXAMPLE = "style.safetensors:unet:0.8\nface.safetensors:te"
 
 
 class SpectuneSlice:
-    """Writes one adapter of parts of others into the loras folder."""
+    """Write an adapter from parts of others into the loras folder."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Cuts layers out of LoRAs and adds those of several up; one FILE[:TRAIT[:WEIGHT]] a line."
+    DESCRIPTION = "Takes layers from LoRAs and sums them; one FILE[:TRAIT[:WEIGHT]] per line."
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("lora_file",)
     FUNCTION = "slice"
@@ -34,33 +36,22 @@ class SpectuneSlice:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "slices": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "default": _EXAMPLE,
-                        "tooltip": "FILE[:TRAIT[:WEIGHT]], names as in the list of LoRAs; "
-                        "traits are te, te1, te2, unet, content, style, a block, a pattern",
-                    },
-                ),
+                "slices": widget(SliceOptions, "slices", multiline=True, default=_EXAMPLE),
                 "name": ("STRING", {"default": "spectune_slice"}),
-                "overwrite": ("BOOLEAN", {"default": False}),
+                "overwrite": widget(SliceOptions, "force"),
             },
             "optional": {
                 "traits": (
                     "STRING",
-                    {"multiline": True, "default": "", "tooltip": "traits of your own, as JSON text"},
+                    {"multiline": True, "default": "", "tooltip": "Your own traits as JSON text."},
                 ),
-                "base": (
-                    listed_or_none("checkpoints"),
-                    {"tooltip": "only if the model is not of SDXL's size"},
-                ),
+                "base": list_widget(listed_or_none("checkpoints"), SliceOptions, "base"),
             },
         }
 
     @classmethod
     def IS_CHANGED(cls, **inputs: object) -> float:
-        return float("nan")  # the files stand inside of a text: always run
+        return float("nan")  # the text names the files: always run
 
     def slice(
         self, slices: str, name: str, overwrite: bool, traits: str = "", base: str = "none"
@@ -81,7 +72,7 @@ class SpectuneSlice:
 
 
 def read_slices(text: str) -> Iterator[Slice]:
-    """The slices of a text, one a line; empty lines and those that begin with # say nothing."""
+    """Read one slice per line; skip empty lines and lines that start with #."""
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
             continue
@@ -100,7 +91,7 @@ def _lora(name: str) -> Path:
 
 @contextmanager
 def _traits_file(text: str) -> Iterator[Path | None]:
-    """The file of traits that the library reads, for as long as it does; None for no text."""
+    """Hold the text in a temporary file, which the library reads; yield None for an empty text."""
     if not text.strip():
         yield None
         return

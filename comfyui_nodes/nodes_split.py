@@ -1,4 +1,4 @@
-"""Spectune Split: the principal adapter and the residual model of a checkpoint."""
+"""Spectune Split: write the principal adapter and the residual model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import spectune
+from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.split import principal_name, residual_name
+from spectune.pairs.layer_ranks import DEFAULT_RANK
 
 from .library import library, progress_bar
 from .places import Target, listed, path_of, put, stamp, target
+from .widgets import list_widget, widget
 
 RESIDUAL_TYPES = {"model's own": None, "float32": "float32"}
 
 
 class SpectuneSplit:
-    """Writes two files that together are the checkpoint, and says by which names the lists show them."""
+    """Write residual and principal, and return their names in the lists."""
 
     CATEGORY = "spectune"
     DESCRIPTION = "Splits a checkpoint into its principal LoRA and its residual checkpoint."
@@ -29,19 +32,13 @@ class SpectuneSplit:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "checkpoint": (listed("checkpoints"), {"tooltip": "the whole model"}),
-                "rank": ("INT", {"default": 64, "min": 1, "max": 4096}),
-                "residual_type": (
-                    list(RESIDUAL_TYPES),
-                    {"tooltip": "float32 gives the model back to the last bit; its file is twice as large"},
-                ),
-                "layers": (
-                    ["default", "all"],
-                    {"tooltip": "default: what trainers know; all: also embeddings and ends of the UNet"},
-                ),
-                "residual_folder": ("STRING", {"default": "", "tooltip": "a folder inside of checkpoints"}),
-                "principal_folder": ("STRING", {"default": "", "tooltip": "a folder inside of loras"}),
-                "overwrite": ("BOOLEAN", {"default": False}),
+                "checkpoint": list_widget(listed("checkpoints"), SplitOptions, "model"),
+                "rank": widget(SplitOptions, "rank", default=DEFAULT_RANK, min=1),
+                "residual_type": list_widget(list(RESIDUAL_TYPES), SplitOptions, "residual_dtype"),
+                "layers": list_widget(["default", "all"], SplitOptions, "layers"),
+                "residual_folder": ("STRING", {"default": "", "tooltip": "A folder inside of checkpoints."}),
+                "principal_folder": ("STRING", {"default": "", "tooltip": "A folder inside of loras."}),
+                "overwrite": widget(SplitOptions, "force"),
             }
         }
 
@@ -60,12 +57,12 @@ class SpectuneSplit:
         overwrite: bool,
     ) -> tuple[str, str]:
         source = path_of("checkpoints", checkpoint)
-        # named after the list's entry: behind a link the file itself may be called anything
+        # the name in the list: a link may lead to a file with another name
         stem = PurePath(checkpoint.replace("\\", "/")).stem
         residual = target("checkpoints", f"{residual_folder}/{residual_name(stem)}", overwrite=overwrite)
         principal_file = f"{principal_folder}/{principal_name(stem, f'r{rank}')}"
         principal = target("loras", principal_file, overwrite=overwrite)
-        # on the residual's own disk, so that gigabytes are renamed and not copied
+        # on the disk of the residual: gigabytes are renamed, not copied
         with library(), TemporaryDirectory(prefix=".spectune-", dir=residual.path.parent) as work:
             self._split_into(source, Path(work), rank, residual_type, layers, residual, principal)
         return residual.name, principal.name

@@ -161,7 +161,7 @@ def test_the_base_is_read_when_it_is_chosen(comfy: Comfy, tuned: Path) -> None:
         apply(comfy, checkpoint="other.safetensors")
     with_metadata(tuned, base_hash=None)
     with pytest.raises(
-        RuntimeError, match="does not say which model it was trained from\nhint: set checkpoint"
+        RuntimeError, match="does not declare the model it was trained from\nhint: set checkpoint"
     ):
         apply(comfy, checkpoint=BASE)
 
@@ -178,7 +178,7 @@ def test_plain_loras_and_principals_have_other_nodes(comfy: Comfy, tmp_path: Pat
     report = small_split(comfy.folders["checkpoints"] / BASE, tmp_path / "parts")
     shutil.copy(report.principal, comfy.folders["loras"] / NAME)
     with pytest.raises(
-        RuntimeError, match=r"is no tuned adapter[\s\S]*hint: plain LoRAs go through ComfyUI's Load"
+        RuntimeError, match=r"is not a tuned adapter[\s\S]*hint: plain LoRAs go through ComfyUI's Load"
     ):
         apply(comfy)
 

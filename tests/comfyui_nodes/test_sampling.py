@@ -81,11 +81,9 @@ def test_eps_is_set_where_the_model_is_sampled_otherwise(comfy: Comfy) -> None:
 
 
 def test_a_file_that_says_nothing_is_an_error(comfy: Comfy) -> None:
-    with pytest.raises(RuntimeError, match="does not say what its model predicts\nhint: set prediction"):
+    with pytest.raises(RuntimeError, match="does not declare what its model predicts\nhint: set prediction"):
         run(comfy, f"checkpoints/{BASE}")
-    with pytest.raises(
-        RuntimeError, match="does not say with which shift its flow was trained\nhint: set shift"
-    ):
+    with pytest.raises(RuntimeError, match="does not declare the shift of its flow\nhint: set shift"):
         run(comfy, f"checkpoints/{BASE}", prediction="flow")
 
 
