@@ -27,9 +27,9 @@ from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import save_tuned
 from spectune.cli.huge_pages import use_huge_pages
 from spectune.core.delta import Delta, added_to_residual, change
+from spectune.core.linalg import relative_error
 from spectune.core.lora import export_layer
 from spectune.core.low_rank import LowRank, product
-from spectune.core.report import relative_error
 from spectune.files.provenance import Provenance
 from spectune.ops.convert import convert
 from spectune.ops.export import export

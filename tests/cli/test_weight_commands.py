@@ -177,5 +177,5 @@ def test_damaged_weights_are_named_and_counted(
     assert run(["split", str(base), "-o", str(tmp_path / "out")]) == 2
     said = " ".join(capfd.readouterr().err.split())
     assert "unet.middle_block.0.in_layers.2: 3 of" in said
-    assert "numbers are NaN or infinite" in said
+    assert "values are NaN or infinite" in said
     assert list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The sum of layers of adapters, in plain tensors."""
+"""The sum of layers of several adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectune.core.combine import Term, concatenated, summed
+from spectune.core.combine import Term, concatenated, sum_terms
 from spectune.core.delta import Delta, change
 from spectune.core.low_rank import LowRank, to_factors
 from spectune.errors import InputError
@@ -37,8 +37,8 @@ def exact(pair: LowRank) -> Tensor:
     return pair.alpha / pair.rank * (pair.up.flatten(1).double() @ pair.down.flatten(1).double())
 
 
-def off(found: LowRank, expected: Tensor, size: float) -> float:
-    return float((exact(found) - expected).norm()) / size
+def error(actual: LowRank, expected: Tensor, size: float) -> float:
+    return float((exact(actual) - expected).norm()) / size
 
 
 @given(
@@ -46,66 +46,70 @@ def off(found: LowRank, expected: Tensor, size: float) -> float:
     ranks=ranks,
     weights=st.lists(st.floats(-2, 2).filter(lambda w: abs(w) > 0.01), min_size=3, max_size=3),
     alphas=st.lists(st.sampled_from([None, 0.5, 3.0]), min_size=3, max_size=3),
-    even=st.booleans(),
+    unit_scale=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
-def test_a_sum_is_the_sum_of_the_products(
-    shape: tuple[int, ...], ranks: list[int], weights: list[float], alphas: list[float | None], even: bool
+def test_the_product_of_a_sum_is_the_sum_of_products(
+    shape: tuple[int, ...],
+    ranks: list[int],
+    weights: list[float],
+    alphas: list[float | None],
+    unit_scale: bool,
 ) -> None:
     pairs = [
         drawn(shape, rank, seed, alpha=alpha)
         for seed, (rank, alpha) in enumerate(zip(ranks, alphas, strict=False))
     ]
     terms = [Term(pair, weight) for pair, weight in zip(pairs, weights, strict=False)]
-    found = summed(terms, torch.float32, "layer", even=even)
+    result = sum_terms(terms, torch.float32, "layer", unit_scale=unit_scale)
     parts = [term.weight * exact(pair) for term, pair in zip(terms, pairs, strict=True)]
     size = sum(float(part.norm()) for part in parts)
     expected = sum(parts, start=torch.zeros(1, dtype=torch.float64))
-    assert off(found.low_rank, expected, size) < 3e-7
+    assert error(result.low_rank, expected, size) < 3e-7
     full = min(shape[0], math.prod(shape[1:]))
-    assert found.low_rank.rank == (sum(ranks) if len(ranks) == 1 else min(sum(ranks), full))
-    assert found.low_rank.down.shape[1:] == shape[1:]
-    assert not even or found.low_rank.scale == 1
-    # each weight counts once: another by 1% is seen
+    assert result.low_rank.rank == (sum(ranks) if len(ranks) == 1 else min(sum(ranks), full))
+    assert result.low_rank.down.shape[1:] == shape[1:]
+    assert not unit_scale or result.low_rank.scale == 1
+    # mutation: a weight off by 1%
     nudged = expected + 0.01 * parts[0]
-    assert off(found.low_rank, nudged, size) > 1e-5
+    assert error(result.low_rank, nudged, size) > 1e-5
 
 
 @given(shape=shapes, rank=st.integers(1, 20), dtype=st.sampled_from(DTYPES), alpha=st.floats(0.1, 50))
 @settings(deadline=None, max_examples=40)
-def test_one_layer_at_weight_one_is_itself(
+def test_one_layer_at_weight_one_is_unchanged(
     shape: tuple[int, ...], rank: int, dtype: torch.dtype, alpha: float
 ) -> None:
     pair = drawn(shape, rank, 0, alpha=alpha, dtype=dtype)
-    found = summed([Term(pair, 1.0)], dtype, "layer")
-    assert torch.equal(found.low_rank.down, pair.down)
-    assert torch.equal(found.low_rank.up, pair.up)
-    assert (found.low_rank.alpha, found.report.error, found.report.rank) == (alpha, 0.0, rank)
+    result = sum_terms([Term(pair, 1.0)], dtype, "layer")
+    assert torch.equal(result.low_rank.down, pair.down)
+    assert torch.equal(result.low_rank.up, pair.up)
+    assert (result.low_rank.alpha, result.report.error, result.report.rank) == (alpha, 0.0, rank)
 
 
 @given(
     shape=shapes, dtype=st.sampled_from(DTYPES), weight=st.floats(0.02, 2), alpha=st.sampled_from([1.0, 8.0])
 )
 @settings(deadline=None, max_examples=40)
-def test_the_report_tells_what_rounding_cost(
+def test_the_report_has_the_rounding_error(
     shape: tuple[int, ...], dtype: torch.dtype, weight: float, alpha: float
 ) -> None:
     pair = drawn(shape, 3, 0, alpha=alpha, dtype=dtype)
-    found = summed([Term(pair, weight)], dtype, "layer")
+    result = sum_terms([Term(pair, weight)], dtype, "layer")
     expected = weight * exact(pair)
     size = float(expected.norm())
-    assert found.report.norm == pytest.approx(size, rel=1e-6)
-    assert found.report.error == pytest.approx(off(found.low_rank, expected, size), rel=1e-3, abs=1e-9)
-    assert found.report.error < torch.finfo(dtype).eps * 4
-    assert torch.equal(found.low_rank.down, pair.down)
-    assert found.low_rank.alpha == alpha
+    assert result.report.norm == pytest.approx(size, rel=1e-6)
+    assert result.report.error == pytest.approx(error(result.low_rank, expected, size), rel=1e-3, abs=1e-9)
+    assert result.report.error < torch.finfo(dtype).eps * 4
+    assert torch.equal(result.low_rank.down, pair.down)
+    assert result.low_rank.alpha == alpha
 
 
-def test_a_sum_that_vanishes_is_zero() -> None:
+def test_layers_that_cancel_sum_to_zero() -> None:
     pair = drawn((12, 9), 3, 0)
-    found = summed([Term(pair, 1.0), Term(pair, -1.0)], torch.float32, "layer")
-    assert float(exact(found.low_rank).norm()) < 1e-6 * float(exact(pair).norm())
-    nothing = summed([Term(pair, 0.0)], torch.float16, "layer")
+    result = sum_terms([Term(pair, 1.0), Term(pair, -1.0)], torch.float32, "layer")
+    assert float(exact(result.low_rank).norm()) < 1e-6 * float(exact(pair).norm())
+    nothing = sum_terms([Term(pair, 0.0)], torch.float16, "layer")
     assert not exact(nothing.low_rank).any()
     assert (nothing.report.norm, nothing.report.error) == (0.0, 0.0)
 
@@ -115,20 +119,20 @@ def test_the_change_of_a_tuned_layer_is_factored_again(shape: tuple[int, ...]) -
     frame, moved = drawn(shape, 2, 0), drawn(shape, 2, 1)
     delta = Delta(frame, down=0.01 * moved.down, up=0.01 * moved.up)
     other = drawn(shape, 1, 2)
-    found = summed([Term(delta, 0.5), Term(other, -1.0)], torch.float32, "layer")
+    result = sum_terms([Term(delta, 0.5), Term(other, -1.0)], torch.float32, "layer")
     expected = 0.5 * change(delta).double().flatten(1) - exact(other)
-    assert off(found.low_rank, expected, float(expected.norm())) < 1e-6
-    assert (found.low_rank.rank, found.low_rank.scale) == (5, 1.0)
-    alone = summed([Term(delta, 2.0)], torch.float32, "layer")
-    assert off(alone.low_rank, 2 * change(delta).double().flatten(1), 1.0) < 1e-5
+    assert error(result.low_rank, expected, float(expected.norm())) < 1e-6
+    assert (result.low_rank.rank, result.low_rank.scale) == (5, 1.0)
+    alone = sum_terms([Term(delta, 2.0)], torch.float32, "layer")
+    assert error(alone.low_rank, 2 * change(delta).double().flatten(1), 1.0) < 1e-5
     assert alone.low_rank.rank == 4
 
 
-def test_a_common_scale_stays_an_alpha() -> None:
+def test_a_common_scale_stays_in_alpha() -> None:
     pairs = [drawn((12, 9), rank, rank, alpha=rank / 2, dtype=torch.float16) for rank in (2, 4)]
-    found = concatenated(pairs)
-    assert (found.rank, found.alpha, found.up.dtype) == (6, 3.0, torch.float16)
-    assert torch.equal(found.up, torch.cat([pair.up for pair in pairs], dim=1))
+    result = concatenated(pairs)
+    assert (result.rank, result.alpha, result.up.dtype) == (6, 3.0, torch.float16)
+    assert torch.equal(result.up, torch.cat([pair.up for pair in pairs], dim=1))
     mixed = concatenated([pairs[0], replace(pairs[1], alpha=4.0)])
     assert (mixed.alpha, mixed.up.dtype, mixed.down.dtype) == (6.0, torch.float32, torch.float16)
     assert torch.equal(mixed.up[:, :2], pairs[0].up.float() / 2)
@@ -138,8 +142,8 @@ def test_a_common_scale_stays_an_alpha() -> None:
     assert wide.up.dtype == wide.down.dtype == torch.float32
 
 
-def test_numbers_that_do_not_fit_the_type_are_refused() -> None:
+def test_values_that_do_not_fit_the_dtype_are_refused() -> None:
     pair = drawn((12, 9), 2, 0)
     huge = replace(pair, up=1e5 * pair.up)
     with pytest.raises(InputError, match=r"te1\.x: .* do not fit float16"):
-        summed([Term(huge, 1.0)], torch.float16, "te1.x")
+        sum_terms([Term(huge, 1.0)], torch.float16, "te1.x")

@@ -1,4 +1,4 @@
-"""The frames of one weight: which directions they hold, how long they are, and what ordinary LoRA has."""
+"""The frames of one weight: their directions, their lengths, and the start of ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectune.core.frames import aligned_frame, minor_frame, normalised, plain_frame, principal_frame
+from spectune.core.frames import aligned_frame, minor_frame, normalized, plain_frame, principal_frame
 from spectune.core.linalg import column_norms, row_norms, thin_svd
 from spectune.core.low_rank import LowRank, product, to_matrix
 from spectune.errors import InputError
@@ -21,28 +21,28 @@ def weight(shape: tuple[int, ...]) -> Tensor:
 
 
 def matrices(frame: LowRank) -> tuple[Tensor, Tensor]:
-    """A0 (rank, columns) and B0 (out, rank) in float64."""
+    """Return A0 (rank, columns) and B0 (out, rank) in float64."""
     return to_matrix(frame.down).double(), to_matrix(frame.up).double()
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_minor_is_the_end_of_the_spectrum(shape: tuple[int, ...]) -> None:
+def test_a_minor_frame_has_the_smallest_singular_values(shape: tuple[int, ...]) -> None:
     u, s, vh = thin_svd(to_matrix(weight(shape)).double())
     frame = minor_frame(weight(shape), rank=3)
     down, up = matrices(frame)
     assert (frame.alpha, frame.rank) == (3.0, 3)
     assert frame.down.shape == (3, *shape[1:])
     assert relative(up @ down, (u[:, -3:] * s[-3:]) @ vh[-3:]) < 1e-6
-    assert relative((u[:, -3:] * s[-3:] * 1.01) @ vh[-3:], up @ down) > 1e-3  # the test can fail
+    assert relative((u[:, -3:] * s[-3:] * 1.01) @ vh[-3:], up @ down) > 1e-3  # mutation
     for norms in (row_norms(down), column_norms(up)):
         assert torch.allclose(norms, s[-3:].sqrt(), rtol=1e-6)
 
 
-def test_principal_and_minor_at_full_rank_are_one() -> None:
+def test_at_full_rank_the_minor_frame_is_the_principal_frame() -> None:
     for rank in (16, 99):
         minor, principal = (make(weight((24, 16)), rank=rank) for make in (minor_frame, principal_frame))
         assert torch.equal(minor.down, principal.down)
@@ -54,10 +54,10 @@ def test_principal_and_minor_at_full_rank_are_one() -> None:
     assert relative(rest, weight((24, 16)).float()) < 1e-5
 
 
-def test_minor_directions_of_a_damaged_and_of_a_deficient_weight() -> None:
+def test_a_minor_frame_refuses_damaged_weights_and_is_zero_for_zeros() -> None:
     broken = weight((8, 8))
     broken[0, 0] = math.nan
-    with pytest.raises(InputError, match=r"a\.b: 1 of 64 numbers are NaN or infinite"):
+    with pytest.raises(InputError, match=r"a\.b: 1 of 64 values are NaN or infinite"):
         minor_frame(broken, rank=2, name="a.b")
     frame = minor_frame(torch.zeros(8, 6), rank=2)
     assert not frame.down.any()
@@ -65,7 +65,7 @@ def test_minor_directions_of_a_damaged_and_of_a_deficient_weight() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64, 16, 3, 3)])
-def test_plain_is_what_lora_starts_from(shape: tuple[int, ...]) -> None:
+def test_a_plain_frame_is_the_start_of_lora(shape: tuple[int, ...]) -> None:
     columns = math.prod(shape[1:])
     frame = plain_frame(shape, rank=16, generator=torch.Generator().manual_seed(1))
     again = plain_frame(shape, rank=16, generator=torch.Generator().manual_seed(1))
@@ -87,25 +87,27 @@ def test_no_frame_has_more_than_the_full_rank() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_length_for_all_directions(shape: tuple[int, ...]) -> None:
+def test_normalized_directions_have_one_length(shape: tuple[int, ...]) -> None:
     frame = principal_frame(weight(shape), rank=3)
-    down, up = matrices(normalised(frame, 0.25))
+    down, up = matrices(normalized(frame, 0.25))
     assert torch.allclose(row_norms(down), torch.full((3,), 0.25).double(), rtol=1e-6)
     assert torch.allclose(column_norms(up), torch.full((3,), 0.25).double(), rtol=1e-6)
     before, _ = matrices(frame)
     assert torch.allclose(down / row_norms(down)[:, None], before / row_norms(before)[:, None], atol=1e-6)
-    plain = normalised(plain_frame(shape, rank=3, generator=torch.Generator().manual_seed(0)), 0.25)
-    assert not plain.up.any()  # zero has no direction
+    plain = normalized(plain_frame(shape, rank=3, generator=torch.Generator().manual_seed(0)), 0.25)
+    assert not plain.up.any()  # a zero stays zero
     assert plain.up.isfinite().all()
 
 
-def test_the_first_step_of_an_aligned_frame_is_the_best_of_twice_its_rank() -> None:
-    """dW = dB A0 + B0 dA with dB = -G A0^T and dA = -B0^T G, as plain gradient descent makes them."""
+def test_the_first_step_in_an_aligned_frame_is_the_best_of_twice_its_rank() -> None:
+    """dW = dB A0 + B0 dA with dB = -G A0^T and dA = -B0^T G, a step of plain gradient descent."""
     gradient = torch.randn(20, 14, generator=torch.Generator().manual_seed(2)).double()
     u, s, vh = thin_svd(gradient)
     down, up = matrices(aligned_frame(u, vh, (20, 14), rank=4, length=1.0))
     step = gradient @ down.T @ down + up @ up.T @ gradient
     assert relative(step, (u[:, :8] * s[:8]) @ vh[:8]) < 1e-6
 
-    down, _ = matrices(aligned_frame(u, vh, (20, 14), rank=8, length=0.5))  # no 16 directions are there
+    down, _ = matrices(
+        aligned_frame(u, vh, (20, 14), rank=8, length=0.5)
+    )  # the weight has fewer than 16 directions
     assert relative(down, 0.5 * vh[:8]) < 1e-6

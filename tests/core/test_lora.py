@@ -1,3 +1,5 @@
+"""The change of a layer as LoRA factors."""
+
 from __future__ import annotations
 
 import pytest
@@ -35,7 +37,7 @@ def tuned_layer(
 
 @given(shapes, st.integers(1, 4), st.sampled_from([1.0, 0.5]), st.sampled_from([1.0, 1e-2, 1e-4]))
 @settings(deadline=None, max_examples=60)
-def test_nothing_is_lost_before_rounding(
+def test_a_float32_export_is_exact_up_to_rounding(
     shape: tuple[int, ...], rank: int, scale: float, size: float
 ) -> None:
     delta = tuned_layer(shape, rank, size=size, scale=scale)
@@ -49,19 +51,21 @@ def test_nothing_is_lost_before_rounding(
 @pytest.mark.parametrize(
     ("store", "refactored", "naive"), [(torch.float16, 1e-3, 2e-3), (torch.bfloat16, 6e-3, 0.05)]
 )
-def test_refactoring_beats_concatenation(store: torch.dtype, refactored: float, naive: float) -> None:
+def test_refactored_factors_round_better_than_concatenated_ones(
+    store: torch.dtype, refactored: float, naive: float
+) -> None:
     delta = tuned_layer((96, 128), 8, size=1e-2)
     exported = export_layer(delta, store=store)
     assert exported.report.error < refactored
     frame = delta.frame
-    # the textbook pair [dB, B0+dB] [A0; dA] with the cancelling form [-B0, B0+dB] [A0; A0+dA] of a difference
+    # the difference of tuned and untuned factors, [-B0, B0+dB] [A0; A0+dA], cancels
     up = torch.cat([-frame.up.float(), frame.up.float() + delta.up], dim=1).to(store)
     down = torch.cat([frame.down.float(), frame.down.float() + delta.down]).to(store)
     difference = product(LowRank(down=down, up=up, alpha=16.0)) - change(delta)
     assert float(difference.norm() / change(delta).norm()) > naive
 
 
-def test_a_cut_keeps_the_largest_directions() -> None:
+def test_a_smaller_rank_keeps_the_largest_directions() -> None:
     delta = tuned_layer((40, 30), 4, size=0.1)
     exported = export_layer(delta, rank=3, store=torch.float32)
     values = torch.linalg.svdvals(change(delta).double())
@@ -73,15 +77,15 @@ def test_a_cut_keeps_the_largest_directions() -> None:
     assert bool((up.gather(0, up.abs().argmax(0, keepdim=True)) > 0).all())
 
 
-def test_small_layers_limit_the_rank() -> None:
+def test_the_shape_limits_the_rank() -> None:
     delta = tuned_layer((4, 40), 3, size=0.1)
     assert exported_rank(delta, None) == 4
     assert exported_rank(delta, 64) == 4
-    with pytest.raises(InputError, match="the export rank is 0: expected at least 1"):
+    with pytest.raises(InputError, match="`rank` is 0: expected at least 1"):
         exported_rank(delta, 0)
 
 
-def test_no_change_exports_zeros() -> None:
+def test_a_zero_change_exports_zeros() -> None:
     delta = tuned_layer((12, 10, 3, 3), 2, size=0.0)
     exported = export_layer(delta)
     assert not exported.low_rank.up.any()
@@ -89,15 +93,15 @@ def test_no_change_exports_zeros() -> None:
     assert total_error([exported.report]) == 0.0
 
 
-def test_a_diverged_training_is_refused() -> None:
+def test_a_change_with_nan_is_refused() -> None:
     delta = tuned_layer((12, 10), 2, size=0.1)
     delta.up[0, 0] = float("nan")
-    with pytest.raises(InputError, match=r"the change of te1\.x: 1 of 24 numbers are NaN") as caught:
+    with pytest.raises(InputError, match=r"the change of te1\.x: 1 of 24 values are NaN") as caught:
         export_layer(delta, name="te1.x")
-    assert caught.value.hint == "if the training diverged, export an earlier step"
+    assert caught.value.hint == "if training diverged, export an earlier step"
 
 
-def test_the_tuned_principal_is_whole_and_its_loss_counted() -> None:
+def test_the_tuned_principal_is_frame_plus_change_and_reports_its_rounding() -> None:
     delta = tuned_layer((64, 64), 8, size=1e-3)
     exact = tuned_principal(delta, store=torch.float32)
     torch.testing.assert_close(

@@ -1,3 +1,5 @@
+"""Ranks from a fixed rank, a share of energy, or a byte budget."""
+
 from __future__ import annotations
 
 from itertools import product
@@ -16,7 +18,6 @@ from spectune.core.rank import (
     best_ranks,
     full_rank,
     rank_for_energy,
-    rank_of,
 )
 from spectune.errors import InputError
 
@@ -25,30 +26,30 @@ from spectune.errors import InputError
     ("shape", "expected"),
     [((640, 640), 64), ((640, 320, 1, 1), 64), ((640, 320, 3, 3), 16), ((4, 320, 3, 3), 4)],
 )
-def test_large_kernels_have_a_rank_of_their_own(shape: tuple[int, ...], expected: int) -> None:
-    assert rank_of(FixedRank(64, conv_rank=16), shape) == expected
+def test_conv_rank_applies_to_large_kernels(shape: tuple[int, ...], expected: int) -> None:
+    assert FixedRank(64, conv_rank=16).true_rank(shape) == expected
 
 
-def test_without_a_conv_rank_one_rank_serves_all() -> None:
-    assert rank_of(FixedRank(64), (640, 320, 3, 3)) == 64
+def test_without_conv_rank_all_layers_have_one_rank() -> None:
+    assert FixedRank(64).true_rank((640, 320, 3, 3)) == 64
     assert full_rank((320, 4, 3, 3)) == 36
 
 
-def test_requests_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(InputError, match="rank is 0: expected at least 1"):
+def test_invalid_ranks_are_refused() -> None:
+    with pytest.raises(InputError, match="`rank` is 0: expected at least 1"):
         FixedRank(0)
-    with pytest.raises(InputError, match="conv rank is -1"):
+    with pytest.raises(InputError, match="`conv_rank` is -1"):
         FixedRank(4, conv_rank=-1)
-    with pytest.raises(InputError, match="energy is 0: expected a share above 0 and up to 1"):
+    with pytest.raises(InputError, match="`energy` is 0: expected a share above 0 and up to 1"):
         EnergyRank(0.0)
-    with pytest.raises(InputError, match="energy is 90") as refused:
+    with pytest.raises(InputError, match="`energy` is 90") as caught:
         EnergyRank(90.0)
-    assert refused.value.hint == "write 0.9 for 90 %"
-    with pytest.raises(InputError, match="energy is nan"):
+    assert caught.value.hint == "write 0.9 for 90 %"
+    with pytest.raises(InputError, match="`energy` is nan"):
         EnergyRank(float("nan"))
-    with pytest.raises(InputError, match="the largest rank is 0"):
+    with pytest.raises(InputError, match="`max_rank` is 0"):
         EnergyRank(0.9, max_rank=0)
-    with pytest.raises(InputError, match="the budget is 0 bytes"):
+    with pytest.raises(InputError, match="`budget` is 0 bytes"):
         BudgetRank(0)
 
 
@@ -58,7 +59,7 @@ def test_the_smallest_rank_that_holds_the_share(share: float, rank: int) -> None
     assert rank_for_energy(values, share) == rank
 
 
-def test_a_share_that_is_met_but_for_rounding_is_met() -> None:
+def test_a_share_reached_up_to_rounding_counts() -> None:
     assert rank_for_energy(torch.full((10,), 0.1).double(), 0.9) == 9
     assert rank_for_energy(torch.full((10,), 0.1).double(), 0.9 * (1 + 1e-9)) == 10
 
@@ -85,8 +86,8 @@ def prices(costs: list[int]) -> list[Price]:
     return [Price(entry=0, direction=cost) for cost in costs]
 
 
-def descending(numbers: list[float]) -> Tensor:
-    return torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64)
+def descending(values: list[float]) -> Tensor:
+    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
 
 
 SPECTRA = st.lists(
@@ -110,7 +111,7 @@ def test_the_greedy_choice_is_within_one_direction_of_the_best(
 
 @settings(max_examples=60, deadline=None)
 @given(spectra=SPECTRA, cost=st.integers(1, 5), budget=st.integers(0, 40))
-def test_where_all_directions_cost_the_same_the_greedy_choice_is_the_best(
+def test_with_equal_prices_the_greedy_choice_is_the_best(
     spectra: list[Tensor], cost: int, budget: int
 ) -> None:
     costs = [cost] * len(spectra)
@@ -118,7 +119,7 @@ def test_where_all_directions_cost_the_same_the_greedy_choice_is_the_best(
     assert captured(spectra, ranks) == pytest.approx(best_by_trying_all(spectra, costs, budget), rel=1e-12)
 
 
-def test_a_choice_that_uses_its_bytes_up_in_order_is_the_best_of_that_size() -> None:
+def test_a_greedy_choice_without_unused_bytes_is_the_best() -> None:
     spectra = [descending([3.0, 2.0, 1.0]), descending([4.0, 1.5, 0.5])]
     costs = [2, 5]
     for budget in range(1, 22):
@@ -126,7 +127,7 @@ def test_a_choice_that_uses_its_bytes_up_in_order_is_the_best_of_that_size() -> 
         if budget in (2, 7, 9):  # densities 9/2, 16/5, 4/2: prefixes of the greedy order end here
             assert spent(ranks, costs) == budget
             assert captured(spectra, ranks) == pytest.approx(best_by_trying_all(spectra, costs, budget))
-    # per direction, not per byte, would have begun with the second layer
+    # energy per direction instead of per byte would start with the second layer
     assert best_ranks(spectra, prices(costs), 6) == (3, 0)
     assert best_ranks(spectra, prices([2, 3]), 3) == (0, 1)
 
@@ -136,12 +137,12 @@ def test_ties_go_to_the_earlier_layer() -> None:
     assert best_ranks([flat, flat], prices([1, 1]), 4) == (3, 1)
 
 
-def test_nothing_is_spent_on_directions_without_energy() -> None:
+def test_directions_without_energy_are_not_taken() -> None:
     assert best_ranks([descending([1.0, 0.0]), torch.zeros(3).double()], prices([1, 1]), 99) == (1, 0)
     assert best_ranks([], [], 99) == ()
 
 
-def test_a_layer_pays_its_entry_once() -> None:
+def test_the_entry_of_a_layer_is_charged_once() -> None:
     spectra = [descending([3.0, 2.0]), descending([2.5, 1.0])]
     charged = [Price(entry=10, direction=1)] * 2
     assert best_ranks(spectra, charged, 12) == (2, 0)  # the second layer would cost 11

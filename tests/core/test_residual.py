@@ -1,4 +1,4 @@
-"""Nothing is lost between a weight and its two parts, whatever their types."""
+"""A weight and residual + principal agree bit for bit, or the difference is counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bits(tensor: Tensor) -> Tensor:
         (torch.float8_e4m3fn, torch.float32, 0.05),
     ],
 )
-def test_a_wider_residual_gives_every_bit_back(
+def test_a_wider_residual_restores_every_bit(
     original: torch.dtype, residual: torch.dtype, size: float
 ) -> None:
     weight = weight_of(original, size=size)
@@ -43,16 +43,16 @@ def test_a_wider_residual_gives_every_bit_back(
     assert part.residual.dtype == residual
     again = add_principal(part.residual, low_rank, original, exceptions=part.exceptions, name="x")
     wrong = int((bits(again) != bits(weight)).sum())
-    # -0 of an fp32 or bf16 weight is a number that a sum cannot give back; it is an exception like any other
+    # a sum cannot restore -0 of an fp32 or bf16 weight; that is an exception like any other
     if part.agreement.exact:
         assert wrong == 0
     else:
         assert wrong == weight.numel() - part.agreement.bit_equal
 
 
-def test_exceptions_are_few_and_needed() -> None:
+def test_exceptions_are_few_and_necessary() -> None:
     weight = torch.randn(300, 1100, generator=torch.Generator().manual_seed(0)).mul_(50).half()
-    weight[0, :200] = 1e-7  # beside principal parts of about 10, where float32 ends at 1e-6
+    weight[0, :200] = 1e-7  # with principal parts of about 10, whose float32 ulp is 1e-6
     low_rank = split_weight(weight, rank=8, store=torch.float16).low_rank
     part = subtract_principal(weight, low_rank, torch.float32)
     assert part.exceptions is not None
@@ -62,7 +62,7 @@ def test_exceptions_are_few_and_needed() -> None:
     assert int((bits(without) != bits(weight)).sum()) == len(part.exceptions)
 
 
-def test_the_share_of_a_16_bit_residual_is_counted() -> None:
+def test_a_16_bit_residual_reports_its_bit_equal_share() -> None:
     weight = weight_of(torch.float16)
     low_rank = split_weight(weight, rank=8).low_rank
     part = subtract_principal(weight, low_rank, torch.float16)
@@ -72,7 +72,7 @@ def test_the_share_of_a_16_bit_residual_is_counted() -> None:
     assert 0.5 < part.agreement.share < 1
 
 
-def test_a_factor_that_is_off_is_not_exact() -> None:
+def test_a_factor_off_by_one_percent_does_not_restore_the_weight() -> None:
     weight = weight_of(torch.float16)
     low_rank = split_weight(weight, rank=8).low_rank
     part = subtract_principal(weight, low_rank, torch.float32)

@@ -1,4 +1,4 @@
-"""The sketch against the exact SVD: the bound holds, the estimate is near, and misses are noticed."""
+"""The sketch against the exact SVD: its bound, its estimate, and its fallback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from spectune.core.sketch import leading_subspace
-from spectune.core.svd import TOLERANCE, cheapest, top_singular
+from spectune.core.svd import TOLERANCE, cheapest_method, top_singular
 
 
 def spectrum(rows: int, columns: int, power: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A matrix with singular values i ** -power, and these."""
+    """Return a matrix with singular values i ** -power, and these values."""
     generator = torch.Generator().manual_seed(seed)
     side = min(rows, columns)
     left = torch.linalg.qr(torch.randn(rows, side, generator=generator))[0]
@@ -31,34 +31,34 @@ def test_auto_stays_within_a_thousandth_of_the_best(shape: tuple[int, int], powe
     matrix, values = spectrum(*shape, power)
     triplet = top_singular(matrix, 24)
     assert triplet.method in ("sketch", "gram")
-    found = excess(matrix, (triplet.u * triplet.s) @ triplet.vh, values, 24)
-    assert -1e-5 < found < 1e-3
-    assert found < 2 * triplet.excess + 2e-5
+    actual = excess(matrix, (triplet.u * triplet.s) @ triplet.vh, values, 24)
+    assert -1e-5 < actual < 1e-3
+    assert actual < 2 * triplet.excess + 2e-5
     eye = torch.eye(24)
     torch.testing.assert_close(triplet.u.T @ triplet.u, eye, rtol=0, atol=1e-4)
     torch.testing.assert_close(triplet.vh @ triplet.vh.T, eye, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("working", [torch.float32, torch.bfloat16])
-def test_the_estimate_is_close_to_the_truth(working: torch.dtype) -> None:
+def test_the_estimated_excess_is_close_to_the_true_one(working: torch.dtype) -> None:
     matrix, values = spectrum(640, 384, 0.3)
     energy = float(values.square().sum())
-    found = leading_subspace(matrix, 32, energy=energy, tolerance=5e-3, working=working)
-    assert found is not None
-    truth = excess(matrix, matrix @ found.vectors @ found.vectors.T, values, 32)
-    assert 0.5 * truth < found.excess < 2 * truth
-    assert truth > 1e-6  # else nothing is shown
+    subspace = leading_subspace(matrix, 32, energy=energy, tolerance=5e-3, working=working)
+    assert subspace is not None
+    truth = excess(matrix, matrix @ subspace.vectors @ subspace.vectors.T, values, 32)
+    assert 0.5 * truth < subspace.excess < 2 * truth
+    assert truth > 1e-6  # the comparison is above rounding
 
 
-def test_a_bound_that_is_out_of_reach_is_not_claimed() -> None:
+def test_a_tolerance_out_of_reach_gives_none() -> None:
     matrix, values = spectrum(640, 384, 0.3)
     energy = float(values.square().sum())
     assert leading_subspace(matrix, 32, energy=energy, tolerance=1e-13, working=torch.bfloat16) is None
 
 
-def test_what_a_sketch_cannot_tell_is_left_to_the_gram_matrix() -> None:
+def test_auto_falls_back_to_the_gram_matrix_if_the_sketch_fails() -> None:
     low_rank = torch.outer(torch.linspace(-1, 1, 400), torch.linspace(1, 2, 300))
-    assert cheapest((400, 300), 16) == "sketch"
+    assert cheapest_method((400, 300), 16) == "sketch"
     triplet = top_singular(low_rank, 16)
     assert triplet.method == "gram"
     assert float(((triplet.u * triplet.s) @ triplet.vh - low_rank).norm() / low_rank.norm()) < 1e-5
@@ -76,8 +76,8 @@ def test_what_a_sketch_cannot_tell_is_left_to_the_gram_matrix() -> None:
     ],
 )
 def test_the_method_follows_shape_and_rank(shape: tuple[int, int], rank: int, method: str) -> None:
-    assert cheapest(shape, rank) == method
+    assert cheapest_method(shape, rank) == method
 
 
-def test_the_tolerance_leaves_room_below_the_promise() -> None:
+def test_the_tolerance_allows_for_a_low_estimate() -> None:
     assert TOLERANCE * 1.5 <= 1e-3

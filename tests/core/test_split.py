@@ -1,3 +1,5 @@
+"""Splitting one weight into principal factors and a residual."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectune.core.agreement import compare
 from spectune.core.low_rank import product
-from spectune.core.report import compare
 from spectune.core.residual import subtract_principal
 from spectune.core.split import split_weight
 from spectune.errors import InputError
@@ -21,11 +23,11 @@ def random_weight(
 
 @pytest.mark.parametrize("store", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (24, 16, 3, 3), (24, 16, 1, 1)])
-def test_a_float32_residual_brings_every_fp16_bit_back(shape: tuple[int, ...], store: torch.dtype) -> None:
+def test_a_float32_residual_restores_every_fp16_bit(shape: tuple[int, ...], store: torch.dtype) -> None:
     weight = random_weight(shape)
     weight.view(-1)[::7] = -0.0
     weight.view(-1)[1::7] = 0.0
-    weight.view(-1)[2::7] = -(2.0**-24)  # the smallest number of fp16
+    weight.view(-1)[2::7] = -(2.0**-24)  # the smallest magnitude in fp16
     low_rank = split_weight(weight, rank=6, store=store).low_rank
     rebuilt = (subtract_principal(weight, low_rank, torch.float32).residual + product(low_rank)).to(
         torch.float16
@@ -48,7 +50,7 @@ def test_the_round_trip_holds_for_any_shape_and_rank(rows: int, columns: int, ra
     assert compare(rebuilt, weight).exact
 
 
-def test_the_residual_belongs_to_the_stored_factors() -> None:
+def test_the_residual_matches_the_stored_factors() -> None:
     weight = random_weight((64, 96))
     low_rank = split_weight(weight, rank=8, store=torch.bfloat16).low_rank
     assert low_rank.up.dtype == low_rank.down.dtype == torch.bfloat16
@@ -68,7 +70,7 @@ def test_a_16_bit_residual_costs_one_rounding() -> None:
     assert agreement.relative_error < 2.0**-10
 
 
-def test_factors_are_balanced_and_the_energy_is_theirs() -> None:
+def test_factors_are_balanced_and_the_report_has_their_energy() -> None:
     weight = random_weight((64, 48), dtype=torch.float32)
     split = split_weight(weight, rank=16, store=torch.float32)
     up, down = split.low_rank.up, split.low_rank.down
@@ -86,15 +88,15 @@ def test_a_zero_weight_splits_into_zeros() -> None:
     assert split.report.energy == 1.0
 
 
-def test_damaged_weights_are_named_and_counted() -> None:
+def test_an_error_names_the_weight_and_counts_its_bad_values() -> None:
     weight = random_weight((8, 8))
     weight[0, 0], weight[1, 1] = float("nan"), float("inf")
-    with pytest.raises(InputError, match=r"unet\.mid: 2 of 64 numbers are NaN or infinite"):
+    with pytest.raises(InputError, match=r"unet\.mid: 2 of 64 values are NaN or infinite"):
         split_weight(weight, rank=2, name="unet.mid")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
-def test_other_types_are_refused(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(
         InputError, match=r"te1\.x is stored in .*: expected one of float16, bfloat16, float32"
     ):
@@ -103,7 +105,7 @@ def test_other_types_are_refused(dtype: torch.dtype) -> None:
 
 def test_factors_too_large_for_fp16_are_refused() -> None:
     weight = torch.full((4, 4), 1e10)
-    with pytest.raises(InputError, match=r"te1.x: 4 of 4 numbers up to 1e\+05 do not fit float16") as caught:
+    with pytest.raises(InputError, match=r"te1.x: 4 of 4 values up to 1e\+05 do not fit float16") as caught:
         split_weight(weight, rank=1, name="te1.x")
     assert caught.value.hint == "store in bfloat16 or float32"
     assert split_weight(weight, rank=1, store=torch.bfloat16).low_rank.rank == 1

@@ -1,3 +1,5 @@
+"""The largest singular triplets, by every method."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +12,7 @@ from spectune.errors import InputError
 
 
 def spectrum_matrix(rows: int, columns: int, *, power: float = 0.4, seed: int = 0) -> torch.Tensor:
-    """A random matrix whose singular values fall like i**-power, as those of trained weights do."""
+    """Return a random matrix with singular values i**-power, like those of trained weights."""
     generator = torch.Generator().manual_seed(seed)
     small = min(rows, columns)
     left = torch.linalg.qr(torch.randn(rows, small, generator=generator, dtype=torch.float64)).Q
@@ -36,19 +38,19 @@ def test_the_approximation_is_the_best_of_its_rank(shape: tuple[int, int], metho
 
 @given(st.integers(2, 20), st.integers(2, 20), st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
-def test_the_methods_agree_signs_included(rows: int, columns: int, seed: int) -> None:
+def test_exact_and_gram_agree_including_signs(rows: int, columns: int, seed: int) -> None:
     matrix = spectrum_matrix(rows, columns, power=1.0, seed=seed)
     exact, gram = top_singular(matrix, 2, "exact"), top_singular(matrix, 2, "gram")
     torch.testing.assert_close(gram.s, exact.s, rtol=1e-5, atol=1e-6)
     top_two = exact.u.abs().topk(2, dim=0).values
     for column in range(2):
-        if top_two[0, column] - top_two[1, column] > 1e-3:  # else either entry may settle the sign
+        if top_two[0, column] - top_two[1, column] > 1e-3:  # otherwise rounding decides the sign
             torch.testing.assert_close(gram.u[:, column], exact.u[:, column], rtol=0, atol=1e-4)
             torch.testing.assert_close(gram.vh[column], exact.vh[column], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
-def test_a_negated_matrix_turns_only_the_right_side(method: Method) -> None:
+def test_negating_a_matrix_negates_only_vh(method: Method) -> None:
     matrix = spectrum_matrix(30, 20)
     plus, minus = top_singular(matrix, 4, method), top_singular(-matrix, 4, method)
     torch.testing.assert_close(plus.u, minus.u, rtol=0, atol=1e-5)
@@ -57,7 +59,7 @@ def test_a_negated_matrix_turns_only_the_right_side(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
-def test_twice_the_same_bits(method: Method) -> None:
+def test_the_same_matrix_gives_the_same_bits(method: Method) -> None:
     matrix = spectrum_matrix(64, 200)
     first, second = top_singular(matrix, 8, method), top_singular(matrix.clone(), 8, method)
     assert torch.equal(first.u, second.u)

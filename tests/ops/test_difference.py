@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_reach_no_lora(
     broken = load_file(tuned.path)[name].clone()
     broken[0, 0] = float("nan")
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", {name: broken})
-    with pytest.raises(InputError, match=r"unet\.middle_block\.1\.proj_in: 1 of 1024 numbers are NaN"):
+    with pytest.raises(InputError, match=r"unet\.middle_block\.1\.proj_in: 1 of 1024 values are NaN"):
         export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert not (tmp_path / "x.safetensors").exists()
 

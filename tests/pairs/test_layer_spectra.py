@@ -110,7 +110,7 @@ def test_a_damaged_layer_is_named(source: MemorySource, catalogue: Catalogue) ->
     broken = source.values[layer.tensor].clone()
     broken.view(-1)[7] = float("nan")
     damaged = replace(source, values={**source.values, layer.tensor: broken})
-    message = f"layer {layer.name} of {source.label}: 1 of {broken.numel()} numbers are NaN or infinite"
+    message = f"layer {layer.name} of {source.label}: 1 of {broken.numel()} values are NaN or infinite"
     with pytest.raises(InputError) as refused:
         measure_spectra(damaged, catalogue)
     assert refused.value.what == message

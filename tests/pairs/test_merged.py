@@ -109,7 +109,7 @@ def test_numbers_beyond_fp16_are_refused(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     huge = lora(base, [name], size=1e3)
-    with pytest.raises(InputError, match=r"numbers up to .* do not fit float16") as caught:
+    with pytest.raises(InputError, match=r"values up to .* do not fit float16") as caught:
         merged(base, [(huge, 1.0)]).load(tensor)
     assert caught.value.hint == "rebuild in bfloat16 or float32, or lower the strength"
     assert merged(base, [(huge, 1.0)], dtype=torch.bfloat16).load(tensor).dtype == torch.bfloat16
@@ -121,7 +121,7 @@ def test_what_is_not_finite_reaches_no_model(base: Checkpoint, number: float) ->
     tensor = build_catalogue(base).by_name[name].tensor
     adapter = lora(base, [name])
     adapter.layers[name].up[0, 0] = number
-    with pytest.raises(InputError, match=f"the change of {name}: .* numbers are NaN or infinite") as caught:
+    with pytest.raises(InputError, match=f"the change of {name}: .* values are NaN or infinite") as caught:
         merged(base, [(adapter, 1.0)]).load(tensor)
     assert caught.value.hint == "if the training diverged, rebuild an earlier step"
     with pytest.raises(InputError, match=r"the strength of unet is (nan|inf)"):

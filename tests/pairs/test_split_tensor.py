@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spectune.checkpoints.open import open_checkpoint
+from spectune.core.agreement import compare
 from spectune.core.low_rank import product
-from spectune.core.report import compare
 from spectune.pairs.split_tensor import SplitPlan, split_tensor
 from spectune.sdxl.layers import build_catalogue
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectune.core.delta import Delta
-from spectune.core.low_rank import LowRank, common_type
+from spectune.core.low_rank import LowRank, common_dtype
 from spectune.files.provenance import HasProvenance
 from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue
@@ -56,7 +56,7 @@ class Adapter(_Layers[LowRank]):
         """A type that holds both factors of a layer."""
         if isinstance(self.layers, LazyLayers):
             return self.layers.dtypes[name]
-        return common_type([self.layers[name].down.dtype, self.layers[name].up.dtype])
+        return common_dtype([self.layers[name].down.dtype, self.layers[name].up.dtype])
 
 
 @dataclass(frozen=True)

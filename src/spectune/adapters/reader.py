@@ -30,7 +30,7 @@ from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
 from spectune.adapters.spellings import KeyTable, is_peft_key, sort_keys
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
-from spectune.core.low_rank import LowRank, common_type
+from spectune.core.low_rank import LowRank, common_dtype
 from spectune.errors import InputError, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
@@ -212,7 +212,7 @@ class _Reader:
                     "expected floating-point numbers",
                     hint="get the adapter in fp16, bf16 or fp32",
                 )
-        return common_type(types)
+        return common_dtype(types)
 
     def check(self, layer: Layer) -> None:
         """Raise InputError unless all factors have the shapes of the layer; 1x1 kernels may be left out."""

@@ -1,4 +1,4 @@
-"""Layers of several adapters put together: summed where they overlap, never overwritten."""
+"""The sum of layers of several adapters: overlapping layers add up, none is overwritten."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from spectune.core.lora import (
     Exported,
     change_factors,
     check_factors,
+    compare_products,
     export_layer,
     limited_rank,
-    same_product,
     weighted,
 )
-from spectune.core.low_rank import LowRank, common_type, weight_shape
+from spectune.core.low_rank import LowRank, common_dtype, weight_shape
 from spectune.core.rounding import rounded
 
 
 @dataclass(frozen=True)
 class Term:
-    """A layer of one adapter and how strongly it counts."""
+    """A layer of one adapter and its factor in the sum."""
 
     layer: LowRank | Delta
     weight: float
 
 
-def summed(terms: Sequence[Term], store: torch.dtype, name: str, *, even: bool = False) -> Exported:
-    """The sum of the weighted changes of one layer as one pair, stored as `store`.
+def sum_terms(terms: Sequence[Term], store: torch.dtype, name: str, *, unit_scale: bool = False) -> Exported:
+    """Return the weighted sum of changes of one layer as one pair, stored as `store`.
 
-    A single layer at weight 1 stays as it is, alpha and all. Otherwise weights and differing scales go into
-    `up`, once, and ranks concatenate; only a sum of a larger rank than the layer's own, and the change of a
-    tuned layer, are factored again. With `even` the scale goes into `up` too, so that alpha is the rank.
-    The report tells what rounding cost.
+    A single layer at weight 1 keeps its factors and alpha. Otherwise weights and differing scales go into
+    `up` once, and factors are concatenated. A sum whose rank exceeds the layer's full rank, and the change of
+    a tuned layer, are factored again. With `unit_scale` the scale goes into `up` too: alpha is the rank. The
+    report has the rounding error.
     """
     low_ranks = [weighted(_plain(term.layer, name), term.weight) for term in terms]
     joint = low_ranks[0] if len(low_ranks) == 1 else concatenated(low_ranks)
@@ -47,20 +47,20 @@ def summed(terms: Sequence[Term], store: torch.dtype, name: str, *, even: bool =
         alpha, factor = _alpha(terms[0].layer), terms[0].weight
         up = joint.up if factor == 1 else joint.up.float() * factor
         joint = LowRank(down=joint.down, up=up, alpha=alpha)
-    if even and joint.alpha != joint.rank:
+    if unit_scale and joint.alpha != joint.rank:
         joint = replace(joint, up=joint.up.float() * joint.scale, alpha=float(joint.rank))
     result = LowRank(
         down=rounded(joint.down, store, name), up=rounded(joint.up, store, name), alpha=joint.alpha
     )
     exact = low_ranks[0] if len(low_ranks) == 1 else joint
-    return Exported(result, same_product(exact, result, name))
+    return Exported(result, compare_products(exact, result, name))
 
 
 def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
-    """The sum of products as one product; in float32 where scales must go into `up`, else as stored."""
+    """Return the sum of products as one product; in float32 if scales differ, else in the stored dtype."""
     scales = {low_rank.scale for low_rank in low_ranks}
     rank = sum(low_rank.rank for low_rank in low_ranks)
-    dtype = common_type([side.dtype for pair in low_ranks for side in (pair.down, pair.up)])
+    dtype = common_dtype([side.dtype for pair in low_ranks for side in (pair.down, pair.up)])
     down = torch.cat([low_rank.down.to(dtype) for low_rank in low_ranks])
     if len(scales) == 1:
         up = torch.cat([low_rank.up.to(dtype) for low_rank in low_ranks], dim=1)

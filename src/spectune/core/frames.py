@@ -1,7 +1,4 @@
-"""Frames of one weight: the pairs (A0, B0) of a change W' = W + scale*(dB (A0+dA) + B0 dA).
-
-The principal frame is that of `split_weight`; here are those that need the weight or its shape and no data.
-"""
+"""Frames (A0, B0) of one weight, from the weight or its shape, without data; `delta` trains in them."""
 
 from __future__ import annotations
 
@@ -16,20 +13,20 @@ from spectune.core.rank import full_rank
 from spectune.core.rounding import check_dtype, check_finite
 from spectune.core.spectrum import DAMAGED
 from spectune.core.split import split_weight
-from spectune.core.svd import settled_signs
+from spectune.core.svd import canonical_signs
 
 
 def principal_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
-    """U_r sqrt(S_r) and sqrt(S_r) V_r^T of the largest singular values, float32."""
-    # float32: the frame is carried in the tuned file, and no principal file needs to be matched
+    """Return B0 = U_r sqrt(S_r) and A0 = sqrt(S_r) V_r^T of the largest singular values, float32."""
+    # float32: the tuned file holds the frame, so it need not match a 16-bit principal file
     return split_weight(weight, rank=rank, store=torch.float32, name=name).low_rank
 
 
 def minor_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
-    """B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` smallest singular values, float32.
+    """Return B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` smallest singular values, float32.
 
-    weight is (out, in) or (out, in, kh, kw). At full rank it is the principal frame. The idea is MiLoRA's
-    (Wang et al. 2024, arXiv 2406.09044). Raises InputError as `split_weight` does.
+    weight is (out, in) or (out, in, kh, kw). At full rank this is the principal frame. From MiLoRA (Wang et
+    al. 2024, arXiv 2406.09044). Raises InputError as `split_weight` does.
     """
     shape = tuple(weight.shape)
     if rank >= full_rank(shape):
@@ -37,16 +34,16 @@ def minor_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
     check_dtype(weight.dtype, name)
     check_finite(weight, name, hint=DAMAGED)
     matrix = to_matrix(weight).double()  # (out, in*kh*kw)
-    # float64: in squares the smallest values would drown in the rounding of the largest
+    # float64: in a float32 Gram matrix the smallest values are lost in the rounding of the largest
     u, s, vh = _smallest(matrix, rank) if shape[0] <= matrix.shape[1] else _flipped(_smallest(matrix.T, rank))
-    sign = settled_signs(u)
+    sign = canonical_signs(u)
     root = s.sqrt()
     up, down = to_factors((u * (sign * root)).float(), (vh * (sign * root)[:, None]).float(), shape)
     return LowRank(down=down, up=up, alpha=float(rank))
 
 
 def _smallest(wide: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u (rows, rank), s (rank) descending and vh (rank, columns) of a matrix that is not tall."""
+    """Return u (rows, rank), s (rank) descending and vh (rank, columns); needs rows <= columns."""
     u = eigenvectors(wide @ wide.T)[:, :rank]  # ascending
     projected = u.T @ wide  # (rank, columns), row i has norm s_i
     s, order = row_norms(projected).sort(descending=True, stable=True)
@@ -54,28 +51,29 @@ def _smallest(wide: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _flipped(triplet: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The triplets of the transposed matrix."""
+    """Return the triplets of the transposed matrix."""
     u, s, vh = triplet
     return vh.T, s, u.T
 
 
 def plain_frame(shape: tuple[int, ...], *, rank: int, generator: torch.Generator) -> LowRank:
-    """The start of ordinary LoRA: A0 uniform in +-1/sqrt(in*kh*kw), B0 = 0, float32.
+    """Return the start of ordinary LoRA: A0 uniform in +-1/sqrt(in*kh*kw), B0 = 0, float32.
 
-    These bounds are those of kaiming_uniform with a = sqrt(5), as in PEFT, sd-scripts and LyCORIS.
+    The bounds are those of kaiming_uniform with a = sqrt(5), as in PEFT, sd-scripts and LyCORIS.
     """
     true_rank = min(rank, full_rank(shape))
     columns = math.prod(shape[1:])
-    numbers = torch.rand(true_rank, columns, generator=generator)
-    up, down = to_factors(torch.zeros(shape[0], true_rank), (2 * numbers - 1) / math.sqrt(columns), shape)
+    uniform = torch.rand(true_rank, columns, generator=generator)
+    up, down = to_factors(torch.zeros(shape[0], true_rank), (2 * uniform - 1) / math.sqrt(columns), shape)
     return LowRank(down=down, up=up, alpha=float(true_rank))
 
 
 def aligned_frame(u: Tensor, vh: Tensor, shape: tuple[int, ...], *, rank: int, length: float) -> LowRank:
-    """Unit directions times `length`: B0 from the columns 1..r of u, A0 from the rows r+1..2r of vh, float32.
+    """Return unit directions times `length`: B0 from columns 1..r of u, A0 from rows r+1..2r of vh, float32.
 
-    With these the first step of plain gradient descent is the best approximation of rank 2r of one along
-    u diag(s) vh (LoRA-GA: Wang, Yu, Li 2024, arXiv 2407.05000). Below 2r directions, A0 has 1..r.
+    The first step of plain gradient descent then is the best approximation of rank 2r to a step along
+    u diag(s) vh (LoRA-GA: Wang, Yu, Li 2024, arXiv 2407.05000). If u and vh have fewer than 2r directions, A0
+    takes rows 1..r.
     """
     true_rank = min(rank, full_rank(shape))
     second = true_rank if 2 * true_rank <= full_rank(shape) else 0
@@ -83,8 +81,8 @@ def aligned_frame(u: Tensor, vh: Tensor, shape: tuple[int, ...], *, rank: int, l
     return LowRank(down=down.float(), up=up.float(), alpha=float(true_rank))
 
 
-def normalised(frame: LowRank, length: float) -> LowRank:
-    """The frame with every row of A0 and every column of B0 that is not zero at one Euclidean length."""
+def normalized(frame: LowRank, length: float) -> LowRank:
+    """Scale every nonzero row of A0 and every nonzero column of B0 to one Euclidean length."""
     up, down = to_matrix(frame.up), to_matrix(frame.down)
     up, down = _at_length(up.T, length).T, _at_length(down, length)
     return LowRank(

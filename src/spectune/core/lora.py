@@ -1,4 +1,4 @@
-"""The change that an adapter makes to a layer, as factors that any program can add to the original weight."""
+"""The change of a layer as LoRA factors that any program can add to the original weight."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 
 from spectune.core.delta import Delta, added_to_base, added_to_residual, change
-from spectune.core.linalg import norm, thin_qr, thin_svd
+from spectune.core.linalg import norm, relative_error, thin_qr, thin_svd
 from spectune.core.low_rank import LowRank, product, to_factors, to_matrix, weight_shape
-from spectune.core.report import relative_error
 from spectune.core.rounding import check_finite, rounded
-from spectune.core.svd import settled_signs
+from spectune.core.svd import canonical_signs
 from spectune.errors import InputError
 
-DIVERGED = "if the training diverged, export an earlier step"
+DIVERGED = "if training diverged, export an earlier step"
 
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What became of one layer's change: relative errors are Frobenius norms over the norm of the change."""
+    """The export of one layer; errors are Frobenius norms relative to the norm of the change."""
 
     name: str
     rank: int
-    full_rank: int  # the rank at which nothing is cut off
+    full_rank: int  # the rank that keeps the whole change
     norm: float  # of the exact change
-    error: float  # of the stored factors' product, cutting and rounding together
+    error: float  # of the stored product, truncation and rounding together
 
     @property
     def truncated(self) -> bool:
@@ -42,27 +41,29 @@ class ExportedLayer:
 
 @dataclass(frozen=True)
 class Exported:
+    """Stored factors of one layer with their report."""
+
     low_rank: LowRank
     report: ExportedLayer
 
 
 def exported_rank(layer: LowRank | Delta, rank: int | None) -> int:
-    """The rank of a layer in the export: that of its change (twice its frame's), limited by it and `rank`."""
+    """Return the rank of an exported layer: that of its change (twice a frame's), cut to `rank`."""
     pair = layer.frame if isinstance(layer, Delta) else layer
     terms = 2 * pair.rank if isinstance(layer, Delta) else pair.rank
     return limited_rank(weight_shape(pair), terms, rank)
 
 
 def limited_rank(shape: tuple[int, ...], terms: int, rank: int | None) -> int:
-    """The rank of a sum of `terms` products in a weight of this shape, cut to `rank`."""
+    """Return the rank of a sum of `terms` rank-1 products in a weight of this shape, cut to `rank`."""
     full = min(terms, shape[0], math.prod(shape[1:]))
     if rank is not None and rank < 1:
-        raise InputError(f"the export rank is {rank}: expected at least 1")
+        raise InputError(f"`rank` is {rank}: expected at least 1")
     return full if rank is None else min(rank, full)
 
 
 def change_factors(layer: LowRank | Delta, name: str) -> LowRank:
-    """The change of a layer as one pair in float32; raises InputError where it is not finite."""
+    """Return the change of a layer as one pair in float32; raise InputError if a factor is not finite."""
     if isinstance(layer, Delta):
         check_factors(layer.frame, name)
     check_factors(layer, name)
@@ -71,14 +72,14 @@ def change_factors(layer: LowRank | Delta, name: str) -> LowRank:
 
 
 def check_factors(layer: LowRank | Delta, name: str) -> None:
-    """Raise InputError when a factor of a layer holds NaN or infinity."""
+    """Raise InputError if a factor of a layer contains NaN or infinity."""
     for tensor in (layer.down, layer.up):
         check_finite(tensor, f"the change of {name}", hint=DIVERGED)
 
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """left up_core diag(values) down_core right^T is the change of a layer, without forming it."""
+    """The change of a layer as left up_core diag(values) down_core right^T, without its full matrix."""
 
     left: Tensor  # (out, k), orthonormal columns
     up_core: Tensor  # (k, m)
@@ -88,20 +89,16 @@ class _Spectrum:
 
 
 def _spectrum(pair: LowRank) -> _Spectrum:
-    # float64: small here, and the change may be 1e-3 of the factors whose product it is
+    # float64: costs little here, and the change may be 1e-3 of the product of its factors' norms
     left, left_core = thin_qr(to_matrix(pair.up).double())  # (out, k), (k, 2r)
     right, right_core = thin_qr(to_matrix(pair.down).double().T)  # (in*kh*kw, l), (l, 2r)
     up_core, values, down_core = thin_svd(left_core @ right_core.T * pair.scale)
     return _Spectrum(left, up_core, values, down_core, right)
 
 
-def change_values(layer: LowRank | Delta, name: str) -> Tensor:
-    """The singular values of the change of a layer, float64 descending."""
-    pair = change_factors(layer, name)
-    _, left_core = thin_qr(to_matrix(pair.up).double())
-    _, right_core = thin_qr(to_matrix(pair.down).double().T)
-    _, values, _ = thin_svd(left_core @ right_core.T * pair.scale)
-    return values
+def change_singular_values(layer: LowRank | Delta, name: str) -> Tensor:
+    """Return the singular values of the change of a layer, float64 descending."""
+    return _spectrum(change_factors(layer, name)).values
 
 
 def export_layer(
@@ -111,37 +108,37 @@ def export_layer(
     store: torch.dtype = torch.float16,
     name: str = "layer",
 ) -> Exported:
-    """The best factors of the full rank, or of the given `rank`, for the change of a layer.
+    """Return the best factors of full rank, or of the given `rank`, for the change of a layer.
 
-    [dB, B0] [A0+dA; dA] has factors far larger than its product, which 16 bits would lose; so it is
-    re-factored by two QRs and the SVD of the (2r x 2r) core, balanced, and only then rounded to `store`.
+    The factors of [dB, B0] [A0+dA; dA] are far larger than their product, so 16 bits would lose the change.
+    Two QRs and the SVD of the (2r x 2r) core give balanced factors, which are then rounded to `store`.
     """
     pair = change_factors(layer, name)
     shape = weight_shape(pair)
     kept = exported_rank(layer, rank)
-    found = _spectrum(pair)
-    root = found.values[:kept].sqrt()
-    up = found.left @ (found.up_core[:, :kept] * root)  # (out, kept)
-    down = (root[:, None] * found.down_core[:kept]) @ found.right.T  # (kept, in*kh*kw)
-    sign = settled_signs(up)
+    spectrum = _spectrum(pair)
+    root = spectrum.values[:kept].sqrt()
+    up = spectrum.left @ (spectrum.up_core[:, :kept] * root)  # (out, kept)
+    down = (root[:, None] * spectrum.down_core[:kept]) @ spectrum.right.T  # (kept, in*kh*kw)
+    sign = canonical_signs(up)
     up, down = up * sign, down * sign[:, None]
     stored_up, stored_down = to_factors(up.float(), down.float(), shape)
     low_rank = LowRank(
         down=rounded(stored_down, store, name), up=rounded(stored_up, store, name), alpha=float(kept)
     )
-    size = float(found.values.square().sum().sqrt())
-    cut = float(found.values[kept:].square().sum())
+    size = float(spectrum.values.square().sum().sqrt())
+    cut = float(spectrum.values[kept:].square().sum())
     lost = math.sqrt(cut + _rounding_square(up, down, low_rank))
     report = ExportedLayer(name, kept, exported_rank(layer, None), size, lost / size if size else 0.0)
     return Exported(low_rank, report)
 
 
 def _rounding_square(up: Tensor, down: Tensor, stored: LowRank) -> float:
-    """The square of the norm of stored product - up @ down, from matrices of twice the rank.
+    """Return |stored product - up @ down|^2 from matrices of twice the rank.
 
-    The difference is [eB, B] [A'; eA] with the rounding errors eB, eA and the stored A'; the square of its
-    norm is the trace of the product of two Gram matrices, so the weight's own shape is never formed. What is
-    cut off is orthogonal to it but for a product of two rounding errors.
+    The difference is [eB, B] [A'; eA] with the rounding errors eB, eA and the stored A'. Its squared norm is
+    the trace of a product of two Gram matrices, so no matrix of the weight's shape is formed. The truncated
+    part is orthogonal to it except for a product of two rounding errors.
     """
     up_error = to_matrix(stored.up).double() - up
     stored_down = to_matrix(stored.down).double()
@@ -151,9 +148,9 @@ def _rounding_square(up: Tensor, down: Tensor, stored: LowRank) -> float:
 
 
 def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: str = "layer") -> Exported:
-    """The tuned factors B0+dB and A0+dA themselves: what takes the principal's place beside the residual.
+    """Return the tuned factors B0+dB and A0+dA, which replace the principal next to the residual.
 
-    The rounding falls on the whole factors and not on the change alone, so the error of the change is large.
+    Rounding applies to the whole factors, not to the change alone, so the error of the change is large.
     """
     change_factors(delta, name)
     factors = added_to_residual(delta)
@@ -165,19 +162,19 @@ def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: s
     return Exported(low_rank, ExportedLayer(name, low_rank.rank, low_rank.rank, norm(exact), error))
 
 
-def evened(low_rank: LowRank, store: torch.dtype, name: str) -> Exported:
-    """The same product with alpha = rank, so that its scale is 1 in every program: the scale goes into `up`.
+def with_unit_scale(low_rank: LowRank, store: torch.dtype, name: str) -> Exported:
+    """Return the same product with alpha = rank, scale 1 in every program; `up` takes the scale.
 
-    Where the scale is a power of two nothing is rounded but numbers that are too small for the type then.
+    A scale that is a power of two rounds only values that become too small for the dtype.
     """
     check_factors(low_rank, name)
     up = rounded(low_rank.up.float() * low_rank.scale, store, name)
     result = LowRank(down=rounded(low_rank.down.float(), store, name), up=up, alpha=float(low_rank.rank))
-    return Exported(result, same_product(low_rank, result, name))
+    return Exported(result, compare_products(low_rank, result, name))
 
 
-def same_product(before: LowRank, after: LowRank, name: str) -> ExportedLayer:
-    """How far the product of stored factors is from that of the factors, as many, they were made of."""
+def compare_products(before: LowRank, after: LowRank, name: str) -> ExportedLayer:
+    """Report how far the product of stored factors is from that of the factors of the same rank before."""
     assert after.rank == before.rank, f"rank of {name}"
     size = _norm(before)
     up = to_matrix(before.up).double() * before.scale
@@ -192,12 +189,12 @@ def _norm(low_rank: LowRank) -> float:
 
 
 def total_error(layers: Iterable[ExportedLayer]) -> float:
-    """Relative error of the change of all layers together."""
+    """Return the relative error of the change of all layers together."""
     layers = list(layers)
     total = sum(layer.norm**2 for layer in layers)
     return math.sqrt(sum((layer.error * layer.norm) ** 2 for layer in layers) / total) if total else 0.0
 
 
 def weighted(low_rank: LowRank, weight: float) -> LowRank:
-    """`weight` times the same product; factors are not touched."""
+    """Return `weight` times the same product by its alpha, with the same factors."""
     return replace(low_rank, alpha=low_rank.alpha * weight)

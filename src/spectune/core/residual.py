@@ -1,7 +1,6 @@
-"""A weight less its principal part, and the two put together again.
+"""The residual: a weight minus its principal part, and the inverse, their sum.
 
-Tile by tile: a checkpoint passes through here number by number, and each tile stays in the processor's cache
-from the product to the last comparison.
+Both work tile by tile, so that a tile stays in the CPU cache from the product to the last comparison.
 """
 
 from __future__ import annotations
@@ -12,85 +11,84 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectune.core.linalg import converted, square_sum
+from spectune.core.agreement import Agreement, Tally, bit_pattern
+from spectune.core.linalg import scratch_copy, square_sum
 from spectune.core.low_rank import LowRank, Product, Tile, to_matrix
-from spectune.core.report import Agreement, Tally, bit_pattern
 from spectune.core.rounding import check_finite, round_into
 from spectune.core.spectrum import DAMAGED
 
-# Between 0 and half of the smallest number of a type, so that it rounds to -0; as far from either end as
-# a wider type can tell beside a principal of ordinary size.
+# A value between 0 and half of the dtype's smallest, so that it rounds to -0: in the middle, since the wider
+# dtype loses digits when a principal of ordinary size is added.
 _UNDERFLOW = {
     torch.float16: -1.5 * 2.0**-26,
     torch.float8_e4m3fn: -1.5 * 2.0**-11,
     torch.float8_e5m2: -1.5 * 2.0**-18,
 }
-# More exceptions than this share would make a file of their own.
+# Above this share the exceptions would be a file of their own.
 MAX_EXCEPTIONS = 1e-3
 
 
 @dataclass(frozen=True)
 class Exceptions:
-    """The few numbers that residual + principal cannot give back, by their place in the weight."""
+    """The few values that residual + principal cannot restore, by their place in the weight."""
 
-    index: Tensor  # int64 (count), row by row
-    values: Tensor  # (count), in the type of the weight
+    index: Tensor  # int64 (count), in row-major order
+    values: Tensor  # (count), in the dtype of the weight
 
     def __len__(self) -> int:
         return len(self.index)
 
 
 @dataclass(frozen=True)
-class Remainder:
-    """What is left of a weight, how well the pair makes it again, and where it does not."""
+class Subtracted:
+    """A residual, and how well residual + principal restores the weight."""
 
     residual: Tensor
-    agreement: Agreement  # with the exceptions applied; only bits are counted
+    agreement: Agreement  # with the exceptions applied; without errors
     exceptions: Exceptions | None
 
 
 def working_dtype(residual: torch.dtype) -> torch.dtype:
-    """The type in which a residual of this type and a principal are added."""
+    """Return the dtype in which a residual of this dtype and a principal are added."""
     return torch.float64 if residual == torch.float64 else torch.float32
 
 
-def gives_every_bit_back(residual: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether a residual of this type is wide enough to give weights of that type back bit for bit."""
+def restores_every_bit(residual: torch.dtype, weight: torch.dtype) -> bool:
+    """Return whether a residual of this dtype can restore weights of that dtype bit for bit."""
     return residual.itemsize > weight.itemsize
 
 
 def subtract_principal(
     weight: Tensor, low_rank: LowRank, dtype: torch.dtype, *, name: str = "weight"
-) -> Remainder:
-    """R = W - scale*B0 A0 from the factors as stored, in float32, rounded once to `dtype`.
+) -> Subtracted:
+    """Return R = W - scale*B0 A0 from the stored factors, in float32 and rounded once to `dtype`.
 
-    A residual in a wider type than the weight's gives every bit back: where a weight is too small beside its
-    principal part for that, it is kept among the exceptions, unless they are more than a thousandth. A
-    residual in the weight's own type costs one rounding. float64 gives a float32 weight back.
-    Raises InputError when `dtype` cannot hold a residual.
+    A residual wider than the weight restores every bit (float64 for a float32 weight). Values that are too
+    small relative to their principal part become exceptions, unless they are more than a thousandth. In the
+    weight's own dtype a residual costs one rounding. Raises InputError if `dtype` cannot hold a residual.
     """
-    wider = gives_every_bit_back(dtype, weight.dtype)
+    wider = restores_every_bit(dtype, weight.dtype)
     matrix = to_matrix(weight)  # (out, in*kh*kw)
     residual = torch.empty(weight.shape, dtype=dtype)
     left = to_matrix(residual)
-    tally, missed = Tally(sizes=False), _Missed(matrix.shape[1])
+    tally, missed = Tally(errors=False), _ExceptionCollector(matrix.shape[1])
     working = working_dtype(dtype)
     for tile, principal in Product(low_rank, exact=wider).tiles():
         original = matrix[tile]
-        exact = converted("weight", original, working)
+        exact = scratch_copy("weight", original, working)
         if wider and weight.dtype in _UNDERFLOW:
-            # A zero has a sign, a sum that is zero has none: what stands in rounds back to -0.
+            # -0 is lost in a sum; this stand-in rounds back to -0
             negative_zero = (exact == 0) & exact.signbit()
             exact.masked_fill_(negative_zero, _UNDERFLOW[weight.dtype])
         stored = left[tile]
         round_into(stored, exact.sub_(principal), f"the residual of {name}")
-        again = converted("again", exact.copy_(stored).add_(principal), weight.dtype)
+        again = scratch_copy("again", exact.copy_(stored).add_(principal), weight.dtype)
         unequal = tally.add(again, original)
         if wider and unequal is not None:
             missed.add(tile, unequal, original)
     exceptions = missed.exceptions() if missed.count <= MAX_EXCEPTIONS * weight.numel() else None
     agreement = tally.exact() if exceptions is not None else tally.agreement()
-    return Remainder(residual, agreement, exceptions)
+    return Subtracted(residual, agreement, exceptions)
 
 
 def add_principal(
@@ -102,12 +100,15 @@ def add_principal(
     name: str,
     hint: str = DAMAGED,
 ) -> Tensor:
-    """The inverse: the weight in its own `dtype`; raises InputError with `hint` for NaN and infinity."""
+    """Return the weight in its own `dtype`; raise InputError with `hint` for NaN and infinity.
+
+    The inverse of `subtract_principal`.
+    """
     weight = torch.empty(residual.shape, dtype=dtype)
     matrix, left = to_matrix(weight), to_matrix(residual)
-    exact = gives_every_bit_back(residual.dtype, dtype)
+    exact = restores_every_bit(residual.dtype, dtype)
     for tile, principal in Product(low_rank, exact=exact).tiles():
-        wide = converted("residual", left[tile], working_dtype(residual.dtype))
+        wide = scratch_copy("residual", left[tile], working_dtype(residual.dtype))
         wide.add_(principal)
         if not math.isfinite(square_sum(wide)):  # also where only the squares overflow
             check_finite(wide, name, hint=hint)
@@ -117,7 +118,7 @@ def add_principal(
     return weight
 
 
-class _Missed:
+class _ExceptionCollector:
     """Collects exceptions tile by tile."""
 
     def __init__(self, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""The one step in which numbers lose digits: float32 to the type of a file."""
+"""The one step that loses digits, float32 to the dtype of a file, and the checks around it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from spectune.core.linalg import largest_magnitude
 from spectune.errors import InputError
 
-# Integer types hold no weights, and float64 would be computed in float32.
+# No integers, which are not weights, and no float64, which would be computed in float32.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
-# torch makes the largest number of what overflows this type, which has no infinity: halfway to the next, 480
+# This dtype has no infinity: torch clamps to its largest value, 448. 464 is halfway to the next, 480.
 _CLAMPED_BEYOND = {torch.float8_e4m3fn: 464.0}
 STORE_WIDER = "store in bfloat16 or float32"
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_WIDER) -> Tensor:
-    """`exact` in `dtype`, rounded once to nearest; raises InputError for finite numbers beyond its range."""
+    """Return `exact` rounded once to `dtype`; raise InputError for finite values beyond its range."""
     if dtype == exact.dtype:
         return exact
     result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
@@ -25,11 +25,11 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_W
 
 
 def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WIDER) -> None:
-    """Write `exact` into `result`, as `rounded` does."""
+    """Write `exact` into `result`, rounded as by `rounded`."""
     result.copy_(exact)
     if result.dtype.itemsize >= exact.dtype.itemsize:
         return
-    # most numbers are far from the end of the range; what rounds up beyond it is found by the slow look
+    # most tensors are far from the end of the range; the slow check finds values that round up beyond it
     if result.dtype == torch.bfloat16 or largest_magnitude(exact) <= 0.9 * torch.finfo(result.dtype).max:
         return
     limit = _CLAMPED_BEYOND.get(result.dtype)
@@ -37,17 +37,14 @@ def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WI
     if lost.any():
         largest = float(exact[lost].abs().max())
         raise InputError(
-            f"{name}: {int(lost.sum())} of {exact.numel()} numbers up to {largest:.3g} "
+            f"{name}: {int(lost.sum())} of {exact.numel()} values up to {largest:.3g} "
             f"do not fit {dtype_name(result.dtype)}",
             hint=hint,
         )
 
 
 def check_dtype(dtype: torch.dtype, name: str, *, residual: bool = False) -> None:
-    """Raise InputError when the numbers of a weight may need more than their type to be understood.
-
-    A residual may also be float64.
-    """
+    """Raise InputError if `dtype` is none of the dtypes of weights; a residual may also be float64."""
     if dtype not in WEIGHT_DTYPES and not (residual and dtype == torch.float64):
         raise InputError(
             f"{name} is stored in {dtype_name(dtype)}: "
@@ -57,13 +54,13 @@ def check_dtype(dtype: torch.dtype, name: str, *, residual: bool = False) -> Non
 
 
 def check_finite(weight: Tensor, name: str, *, hint: str) -> None:
-    """Raise InputError when a tensor holds NaN or infinity."""
+    """Raise InputError if a tensor contains NaN or infinity."""
     if not weight.numel() or largest_magnitude(weight) < float("inf"):
         return
     bad = int((~torch.isfinite(weight.float())).sum())
-    raise InputError(f"{name}: {bad} of {weight.numel()} numbers are NaN or infinite", hint=hint)
+    raise InputError(f"{name}: {bad} of {weight.numel()} values are NaN or infinite", hint=hint)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float16` for torch.float16."""
+    """Return the name of a dtype: `float16` for torch.float16."""
     return str(dtype).removeprefix("torch.")

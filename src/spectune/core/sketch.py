@@ -1,9 +1,8 @@
 """Leading eigenvectors of a Gram matrix, found without forming it: a filtered subspace iteration.
 
 Random start and Rayleigh-Ritz projection: Halko, Martinsson, Tropp 2011, alg. 4.4. Between two projections
-a Chebyshev polynomial presses down what lies below the smallest Ritz value (Zhou, Saad 2006,
-doi 10.1137/050630404), which needs half as many products as plain powers on the flat spectra of trained
-weights.
+a Chebyshev polynomial damps the spectrum below the smallest Ritz value (Zhou, Saad 2006,
+doi 10.1137/050630404), which takes half the products of plain powers on the flat spectra of trained weights.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ ROUNDS = 6
 OVERSAMPLING = 0.75  # directions beyond the rank, as a share of it
 MIN_OVERSAMPLING = 16
 MAX_DEGREE = 3
-# The filter may grow the first direction this much over the last before they no longer fit into float32.
+# Largest growth of the first direction relative to the last; beyond it float32 loses the last.
 MAX_GROWTH = 1e8
-# Columns below this share of the largest are lost in the rounding of the others.
+# Columns below this share of the largest are lost in rounding.
 MIN_INDEPENDENCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """Approximate leading right singular vectors of a tall matrix, and how good they are."""
+    """Approximate leading right singular vectors of a tall matrix, and their quality."""
 
     vectors: Tensor  # (columns, rank), orthonormal, float32
     excess: float  # estimated (residual norm / smallest possible) - 1 at that rank
@@ -41,22 +40,22 @@ class _Ritz:
     values: Tensor  # (width) float64 descending
 
 
-def width_of(rank: int) -> int:
-    """How many directions the iteration carries for `rank` that are wanted."""
+def sketch_width(rank: int) -> int:
+    """Return the number of directions that the iteration carries for `rank` of them."""
     return rank + max(MIN_OVERSAMPLING, int(OVERSAMPLING * rank))
 
 
 def leading_subspace(
     tall: Tensor, rank: int, *, energy: float, tolerance: float, working: torch.dtype, seed: int = 0
 ) -> Subspace | None:
-    """The `rank` leading right singular vectors of `tall` (rows >= columns), or None where they stay unknown.
+    """Return the `rank` leading right singular vectors of `tall` (rows >= columns), or None if it fails.
 
-    The products with the matrix are computed in `working`; bfloat16 does where the spectrum falls
-    less steeply than its 8 bits reach. `energy` is the squared Frobenius norm of `tall`. None means that the
-    estimated excess is still above `tolerance` after the last round.
+    Products with the matrix are computed in `working`; bfloat16 is enough if the spectrum falls less steeply
+    than its 8 bits resolve. `energy` is the squared Frobenius norm of `tall`. None means that the estimated
+    excess is above `tolerance` after the last round.
     """
     matrix = tall.to(working)
-    columns, width = tall.shape[1], width_of(rank)
+    columns, width = tall.shape[1], sketch_width(rank)
     start = torch.randn(columns, width, generator=torch.Generator().manual_seed(seed)).to(tall.device)
     vectors = _orthonormal(_apply(matrix, start))
     products = 1
@@ -75,14 +74,14 @@ def leading_subspace(
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """G @ vectors in float32."""
+    """Return G @ vectors in float32, G = M^T M."""
     return (matrix.T @ (matrix @ vectors.to(matrix.dtype))).float()
 
 
 def _project(matrix: Tensor, vectors: Tensor) -> _Ritz:
-    """Rayleigh-Ritz: the best approximate eigenvectors of G in the span of orthonormal `vectors`."""
+    """Return the best approximate eigenvectors of G in the span of orthonormal `vectors` (Rayleigh-Ritz)."""
     halves = matrix @ vectors.to(matrix.dtype)  # (rows, width)
-    # from one product and not from vectors^T G vectors: small values keep their relative accuracy
+    # from one product, not from vectors^T G vectors: small values keep their relative accuracy
     wide = halves.float()
     values, rotation = eigh(wide.T @ wide)
     values, rotation = values.flip(0), rotation.flip(1).to(vectors.dtype)
@@ -91,18 +90,18 @@ def _project(matrix: Tensor, vectors: Tensor) -> _Ritz:
 
 
 def _estimated_excess(ritz: _Ritz, rank: int, energy: float) -> float | None:
-    """What the first `rank` Ritz vectors miss, by the Kato-Temple bound; None where it says nothing.
+    """Return the excess of the first `rank` Ritz vectors by the Kato-Temple bound; None if inapplicable.
 
     An eigenvalue exceeds its Ritz value by at most |residual|^2 / (Ritz value - rest of the spectrum)
-    (Kato 1949); the smallest Ritz value stands for the rest. Half of the missed share of what is left over is
-    the excess of the norm.
+    (Kato 1949); the smallest Ritz value stands for the rest. The excess of the norm is half of the missed
+    energy as a share of the energy beyond `rank`.
     """
     values = ritz.values
     kept = values[:rank]
     residuals = ritz.images[:, :rank] - ritz.vectors[:, :rank] * kept.to(ritz.vectors.dtype)
     gaps = kept - values[-1]
     left = energy - float(kept.sum())
-    # the energy is a float32 sum: what is left over of an almost low-rank matrix drowns in its rounding
+    # energy is a float32 sum: for an almost low-rank matrix its rounding exceeds the remaining energy
     if left <= 1e-6 * energy or bool((gaps <= 0).any()):
         return None
     # norms in float32 on the device, the few sums in float64
@@ -112,7 +111,7 @@ def _estimated_excess(ritz: _Ritz, rank: int, energy: float) -> float | None:
 
 
 def _degree(ritz: _Ritz) -> int:
-    """The highest degree whose filter does not grow the first direction beyond what float32 holds."""
+    """Return the highest degree whose filter grows the first direction by at most MAX_GROWTH."""
     ratio = 2 * float(ritz.values[0] / ritz.values[-1]) - 1
     return max(
         (degree for degree in range(2, MAX_DEGREE + 1) if (2 * ratio) ** degree / 2 <= MAX_GROWTH), default=1
@@ -120,7 +119,7 @@ def _degree(ritz: _Ritz) -> int:
 
 
 def _filtered(matrix: Tensor, ritz: _Ritz, degree: int) -> Tensor:
-    """T_degree(2 G / bound - 1) of every Ritz vector, where bound is the smallest Ritz value."""
+    """Return T_degree(2 G / bound - 1) of every Ritz vector; bound is the smallest Ritz value."""
     bound = float(ritz.values[-1])
     before, after = ritz.vectors, 2 / bound * ritz.images - ritz.vectors
     for _ in range(degree - 1):
@@ -131,10 +130,10 @@ def _filtered(matrix: Tensor, ritz: _Ritz, degree: int) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the columns.
+    """Return an orthonormal basis of the span of the columns.
 
-    Cholesky QR, several times faster than Householder's for few columns; the small Gram matrix is factored in
-    float64, and columns that are nearly dependent take the slow way.
+    Cholesky QR is several times faster than Householder QR for few columns. The small Gram matrix is factored
+    in float64; nearly dependent columns fall back to Householder QR.
     """
     gram = columns.T @ columns
     lower = cholesky(gram)

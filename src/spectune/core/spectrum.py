@@ -1,4 +1,4 @@
-"""All singular values of a weight without its singular vectors, and what they say of its ranks."""
+"""All singular values of a weight without singular vectors, and measures of their decay."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from spectune.core.linalg import largest_magnitude
 from spectune.core.rounding import check_finite
 
-DAMAGED = "the checkpoint is damaged or overflowed when it was saved; get it again or use its fp32 form"
+DAMAGED = "the checkpoint is damaged or overflowed when it was saved; download it again or use its fp32 form"
 
-# Up to this side the Gram matrix is summed in float64, which costs less there than its eigenvalues.
+# Up to this side length the Gram matrix is summed in float64, which costs less than its eigenvalues.
 DOUBLE_SIDE = 512
-# float32 sums of so many products are added up in float64: the error does not grow with the width.
+# float32 sums over this many columns are added in float64, so that the error does not grow with the width.
 BLOCK_COLUMNS = 1024
-# Squares below this share of the largest are rounding of the Gram matrix and count as 0; for 1280 of them
-# together that is an energy of less than 1e-4.
+# Squares below this share of the largest are rounding errors of the Gram matrix and count as 0; 1280 of them
+# together have an energy below 1e-4.
 NOISE = {torch.float32: 2.0**-24, torch.float64: 2.0**-40}
 DECAY_RANKS = 256
 
@@ -25,11 +25,11 @@ _linalg: Any = torch.linalg
 
 
 def singular_values(matrix: Tensor, *, name: str = "weight") -> Tensor:
-    """All singular values of a matrix (out, in), descending: float64 of shape (min(out, in)), on the CPU.
+    """Return all singular values of a matrix (out, in), descending, as float64 (min(out, in)) on the CPU.
 
-    They are the roots of the eigenvalues of the smaller Gram matrix. Energies are right to 1e-4 at any rank,
-    single values to the rounding error of the largest: those below 3e-4 of it (1e-6 up to side 512) are 0.
-    Raises InputError for NaN and infinite numbers.
+    They are the roots of the eigenvalues of the smaller Gram matrix. Energies are accurate to 1e-4 at any
+    rank, single values to the rounding error of the largest: those below 3e-4 of it (1e-6 up to side 512) are
+    0. Raises InputError for NaN and infinity.
     """
     check_finite(matrix, name, hint=DAMAGED)
     side = min(matrix.shape)
@@ -44,7 +44,7 @@ def singular_values(matrix: Tensor, *, name: str = "weight") -> Tensor:
 
 
 def _gram(short: Tensor, scale: float, working: torch.dtype) -> Tensor:
-    """M M^T / scale^2 in float64 from products in `working`; scaled, the squares of no weight overflow."""
+    """Return M M^T / scale^2 in float64 from products in `working`; without scale, squares overflow."""
     side = short.shape[0]
     gram = torch.zeros(side, side, dtype=torch.float64)
     for left in range(0, short.shape[1], BLOCK_COLUMNS):
@@ -54,14 +54,14 @@ def _gram(short: Tensor, scale: float, working: torch.dtype) -> Tensor:
 
 
 def _eigenvalues(symmetric: Tensor) -> Tensor:
-    """Ascending; a third of what the eigenvectors would cost."""
+    """Return the eigenvalues ascending, at a third of the cost of eigenvectors."""
     return cast("Tensor", _linalg.eigvalsh(symmetric))
 
 
 def energy_curve(values: Tensor) -> Tensor:
-    """Share of the squared Frobenius norm that the first 1, 2, ... directions hold: (len), rising to 1.
+    """Return the share of the squared Frobenius norm in the first 1, 2, ... directions: (len), rising to 1.
 
-    Of a zero matrix nothing is missing: 1 at every rank.
+    A zero matrix has share 1 at every rank.
     """
     captured = values.double().square().cumsum(0)
     total = float(captured[-1])
@@ -69,19 +69,19 @@ def energy_curve(values: Tensor) -> Tensor:
 
 
 def energy_at(curve: Tensor, rank: int) -> float:
-    """The share at a rank; 0 at rank 0, 1 beyond the full rank."""
+    """Return the share at a rank; 0 at rank 0, 1 beyond the full rank."""
     return float(curve[min(rank, len(curve)) - 1]) if rank else 0.0
 
 
 def decay_exponent(values: Tensor, ranks: int = DECAY_RANKS) -> float | None:
-    """a of the power law s_i ~ i^-a: least squares of log s over log i, i = 1..`ranks`.
+    """Return a of the power law s_i ~ i^-a by least squares of log s over log i, i = 1..`ranks`.
 
-    Zero values end the fit; None where fewer than three are left.
+    The fit uses positive values only; None with fewer than three.
     """
     positive = values[:ranks].double()
     positive = positive[positive > 0].log()
     if len(positive) < 3:
         return None
     steps = torch.arange(1, len(positive) + 1, dtype=torch.float64).log()
-    centred = steps - steps.mean()
-    return -float((centred * positive).sum() / centred.square().sum())
+    centered = steps - steps.mean()
+    return -float((centered * positive).sum() / centered.square().sum())

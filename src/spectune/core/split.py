@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +12,34 @@ from torch import Tensor
 from spectune.core.linalg import norm
 from spectune.core.low_rank import LowRank, to_factors, to_matrix
 from spectune.core.rank import full_rank
-from spectune.core.report import LayerReport
 from spectune.core.rounding import check_dtype, check_finite, rounded
 from spectune.core.spectrum import DAMAGED
 from spectune.core.svd import Method, top_singular
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """A factored layer; energy is the share of its squared norm in the stored directions, 0..1."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    energy: float
+    norm: float  # Frobenius norm of the weight
+    largest: float  # largest singular value
+    smallest_kept: float  # singular value number `rank`
+    method: str = "exact"  # SVD method used
+    excess: float = 0.0  # estimated (residual norm / smallest possible) - 1
+
+    @property
+    def capped(self) -> bool:
+        """Whether the rank is the full rank of the layer."""
+        return self.rank == full_rank(self.shape)
+
+
+@dataclass(frozen=True)
 class Split:
-    """The principal factors of one layer, as they are stored, and what was measured on the way."""
+    """The stored principal factors of one layer with their report."""
 
     low_rank: LowRank
     report: LayerReport
@@ -34,21 +54,21 @@ def split_weight(
     device: torch.device | str = "cpu",
     name: str = "weight",
 ) -> Split:
-    """B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` largest singular values, rounded to `store`.
+    """Return B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` largest singular values, rounded to `store`.
 
-    weight is (out, in) or (out, in, kh, kw). alpha is the true rank, which min(out, in*kh*kw) caps.
-    The factors are computed on `device` and returned on the CPU. Raises InputError for types that are no
-    weights, for NaN or infinite numbers, and when `store` cannot hold a factor.
+    weight is (out, in) or (out, in, kh, kw). alpha is the true rank, at most min(out, in*kh*kw). Computed on
+    `device`, returned on the CPU. Raises InputError for a dtype that is not one of weights, for NaN or
+    infinity, and if `store` cannot hold a factor.
     """
     check_dtype(weight.dtype, name)
     shape = tuple(weight.shape)
     true_rank = min(rank, full_rank(shape))
     matrix = to_matrix(weight).to(device).float()  # (out, in*kh*kw)
     size = norm(matrix)
-    if not math.isfinite(size):  # one pass in float32 instead of a second one through the stored type
+    if not math.isfinite(size):  # one pass in float32 saves a second one in the stored dtype
         check_finite(weight, name, hint=DAMAGED)
     triplet = top_singular(matrix, true_rank, method, size=size)
-    # sqrt on both sides: balanced factors have balanced gradients, and both stay inside fp16's range
+    # sqrt on both sides: balanced factors have balanced gradients and stay inside the range of fp16
     root = triplet.s.sqrt()
     up, down = to_factors((triplet.u * root).cpu(), (triplet.vh * root[:, None]).cpu(), shape)
     low_rank = LowRank(down=rounded(down, store, name), up=rounded(up, store, name), alpha=float(true_rank))
@@ -65,3 +85,10 @@ def split_weight(
         excess=triplet.excess,
     )
     return Split(low_rank=low_rank, report=report)
+
+
+def total_energy(layers: Iterable[LayerReport]) -> float:
+    """Return the share of the squared norm of all layers together in the stored directions."""
+    layers = list(layers)
+    total = sum(layer.norm**2 for layer in layers)
+    return sum(layer.energy * layer.norm**2 for layer in layers) / total if total else 1.0

@@ -1,4 +1,4 @@
-"""The largest singular triplets of a matrix: the only place where u, s and vh have names."""
+"""The largest singular triplets of a matrix, by the exact SVD, a Gram matrix, or a sketch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from spectune.core.linalg import column_norms, eigenvectors, eigh, norm, row_norms, thin_svd
-from spectune.core.sketch import leading_subspace, width_of
+from spectune.core.sketch import leading_subspace, sketch_width
 from spectune.errors import InputError, did_you_mean
 
 Method = Literal["auto", "exact", "gram", "sketch"]
 
-# Below this many rows or columns the thin SVD takes milliseconds, so nothing is saved by avoiding it.
+# Up to this many rows or columns the thin SVD takes milliseconds; faster methods save nothing.
 SMALL_SIDE = 128
-# Up to this side the eigenproblem is solved in float64, which costs less there than reading the tensor.
+# Up to this side length the eigenproblem is solved in float64, which costs less than reading the tensor.
 DOUBLE_SIDE = 512
-# A sketch carries so many directions less than the matrix has, or the whole eigenproblem is cheaper.
+# A sketch must be this many times narrower than the matrix, or the full eigenproblem is cheaper.
 SKETCH_FACTOR = 2.5
-# Estimated excess at which a sketch is accepted. The estimate is up to a third below the truth.
+# Estimated excess at which a sketch is accepted. The estimate is up to a third too low.
 TOLERANCE = 5e-4
 
 
@@ -29,8 +29,8 @@ TOLERANCE = 5e-4
 class Triplet:
     """u (out, rank), s (rank) descending, vh (rank, in): u diag(s) vh approximates the matrix.
 
-    `excess` is (norm of what is left / the smallest that any matrix of this rank leaves) - 1, estimated where
-    the method is not exact; `method` is the one that the result came from.
+    `excess` is (residual norm / smallest residual norm of any matrix of this rank) - 1, an estimate.
+    `method` is the method that gave the result.
     """
 
     u: Tensor
@@ -41,12 +41,11 @@ class Triplet:
 
 
 def top_singular(matrix: Tensor, rank: int, method: Method = "auto", *, size: float | None = None) -> Triplet:
-    """The `rank` largest singular triplets of a float32 matrix of shape (out, in), with settled signs.
+    """Return the `rank` largest singular triplets of a float32 matrix (out, in), with canonical signs.
 
-    auto takes the exact SVD for small matrices, a sketch where few directions are wanted of many, and the
-    Gram matrix of the shorter side otherwise and where the sketch misses its bound.
-    `size` is the Frobenius norm of the matrix, if it is known.
-    The same matrix on the same machine gives the same triplets: the sketch starts from fixed random numbers.
+    auto uses the exact SVD for small matrices, a sketch for few directions of many, and the Gram matrix of
+    the shorter side otherwise and if the sketch misses its bound. `size` is the Frobenius norm of the matrix,
+    if known. The same matrix on the same machine gives the same triplets: the sketch has a fixed seed.
     """
     if method not in get_args(Method):
         known = get_args(Method)
@@ -56,25 +55,25 @@ def top_singular(matrix: Tensor, rank: int, method: Method = "auto", *, size: fl
     assert 1 <= rank <= min(matrix.shape), f"rank {rank} of a matrix of shape {tuple(matrix.shape)}"
     matrix = matrix.float()
     if method == "auto":
-        method = cheapest(tuple(matrix.shape), rank)
+        method = cheapest_method(tuple(matrix.shape), rank)
     if method == "sketch":
         sketched = _sketch(matrix, rank, (norm(matrix) if size is None else size) ** 2)
         if sketched is not None:
-            return _settle_signs(sketched)
+            return _with_canonical_signs(sketched)
         method = "gram"
-    return _settle_signs(_exact(matrix, rank) if method == "exact" else _gram(matrix, rank))
+    return _with_canonical_signs(_exact(matrix, rank) if method == "exact" else _gram(matrix, rank))
 
 
-def cheapest(shape: tuple[int, ...], rank: int) -> Method:
-    """The method that costs least for a matrix of this shape."""
+def cheapest_method(shape: tuple[int, ...], rank: int) -> Method:
+    """Return the method that costs least for a matrix of this shape."""
     side = min(shape)
     if side <= SMALL_SIDE:
         return "exact"
-    return "sketch" if SKETCH_FACTOR * width_of(rank) <= side else "gram"
+    return "sketch" if SKETCH_FACTOR * sketch_width(rank) <= side else "gram"
 
 
 def _exact(matrix: Tensor, rank: int) -> Triplet:
-    """Thin SVD, cut after `rank` triplets; the transpose is several times faster for wide matrices."""
+    """Compute the thin SVD; the transpose is several times faster for wide matrices."""
     if matrix.shape[0] < matrix.shape[1]:
         v, s, uh = thin_svd(matrix.T)
         u, vh = uh[:rank].T.contiguous(), v[:, :rank].T.contiguous()
@@ -84,10 +83,10 @@ def _exact(matrix: Tensor, rank: int) -> Triplet:
 
 
 def _gram(matrix: Tensor, rank: int) -> Triplet:
-    """Eigenvectors of the smaller Gram matrix; the values come from the matrix itself.
+    """Compute u from the smaller Gram matrix, and s and vh from the matrix itself.
 
-    Squaring halves the digits of small singular values, but only the subspace is taken from the
-    square: u (u^T M) is the projection of M whatever the eigenvalues were.
+    Squaring halves the digits of small singular values, but only the subspace comes from the square:
+    u (u^T M) is a projection of M whatever the eigenvalues are.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return _flipped(_gram(matrix.T, rank))
@@ -104,42 +103,42 @@ def _gram(matrix: Tensor, rank: int) -> Triplet:
 
 
 def _sketch(matrix: Tensor, rank: int, energy: float) -> Triplet | None:
-    """From a subspace iteration; None where its estimated excess stays above the tolerance."""
+    """Compute triplets by subspace iteration; return None if the excess stays above the tolerance."""
     if matrix.shape[0] < matrix.shape[1]:
         flipped = _sketch(matrix.T, rank, energy)
         return None if flipped is None else _flipped(flipped)
-    found = None
+    subspace = None
     for working in dict.fromkeys((fast_dtype(matrix.device.type), torch.float32)):
-        found = leading_subspace(matrix, rank, energy=energy, tolerance=TOLERANCE, working=working)
-        if found is not None:
+        subspace = leading_subspace(matrix, rank, energy=energy, tolerance=TOLERANCE, working=working)
+        if subspace is not None:
             break
-    if found is None:
+    if subspace is None:
         return None
-    projected = matrix @ found.vectors  # (out, rank)
+    projected = matrix @ subspace.vectors  # (out, rank)
     _, rotation = eigh(projected.T @ projected)
     rotation = rotation.flip(1).to(matrix.dtype)
     scaled = projected @ rotation  # column i has norm s_i
     s = column_norms(scaled)
-    vh = (found.vectors @ rotation).T
+    vh = (subspace.vectors @ rotation).T
     s, order = s.sort(descending=True, stable=True)
     u = scaled[:, order] / _divisor(s)
-    return Triplet(u=u, s=s, vh=vh[order].contiguous(), method="sketch", excess=found.excess)
+    return Triplet(u=u, s=s, vh=vh[order].contiguous(), method="sketch", excess=subspace.excess)
 
 
 def _divisor(s: Tensor) -> Tensor:
-    """The singular values with ones for zeros: a zero row has no direction and stays zero."""
+    """Return the singular values with ones for zeros, so that a zero row stays zero."""
     return torch.where(s > 0, s, 1)
 
 
 def _flipped(triplet: Triplet) -> Triplet:
-    """The triplets of the transposed matrix."""
+    """Return the triplets of the transposed matrix."""
     u, vh = triplet.vh.T.contiguous(), triplet.u.T.contiguous()
     return Triplet(u=u, s=triplet.s, vh=vh, method=triplet.method, excess=triplet.excess)
 
 
 @cache
 def fast_dtype(device_type: str) -> torch.dtype:
-    """The type in which this device multiplies fastest; bfloat16 only where its hardware has units for it."""
+    """Return the dtype in which this device multiplies fastest: bfloat16 if the hardware has units for it."""
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.10
@@ -149,14 +148,14 @@ def fast_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
-def settled_signs(u: Tensor) -> Tensor:
-    """Signs (rank) that make the largest entry of each column positive; the first of equals decides."""
+def canonical_signs(u: Tensor) -> Tensor:
+    """Return signs (rank) that make the largest entry of each column positive, the first of equals."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0)
 
 
-def _settle_signs(triplet: Triplet) -> Triplet:
-    sign = settled_signs(triplet.u)
+def _with_canonical_signs(triplet: Triplet) -> Triplet:
+    sign = canonical_signs(triplet.u)
     return Triplet(
         u=triplet.u * sign,
         s=triplet.s,

@@ -20,9 +20,9 @@ from spectune.core.lora import (
     Exported,
     ExportedLayer,
     check_factors,
-    evened,
-    same_product,
+    compare_products,
     total_error,
+    with_unit_scale,
 )
 from spectune.core.low_rank import LowRank
 from spectune.core.rounding import rounded
@@ -150,12 +150,12 @@ def _sides(layer: Layer) -> tuple[int, int]:
 
 def _converted(low_rank: LowRank, store: torch.dtype, name: str, *, even: bool) -> Exported:
     if even:
-        return evened(low_rank, store, name)
+        return with_unit_scale(low_rank, store, name)
     check_factors(low_rank, name)
     down, up = rounded(low_rank.down, store, name), rounded(low_rank.up, store, name)
     result = LowRank(down, up, low_rank.alpha)
     same = low_rank.down.dtype == low_rank.up.dtype == store
-    return Exported(result, same_product(low_rank, low_rank if same else result, name))
+    return Exported(result, compare_products(low_rank, low_rank if same else result, name))
 
 
 def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from spectune.adapters.writer import AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.core.report import Agreement, LayerReport, total_energy, total_share
+from spectune.core.agreement import Agreement, total_share
 from spectune.core.rounding import check_dtype
+from spectune.core.split import LayerReport, total_energy
 from spectune.files.atomic_group import AtomicGroup
 from spectune.files.dtypes import parse_dtype, parse_residual_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline

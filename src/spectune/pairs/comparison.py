@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
-from spectune.core.linalg import converted, scratch
+from spectune.core.agreement import Agreement, compare, total_share
+from spectune.core.linalg import scratch, scratch_copy
 from spectune.core.low_rank import LowRank, Product, to_matrix
-from spectune.core.report import Agreement, compare, total_share
-from spectune.core.residual import Exceptions, gives_every_bit_back, working_dtype
+from spectune.core.residual import Exceptions, restores_every_bit, working_dtype
 from spectune.errors import some_of
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.source import TensorInfo, WeightSource
@@ -216,12 +216,12 @@ def _put_together(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: L
     into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
     working = working_dtype(residual.dtype)
     worst = 0.0
-    exact_sum = gives_every_bit_back(residual.dtype, weight.dtype)
+    exact_sum = restores_every_bit(residual.dtype, weight.dtype)
     product = Product(low_rank, exact=exact_sum)
     of_rows, of_columns = product.rounding()
     for tile, principal in product.tiles():
-        stored = converted("residual", left[tile], working)
-        expected = converted("weight", original[tile], torch.float32)
+        stored = scratch_copy("residual", left[tile], working)
+        expected = scratch_copy("weight", original[tile], torch.float32)
         exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
         into[tile].copy_(exact)
         allowed = _allowed(stored, expected, residual.dtype, weight.dtype)

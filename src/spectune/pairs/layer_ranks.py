@@ -17,7 +17,6 @@ from spectune.core.rank import (
     Price,
     best_ranks,
     rank_for_energy,
-    rank_of,
 )
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
@@ -88,7 +87,7 @@ def choose_ranks(
     Raises InputError for damaged weights, and for a budget in which no direction fits.
     """
     if isinstance(request, FixedRank):
-        ranks = [rank_of(request, layer.shape) for layer in layers]
+        ranks = [request.true_rank(layer.shape) for layer in layers]
         return _plan(layers, ranks, request, store, energy=None)
     spectra = all_spectra(source, layers, progress)
     ranks = ranks_of_spectra(layers, spectra, request, store=store)

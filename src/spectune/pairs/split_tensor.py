@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectune.core.agreement import Agreement, total_agreement
 from spectune.core.low_rank import LowRank
-from spectune.core.report import Agreement, LayerReport, total
 from spectune.core.residual import Exceptions, subtract_principal
-from spectune.core.split import split_weight
+from spectune.core.split import LayerReport, split_weight
 from spectune.core.svd import Method
 from spectune.sdxl.layers import Layer
 
@@ -81,4 +81,4 @@ def split_tensor(
             left = part.residual
         else:
             left[layer.row_slice] = part.residual
-    return SplitTensor(left, tuple(pairs), tuple(reports), total(agreements), tuple(exceptions))
+    return SplitTensor(left, tuple(pairs), tuple(reports), total_agreement(agreements), tuple(exceptions))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from spectune.core.frames import aligned_frame, normalised
+from spectune.core.frames import aligned_frame, normalized
 from spectune.core.linalg import thin_qr, thin_svd
 from spectune.core.low_rank import LowRank, to_factors, to_matrix
 from spectune.core.rank import full_rank
@@ -96,7 +96,7 @@ def align(
                 frame = aligned_frame(u, vh, shapes[name], rank=rank, length=length or UNIT_LENGTH)
             else:
                 frame = projected_frame(layer.base.weight, u[:, :rank])
-                frame = frame if length is None else normalised(frame, length)
+                frame = frame if length is None else normalized(frame, length)
             frames[name] = frame
     return Alignment(frames, tuple(silent))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.frames import minor_frame, normalised, plain_frame, principal_frame
+from spectune.core.frames import minor_frame, normalized, plain_frame, principal_frame
 from spectune.core.low_rank import LowRank, product
 from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
@@ -242,14 +242,14 @@ def _made_frames(
 
 def _made_frame(base: WeightSource, layer: Layer, section: ModelSection, seed: int) -> LowRank:
     assert section.rank is not None
-    rank = FixedRank(section.rank, section.conv_rank).wanted(layer.shape)
+    rank = FixedRank(section.rank, section.conv_rank).requested(layer.shape)
     if section.frame == "principal":
         frame = principal_frame(layer_weight(base, layer), rank=rank, name=layer.name)
     elif section.frame == "minor":
         frame = minor_frame(layer_weight(base, layer), rank=rank, name=layer.name)
     else:
         frame = plain_frame(layer.shape, rank=rank, generator=derived_generator(seed, "frame", layer.name))
-    return frame if section.frame_norm is None else normalised(frame, section.frame_norm)
+    return frame if section.frame_norm is None else normalized(frame, section.frame_norm)
 
 
 def add_frames(model: Sdxl, frames: Mapping[str, LowRank]) -> None:

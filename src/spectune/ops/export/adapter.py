@@ -19,7 +19,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.lora import (
     Exported,
     ExportedLayer,
-    change_values,
+    change_singular_values,
     export_layer,
     limited_rank,
     tuned_principal,
@@ -231,7 +231,7 @@ def _ranks(
 
     run_pipeline(
         layers,
-        lambda layer: change_values(source.layers[layer.name], layer.name),
+        lambda layer: change_singular_values(source.layers[layer.name], layer.name),
         collect,
         size=lambda layer: _working_bytes(layer, source.rank(layer.name)),
     )
@@ -248,7 +248,7 @@ def _left_out(layer: Layer, values: Tensor) -> ExportedLayer:
 
 
 def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: FixedRank | None) -> int:
-    wanted = None if request is None else request.wanted(layer.shape)
+    wanted = None if request is None else request.requested(layer.shape)
     terms = source.rank(layer.name) * (2 if isinstance(source, TunedAdapter) else 1)
     return limited_rank(layer.shape, terms, wanted)
 

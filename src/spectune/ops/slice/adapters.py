@@ -16,10 +16,10 @@ from spectune.adapters.spellings import Spelling, parse_spelling
 from spectune.adapters.traits import read_traits
 from spectune.adapters.writer import AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.combine import Term, summed
+from spectune.core.combine import Term, sum_terms
 from spectune.core.delta import Delta
 from spectune.core.lora import Exported, ExportedLayer, limited_rank, total_error
-from spectune.core.low_rank import common_type
+from spectune.core.low_rank import common_dtype
 from spectune.errors import InputError, some_of
 from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
@@ -156,7 +156,7 @@ def _write(
         def work(layer: Layer) -> Exported:
             pieces = plan.sources[layer.name]
             terms = [Term(opened[piece.path].layers[layer.name], piece.weight) for piece in pieces]
-            return summed(terms, dtypes[layer.name], layer.name, even=spelling is Spelling.DIFFUSERS)
+            return sum_terms(terms, dtypes[layer.name], layer.name, unit_scale=spelling is Spelling.DIFFUSERS)
 
         def take(layer: Layer, result: Exported) -> None:
             report_progress(progress, len(reports), len(plan.layers), layer.name)
@@ -190,4 +190,4 @@ def _dtype(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedA
         torch.float16 if isinstance(adapter, TunedAdapter) else adapter.dtype(layer.name)
         for adapter in adapters
     ]
-    return common_type(found)
+    return common_dtype(found)

@@ -165,7 +165,7 @@ class MemoryMeter:
         rule = FixedRank(setup.rank)
         model = empty_model(self._layout, parse_dtype(setup.precision))
         frames = {
-            layer.name: empty_frame(layer, rule.wanted(layer.shape))
+            layer.name: empty_frame(layer, rule.requested(layer.shape))
             for layer in self._layers
             if layer.part.value in setup.parts
         }

@@ -1,3 +1,5 @@
+"""Bit-equal shares, ulps and relative errors."""
+
 from __future__ import annotations
 
 import math
@@ -7,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.core.report import LayerReport, compare, relative_error, total_energy, total_share
+from spectune.core.agreement import compare, total_share
+from spectune.core.linalg import relative_error
+from spectune.core.split import LayerReport, total_energy
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -41,13 +45,13 @@ def test_integers_are_compared_by_value() -> None:
 
 @given(st.lists(st.floats(-1000, 1000, width=16), min_size=1, max_size=8), st.integers(0, 3))
 @settings(deadline=None, max_examples=50)
-def test_ulps_are_symmetric(numbers: list[float], steps: int) -> None:
-    start = torch.tensor(numbers, dtype=torch.float32)
+def test_ulps_are_symmetric(values: list[float], steps: int) -> None:
+    start = torch.tensor(values, dtype=torch.float32)
     moved = start
     for _ in range(steps):
         moved = torch.nextafter(moved, torch.full_like(moved, math.inf))
     assert compare(start, moved).max_ulp == compare(moved, start).max_ulp
-    # from -0 the first step leads to the smallest positive number
+    # the first step from -0 leads to the smallest positive value
     assert compare(start, moved).max_ulp == steps
 
 
@@ -57,7 +61,7 @@ def test_relative_errors() -> None:
     assert relative_error(torch.ones(2), torch.zeros(2)) == math.inf
 
 
-def test_totals_weigh_layers_by_their_size() -> None:
+def test_total_shares_are_weighted_by_size() -> None:
     def layer(energy: float, norm: float) -> LayerReport:
         return LayerReport("x", (2, 2), 1, energy=energy, norm=norm, largest=1.0, smallest_kept=1.0)
 

@@ -1,0 +1,145 @@
+"""The agreement of a tensor with its expected values: bit-equal shares, ulps, relative errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.core.linalg import pieces, scratch, scratch_copy, square_sum
+
+# Same-width integers sort floats of one sign by value; see `_ordered`.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The agreement of a tensor with its expected values: counts of elements, ulps of its own dtype."""
+
+    numel: int
+    bit_equal: int
+    max_ulp: int
+    relative_error: float  # Frobenius norm of the difference / norm of the expected tensor
+
+    @property
+    def share(self) -> float:
+        """The bit-equal share, 0..1; exactly 1.0 only if every bit agrees."""
+        return self.bit_equal / self.numel if self.numel else 1.0
+
+    @property
+    def exact(self) -> bool:
+        return self.bit_equal == self.numel
+
+
+class Tally:
+    """Accumulates the agreement of a tensor piece by piece.
+
+    Without `errors` it counts equal bits only, at half the cost; errors stay 0.
+    """
+
+    def __init__(self, *, errors: bool = True) -> None:
+        self._errors = errors
+        self._numel = 0
+        self._bit_equal = 0
+        self._max_ulp = 0
+        self._other = False  # values of a dtype without ulps differ
+        self._error = 0.0  # sum of squares
+        self._size = 0.0
+
+    def add(self, actual: Tensor, expected: Tensor) -> Tensor | None:
+        """Count a piece; return the mask of differing elements, or None if all bits agree.
+
+        Both tensors have the same dtype and shape.
+        """
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        self._numel += actual.numel()
+        actual_bits, expected_bits = bit_pattern(actual), bit_pattern(expected)
+        unequal = torch.ne(actual_bits, expected_bits, out=_flags(actual_bits))
+        count = int(torch.count_nonzero(unequal))
+        self._bit_equal += actual.numel() - count
+        if not self._errors:
+            return unequal if count else None
+        if expected.is_floating_point():
+            wide = scratch_copy("expected", expected, torch.float32)
+            self._size += square_sum(wide)
+            if count:
+                self._max_ulp = max(self._max_ulp, _largest_distance(actual_bits, expected_bits, unequal))
+                self._error += square_sum(scratch_copy("actual", actual, torch.float32).sub_(wide))
+        else:
+            self._other |= count > 0
+        return unequal if count else None
+
+    def agreement(self) -> Agreement:
+        error = float(self._other)
+        if self._error:
+            error = math.sqrt(self._error / self._size) if self._size else math.inf
+        return Agreement(self._numel, self._bit_equal, self._max_ulp, error)
+
+    def exact(self) -> Agreement:
+        """Return the agreement if every bit had agreed."""
+        return Agreement(self._numel, self._numel, 0, 0.0)
+
+
+def compare(actual: Tensor, expected: Tensor) -> Agreement:
+    """Compare two tensors of the same dtype and shape.
+
+    Zeros of different sign are 0 ulp apart but not bit-equal.
+    """
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    tally = Tally()
+    for piece, expected_piece in zip(pieces(actual), pieces(expected), strict=True):
+        tally.add(piece, expected_piece)
+    return tally.agreement()
+
+
+def total_agreement(agreements: Iterable[Agreement]) -> Agreement:
+    """Return the agreement of a tensor from those of its parts; the relative error is the largest."""
+    parts = list(agreements)
+    return Agreement(
+        numel=sum(part.numel for part in parts),
+        bit_equal=sum(part.bit_equal for part in parts),
+        max_ulp=max((part.max_ulp for part in parts), default=0),
+        relative_error=max((part.relative_error for part in parts), default=0.0),
+    )
+
+
+def bit_pattern(tensor: Tensor) -> Tensor:
+    """Return the bits of a float tensor as integers of the same width; other tensors unchanged."""
+    return tensor.view(_BITS[tensor.dtype.itemsize]) if tensor.is_floating_point() else tensor
+
+
+def _flags(bits: Tensor) -> Tensor:
+    return scratch("unequal", tuple(bits.shape), torch.bool)
+
+
+def _largest_distance(actual: Tensor, expected: Tensor, unequal: Tensor) -> int:
+    """Return the largest distance in ulps between two tensors of bit patterns that differ at `unequal`."""
+    if actual.element_size() > 2:
+        return int((_ordered(actual[unequal]) - _ordered(expected[unequal])).abs().max())
+    # converting the whole tile to 32 bits is faster than selecting elements
+    first = _ordered(scratch_copy("first", actual, torch.int32), actual.element_size())
+    second = _ordered(scratch_copy("second", expected, torch.int32), actual.element_size())
+    low, high = torch.aminmax(first.sub_(second))
+    return max(-int(low), int(high))
+
+
+def _ordered(bits: Tensor, width: int = 0) -> Tensor:
+    """Return sign-magnitude patterns as integers in the order of their float values; both zeros become 0.
+
+    Patterns of `width` bytes in wider integers are changed in place; others become int64.
+    """
+    wide = bits if width else bits.long()
+    lowest = -(1 << (8 * width - 1)) if width else torch.iinfo(bits.dtype).min
+    sign = torch.bitwise_right_shift(wide, 8 * wide.element_size() - 1)  # -1 for negative values, else 0
+    # lowest - wide for negative patterns: (wide ^ -1) + 1 + lowest
+    return wide.bitwise_xor_(sign).sub_(sign).add_(sign, alpha=-lowest)
+
+
+def total_share(agreements: Iterable[Agreement]) -> float:
+    """Return the bit-equal share over several tensors, 0..1."""
+    agreements = list(agreements)
+    numel = sum(agreement.numel for agreement in agreements)
+    return sum(agreement.bit_equal for agreement in agreements) / numel if numel else 1.0
