@@ -1,4 +1,4 @@
-"""A checkpoint that is written into several files, of which none appears before all are whole."""
+"""A checkpoint written to several files, none of which appears before all are complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spectune.files.writer import StreamWriter, partial_path, remove_leftovers
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of a set."""
+    """One file of a set, before it is written."""
 
     infos: Sequence[TensorInfo]
     metadata: Mapping[str, str]
@@ -56,25 +56,25 @@ class MultiFileWriter(ABC):
 
     @property
     def hash(self) -> str:
-        """The weights hash of what was written."""
+        """The weights hash of the written tensors."""
         assert self._hash is not None, "the hash is known when the files are closed"
         return self._hash
 
     def differing(self, other: WeightsHasher) -> int:
-        """How many of the tensors are not, bit for bit, those of `other`."""
+        """Count the tensors that differ in any bit from those of `other`."""
         return self._hasher.differing(other)
 
     def hash_ahead(self, name: str, tensor: Tensor) -> None:
-        """Hash a tensor before it is written, from any thread: `write` then need not."""
+        """Hash a tensor from any thread; `write` then does not hash it again."""
         self._hasher.add(name, tensor)
 
     @property
     def waiting(self) -> frozenset[str]:
-        """The names of the tensors that are still to be written."""
+        """The names of the tensors not written yet."""
         return frozenset(self._waiting)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one announced tensor; its type and shape must be the announced ones."""
+        """Write one announced tensor; dtype and shape must be as announced."""
         info = self._infos[name]
         assert name in self._waiting, f"{name} is written twice"
         assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (
@@ -108,7 +108,7 @@ class MultiFileWriter(ABC):
         """
 
     def abandon(self) -> None:
-        """Drop what has not got its name; the target stays as it was."""
+        """Delete the temporary files; the target stays unchanged."""
         for file in self._files.values():
             file.abandon()
         if not self._keep:
@@ -157,4 +157,4 @@ class MultiFileWriter(ABC):
 
     @abstractmethod
     def _complete(self) -> None:
-        """Add what is known only when all tensors are written."""
+        """Add the data that is known only when all tensors are written."""

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, which appears under its name only when it is whole."""
+"""A safetensors file written tensor by tensor, renamed to its final name only when complete."""
 
 from __future__ import annotations
 
@@ -70,27 +70,27 @@ class StreamWriter:
 
     @property
     def hash(self) -> str:
-        """The weights hash of what was written."""
+        """The weights hash of the written tensors."""
         assert self._hash is not None, "the hash is known when the file is closed"
         return self._hash
 
     def differing(self, other: WeightsHasher) -> int:
-        """How many of the tensors are not, bit for bit, those of `other`."""
+        """Count the tensors that differ in any bit from those of `other`."""
         assert self._hasher is not None, "this file is written without a hash"
         return self._hasher.differing(other)
 
     def hash_ahead(self, name: str, tensor: Tensor) -> None:
-        """Hash a tensor before it is written, from any thread: `write` then need not."""
+        """Hash a tensor from any thread; `write` then does not hash it again."""
         if self._hasher is not None:
             self._hasher.add(name, tensor)
 
     @property
     def waiting(self) -> frozenset[str]:
-        """The names of the tensors that are still to be written."""
+        """The names of the tensors not written yet."""
         return frozenset(self._waiting)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one announced tensor; its type and shape must be the announced ones."""
+        """Write one announced tensor; dtype and shape must be as announced."""
         info = self._infos[name]
         assert name in self._waiting, f"{name} is written twice"
         assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (
@@ -160,7 +160,7 @@ class StreamWriter:
             ) from error
 
     def abandon(self) -> None:
-        """Drop what has not got its name; the target stays as it was."""
+        """Delete the temporary file; the target stays unchanged."""
         self._file.close()
         if not self._keep:
             self._partial.unlink(missing_ok=True)
@@ -225,7 +225,7 @@ def check_target(path: Path, nbytes: int, *, force: bool) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name of a file that this process writes."""
+    """Return the temporary name of a file that this process writes."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}{_PARTIAL}")
 
 
@@ -243,7 +243,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _host() -> str:
-    """The name of this machine as a part of a file name: a folder may be shared by several."""
+    """Return the name of this machine for a file name, since several machines may share a folder."""
     return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "local"
 
 
