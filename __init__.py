@@ -1,4 +1,4 @@
-"""What ComfyUI loads when this repository lies in its custom_nodes folder; nothing for anybody else."""
+"""Entry point for ComfyUI if this repository is in its custom_nodes folder; empty elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# ComfyUI has this module before it loads any node, and nothing else has one of this name
+# a module of ComfyUI alone, which loads it before any node
 if "folder_paths" in sys.modules:
     spec = find_spec("spectune")
-    if spec is None or spec.loader is None:  # no loader: a folder of that name without the library in it
+    if spec is None or spec.loader is None:  # no loader: a folder of that name without the library
         # only src: the repository itself on the path would hide ComfyUI's own package `comfy`
         sys.path.append(str(Path(__file__).parent / "src"))
 

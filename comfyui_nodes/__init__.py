@@ -1,4 +1,4 @@
-"""spectune's nodes for ComfyUI: this folder, or the whole repository, goes into ComfyUI's custom_nodes."""
+"""Nodes for ComfyUI. Put this folder or the whole repository into ComfyUI's custom_nodes."""
 
 from __future__ import annotations
 

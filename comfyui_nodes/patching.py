@@ -19,7 +19,7 @@ from spectune.sdxl.names import Module, te1_modules, te2_modules
 Shapes = Mapping[str, tuple[int, ...]]
 LABEL = "the connected MODEL and CLIP"
 
-# What ComfyUI's state dicts call the parts: te1.text_model.x is clip_l.transformer.text_model.x
+# Parts in ComfyUI's state dicts: te1.text_model.x is clip_l.transformer.text_model.x
 ROOTS: Mapping[str, str] = {
     "unet": "diffusion_model",
     "te1": "clip_l.transformer",
@@ -28,15 +28,16 @@ ROOTS: Mapping[str, str] = {
 
 
 def patch_key(layer: str) -> str:
-    """The name of a layer's weight in the state dict of ComfyUI's MODEL or CLIP."""
+    """Return the key of a layer's weight in the state dict of ComfyUI's MODEL or CLIP."""
     part, _, rest = layer.partition(".")
     return f"{ROOTS[part]}.{rest}.weight"
 
 
 def catalogue_of(model: Any, clip: Any) -> Catalogue:
-    """The layers of a loaded SDXL, from the names and shapes of its weights alone.
+    """Return the layers of a loaded SDXL, from the names and shapes of its weights.
 
-    Raises InputError for a model of another kind.
+    Raises:
+        InputError: The model is not an SDXL.
     """
     shapes = _shapes(model.model.state_dict()) | _shapes(clip.patcher.model.state_dict())
     tensors = {name: torch.empty(shape, device="meta") for name, shape in single_file_shapes(shapes).items()}
@@ -48,7 +49,7 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def single_file_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors from those of ComfyUI's; q, k, v of the second encoder are one."""
+    """Convert ComfyUI's shapes to those of a checkpoint, which joins q, k, v of the second encoder."""
     found = {f"model.{name}": shape for name, shape in shapes.items() if name.startswith("diffusion_model.")}
     found |= _text_shapes(
         te1_modules(_sized(SDXL.te1, shapes, "clip_l")), "clip_l.transformer.text_model", shapes
@@ -57,7 +58,7 @@ def single_file_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _sized(text: TextLayout, shapes: Shapes, encoder: str) -> TextLayout:
-    """A text encoder of the width and depth that ComfyUI's has; 0 where there is none."""
+    """Return a text layout with the width and depth of ComfyUI's encoder, 0 if it is absent."""
     root = f"{encoder}.transformer.text_model"
     depth = sum(1 for n in range(999) if f"{root}.encoder.layers.{n}.mlp.fc1.weight" in shapes)
     width = shapes.get(f"{root}.embeddings.token_embedding.weight", (0, 0))[1]
@@ -85,10 +86,12 @@ def patched(
     strength_model: float = 1,
     strength_clip: float = 1,
 ) -> tuple[Any, Any]:
-    """Copies of MODEL and CLIP to whose weights ComfyUI adds the product of each layer when it runs them.
+    """Return copies of MODEL and CLIP; ComfyUI adds the product of each layer to their weights.
 
-    It sums products and weights in float32 on the CPU and, as far as it is told to, on a GPU. Raises
-    RuntimeError when a layer has no weight to be added to.
+    ComfyUI sums in float32 on the CPU, and on a GPU if it is set up to.
+
+    Raises:
+        RuntimeError: A layer has no weight in MODEL or CLIP.
     """
     model, clip = model.clone(), clip.clone()
     patches = {patch_key(name): adapter_of(low_rank) for name, low_rank in changes.items()}
@@ -105,7 +108,7 @@ def patched(
 
 
 def adapter_of(low_rank: LowRank) -> LoRAAdapter:
-    """The product of a layer as ComfyUI's own kind of patch, which holds factors only."""
+    """Return the factors of a layer as a patch of ComfyUI."""
     return LoRAAdapter(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
 
 

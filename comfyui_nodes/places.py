@@ -1,4 +1,4 @@
-"""Files by the names that ComfyUI's lists show, and where new ones go."""
+"""Files by their names in ComfyUI's lists, and the paths of new files."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ SUFFIX = ".safetensors"
 
 
 def listed(kind: str) -> list[str]:
-    """The safetensors files of a kind, as ComfyUI's lists name them."""
+    """Return the safetensors files of a kind by their names in ComfyUI's lists."""
     return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(SUFFIX)]
 
 
 def listed_or_none(kind: str) -> list[str]:
-    """The same behind the word for no file."""
+    """Return `NONE`, then the files of a kind."""
     return [NONE, *listed(kind)]
 
 
 def listed_of_both() -> list[str]:
-    """Checkpoints and LoRAs in one list, each behind its kind: `loras/style.safetensors`."""
+    """Return LoRAs and checkpoints in one list, with their kind: `loras/style.safetensors`."""
     return [f"{kind}/{name}" for kind in reversed(KINDS) for name in listed(kind)]
 
 
 def path_of(kind: str, name: str) -> Path:
-    """The file of a name in a list; raises FileNotFoundError when it is gone."""
+    """Return the path of a listed file; raise FileNotFoundError if it is gone."""
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def optional_path(kind: str, name: str) -> Path | None:
-    """The file of a name in a list, None for the word for no file."""
+    """Return the path of a listed file, or None for `NONE`."""
     return None if name in (NONE, "") else path_of(kind, name)
 
 
 def path_of_both(word: str) -> Path:
-    """The file of a name in the list of both kinds."""
+    """Return the path of an entry of `listed_of_both`."""
     kind, _, name = word.partition("/")
     if kind not in KINDS:
         raise RuntimeError(f"{word!r} names no kind of file\nhint: write checkpoints/NAME or loras/NAME")
@@ -50,17 +50,17 @@ def path_of_both(word: str) -> Path:
 
 @dataclass(frozen=True)
 class Target:
-    """A file to be written: its path, and the name by which ComfyUI's lists will show it."""
+    """A file to write: its path and its name in ComfyUI's lists."""
 
     path: Path
     name: str
 
 
 def target(kind: str, name: str, *, overwrite: bool) -> Target:
-    """Where a new file of a kind goes: into the first folder of its kind, which the lists show.
+    """Return the target of a new file, in the first folder of its kind, and make its folder.
 
-    Raises RuntimeError for a name that leads out of that folder, and for a file that exists unless
-    `overwrite` is on.
+    Raises:
+        RuntimeError: The name leads out of that folder, or the file exists and `overwrite` is off.
     """
     folder = Path(folder_paths.get_folder_paths(kind)[0]).absolute()
     name = name.strip().replace("\\", "/").strip("/")
@@ -79,7 +79,7 @@ def target(kind: str, name: str, *, overwrite: bool) -> Target:
 
 
 def put(made: Path, path: Path) -> None:
-    """Move a complete file to its place, where it appears whole or not at all."""
+    """Move a complete file to its path in one step; no partial file ever appears there."""
     partial = path.with_name(path.name + ".partial")
     try:
         shutil.move(made, partial)
@@ -89,7 +89,7 @@ def put(made: Path, path: Path) -> None:
 
 
 def stamp(find: Callable[[], Path | None]) -> str:
-    """What changes when a file does, for ComfyUI's cache; empty where there is none yet."""
+    """Return a key for ComfyUI's cache that changes with the file; empty without a file."""
     try:
         path = find()
         state = None if path is None else path.stat()

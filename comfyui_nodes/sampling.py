@@ -1,4 +1,4 @@
-"""What a loaded model is taken to predict: eps, v or flow, told and set."""
+"""Read and set the prediction type that ComfyUI samples a model with: eps, v or flow."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from comfy import model_sampling
 
 from spectune.files.provenance import PredictionName
 
-FLOW_MULTIPLIER = 1000  # the UNet is fed 1000 times the noise level, as in training
+FLOW_MULTIPLIER = 1000  # the timestep input is 1000 times the noise level, as in training
 
 
 def sampled_as(model: Any) -> PredictionName | None:
-    """What a MODEL is sampled as; None for a kind that spectune does not train."""
+    """Return the prediction type of a MODEL, or None for a type that spectune does not train."""
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, model_sampling.CONST):
         return "flow"
-    # v derives from eps, and others from both: the order counts
+    # the order matters: v derives from eps, and other classes from both
     if isinstance(sampling, (model_sampling.EDM, model_sampling.X0)):
         return None
     if isinstance(sampling, model_sampling.V_PREDICTION):
@@ -25,12 +25,12 @@ def sampled_as(model: Any) -> PredictionName | None:
 
 
 def is_set(model: Any) -> bool:
-    """Whether a node, and not the checkpoint, says how a MODEL is sampled."""
+    """Return whether a node, not the checkpoint, set the sampling of a MODEL."""
     return "model_sampling" in model.object_patches
 
 
 def with_flow(model: Any, shift: float) -> Any:
-    """A copy that is sampled as a flow: sigma = shift t / (1 + (shift - 1) t)."""
+    """Return a copy that is sampled as a flow: sigma = shift t / (1 + (shift - 1) t)."""
 
     class Flow(model_sampling.ModelSamplingDiscreteFlow, model_sampling.CONST):
         pass
@@ -41,7 +41,7 @@ def with_flow(model: Any, shift: float) -> Any:
 
 
 def with_discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> Any:
-    """A copy that is sampled as eps or v on SDXL's schedule, which with `zero_snr` ends in pure noise."""
+    """Return a copy that is sampled as eps or v on SDXL's schedule, or on the one with zero terminal SNR."""
     kind = model_sampling.V_PREDICTION if prediction == "v" else model_sampling.EPS
 
     class Discrete(model_sampling.ModelSamplingDiscrete, kind):
