@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from spectune.checkpoints.diffusers_folder.reader import open_folder
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
@@ -12,9 +13,19 @@ from spectune.files.multi_file_writer import MultiFileWriter
 from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import MAX_SHARD_BYTES, ShardedWriter, open_sharded
 from spectune.files.source import TensorInfo
-from spectune.files.writer import RESERVE_BYTES, StreamWriter
+from spectune.files.writer import StreamWriter
 
 _NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")
+
+
+class WriterOptions(TypedDict, total=False):
+    """The options that all writers have; their defaults are those of `StreamWriter`."""
+
+    metadata: Mapping[str, str] | None
+    reserve_bytes: int  # room for metadata that is added later
+    force: bool  # overwrite an existing target
+    hold: bool  # keep the temporary name until `commit`
+
 
 TensorWriter = StreamWriter | MultiFileWriter  # takes the announced tensors under single-file names
 
@@ -56,12 +67,9 @@ def open_writer(
     path: Path,
     infos: Sequence[TensorInfo],
     *,
-    metadata: Mapping[str, str] | None = None,
-    reserve_bytes: int = RESERVE_BYTES,
-    force: bool = False,
-    hold: bool = False,
     template: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    **options: Unpack[WriterOptions],
 ) -> TensorWriter:
     """Open a writer: `x.safetensors` is a file, `x.safetensors.index.json` shards, other names a folder.
 
@@ -71,30 +79,12 @@ def open_writer(
     path = Path(path)
     name = path.name.lower()
     if name.endswith(".safetensors"):
-        return StreamWriter(
-            path, infos, metadata=metadata, reserve_bytes=reserve_bytes, force=force, hold=hold
-        )
+        return StreamWriter(path, infos, **options)
     if name.endswith(f".safetensors{INDEX_SUFFIX}"):
-        return ShardedWriter(
-            path,
-            infos,
-            metadata=metadata,
-            reserve_bytes=reserve_bytes,
-            force=force,
-            hold=hold,
-            max_shard_bytes=max_shard_bytes,
-        )
+        return ShardedWriter(path, infos, max_shard_bytes=max_shard_bytes, **options)
     if path.suffix.lower() in _NOT_WRITTEN:
         raise InputError(
             f"cannot write {path.name}: expected a name like x.safetensors, x.safetensors{INDEX_SUFFIX}, "
             "or the name of a folder"
         )
-    return FolderWriter(
-        path,
-        infos,
-        metadata=metadata,
-        reserve_bytes=reserve_bytes,
-        force=force,
-        hold=hold,
-        template=template,
-    )
+    return FolderWriter(path, infos, template=template, **options)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spectune.files.provenance import V_KEY, ZERO_SNR_KEY
 from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, PartName
 from spectune.sdxl.state_dicts import LOGIT_SCALE
 
@@ -78,5 +79,5 @@ def derived_tensors(
         f"{TE1_ROOT}{_POSITIONS}": torch.arange(context)[None],
         f"{TE2_ROOT}logit_scale": torch.full((), LOGIT_SCALE, dtype=torch.float64).to(dtype),
     }
-    markers = {"v_pred": v_prediction, "ztsnr": zero_snr}
+    markers = {V_KEY: v_prediction, ZERO_SNR_KEY: zero_snr}
     return tensors | {name: torch.empty(0) for name, present in markers.items() if present}

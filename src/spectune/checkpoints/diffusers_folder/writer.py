@@ -26,7 +26,7 @@ from spectune.checkpoints.diffusers_folder.keys import (
 from spectune.checkpoints.diffusers_folder.small_files import read_template, small_files
 from spectune.errors import InputError, some_of
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
-from spectune.files.provenance import HasProvenance
+from spectune.files.provenance import ZERO_SNR_KEY, HasProvenance
 from spectune.files.reader import MODEL_INDEX
 from spectune.files.source import TensorInfo, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
@@ -82,7 +82,7 @@ class FolderWriter(MultiFileWriter):
         source = self._announced()
         prediction = declared_prediction(source)
         shift = source.provenance.flow_shift or 1.0
-        schedule = Schedule(prediction, shift if prediction == "flow" else None, "ztsnr" in self._infos)
+        schedule = Schedule(prediction, shift if prediction == "flow" else None, ZERO_SNR_KEY in self._infos)
         return small_files(infer_layout(source), schedule, self._template)
 
     def _plan(self) -> dict[str, PlannedFile]:
@@ -226,13 +226,15 @@ def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
         check_target(path, nbytes, force=force)
         return
     if not path.is_dir():
-        raise InputError(f"{path} is a file: expected the name of a folder", hint="pass -o for another name")
+        raise InputError(
+            f"{path} is a file: expected the name of a folder", hint="choose another name in `out`"
+        )
     own = {MODEL_INDEX, EXTRAS_FILE, *COMPONENTS}
     names = sorted(entry.name for entry in path.iterdir())
     others = [name for name in names if name not in own and not name.startswith("LICENSE")]
     if others:
         raise InputError(
             f"{path} holds files that are no part of a diffusers model and would be lost: {some_of(others)}",
-            hint="pass -o for another name",
+            hint="choose another name in `out`",
         )
     check_target(path.with_name(f"{path.name}.new"), nbytes, force=True)
