@@ -48,14 +48,14 @@ def test_plain_weights_of_any_dtype_pass(dtype: torch.dtype) -> None:
 def test_scaled_fp8_is_refused(name: str) -> None:
     message = refusal({name: ONE})
     assert message == (
-        "small.safetensors is a scaled quantized checkpoint: its weights must be multiplied by scales "
-        f"stored beside them: {name}"
+        "small.safetensors is a scaled quantized checkpoint: its weights must be multiplied by "
+        f"separately stored scales: {name}"
     )
 
 
 def test_a_table_of_quantized_layers_is_refused() -> None:
     message = refusal({}, {"_quantization_metadata": "{}"})
-    assert message.endswith("stored beside them: metadata _quantization_metadata")
+    assert message.endswith("separately stored scales: metadata _quantization_metadata")
 
 
 @pytest.mark.parametrize(

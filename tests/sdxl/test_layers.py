@@ -62,7 +62,7 @@ def test_diffusers_names_and_shapes(
 
 
 def _with_text_model(name: str) -> str:
-    """The table names the first encoder's modules as they stand in memory."""
+    """Return the name in files: the table has the first encoder's names in memory."""
     return re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", name)
 
 

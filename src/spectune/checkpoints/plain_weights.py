@@ -34,8 +34,8 @@ def check_plain_weights(source: WeightSource) -> None:
     if scales or _METADATA_KEY in source.metadata:
         found = some_of(scales) if scales else f"metadata {_METADATA_KEY}"
         raise InputError(
-            f"{source.label} is a scaled quantized checkpoint: its weights must be multiplied by scales "
-            f"stored beside them: {found}",
+            f"{source.label} is a scaled quantized checkpoint: its weights must be multiplied by "
+            f"separately stored scales: {found}",
             hint=_HINT,
         )
 

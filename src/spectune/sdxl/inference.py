@@ -38,8 +38,8 @@ def infer_layout(source: WeightSource) -> Layout:
     """Return the layout of a single-file checkpoint.
 
     Raises:
-        InputError: It is no SDXL, or its metadata lacks numbers of attention heads that differ from SDXL's
-            64 channels per head.
+        InputError: It is not an SDXL, or its metadata lacks numbers of attention heads that differ from
+            SDXL's 64 channels per head.
     """
     hints = read_hints(source.metadata)
     layout = layout_of(source.tensors, hints, source.provenance, label=source.label)
@@ -99,7 +99,7 @@ def layout_of_modules(
 class ShapeProbe:
     """Shapes of tensors by name. An absent or misshapen tensor is an InputError that names the file.
 
-    `root` stands before all names in the file; `kind` completes "not an SDXL checkpoint".
+    `root` is the prefix of all names in the file; `kind` completes "is not an SDXL checkpoint".
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ShapeProbe:
         return info.shape
 
     def count(self, template: str) -> int:
-        """Return how many of `template` with 0, 1, 2, ... there are without a gap."""
+        """Return how many tensors named `template` with 0, 1, 2, ... exist without a gap."""
         return sum(1 for _ in takewhile(lambda n: self.has(template.format(n)), count()))
 
     def error(self, what: str) -> InputError:
@@ -320,7 +320,7 @@ def _check_heads(layout: Layout, hints: Mapping[str, Any], label: str) -> None:
 
 
 def _other_kind(tensors: Mapping[str, TensorInfo]) -> str:
-    """Return what a file that is no SDXL probably is, for the message; an empty string if unknown."""
+    """Return a guess at the kind of a file that is not SDXL, for the message; empty if unknown."""
     signs = {
         "lora_": " but an adapter",
         "cond_stage_model.": " but an SD 1 or 2 checkpoint",
