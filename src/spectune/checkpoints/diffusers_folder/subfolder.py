@@ -16,7 +16,7 @@ from spectune.errors import InputError, some_of
 from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import open_sharded
 from spectune.files.source import TensorInfo
-from spectune.sdxl.layout import NOT_SDXL, PartName
+from spectune.sdxl.layout import NOT_SDXL, PartName, require
 from spectune.sdxl.state_dicts import refuse_surplus
 
 _STEM = "(?:diffusion_pytorch_model|model)"
@@ -46,13 +46,7 @@ class Subfolder:
         """Raise InputError unless the keys are the expected ones of the part."""
         spare = [file_key for key, file_key in self._keys.items() if key not in expected]
         refuse_surplus(spare, self.file.label, "a single-file SDXL")
-        missing = sorted(expected - self._keys.keys())
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(expected)} tensors are missing in {self.file.label}: "
-                f"{some_of(missing)}",
-                hint=NOT_SDXL,
-            )
+        require(self._keys, sorted(expected), self.file.label)
 
     def _place(self, file_key: str) -> None:
         key = state_key(self.part, file_key)
