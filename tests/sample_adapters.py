@@ -1,4 +1,4 @@
-"""Adapter files in memory, as spectune writes them and as others would."""
+"""Adapter files in memory, in the forms of spectune and of other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensors = dict[str, Tensor]
 
 
 def pair(layer: Layer, rank: int = 2, alpha: float | None = None) -> Tensors:
-    """The three tensors of a layer; alpha is the rank unless it is given."""
+    """Return the three tensors of a layer; alpha is the rank by default."""
     down, up = layer.factor_shapes(rank)
     return {
         f"{layer.kohya}.lora_down.weight": torch.randn(down),
@@ -31,12 +31,12 @@ def without(tensors: Mapping[str, Tensor], end: str) -> Tensors:
 
 
 def kohya_style(layer: Layer) -> str:
-    """The stem that trainers write that run the UNet of diffusers."""
+    """Return the stem of trainers that run the UNet of diffusers."""
     return "lora_" + layer.diffusers.replace(".", "_")
 
 
 def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> Tensors:
-    """With one stem spelled in another way."""
+    """Rename one stem."""
     return {
         new + key.removeprefix(old) if key.startswith(f"{old}.") else key: tensor
         for key, tensor in tensors.items()
@@ -44,7 +44,7 @@ def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> Tensors:
 
 
 def as_peft(tensors: Mapping[str, Tensor], layers: Iterable[Layer]) -> Tensors:
-    """With some layers spelled as PEFT and diffusers save them, which write no alpha."""
+    """Rename some layers as PEFT and diffusers do, which write no alpha."""
     changed = dict(tensors)
     for layer in layers:
         for kohya, peft in (("lora_down", "lora_A"), ("lora_up", "lora_B")):
@@ -54,7 +54,7 @@ def as_peft(tensors: Mapping[str, Tensor], layers: Iterable[Layer]) -> Tensors:
 
 
 def as_tuned(tensors: Mapping[str, Tensor]) -> Tensors:
-    """With the suffixes of a tuned file."""
+    """Rename the suffixes to those of a tuned file."""
     changed: Tensors = {}
     for key, tensor in tensors.items():
         stem, _, suffix = key.partition(".")

@@ -1,4 +1,4 @@
-"""Splits of the tiny checkpoint that many tests look at and none changes."""
+"""Splits of the tiny checkpoint that many tests read and none changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TinySplit = Callable[[torch.dtype | None], SplitReport]
 
 @pytest.fixture(scope="session")
 def tiny_split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TinySplit:
-    """Principal of rank 4 and residual of the tiny checkpoint, by the residual type; made once each."""
+    """Return principal of rank 4 and residual of the tiny checkpoint for a residual dtype, cached."""
 
     @cache
     def make(residual_dtype: torch.dtype | None) -> SplitReport:

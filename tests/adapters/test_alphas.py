@@ -34,7 +34,7 @@ def test_another_alpha_is_wrong_in_our_files_only(plain: Tensors, layers: list[L
     tensors = plain | pair(layers[4], rank=3, alpha=3.03)
     assert alpha_problems(MemorySource(tensors, {})) == []
     assert alpha_problems(MemorySource(tensors, OURS)) == [
-        f"1 layers have an alpha that is not their rank: {layers[4].kohya} 3.03 for 3"
+        f"1 layer with an alpha other than the rank: {layers[4].kohya} 3.03 for 3"
     ]
 
 
@@ -43,8 +43,8 @@ def test_missing_and_broken(plain: Tensors, layers: list[Layer]) -> None:
     tensors[f"{layers[1].kohya}.alpha"] = torch.tensor([3.0, 3.0])
     tensors[f"{layers[2].kohya}.alpha"] = torch.tensor(float("nan"))
     assert alpha_problems(MemorySource(tensors, {})) == [
-        f"1 layers have no alpha: programs disagree about the scale: {layers[0].kohya}",
-        f"2 layers have an alpha that is not a number: {layers[1].kohya}, {layers[2].kohya}",
+        f"1 layer without alpha: programs disagree about the scale: {layers[0].kohya}",
+        f"2 layers with an alpha that is not a finite number: {layers[1].kohya}, {layers[2].kohya}",
     ]
 
 
@@ -69,5 +69,5 @@ def test_16_bits_hold_some_ranks(
     stored = float(tensors[f"{layers[3].kohya}.alpha"])
     expected = f"{layers[3].kohya} {stored:g} for {rank} in {name}"
     assert problems == (
-        [] if held else [f"1 layers have an alpha whose type cannot hold their rank: {expected}"]
+        [] if held else [f"1 layer with an alpha whose dtype cannot hold the rank: {expected}"]
     )

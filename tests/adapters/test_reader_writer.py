@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
-from spectune.adapters.writer import AdapterWriter, adapter_infos, kohya_metadata, save_tuned
+from spectune.adapters.writer import AdapterHeader, AdapterWriter, adapter_infos, kohya_metadata, save_tuned
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank
@@ -52,9 +52,9 @@ def same(one: LowRank, other: LowRank) -> bool:
 def save(path: Path, adapter: Adapter, catalogue: Catalogue) -> str:
     layers = [catalogue.by_name[name] for name in adapter.layers]
     ranks = {layer.name: adapter.layers[layer.name].rank for layer in layers}
-    with AdapterWriter(path, layers, ranks, dtype=torch.float16, provenance=PROVENANCE) as writer:
+    with AdapterWriter(path, AdapterHeader(layers, ranks, torch.float16, PROVENANCE)) as writer:
         for layer in layers:
-            writer.write(layer, adapter.layers[layer.name])
+            writer.write_layer(layer, adapter.layers[layer.name])
     return writer.hash
 
 
@@ -83,9 +83,7 @@ def test_round_trip(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> N
         assert weights_hash(source) == written
 
 
-def test_layers_are_a_mapping_of_what_is_there(
-    adapter: Adapter, catalogue: Catalogue, tmp_path: Path
-) -> None:
+def test_layers_are_a_mapping(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
     names = list(adapter.layers)[:3]
     some = replace(adapter, layers={name: adapter.layers[name] for name in names})
     saved(tmp_path / "a.safetensors", some, catalogue)
@@ -180,10 +178,7 @@ def test_the_writer_leaves_nothing_after_a_crash(catalogue: Catalogue, tmp_path:
         pytest.raises(AssertionError, match=r"expected torch\.float16"),
         AdapterWriter(
             tmp_path / "a.safetensors",
-            catalogue.layers,
-            ranks,
-            dtype=torch.float16,
-            provenance=PROVENANCE,
+            AdapterHeader(catalogue.layers, ranks, torch.float16, PROVENANCE),
         ) as writer,
     ):
         writer.write(catalogue.layers[0], low_rank(catalogue.layers[0], 2, torch.float32))
@@ -220,7 +215,7 @@ def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, 
         tensors[f"lora_unet_input_blocks_9{n}_1_proj_in.alpha"] = torch.tensor(1.0)
     error = message(tmp_path / "b.safetensors", tensors, catalogue)
     assert error.what == (
-        f"5 of {len(catalogue) + 5} layers of b.safetensors have no partner in the model: "
+        f"5 of {len(catalogue) + 5} layers of b.safetensors have no counterpart in the model: "
         "lora_unet_input_blocks_90_1_proj_in, lora_unet_input_blocks_91_1_proj_in, "
         "lora_unet_input_blocks_92_1_proj_in (2 more)"
     )
@@ -232,13 +227,13 @@ def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, 
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "the adapter is for Flux"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the adapter is for SD 1 or 2"),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "a transformer model such as Flux or SD 3"),
-        ("lora_te2_text_projection.lora_down.weight", "held transposed to what checkpoints store"),
-        ("something.weight", "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them"),
+        ("lora_te2_text_projection.lora_down.weight", "adapters hold text projections transposed"),
+        ("something.weight", "expected an adapter for SDXL with keys of kohya, PEFT or ComfyUI"),
     ],
 )
 def test_adapters_of_other_models(key: str, hint: str, catalogue: Catalogue, tmp_path: Path) -> None:
     error = message(tmp_path / "b.safetensors", {key: torch.zeros(1, 1)}, catalogue)
-    assert "1 of 1 layers of b.safetensors have no partner" in error.what
+    assert "1 of 1 layers of b.safetensors have no counterpart" in error.what
     assert error.hint is not None
     assert hint in error.hint
 
@@ -249,7 +244,7 @@ def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalo
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue) | {f"{stem}.{suffix}": torch.zeros(1)}
     error = message(tmp_path / "b.safetensors", tensors, catalogue)
     assert error.what.startswith(
-        f"1 keys of b.safetensors are no factor: {stem}.{suffix}; expected lora_down"
+        f"b.safetensors has 1 key other than factors: {stem}.{suffix}; expected lora_down"
     )
     assert error.hint is not None
     assert "`spectune convert --drop PATTERN` leaves keys out" in error.hint
@@ -276,7 +271,7 @@ def test_shapes_of_another_model(suffix: str, adapter: Adapter, catalogue: Catal
     )
 
 
-def test_a_missing_alpha_is_scale_one_and_said(
+def test_a_missing_alpha_means_scale_1_with_a_warning(
     adapter: Adapter, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue)
@@ -286,7 +281,7 @@ def test_a_missing_alpha_is_scale_one_and_said(
     assert isinstance(again, Adapter)
     assert all(again.layers[name].scale == 1 for name in again.layers)
     assert re.match(
-        f"{len(catalogue)} layers of b.safetensors have no alpha, read as scale 1: unet", again.warnings[0]
+        f"{len(catalogue)} layers of b.safetensors without alpha, read as scale 1: unet", again.warnings[0]
     )
 
 

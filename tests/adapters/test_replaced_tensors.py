@@ -1,4 +1,4 @@
-"""Tuned files that hold some tensors of their base whole."""
+"""Tuned files that replace some tensors of their base whole."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def changed(path: Path, changes: Mapping[str, Tensor], *, drop: str = "none") ->
     return path.with_name("x.safetensors")
 
 
-def test_the_file_gives_back_what_it_was_given(
+def test_replaced_tensors_round_trip(
     replacing: Path, ordinary: Path, catalogue: Catalogue, whole: dict[str, Tensor]
 ) -> None:
     with open_adapter(replacing, catalogue, replaced=True) as opened, open_adapter(ordinary) as plain:
@@ -86,7 +86,7 @@ def test_the_file_gives_back_what_it_was_given(
     assert {key for key in stored if key.startswith("replaced.")} == {f"replaced.{name}" for name in whole}
 
 
-def test_a_file_that_replaces_nothing_is_written_as_ever(
+def test_a_file_without_replaced_tensors_is_unchanged(
     ordinary: Path, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     adapter = tuned(ordinary, catalogue, {})
@@ -113,7 +113,7 @@ def test_what_is_replaced_is_written_in_float32_only(
     assert not (tmp_path / "tuned.safetensors").exists()
 
 
-def test_whoever_does_not_ask_for_them_gets_an_error(replacing: Path, catalogue: Catalogue) -> None:
+def test_a_caller_that_would_lose_them_gets_an_error(replacing: Path, catalogue: Catalogue) -> None:
     with pytest.raises(InputError) as caught:
         open_adapter(replacing, catalogue)
     first = next(key for key in load_file(replacing) if key.startswith("replaced."))
@@ -122,18 +122,18 @@ def test_whoever_does_not_ask_for_them_gets_an_error(replacing: Path, catalogue:
         "which no LoRA or slice can hold"
     )
     assert caught.value.hint == (
-        "rebuild the checkpoint first: spectune rebuild; a LoRA of it is then made by "
+        "rebuild the checkpoint with `spectune rebuild`, then make a LoRA of it: "
         "`spectune export TUNED.safetensors --base ORIGINAL`"
     )
 
 
 def test_a_lora_cannot_replace_anything(replacing: Path, catalogue: Catalogue) -> None:
     lora = changed(replacing, pairs(catalogue.layers[:2]), drop="lora_")
-    with pytest.raises(InputError, match="and is no tuned adapter: expected frame_down"):
+    with pytest.raises(InputError, match="but is not a tuned adapter: expected frame_down"):
         open_adapter(lora, catalogue, replaced=True)
 
 
-def test_another_type_than_float32_is_an_error(replacing: Path, catalogue: Catalogue) -> None:
+def test_another_dtype_than_float32_is_an_error(replacing: Path, catalogue: Catalogue) -> None:
     cast = changed(replacing, {f"replaced.{BIAS}": torch.zeros(4, dtype=torch.bfloat16)})
     with pytest.raises(InputError, match=rf"replaced\.{BIAS} of x\.safetensors is BF16: expected F32"):
         open_adapter(cast, catalogue, replaced=True)
@@ -141,10 +141,10 @@ def test_another_type_than_float32_is_an_error(replacing: Path, catalogue: Catal
 
 def test_the_keys_are_neither_layers_nor_foreign() -> None:
     table = sort_keys([f"replaced.{BIAS}", "a.other.weight"], {})
-    assert (table.replaced, table.foreign, table.odd) == ((BIAS,), ("a",), ())
+    assert (table.replaced, table.foreign, table.unexpected) == ((BIAS,), ("a",), ())
 
 
-def test_inspect_counts_them_beside_the_layers(
+def test_inspect_counts_them_separately(
     replacing: Path, ordinary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, plain = spectune.inspect(replacing), spectune.inspect(ordinary)

@@ -1,4 +1,4 @@
-"""One table of keys for all programs: a bijection, read and written without a loss."""
+"""One table of keys for all programs: a bijection, read and written without loss."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ ROLES = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_spelling_opens_to_the_same_layers_and_numbers(
+def test_every_spelling_opens_to_the_same_layers_and_values(
     way: str, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     plain = lora_tensors(catalogue)
@@ -230,7 +230,7 @@ def test_a_layer_in_two_spellings_is_refused(catalogue: Catalogue, tmp_path: Pat
     both = plain | {f"{layer.diffusers}.lora_A.weight": plain[f"{layer.kohya}.lora_down.weight"].clone()}
     error = refused(both, tmp_path / "a.safetensors", catalogue)
     one, other = "unet.mid_block.attentions.0.proj_in.lora_A.weight", f"{layer.kohya}.lora_down.weight"
-    assert error.what.startswith("1 factors are in a.safetensors twice: ")
+    assert error.what.startswith("a.safetensors has 1 factor twice: ")
     assert {one, other} <= set(error.what.replace(" and ", " ").split())
     assert error.hint is not None
     assert error.hint.startswith("the file has the same layers in two spellings; `spectune convert --drop")
@@ -241,33 +241,35 @@ def test_a_layer_in_two_spellings_is_refused(catalogue: Catalogue, tmp_path: Pat
     ["diff_b", "dora_scale", "lora_magnitude_vector.weight", "hada_w1_a", "lora_mid.weight"],
 )
 @pytest.mark.parametrize("spelling", Spelling)
-def test_keys_that_are_no_factor_are_named(
+def test_keys_other_than_factors_are_named(
     end: str, spelling: Spelling, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     layer = catalogue.by_name["te2.text_model.encoder.layers.1.mlp.fc1"]
     odd = f"{spelled(layer.name, layer.diffusers, spelling)}.{end}"
     tensors = lora_tensors(catalogue) | {odd: torch.zeros(3)}
     error = refused(tensors, tmp_path / "a.safetensors", catalogue)
-    assert error.what.startswith(f"1 keys of a.safetensors are no factor: {odd}; expected lora_down.weight")
+    assert error.what.startswith(
+        f"a.safetensors has 1 key other than factors: {odd}; expected lora_down.weight"
+    )
     assert factor_of(odd) is None
 
 
-def test_layers_of_no_sdxl_are_named(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_layers_that_sdxl_does_not_have_are_named(catalogue: Catalogue, tmp_path: Path) -> None:
     name = "unet.input_blocks.99.1.proj_in"
     stem = "lora_" + name.replace(".", "_")
     tensors = lora_tensors([catalogue.layers[0]]) | {f"{stem}.alpha": torch.tensor(1.0)}
     error = refused(tensors, tmp_path / "a.safetensors", None)
     # the tiny model has blocks at places where SDXL has others
-    assert error.what.startswith("1 of 2 layers of a.safetensors have no partner in SDXL: " + stem)
+    assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in SDXL: " + stem)
     assert error.hint is not None
     assert error.hint.startswith(
-        "give the model that the adapter is for as --base, if it is not of SDXL's size"
+        "pass the model that the adapter is for as `base` if it does not have SDXL's size"
     )
     error = refused(tensors, tmp_path / "a.safetensors", catalogue)
-    assert error.what.startswith("1 of 2 layers of a.safetensors have no partner in the model: " + stem)
+    assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in the model: " + stem)
 
 
-def test_a_checkpoint_is_known_for_what_it_is(catalogue: Catalogue, tiny_checkpoint: Path) -> None:
+def test_a_checkpoint_is_recognized(catalogue: Catalogue, tiny_checkpoint: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_adapter(tiny_checkpoint, catalogue)
     assert caught.value.hint == "the file is a checkpoint: expected an adapter"
@@ -280,12 +282,12 @@ def test_a_table_sorts_every_key_once(catalogue: Catalogue) -> None:
     keys = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha", f"{stem}.dora_scale", "x.y.z"]
     table = sort_keys([*keys, f"{stem}.lora.down.weight"], layers)
     assert table.keys == {name: {"lora_down.weight": keys[0], "lora_up.weight": keys[1], "alpha": keys[2]}}
-    assert (table.odd, table.foreign) == ((keys[3],), ("x.y",))
-    assert table.twice == ((keys[0], f"{stem}.lora.down.weight"),)
+    assert (table.unexpected, table.foreign) == ((keys[3],), ("x.y",))
+    assert table.duplicates == ((keys[0], f"{stem}.lora.down.weight"),)
     assert not table.tuned
 
 
-def test_keys_tell_their_part_and_spelling() -> None:
+def test_part_and_spelling_of_a_key() -> None:
     known = {
         "lora_unet_middle_block_1_proj_in.lora_up.weight": ("unet", "kohya"),
         "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": ("te2", "kohya"),
@@ -412,7 +414,7 @@ def test_any_other_scale_costs_one_rounding_which_is_reported(
     assert same_tensors(load_file(kept), load_file(path))
 
 
-def test_a_converted_file_says_its_network_anew(
+def test_a_converted_file_declares_its_network(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     told = {"ss_network_dim": "64", "ss_network_args": '{"conv_dim": "64"}', "ss_comment": "mine"}

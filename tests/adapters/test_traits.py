@@ -71,7 +71,7 @@ def written(path: Path, told: object) -> Path:
         ("unet.*attn2*+unet.*attn1*", 560),
     ],
 )
-def test_a_trait_names_so_many_layers_of_sdxl(trait: str | None, count: int, full: Catalogue) -> None:
+def test_the_number_of_layers_of_sdxl_by_trait(trait: str | None, count: int, full: Catalogue) -> None:
     found = trait_layers(full, trait, {})
     assert len(found) == count
     order = [layer.name for layer in full]
@@ -101,7 +101,7 @@ def test_the_guides_file_cuts_out_the_encoders(
     assert same_tensors(load_file(report.path), kept)
 
 
-def test_alphas_stay_where_the_slicer_throws_them_away(
+def test_alphas_stay_where_the_slicer_drops_them(
     tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """The slicer's lists name alpha in the blacklist, and its files are read at another strength."""
@@ -124,7 +124,7 @@ def test_alphas_stay_where_the_slicer_throws_them_away(
         assert sum(key.endswith(".alpha") for key in found) == len(found) // 3 > 0
 
 
-def test_a_file_may_give_a_word_another_meaning(full: Catalogue) -> None:
+def test_a_file_can_redefine_a_word(full: Catalogue) -> None:
     rules = {
         "style": TraitRule(("lora_unet_middle_block_",), ("attn",)),
         "mid": TraitRule(("lora_te1_",), ()),
@@ -135,12 +135,12 @@ def test_a_file_may_give_a_word_another_meaning(full: Catalogue) -> None:
 
 
 @pytest.mark.parametrize("end", ["lora_up", "lora_down.weight"])
-def test_a_trait_may_not_cut_a_pair_in_half(end: str, full: Catalogue) -> None:
+def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
     first = trait_layers(full, "te1", {})[0].kohya
     for rule in (TraitRule(("lora_te1_",), (end,)), TraitRule((end,), ())):
         with pytest.raises(InputError) as caught:
             trait_layers(full, "half", {"half": rule})
-        assert caught.value.what.startswith("trait `half` keeps one factor of lora_")
+        assert caught.value.what.startswith("trait `half` names one factor of lora_")
         assert caught.value.what.endswith(" and leaves out the other")
         assert caught.value.hint == "let its words match whole layers, not lora_up or lora_down"
     with pytest.raises(InputError, match=first):
@@ -152,10 +152,10 @@ def test_a_trait_may_not_cut_a_pair_in_half(end: str, full: Catalogue) -> None:
     [
         ("{", "cannot read traits from"),
         ("[1]", "is not a JSON object"),
-        ({"te": ["lora_te1_"]}, "trait `te` of {path} is no object"),
+        ({"te": ["lora_te1_"]}, "trait `te` of {path} is not an object"),
         ({"te": {"whitelst": ["x"]}}, "has an unknown key `whitelst`; did you mean `whitelist`?"),
-        ({"te": {"whitelist": "lora_te1_"}}, "whitelist of trait `te` of {path} is no list of words"),
-        ({"te": {"whitelist": ["x"], "blacklist": [1]}}, "blacklist of trait `te` of {path} is no list"),
+        ({"te": {"whitelist": "lora_te1_"}}, "whitelist of trait `te` of {path} is not a list of words"),
+        ({"te": {"whitelist": ["x"], "blacklist": [1]}}, "blacklist of trait `te` of {path} is not a list"),
         ({"te": {"whitelist": []}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
         ({"te": {"blacklist": ["x"]}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
     ],
@@ -167,7 +167,7 @@ def test_files_of_another_form_are_refused(told: object, what: str, tmp_path: Pa
     assert what.format(path=path) in caught.value.what
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"cannot read traits from {tmp_path / 'gone.json'}"):
         read_traits(tmp_path / "gone.json")
 
@@ -190,7 +190,7 @@ def test_traits_that_name_nothing_are_errors(full: Catalogue) -> None:
         assert caught.value.what.startswith(what)
 
 
-def test_unions_may_join_every_kind_of_word(full: Catalogue) -> None:
+def test_a_union_can_join_all_kinds_of_words(full: Catalogue) -> None:
     rules = {"middle": TraitRule(("lora_unet_middle_block_",), ())}
     assert len(trait_layers(full, "content+te1", rules)) == 80 + 72
     assert len(trait_layers(full, "style+content", rules)) == 160

@@ -239,7 +239,7 @@ def test_convert_leaves_out_only_what_is_named(
     command = ["convert", str(lora), "--base", str(tiny_checkpoint), "-o", str(out)]
     assert run(command) == 2
     text = said(capfd)
-    assert f"1 keys of style.safetensors are no factor: {stem}.diff_b" in text
+    assert f"style.safetensors has 1 key other than factors: {stem}.diff_b" in text
     assert "`spectune convert --drop PATTERN` leaves keys out" in text
     assert run([*command, "--drop", "*.dora_scale"]) == 2
     assert "--drop '*.dora_scale' matches none of" in said(capfd)

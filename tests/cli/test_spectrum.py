@@ -12,7 +12,7 @@ from spectune.cli.command import Flags, execute
 from spectune.cli.commands import COMMANDS
 from spectune.errors import InputError
 from spectune.ops.inspect.plot import draw_spectrum
-from spectune.pairs.layer_spectra import measure_spectra
+from spectune.pairs.spectrum_report import measure_spectra
 from spectune.sdxl.layers import RANKS, build_catalogue
 
 

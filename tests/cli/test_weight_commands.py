@@ -15,7 +15,7 @@ from spectune.errors import InputError
 from spectune.files.dtypes import parse_residual_dtype
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.shared import parse_device
-from spectune.pairs.layer_ranks import rank_request
+from spectune.pairs.rank_plan import rank_request
 from tests.sample_pairs import recast
 
 

@@ -84,9 +84,9 @@ def test_model_and_clip_have_strengths_of_their_own(comfy: Comfy, tmp_path: Path
 def test_an_adapter_that_replaces_tensors_of_the_base_is_refused(comfy: Comfy, tuned: Path) -> None:
     whole = {"replaced.model.diffusion_model.time_embed.0.bias": torch.zeros(4)}
     save_file(load_file(tuned) | whole, tuned, metadata=read_metadata(tuned))
-    with pytest.raises(Exception, match="replaces 1 tensors of its base whole") as caught:
+    with pytest.raises(Exception, match="replaces 1 tensor of its base whole") as caught:
         apply(comfy)
-    assert "rebuild the checkpoint first: spectune rebuild" in str(caught.value)
+    assert "rebuild the checkpoint with `spectune rebuild`" in str(caught.value)
 
 
 @pytest.mark.usefixtures("tuned")
@@ -133,7 +133,7 @@ def test_every_layer_must_be_there(comfy: Comfy, tuned: Path) -> None:
     renamed = {key.replace(stem, "lora_unet_input_blocks_99_1_proj_in"): t for key, t in tensors.items()}
     save_file(renamed, tuned, metadata=read_metadata(tuned))
     with pytest.raises(
-        RuntimeError, match=r"1 of .* have no partner in the model: lora_unet_input_blocks_99"
+        RuntimeError, match=r"1 of .* have no counterpart in the model: lora_unet_input_blocks_99"
     ):
         apply(comfy)
 

@@ -99,7 +99,7 @@ def test_a_wrong_pair_is_an_error_with_both_hashes(comfy: Comfy, method: str) ->
 
 def test_a_whole_model_is_no_residual(comfy: Comfy) -> None:
     _, principal = split_here(comfy)
-    with pytest.raises(RuntimeError, match="is no residual of spectune"):
+    with pytest.raises(RuntimeError, match="is not a residual of spectune"):
         load(comfy, BASE, principal)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.spellings import Spelling
-from spectune.adapters.writer import AdapterWriter
+from spectune.adapters.writer import AdapterHeader, AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
 from spectune.files.provenance import Provenance
@@ -196,11 +196,10 @@ def test_a_block_of_the_full_size_is_the_same_to_them(
     path = tmp_path / "lora.safetensors"
     pairs = {layer.name: drawn_pair(layer, rank) for layer in layers}
     ranks = dict.fromkeys(pairs, rank)
-    with AdapterWriter(
-        path, layers, ranks, dtype=torch.float16, provenance=Provenance(), spelling=spelling
-    ) as writer:
+    header = AdapterHeader(layers, ranks, torch.float16, Provenance(), spelling)
+    with AdapterWriter(path, header) as writer:
         for layer in layers:
-            writer.write(layer, pairs[layer.name])
+            writer.write_layer(layer, pairs[layer.name])
     ours = merged(base, [(Adapter(pairs, {}, "memory"), 1.0)], dtype=torch.float32)
     file = load_file(path)
     expected = {layer.name: layer_weight(ours, layer) for layer in layers}

@@ -124,10 +124,8 @@ def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Ro
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=role)
     with pytest.raises(InputError) as caught:
         null(model, tmp_path / "null.safetensors")
-    assert caught.value.what == (
-        f"model.safetensors is a {role.value} of spectune: the zero model is made from an original model"
-    )
-    assert caught.value.hint == "pass the checkpoint that was split"
+    assert caught.value.what == (f"model.safetensors is a {role.value}: expected a whole model")
+    assert caught.value.hint == "pass the original model"
     assert not (tmp_path / "null.safetensors").exists()
 
 

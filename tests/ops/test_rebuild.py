@@ -273,8 +273,8 @@ def test_a_principal_trained_elsewhere_goes_on_its_residual(
     out = tmp_path / "x.safetensors"
     rebuilt = rebuild(report.residual, trained, out, dtype=torch.float32)
     assert rebuilt.warnings == (
-        "trained.safetensors does not say which principal it was trained from; its numbers are those of one, "
-        "so it is taken for that of tiny.residual.safetensors",
+        "trained.safetensors does not declare which principal it was trained from; its values are close to a "
+        "principal, so it is taken for the principal of tiny.residual.safetensors",
     )
     residual, added, found = load_file(report.residual), products(trained), load_file(out)
     original = load_file(tiny_checkpoint)
@@ -309,7 +309,7 @@ def test_a_lora_without_metadata_goes_on_no_residual(
         "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
         "principal"
     )
-    assert caught.value.hint == "pass the original model as --base"
+    assert caught.value.hint == "pass the original model as `base`"
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -321,8 +321,8 @@ def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
     residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
     rebuilt = rebuild(residual, report.principal, tmp_path / "x.safetensors")
     assert rebuilt.warnings == (
-        f"foreign.safetensors does not say that it is a residual; its numbers lack what "
-        f"{report.principal.name} holds, so the two are taken for a pair",
+        f"foreign.safetensors does not declare that it is a residual, but lacks the values of "
+        f"{report.principal.name}: the two are taken for a pair",
     )
     found = load_file(rebuilt.path)
     for name, tensor in base.items():
@@ -342,8 +342,8 @@ def test_a_foreign_principal_is_not_counted_twice(
         with pytest.raises(PairingError) as caught:
             rebuild(model, adapter, tmp_path / "x.safetensors")
         assert caught.value.what == (
-            f"{name}.safetensors has the numbers of a principal adapter: model.safetensors is no residual of "
-            "spectune, so the principal part would be counted twice"
+            f"{name}.safetensors has the values of a principal adapter: model.safetensors is not a residual "
+            "of spectune, so the principal part would count twice"
         )
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -372,7 +372,7 @@ def test_a_lora_of_another_base_is_warned_of(
     assert rebuilt.base_hash is not None
     assert rebuilt.warnings == (
         f"lora.safetensors was made for base {'ab' * 8} (anime.safetensors), tiny.safetensors is "
-        f"{rebuilt.base_hash[:16]}: a LoRA goes on relatives of its base, how well only pictures tell",
+        f"{rebuilt.base_hash[:16]}: quality may differ; check samples",
     )
     added, found = products(lora), load_file(rebuilt.path)
     for layer in catalogue:

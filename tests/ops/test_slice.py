@@ -279,7 +279,7 @@ def test_scales_that_differ_are_said(catalogue: Catalogue, tmp_path: Path, tiny_
     report = slice(slices, tmp_path / "c.safetensors", base=tiny_checkpoint)
     (warning,) = report.warnings
     unet = sum(layer.part.value == "unet" for layer in catalogue)
-    told = f"alpha / rank is not the same everywhere (1 in {unet} layers, 0.5 in 24 layers)"
+    told = f"alpha / rank differs between layers (1 in {unet} layers, 0.5 in 24 layers)"
     assert warning.startswith(told)
     even = slice([Slice(one)], tmp_path / "d.safetensors", base=tiny_checkpoint)
     assert even.warnings == ()

@@ -277,7 +277,7 @@ def test_rebuild_refuses_roles_that_exclude_each_other(
     report = tiny_split(None)
     assert report.residual is not None
     out = tmp_path / "full.safetensors"
-    with pytest.raises(PairingError, match="the principal part would be counted twice"):
+    with pytest.raises(PairingError, match="the principal part would count twice"):
         rebuild(tiny_checkpoint, report.principal, out)
     with pytest.raises(InputError, match=r"expected its principal alone at strength 1, got 1 at 0\.5"):
         rebuild(report.residual, report.principal, out, strength=0.5)
@@ -394,7 +394,7 @@ def test_the_report_counts_changed_bits_and_carries_warnings(
     save_file(bare, tmp_path / "v.safetensors", metadata=read_metadata(path))
     rebuilt = rebuild(tiny_checkpoint, tmp_path / "v.safetensors", tmp_path / "b.safetensors")
     assert (rebuilt.identical, rebuilt.changed_tensors) == (False, len(tuned.layers))
-    assert rebuilt.warnings[0].startswith(f"{len(tuned.layers)} layers of v.safetensors have no alpha")
+    assert rebuilt.warnings[0].startswith(f"{len(tuned.layers)} layers of v.safetensors without alpha")
 
 
 def test_inputs_are_never_overwritten(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_one_layer_of_a_fused_tensor_leaves_the_rows_of_the_others(base: Checkpo
     assert torch.equal(after[first:last], expected)
 
 
-def test_what_no_adapter_changes_is_the_base(base: Checkpoint) -> None:
+def test_unchanged_tensors_are_those_of_the_base(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     for adapters in ([], [(lora(base, [name]), 0.0)], [(lora(base, [name], size=0.0), 1.0)]):
@@ -105,7 +105,7 @@ def test_adding_zero_keeps_every_bit(values: list[float]) -> None:
         assert torch.equal(add(weight, zero).view(torch.int32), weight.view(torch.int32))
 
 
-def test_numbers_beyond_fp16_are_refused(base: Checkpoint) -> None:
+def test_values_beyond_fp16_are_refused(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     huge = lora(base, [name], size=1e3)
@@ -116,7 +116,7 @@ def test_numbers_beyond_fp16_are_refused(base: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_no_model(base: Checkpoint, number: float) -> None:
+def test_infinite_and_nan_changes_are_refused(base: Checkpoint, number: float) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     adapter = lora(base, [name])
@@ -128,7 +128,7 @@ def test_what_is_not_finite_reaches_no_model(base: Checkpoint, number: float) ->
         merged(base, [(lora(base, [name]), number)])
 
 
-def test_only_floats_of_a_model_are_changed(base: Checkpoint) -> None:
+def test_only_floating_point_tensors_are_changed(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     values = {key: base.load(key) for key in base.tensors}
@@ -139,7 +139,7 @@ def test_only_floats_of_a_model_are_changed(base: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(("tuned_for", "told"), [("flow", None), ("v", "v"), ("eps", "epsilon")])
-def test_other_programs_are_told_the_new_prediction(
+def test_modelspec_declares_the_new_prediction(
     base: Checkpoint, tuned_for: PredictionName, told: str | None
 ) -> None:
     source = MemorySource({n: base.load(n) for n in base.tensors}, {"modelspec.prediction_type": "v"})
@@ -160,10 +160,10 @@ def test_unknown_layers_and_other_shapes_are_named(base: Checkpoint) -> None:
         merged(base, [(small, 1.0)]).load(layer.tensor)
 
 
-def test_restored_wants_a_residual(base: Checkpoint, tiny_checkpoint: Path, tiny_split: TinySplit) -> None:
+def test_restored_requires_a_residual(base: Checkpoint, tiny_checkpoint: Path, tiny_split: TinySplit) -> None:
     report = tiny_split(torch.float16)
     principal = open_principal(tiny_checkpoint, report.principal)
-    with pytest.raises(PairingError, match=r"tiny\.safetensors is no residual of spectune"):
+    with pytest.raises(PairingError, match=r"tiny\.safetensors is not a residual of spectune"):
         restored(base, principal)
     assert report.residual is not None
     with open_checkpoint(report.residual) as residual:
@@ -266,7 +266,7 @@ def told_that(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
     return replace(tuned, metadata=origin.to_metadata())
 
 
-def test_markers_follow_what_training_made_of_a_model(
+def test_markers_follow_the_trained_prediction(
     tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
 ) -> None:
     """Other programs know v-prediction and its schedule by keys alone."""
@@ -286,7 +286,7 @@ def test_markers_follow_what_training_made_of_a_model(
     assert source_prediction(eps) == Ddpm("eps")
 
 
-def test_a_rebuilt_model_says_which_autoencoder_it_was_trained_with(
+def test_a_rebuilt_model_declares_the_autoencoder_of_its_training(
     tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0)

@@ -32,7 +32,7 @@ DELTA = "unet.middle_block.0.in_layers.2"  # a layer that is also trained
 TRAINED = f"{UNET}middle_block.0.in_layers.2.weight"
 TE1 = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"
 NAMES = (BIAS, WEIGHT, TRAINED, TE1)
-HINT = "rebuild the checkpoint first: spectune rebuild"
+HINT = "rebuild the checkpoint with `spectune rebuild`"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def with_replaced(tuned: TunedAdapter, replaced: Mapping[str, Tensor]) -> TunedA
     return replace(tuned, replaced=dict(replaced))
 
 
-def test_the_replaced_tensors_stand_in_for_those_of_the_base(
+def test_replaced_tensors_are_used_instead_of_those_of_the_base(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     report = rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors")
@@ -76,7 +76,7 @@ def test_the_replaced_tensors_stand_in_for_those_of_the_base(
     assert (report.tensors, report.identical, report.warnings) == (len(base), False, ())
 
 
-def test_at_strength_1_in_float32_every_bit_is_the_adapters(
+def test_at_strength_1_in_float32_a_replacement_is_exact(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors", dtype=torch.float32).path
@@ -85,7 +85,7 @@ def test_at_strength_1_in_float32_every_bit_is_the_adapters(
         assert same_bits(found[name], tuned.replaced[name])
 
 
-def test_half_the_strength_is_the_middle(
+def test_half_the_strength_is_the_mean(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
@@ -125,8 +125,7 @@ def test_two_adapters_cannot_replace_the_same_tensor(tuned: TunedAdapter, tiny_c
         with pytest.raises(InputError) as caught:
             merged(source, [(tuned, 1.0), (other, 1.0)])
         assert caught.value.what == (
-            f"tuned.safetensors and other.safetensors both replace {BIAS} whole: "
-            "expected one adapter to do so"
+            f"tuned.safetensors and other.safetensors both replace {BIAS}: expected one adapter"
         )
         merged(source, [(tuned, 1.0), (other, 0.0)])
         apart = with_replaced(other, {f"{UNET}time_embed.2.bias": tuned.replaced[BIAS]})
@@ -134,7 +133,7 @@ def test_two_adapters_cannot_replace_the_same_tensor(tuned: TunedAdapter, tiny_c
         assert same_bits(model.load(f"{UNET}time_embed.2.bias"), tuned.replaced[BIAS].half())
 
 
-def test_what_does_not_fit_the_base_is_an_error(tuned: TunedAdapter, tiny_checkpoint: Path) -> None:
+def test_tensors_that_do_not_fit_the_base_are_an_error(tuned: TunedAdapter, tiny_checkpoint: Path) -> None:
     bias = tuned.replaced[BIAS]
     vae = "first_stage_model.quant_conv.bias"
     cases = (
@@ -151,7 +150,7 @@ def test_what_does_not_fit_the_base_is_an_error(tuned: TunedAdapter, tiny_checkp
             assert caught.value.hint
 
 
-def test_a_residual_is_no_base_for_it(
+def test_a_residual_as_base_is_refused(
     tiny_checkpoint: Path, tiny_split: TinySplit, tuned: TunedAdapter, tmp_path: Path
 ) -> None:
     residual = tiny_split(None).residual
@@ -162,13 +161,13 @@ def test_a_residual_is_no_base_for_it(
         InputError, match=r"is a residual, and whole\.safetensors replaces 4 tensors"
     ) as caught:
         rebuild(residual, whole, tmp_path / "x.safetensors")
-    assert caught.value.hint == "pass the original model as --base"
+    assert caught.value.hint == "pass the original model as `base`"
     assert not (tmp_path / "x.safetensors").exists()
     with open_checkpoint(residual) as source, pytest.raises(InputError, match="is a residual"):
         restored(source, every)
 
 
-def test_nor_is_a_residual_of_another_program(
+def test_a_residual_of_another_program_as_base_is_refused(
     tiny_checkpoint: Path, tiny_split: TinySplit, tuned: TunedAdapter, tmp_path: Path
 ) -> None:
     made = tiny_split(torch.float32).residual
@@ -191,7 +190,7 @@ REFUSED: dict[str, Callable[[Path, Path, Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_whatever_would_lose_them_refuses(
+def test_commands_that_would_lose_them_refuse(
     command: str, path: Path, tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     residual = tiny_split(None).residual
@@ -204,7 +203,7 @@ def test_whatever_would_lose_them_refuses(
     assert not out.exists()
 
 
-def test_the_rebuilt_checkpoint_is_exported_as_the_hint_says(
+def test_the_rebuilt_checkpoint_can_be_exported_as_the_hint_suggests(
     path: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = rebuild(tiny_checkpoint, path, tmp_path / "model.safetensors").path

@@ -23,12 +23,12 @@ from spectune.pairs.sizes import format_bytes, parse_bytes
         ("512B", 512),
     ],
 )
-def test_sizes_in_words(word: str, nbytes: int) -> None:
+def test_sizes_as_text(word: str, nbytes: int) -> None:
     assert parse_bytes(word) == nbytes
 
 
 @given(st.integers(1, 10**13))
-def test_a_size_comes_back(nbytes: int) -> None:
+def test_sizes_round_trip(nbytes: int) -> None:
     assert parse_bytes(format_bytes(nbytes)) == nbytes
 
 
@@ -56,7 +56,7 @@ def test_the_largest_unit_that_divides_is_written(nbytes: int, word: str) -> Non
         ("0.5B", "'0.5B' is 0.5 bytes: expected a whole number"),
     ],
 )
-def test_other_words_are_refused(word: str, message: str) -> None:
+def test_other_text_is_refused(word: str, message: str) -> None:
     with pytest.raises(InputError) as refused:
         parse_bytes(word)
     assert refused.value.what == message

@@ -36,7 +36,7 @@ def test_a_strength_is_a_number_or_numbers_by_part(word: str, unet: float, te1: 
 
 
 @given(parts)
-def test_what_is_shown_reads_back(values: dict[str, float]) -> None:
+def test_the_text_of_a_strength_parses_back(values: dict[str, float]) -> None:
     strength = strength_of(values)
     assert parse_strength(str(strength)) == strength
     assert strength_of(strength.by_part) == strength_of(strength) == strength
@@ -44,7 +44,7 @@ def test_what_is_shown_reads_back(values: dict[str, float]) -> None:
 
 
 @given(numbers)
-def test_one_number_is_every_parts(value: float) -> None:
+def test_one_number_is_for_all_parts(value: float) -> None:
     assert strength_of(value) == Strength.everywhere(value) == parse_strength(str(value))
     assert str(strength_of(value)) == f"{value:g}"
 
@@ -61,7 +61,7 @@ def test_one_number_is_every_parts(value: float) -> None:
         ("te2=inf", "the strength of te2 is inf: expected a finite number", None),
     ],
 )
-def test_words_that_are_no_strength(word: str, what: str, hint: str | None) -> None:
+def test_other_text_is_refused(word: str, what: str, hint: str | None) -> None:
     with pytest.raises(InputError) as caught:
         parse_strength(word)
     assert caught.value.what.startswith(what)

@@ -1,4 +1,4 @@
-"""The deltas between a principal and what another program made of it."""
+"""The deltas between a principal and the same one after training in another program."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.writer import adapter_hash
 from spectune.core.delta import Delta, change
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource
-from spectune.pairs.rules import adapter_hash
 from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
@@ -73,7 +73,7 @@ def test_frame_and_delta_are_the_trained_factors_exactly(catalogue: Catalogue, d
         assert float((1.01 * change(delta) - exact).norm() / exact.norm()) > 5e-3
 
 
-def test_the_deltas_say_what_they_belong_to(original: Adapter) -> None:
+def test_the_deltas_declare_their_provenance(original: Adapter) -> None:
     deltas = trained_deltas(trained(original), original)
     told = deltas.provenance
     assert (told.role, told.base_hash, told.base_name) == (Role.TUNED, HASH, "tiny.safetensors")
@@ -84,13 +84,13 @@ def test_the_deltas_say_what_they_belong_to(original: Adapter) -> None:
     assert (told.prediction, told.flow_shift) == ("flow", 2.5)
 
 
-def test_a_part_may_have_been_trained(original: Adapter) -> None:
+def test_a_part_can_be_trained_alone(original: Adapter) -> None:
     after = trained(original)
     part = {name: pair for name, pair in after.layers.items() if name.startswith("te1.")}
     assert list(trained_deltas(replace(after, layers=part), original).layers) == list(part)
 
 
-def test_layers_that_the_principal_has_not_are_named(original: Adapter) -> None:
+def test_layers_that_the_principal_lacks_are_named(original: Adapter) -> None:
     fewer = {name: pair for name, pair in original.layers.items() if not name.startswith("te2.")}
     with pytest.raises(InputError) as caught:
         trained_deltas(trained(original), replace(original, layers=fewer))
@@ -113,7 +113,7 @@ def test_other_ranks_are_refused(original: Adapter, catalogue: Catalogue) -> Non
 
 
 @pytest.mark.parametrize("alpha", [5.0, 2.0, 1.0, 16.0])
-def test_another_scale_is_refused_and_said_to_be_one(original: Adapter, alpha: float) -> None:
+def test_another_scale_is_refused(original: Adapter, alpha: float) -> None:
     """What trainers make of a forgotten network_alpha, by little and by much."""
     after = trained(original)
     rescaled = {name: replace(pair, alpha=alpha) for name, pair in after.layers.items()}
@@ -123,7 +123,7 @@ def test_another_scale_is_refused_and_said_to_be_one(original: Adapter, alpha: f
         _ = trained_deltas(replace(after, layers=rescaled), original).layers[first]
     assert caught.value.what == (
         f"{first} has scale {alpha / 4:g} in trained.safetensors and 1 in principal.safetensors: "
-        "trained from it, both are the same"
+        "expected the same scale"
     )
     assert caught.value.hint == "train with alpha = rank: network_alpha, conv_alpha"
 
@@ -133,7 +133,7 @@ def test_another_principal_is_refused(original: Adapter, catalogue: Catalogue) -
     with pytest.raises(PairingError) as caught:
         trained_deltas(trained(other), original)
     assert caught.value.what.startswith(
-        "trained.safetensors does not look like principal.safetensors after training: only "
+        "trained.safetensors does not look like principal.safetensors after training: it contains only "
     )
     named = Provenance(principal_hash=adapter_hash(other)).to_metadata()
     with pytest.raises(PairingError) as caught:
@@ -153,4 +153,4 @@ def test_tuned_adapters_need_no_principal(original: Adapter) -> None:
         trained_deltas(tuned, original)
     with pytest.raises(InputError, match="expected the principal it was trained from") as caught:
         trained_deltas(original, tuned)
-    assert caught.value.hint == "leave out --principal: a tuned adapter holds its own"
+    assert caught.value.hint == "leave out `principal`: a tuned adapter holds its own"

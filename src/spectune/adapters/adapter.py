@@ -1,4 +1,4 @@
-"""Adapters: a low-rank matrix per layer, or what training added to one; read when a layer is asked for."""
+"""Adapters in memory: a low-rank matrix per layer, or a trained delta; each layer is read on access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRAME_DOWN, FRAME_UP = "frame_down.weight", "frame_up.weight"
 DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
 LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)
 DELTA_SUFFIXES = (FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP, ALPHA)
-REPLACED = "replaced."  # before the name of a tensor of the base that a tuned file holds whole
+REPLACED = "replaced."  # prefix of a tensor of the base that a tuned file replaces whole
 
 T = TypeVar("T")
 
@@ -31,8 +31,8 @@ class _Layers(HasProvenance, Generic[T]):
     layers: Mapping[str, T]  # by the layer's canonical name
     metadata: Mapping[str, str]
     label: str
-    warnings: tuple[str, ...] = ()  # what the file left open and how it was read
-    file: Checkpoint | None = None  # from which layers are read on access; closed on leaving the context
+    warnings: tuple[str, ...] = ()  # about what the file does not declare
+    file: Checkpoint | None = None  # layers are read from it on access; closed on leaving the context
     catalogue: Catalogue | None = None  # of the model that it was opened for
 
     def __enter__(self) -> Self:
@@ -49,11 +49,11 @@ class Adapter(_Layers[LowRank]):
     """A low-rank matrix per layer: a principal or any LoRA."""
 
     def rank(self, name: str) -> int:
-        """The rank of a layer; nothing is read for it."""
+        """Return the rank of a layer without reading it."""
         return self.layers.ranks[name] if isinstance(self.layers, LazyLayers) else self.layers[name].rank
 
     def dtype(self, name: str) -> torch.dtype:
-        """A type that holds both factors of a layer."""
+        """Return a dtype that holds both factors of a layer."""
         if isinstance(self.layers, LazyLayers):
             return self.layers.dtypes[name]
         return common_dtype([self.layers[name].down.dtype, self.layers[name].up.dtype])
@@ -67,20 +67,20 @@ class TunedAdapter(_Layers[Delta]):
     replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def rank(self, name: str) -> int:
-        """The rank of a layer's frame; nothing is read for it."""
+        """Return the rank of a layer's frame without reading it."""
         return (
             self.layers.ranks[name] if isinstance(self.layers, LazyLayers) else self.layers[name].frame.rank
         )
 
 
 class LazyLayers(Mapping[str, T], Generic[T]):
-    """Layers that are read from their file whenever they are asked for; ranks and types are known before."""
+    """Layers that are read from their file on every access; ranks and dtypes are known before."""
 
     def __init__(
         self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]
     ) -> None:
         self.ranks = dict(ranks)
-        self.dtypes = dict(dtypes)  # that hold both factors
+        self.dtypes = dict(dtypes)  # each holds both factors
         self._read = read
 
     def __getitem__(self, name: str) -> T:

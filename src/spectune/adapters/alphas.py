@@ -1,94 +1,50 @@
-"""The alphas of an adapter beside its ranks: the scale of a layer is alpha / rank."""
+"""Alphas of adapters, from tensors and from PEFT's configuration: the scale of a layer is alpha / rank."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite, nan
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN
 from spectune.adapters.spellings import split_adapter_key, stem_and_factor
-from spectune.errors import some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
-from spectune.files.provenance import Role
+from spectune.files.provenance import Role, parse_json
 from spectune.files.source import WeightSource
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
+PEFT_FILE = "adapter_config.json"
+PEFT_METADATA_KEY = "lora_adapter_metadata"  # written by diffusers: {"unet.r": 8, "unet.lora_alpha": 16, ...}
+LARGEST_NUMBER = 1e30  # an integer of JSON may have any number of digits
+_PEFT_PARTS = ("unet", "text_encoder", "text_encoder_2")
+
 
 @dataclass(frozen=True)
 class Alpha:
-    """The scale of one layer of an adapter, as its file has it."""
+    """The alpha of one layer as it is stored in a file."""
 
     stem: str
     rank: int
-    value: float | None  # None where the file has none, nan where it is not one number
+    value: float | None  # None if the file has none, nan if it is not one number
     dtype: torch.dtype | None
 
     @property
     def rounded(self) -> bool:
-        """Whether it is the rank as far as its type can hold it, and not the rank."""
+        """Whether it differs from the rank only because its dtype cannot hold the rank."""
         if self.dtype is None or self.value is None or self.value == self.rank:
             return False
         return self.value == float(torch.tensor(float(self.rank)).to(self.dtype))
 
 
-def alpha_problems(source: WeightSource) -> list[str]:
-    """What is wrong with the alphas of an adapter, in words; principals of spectune have alpha = rank.
-
-    A missing alpha, one that is not a finite number, and one whose type cannot hold the rank are problems of
-    any adapter; another value than the rank is one of a principal that spectune wrote.
-    """
-    ours = source.provenance.role in (Role.PRINCIPAL, Role.TUNED)
-    missing: list[str] = []
-    broken: list[str] = []
-    rounded: list[str] = []
-    other: list[str] = []
-    for alpha in read_alphas(source).values():
-        if alpha.value is None or alpha.dtype is None:
-            missing.append(alpha.stem)
-        elif not isfinite(alpha.value):
-            broken.append(alpha.stem)
-        elif alpha.rounded:
-            rounded.append(
-                f"{alpha.stem} {alpha.value:g} for {alpha.rank} in {SAFETENSORS_NAMES[alpha.dtype]}"
-            )
-        elif ours and alpha.value != alpha.rank:
-            other.append(f"{alpha.stem} {alpha.value:g} for {alpha.rank}")
-    found = (
-        (missing, "layers have no alpha: programs disagree about the scale"),
-        (broken, "layers have an alpha that is not a number"),
-        (rounded, "layers have an alpha whose type cannot hold their rank"),
-        (other, "layers have an alpha that is not their rank"),
-    )
-    return [f"{len(names)} {what}: {some_of(names)}" for names, what in found if names]
-
-
-def scale_problems(source: WeightSource) -> list[str]:
-    """What is to be said where the layers of an adapter do not all have one scale.
-
-    Trainers take one scale for all from the command line, and diffusers gives attention layers the alpha
-    that most of their part have.
-    """
-    scales = Counter(
-        alpha.value / alpha.rank
-        for alpha in read_alphas(source, all_spellings=True).values()
-        if alpha.value and alpha.rank
-    )
-    if len(scales) < 2:
-        return []
-    told = ", ".join(f"{scale:g} in {count} layers" for scale, count in scales.most_common(4))
-    return [
-        f"alpha / rank is not the same everywhere ({told}): ComfyUI reads it right, trainers and diffusers "
-        "do not; `spectune convert --even-alphas` puts the scale into the factors"
-    ]
-
-
 def read_alphas(source: WeightSource, *, all_spellings: bool = False) -> Mapping[str, Alpha]:
-    """The alphas of all pairs in kohya keys, or in keys of any spelling, by stem."""
+    """Read the alphas of all pairs in kohya keys, or in keys of any spelling, by stem."""
     found: dict[str, Alpha] = {}
     for name, info in source.tensors.items():
         stem, suffix = stem_and_factor(name) if all_spellings else split_adapter_key(name)
@@ -100,6 +56,136 @@ def read_alphas(source: WeightSource, *, all_spellings: bool = False) -> Mapping
         if alpha is None:
             found[stem] = Alpha(stem, info.shape[0], None, None)
         else:
-            value = float(source.load(alpha.name).item()) if alpha.numel == 1 else nan
+            value = float(source.load(alpha.name).item()) if alpha.numel == 1 else math.nan
             found[stem] = Alpha(stem, info.shape[0], value, alpha.dtype)
     return found
+
+
+def alpha_problems(source: WeightSource) -> list[str]:
+    """Return warnings about the alphas of an adapter.
+
+    A missing alpha, one that is not a finite number, and one whose dtype cannot hold the rank are problems of
+    any adapter; another value than the rank only of a principal or tuned adapter of spectune.
+    """
+    ours = source.provenance.role in (Role.PRINCIPAL, Role.TUNED)
+    missing: list[str] = []
+    broken: list[str] = []
+    rounded: list[str] = []
+    other: list[str] = []
+    for alpha in read_alphas(source).values():
+        if alpha.value is None or alpha.dtype is None:
+            missing.append(alpha.stem)
+        elif not math.isfinite(alpha.value):
+            broken.append(alpha.stem)
+        elif alpha.rounded:
+            rounded.append(
+                f"{alpha.stem} {alpha.value:g} for {alpha.rank} in {SAFETENSORS_NAMES[alpha.dtype]}"
+            )
+        elif ours and alpha.value != alpha.rank:
+            other.append(f"{alpha.stem} {alpha.value:g} for {alpha.rank}")
+    found = (
+        (missing, "without alpha: programs disagree about the scale"),
+        (broken, "with an alpha that is not a finite number"),
+        (rounded, "with an alpha whose dtype cannot hold the rank"),
+        (other, "with an alpha other than the rank"),
+    )
+    return [f"{counted(len(names), 'layer')} {what}: {some_of(names)}" for names, what in found if names]
+
+
+def scale_problems(source: WeightSource) -> list[str]:
+    """Return a warning if the layers of an adapter do not all have one scale.
+
+    Trainers take one scale for all layers from the command line. diffusers gives attention layers the most
+    frequent alpha of their part.
+    """
+    scales = Counter(
+        alpha.value / alpha.rank
+        for alpha in read_alphas(source, all_spellings=True).values()
+        if alpha.value and alpha.rank
+    )
+    if len(scales) < 2:
+        return []
+    shown = ", ".join(f"{scale:g} in {counted(count, 'layer')}" for scale, count in scales.most_common(4))
+    return [
+        f"alpha / rank differs between layers ({shown}): ComfyUI reads it right, trainers and diffusers do "
+        "not; `spectune convert --even-alphas` moves the scale into the factors"
+    ]
+
+
+@dataclass(frozen=True)
+class PeftAlphas:
+    """The alphas in PEFT's configurations; empty for a file without one."""
+
+    configs: Mapping[str, Mapping[str, Any]]  # by the root of the modules: unet, text_encoder, text_encoder_2
+
+    def alpha(self, diffusers: str, rank: int) -> float | None:
+        """Return the alpha of a layer by its path in a pipeline, None where no configuration covers it.
+
+        PEFT's scale is alpha / rank, with `use_rslora` alpha / sqrt(rank).
+        """
+        root, _, module = diffusers.partition(".")
+        config = self.configs.get(root)
+        if config is None:
+            return None
+        patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
+        own = [patterns[end] for end in _ends(module) if end in patterns]
+        stated = own[0] if own else config.get("lora_alpha")
+        alpha = float(rank if stated is None else stated)
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def read_peft_alphas(path: Path, metadata: Mapping[str, str]) -> PeftAlphas:
+    """Read the configurations of an adapter from its metadata or from `adapter_config.json` in its folder.
+
+    Raises InputError for one that cannot be read.
+    """
+    text = metadata.get(PEFT_METADATA_KEY)
+    if text is not None:
+        return _split_by_part(_parsed(text, f"metadata {PEFT_METADATA_KEY} of {path.name}"))
+    config_path = path.with_name(PEFT_FILE)
+    if path.name == "adapter_model.safetensors" and config_path.is_file():
+        # one configuration, for whatever module the file is of
+        config = _parsed(config_path.read_text(encoding="utf-8", errors="replace"), str(config_path))
+        return PeftAlphas(dict.fromkeys(_PEFT_PARTS, config))
+    return PeftAlphas({})
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    config = parse_json(text)
+    if not isinstance(config, dict):
+        raise InputError(f"{where} is not a JSON object: {text[:60]}")
+    found = cast(dict[str, Any], config)
+    for key, value in found.items():
+        if value is not None and key.endswith("lora_alpha") and not _is_number(value):
+            raise InputError(f"{where}: {key} is {value!r}: expected a number")
+        if value is not None and key.endswith("alpha_pattern") and not _are_numbers(value):
+            raise InputError(f"{where}: {key} is {value!r}: expected numbers by name")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST_NUMBER
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, cast(dict[str, object], value).values()))
+
+
+def _split_by_part(flat: Mapping[str, Any]) -> PeftAlphas:
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        part, _, name = key.partition(".")
+        if part in _PEFT_PARTS:
+            configs.setdefault(part, {})[name] = value
+    return PeftAlphas(configs)
+
+
+def _ends(module: str) -> Iterator[str]:
+    """Yield the keys of alpha_pattern that mean a module: the whole path, with or without `^`, and its ends.
+
+    PEFT reads keys as regular expressions. Files are untrusted, so here the keys are plain names.
+    """
+    yield f"^{module}"
+    while module:
+        yield module
+        module = module.partition(".")[2]

@@ -1,4 +1,4 @@
-"""Adapter files of any program, opened by the layers of the model that they are for."""
+"""Adapter files of any program, opened for the layers of a model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from spectune.adapters.adapter import (
     LazyLayers,
     TunedAdapter,
 )
-from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
+from spectune.adapters.alphas import PeftAlphas, read_peft_alphas
 from spectune.adapters.spellings import KeyTable, is_peft_key, sort_keys
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_dtype
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
 from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
-_KINDS = "only adapters that are a product of two factors are read: LoRA, LyCORIS locon"
-LARGEST_ALPHA = 1e6  # a scale far beyond any that is meant
+_KINDS = "spectune reads adapters whose layers are a product of two factors: LoRA, LyCORIS locon"
+LARGEST_ALPHA = 1e6  # far above any intended scale
 _DROP = "; `spectune convert --drop PATTERN` leaves keys out"
 
 
@@ -52,12 +52,12 @@ def open_adapter(
 ) -> Adapter | TunedAdapter:
     """Open an adapter in any spelling; its layers are read on access.
 
-    `catalogue` is of the model that the adapter is for; without one, layers are looked up among SDXL's and
-    have the shapes that the factors make. Keys in `without` are passed over. The file stays open until the
-    adapter, a context manager, is left. With `replaced` the caller takes up the tensors of the base that a
-    tuned adapter replaces; any other caller would lose them, and gets InputError for such a file.
-    Raises InputError for layers that the model does not have, shapes that do not fit them, and kinds of
-    adapter that are not a product of two factors. A missing alpha means scale 1 and is noted in `warnings`.
+    `catalogue` is that of the model that the adapter is for; by default layers have the names of SDXL and the
+    shapes that follow from the factors. Keys in `without` are skipped. The adapter is a context manager that
+    closes the file. `replaced` is whether the caller uses the tensors of the base that a tuned adapter
+    replaces; a caller that would lose them gets InputError for such a file.
+    Raises InputError for layers that the model does not have, shapes that do not fit, and kinds of adapter
+    that are not a product of two factors. A missing alpha means scale 1 and adds to `warnings`.
     """
     source = open_checkpoint(path)
     try:
@@ -74,10 +74,10 @@ def _opened(
         raise InputError(f"{source.label} holds no layers")
     layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
     table = sort_keys((key for key in source.tensors if key not in without), layers)
-    if not (table.keys or table.foreign or table.odd or table.replaced):
-        raise InputError(f"nothing of {source.label} is left: all {len(source.tensors)} keys are left out")
+    if not (table.keys or table.foreign or table.unexpected or table.replaced):
+        raise InputError(f"{source.label} has no other keys than the {len(source.tensors)} that are left out")
     _check_keys(source, table, among_sdxl=catalogue is None)
-    _check_replaced(source, table, taken_up=replaced)
+    _check_replaced(source, table, used=replaced)
     if catalogue is None:
         catalogue = _implied(source, table)
     found = [layer for layer in catalogue if layer.name in table.keys]
@@ -85,10 +85,10 @@ def _opened(
     for layer in found:
         reader.check(layer)
     bare = [layer.name for layer in found if reader.stored_alpha(layer) is None]
-    no_alpha = f"{len(bare)} layers of {source.label} have no alpha, read as scale 1: {some_of(bare)}"
-    # PEFT writes no alphas where they are the ranks: nothing is left open there
+    # PEFT writes no alpha that equals the rank
     peft = any(is_peft_key(key) for key in source.tensors)
-    warnings = (no_alpha,) if bare and not peft else ()
+    no_alpha = f"{counted(len(bare), 'layer')} of {source.label} without alpha, read as scale 1"
+    warnings = (f"{no_alpha}: {some_of(bare)}",) if bare and not peft else ()
     by_name = {layer.name: layer for layer in found}
     ranks = {layer.name: reader.rank(layer) for layer in found}
     dtypes = {layer.name: reader.dtype(layer) for layer in found}
@@ -105,50 +105,50 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
         count = len(table.keys) + len(table.foreign)
         whose = "SDXL" if among_sdxl else "the model"
         raise InputError(
-            f"{len(table.foreign)} of {count} layers of {source.label} have no partner in {whose}: "
+            f"{len(table.foreign)} of {count} layers of {source.label} have no counterpart in {whose}: "
             f"{some_of(table.foreign)}",
             hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
         )
-    if table.odd:
+    if table.unexpected:
         expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
         raise InputError(
-            f"{len(table.odd)} keys of {source.label} are no factor: {some_of(table.odd)}; "
+            f"{source.label} has {counted(len(table.unexpected), 'key')} other than factors: "
+            f"{some_of(table.unexpected)}; "
             f"expected {', '.join(expected)}",
             hint=_KINDS + _DROP,
         )
-    if table.twice:
-        one, other = table.twice[0]
+    if table.duplicates:
+        one, other = table.duplicates[0]
         raise InputError(
-            f"{len(table.twice)} factors are in {source.label} twice: {one} and {other}",
+            f"{source.label} has {counted(len(table.duplicates), 'factor')} twice: {one} and {other}",
             hint="the file has the same layers in two spellings" + _DROP,
         )
     expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
     for name, suffixes in table.keys.items():
-        odd = sorted(set(suffixes) - set(expected))
-        if odd:
+        unexpected = sorted(set(suffixes) - set(expected))
+        if unexpected:
             raise InputError(
-                f"{name} of {source.label} has `{odd[0]}`: expected {', '.join(expected)}", hint=_KINDS
+                f"{name} of {source.label} has `{unexpected[0]}`: expected {', '.join(expected)}", hint=_KINDS
             )
         missing = [suffix for suffix in expected if suffix != ALPHA and suffix not in suffixes]
         if missing:
             raise InputError(f"{name} of {source.label} has no `{missing[0]}`", hint="the file is incomplete")
 
 
-def _check_replaced(source: Checkpoint, table: KeyTable, *, taken_up: bool) -> None:
+def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
     if not table.replaced:
         return
-    count, first = len(table.replaced), table.replaced[0]
+    replaces = f"{counted(len(table.replaced), 'tensor')} of its base whole (first {table.replaced[0]})"
     if not table.tuned:
         raise InputError(
-            f"{source.label} replaces {count} tensors of its base whole (first {first}) and is no tuned "
-            f"adapter: expected {FRAME_DOWN} and the other factors of one beside them",
-            hint="the file is incomplete, or was put together from two",
+            f"{source.label} replaces {replaces} but is not a tuned adapter: expected {FRAME_DOWN} and the "
+            "other factors of one",
+            hint="the file is incomplete, or was merged from two",
         )
-    if not taken_up:
+    if not used:
         raise InputError(
-            f"{source.label} replaces {count} tensors of its base whole (first {first}), which no LoRA or "
-            "slice can hold",
-            hint="rebuild the checkpoint first: spectune rebuild; a LoRA of it is then made by "
+            f"{source.label} replaces {replaces}, which no LoRA or slice can hold",
+            hint="rebuild the checkpoint with `spectune rebuild`, then make a LoRA of it: "
             "`spectune export TUNED.safetensors --base ORIGINAL`",
         )
     for name in table.replaced:
@@ -157,7 +157,7 @@ def _check_replaced(source: Checkpoint, table: KeyTable, *, taken_up: bool) -> N
             raise InputError(
                 f"{REPLACED}{name} of {source.label} is {SAFETENSORS_NAMES[dtype]}: "
                 f"expected {SAFETENSORS_NAMES[torch.float32]}",
-                hint="a tuned adapter keeps what it replaces in float32: was the file cast?",
+                hint="a tuned adapter stores what it replaces in float32: was the file cast?",
             )
 
 
@@ -168,17 +168,17 @@ def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
         "double_blocks": "the adapter is for Flux",
         "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
         "joint_blocks": "the adapter is for SD 3",
-        "text_projection": "text projections are held transposed to what checkpoints store" + _DROP,
+        "text_projection": "adapters hold text projections transposed to checkpoints" + _DROP,
     }
-    told = [text for sign, text in signs.items() if any(_bears(stem, sign) for stem in foreign)]
-    if told:
-        return told[0]
+    for sign, text in signs.items():
+        if any(_has_sign(stem, sign) for stem in foreign):
+            return text
     if among_sdxl:
-        return "give the model that the adapter is for as --base, if it is not of SDXL's size" + _DROP
-    return "an adapter for SDXL is needed, with keys as kohya, PEFT or ComfyUI spell them" + _DROP
+        return "pass the model that the adapter is for as `base` if it does not have SDXL's size" + _DROP
+    return "expected an adapter for SDXL with keys of kohya, PEFT or ComfyUI" + _DROP
 
 
-def _bears(stem: str, sign: str) -> bool:
+def _has_sign(stem: str, sign: str) -> bool:
     # ComfyUI's names of SDXL's encoders have `transformer.` in the middle
     return stem.startswith(sign) if sign == "transformer." else sign in stem
 
@@ -202,20 +202,20 @@ class _Reader:
         return shape[0] if shape else 0
 
     def dtype(self, layer: Layer) -> torch.dtype:
-        """A type that holds both factors."""
+        """Return a dtype that holds both factors."""
         suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
-        types = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
-        for dtype in types:
+        dtypes = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
+        for dtype in dtypes:
             if not dtype.is_floating_point:
                 raise InputError(
                     f"the factors of {layer.name} in {self.source.label} are {SAFETENSORS_NAMES[dtype]}: "
-                    "expected floating-point numbers",
+                    "expected a floating-point dtype",
                     hint="get the adapter in fp16, bf16 or fp32",
                 )
-        return common_dtype(types)
+        return common_dtype(dtypes)
 
     def check(self, layer: Layer) -> None:
-        """Raise InputError unless all factors have the shapes of the layer; 1x1 kernels may be left out."""
+        """Raise InputError unless all factors fit the layer; the axes of 1x1 kernels are optional."""
         rank = self.rank(layer)
         down, up = layer.factor_shapes(rank)
         pairs = ((FRAME_DOWN, FRAME_UP), (DELTA_DOWN, DELTA_UP)) if self.table.tuned else ((DOWN, UP),)
@@ -235,16 +235,20 @@ class _Reader:
         )
 
     def stored_alpha(self, layer: Layer) -> float | None:
-        """What the file says, or PEFT's configuration; None where neither does."""
+        """Return the alpha of the file or of PEFT's configuration; None if neither has one."""
         if ALPHA in self.table.keys[layer.name]:
             alpha = float(self.source.load(self.key(layer, ALPHA)).item())
             if not abs(alpha) <= LARGEST_ALPHA:
-                raise InputError(f"the alpha of {layer.name} in {self.source.label} is {alpha}")
+                raise InputError(
+                    f"the alpha of {layer.name} in {self.source.label} is {alpha}: expected a number up to "
+                    f"{LARGEST_ALPHA:g}"
+                )
             return alpha
         alpha = self.peft.alpha(layer.diffusers, self.rank(layer))
         if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
             raise InputError(
-                f"the alpha of {layer.name} in the configuration of {self.source.label} is {alpha}"
+                f"the alpha of {layer.name} in the configuration of {self.source.label} is {alpha}: expected "
+                f"a number up to {LARGEST_ALPHA:g}"
             )
         return alpha
 
@@ -270,7 +274,7 @@ class _Reader:
 
 @cache
 def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
-    """The modules of SDXL with a factorable weight, by the layer's name."""
+    """Return the modules of SDXL with a factorable weight, by layer name."""
     return {
         module.layer: (part, module)
         for part in Part
@@ -285,12 +289,12 @@ def _sdxl_paths() -> Mapping[str, str]:
 
 
 def sdxl_default_layers() -> tuple[str, ...]:
-    """The names of the modules of SDXL that LyCORIS preset=full trains."""
+    """Return the names of the layers of SDXL that LyCORIS preset=full trains."""
     return tuple(name for name, (_, module) in _sdxl_modules().items() if module.default)
 
 
 def _implied(source: Checkpoint, table: KeyTable) -> Catalogue:
-    """The layers of SDXL that a file has, with the shapes that their factors make."""
+    """Return the layers of SDXL that a file has, with the shapes that follow from their factors."""
     suffixes = (FRAME_DOWN, FRAME_UP) if table.tuned else (DOWN, UP)
     layers: list[Layer] = []
     for name, (part, module) in _sdxl_modules().items():

@@ -1,4 +1,4 @@
-"""How programs spell the layers and factors of adapters: tables from key to layer and back."""
+"""The spellings of adapter keys in other programs: tables from key to layer and back."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from spectune.sdxl.names import COMFYUI_PARTS, comfyui_name, kohya_stem
 
 
 class Spelling(StrEnum):
-    """The ways in which adapters are written."""
+    """The spellings in which adapters are written."""
 
-    KOHYA = "kohya"  # lora_unet_input_blocks_4_1_proj_in.lora_down.weight: what all programs read
-    DIFFUSERS = "diffusers"  # unet.down_blocks.1.attentions.0.proj_in.lora_A.weight: PEFT and diffusers
-    COMFYUI = "comfyui"  # diffusion_model.input_blocks.4.1.proj_in.lora_down.weight: ComfyUI's own
+    KOHYA = "kohya"  # lora_unet_input_blocks_4_1_proj_in.lora_down.weight: all programs read it
+    DIFFUSERS = "diffusers"  # unet.down_blocks.1.attentions.0.proj_in.lora_A.weight: also of PEFT
+    COMFYUI = "comfyui"  # diffusion_model.input_blocks.4.1.proj_in.lora_down.weight
 
 
 def parse_spelling(word: str) -> Spelling:
-    """A spelling by its name; peft is another for diffusers."""
+    """Return a spelling by its name; `peft` means diffusers."""
     known = [spelling.value for spelling in Spelling]
     name = "diffusers" if word.lower() == "peft" else word.lower()
     if name not in known:
@@ -38,9 +38,10 @@ def parse_spelling(word: str) -> Spelling:
     return Spelling(name)
 
 
+COMFYUI_ROOTS = tuple(f"{root}." for root in COMFYUI_PARTS.values())
 _PEFT_SUFFIXES: Mapping[str, str] = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 
-# Every way to write a suffix: PEFT names the adapter in memory, diffusers had others before it used PEFT.
+# All spellings of a suffix. PEFT adds the name of the adapter in memory; diffusers had others before PEFT.
 _SUFFIXES: Mapping[str, str] = {
     **{suffix: suffix for suffix in (*LOW_RANK_SUFFIXES, FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP)},
     "lora_A.weight": DOWN,
@@ -61,7 +62,7 @@ _ROOTS: Mapping[str, str] = {
     "text_encoder_2.": "te2",
     **{f"{root}.": part for part, root in COMFYUI_PARTS.items()},
 }
-_PEFT_ROOT = "base_model.model."
+PEFT_ROOT = "base_model.model."  # of a file that PEFT saved for one model
 _UNET_ROOTS = (
     "conv_in.",
     "time_embedding.",
@@ -76,7 +77,7 @@ _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 
 def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
-    """The stem of a layer's keys, all before the suffix; `diffusers` is its path in a pipeline."""
+    """Return the stem of a layer's keys, all before the suffix; `diffusers` is its path in a pipeline."""
     if spelling is Spelling.KOHYA:
         return kohya_stem(layer_name)
     if spelling is Spelling.DIFFUSERS:
@@ -85,16 +86,16 @@ def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
 
 
 def spelled_suffix(suffix: str, spelling: Spelling) -> str:
-    """The suffix of a factor in a spelling; `alpha` is the same in all that have one."""
+    """Return the suffix of a factor in a spelling; `alpha` is the same in all that have one."""
     return _PEFT_SUFFIXES.get(suffix, suffix) if spelling is Spelling.DIFFUSERS else suffix
 
 
 def stems(layer_name: str, diffusers: str) -> Iterator[str]:
-    """Every stem under which a layer may be found in a file."""
+    """Yield every stem that a layer can have in a file."""
     for spelling in Spelling:
         yield spelled(layer_name, diffusers, spelling)
     if layer_name.startswith("unet."):
-        # trainers that run the UNet of diffusers write its names in kohya's manner
+        # trainers that run the UNet of diffusers join its names with underscores, as kohya does
         yield kohya_stem(diffusers)
     else:
         # transformers 5 spells the encoders in memory without the prefix
@@ -105,11 +106,11 @@ def stems(layer_name: str, diffusers: str) -> Iterator[str]:
 class KeyTable:
     """The keys of a file, sorted by layers."""
 
-    keys: Mapping[str, Mapping[str, str]]  # layer name -> suffix as kohya spells it -> key
-    foreign: tuple[str, ...]  # stems of no layer of the model
-    odd: tuple[str, ...]  # keys of a layer that are no factor: LoHa, DoRA, differences of biases
-    twice: tuple[tuple[str, str], ...]  # keys of the same factor
-    replaced: tuple[str, ...] = ()  # tensors of the base that the file holds whole, by their names there
+    keys: Mapping[str, Mapping[str, str]]  # layer name -> suffix in kohya's spelling -> key
+    foreign: tuple[str, ...]  # stems that match no layer of the model
+    unexpected: tuple[str, ...]  # keys of a layer that are not factors: LoHa, DoRA, differences of biases
+    duplicates: tuple[tuple[str, str], ...]  # pairs of keys of the same factor
+    replaced: tuple[str, ...] = ()  # tensors of the base that the file replaces whole, by their names there
 
     @property
     def tuned(self) -> bool:
@@ -118,12 +119,12 @@ class KeyTable:
 
 
 def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
-    """Sort the keys of a file; `layers` gives the path in a pipeline for the name of each layer."""
+    """Sort the keys of a file; `layers` maps the name of each layer to its path in a pipeline."""
     known = {stem: name for name, diffusers in layers.items() for stem in stems(name, diffusers)}
     keys: dict[str, dict[str, str]] = {}
     foreign: dict[str, None] = {}
-    odd: list[str] = []
-    twice: list[tuple[str, str]] = []
+    unexpected: list[str] = []
+    duplicates: list[tuple[str, str]] = []
     replaced: list[str] = []
     for key in names:
         if key.startswith(REPLACED):
@@ -134,21 +135,21 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
         if layer is None:
             foreign[stem] = None
         elif suffix is None:
-            odd.append(key)
+            unexpected.append(key)
         elif suffix in (found := keys.setdefault(layer, {})):
-            twice.append((found[suffix], key))
+            duplicates.append((found[suffix], key))
         else:
             found[suffix] = key
-    return KeyTable(keys, tuple(foreign), tuple(odd), tuple(twice), tuple(replaced))
+    return KeyTable(keys, tuple(foreign), tuple(unexpected), tuple(duplicates), tuple(replaced))
 
 
 def factor_of(key: str) -> str | None:
-    """The suffix of a key as kohya spells it; None for one that is no factor or alpha."""
+    """Return the suffix of a key in kohya's spelling; None for a key that is not a factor or alpha."""
     return stem_and_factor(key)[1]
 
 
 def adapter_part(key: str) -> str | None:
-    """unet, te1 or te2, for a key of an adapter in any spelling; None for any other key."""
+    """Return unet, te1 or te2 for a key of an adapter in any spelling; None for any other key."""
     stem, suffix = stem_and_factor(key)
     if suffix is None:
         return None
@@ -156,11 +157,10 @@ def adapter_part(key: str) -> str | None:
 
 
 def spelling_of(key: str) -> str:
-    """How a key is spelled, in a word."""
+    """Return the spelling of a key."""
     if key.startswith("lora_"):
         return Spelling.KOHYA.value
-    comfyui = key.startswith(tuple(f"{root}." for root in COMFYUI_PARTS.values()))
-    return (Spelling.COMFYUI if comfyui else Spelling.DIFFUSERS).value
+    return (Spelling.COMFYUI if key.startswith(COMFYUI_ROOTS) else Spelling.DIFFUSERS).value
 
 
 def split_adapter_key(key: str) -> tuple[str, str]:
@@ -175,12 +175,12 @@ def is_peft_key(key: str) -> bool:
 
 
 def stem_and_factor(key: str) -> tuple[str, str | None]:
-    """The stem of a key, and its suffix as kohya spells it; None for one that is no factor."""
+    """Return the stem of a key and its suffix in kohya's spelling; None for a suffix that is not a factor."""
     key = _PROCESSOR.sub(_old_attention, key)
     if key.startswith("lora_"):
         stem, suffix = split_adapter_key(key)
         return stem, _SUFFIXES.get(suffix)
-    key = key.removeprefix(_PEFT_ROOT)
+    key = key.removeprefix(PEFT_ROOT)
     if key.startswith(_UNET_ROOTS):
         key = f"unet.{key}"
     for ending, suffix in _SUFFIXES.items():

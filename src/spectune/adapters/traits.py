@@ -1,4 +1,4 @@
-"""Traits: names for the layers of an adapter that are wanted, as in slices of B-LoRA."""
+"""Traits: named groups of the layers of an adapter, as in slices of B-LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectune.errors import InputError, did_you_mean
 from spectune.sdxl.layers import Catalogue, Layer
 from spectune.sdxl.selection import layers_named
 
-# What B-LoRA found: attention in these two transformers decides on content and on style
+# B-LoRA: attention in these two transformers determines content and style
 # (Frenkel et al. 2024, arXiv 2403.14572).
 _ATTENTION_OF: Mapping[str, str] = {
     "content": "unet.up_blocks.0.attentions.0.",
@@ -31,7 +31,7 @@ _LISTS = ("whitelist", "blacklist")
 
 @dataclass(frozen=True)
 class TraitRule:
-    """Layers by pieces of their kohya keys: one of the whitelist is in the key, none of the blacklist."""
+    """Layers by their kohya keys, which contain a word of the whitelist and none of the blacklist."""
 
     whitelist: tuple[str, ...]
     blacklist: tuple[str, ...]
@@ -41,22 +41,22 @@ class TraitRule:
 
 
 def read_traits(path: Path) -> dict[str, TraitRule]:
-    """The traits of a JSON file: {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}.
+    """Read the traits of a JSON file: {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}.
 
-    Raises InputError for a file that is not of this form.
+    Raises InputError for a file of another form.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read traits from {path}: {error}") from None
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object", hint=_form())
-    return {name: _rule(name, rule, path) for name, rule in cast(dict[str, object], told).items()}
+    return {name: _rule(name, rule, path) for name, rule in cast(dict[str, object], content).items()}
 
 
 def _rule(name: str, rule: object, path: Path) -> TraitRule:
     if not isinstance(rule, dict):
-        raise InputError(f"trait `{name}` of {path} is no object", hint=_form())
+        raise InputError(f"trait `{name}` of {path} is not an object", hint=_form())
     lists = cast(dict[str, object], rule)
     for key, words in lists.items():
         if key not in _LISTS:
@@ -66,7 +66,7 @@ def _rule(name: str, rule: object, path: Path) -> TraitRule:
         if not isinstance(words, list) or not all(
             isinstance(word, str) for word in cast(list[object], words)
         ):
-            raise InputError(f"{key} of trait `{name}` of {path} is no list of words", hint=_form())
+            raise InputError(f"{key} of trait `{name}` of {path} is not a list of words", hint=_form())
     white, black = (tuple(cast(list[str], lists.get(key, []))) for key in _LISTS)
     if not white:
         raise InputError(f"trait `{name}` of {path} has an empty whitelist: it names no layer", hint=_form())
@@ -80,7 +80,7 @@ def _form() -> str:
 def trait_layers(
     catalogue: Catalogue, trait: str | None, rules: Mapping[str, TraitRule]
 ) -> tuple[Layer, ...]:
-    """The layers of a catalogue that a trait names, in the catalogue's order; all for no trait.
+    """Return the layers of a catalogue that a trait names, in the order of the catalogue; None names all.
 
     A trait is a name from `rules`, one of TRAITS, or a block or pattern that `layers_named` knows; several
     are joined by `+`. Raises InputError for a word without a match.
@@ -106,16 +106,16 @@ def _one_trait(catalogue: Catalogue, trait: str, rules: Mapping[str, TraitRule])
 
 
 def _by_keys(catalogue: Catalogue, trait: str, rule: TraitRule) -> tuple[Layer, ...]:
-    """A pair is kept or left out as a whole; its alpha goes with it whatever the blacklist says."""
+    """Return layers as whole pairs; an alpha stays with its pair even if the blacklist names it."""
     chosen: list[Layer] = []
     for layer in catalogue:
-        fates = {rule.holds(f"{layer.kohya}.{suffix}") for suffix in (DOWN, UP)}
-        if len(fates) > 1:
+        matches = {rule.holds(f"{layer.kohya}.{suffix}") for suffix in (DOWN, UP)}
+        if len(matches) > 1:
             raise InputError(
-                f"trait `{trait}` keeps one factor of {layer.kohya} and leaves out the other",
-                hint="let its words match whole layers, not lora_up or lora_down",
+                f"trait `{trait}` names one factor of {layer.kohya} without the other",
+                hint="use words that match whole layers, not lora_up or lora_down",
             )
-        if fates.pop():
+        if matches.pop():
             chosen.append(layer)
     return _some(chosen, catalogue, trait)
 

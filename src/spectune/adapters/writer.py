@@ -1,13 +1,11 @@
-"""Adapter files as they are written: low-rank factors for other programs, and trained deltas."""
+"""Writing adapter files: low-rank factors for other programs, and trained deltas."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from spectune.adapters.adapter import (
     FRAME_UP,
     REPLACED,
     UP,
+    Adapter,
     TunedAdapter,
 )
 from spectune.adapters.spellings import Spelling, spelled, spelled_suffix
@@ -29,7 +28,8 @@ from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role, modelspec_metadata, spectune_version
 from spectune.files.source import TensorInfo
-from spectune.files.writer import RESERVE_BYTES, StreamWriter
+from spectune.files.weights_hash import WeightsHasher
+from spectune.files.writer import StreamWriter
 from spectune.sdxl.layers import Kind, Layer
 from spectune.sdxl.names import kohya_stem
 
@@ -42,7 +42,7 @@ def adapter_infos(
     dtypes: torch.dtype | Mapping[str, torch.dtype],
     spelling: Spelling = Spelling.KOHYA,
 ) -> list[TensorInfo]:
-    """The tensors of an adapter file with `ranks`, and `dtypes` unless all have one, by layer name."""
+    """Return the tensors of an adapter file; `ranks`, and `dtypes` if they differ, are by layer name."""
     infos: list[TensorInfo] = []
     for layer in layers:
         down, up = layer.factor_shapes(ranks[layer.name])
@@ -55,22 +55,31 @@ def adapter_infos(
 
 
 def _key(layer: Layer, suffix: str, spelling: Spelling) -> str | None:
-    """The key of a factor; None for an alpha in a spelling that has none."""
+    """Return the key of a factor; None for an alpha in a spelling without alphas."""
     if suffix == ALPHA and spelling is Spelling.DIFFUSERS:
         return None
     return f"{spelled(layer.name, layer.diffusers, spelling)}.{spelled_suffix(suffix, spelling)}"
 
 
 def low_rank_tensors(layer: Layer, low_rank: LowRank, spelling: Spelling) -> dict[str, Tensor]:
-    """The tensors of one layer of an adapter file; diffusers' spelling needs an alpha that is the rank."""
+    """Return the tensors of one layer; the diffusers spelling requires that alpha is the rank."""
     assert spelling is not Spelling.DIFFUSERS or low_rank.alpha == low_rank.rank, f"alpha of {layer.name}"
     keys = ((_key(layer, suffix, spelling), t) for suffix, t in _by_suffix(low_rank).items())
     return {key: tensor for key, tensor in keys if key is not None}
 
 
 def kohya_tensors(layer_name: str, low_rank: LowRank) -> dict[str, Tensor]:
-    """The tensors of one layer in kohya's spelling."""
+    """Return the tensors of one layer in kohya's spelling."""
     return {f"{kohya_stem(layer_name)}.{suffix}": t for suffix, t in _by_suffix(low_rank).items()}
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Return the weights hash of the kohya file with exactly these factors; reads every factor once."""
+    hasher = WeightsHasher()
+    for name in adapter.layers:
+        for key, tensor in kohya_tensors(name, adapter.layers[name]).items():
+            hasher.add(key, tensor)
+    return hasher.hexdigest()
 
 
 def _by_suffix(low_rank: LowRank) -> dict[str, Tensor]:
@@ -82,7 +91,7 @@ def _by_suffix(low_rank: LowRank) -> dict[str, Tensor]:
 
 
 def delta_tensors(stem: str, delta: Delta) -> dict[str, Tensor]:
-    """The tensors of one layer of a tuned file; no program takes them for a LoRA."""
+    """Return the tensors of one layer of a tuned file; no program takes them for a LoRA."""
     return {
         f"{stem}.{FRAME_DOWN}": delta.frame.down.contiguous(),
         f"{stem}.{FRAME_UP}": delta.frame.up.contiguous(),
@@ -92,83 +101,48 @@ def delta_tensors(stem: str, delta: Delta) -> dict[str, Tensor]:
     }
 
 
-class AdapterWriter:
-    """Writes a principal or LoRA layer by layer, with the metadata that other programs look for.
+@dataclass(frozen=True)
+class AdapterHeader:
+    """All of an adapter file that is known before its factors."""
 
-    The ranks of all layers are known beforehand, the factors are not; `dtype` is one for all or by layer.
-    `hash` is known after closing.
-    """
+    layers: Sequence[Layer]  # in the order of the file
+    ranks: Mapping[str, int]  # true rank by layer name
+    dtypes: torch.dtype | Mapping[str, torch.dtype]  # of the factors: one for all, or by layer name
+    provenance: Provenance
+    spelling: Spelling = Spelling.KOHYA
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # further entries
 
-    def __init__(
-        self,
-        path: Path,
-        layers: Sequence[Layer],
-        ranks: Mapping[str, int],
-        *,
-        dtype: torch.dtype | Mapping[str, torch.dtype],
-        provenance: Provenance,
-        spelling: Spelling = Spelling.KOHYA,
-        metadata: Mapping[str, str] | None = None,
-        reserve_bytes: int = RESERVE_BYTES,
-        force: bool = False,
-        hold: bool = False,
-    ) -> None:
+
+class AdapterWriter(StreamWriter):
+    """Writes a principal or LoRA layer by layer, with the metadata that other programs read."""
+
+    def __init__(self, path: Path, header: AdapterHeader, *, force: bool = False, hold: bool = False) -> None:
         check_adapter_name(path)
-        described = kohya_metadata(layers, ranks, provenance, title=Path(path).stem)
-        self._spelling = spelling
-        self._layers, self._ranks = layers, ranks
+        kohya = kohya_metadata(header.layers, header.ranks, header.provenance, title=Path(path).stem)
+        self._adapter = header
         self._alphas: dict[str, float] = {}
-        self._writer = StreamWriter(
+        super().__init__(
             path,
-            adapter_infos(layers, ranks, dtype, spelling),
-            metadata={**described, **provenance.to_metadata(), **(metadata or {})},
-            reserve_bytes=reserve_bytes,
+            adapter_infos(header.layers, header.ranks, header.dtypes, header.spelling),
+            metadata={**kohya, **header.provenance.to_metadata(), **header.metadata},
             force=force,
             hold=hold,
         )
 
-    @property
-    def path(self) -> Path:
-        return self._writer.path
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return self._writer.metadata
-
-    @property
-    def hash(self) -> str:
-        return self._writer.hash
-
-    def commit(self) -> None:
-        """Give a held file its name."""
-        self._writer.commit()
-
-    def abandon(self) -> None:
-        """Drop a file that has not got its name."""
-        self._writer.abandon()
-
-    def write(self, layer: Layer, low_rank: LowRank) -> None:
+    def write_layer(self, layer: Layer, low_rank: LowRank) -> None:
         self._alphas[layer.name] = low_rank.alpha
-        for name, tensor in low_rank_tensors(layer, low_rank, self._spelling).items():
-            self._writer.write(name, tensor)
+        for name, tensor in low_rank_tensors(layer, low_rank, self._adapter.spelling).items():
+            self.write(name, tensor)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self._writer.waiting:
-            try:
-                self._writer.metadata |= alpha_metadata(self._layers, self._ranks, self._alphas)
-                self._writer.metadata |= {
-                    "sshs_model_hash": self._writer.payload_sha256(),
-                    "sshs_legacy_hash": self._writer.legacy_sha256()[:8],
-                }
-            except BaseException:
-                self._writer.abandon()
-                raise
-        self._writer.__exit__(kind, error, trace)
+    def close(self) -> None:
+        """Finish the file as StreamWriter does, with the entries that depend on its tensors."""
+        if not self.waiting:
+            self.metadata |= alpha_metadata(self._adapter.layers, self._adapter.ranks, self._alphas)
+            self.metadata |= {
+                "sshs_model_hash": self.payload_sha256(),
+                "sshs_legacy_hash": self.legacy_sha256()[:8],
+            }
+        super().close()
 
 
 def save_tuned(
@@ -179,7 +153,7 @@ def save_tuned(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> str:
-    """Write a tuned adapter with its frame, each tensor in the type it has, and return its weights hash.
+    """Write a tuned adapter with its frame, each tensor in its own dtype, and return the weights hash.
 
     Tensors that replace those of the base are float32.
     """
@@ -205,7 +179,7 @@ def save_tuned(
 def kohya_metadata(
     layers: Sequence[Layer], ranks: Mapping[str, int], provenance: Provenance, *, title: str
 ) -> dict[str, str]:
-    """The entries by which sd-scripts, LyCORIS and model databases recognise an adapter for SDXL."""
+    """Return the entries by which sd-scripts, LyCORIS and model databases recognize an adapter for SDXL."""
     dim = _common_rank([layer for layer in layers if not _is_spatial(layer)], ranks)
     conv_dim = _common_rank([layer for layer in layers if _is_spatial(layer)], ranks)
     entries = {
@@ -225,7 +199,7 @@ def kohya_metadata(
 def alpha_metadata(
     layers: Sequence[Layer], ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> dict[str, str]:
-    """The entries of alphas that are not the ranks: trainers take the scale from them; empty if all are."""
+    """Return the entries from which trainers take alphas other than the ranks; empty if all are the ranks."""
     if all(alphas[layer.name] == ranks[layer.name] for layer in layers):
         return {}
     linear, spatial = (
@@ -241,18 +215,18 @@ def _common_alpha(alphas: Sequence[float]) -> str:
 
 
 def check_adapter_name(path: Path) -> None:
-    """Raise InputError for a name that belongs to another kind of file."""
+    """Raise InputError unless the name ends in .safetensors."""
     if Path(path).suffix.lower() != ".safetensors":
         raise InputError(f"cannot write {Path(path).name}: expected a name like x.safetensors")
 
 
 def _common_rank(layers: Sequence[Layer], ranks: Mapping[str, int]) -> str:
-    """The rank that all layers have as far as their size allows, else sd-scripts' word `Dynamic`."""
+    """Return the rank that all layers have as far as their size allows, or `Dynamic` as sd-scripts writes."""
     dim = max((ranks[layer.name] for layer in layers), default=0)
     same = all(ranks[layer.name] == min(dim, layer.full_rank) for layer in layers)
     return str(dim) if same else "Dynamic"
 
 
 def _is_spatial(layer: Layer) -> bool:
-    """Convolutions larger than 1x1, to which trainers apply conv_dim."""
+    """Whether a layer is a convolution larger than 1x1, to which trainers apply conv_dim."""
     return layer.kind is Kind.CONV and layer.shape[2:] != (1, 1)

@@ -14,7 +14,7 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.spellings import Spelling, parse_spelling
-from spectune.adapters.writer import AdapterWriter, save_tuned
+from spectune.adapters.writer import AdapterHeader, AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.core.lora import (
     Exported,
@@ -114,10 +114,8 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
         dtypes = {layer.name: store or source.dtype(layer.name) for layer in layers}
         provenance = replace(told, version=spectune_version()) if told.role else told
         reports: list[ExportedLayer] = []
-        with AdapterWriter(
-            out, layers, ranks, dtype=dtypes, provenance=provenance, spelling=spelling,
-            metadata=metadata, force=options.force,
-        ) as writer:  # fmt: skip
+        header = AdapterHeader(layers, ranks, dtypes, provenance, spelling, metadata)
+        with AdapterWriter(out, header, force=options.force) as writer:
 
             def work(layer: Layer) -> Exported:
                 one = source.layers[layer.name]
@@ -128,7 +126,7 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
 
             def take(layer: Layer, result: Exported) -> None:
                 report_progress(progress, len(reports), len(layers), layer.name)
-                writer.write(layer, result.low_rank)
+                writer.write_layer(layer, result.low_rank)
                 reports.append(result.report)
 
             run_pipeline(layers, work, take, size=lambda layer: ranks[layer.name] * sum(_sides(layer)) * 16)

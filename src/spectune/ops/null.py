@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import Role
 from spectune.files.reader import Checkpoint
 from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
 from spectune.operation import operation
 from spectune.ops.options.model_files import NullOptions
+from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.inference import layout_of
 
 KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's nodes that merge models leave these alone
@@ -85,12 +85,7 @@ def _check_model(source: Checkpoint) -> None:
             hint="save the model as a single .safetensors file first",
         )
     layout_of(source.tensors, label=source.label)  # no adapter, no other architecture
-    role = source.provenance.role
-    if role not in (None, Role.MODEL):
-        raise InputError(
-            f"{source.label} is a {role} of spectune: the zero model is made from an original model",
-            hint="pass the checkpoint that was split",
-        )
+    check_whole_model(source)
 
 
 def _read_spans(file: BinaryIO) -> list[_ZeroSpan]:

@@ -9,10 +9,10 @@ from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, SpectuneError, did_you_mean
-from spectune.files.provenance import Role
 from spectune.files.source import WeightSource
 from spectune.operation import operation
 from spectune.ops.options.training import PlanOptions
+from spectune.pairs.rules import check_whole_model
 from spectune.pairs.sizes import parse_bytes
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import build_catalogue
@@ -113,11 +113,9 @@ def _check_original(source: WeightSource) -> None:
             f"{source.label} is an adapter: expected a checkpoint",
             hint="pass the model that it was made from",
         )
-    if source.provenance.role is Role.RESIDUAL:
-        raise InputError(
-            f"{source.label} is a residual: expected the original checkpoint",
-            hint='plan with the original; it takes as much, and form = "residual" is tried too',
-        )
+    check_whole_model(
+        source, hint='plan with the original; it takes as much, and form = "residual" is tried too'
+    )
     check_plain_weights(source)
 
 

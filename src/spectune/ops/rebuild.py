@@ -19,7 +19,7 @@ from spectune.operation import operation
 from spectune.ops.options.adapter_files import RebuildOptions
 from spectune.ops.shared import STALE, Hashed, is_checkpoint, refuse_overwriting, template_of, write_all
 from spectune.pairs.merged import Merged, Restored, merged
-from spectune.pairs.rules import check_base_hash, foreign_base_warning
+from spectune.pairs.rules import BaseKind, check_base_hash
 from spectune.pairs.strength import Strength, parse_strength, strength_of
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
@@ -65,7 +65,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
         refuse_overwriting(out, [source, opened])
         check_plain_weights(source)
         # a residual has no hash that anything refers to; the original it gives back has
-        is_residual = source.provenance.role is Role.RESIDUAL
+        is_residual = BaseKind.of(source) is BaseKind.RESIDUAL
         # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it
         model = merged(source, [(opened, strength)], dtype=dtype, cast_all=options.cast_all)
         hashed = None if is_residual else Hashed(source, WeightsHasher())
@@ -84,8 +84,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
             base_hash = None
             if hashed is not None:
                 base_hash = hashed.hasher.hexdigest()
-                check_base_hash(base_hash, opened, source.label)
-                warnings += filter(None, [foreign_base_warning(base_hash, opened, source.label)])
+                warnings += filter(None, [check_base_hash(base_hash, opened, source.label)])
                 writer.metadata.update(Provenance(base_hash=base_hash, base_name=source.label).to_metadata())
     return RebuildReport(
         path=out,

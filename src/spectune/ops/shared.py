@@ -16,7 +16,7 @@ from spectune.adapters.spellings import Spelling
 from spectune.checkpoints.open import TensorWriter, open_checkpoint
 from spectune.errors import InputError
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
-from spectune.files.provenance import PREFIX, Provenance, Role, spectune_version
+from spectune.files.provenance import PREFIX, Provenance, spectune_version
 from spectune.files.reader import MODEL_INDEX, Checkpoint
 from spectune.files.source import TensorInfo, WeightSource, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
@@ -79,12 +79,6 @@ class Hashed:
         tensor = self.source.load(name)
         self.hasher.add(name, tensor)
         return tensor
-
-
-def refuse_parts(base: WeightSource) -> None:
-    role = base.provenance.role
-    if role not in (None, Role.MODEL):
-        raise InputError(f"{base.label} is a {role}: expected a whole model", hint="split the original model")
 
 
 def origin_of(base: Checkpoint) -> Provenance:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spectune.adapters.writer import AdapterWriter
+from spectune.adapters.writer import AdapterHeader, AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.agreement import Agreement, total_share
@@ -23,10 +23,16 @@ from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
 from spectune.operation import operation
 from spectune.ops.options.model_files import SplitOptions
-from spectune.ops.shared import STALE, origin_of, parse_device, refuse_parts
-from spectune.pairs.exceptions import HEADER_BYTES, exceptions_name, to_bytes
-from spectune.pairs.layer_ranks import RankPlan, choose_ranks, rank_request
-from spectune.pairs.rules import LAYER_COUNT_KEY, base_dtypes_metadata
+from spectune.ops.shared import STALE, origin_of, parse_device
+from spectune.pairs.rank_plan import RankPlan, choose_ranks, rank_request
+from spectune.pairs.residual_file import (
+    HEADER_BYTES,
+    LAYER_COUNT_KEY,
+    base_dtypes_metadata,
+    exceptions_name,
+    to_bytes,
+)
+from spectune.pairs.rules import check_whole_model
 from spectune.pairs.split_tensor import SplitPlan, SplitTensor, split_tensor
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.selection import select_layers
@@ -126,7 +132,7 @@ def split(options: SplitOptions) -> SplitReport:
     force = options.force
     device = parse_device(options.device)
     with open_checkpoint(options.model) as base:
-        refuse_parts(base)
+        check_whole_model(base)
         check_plain_weights(base)
         chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
         for layer in chosen:
@@ -149,10 +155,9 @@ def split(options: SplitOptions) -> SplitReport:
             with _residual_writer(residual, base, catalogue, plan, force=force) as residual_writer:
                 with AdapterWriter(
                     principal,
-                    catalogue.layers,
-                    plan.ranks,
-                    dtype=plan.store,
-                    provenance=replace(origin, role=Role.PRINCIPAL),
+                    AdapterHeader(
+                        catalogue.layers, plan.ranks, plan.store, replace(origin, role=Role.PRINCIPAL)
+                    ),
                     force=force,
                     hold=True,
                 ) as writer:
@@ -216,7 +221,7 @@ class _TensorSplitter:
 
     def _write(self, info: TensorInfo, split: SplitTensor) -> None:
         for layer, low_rank in split.low_ranks:
-            self.writer.write(layer, low_rank)
+            self.writer.write_layer(layer, low_rank)
         self.reports += split.reports
         if split.agreement is not None:
             self.agreements[info.name] = split.agreement

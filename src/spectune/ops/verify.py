@@ -8,7 +8,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.operation import operation
 from spectune.ops.options.model_files import VerifyOptions
-from spectune.pairs.comparison import VerifyReport, compare_pair
+from spectune.pairs.round_trip import VerifyReport, compare_pair
 from spectune.sdxl.layers import build_catalogue
 
 

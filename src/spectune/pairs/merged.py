@@ -1,4 +1,4 @@
-"""Base + adapters as a model that exists tensor by tensor, computed when a tensor is asked for."""
+"""Base + adapters as a lazy model: each tensor is computed when it is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectune.core.linalg import largest_magnitude
 from spectune.core.low_rank import LowRank, Product, product, to_matrix, weight_shape
 from spectune.core.residual import add_principal
 from spectune.core.rounding import check_dtype, check_finite, rounded
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, PairingError, some_of
 from spectune.files.provenance import (
     MODELSPEC_PREDICTION_KEY,
     PREFIX,
@@ -28,21 +28,15 @@ from spectune.files.provenance import (
     spectune_version,
 )
 from spectune.files.source import TensorInfo, WeightSource
-from spectune.pairs.exceptions import is_exceptions, read_exceptions
 from spectune.pairs.replaced import Replacement, check_none_replaced, replacements
-from spectune.pairs.rules import (
-    BASE_DTYPES_KEY,
-    check_goes_on,
-    check_residual_pair,
-    lacks_frame,
-    read_base_dtypes,
-)
+from spectune.pairs.residual_file import BASE_DTYPES_KEY, is_exceptions, read_base_dtypes, read_exceptions
+from spectune.pairs.rules import Action, BaseKind, check_residual_pair, pairing
 from spectune.pairs.strength import Strength, strength_of
 from spectune.sdxl.layers import Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT
 
 Strengths = Sequence[tuple[Adapter | TunedAdapter, float | Strength]]
-Change = Callable[[str], LowRank]  # layer name -> what is added to its weight
+Change = Callable[[str], LowRank]  # layer name -> product that is added to its weight
 
 _ENCODERS = "conditioner."
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
@@ -53,12 +47,12 @@ _DIVERGED = "if the training diverged, rebuild an earlier step"
 class Merged(HasProvenance):
     """A source whose tensors are W + sum of changes, each computed in float32 and rounded once.
 
-    W is the base's tensor, or what stands in for it. Tensors that no adapter changes come byte for byte from
-    the base.
+    W is a tensor of the base or its replacement. Tensors that no adapter changes are those of the base, byte
+    for byte.
     """
 
     base: WeightSource
-    changes: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> what is added to which rows
+    changes: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> changes of its layers
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     label: str
@@ -66,11 +60,14 @@ class Merged(HasProvenance):
     replaced: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
 
     def over(self, base: WeightSource) -> Merged:
-        """The same with the tensors of the base read through another source."""
+        """Return the same model with the tensors of the base read through another source."""
         return replace(self, base=base)
 
     def load(self, name: str) -> Tensor:
-        """The merged tensor; raises InputError if a change is not finite, misfits or overflows the type."""
+        """Return a merged tensor.
+
+        Raises InputError if a change is not finite, does not fit the layer or overflows the dtype.
+        """
         if name not in self.base.tensors:
             return _marker(name)
         stored = self.base.load(name)
@@ -88,7 +85,7 @@ class Merged(HasProvenance):
         return self._rounded(result, dtype, name)
 
     def _add(self, weight: Tensor, layer: Layer, low_rank: LowRank) -> bool:
-        """Add a product to a weight in float32, in place; whether there was anything to add."""
+        """Add a product to a weight in float32, in place; return whether it is not zero."""
         check_fits(layer, low_rank, self.base.label)
         matrix, changed = to_matrix(weight), False
         for tile, amount in Product(low_rank).tiles():
@@ -107,19 +104,22 @@ class Merged(HasProvenance):
 
 @dataclass(frozen=True)
 class Restored(HasProvenance):
-    """A source whose tensors are residual + principal: the original, or what training made of it."""
+    """A source whose tensors are residual + principal: the original or the tuned model."""
 
     residual: WeightSource
-    principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> what is added to which rows
-    untouched: bool  # the principal is the one that was taken out, so what it cannot give back is known
-    original: Mapping[str, torch.dtype]  # types of tensors that the residual stores in another one
+    principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> principals of its layers
+    untouched: bool  # the principal is the one that was taken out: the exceptions are those of this pair
+    original: Mapping[str, torch.dtype]  # dtypes of tensors that the residual stores in another one
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     label: str
     warnings: tuple[str, ...] = ()
 
     def load(self, name: str) -> Tensor:
-        """The restored tensor; raises InputError if a factor is not finite, misfits or overflows the type."""
+        """Return a restored tensor.
+
+        Raises InputError if a factor is not finite, does not fit the layer or overflows the dtype.
+        """
         if name not in self.residual.tensors:
             return _marker(name)
         stored = self.residual.load(name)
@@ -151,7 +151,7 @@ class Restored(HasProvenance):
 
 
 def check_fits(layer: Layer, low_rank: LowRank, label: str) -> None:
-    """Raise InputError when factors stand for a weight of another shape than the layer's."""
+    """Raise InputError when the product of the factors has another shape than the layer."""
     if weight_shape(low_rank) != layer.shape:
         raise InputError(
             f"layer {layer.name} of {label} has shape {layer.shape}, "
@@ -167,18 +167,18 @@ def merged(
     dtype: torch.dtype | None = None,
     cast_all: bool = False,
 ) -> Merged | Restored:
-    """The model W + strength * change for every adapter, tensor by tensor.
+    """Return the lazy model W + strength * change for every adapter.
 
-    Changed tensors have the base's type, or the one that a float32 residual records for the original, or
-    `dtype`; with `cast_all` so have the others of the UNet and the encoders. Raises PairingError when roles
-    exclude each other, InputError for layers the base does not have.
+    Changed tensors have `dtype`; by default that of the base, or the original dtype that a residual records.
+    With `cast_all`, all tensors of the UNet and the encoders have `dtype`. Raises PairingError when roles
+    exclude each other, InputError for layers that the base does not have.
     """
     counted = [(adapter, strength_of(strength)) for adapter, strength in adapters]
-    said = tuple(
-        check_goes_on(base, adapter, strengthens=max(strength.by_part.values()) > 0)
+    rules = [
+        pairing(base, adapter, strengthens=max(strength.by_part.values()) > 0)
         for adapter, strength in counted
-    )
-    if base.provenance.role is Role.RESIDUAL:
+    ]
+    if BaseKind.of(base) is BaseKind.RESIDUAL:
         # a residual becomes the model again by its one principal, at full strength
         if len(counted) != 1 or not counted[0][1].whole:
             raise InputError(
@@ -190,20 +190,23 @@ def merged(
     else:
         model = _merged(
             base,
-            [(_strong(adapter, strength), _change(base, adapter, strength)) for adapter, strength in counted],
+            [
+                (_strong(adapter, strength), _change(base, adapter, strength, action))
+                for (adapter, strength), (action, _) in zip(counted, rules, strict=True)
+            ],
             [adapter for adapter, _ in counted],
             replacements(base, counted),
             dtype,
         )
     if cast_all and dtype is not None:
         model = replace(model, tensors=_all_cast(model.tensors, dtype))
-    return replace(model, warnings=tuple(filter(None, said)))
+    return replace(model, warnings=tuple(warning for _, warning in rules if warning))
 
 
 def restored(
     residual: WeightSource, adapter: Adapter | TunedAdapter, *, dtype: torch.dtype | None = None
 ) -> Restored:
-    """The model that `residual` and its principal, or a tuned form of that principal, make together.
+    """Return the lazy model residual + principal, or residual + a trained form of that principal.
 
     Raises PairingError naming both hashes when the two do not belong together.
     """
@@ -225,14 +228,23 @@ def restored(
 
 
 def add(weight: Tensor, amount: Tensor) -> Tensor:
-    """weight + amount in float32; where the amount is zero every bit of the weight stays, as -0 + 0 is +0."""
+    """Return weight + amount in float32; where the amount is 0 the weight stays, because -0 + 0 is +0."""
     return torch.where(amount == 0, weight, weight + amount)
 
 
-def _change(base: WeightSource, adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
-    """What an adapter adds to a base: its change, or all of the factors where the base lacks the frame."""
-    if not lacks_frame(base, adapter):
+def _change(
+    base: WeightSource, adapter: Adapter | TunedAdapter, strength: Strength, action: Action
+) -> Change:
+    """Return what an adapter adds to a base: its change, or the tuned factors where the frame is missing."""
+    if not (isinstance(adapter, TunedAdapter) and action is Action.REPLACE):
         return _scaled(adapter, strength)
+    missing = [layer.name for layer in build_catalogue(base) if layer.name not in adapter.layers]
+    if missing:
+        raise PairingError(
+            f"{base.label} is a residual, and {adapter.label} lacks the principal of {len(missing)} of its "
+            f"layers: {some_of(missing)}",
+            hint="rebuild the original with the whole principal first and pass it as `base`",
+        )
     if not strength.whole:
         raise InputError(
             f"{base.label} is a residual: expected its principal at strength 1, got {strength}",
@@ -243,7 +255,7 @@ def _change(base: WeightSource, adapter: Adapter | TunedAdapter, strength: Stren
 
 
 def _strong(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:
-    """The layers in which the adapter counts."""
+    """Return the layers with a strength other than 0."""
     return [name for name in adapter.layers if strength.of(name)]
 
 
@@ -256,7 +268,7 @@ def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
 
 
 def _whole(adapter: Adapter | TunedAdapter) -> Change:
-    """What stands beside the residual: the principal, or the tuned factors themselves."""
+    """Return what is added to a residual: the principal or the tuned factors."""
     return lambda name: added_to_residual(adapter.layers[name])
 
 
@@ -281,7 +293,7 @@ def _merged(
 def _by_tensor(
     base: WeightSource, parts: Sequence[tuple[Sequence[str], Change]]
 ) -> dict[str, tuple[tuple[Layer, Change], ...]]:
-    """What is added to which rows of every tensor; raises InputError for layers that the base has not."""
+    """Return the changes by tensor; raise InputError for layers that the base does not have."""
     catalogue = build_catalogue(base, all_layers=True)
     changes: dict[str, tuple[tuple[Layer, Change], ...]] = {}
     for layers, of in parts:
@@ -304,7 +316,7 @@ def _typed(
     original: Mapping[str, torch.dtype],
     dtype: torch.dtype | None,
 ) -> dict[str, TensorInfo]:
-    """Changed tensors in `dtype`, else in the type that they had originally."""
+    """Give changed tensors `dtype`, or by default their original dtype."""
     return {
         name: replace(info, dtype=dtype or original.get(name, info.dtype)) if name in changed else info
         for name, info in tensors.items()
@@ -312,7 +324,7 @@ def _typed(
 
 
 def _all_cast(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """All numbers of the UNet and the encoders in `dtype`; an autoencoder needs what it has."""
+    """Give all weights of the UNet and the encoders `dtype`; an autoencoder keeps its own."""
     return {
         name: replace(info, dtype=dtype)
         if info.dtype.is_floating_point and info.numel and name.startswith((UNET_ROOT, _ENCODERS))
@@ -324,32 +336,32 @@ def _all_cast(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str
 def _marked(
     tensors: Mapping[str, TensorInfo], base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]
 ) -> dict[str, TensorInfo]:
-    """The tensors with the markers of what the model predicts, where training has changed that."""
-    before = _told(base.metadata)
-    after = _told(_model_metadata(base, adapters))
+    """Add or drop the marker tensors of the prediction where training has changed it."""
+    before = _declared(base.metadata)
+    after = _declared(_model_metadata(base, adapters))
     if after == before or after.prediction is None:
         return dict(tensors)
-    wanted = {V_KEY: after.prediction == "v", ZERO_SNR_KEY: after.noise_schedule == "zero_terminal_snr"}
-    kept = {name: info for name, info in tensors.items() if wanted.get(name, True)}
-    for name, is_wanted in wanted.items():
-        if is_wanted and name not in kept:
+    expected = {V_KEY: after.prediction == "v", ZERO_SNR_KEY: after.noise_schedule == "zero_terminal_snr"}
+    kept = {name: info for name, info in tensors.items() if expected.get(name, True)}
+    for name, is_expected in expected.items():
+        if is_expected and name not in kept:
             kept[name] = TensorInfo(name, _marker(name).dtype, tuple(_marker(name).shape))
     return kept
 
 
-def _told(metadata: Mapping[str, str]) -> Provenance:
-    told = Provenance.from_metadata(metadata)
-    return Provenance(prediction=told.prediction, noise_schedule=told.noise_schedule)
+def _declared(metadata: Mapping[str, str]) -> Provenance:
+    declared = Provenance.from_metadata(metadata)
+    return Provenance(prediction=declared.prediction, noise_schedule=declared.noise_schedule)
 
 
 def _marker(name: str) -> Tensor:
-    """An empty tensor: only its name says something."""
+    """Return an empty tensor: only its name has a meaning."""
     assert name in (V_KEY, ZERO_SNR_KEY), f"{name} is not in the base"
     return torch.empty(0)
 
 
 def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:
-    """Metadata of a whole model: the base's, with the objective that an adapter was trained for."""
+    """Return the metadata of the base with the objective and VAE settings that an adapter was trained for."""
     provenance = base.provenance
     for adapter in adapters:
         tuned_for = adapter.provenance

@@ -1,4 +1,4 @@
-"""Tensors of a base that an adapter replaces whole, because no change of low rank would be enough."""
+"""Tensors of a base that a tuned adapter replaces whole because a low-rank change is not enough."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.rounding import check_dtype, check_finite
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.source import WeightSource
 from spectune.pairs.strength import Strength
 from spectune.sdxl.layout import part_of
@@ -18,14 +18,14 @@ from spectune.sdxl.layout import part_of
 
 @dataclass(frozen=True)
 class Replacement:
-    """What stands in for a tensor of the base: W + strength * (replaced - W)."""
+    """The replacement of a tensor of the base: W + strength * (replaced - W)."""
 
-    tensor: Tensor  # float32, the shape of the base's
+    tensor: Tensor  # float32, in the shape of W
     strength: float
     adapter: str  # the label of the adapter that replaces it
 
     def over(self, stored: Tensor) -> Tensor:
-        """A new tensor in float32; at strength 1 it is the replacing one, number for number."""
+        """Return a new float32 tensor; at strength 1 it equals the replacement bit for bit."""
         if self.strength == 1:
             return self.tensor.clone()
         base = stored.to(torch.float32)
@@ -35,9 +35,9 @@ class Replacement:
 def replacements(
     base: WeightSource, adapters: Sequence[tuple[Adapter | TunedAdapter, Strength]]
 ) -> dict[str, Replacement]:
-    """What the adapters replace, by tensor name; strength 0 leaves the base's.
+    """Return the replacements of all adapters by tensor name; strength 0 keeps the tensor of the base.
 
-    Raises InputError for tensors that the base lacks or that do not fit, and for one that two replace.
+    Raises InputError for tensors that the base lacks, that do not fit, or that two adapters replace.
     """
     found: dict[str, Replacement] = {}
     for adapter, strength in adapters:
@@ -51,21 +51,21 @@ def replacements(
             _check_fits(base, name, replacement)
             if name in found:
                 raise InputError(
-                    f"{found[name].adapter} and {adapter.label} both replace {name} whole: expected one "
-                    "adapter to do so",
-                    hint="take one of the two, or give the other strength 0 in that part",
+                    f"{found[name].adapter} and {adapter.label} both replace {name}: expected one adapter",
+                    hint="leave one of them out or set its strength to 0 in that part",
                 )
             found[name] = replacement
     return found
 
 
 def check_none_replaced(residual: WeightSource, adapter: Adapter | TunedAdapter) -> None:
-    """Raise InputError when an adapter that replaces tensors of its base is put on a residual."""
+    """Raise InputError when an adapter for a residual replaces tensors of its base."""
     if isinstance(adapter, TunedAdapter) and adapter.replaced:
         raise InputError(
-            f"{residual.label} is a residual, and {adapter.label} replaces {len(adapter.replaced)} tensors "
-            f"of a whole model (first {next(iter(adapter.replaced))}): expected the original model",
-            hint="pass the original model as --base",
+            f"{residual.label} is a residual, and {adapter.label} replaces "
+            f"{counted(len(adapter.replaced), 'tensor')} of a whole model (first "
+            f"{next(iter(adapter.replaced))}): expected the original model",
+            hint="pass the original model as `base`",
         )
 
 
@@ -80,13 +80,13 @@ def _check_known(base: WeightSource, adapter: TunedAdapter) -> None:
 
 
 def _strength(name: str, adapter: TunedAdapter, strength: Strength) -> float:
-    """The strength of the part that a tensor belongs to."""
+    """Return the strength of the part that a tensor belongs to."""
     part = part_of(name)
     if part not in strength.by_part:
         raise InputError(
             f"{adapter.label} replaces {name}, which is of part {part}: "
             f"expected tensors of {', '.join(strength.by_part)}",
-            hint="other parts have no strength: exchange them in the checkpoint",
+            hint="other parts have no strength: replace them in the checkpoint",
         )
     return strength.by_part[part]
 
@@ -103,5 +103,5 @@ def _check_fits(base: WeightSource, name: str, replacement: Replacement) -> None
     check_finite(
         replacement.tensor,
         f"{name} as {replacement.adapter} replaces it",
-        hint="the fit that made it went wrong: make the adapter again",
+        hint="the fit that made it failed: make the adapter again",
     )

@@ -1,111 +1,286 @@
-"""Which files belong together: roles and hashes checked before anything is added to anything."""
+"""Which adapter goes with which base: one table, and the checks that follow it.
+
+Files of spectune declare their role. Where one does not, a few of its layers are compared with the base.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
+from enum import StrEnum
 
-import torch
-
-from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
-from spectune.adapters.writer import kohya_tensors
-from spectune.errors import InputError, PairingError, some_of
-from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME, SAFETENSORS_NAMES
-from spectune.files.provenance import PREFIX, Role
+from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.writer import adapter_hash
+from spectune.errors import InputError, PairingError, SpectuneError
+from spectune.files.provenance import Role
 from spectune.files.source import WeightSource
-from spectune.files.weights_hash import WeightsHasher
-from spectune.pairs.likeness import Likeness, likeness
-from spectune.sdxl.layers import build_catalogue
-
-BASE_DTYPES_KEY = f"{PREFIX}base_dtypes"
-LAYER_COUNT_KEY = f"{PREFIX}layers"  # how many layers a residual lacks the principal of
+from spectune.pairs.overlap import Place, overlap
+from spectune.pairs.residual_file import LAYER_COUNT_KEY
 
 
-def adapter_hash(adapter: Adapter) -> str:
-    """The weights hash of the file in kohya keys with exactly these factors; reads every factor once."""
-    hasher = WeightsHasher()
-    for name in adapter.layers:
-        for key, tensor in kohya_tensors(name, adapter.layers[name]).items():
-            hasher.add(key, tensor)
-    return hasher.hexdigest()
+class BaseKind(StrEnum):
+    """What a checkpoint is, by the role that it declares."""
+
+    MODEL = "model written by spectune"
+    RESIDUAL = "residual of `split`"
+    UNDECLARED = "checkpoint of another program"
+
+    @classmethod
+    def of(cls, base: WeightSource) -> BaseKind:
+        match base.provenance.role:
+            case Role.MODEL:
+                return cls.MODEL
+            case Role.RESIDUAL:
+                return cls.RESIDUAL
+            case _:
+                return cls.UNDECLARED
 
 
-def check_goes_on(base: WeightSource, adapter: Adapter | TunedAdapter, *, strengthens: bool = True) -> str:
-    """Raise PairingError when a base model and an adapter exclude each other; what is to be said otherwise.
+class AdapterKind(StrEnum):
+    """What an adapter is, by its content and by the role that it declares."""
 
-    Files of spectune say what they are. Where one of them does not, a few layers are compared: a principal on
-    the model that holds it already would count twice, unless it is taken away (not `strengthens`).
-    Hashes are not looked at here: `check_base_hash` does when the numbers of the base have been read.
+    PRINCIPAL = "principal of `split`"
+    TRAINED = "trained principal"  # of `export --form principal`
+    DELTAS = "tuned adapter"
+    LORA = "LoRA of spectune"
+    UNDECLARED = "adapter of another program"
+
+    @classmethod
+    def of(cls, adapter: Adapter | TunedAdapter) -> AdapterKind:
+        declared = adapter.provenance
+        if isinstance(adapter, TunedAdapter):
+            return cls.DELTAS
+        if declared.role is Role.PRINCIPAL:
+            return cls.PRINCIPAL if declared.principal_hash is None else cls.TRAINED
+        return cls.UNDECLARED if declared.role is None else cls.LORA
+
+    @property
+    def is_principal(self) -> bool:
+        return self in (AdapterKind.PRINCIPAL, AdapterKind.TRAINED)
+
+
+class Action(StrEnum):
+    ADD = "adds its product, W + BA"
+    ADD_CHANGE = "adds its change, W + dB (A0 + dA) + B0 dA"
+    RESTORE = "gives the original, R + B0 A0"
+    REPLACE = "gives the tuned model, R + (B0 + dB)(A0 + dA)"
+    EXPORT = "writes its change"
+    CUT = "writes it at a lower rank"
+    FRAME = "is the frame"
+    REFUSE = "error"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to do with a pair; `text` is an error for REFUSE and otherwise a warning."""
+
+    action: Action
+    text: str = ""  # with {adapter}, {base}, ... for labels of files and hashes
+    hint: str = ""
+    error: type[SpectuneError] = PairingError
+
+    def apply(self, **labels: str) -> str:
+        """Raise the error, or return the warning, empty if there is none."""
+        text = self.text.format(**labels)
+        if self.action is Action.REFUSE:
+            raise self.error(text, hint=self.hint)
+        return text
+
+
+Cell = Rule | Mapping[Place, Rule]  # by the comparison of values where it decides
+
+_PASS_RESIDUAL = "pass the residual that `spectune split` wrote with the principal as `base`"
+_PASS_PRINCIPAL = "pass the principal that `spectune split` wrote as `principal`"
+_COUNTS_TWICE = ": {base} is not a residual of spectune, so the principal part would count twice"
+_TWICE = Rule(Action.REFUSE, "{adapter} is a principal adapter" + _COUNTS_TWICE, _PASS_RESIDUAL)
+_TWICE_BY_VALUES = Rule(
+    Action.REFUSE, "{adapter} has the values of a principal adapter" + _COUNTS_TWICE, _PASS_RESIDUAL
+)
+_NOT_FOR_RESIDUAL = Rule(
+    Action.REFUSE,
+    "{adapter} is for a whole model: {base} is a residual, which lacks its principal",
+    "pass the original model as `base`",
+)
+_TAKEN_FOR_TRAINED = Rule(
+    Action.REPLACE,
+    "{adapter} does not declare which principal it was trained from; its values are close to a principal, "
+    "so it is taken for the principal of {base}",
+)
+_TAKEN_FOR_PAIR = (
+    "{base} does not declare that it is a residual, but lacks the values of {adapter}: the two are taken for "
+    "a pair"
+)
+_ADD, _ADD_CHANGE = Rule(Action.ADD), Rule(Action.ADD_CHANGE)
+_ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}
+_ON_ANY = {Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR), **_ON_MODEL}
+
+# What `rebuild`, `sample` and the nodes do. A strength of 0 or less takes away: then nothing counts twice.
+MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
+    (BaseKind.MODEL, AdapterKind.PRINCIPAL): _TWICE,
+    (BaseKind.MODEL, AdapterKind.TRAINED): _TWICE,
+    (BaseKind.MODEL, AdapterKind.DELTAS): _ADD_CHANGE,
+    (BaseKind.MODEL, AdapterKind.LORA): _ON_MODEL,
+    (BaseKind.MODEL, AdapterKind.UNDECLARED): _ON_MODEL,
+    (BaseKind.RESIDUAL, AdapterKind.PRINCIPAL): Rule(Action.RESTORE),
+    (BaseKind.RESIDUAL, AdapterKind.TRAINED): Rule(Action.REPLACE),
+    (BaseKind.RESIDUAL, AdapterKind.DELTAS): Rule(Action.REPLACE),
+    (BaseKind.RESIDUAL, AdapterKind.LORA): _NOT_FOR_RESIDUAL,
+    (BaseKind.RESIDUAL, AdapterKind.UNDECLARED): {
+        Place.MISSING: _TAKEN_FOR_TRAINED,
+        Place.UNRELATED: _NOT_FOR_RESIDUAL,
+    },
+    (BaseKind.UNDECLARED, AdapterKind.PRINCIPAL): {
+        Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR),
+        Place.UNRELATED: _TWICE,
+    },
+    (BaseKind.UNDECLARED, AdapterKind.TRAINED): {
+        Place.MISSING: Rule(Action.REPLACE, _TAKEN_FOR_PAIR),
+        Place.UNRELATED: _TWICE,
+    },
+    (BaseKind.UNDECLARED, AdapterKind.DELTAS): {
+        Place.MISSING: Rule(Action.REPLACE),
+        Place.UNRELATED: _ADD_CHANGE,
+    },
+    (BaseKind.UNDECLARED, AdapterKind.LORA): _ON_ANY,
+    (BaseKind.UNDECLARED, AdapterKind.UNDECLARED): _ON_ANY,
+}
+
+# A base with another weights hash than the adapter records. Principals record the original, not the residual.
+OTHER_BASE: Mapping[AdapterKind, Rule] = {
+    AdapterKind.DELTAS: Rule(
+        Action.REFUSE,
+        "{adapter} was trained from base {recorded}, {base} is {found}",
+        "pass the model that the adapter was trained from as `base`; "
+        "for another model, `spectune export` a plain LoRA",
+    ),
+    **dict.fromkeys(
+        (AdapterKind.LORA, AdapterKind.UNDECLARED),
+        Rule(
+            Action.ADD,
+            "{adapter} was made for base {recorded} ({name}), {base} is {found}: quality may differ; check "
+            "samples",
+        ),
+    ),
+}
+
+# What `export` does, for any base.
+EXPORT: Mapping[AdapterKind, Cell] = {
+    AdapterKind.PRINCIPAL: Rule(
+        Action.REFUSE,
+        "{adapter} is the principal of its model as `split` wrote it: it holds no change",
+        "on the original model it would count twice; pass a trained adapter",
+    ),
+    AdapterKind.TRAINED: Rule(
+        Action.REFUSE,
+        "{adapter} is a tuned principal: its change is known only together with the untouched one",
+        _PASS_PRINCIPAL,
+        InputError,
+    ),
+    AdapterKind.DELTAS: Rule(Action.EXPORT),
+    AdapterKind.LORA: Rule(Action.CUT),
+    AdapterKind.UNDECLARED: {
+        Place.INSIDE: Rule(
+            Action.REFUSE,
+            "{adapter} has the values of a principal of {base}: what training changed in it is known only "
+            "together with the untouched one",
+            _PASS_PRINCIPAL,
+            InputError,
+        ),
+        Place.UNRELATED: Rule(Action.CUT),
+    },
+}
+
+# What `model.principal` of a recipe may be, for any base.
+TRAIN: Mapping[AdapterKind, Rule] = {
+    AdapterKind.PRINCIPAL: Rule(Action.FRAME),
+    AdapterKind.TRAINED: Rule(
+        Action.REFUSE,
+        "{adapter} is a principal that was trained already: its change would be lost",
+        "rebuild the tuned model and split that, or let the run continue from its state in run.output",
+        InputError,
+    ),
+    AdapterKind.DELTAS: Rule(
+        Action.REFUSE,
+        "{adapter} is a tuned adapter: expected a principal",
+        "a run continues by itself from the states in run.output",
+        InputError,
+    ),
+    AdapterKind.LORA: Rule(Action.FRAME),
+    AdapterKind.UNDECLARED: Rule(Action.FRAME),
+}
+
+
+def pairing(
+    base: WeightSource, adapter: Adapter | TunedAdapter, *, strengthens: bool = True
+) -> tuple[Action, str]:
+    """Return what to do with a base and an adapter, and a warning or an empty string.
+
+    `strengthens` is whether any strength is above 0. Raises PairingError where the two exclude each other.
+    Hashes are not compared: see `check_residual_pair` and `check_base_hash`.
     """
-    base_role = base.provenance.role
-    told = adapter.provenance
-    role = told.role
-    if isinstance(adapter, TunedAdapter):
-        return ""
-    if base_role is Role.RESIDUAL:
-        return "" if role is Role.PRINCIPAL else _check_belongs_to_residual(base, adapter, role)
-    # a slice of files of other programs is called a LoRA too, and says nothing of its base
-    if (role is Role.LORA and told.base_hash) or not strengthens:
-        return ""
-    known = base_role is Role.MODEL and role is Role.PRINCIPAL
-    alike = Likeness(0.0, 0.0) if known else likeness(base, adapter)
-    if alike.is_inside or (role is Role.PRINCIPAL and not alike.is_missing):
-        told = "is" if role is Role.PRINCIPAL else "has the numbers of"
-        raise PairingError(
-            f"{adapter.label} {told} a principal adapter: {base.label} is no residual of spectune, "
-            "so the principal part would be counted twice",
-            hint="pass the residual that `spectune split` wrote beside the principal",
-        )
-    if alike.is_missing and base_role is None:
-        return (
-            f"{base.label} does not say that it is a residual; its numbers lack what {adapter.label} holds, "
-            "so the two are taken for a pair"
-        )
-    return ""
+    base_kind, kind = BaseKind.of(base), AdapterKind.of(adapter)
+    if not strengthens and base_kind is not BaseKind.RESIDUAL and kind is not AdapterKind.DELTAS:
+        return Action.ADD, ""
+    rule = _chosen(MERGE[base_kind, kind], base, adapter)
+    return rule.action, rule.apply(adapter=adapter.label, base=base.label)
 
 
-def _check_belongs_to_residual(residual: WeightSource, adapter: Adapter, role: Role | None) -> str:
-    """A foreign adapter on a residual may be its principal, trained by another program, but no LoRA."""
-    if role is None and likeness(residual, adapter).is_missing:
-        return (
-            f"{adapter.label} does not say which principal it was trained from; its numbers are those of "
-            f"one, so it is taken for that of {residual.label}"
-        )
-    raise PairingError(
-        f"{adapter.label} is for a whole model: {residual.label} is a residual, which lacks its principal",
-        hint="pass the original model as --base",
-    )
+def check_exportable(adapter: Adapter | TunedAdapter, base: WeightSource | None) -> None:
+    """Raise PairingError or InputError for an adapter whose change is not known."""
+    rule = _chosen(EXPORT[AdapterKind.of(adapter)], base, adapter)
+    rule.apply(adapter=adapter.label, base="" if base is None else base.label)
+
+
+def check_frame(adapter: Adapter | TunedAdapter) -> None:
+    """Raise InputError for an adapter that cannot be the frame of a training."""
+    TRAIN[AdapterKind.of(adapter)].apply(adapter=adapter.label)
+
+
+def check_whole_model(base: WeightSource, *, hint: str = "pass the original model") -> None:
+    """Raise InputError for a residual, or another file of spectune that is not a whole model."""
+    role = base.provenance.role
+    if role not in (None, Role.MODEL):
+        raise InputError(f"{base.label} is a {role}: expected a whole model", hint=hint)
+
+
+def _chosen(cell: Cell, base: WeightSource | None, adapter: Adapter | TunedAdapter) -> Rule:
+    if isinstance(cell, Rule):
+        return cell
+    declared = adapter.provenance
+    # a slice of LoRAs of other programs is a LoRA of spectune, and names no base
+    known = declared.role is Role.LORA and declared.base_hash is not None
+    plain = isinstance(adapter, TunedAdapter) and declared.principal_hash is None
+    if base is None or known or plain:
+        return cell[Place.UNRELATED]
+    return cell.get(overlap(base, adapter).place, cell[Place.UNRELATED])
 
 
 def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
-    """Whether `adapter` is, number for number, the principal that was taken out of `residual`.
+    """Return whether `adapter` is, bit for bit, the principal that was taken out of `residual`.
 
-    Raise PairingError, naming both hashes, unless it is that one or was trained from it; a file of another
-    program, which names none, is judged by its numbers.
+    Raises PairingError, naming both hashes, unless it is that one or was trained from it. A file of another
+    program names no principal and is compared by its values.
     """
-    made_from = residual.provenance
+    made_from, declared = (file.provenance for file in (residual, adapter))
     if made_from.role is not Role.RESIDUAL:
-        role = made_from.role or "unknown"
         raise PairingError(
-            f"{residual.label} is no residual of spectune: its role is {role}",
-            hint="pass the residual that `spectune split` wrote beside the principal",
+            f"{residual.label} is not a residual of spectune: its role is {made_from.role or 'unknown'}",
+            hint=_PASS_RESIDUAL,
         )
-    replaces_another = True
-    if isinstance(adapter, TunedAdapter):
-        found = adapter.provenance.principal_hash
-        what = f"{adapter.label} was trained from principal"
-    else:
-        # a tuned principal names the one that it replaces; an untouched one is known by its own numbers
-        replaces = adapter.provenance.principal_hash
-        replaces_another = replaces is not None
-        found = replaces or adapter_hash(adapter)
-        what = f"{adapter.label} replaces principal" if replaces else f"{adapter.label} is principal"
-    foreign = adapter.provenance.role is None
-    if made_from.principal_hash != found and not (foreign and likeness(residual, adapter).is_missing):
+    found, verb = declared.principal_hash, "was trained from"
+    if isinstance(adapter, Adapter):
+        # a trained principal names the one that it replaces; an untouched one is identified by its own hash
+        verb = "is" if found is None else "replaces"
+    untouched = verb == "is"
+    if untouched:
+        assert isinstance(adapter, Adapter)
+        found = adapter_hash(adapter)
+    foreign = AdapterKind.of(adapter) is AdapterKind.UNDECLARED
+    if made_from.principal_hash != found and not (foreign and _is_missing(residual, adapter)):
         raise PairingError(
-            f"{residual.label} belongs to principal {shown(made_from.principal_hash)}, {what} {shown(found)}",
+            f"{residual.label} belongs to principal {short_hash(made_from.principal_hash)}, "
+            f"{adapter.label} {verb} principal {short_hash(found)}",
             hint="pass the two files of one `spectune split`",
         )
     count = residual.metadata.get(LAYER_COUNT_KEY)
@@ -113,100 +288,64 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
         raise PairingError(
             f"{residual.label} lacks the principal of {count} layers, "
             f"{adapter.label} has {len(adapter.layers)}",
-            hint="it was trained on a part of the model; pass the original model as --base",
+            hint="it was trained on a part of the model; pass the original model as `base`",
         )
-    return made_from.principal_hash == found and not replaces_another
+    return untouched and made_from.principal_hash == found
 
 
-def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> None:
-    """Raise PairingError when a tuned adapter records another base than the one whose hash is `found`.
+def _is_missing(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
+    return overlap(base, adapter).place is Place.MISSING
 
-    A plain LoRA goes on any model.
+
+def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> str:
+    """Return a warning, or an empty string, for a base whose weights hash is `found`.
+
+    Raises PairingError when an adapter was trained from another base and does not go on this one.
     """
-    if not isinstance(adapter, TunedAdapter):
-        return
-    told = adapter.provenance
-    recorded = told.base_hash
-    if recorded not in (None, found, foreign_residual_hash(found, told.principal_hash)):
-        raise PairingError(
-            f"{adapter.label} was trained from base {shown(recorded)}, {label} is {shown(found)}",
-            hint="pass the model that the adapter was trained from; "
-            "to use the adapter on another model, `spectune export` a plain LoRA",
-        )
-
-
-def lacks_frame(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
-    """Whether the base is a residual of another program, and the tuned adapter holds what it lacks.
-
-    Raises PairingError when the adapter holds only a part of it.
-    """
-    told = adapter.provenance
-    if not isinstance(adapter, TunedAdapter) or told.principal_hash is None:
-        return False
-    if base.provenance.role is not None:
-        return False
-    frames = LazyLayers(
-        {name: adapter.rank(name) for name in adapter.layers}, {}, lambda name: adapter.layers[name].frame
+    declared = adapter.provenance
+    rule = OTHER_BASE.get(AdapterKind.of(adapter))
+    same = (None, found, foreign_residual_hash(found, declared.principal_hash))
+    if rule is None or declared.base_hash in same:
+        return ""
+    recorded, name = short_hash(declared.base_hash), declared.base_name or "unnamed"
+    return rule.apply(
+        adapter=adapter.label, base=label, recorded=recorded, name=name, found=short_hash(found)
     )
-    if not likeness(base, Adapter(frames, {}, adapter.label)).is_missing:
-        return False
-    missing = [layer.name for layer in build_catalogue(base) if layer.name not in adapter.layers]
-    if missing:
-        raise PairingError(
-            f"{base.label} is a residual, and {adapter.label} lacks the principal of {len(missing)} of its "
-            f"layers: {some_of(missing)}",
-            hint="rebuild the original with the whole principal first, and pass that as --base",
-        )
-    return True
 
 
 def foreign_residual_hash(residual_hash: str, principal_hash: str | None) -> str:
-    """What stands for the base hash of a model known only as a residual of another program.
+    """Return what stands for the base hash of a model of which only another program's residual is known.
 
-    No file has this hash, so that nobody takes the residual for the original.
+    No file has this hash: nothing takes the residual for the original.
     """
     return hashlib.sha256(f"{residual_hash}+{principal_hash}".encode()).hexdigest()
 
 
-def foreign_base_warning(found: str, adapter: Adapter | TunedAdapter, label: str) -> str:
-    """What is to be said of a LoRA on another model than the one it was made for; empty for its own.
-
-    A principal names the model that it was taken out of, and goes on what was left.
-    """
-    if isinstance(adapter, TunedAdapter):
-        return ""
-    told = adapter.provenance
-    if told.role is Role.PRINCIPAL or told.base_hash in (None, found):
-        return ""
-    return (
-        f"{adapter.label} was made for base {shown(told.base_hash)} ({told.base_name or 'unnamed'}), "
-        f"{label} is {shown(found)}: a LoRA goes on relatives of its base, how well only pictures tell"
-    )
-
-
-def shown(digest: str | None) -> str:
-    """A hash as messages show it: its first 16 digits."""
+def short_hash(digest: str | None) -> str:
+    """Return a hash as messages show it: its first 16 digits."""
     return "(none recorded)" if digest is None else digest[:16]
 
 
-def base_dtypes_metadata(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
-    """The metadata entry for tensors that are stored in another type than the original's."""
-    if not dtypes:
-        return {}
-    names = {name: SAFETENSORS_NAMES[dtype] for name, dtype in dtypes.items()}
-    return {BASE_DTYPES_KEY: json.dumps(names, separators=(",", ":"))}
+def pairing_table() -> str:
+    """Return all rules as a table in Markdown."""
+    uses: Mapping[str, Mapping[AdapterKind, Cell]] = {
+        **{f"merge with a {base}": {kind: MERGE[base, kind] for kind in AdapterKind} for base in BaseKind},
+        "merge with another base than recorded": OTHER_BASE,
+        "`export`": EXPORT,
+        "`model.principal`": TRAIN,
+    }
+    rows = ["| use | adapter | result |", "| --- | --- | --- |"]
+    for use, cells in uses.items():
+        kinds: dict[str, list[str]] = {}
+        for kind, cell in cells.items():
+            kinds.setdefault(_shown(cell), []).append(kind)
+        rows += [f"| {use} | {', '.join(same)} | {result} |" for result, same in kinds.items()]
+    return "\n".join(rows)
 
 
-def read_base_dtypes(source: WeightSource) -> dict[str, torch.dtype]:
-    """The inverse of base_dtypes_metadata: the original types of tensors that are stored in another one."""
-    text = source.metadata.get(BASE_DTYPES_KEY, "{}")
-    try:
-        names = cast(dict[str, str], json.loads(text))
-        dtypes = {name: DTYPES_BY_SAFETENSORS_NAME[dtype] for name, dtype in names.items()}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise InputError(
-            f"metadata {BASE_DTYPES_KEY} of {source.label} cannot be read: "
-            "expected tensor names with their types",
-            hint="split the model again",
-        ) from None
-    return dtypes
+def _shown(cell: Cell) -> str:
+    if not isinstance(cell, Rule):
+        return "; ".join(f"{place}: {_shown(rule)}" for place, rule in cell.items())
+    if cell.action is Action.REFUSE:
+        return f"error; {cell.hint}"
+    return f"{cell.action} (with a warning)" if cell.text else str(cell.action)

@@ -1,4 +1,7 @@
-"""Sizes of files in words: `600MB` is 600,000,000 bytes, `600MiB` is 629,145,600."""
+"""File sizes as text: `600MB` is 600,000,000 bytes, `600MiB` is 629,145,600.
+
+pydantic.ByteSize does not do: it reads 4.1 GB as 4,099,999,999 bytes and drops fractions of a byte.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from decimal import Decimal
 
 from spectune.errors import InputError, did_you_mean
 
-# Largest first; of two that fit, the decimal one is meant.
+# Largest first; format_bytes prefers a decimal unit to the binary one.
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10, "B": 1}
 _WRITE = "write it like 600MB or 1.5GB; MB is 1,000,000 bytes, MiB 1,048,576"
 
 
 def parse_bytes(word: str) -> int:
-    """The bytes that a size such as `600MB`, `1.5 GB` or `512MiB` means; a bare number is bytes.
+    """Parse a size such as `600MB`, `1.5 GB` or `512MiB` into bytes; a bare number is bytes.
 
-    Raises InputError for anything else, and for sizes that are no whole number of bytes.
+    Raises InputError for other text and for a fraction of a byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", word)
     if match is None:
@@ -32,6 +35,6 @@ def parse_bytes(word: str) -> int:
 
 
 def format_bytes(nbytes: int) -> str:
-    """The inverse of `parse_bytes`, in the largest unit of which it is a whole number; fit for file names."""
+    """Format a size in the largest unit that divides it, as in file names; inverse of `parse_bytes`."""
     unit = next(unit for unit, size in UNITS.items() if nbytes % size == 0 and nbytes >= size)
     return f"{nbytes // UNITS[unit]}{unit}"

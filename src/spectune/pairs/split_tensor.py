@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, with one layer or three in it, split and checked at once."""
+"""Splitting one tensor of a checkpoint, which holds one layer or three, and checking the result."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from spectune.core.split import LayerReport, split_weight
 from spectune.core.svd import Method
 from spectune.sdxl.layers import Layer
 
-# A residual needs digits that eight bits have not.
+# Eight bits are too few for a residual.
 _RESIDUAL_OF_NARROW = torch.float16
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The rank of each layer that is factored, and the types on disk."""
+    """The rank of each factored layer, and the dtypes on disk."""
 
     ranks: Mapping[str, int]  # by layer name; other layers stay whole in the residual
     store: torch.dtype
@@ -31,26 +31,26 @@ class SplitPlan:
     device: torch.device | str = "cpu"  # where the singular vectors are computed
 
     def residual_of(self, dtype: torch.dtype) -> torch.dtype:
-        """The type of the residual of a tensor of type `dtype`."""
+        """Return the dtype of the residual of a tensor of `dtype`."""
         own = _RESIDUAL_OF_NARROW if dtype.itemsize == 1 else dtype
         return self.residual_dtype or own
 
 
 @dataclass(frozen=True)
 class SplitTensor:
-    """The parts of one tensor as they are stored, and how well they make it again."""
+    """The parts of one tensor as they are stored, and their agreement with it."""
 
     residual: Tensor | None
     low_ranks: tuple[tuple[Layer, LowRank], ...]
     reports: tuple[LayerReport, ...]
     agreement: Agreement | None
-    exceptions: tuple[tuple[int, Exceptions], ...] = ()  # with the place in the tensor where the layer begins
+    exceptions: tuple[tuple[int, Exceptions], ...] = ()  # with the position where the layer begins
 
 
 def split_tensor(
     tensor: Tensor, layers: Sequence[Layer], plan: SplitPlan, *, with_residual: bool = True
 ) -> SplitTensor:
-    """Split every layer of a tensor by itself; the residual has the tensor's shape."""
+    """Split every layer of a tensor; the residual has the shape of the tensor."""
     pairs: list[tuple[Layer, LowRank]] = []
     reports: list[LayerReport] = []
     for layer in layers:
@@ -67,7 +67,7 @@ def split_tensor(
     if not with_residual:
         return SplitTensor(None, tuple(pairs), tuple(reports), None)
     dtype = plan.residual_of(tensor.dtype)
-    # rows of a fused tensor that belong to no factored layer stay as they are
+    # rows of a fused tensor that belong to no factored layer stay unchanged
     left = tensor.to(dtype, copy=True) if len(layers) > 1 or layers[0].rows is not None else None
     agreements: list[Agreement] = []
     exceptions: list[tuple[int, Exceptions]] = []

@@ -1,4 +1,4 @@
-"""How strongly an adapter counts, part by part."""
+"""Strengths: factors on the change of an adapter, by part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BOTH_ENCODERS = "te"
 
 @dataclass(frozen=True)
 class Strength:
-    """Factors on the change that an adapter makes; 1 is the change as it was trained."""
+    """The factor on the change of an adapter in each part; 1 is the change as it was trained."""
 
     unet: float = 1.0
     te1: float = 1.0
@@ -34,11 +34,11 @@ class Strength:
 
     @property
     def whole(self) -> bool:
-        """The change as it was trained, in every part."""
+        """Whether all factors are 1."""
         return self == Strength()
 
     def of(self, layer_name: str) -> float:
-        """The strength in a layer, by its canonical name."""
+        """Return the strength for a layer by its canonical name."""
         return self.by_part[layer_name.partition(".")[0]]
 
     def __str__(self) -> str:
@@ -48,9 +48,9 @@ class Strength:
 
 
 def parse_strength(word: str) -> Strength:
-    """`0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders where one is not named by itself.
+    """Parse `0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders unless one is named alone.
 
-    Parts that are not named count as 1.
+    Parts that are not named have strength 1.
     """
     if "=" not in word:
         return Strength.everywhere(_number(word, word))
@@ -64,14 +64,14 @@ def parse_strength(word: str) -> Strength:
 
 
 def strength_of(strength: float | Mapping[str, float] | Strength) -> Strength:
-    """A number for all parts, or numbers by part; raises InputError for a part that is not known."""
+    """Return strengths from one number or from numbers by part; raise InputError for an unknown part."""
     if isinstance(strength, Strength):
         return strength
     if not isinstance(strength, Mapping):
         return Strength.everywhere(float(strength))
     known = [field.name for field in fields(Strength)]
     values: dict[str, float] = {}
-    # `te` first: what is said of one encoder counts for it, whatever the order
+    # `te` first: a value for one encoder overrides it, in any order
     for part, value in sorted(strength.items(), key=lambda item: item[0] != _BOTH_ENCODERS):
         if part not in (*known, _BOTH_ENCODERS):
             words = (*known, _BOTH_ENCODERS)

@@ -1,4 +1,4 @@
-"""A principal that another program has trained, and the one it was, as the deltas between them."""
+"""The deltas between a principal that another program has trained and the original one."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from dataclasses import replace
 import torch
 
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
+from spectune.adapters.writer import adapter_hash
 from spectune.core.delta import Delta, delta_between
 from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError, PairingError, some_of
 from spectune.files.provenance import Role
-from spectune.pairs.likeness import likeness_of_adapters
-from spectune.pairs.rules import adapter_hash, shown
+from spectune.pairs.overlap import Place, overlap_of_adapters
+from spectune.pairs.rules import short_hash
 
 
 def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAdapter) -> TunedAdapter:
-    """dA = A - A0 and dB = B - B0 of every layer, in float32, on the original's frame.
+    """Return dA = A - A0 and dB = B - B0 of every layer in float32, with A0 and B0 as the frame.
 
-    Exact where both are 16-bit factors close to each other (Sterbenz 1974). Raises InputError where the files
-    are not of this kind, have other ranks or scales, and PairingError where they do not belong together.
+    Exact where both are 16-bit factors close to each other (Sterbenz 1974). Raises InputError for tuned
+    adapters and for other layers, ranks, shapes or scales; PairingError where one was not trained from the
+    other.
     """
     for adapter, what in ((trained, "a trained principal"), (original, "the principal it was trained from")):
         if isinstance(adapter, TunedAdapter):
             raise InputError(
                 f"{adapter.label} is a tuned adapter: expected {what}",
-                hint="leave out --principal: a tuned adapter holds its own",
+                hint="leave out `principal`: a tuned adapter holds its own",
             )
     assert isinstance(trained, Adapter)
     assert isinstance(original, Adapter)
@@ -34,7 +36,7 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
         raise InputError(
             f"{len(foreign)} of {len(trained.layers)} layers of {trained.label} are not in {original.label}: "
             f"{some_of(foreign)}",
-            hint="pass the principal that it was trained from as --principal",
+            hint="pass the principal that it was trained from as `principal`",
         )
     ranks = {name: trained.rank(name) for name in trained.layers}
     resized = [name for name, rank in ranks.items() if rank != original.rank(name)]
@@ -43,7 +45,7 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
         raise InputError(
             f"{len(resized)} layers of {trained.label} have another rank than in {original.label}: "
             f"{name} has {ranks[name]}, expected {original.rank(name)}",
-            hint="train with the rank of the principal: network_dim, conv_dim",
+            hint="train with the ranks of the principal: network_dim, conv_dim",
         )
     for name in trained.layers:
         shapes = [_shape_of(adapter, name) for adapter in (trained, original)]
@@ -90,16 +92,17 @@ def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
     made_from = trained.provenance.principal_hash
     if made_from is not None and made_from != found:
         raise PairingError(
-            f"{trained.label} replaces principal {shown(made_from)}, {original.label} is {shown(found)}",
+            f"{trained.label} replaces principal {short_hash(made_from)}, "
+            f"{original.label} is {short_hash(found)}",
             hint="pass the principal that it was trained from",
         )
-    alike = likeness_of_adapters(original, trained)
-    if not alike.is_inside:
+    overlap = overlap_of_adapters(original, trained)
+    if overlap.place is not Place.INSIDE:
         for name, after in trained.layers.items():
             _check_scale(name, original.layers[name], after, original.label, trained.label)
         raise PairingError(
-            f"{trained.label} does not look like {original.label} after training: only "
-            f"{alike.projection:.0%} of it is there",
+            f"{trained.label} does not look like {original.label} after training: it contains only "
+            f"{overlap.projection:.0%} of it",
             hint="pass the principal that it was trained from",
         )
 
@@ -107,7 +110,7 @@ def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
 def _check_scale(name: str, before: LowRank, after: LowRank, original: str, trained: str) -> None:
     if after.scale != before.scale:
         raise InputError(
-            f"{name} has scale {after.scale:g} in {trained} and {before.scale:g} in {original}: trained from "
-            "it, both are the same",
+            f"{name} has scale {after.scale:g} in {trained} and {before.scale:g} in {original}: expected the "
+            "same scale",
             hint="train with alpha = rank: network_alpha, conv_alpha",
         )

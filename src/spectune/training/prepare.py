@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
+from spectune.adapters.writer import adapter_hash
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.frames import minor_frame, normalized, plain_frame, principal_frame
 from spectune.core.low_rank import LowRank, product
@@ -20,7 +21,7 @@ from spectune.files.source import WeightSource, declared_prediction, declared_ze
 from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
-from spectune.pairs.rules import adapter_hash, check_residual_pair, foreign_residual_hash, shown
+from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.selection import select_layers
 from spectune.training.recipe.recipe import Recipe, parse_recipe
@@ -206,26 +207,19 @@ def _check_role(section: ModelSection, declared: Provenance) -> None:
 def _open_principal(section: ModelSection, catalogue: Catalogue) -> Adapter:
     assert section.principal is not None
     adapter = open_adapter(section.principal, catalogue)
-    if not isinstance(adapter, Adapter):
-        raise InputError(
-            f"{section.principal} is a tuned adapter: expected a principal one",
-            hint="a run continues by itself from the states in run.output",
-        )
+    check_frame(adapter)
+    assert isinstance(adapter, Adapter)
     return adapter
 
 
 def _check_pair(section: ModelSection, base: WeightSource, found: str, adapter: Adapter) -> None:
     origin = adapter.provenance
-    if origin.principal_hash is not None:
-        raise InputError(
-            f"{adapter.label} is a principal that was trained already: its change would be lost",
-            hint="rebuild the tuned model and split that, or let the run go on from its state in run.output",
-        )
-    if base.provenance.role is Role.RESIDUAL:
+    if BaseKind.of(base) is BaseKind.RESIDUAL:
         check_residual_pair(base, adapter)
     elif section.residual is None and origin.base_hash is not None and origin.base_hash != found:
         raise PairingError(
-            f"{adapter.label} was split from base {shown(origin.base_hash)}, {base.label} is {shown(found)}",
+            f"{adapter.label} was split from base {short_hash(origin.base_hash)}, "
+            f"{base.label} is {short_hash(found)}",
             hint="name the model that it was split from as model.base, or split this one",
         )
 

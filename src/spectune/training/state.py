@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
-from spectune.pairs.rules import shown
+from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS
 
 FORMAT = 4  # 2: a group for each part, frames; 3: extras; 4: kinds of frames, conversions to flow
@@ -303,7 +303,7 @@ def check_continues(state: SavedState, now: Progress) -> list[str]:
     saved = state.progress
     changed: list[str] = []
     if saved.base_hash != now.base_hash:
-        changed.append(f"base was {shown(saved.base_hash)}, is {shown(now.base_hash)}")
+        changed.append(f"base was {short_hash(saved.base_hash)}, is {short_hash(now.base_hash)}")
     if saved.frame_hash != now.frame_hash:
         changed.append(f"frames were {saved.frame_hash[:12]}, are {now.frame_hash[:12]}")
     if saved.optimizer_package != now.optimizer_package:

@@ -8,7 +8,7 @@ from typing import Any
 from spectune.cli.console import megabytes, print_warning, say, table
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
 from spectune.ops.options.model_files import InspectOptions
-from spectune.pairs.layer_spectra import GroupSpectrum, LayerSpectrum, SpectrumReport
+from spectune.pairs.spectrum_report import GroupSpectrum, LayerSpectrum, SpectrumReport
 from spectune.sdxl.layers import RANKS
 
 _AT_RANKS = tuple(f"r{rank}" for rank in RANKS)

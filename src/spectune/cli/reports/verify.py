@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from spectune.adapters.coverage import adapter_coverage, coverage_rows
-from spectune.adapters.coverage_checkpoint import checkpoint_coverage
+from spectune.adapters.loading import loading_table
 from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.console import print_warning, say, table
 from spectune.ops.options.model_files import VerifyOptions
-from spectune.pairs.comparison import VerifyReport
+from spectune.pairs.round_trip import VerifyReport
 from spectune.sdxl.layers import build_catalogue
 
 
@@ -74,8 +73,6 @@ def _programs(options: VerifyOptions) -> dict[str, list[tuple[str, ...]]]:
         catalogue = build_catalogue(source, all_layers=True)
     with open_checkpoint(options.principal) as adapter, open_checkpoint(options.residual) as rest:
         return {
-            options.principal.name: [
-                tuple(row) for row in coverage_rows(adapter_coverage(adapter, catalogue))
-            ],
-            options.residual.name: [tuple(row) for row in coverage_rows(checkpoint_coverage(rest))],
+            options.principal.name: [program.row for program in loading_table(adapter, catalogue)],
+            options.residual.name: [program.row for program in loading_table(rest)],
         }

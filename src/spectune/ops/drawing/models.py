@@ -13,7 +13,7 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.files.pipeline import report_progress
-from spectune.files.provenance import Provenance, Role
+from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource
 from spectune.files.weights_hash import weights_hash
 from spectune.model.network import Sdxl, build_model
@@ -23,7 +23,7 @@ from spectune.model.vae_loading import choose_vae
 from spectune.ops.drawing.specs import ModelSpec, parse_size
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.pairs.merged import merged
-from spectune.pairs.rules import check_base_hash
+from spectune.pairs.rules import BaseKind, check_base_hash
 from spectune.sampling.generate import Request, SampleSettings, generate
 from spectune.sdxl.layers import build_catalogue
 
@@ -53,7 +53,7 @@ def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
 
 def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
     """Raise PairingError for a tuned adapter of another base; hash the base only if one is recorded."""
-    if base.provenance.role is Role.RESIDUAL:
+    if BaseKind.of(base) is BaseKind.RESIDUAL:
         return
     recorded = [
         adapter for adapter in adapters if isinstance(adapter, TunedAdapter) and adapter.provenance.base_hash

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter, sdxl_default_layers
 from spectune.adapters.spellings import parse_spelling
-from spectune.adapters.writer import AdapterWriter, check_adapter_name
+from spectune.adapters.writer import AdapterHeader, AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.lora import (
     Exported,
@@ -25,7 +25,7 @@ from spectune.core.lora import (
     tuned_principal,
 )
 from spectune.core.rank import FixedRank
-from spectune.errors import InputError, PairingError, some_of
+from spectune.errors import InputError, some_of
 from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Role, spectune_version
@@ -33,8 +33,8 @@ from spectune.files.writer import check_target
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import catalogue_of, kept_metadata, refuse_overwriting
-from spectune.pairs.layer_ranks import RankRequest, rank_request, ranks_of_spectra
-from spectune.pairs.likeness import likeness
+from spectune.pairs.rank_plan import RankRequest, rank_request, ranks_of_spectra
+from spectune.pairs.rules import check_exportable
 from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, Layer
 
@@ -67,7 +67,8 @@ def export_adapter(options: ExportOptions) -> ExportReport:
         check_target(out, 0, force=force)  # before the factors are looked at for an energy or a size
         source = _source(opened, original)
         if base is not None and original is None:
-            _check_no_principal(opened, base)
+            with open_checkpoint(base) as weights:
+                check_exportable(opened, weights)
         assert opened.catalogue is not None
         if form == "principal":
             _check_whole_principal(source, opened.catalogue, rank, whole=base is not None)
@@ -85,16 +86,8 @@ def export_adapter(options: ExportOptions) -> ExportReport:
         metadata = kept_metadata(source.metadata, one_file=True)
         provenance = replace(made_from, role=_role(source, form), version=spectune_version())
         reports: list[ExportedLayer] = []
-        with AdapterWriter(
-            out,
-            kept,
-            ranks,
-            dtype=store,
-            provenance=provenance,
-            spelling=parse_spelling(options.keys),
-            metadata=metadata,
-            force=force,
-        ) as writer:
+        header = AdapterHeader(kept, ranks, store, provenance, parse_spelling(options.keys), metadata)
+        with AdapterWriter(out, header, force=force) as writer:
 
             def exported(layer: Layer) -> Exported:
                 changed = source.layers[layer.name]
@@ -105,7 +98,7 @@ def export_adapter(options: ExportOptions) -> ExportReport:
 
             def write(layer: Layer, result: Exported) -> None:
                 report_progress(progress, len(reports), len(kept), layer.name)
-                writer.write(layer, result.low_rank)
+                writer.write_layer(layer, result.low_rank)
                 reports.append(result.report)
 
             run_pipeline(kept, exported, write, size=lambda layer: _working_bytes(layer, ranks[layer.name]))
@@ -150,17 +143,7 @@ def _source(
     """What holds the change: a tuned adapter, a LoRA, or a trained principal minus the original one."""
     if original is not None:
         return trained_deltas(opened, original)
-    told = opened.provenance
-    if isinstance(opened, Adapter) and told.role is Role.PRINCIPAL:
-        if told.principal_hash is None:
-            raise PairingError(
-                f"{opened.label} is the principal of its model as `split` wrote it: there is no change in it",
-                hint="on the original model it would count twice; pass a trained adapter",
-            )
-        raise InputError(
-            f"{opened.label} is a tuned principal: what it changed is known only beside the untouched one",
-            hint="pass the principal that `spectune split` wrote as --principal",
-        )
+    check_exportable(opened, None)
     return opened
 
 
@@ -170,20 +153,6 @@ def _role(source: Adapter | TunedAdapter, form: ExportForm) -> Role | None:
         return Role.PRINCIPAL
     known = isinstance(source, TunedAdapter) or source.provenance.role is not None
     return Role.LORA if known else None
-
-
-def _check_no_principal(opened: Adapter | TunedAdapter, base: Path) -> None:
-    """Raise InputError for a principal that does not say so: as a LoRA it would count twice."""
-    if isinstance(opened, TunedAdapter) or opened.provenance.role is not None:
-        return
-    with open_checkpoint(base) as source:
-        alike = likeness(source, opened)
-    if alike.is_inside:
-        raise InputError(
-            f"{opened.label} has the numbers of a principal of {base.name}: what training changed in it is "
-            "known only beside the untouched one",
-            hint="pass the principal that `spectune split` wrote as --principal",
-        )
 
 
 def _check_whole_principal(

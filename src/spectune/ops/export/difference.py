@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.spellings import parse_spelling
-from spectune.adapters.writer import AdapterWriter, check_adapter_name
+from spectune.adapters.writer import AdapterHeader, AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.linalg import norm
@@ -27,8 +27,9 @@ from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import check_target
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions
-from spectune.ops.shared import parse_device, refuse_overwriting, refuse_parts
-from spectune.pairs.layer_ranks import choose_ranks, rank_request
+from spectune.ops.shared import parse_device, refuse_overwriting
+from spectune.pairs.rank_plan import choose_ranks, rank_request
+from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT, VAE_ROOT
 from spectune.sdxl.selection import select_layers
@@ -92,7 +93,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
     with open_checkpoint(tuned) as after, open_checkpoint(base) as before:
         refuse_overwriting(out, [after, before])
         for source in (after, before):
-            refuse_parts(source)
+            check_whole_model(source)
             check_plain_weights(source)
         compared, warnings = _compared(after, before)
         difference = Difference.of(after, before)
@@ -133,17 +134,11 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
             principal_hash=None,
             prediction=declared_prediction(after),
         )
-        with AdapterWriter(
-            out,
-            changed,
-            {layer.name: factors[layer.name].rank for layer in changed},
-            dtype=store,
-            provenance=provenance,
-            spelling=parse_spelling(options.keys),
-            force=force,
-        ) as writer:
+        true_ranks = {layer.name: factors[layer.name].rank for layer in changed}
+        header = AdapterHeader(changed, true_ranks, store, provenance, parse_spelling(options.keys))
+        with AdapterWriter(out, header, force=force) as writer:
             for layer in changed:
-                writer.write(layer, factors[layer.name])
+                writer.write_layer(layer, factors[layer.name])
         report_progress(progress, done, done, "")
     return ExportReport(
         path=out,

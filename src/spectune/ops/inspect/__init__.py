@@ -12,7 +12,7 @@ from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary, describe_adapter, describe_model
 from spectune.ops.options.model_files import InspectOptions
-from spectune.pairs.layer_spectra import SpectrumReport, measure_spectra
+from spectune.pairs.spectrum_report import SpectrumReport, measure_spectra
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.selection import select_layers
 

@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from spectune.pairs.layer_spectra import CURVE_RANKS, GroupSpectrum, SpectrumReport
+from spectune.pairs.spectrum_report import CURVE_RANKS, GroupSpectrum, SpectrumReport
 from spectune.sdxl.layers import RANKS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.

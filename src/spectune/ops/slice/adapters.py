@@ -14,7 +14,7 @@ from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.spellings import Spelling, parse_spelling
 from spectune.adapters.traits import read_traits
-from spectune.adapters.writer import AdapterWriter, save_tuned
+from spectune.adapters.writer import AdapterHeader, AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.combine import Term, sum_terms
 from spectune.core.delta import Delta
@@ -148,10 +148,8 @@ def _write(
     ranks = {layer.name: _rank(layer, plan, opened) for layer in plan.layers}
     dtypes = {layer.name: store or _dtype(layer, plan, opened) for layer in plan.layers}
     reports: list[ExportedLayer] = []
-    with AdapterWriter(
-        out, plan.layers, ranks, dtype=dtypes, provenance=provenance, spelling=spelling,
-        metadata=metadata, force=force,
-    ) as writer:  # fmt: skip
+    header = AdapterHeader(plan.layers, ranks, dtypes, provenance, spelling, metadata)
+    with AdapterWriter(out, header, force=force) as writer:
 
         def work(layer: Layer) -> Exported:
             pieces = plan.sources[layer.name]
@@ -160,7 +158,7 @@ def _write(
 
         def take(layer: Layer, result: Exported) -> None:
             report_progress(progress, len(reports), len(plan.layers), layer.name)
-            writer.write(layer, result.low_rank)
+            writer.write_layer(layer, result.low_rank)
             reports.append(result.report)
 
         run_pipeline(plan.layers, work, take, size=lambda layer: ranks[layer.name] * _side(layer) * 16)

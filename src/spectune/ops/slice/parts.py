@@ -22,8 +22,9 @@ from spectune.files.provenance import (
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.ops.options.adapter_files import SliceOptions
 from spectune.ops.options.values import Slice
-from spectune.ops.shared import STALE, refuse_overwriting, refuse_parts, template_of, write_all
+from spectune.ops.shared import STALE, refuse_overwriting, template_of, write_all
 from spectune.ops.slice.plan import slices_metadata
+from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import PARTS, part_of
 
@@ -86,7 +87,7 @@ def swap_parts(options: SliceOptions) -> SwapReport:
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_checkpoint(path)) for path in dict.fromkeys(chosen.values())}
         for source in opened.values():
-            refuse_parts(source)
+            check_whole_model(source)
         refuse_overwriting(out, list(opened.values()))
         model = Swapped.of({part: opened[chosen[part]] for part in PARTS})
         missing = [part for part in PARTS if not any(_home(name) == part for name in model.tensors)]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.traits import TraitRule, trait_layers
+from spectune.adapters.writer import adapter_hash
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import SLICES_KEY, Provenance, Role
 from spectune.ops.options.values import Slice
-from spectune.pairs.rules import adapter_hash, shown
+from spectune.pairs.rules import AdapterKind, short_hash
 from spectune.sdxl.layers import Catalogue, Layer, squeezed
 
 
@@ -99,7 +100,7 @@ def _order(adapters: Iterable[Adapter | TunedAdapter]) -> list[str]:
 def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> tuple[Role, tuple[str, ...]]:
     """What the new file is, and what is to be said about it."""
     told = {path: adapter.provenance for path, adapter in opened.items()}
-    principals = [path for path in opened if told[path].role is Role.PRINCIPAL]
+    principals = [path for path, adapter in opened.items() if AdapterKind.of(adapter).is_principal]
     bases = {told[path].base_hash for path in opened}
     known = {base for base in bases if base is not None}
     if principals and len(principals) < len(opened):
@@ -140,7 +141,7 @@ def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> t
 
 
 def _hashes(bases: set[str]) -> str:
-    return ", ".join(shown(base) for base in sorted(bases))
+    return ", ".join(short_hash(base) for base in sorted(bases))
 
 
 def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter], role: Role) -> Provenance:
@@ -161,7 +162,8 @@ def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]
 def _principal_hash(adapter: Adapter | TunedAdapter) -> str | None:
     """The principal that an adapter was trained from; an untouched one is its own."""
     told = adapter.provenance
-    if isinstance(adapter, Adapter) and told.role is Role.PRINCIPAL and told.principal_hash is None:
+    if AdapterKind.of(adapter) is AdapterKind.PRINCIPAL:
+        assert isinstance(adapter, Adapter)
         return adapter_hash(adapter)
     return told.principal_hash
 

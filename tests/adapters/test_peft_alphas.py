@@ -1,4 +1,4 @@
-"""The scales that PEFT and diffusers keep beside their weights, as those two read them."""
+"""The scales in the configurations of PEFT and diffusers, compared with those that the two apply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.peft_config import PeftAlphas, read_peft_alphas
+from spectune.adapters.alphas import PeftAlphas, read_peft_alphas
 from spectune.adapters.reader import open_adapter
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
@@ -93,7 +93,7 @@ def saved_by_diffusers(modules: Mapping[str, nn.Module], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scales_are_those_of_what_diffusers_saved(
+def test_scales_equal_those_of_diffusers(
     name: str, tiny_modules: Modules, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     modules = {
@@ -116,7 +116,7 @@ def test_scales_are_those_of_what_diffusers_saved(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scales_are_those_of_what_peft_saved(
+def test_scales_equal_those_of_peft(
     name: str, tiny_modules: Modules, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     config = LoraConfig(**CONFIGS[name], target_modules=UNET_TARGETS, init_lora_weights=False)
@@ -129,7 +129,7 @@ def test_scales_are_those_of_what_peft_saved(
     )
 
 
-def test_what_peft_scales_is_kept_by_conversion(
+def test_conversion_keeps_the_scales_of_peft(
     tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     """kohya's keys hold the alphas; the numbers are those of PEFT's own product."""
@@ -183,7 +183,7 @@ def scale_of(tensors: Mapping[str, Tensor], told: object, path: Path, catalogue:
         ({"unet.alpha_pattern": {"proj_in": 6}}, 1.5),
     ],
 )
-def test_a_configuration_is_read_as_peft_means_it(
+def test_patterns_are_read_as_peft_reads_them(
     told: object, scale: float, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     tensors = factors(catalogue, "unet.middle_block.1.proj_in")
@@ -218,7 +218,7 @@ def test_configurations_that_cannot_be_read_are_errors(
     assert what in caught.value.what
 
 
-def test_a_configuration_belongs_to_the_file_beside_it_only(tmp_path: Path) -> None:
+def test_a_configuration_belongs_to_its_own_folder_only(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
     module = "unet.mid_block.attentions.0.proj_in"
     ours = read_peft_alphas(tmp_path / "adapter_model.safetensors", {})

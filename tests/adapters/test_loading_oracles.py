@@ -1,9 +1,10 @@
-"""The tables beside what lycoris-lora and diffusers really load, on the tiny model."""
+"""The table of programs compared with what lycoris-lora and diffusers load on the tiny model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import pytest
@@ -13,8 +14,9 @@ from lycoris.kohya import create_network, create_network_from_weights
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from spectune.adapters.coverage import adapter_coverage
-from spectune.adapters.coverage_rules import Program
+from spectune.adapters.loading import loading_table
+from spectune.adapters.programs import Program
+from spectune.adapters.spellings import Spelling, spelled
 from spectune.files.source import MemorySource
 from spectune.sdxl.layers import Catalogue, Kind, Layer, build_catalogue
 from spectune.sdxl.names import Part
@@ -33,13 +35,13 @@ def layer(catalogue: Catalogue) -> Layer:
 
 
 def claimed(tensors: Tensors, catalogue: Catalogue, program: Program) -> int | None:
-    """How many layers our table says, None for a file that is refused."""
-    (found,) = [c for c in adapter_coverage(MemorySource(tensors, {}), catalogue) if c.program is program]
-    return None if found.raises else found.loads
+    """Return how many layers load according to the table, None for a file that is refused."""
+    (found,) = [c for c in loading_table(MemorySource(tensors, {}), catalogue) if c.program is program]
+    return None if found.refuses else found.loads
 
 
 class Oracles:
-    """How many layers of the tiny model each program really loads, None where it raises."""
+    """The number of layers of the tiny model that each program loads, None where it raises."""
 
     def __init__(self, modules: Modules, catalogue: Catalogue) -> None:
         self.modules = modules
@@ -132,6 +134,20 @@ def oracles(tiny_modules: Modules, catalogue: Catalogue) -> Oracles:
     return Oracles(tiny_modules, catalogue)
 
 
+PROCESSOR = re.compile(r"\.to_(q|k|v|out)(?:\.0)?\.lora_(A|B)\.weight$")
+
+
+def in_processor(match: re.Match[str]) -> str:
+    """The key of an attention layer as diffusers wrote it in 2023."""
+    return f".processor.to_{match[1]}_lora.{'down' if match[2] == 'A' else 'up'}.weight"
+
+
+def as_comfyui(tensors: Tensors, layers: Iterable[Layer]) -> Tensors:
+    for layer in layers:
+        tensors = renamed(tensors, layer.kohya, spelled(layer.name, layer.diffusers, Spelling.COMFYUI))
+    return tensors
+
+
 Change = Callable[[Tensors, Catalogue, Layer], Tensors]
 CHANGES: Mapping[str, Change] = {
     "plain": lambda plain, catalogue, layer: plain,
@@ -161,6 +177,23 @@ CHANGES: Mapping[str, Change] = {
     "one layer as PEFT": lambda plain, catalogue, layer: as_peft(plain, [layer]),
     "PEFT": lambda plain, catalogue, layer: as_peft(plain, [layer for layer in catalogue if layer.default]),
     "PEFT, all layers": lambda plain, catalogue, layer: as_peft(pairs(catalogue), catalogue),
+    "ComfyUI": lambda plain, catalogue, layer: as_comfyui(
+        plain, (each for each in catalogue if each.default)
+    ),
+    "one layer as ComfyUI": lambda plain, catalogue, layer: as_comfyui(plain, [layer]),
+    "PEFT of the UNet": lambda plain, catalogue, layer: {
+        f"base_model.model.{key.removeprefix('unet.')}": tensor
+        for key, tensor in as_peft(plain, [layer for layer in catalogue if layer.default]).items()
+        if key.startswith("unet.")
+    },
+    "attention processors": lambda plain, catalogue, layer: {
+        PROCESSOR.sub(in_processor, key): tensor
+        for key, tensor in as_peft(plain, [layer for layer in catalogue if layer.default]).items()
+        if PROCESSOR.search(key)
+    },
+    "dora_scale": lambda plain, catalogue, layer: (
+        plain | {f"{layer.kohya}.dora_scale": torch.ones(layer.out_features, 1)}
+    ),
     "old diffusers": lambda plain, catalogue, layer: {
         key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor
         for key, tensor in as_peft(plain, [layer for layer in catalogue if layer.default]).items()
@@ -169,7 +202,7 @@ CHANGES: Mapping[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_lycoris_and_diffusers_do_what_the_table_says(
+def test_lycoris_and_diffusers_agree_with_the_table(
     name: str, catalogue: Catalogue, layer: Layer, oracles: Oracles
 ) -> None:
     tensors = CHANGES[name](pairs(each for each in catalogue if each.default), catalogue, layer)
@@ -184,7 +217,7 @@ def test_the_oracles_see_a_difference(catalogue: Catalogue, layer: Layer, oracle
     assert oracles.lycoris_file(tensors) == oracles.lycoris(tensors) == oracles.diffusers(tensors) == 191
 
 
-def test_what_diffusers_takes_for_a_missing_alpha(catalogue: Catalogue, oracles: Oracles) -> None:
+def test_the_alpha_of_diffusers_where_one_is_missing(catalogue: Catalogue, oracles: Oracles) -> None:
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     plain = pairs(each for each in catalogue if each.default) | pair(layer, rank=3)
     assert oracles.wrong_scales(plain) == oracles.wrong_scales(without(plain, ".alpha")) == 0
@@ -194,15 +227,15 @@ def test_what_diffusers_takes_for_a_missing_alpha(catalogue: Catalogue, oracles:
     assert oracles.wrong_scales(without(plain, "te1_text_model_encoder_layers_0_mlp_fc1.alpha")) == 0
 
 
-def test_what_diffusers_takes_for_alphas_that_differ(catalogue: Catalogue, oracles: Oracles) -> None:
+def test_the_alpha_of_diffusers_where_alphas_differ(catalogue: Catalogue, oracles: Oracles) -> None:
     default = [layer for layer in catalogue if layer.default]
     tensors = {
         key: tensor
         for index, layer in enumerate(default)
         for key, tensor in pair(layer, rank=2 if index % 3 else 3).items()
     }
-    coverages = adapter_coverage(MemorySource(tensors, {}), catalogue)
-    ((note,),) = [coverage.notes for coverage in coverages if coverage.program is Program.DIFFUSERS]
+    loadings = loading_table(MemorySource(tensors, {}), catalogue)
+    ((note,),) = [loading.notes for loading in loadings if loading.program is Program.DIFFUSERS]
     assert oracles.wrong_scales(tensors) == len(note.names) == 37
     assert oracles.wrong_scales(without(tensors, ".alpha")) == 0
     assert {name for name in note.names if ".to_" not in name and ".self_attn." not in name} == set()

@@ -1,4 +1,4 @@
-"""The singular spectra of a checkpoint: layer by layer, by block and by part."""
+"""The singular spectra of a checkpoint by layer, block and part."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.source import WeightSource
 from spectune.sdxl.layers import RANKS, Catalogue, Layer, RankCost, rank_cost
 
-# Two or three steps an octave: enough for a smooth curve; with the five ranks of every table among them.
+# Two or three steps per octave, enough for a smooth curve; includes the five ranks of the tables.
 CURVE_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-MOST = 0.9  # the energy whose rank is shown
+SHOWN_ENERGY = 0.9  # `rank_90` is its rank
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What the singular values of one layer say; energies are shares of its squared norm, 0..1."""
+    """The spectrum of one layer; energies are shares of its squared norm, 0..1."""
 
     name: str
     part: str
@@ -33,14 +33,14 @@ class LayerSpectrum:
     full_rank: int
     norm: float  # Frobenius
     largest: float  # singular value
-    energies: Mapping[int, float]  # by CURVE_RANKS; 1 from the full rank on
+    energies: Mapping[int, float]  # by CURVE_RANKS; 1 at and above the full rank
     rank_90: int  # directions that hold 90 % of the energy
     decay: float | None  # a of s_i ~ i^-a over the first 256 values
 
 
 @dataclass(frozen=True)
 class GroupSpectrum:
-    """The layers of a part, of a block, or all; energies are shares of their squared norms together."""
+    """The layers of a part, of a block, or all; energies are shares of the sum of their squared norms."""
 
     name: str
     part: str  # empty for all layers
@@ -67,19 +67,19 @@ class SpectrumReport:
     costs: tuple[RankCost, ...]  # of principals of the ranks 16, 32, 64, 128, 256
 
     def smaller_than(self, rank: int) -> tuple[LayerSpectrum, ...]:
-        """Layers that have no such rank: all of their energy is there before it."""
+        """Return the layers whose full rank is below `rank`."""
         return tuple(layer for layer in self.layers if layer.full_rank < rank)
 
 
 def all_spectra(
     source: WeightSource, layers: Sequence[Layer], progress: Progress | None = None
 ) -> tuple[Tensor, ...]:
-    """The singular values (full rank) of every layer, float64 descending, in the order of `layers`.
+    """Return the singular values (full rank) of every layer, float64 descending, in the order of `layers`.
 
-    Every tensor is read once and let go; only a few are in memory at a time. Progress counts layers. Raises
-    InputError for types that are no weights, and for NaN and infinite numbers.
+    Every tensor is read once; only a few are in memory at a time. Progress counts layers. Raises InputError
+    for dtypes other than those of weights, and for NaN and infinite values.
     """
-    places: dict[str, list[int]] = {}  # by tensor: q, k, v may share one
+    places: dict[str, list[int]] = {}  # by tensor, which q, k and v may share
     for place, layer in enumerate(layers):
         check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
         places.setdefault(layer.tensor, []).append(place)
@@ -138,7 +138,7 @@ def _measured(layer: Layer, values: Tensor) -> LayerSpectrum:
         norm=float(values.square().sum().sqrt()),
         largest=float(values[0]),
         energies={rank: energy_at(curve, rank) for rank in CURVE_RANKS},
-        rank_90=rank_for_energy(values, MOST),
+        rank_90=rank_for_energy(values, SHOWN_ENERGY),
         decay=decay_exponent(values),
     )
 
@@ -147,11 +147,11 @@ def _group(name: str, part: str, layers: Sequence[LayerSpectrum]) -> GroupSpectr
     squares = [layer.norm**2 for layer in layers]
     total = sum(squares)
 
-    def together(rank: int) -> float:
+    def energy(rank: int) -> float:
         if total == 0.0:
             return 1.0
         held = sum(square * layer.energies[rank] for square, layer in zip(squares, layers, strict=True))
-        return min(held / total, 1.0)  # the weights sum to 1 but for rounding
+        return min(held / total, 1.0)  # rounding can exceed 1
 
     decays = [layer.decay for layer in layers if layer.decay is not None]
     return GroupSpectrum(
@@ -161,7 +161,7 @@ def _group(name: str, part: str, layers: Sequence[LayerSpectrum]) -> GroupSpectr
         norm=total**0.5,
         smallest_full_rank=min(layer.full_rank for layer in layers),
         largest_full_rank=max(layer.full_rank for layer in layers),
-        energies={rank: together(rank) for rank in CURVE_RANKS},
+        energies={rank: energy(rank) for rank in CURVE_RANKS},
         lowest={rank: min(layer.energies[rank] for layer in layers) for rank in CURVE_RANKS},
         highest={rank: max(layer.energies[rank] for layer in layers) for rank in CURVE_RANKS},
         median_rank_90=median(layer.rank_90 for layer in layers),

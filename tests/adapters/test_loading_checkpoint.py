@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from spectune.adapters.coverage import ProgramCoverage, coverage_rows
-from spectune.adapters.coverage_checkpoint import checkpoint_coverage
-from spectune.adapters.coverage_rules import Program
+from spectune.adapters.loading import Loading, loading_table
+from spectune.adapters.programs import Program
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource, TensorInfo
@@ -26,11 +25,11 @@ def full(full_infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     return {info.name: torch.empty(info.shape, device="meta") for info in full_infos.values()}
 
 
-def covered(
+def loadings_of(
     tensors: Mapping[str, torch.Tensor], provenance: Provenance | None = None
-) -> dict[Program, ProgramCoverage]:
+) -> dict[Program, Loading]:
     metadata = (provenance or Provenance()).to_metadata()
-    return {coverage.program: coverage for coverage in checkpoint_coverage(MemorySource(tensors, metadata))}
+    return {loading.program: loading for loading in loading_table(MemorySource(tensors, metadata))}
 
 
 def outside(tensors: Mapping[str, torch.Tensor], root: str) -> dict[str, torch.Tensor]:
@@ -38,32 +37,32 @@ def outside(tensors: Mapping[str, torch.Tensor], root: str) -> dict[str, torch.T
 
 
 def test_all_tensors_load_everywhere(full: dict[str, torch.Tensor]) -> None:
-    coverages = covered(full)
-    assert list(coverages) == [COMFYUI, SD_SCRIPTS, DIFFUSERS]
-    assert {(coverage.loads, coverage.of) for coverage in coverages.values()} == {(2515, 2515)}
-    assert all(coverage.complete for coverage in coverages.values())
-    assert coverage_rows(coverages.values())[0] == ("ComfyUI", "2515 of 2515", "", "")
+    loadings = loadings_of(full)
+    assert list(loadings) == [COMFYUI, SD_SCRIPTS, DIFFUSERS]
+    assert {(loading.loads, loading.of) for loading in loadings.values()} == {(2515, 2515)}
+    assert all(loading.complete for loading in loadings.values())
+    assert loadings[COMFYUI].row == ("ComfyUI", "2515 of 2515", "", "")
 
 
-def test_what_no_module_holds_may_be_absent(full: dict[str, torch.Tensor]) -> None:
+def test_tensors_that_no_module_uses_are_optional(full: dict[str, torch.Tensor]) -> None:
     bare = dict(full)
     del bare[f"{TE1_ROOT}embeddings.position_ids"], bare[f"{TE2_ROOT}logit_scale"]
-    assert all(coverage.complete and coverage.of == 2513 for coverage in covered(bare).values())
+    assert all(loading.complete and loading.of == 2513 for loading in loadings_of(bare).values())
 
 
 def test_unknown_keys_are_ignored(full: dict[str, torch.Tensor]) -> None:
-    coverages = covered(full | {"model_ema.decay": torch.zeros(())})
-    assert {(coverage.loads, coverage.of) for coverage in coverages.values()} == {(2515, 2516)}
-    assert {coverage.ignores[0].text for coverage in coverages.values()} == {
+    loadings = loadings_of(full | {"model_ema.decay": torch.zeros(())})
+    assert {(loading.loads, loading.of) for loading in loadings.values()} == {(2515, 2516)}
+    assert {str(loading.ignores[0]) for loading in loadings.values()} == {
         "1 (model_ema.decay): belongs to no part"
     }
 
 
-def test_a_spare_tensor_inside_a_part(full: dict[str, torch.Tensor]) -> None:
+def test_a_surplus_tensor_inside_a_part(full: dict[str, torch.Tensor]) -> None:
     name = f"{UNET_ROOT}input_blocks.1.1.proj_in.weight"
-    coverages = covered(full | {name: torch.zeros(1)})
-    assert coverages[COMFYUI].ignores[0].names == coverages[SD_SCRIPTS].raises[0].names == (name,)
-    assert {program: coverage.loads for program, coverage in coverages.items()} == {
+    loadings = loadings_of(full | {name: torch.zeros(1)})
+    assert loadings[COMFYUI].ignores[0].names == loadings[SD_SCRIPTS].refuses[0].names == (name,)
+    assert {program: loading.loads for program, loading in loadings.items()} == {
         COMFYUI: 2515,
         SD_SCRIPTS: 0,
         DIFFUSERS: 2515,
@@ -72,61 +71,60 @@ def test_a_spare_tensor_inside_a_part(full: dict[str, torch.Tensor]) -> None:
 
 def test_a_missing_tensor(full: dict[str, torch.Tensor]) -> None:
     name = f"{UNET_ROOT}out.0.bias"
-    coverages = covered({key: tensor for key, tensor in full.items() if key != name})
-    assert coverages[COMFYUI].notes[0].names == (name,)
-    assert coverages[SD_SCRIPTS].raises[0].text == (f"1 ({name}): the parts must have exactly SDXL's tensors")
-    assert (coverages[COMFYUI].loads, coverages[SD_SCRIPTS].loads) == (2514, 0)
+    loadings = loadings_of({key: tensor for key, tensor in full.items() if key != name})
+    assert loadings[COMFYUI].notes[0].names == (name,)
+    assert str(loadings[SD_SCRIPTS].refuses[0]) == (f"1 ({name}): the parts must have exactly SDXL's tensors")
+    assert (loadings[COMFYUI].loads, loadings[SD_SCRIPTS].loads) == (2514, 0)
 
 
 @pytest.mark.parametrize(("root", "part"), [(VAE_ROOT, "vae"), (TE1_SHORT_ROOT, "te1"), (TE2_ROOT, "te2")])
 def test_a_missing_part(root: str, part: str, full: dict[str, torch.Tensor]) -> None:
     rest = outside(full, root)
-    coverages = covered(rest)
-    assert coverages[COMFYUI].loads == len(rest) < 2515
-    assert coverages[COMFYUI].notes[0].text == f"1 ({part}): has to be loaded by a node of its own"
-    assert coverages[SD_SCRIPTS].raises[0].names == coverages[DIFFUSERS].raises[0].names == (part,)
-    assert coverages[SD_SCRIPTS].loads == coverages[DIFFUSERS].loads == 0
+    loadings = loadings_of(rest)
+    assert loadings[COMFYUI].loads == len(rest) < 2515
+    assert str(loadings[COMFYUI].notes[0]) == f"1 ({part}): has to be loaded by a node of its own"
+    assert loadings[SD_SCRIPTS].refuses[0].names == loadings[DIFFUSERS].refuses[0].names == (part,)
+    assert loadings[SD_SCRIPTS].loads == loadings[DIFFUSERS].loads == 0
 
 
-def test_the_first_encoder_as_transformers_5_spells_it(full: dict[str, torch.Tensor]) -> None:
+def test_the_first_encoder_in_names_of_transformers_5(full: dict[str, torch.Tensor]) -> None:
     short = {name.replace(TE1_ROOT, TE1_SHORT_ROOT): tensor for name, tensor in full.items()}
-    coverages = covered(short)
-    (ignored,) = coverages[COMFYUI].ignores
+    loadings = loadings_of(short)
+    (ignored,) = loadings[COMFYUI].ignores
     assert len(ignored.names) == 197
-    assert coverages[COMFYUI].loads == 2515 - 197
-    assert coverages[SD_SCRIPTS].raises[0].reason == coverages[DIFFUSERS].raises[0].reason == ignored.reason
+    assert loadings[COMFYUI].loads == 2515 - 197
+    assert loadings[SD_SCRIPTS].refuses[0].reason == loadings[DIFFUSERS].refuses[0].reason == ignored.reason
 
 
 def test_other_sizes(source: MemorySource) -> None:
-    coverages = covered(source.values)
-    assert coverages[COMFYUI].raises[0].reason == "recognises SDXL by its widths and depths"
-    assert coverages[SD_SCRIPTS].loads == 0
-    assert coverages[DIFFUSERS].loads == len(source.values)
-    assert "folder of configurations" in coverages[DIFFUSERS].notes[0].reason
+    loadings = loadings_of(source.values)
+    assert loadings[COMFYUI].refuses[0].reason == "recognizes SDXL by its widths and depths"
+    assert loadings[SD_SCRIPTS].loads == 0
+    assert loadings[DIFFUSERS].loads == len(source.values)
+    assert "folder of configurations" in loadings[DIFFUSERS].notes[0].reason
 
 
 def test_residuals_and_predictions(full: dict[str, torch.Tensor]) -> None:
     def notes(provenance: Provenance, **more: torch.Tensor) -> list[str]:
-        return [finding.reason for finding in covered(full | more, provenance)[COMFYUI].notes]
+        return [finding.reason for finding in loadings_of(full | more, provenance)[COMFYUI].notes]
 
     assert notes(Provenance(role=Role.MODEL, prediction="eps")) == []
     assert "a residual" in notes(Provenance(role=Role.RESIDUAL))[0]
     assert "ModelSamplingSD3" in notes(Provenance(prediction="flow"))[0]
     assert "takes it for eps" in notes(Provenance(prediction="v"))[0]
     assert notes(Provenance(prediction="v"), v_pred=torch.zeros(0)) == []
-    marked = covered(full | {"v_pred": torch.zeros(0)})
+    marked = loadings_of(full | {"v_pred": torch.zeros(0)})
     assert marked[COMFYUI].complete
     assert marked[SD_SCRIPTS].ignores[0].names == ("v_pred",)
 
 
-def test_what_is_no_sdxl(full: dict[str, torch.Tensor]) -> None:
+def test_other_models_are_refused(full: dict[str, torch.Tensor]) -> None:
     for tensors in (
-        {"lora_unet_out_2.lora_down.weight": torch.zeros(1)},
         outside(full, UNET_ROOT),
         {f"{UNET_ROOT}double_blocks.0.weight": torch.zeros(1)},
     ):
         with pytest.raises(InputError, match="memory is not an SDXL checkpoint"):
-            covered(tensors)
+            loadings_of(tensors)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,7 @@ def test_what_is_no_sdxl(full: dict[str, torch.Tensor]) -> None:
         ({}, f"{UNET_ROOT}out.0.bias", False),
     ],
 )
-def test_diffusers_does_what_the_table_says(
+def test_diffusers_agrees_with_the_table(
     spare: dict[str, torch.Tensor],
     missing: str,
     loads: bool,
@@ -147,9 +145,9 @@ def test_diffusers_does_what_the_table_says(
     tmp_path: Path,
 ) -> None:
     tensors = {name: tensor for name, tensor in source.values.items() if name != missing} | spare
-    coverage = covered(tensors)[DIFFUSERS]
-    assert bool(coverage.raises) == (not loads)
-    assert [finding.names for finding in coverage.ignores] == [(name,) for name in spare]
+    loading = loadings_of(tensors)[DIFFUSERS]
+    assert bool(loading.refuses) == (not loads)
+    assert [finding.names for finding in loading.ignores] == [(name,) for name in spare]
     cast("UNet2DConditionModel", tiny_modules.unet).save_config(tmp_path)
     unet: Any = {
         name: tensor.clone() for name, tensor in tensors.items() if name.startswith((UNET_ROOT, *spare))

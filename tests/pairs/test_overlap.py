@@ -1,4 +1,4 @@
-"""A principal is told from a LoRA, and a residual from a model, by the numbers alone."""
+"""A principal is distinguished from a LoRA, and a residual from a model, by their values alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, product, to_factors, to_matrix
 from spectune.errors import PairingError
-from spectune.files.provenance import LAYOUT_KEY
+from spectune.files.provenance import LAYOUT_KEY, Provenance
 from spectune.files.source import MemorySource
-from spectune.pairs.likeness import LARGE, Likeness, likeness, likeness_of_adapters
-from spectune.pairs.rules import check_goes_on
+from spectune.pairs.overlap import LARGE, Overlap, Place, overlap, overlap_of_adapters
+from spectune.pairs.rules import Action, pairing
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
 RANKS = (4, 8)
@@ -118,21 +118,22 @@ def test_a_principal_is_inside_its_model_and_missing_in_its_residual(
     rank: int, form: str, model: Model
 ) -> None:
     adapter = mapped(model.principal(rank), FORMS[form])
-    whole, rest = likeness(model.source, adapter), likeness(model.residual(rank), adapter)
-    assert (whole.is_inside, whole.is_missing) == (True, False)
-    assert (rest.is_inside, rest.is_missing) == (False, True)
+    whole, rest = overlap(model.source, adapter), overlap(model.residual(rank), adapter)
+    assert (whole.place, rest.place) == (Place.INSIDE, Place.MISSING)
     assert whole.projection == pytest.approx(1, abs=0.03)
     assert rest.projection == pytest.approx(0, abs=0.03)
-    with pytest.raises(PairingError, match="p has the numbers of a principal adapter: model"):
-        check_goes_on(model.source, adapter)
-    assert "its numbers lack what p holds" in check_goes_on(model.residual(rank), adapter)
-    assert check_goes_on(model.source, adapter, strengthens=False) == ""
+    with pytest.raises(PairingError, match="p has the values of a principal adapter: model"):
+        pairing(model.source, adapter)
+    action, warning = pairing(model.residual(rank), adapter)
+    assert action is Action.RESTORE
+    assert "lacks the values of p: the two are taken for a pair" in warning
+    assert pairing(model.source, adapter, strengthens=False) == (Action.ADD, "")
 
 
 def test_the_size_is_the_share_of_the_norm(model: Model) -> None:
     names = [layer.name for layer in model.catalogue if layer.full_rank == 32][:1]
     pairs = {name: model.principal(4).layers[name] for name in names}
-    found = likeness(model.source, Adapter(pairs, {}, "p"))
+    found = overlap(model.source, Adapter(pairs, {}, "p"))
     s = torch.arange(1, 33).double() ** -0.4
     expected = float((s[:4].square().sum() / s.square().sum()).sqrt())
     assert found.size == pytest.approx(expected, rel=2e-3)
@@ -141,7 +142,7 @@ def test_the_size_is_the_share_of_the_norm(model: Model) -> None:
 
 @pytest.mark.parametrize("size", [1e-3, 0.03, 0.1])
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_lora_is_neither_whatever_model_it_goes_on(rank: int, size: float, model: Model) -> None:
+def test_a_lora_is_unrelated_to_any_model(rank: int, size: float, model: Model) -> None:
     generator = torch.Generator().manual_seed(rank)
     pairs: dict[str, LowRank] = {}
     for layer in model.catalogue:
@@ -151,38 +152,38 @@ def test_a_lora_is_neither_whatever_model_it_goes_on(rank: int, size: float, mod
         pairs[layer.name] = LowRank(down, up * ratio, float(rank))
     adapter = Adapter(pairs, {}, "lora")
     for base in (model.source, model.residual(rank)):
-        found = likeness(base, adapter)
-        assert (found.is_inside, found.is_missing) == (False, False)
+        found = overlap(base, adapter)
+        assert found.place is Place.UNRELATED
         # on a residual, which is smaller, the same product is a larger share
         assert size * 0.99 < found.size < 2 * size
         if found.size < LARGE:
-            assert check_goes_on(base, adapter) == ""
+            assert pairing(base, adapter) == (Action.ADD, "")
 
 
-def test_the_principal_of_another_model_is_no_part_of_this_one(model: Model, other: Model) -> None:
-    found = likeness(model.source, other.principal(4))
-    assert not found.is_inside
+def test_the_principal_of_another_model_is_not_inside_this_one(model: Model, other: Model) -> None:
+    found = overlap(model.source, other.principal(4))
+    assert found.place is not Place.INSIDE
     assert abs(found.projection) < 0.3
-    assert likeness(other.source, other.principal(4)).is_inside
+    assert overlap(other.source, other.principal(4)).place is Place.INSIDE
 
 
 def test_principals_are_compared_without_a_model(model: Model, other: Model) -> None:
     original = model.principal(4)
-    assert likeness_of_adapters(original, original).projection == pytest.approx(1, abs=1e-6)
-    assert likeness_of_adapters(original, original).size == pytest.approx(1, abs=1e-6)
+    assert overlap_of_adapters(original, original).projection == pytest.approx(1, abs=1e-6)
+    assert overlap_of_adapters(original, original).size == pytest.approx(1, abs=1e-6)
     for form in FORMS.values():
-        assert likeness_of_adapters(original, mapped(original, form)).is_inside
-    assert not likeness_of_adapters(original, other.principal(4)).is_inside
+        assert overlap_of_adapters(original, mapped(original, form)).place is Place.INSIDE
+    assert overlap_of_adapters(original, other.principal(4)).place is not Place.INSIDE
     # exactly: <W, BA> / |BA|^2 of the products
     name = model.catalogue.layers[0].name
     one, two = original.layers[name], trained(original.layers[name], 0.3)
-    found = likeness_of_adapters(Adapter({name: one}, {}, ""), Adapter({name: two}, {}, ""))
+    found = overlap_of_adapters(Adapter({name: one}, {}, ""), Adapter({name: two}, {}, ""))
     left, right = product(one).double(), product(two).double()
     assert found.projection == pytest.approx(float((left * right).sum() / right.square().sum()), rel=1e-5)
     assert found.size == pytest.approx(float(right.norm() / left.norm()), rel=1e-5)
 
 
-def test_what_says_nothing_is_no_likeness(model: Model) -> None:
+def test_empty_broken_and_unknown_layers_do_not_overlap(model: Model) -> None:
     principal = model.principal(4)
     zero = mapped(principal, lambda pair: replace(pair, up=torch.zeros_like(pair.up)))
     broken = mapped(principal, lambda pair: replace(pair, up=pair.up * float("nan")))
@@ -190,18 +191,22 @@ def test_what_says_nothing_is_no_likeness(model: Model) -> None:
     misfit = Adapter({"te1.text_model.encoder.layers.0.mlp.fc1": small}, {}, "x")
     strange = Adapter({"unet.nowhere": principal.layers[model.catalogue.layers[0].name]}, {}, "x")
     for adapter in (zero, broken, misfit, strange, Adapter({}, {}, "x")):
-        assert likeness(model.source, adapter) == Likeness(0.0, 0.0)
-        assert check_goes_on(model.source, adapter) == ""
+        assert overlap(model.source, adapter) == Overlap(0.0, 0.0)
+        assert pairing(model.source, adapter) == (Action.ADD, "")
     few = {name: zero.layers[name] for name in list(zero.layers)[:3]}
-    assert likeness(model.source, replace(principal, layers={**principal.layers, **few})).is_inside
+    assert overlap(model.source, replace(principal, layers={**principal.layers, **few})).place is Place.INSIDE
 
 
-def test_deltas_are_looked_at_as_the_change_they_make(model: Model) -> None:
+def test_of_a_tuned_adapter_the_frame_is_compared(model: Model) -> None:
     principal = model.principal(4)
     deltas = {
         name: Delta(pair, torch.zeros_like(pair.down), torch.zeros_like(pair.up))
         for name, pair in principal.layers.items()
     }
     tuned = TunedAdapter(deltas, {}, "tuned")
-    assert likeness(model.source, tuned) == Likeness(0.0, 0.0)
-    assert check_goes_on(model.source, tuned) == ""
+    assert overlap(model.source, tuned) == overlap(model.source, principal)
+    # without the hash of its principal it is only a change
+    assert pairing(model.residual(4), tuned) == (Action.ADD_CHANGE, "")
+    named = replace(tuned, metadata=Provenance(principal_hash="ab" * 32).to_metadata())
+    assert pairing(model.residual(4), named) == (Action.REPLACE, "")
+    assert pairing(model.source, named) == (Action.ADD_CHANGE, "")

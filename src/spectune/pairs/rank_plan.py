@@ -1,4 +1,4 @@
-"""From what is asked for (a rank, an energy, a file size) to the rank of every layer."""
+"""Choosing the rank of every layer by a rank, an energy or a file size."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.pipeline import Progress
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.writer import RESERVE_BYTES
-from spectune.pairs.layer_spectra import all_spectra
 from spectune.pairs.sizes import format_bytes, parse_bytes
+from spectune.pairs.spectrum_report import all_spectra
 from spectune.sdxl.layers import Layer
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
 RankRequest = FixedRank | EnergyRank | BudgetRank
 DEFAULT_RANK = 64
 
-# Length, alignment, and more than kohya's and our own metadata take with the longest file names.
+# Upper bound for length, alignment, and the metadata of kohya and spectune with the longest file names.
 _METADATA_BYTES = 8192
-# As long as the offsets in the header of any file up to 10 TB.
+# As many digits as the offsets in the header of any file up to 10 TB.
 _LONG_OFFSET = 10**12
 
 
@@ -60,12 +60,11 @@ def rank_request(
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The true rank of each layer of a principal, and what it takes."""
+    """The true rank of each layer of a principal, and the size of the file."""
 
-    ranks: Mapping[
-        str, int
-    ]  # by layer name, at least 1, in the order of the layers; alpha is the same number
-    left_out: tuple[str, ...]  # layers that get no direction: they stay whole in the residual
+    # by layer name, at least 1, in the order of the layers; alpha is the same number
+    ranks: Mapping[str, int]
+    left_out: tuple[str, ...]  # layers of rank 0: they stay whole in the residual
     label: str  # for file names: r64, r64-c32, e0.90, 600MB
     parameters: int
     nbytes: int  # of the principal file, at most
@@ -80,10 +79,10 @@ def choose_ranks(
     store: torch.dtype,
     progress: Progress | None = None,
 ) -> RankPlan:
-    """The ranks that `request` gives to `layers`, with factors stored as `store`.
+    """Return the ranks of `layers` for a request, with factors stored as `store`.
 
     A fixed rank needs shapes only. An energy or a budget reads every weight once; progress counts layers.
-    Energy is absolute: the sum of squares over all layers, so that a layer counts by its norm.
+    Energy is the sum of squares over all layers: a layer counts by its norm.
     Raises InputError for damaged weights, and for a budget in which no direction fits.
     """
     if isinstance(request, FixedRank):
@@ -101,7 +100,7 @@ def ranks_of_spectra(
     *,
     store: torch.dtype,
 ) -> list[int]:
-    """The ranks that an energy or a budget gives to layers with these singular values; 0 leaves one out."""
+    """Return the ranks of layers with these singular values; 0 leaves a layer out."""
     if isinstance(request, EnergyRank):
         return [_for_energy(values, request) for values in spectra]
     return _for_budget(layers, spectra, request, store)
@@ -120,8 +119,9 @@ def _for_budget(
     if not any(ranks):
         least = min((price.entry + price.direction for price in prices), default=0) + empty_file_bytes()
         raise InputError(
-            f"a budget of {format_bytes(request.nbytes)} holds no direction of any of {len(layers)} layers",
-            hint=f"the smallest adapter takes {least:,} bytes; `inspect --spectrum` shows what ranks cost",
+            f"a budget of {format_bytes(request.nbytes)} is too small for rank 1 in any of {len(layers)} "
+            "layers",
+            hint=f"the smallest adapter takes {least:,} bytes; `spectune inspect --spectrum` lists the sizes",
         )
     return list(ranks)
 
@@ -153,7 +153,7 @@ def _captured(spectra: Sequence[Tensor], ranks: Sequence[int]) -> float:
 
 
 def request_label(request: RankRequest) -> str:
-    """`r64`, `r64-c32`, `e0.90`, `e0.90-r128` or `600MB`, for the names of files."""
+    """Return `r64`, `r64-c32`, `e0.90`, `e0.90-r128` or `600MB`, for names of files."""
     match request:
         case FixedRank(rank, conv_rank):
             return f"r{rank}" if conv_rank in (None, rank) else f"r{rank}-c{conv_rank}"
@@ -165,18 +165,18 @@ def request_label(request: RankRequest) -> str:
 
 
 def file_bytes(layers: Sequence[Layer], ranks: Mapping[str, int], store: torch.dtype) -> int:
-    """An upper bound of the size of an adapter file: at most a few percent above it, never below."""
+    """Return an upper bound of the size of an adapter file: a few percent above it at most."""
     prices = [(layer_price(layer, store), ranks[layer.name]) for layer in layers]
     return empty_file_bytes() + sum(price.entry + rank * price.direction for price, rank in prices)
 
 
 def empty_file_bytes() -> int:
-    """What an adapter file takes before its first layer: metadata and the room that is kept for hashes."""
+    """Return the bytes of an adapter file before its first layer: metadata and space reserved for hashes."""
     return RESERVE_BYTES + _METADATA_BYTES
 
 
 def layer_price(layer: Layer, store: torch.dtype) -> Price:
-    """Header entries and alpha once, and the numbers of a direction: (in + out) * itemsize."""
+    """Return the bytes of a layer: header entries and alpha once, and (in + out) * itemsize per rank."""
     infos = adapter_infos([layer], {layer.name: layer.full_rank}, store)
     entries = sum(len(_header_entry(info)) for info in infos)
     alpha = torch.float32.itemsize
@@ -184,7 +184,7 @@ def layer_price(layer: Layer, store: torch.dtype) -> Price:
 
 
 def _header_entry(info: TensorInfo) -> str:
-    """The longest that the header of a file says of a tensor, and the comma after it."""
+    """Return the longest possible header entry of a tensor, with its separator."""
     described = {
         "dtype": SAFETENSORS_NAMES[info.dtype],
         "shape": list(info.shape),

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.adapters.writer import AdapterWriter
+from spectune.adapters.writer import AdapterHeader, AdapterWriter
 from spectune.core.low_rank import LowRank, to_factors
 from spectune.core.rank import BudgetRank, EnergyRank, FixedRank
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource
-from spectune.pairs.layer_ranks import RankPlan, RankRequest, choose_ranks, request_label
-from spectune.pairs.layer_spectra import all_spectra
+from spectune.pairs.rank_plan import RankPlan, RankRequest, choose_ranks, request_label
 from spectune.pairs.sizes import parse_bytes
+from spectune.pairs.spectrum_report import all_spectra
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
 
@@ -33,13 +33,13 @@ def written_bytes(layers: tuple[Layer, ...], plan: RankPlan, store: torch.dtype,
     hashes = {"base_hash": "0" * 64, "principal_hash": "1" * 64}
     origin = Provenance(role=Role.PRINCIPAL, base_name="語" * 84, version="1.2.3", prediction="v", **hashes)
     path = path / ("語" * 70 + ".safetensors")
-    with AdapterWriter(path, kept, plan.ranks, dtype=store, provenance=origin) as writer:
+    with AdapterWriter(path, AdapterHeader(kept, plan.ranks, store, origin)) as writer:
         for layer in kept:
             rank = plan.ranks[layer.name]
             up, down = to_factors(
                 torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features), layer.shape
             )
-            writer.write(layer, LowRank(down=down.to(store), up=up.to(store), alpha=float(rank)))
+            writer.write_layer(layer, LowRank(down=down.to(store), up=up.to(store), alpha=float(rank)))
     return path.stat().st_size
 
 
@@ -128,7 +128,7 @@ def test_the_file_fits_the_budget(
 
 
 @pytest.mark.parametrize("request_", [FixedRank(4), EnergyRank(0.5)])
-def test_other_requests_say_what_their_file_takes(
+def test_other_requests_estimate_their_file_size(
     source: MemorySource, catalogue: Catalogue, request_: RankRequest, tmp_path: Path
 ) -> None:
     plan = chosen(source, catalogue, request_)
@@ -136,7 +136,7 @@ def test_other_requests_say_what_their_file_takes(
     assert plan.nbytes - 20_000 < size <= plan.nbytes
 
 
-def test_a_budget_holds_more_than_a_fixed_rank_of_the_same_size(
+def test_a_budget_keeps_more_energy_than_a_fixed_rank_of_the_same_size(
     source: MemorySource, catalogue: Catalogue
 ) -> None:
     fixed = chosen(source, catalogue, FixedRank(4))
@@ -148,7 +148,7 @@ def test_a_budget_holds_more_than_a_fixed_rank_of_the_same_size(
     assert budget.energy > share + 0.01
 
 
-def test_more_budget_never_holds_less(source: MemorySource, catalogue: Catalogue) -> None:
+def test_more_budget_never_keeps_less_energy(source: MemorySource, catalogue: Catalogue) -> None:
     shares = [
         chosen(source, catalogue, BudgetRank(nbytes)).energy or 0.0
         for nbytes in (60_000, 120_000, 240_000, 480_000)
@@ -172,8 +172,8 @@ def test_the_same_request_gives_the_same_ranks(source: MemorySource, catalogue: 
     assert first == second
 
 
-def test_a_budget_for_nothing_is_refused(source: MemorySource, catalogue: Catalogue) -> None:
+def test_too_small_a_budget_is_refused(source: MemorySource, catalogue: Catalogue) -> None:
     with pytest.raises(InputError) as refused:
         chosen(source, catalogue, BudgetRank(10_000))
-    assert refused.value.what == f"a budget of 10kB holds no direction of any of {len(catalogue)} layers"
+    assert refused.value.what == f"a budget of 10kB is too small for rank 1 in any of {len(catalogue)} layers"
     assert "the smallest adapter takes 25," in (refused.value.hint or "")

@@ -1,4 +1,4 @@
-"""Does residual + principal give the model back? Every tensor is compared."""
+"""Comparing residual + principal with the model that was split, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from spectune.core.linalg import scratch, scratch_copy
 from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.residual import Exceptions, restores_every_bit, working_dtype
 from spectune.errors import some_of
+from spectune.errors import counted
+from spectune.adapters.writer import adapter_hash
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
-from spectune.pairs.exceptions import is_exceptions, read_exceptions
 from spectune.pairs.merged import check_fits
-from spectune.pairs.rules import adapter_hash, read_base_dtypes, shown
+from spectune.pairs.residual_file import is_exceptions, read_base_dtypes, read_exceptions
+from spectune.pairs.rules import short_hash
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
-# Half an ulp of a number of magnitude 1, and half of the smallest step near zero.
+# Half an ulp of a value of magnitude 1, and half of the smallest step near zero.
 _HALF_ULP = {
     torch.float8_e4m3fn: 2.0**-4,
     torch.float8_e5m2: 2.0**-3,
@@ -36,18 +38,18 @@ _HALF_STEP = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17, torch.
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor of the model beside what residual and principal make of it."""
+    """One tensor of the model, compared with residual + principal."""
 
     name: str
-    layers: tuple[str, ...]  # the factored layers it holds; none where it must be carried byte for byte
+    layers: tuple[str, ...]  # its factored layers; none where it must be carried byte for byte
     agreement: Agreement
-    excess: float  # largest error over what rounding explains, 0 where nothing is off; above 1 is wrong
+    excess: float  # largest error / what rounding explains; 0 for no error, above 1 is wrong
     wrong_layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """Weights hashes: of the model, of what the pair makes together, and of the principal."""
+    """Weights hashes of the model, of residual + principal, and of the principal."""
 
     model: str
     rebuilt: str
@@ -56,7 +58,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All tensors compared, the hashes of the three files, and in words what does not hold."""
+    """The comparison of all tensors, the hashes, and the problems found."""
 
     records: tuple[TensorRecord, ...]
     hashes: Hashes
@@ -64,12 +66,12 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Everything agrees as far as the type of the residual allows."""
+        """Whether everything agrees as far as the dtype of the residual allows."""
         return not self.problems
 
     @property
     def exact(self) -> bool:
-        """Every bit of every tensor agrees."""
+        """Whether every bit of every tensor agrees."""
         return self.ok and all(record.agreement.exact for record in self.records)
 
     @property
@@ -78,7 +80,7 @@ class VerifyReport:
 
     @property
     def share(self) -> float:
-        """The bit-equal share of all numbers, 0..1."""
+        """Return the bit-equal share of all weights, 0..1."""
         return total_share(record.agreement for record in self.records)
 
     @property
@@ -87,12 +89,12 @@ class VerifyReport:
 
     @property
     def relative_error(self) -> float:
-        """The largest relative error of a tensor."""
+        """Return the largest relative error of a tensor."""
         return max((record.agreement.relative_error for record in self.records), default=0.0)
 
     @property
     def wrong_layers(self) -> tuple[str, ...]:
-        """Layers whose factors or residual are off by more than one rounding each explains."""
+        """Return the layers whose factors or residual are off by more than one rounding of each explains."""
         return tuple(name for record in self.records for name in record.wrong_layers)
 
 
@@ -101,7 +103,7 @@ def compare_pair(
 ) -> VerifyReport:
     """Rebuild every tensor of `model` from the pair; compare bits, hashes and names in one pass."""
     catalogue = build_catalogue(model, all_layers=True)
-    inspection = _Inspection(model, residual, principal, catalogue)
+    comparison = _Comparison(model, residual, principal, catalogue)
     records: list[TensorRecord] = []
 
     def note(info: TensorInfo, record: TensorRecord | None) -> None:
@@ -112,32 +114,35 @@ def compare_pair(
         done += 1
 
     done = 0
-    run_pipeline(list(model.tensors.values()), inspection.look_at, note, size=lambda info: 2 * info.nbytes)
+    run_pipeline(list(model.tensors.values()), comparison.compare, note, size=lambda info: 2 * info.nbytes)
     report_progress(progress, done, done, "")
     hashes = Hashes(
-        model=inspection.hasher.hexdigest(),
+        model=comparison.hasher.hexdigest(),
         principal=adapter_hash(principal),
-        rebuilt=inspection.rebuilt_hasher.hexdigest(),
+        rebuilt=comparison.rebuilt_hasher.hexdigest(),
     )
     problems = [
         *_hash_problems(model, residual, principal, hashes),
-        *_name_problems(model, residual, principal, [layer.name for layer in catalogue], inspection.misfits),
-        *_number_problems(records),
-        *alpha_problems(principal),
+        *_name_problems(model, residual, principal, [layer.name for layer in catalogue], comparison.misfits),
+        *_value_problems(records),
+        *_alpha_problems(principal),
     ]
     return VerifyReport(tuple(records), hashes, tuple(problems))
 
 
-def alpha_problems(principal: Adapter) -> list[str]:
-    """In words, layers whose alpha is not their rank: a program that ignores it would scale them wrongly."""
+def _alpha_problems(principal: Adapter) -> list[str]:
+    # a program that ignores alpha would scale these layers wrongly
     wrong = [name for name, layer in principal.layers.items() if layer.alpha != layer.rank]
-    if not wrong:
-        return []
-    return [f"{len(wrong)} layers of {principal.label} have an alpha other than their rank: {some_of(wrong)}"]
+    return _counted_problems((wrong, "layer", f"of {principal.label} with an alpha other than the rank"))
 
 
-class _Inspection:
-    """Looks at one tensor after the other, in several threads."""
+def _counted_problems(*found: tuple[Sequence[str], str, str]) -> list[str]:
+    """Return a text for each kind of problem that has names: count, noun, what is wrong, and some names."""
+    return [f"{counted(len(names), noun)} {what}: {some_of(names)}" for names, noun, what in found if names]
+
+
+class _Comparison:
+    """Compares tensors, in several threads."""
 
     def __init__(
         self, model: WeightSource, residual: WeightSource, principal: Adapter, catalogue: Catalogue
@@ -155,7 +160,7 @@ class _Inspection:
     def misfits(self) -> list[str]:
         return sorted(self._misfits)
 
-    def look_at(self, info: TensorInfo) -> TensorRecord | None:
+    def compare(self, info: TensorInfo) -> TensorRecord | None:
         name = info.name
         weight = self.model.load(name)
         self.hasher.add(name, weight)
@@ -189,12 +194,12 @@ class _Inspection:
         layers: Sequence[Layer],
         exceptions: Exceptions | None,
     ) -> TensorRecord:
-        rebuilt = stored.to(weight.dtype, copy=True)  # rows that belong to no layer stay as they are
+        rebuilt = stored.to(weight.dtype, copy=True)  # rows that belong to no layer do not change
         excess: dict[str, float] = {}
         for layer in layers:
             rows, low_rank = layer.row_slice, self.principal.layers[layer.name]
             check_fits(layer, low_rank, self.residual.label)
-            excess[layer.name] = _put_together(rebuilt[rows], stored[rows], weight[rows], low_rank)
+            excess[layer.name] = _add_principal(rebuilt[rows], stored[rows], weight[rows], low_rank)
         if exceptions is not None:
             rebuilt.view(-1)[exceptions.index] = exceptions.values
         agreement = compare(rebuilt, weight)
@@ -211,8 +216,8 @@ class _Inspection:
         )
 
 
-def _put_together(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank) -> float:
-    """Write residual + principal into `rebuilt`; the largest error over what rounding explains."""
+def _add_principal(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank) -> float:
+    """Write residual + principal into `rebuilt`; return the largest error / what rounding explains."""
     into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
     working = working_dtype(residual.dtype)
     worst = 0.0
@@ -234,13 +239,13 @@ def _put_together(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: L
 
 
 def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: torch.dtype) -> Tensor:
-    """The largest |R + P - W| per number that one rounding of R explains, before R + P is rounded itself.
+    """Return the largest |R + P - W| per element that one rounding of R explains, before R + P is rounded.
 
-    R was rounded once to its type; P is the same float32 number on both sides but for ties of its rounding,
-    and so is their sum: two roundings of numbers of up to |R| + |W|. Both arguments are used up.
+    R was rounded once to its dtype. P is the same float32 value on both sides except for ties of its
+    rounding, and so is their sum: two roundings of values of up to |R| + |W|. Both tensors are overwritten.
     """
     final = 4 * _HALF_ULP[torch.float32]
-    # an fp16 -0 is written as a number in its place, see `subtract_principal`
+    # for an fp16 -0 another value is stored, see `subtract_principal`
     step = _HALF_STEP.get(stored, 0.0) + _HALF_STEP.get(original, 0.0)
     allowed = residual.abs_().mul_(_HALF_ULP.get(stored, 0.0) + final).add_(step)
     return allowed.add_(weight.abs(), alpha=final)
@@ -249,7 +254,7 @@ def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: to
 def _excess(error: Tensor, allowed: Tensor) -> float:
     if not bool(torch.isfinite(error).all()):
         return inf
-    return float((error / allowed).nan_to_num(0.0).max())  # 0/0: nothing allowed and nothing off
+    return float((error / allowed).nan_to_num(0.0).max())  # 0/0: no error, and none allowed
 
 
 def _hash_problems(
@@ -260,18 +265,19 @@ def _hash_problems(
     for file, provenance in ((residual, of_residual), (principal, of_principal)):
         if provenance.base_hash not in (None, hashes.model):
             problems.append(
-                f"{file.label} was made from base {shown(provenance.base_hash)}, "
-                f"{model.label} is {shown(hashes.model)}"
+                f"{file.label} was made from base {short_hash(provenance.base_hash)}, "
+                f"{model.label} is {short_hash(hashes.model)}"
             )
     bases = (of_residual.base_hash, of_principal.base_hash)
     if None not in bases and bases[0] != bases[1]:
         problems.append(
-            f"{residual.label} was made from base {shown(bases[0])}, {principal.label} from {shown(bases[1])}"
+            f"{residual.label} was made from base {short_hash(bases[0])}, "
+            f"{principal.label} from {short_hash(bases[1])}"
         )
     if of_residual.principal_hash not in (None, hashes.principal):
         problems.append(
-            f"{residual.label} belongs to principal {shown(of_residual.principal_hash)}, "
-            f"{principal.label} is {shown(hashes.principal)}"
+            f"{residual.label} belongs to principal {short_hash(of_residual.principal_hash)}, "
+            f"{principal.label} is {short_hash(hashes.principal)}"
         )
     return problems
 
@@ -284,18 +290,17 @@ def _name_problems(
     misfits: Sequence[str],
 ) -> list[str]:
     missing = [name for name in model.tensors if name not in residual.tensors]
-    spare = [name for name in residual.tensors if name not in model.tensors and not is_exceptions(name)]
-    strange = [name for name in principal.layers if name not in set(known_layers)]
-    found = (
-        (missing, f"tensors of {model.label} are missing in {residual.label}"),
-        (spare, f"tensors of {residual.label} are not in {model.label}"),
-        (misfits, f"tensors of {residual.label} have another shape or type than in {model.label}"),
-        (strange, f"layers of {principal.label} are not in {model.label}"),
+    surplus = [name for name in residual.tensors if name not in model.tensors and not is_exceptions(name)]
+    unknown = [name for name in principal.layers if name not in set(known_layers)]
+    return _counted_problems(
+        (missing, "tensor", f"of {model.label} missing in {residual.label}"),
+        (surplus, "tensor", f"of {residual.label} not in {model.label}"),
+        (misfits, "tensor", f"of {residual.label} with another shape or dtype than in {model.label}"),
+        (unknown, "layer", f"of {principal.label} not in {model.label}"),
     )
-    return [f"{len(names)} {what}: {some_of(names)}" for names, what in found if names]
 
 
-def _number_problems(records: Sequence[TensorRecord]) -> list[str]:
+def _value_problems(records: Sequence[TensorRecord]) -> list[str]:
     problems: list[str] = []
     wrong = [name for record in records for name in record.wrong_layers]
     if wrong:
@@ -306,6 +311,4 @@ def _number_problems(records: Sequence[TensorRecord]) -> list[str]:
             f"(worst {worst.excess:.3g} times in {worst.name}): {some_of(wrong)}"
         )
     carried = [record.name for record in records if not record.layers and not record.agreement.exact]
-    if carried:
-        problems.append(f"{len(carried)} tensors outside the factored layers differ: {some_of(carried)}")
-    return problems
+    return problems + _counted_problems((carried, "tensor", "outside the factored layers with a difference"))

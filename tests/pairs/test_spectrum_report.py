@@ -7,7 +7,7 @@ import torch
 
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
-from spectune.pairs.layer_spectra import CURVE_RANKS, SpectrumReport, all_spectra, measure_spectra
+from spectune.pairs.spectrum_report import CURVE_RANKS, SpectrumReport, all_spectra, measure_spectra
 from spectune.sdxl.layers import RANKS, Catalogue, build_catalogue, layer_weight, rank_cost
 
 
@@ -29,7 +29,7 @@ def squares(source: MemorySource, catalogue: Catalogue) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
-def test_the_energy_of_all_layers_is_that_of_the_svd(
+def test_the_energy_of_all_layers_equals_that_of_the_svd(
     squares: list[torch.Tensor], report: SpectrumReport, rank: int
 ) -> None:
     def share(rank: int) -> float:
@@ -48,7 +48,7 @@ def test_fused_query_key_value_are_three_layers(source: MemorySource, catalogue:
     assert not torch.allclose(found[0], found[1], rtol=1e-3)
 
 
-def test_the_order_is_that_of_the_layers_asked_for(source: MemorySource, catalogue: Catalogue) -> None:
+def test_the_order_is_that_of_the_given_layers(source: MemorySource, catalogue: Catalogue) -> None:
     backwards = tuple(reversed(catalogue.layers))
     found, forwards = all_spectra(source, backwards), all_spectra(source, catalogue.layers)
     assert [len(values) for values in found] == [layer.full_rank for layer in backwards]
@@ -116,9 +116,7 @@ def test_a_damaged_layer_is_named(source: MemorySource, catalogue: Catalogue) ->
     assert refused.value.what == message
 
 
-def test_types_that_are_no_weights_are_refused_before_anything_is_read(
-    source: MemorySource, catalogue: Catalogue
-) -> None:
+def test_other_dtypes_are_refused_before_anything_is_read(source: MemorySource, catalogue: Catalogue) -> None:
     layer = catalogue.layers[-1]
     odd = replace(source, values={**source.values, layer.tensor: source.values[layer.tensor].to(torch.int8)})
     seen: list[int] = []
@@ -127,7 +125,7 @@ def test_types_that_are_no_weights_are_refused_before_anything_is_read(
     assert seen == []
 
 
-def test_a_zero_model_misses_no_energy(source: MemorySource, catalogue: Catalogue) -> None:
+def test_a_zero_model_has_all_of_its_energy_at_any_rank(source: MemorySource, catalogue: Catalogue) -> None:
     zero = replace(source, values={name: torch.zeros_like(t) for name, t in source.values.items()})
     report = measure_spectra(zero, catalogue)
     assert report.total.energies[1] == 1.0

@@ -13,7 +13,7 @@ from spectune.errors import InputError
 from spectune.files.weights_hash import weights_hash
 from spectune.ops.split import SplitReport
 from spectune.ops.verify import verify
-from spectune.pairs.comparison import compare_pair
+from spectune.pairs.round_trip import compare_pair
 from tests.sample_pairs import (
     changed_copy,
     open_principal,
@@ -40,7 +40,7 @@ def with_residual(report: SplitReport) -> tuple[SplitReport, Path]:
 
 @pytest.mark.parametrize("model", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_true_pair_holds_in_every_type(
+def test_a_true_pair_passes_in_every_dtype(
     tiny_checkpoint: Path, tmp_path: Path, model: torch.dtype, residual: torch.dtype
 ) -> None:
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", model)
@@ -113,10 +113,10 @@ def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tm
     problems = verify(other, rest, report.principal).problems
     assert f"{digest[:16]}" in problems[0]
     assert f"{report.base_hash[:16]}" in problems[0]
-    assert problems[-1] == f"1 tensors outside the factored layers differ: {name}"
+    assert problems[-1] == f"1 tensor outside the factored layers with a difference: {name}"
 
 
-def test_files_without_metadata_are_judged_by_their_numbers(
+def test_files_without_metadata_are_compared_by_their_values(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report, rest = with_residual(tiny_split(torch.float16))
@@ -132,7 +132,7 @@ def test_files_without_metadata_are_judged_by_their_numbers(
     assert [record.name for record in verified.records if record.wrong_layers] == [name]
 
 
-def test_missing_spare_and_misshapen_tensors_are_listed(
+def test_missing_surplus_and_misshapen_tensors_are_listed(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report, rest = with_residual(tiny_split(torch.float16))
@@ -145,14 +145,12 @@ def test_missing_spare_and_misshapen_tensors_are_listed(
     damaged = tmp_path / "damaged.safetensors"
     save_file(tensors, damaged, metadata=read_metadata(rest))
     problems = "\n".join(verify(tiny_checkpoint, damaged, report.principal).problems)
-    assert f"1 tensors of tiny.safetensors are missing in damaged.safetensors: {gone}" in problems
-    assert "1 tensors of damaged.safetensors are not in tiny.safetensors: extra" in problems
-    assert f"have another shape or type than in tiny.safetensors: {short}" in problems
+    assert f"1 tensor of tiny.safetensors missing in damaged.safetensors: {gone}" in problems
+    assert "1 tensor of damaged.safetensors not in tiny.safetensors: extra" in problems
+    assert f"with another shape or dtype than in tiny.safetensors: {short}" in problems
 
 
-def test_a_tuned_adapter_is_no_principal(
-    tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
-) -> None:
+def test_a_tuned_adapter_is_refused(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
     report, rest = with_residual(tiny_split(torch.float16))
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.1), tmp_path / "tuned.safetensors")
     with pytest.raises(InputError, match=r"tuned\.safetensors is a tuned adapter: expected a principal"):

@@ -1,0 +1,297 @@
+"""What other programs load from a file: its features, looked up in the table of programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from spectune.adapters.adapter import DELTA_SUFFIXES, DOWN, FRAME_DOWN, LOW_RANK_SUFFIXES, UP
+from spectune.adapters.alphas import KOHYA_PREFIXES, Alpha, read_alphas
+from spectune.adapters.detect import is_adapter
+from spectune.adapters.programs import ADAPTER_PROGRAMS, CHECKPOINT_PROGRAMS, Fate, Feature, Program
+from spectune.adapters.spellings import COMFYUI_ROOTS, PEFT_ROOT, stem_and_factor, stems
+from spectune.errors import InputError, some_of
+from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Role
+from spectune.files.source import WeightSource, declared_prediction
+from spectune.sdxl.inference import layout_of
+from spectune.sdxl.layers import Catalogue
+from spectune.sdxl.layout import (
+    PART_ROOTS,
+    PARTS,
+    SDXL,
+    TE1_SHORT_ROOT,
+    TIME_IDS,
+    UNET_ROOT,
+    Layout,
+    PartName,
+    te1_root,
+)
+from spectune.sdxl.names import Part, diffusers_name, kohya_stem, modules_of
+from spectune.sdxl.state_dicts import state_views
+
+
+class Item(NamedTuple):
+    """A layer of an adapter or a tensor of a file."""
+
+    name: str
+    features: set[Feature]
+    counted: bool  # in the number of layers or tensors that a program can load
+
+
+class Finding(NamedTuple):
+    """Layers or tensors that a program treats alike, and why."""
+
+    names: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{len(self.names)} ({some_of(self.names, 1)}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What one program loads from a file."""
+
+    program: Program
+    loads: int  # layers of an adapter, tensors of a checkpoint; 0 where it refuses the file
+    of: int
+    ignores: tuple[Finding, ...]
+    refuses: tuple[Finding, ...]  # why it refuses the file
+    notes: tuple[Finding, ...]  # loaded, but perhaps not as it is meant
+
+    @property
+    def complete(self) -> bool:
+        """Whether the program loads everything as it is meant."""
+        return self.loads == self.of and not (self.ignores or self.refuses or self.notes)
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Short texts for a table: program, what it loads, what it ignores, notes."""
+        count = "refuses the file" if self.refuses else f"{self.loads} of {self.of}"
+        ignored, notes = ("; ".join(map(str, found)) for found in (self.ignores, self.refuses + self.notes))
+        return str(self.program), count, ignored, notes
+
+
+def loading_table(source: WeightSource, catalogue: Catalogue | None = None) -> tuple[Loading, ...]:
+    """Return what each program loads from an adapter in any spelling or from a single-file checkpoint.
+
+    Reads the header and alphas only. `catalogue` has all layers of the model that an adapter is for; by
+    default those of SDXL. Raises InputError for a checkpoint without the UNet of an SDXL.
+    """
+    if is_adapter(source):
+        items, programs = list(_layers(source, catalogue)), ADAPTER_PROGRAMS
+    else:
+        items, programs = [*_tensors(source), _whole_file(source)], CHECKPOINT_PROGRAMS
+    return tuple(_loading(program, items) for program in programs)
+
+
+def _loading(program: Program, items: Sequence[Item]) -> Loading:
+    found: dict[Fate, dict[str, list[str]]] = {fate: {} for fate in Fate}  # by reason: layers or tensors
+    lost: set[Feature] = set()
+    for feature, cell in ((row, cell) for row in Feature for cell in row.value if program in cell.programs):
+        names = [item.name for item in items if feature in item.features]
+        if names:
+            found[cell.fate].setdefault(cell.reason, []).extend(names)
+        if cell.fate is not Fate.LOADS:
+            lost.add(feature)
+    notes, ignores, refuses = (
+        tuple(Finding(tuple(dict.fromkeys(names)), reason) for reason, names in found[fate].items())
+        for fate in Fate
+    )
+    counted = [item for item in items if item.counted]
+    loads = 0 if refuses else sum(not item.features & lost for item in counted)
+    return Loading(program, loads, len(counted), ignores, refuses, notes)
+
+
+_SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
+_DIFFUSERS_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+_OTHER_KINDS = ("hada_", "lokr_", "oft_", "a1.", "a2.", "b1.", "b2.", "on_input")  # how their suffixes begin
+_WITH_PAIR: Mapping[str, Feature] = {
+    "diff": Feature.DIFF,
+    "diff_b": Feature.DIFF_B,
+    "w_norm": Feature.NORM,
+    "b_norm": Feature.NORM,
+    "lora_mid.weight": Feature.MID,
+    "dora_scale": Feature.DORA,
+}
+
+
+class _Known(NamedTuple):
+    """A layer that an adapter can have."""
+
+    name: str
+    diffusers: str
+    default: bool
+
+
+def _layers(source: WeightSource, catalogue: Catalogue | None) -> Iterator[Item]:
+    """Yield each layer of an adapter, and each key that belongs to none."""
+    if catalogue is not None:
+        layers = [_Known(layer.name, layer.diffusers, layer.default) for layer in catalogue]
+    else:
+        modules = [module for part in Part for module in modules_of(SDXL, part.value) if module.factorable]
+        layers = [_Known(m.layer, diffusers_name(m.layer, SDXL.unet), m.default) for m in modules]
+    known = {stem: layer for layer in layers for stem in stems(layer.name, layer.diffusers)}
+    kohya: dict[str, set[str]] = {}  # suffixes by stem
+    paths: dict[str, dict[str, str]] = {}  # factor -> key by stem
+    for key in source.tensors:
+        stem, factor = stem_and_factor(key)
+        if key.startswith(KOHYA_PREFIXES):
+            kohya.setdefault(stem, set()).add(key.partition(".")[2])
+        elif factor in LOW_RANK_SUFFIXES:
+            paths.setdefault(stem, {})[factor] = key
+        else:
+            yield Item(key, {Feature.UNKNOWN_KEY}, counted=False)
+    for stem, keys in paths.items():
+        layer = known.get(stem)
+        yield Item(layer.name if layer else stem, _halves(keys) | _path(keys, layer), counted=True)
+    alphas, in_file = read_alphas(source), _spellings_of(source)
+    usual = _usual_alphas(alphas.values())
+    for stem, suffixes in kohya.items():
+        layer = known.get(stem)
+        body, taken = _body(suffixes)
+        if taken:
+            features = body | _place(stem, layer, in_file) | _alpha(alphas.get(stem), usual, layer)
+            yield Item(layer.name if layer else stem, features, counted=True)
+        for suffix in sorted(suffixes - taken):
+            yield Item(f"{stem}.{suffix}", {_WITH_PAIR.get(suffix, Feature.UNKNOWN_KEY)}, counted=False)
+
+
+def _halves(factors: Collection[str]) -> set[Feature]:
+    if DOWN in factors and UP in factors:
+        return set()
+    return {Feature.LONE_DOWN if DOWN in factors else Feature.LONE_UP}
+
+
+def _path(keys: Mapping[str, str], layer: _Known | None) -> set[Feature]:
+    """Return how a layer is spelled whose keys are paths, not stems of kohya."""
+    key = next(iter(keys.values()))
+    old = {Feature.OLD_DIFFUSERS} if ".lora.down." in key or ".lora.up." in key else set[Feature]()
+    if layer is None:
+        return {Feature.UNKNOWN_LAYER} | old
+    if key.startswith(COMFYUI_ROOTS):
+        return {Feature.COMFYUI_NAMES}
+    if key.startswith(PEFT_ROOT):
+        return {Feature.PEFT_MODEL}
+    if ".processor." in key:
+        return {Feature.PEFT}
+    if key.startswith(f"{layer.diffusers}.") and (old or key.endswith((".lora_A.weight", ".lora_B.weight"))):
+        return {Feature.PEFT_ATTENTION if ".to_" in layer.name else Feature.PEFT} | old
+    return {Feature.OTHER_SPELLING}
+
+
+def _body(suffixes: set[str]) -> tuple[set[Feature], set[str]]:
+    """Return what the suffixes of a stem make and which of them it takes; none where they make no layer."""
+    factors = {*LOW_RANK_SUFFIXES, *DELTA_SUFFIXES}
+    if FRAME_DOWN in suffixes:
+        return {Feature.DELTA}, factors
+    if DOWN in suffixes or UP in suffixes:
+        return _halves(suffixes), factors
+    kind = {suffix for suffix in suffixes if suffix.startswith(_OTHER_KINDS)} or suffixes & {"diff"}
+    return ({Feature.OTHER_KIND}, factors | kind) if kind else (set(), set())
+
+
+def _spellings_of(source: WeightSource) -> set[Feature]:
+    """Return the features of a file that mixes spellings; they count for some of its layers."""
+    blocks = ((word in key for key in source.tensors for word in w) for w in (_SGM_BLOCKS, _DIFFUSERS_BLOCKS))
+    mixed = {Feature.SGM_WITH_DIFFUSERS} if all(map(any, blocks)) else set[Feature]()
+    only_kohya = all(key.startswith(KOHYA_PREFIXES) for key in source.tensors)
+    return mixed if only_kohya else mixed | {Feature.KOHYA_WITH_OTHERS}
+
+
+def _place(stem: str, layer: _Known | None, in_file: set[Feature]) -> set[Feature]:
+    sgm = any(word in stem for word in _SGM_BLOCKS)
+    features = in_file if sgm else in_file - {Feature.SGM_WITH_DIFFUSERS}
+    if layer is None:
+        known = stem.endswith("_text_projection")
+        return features | {Feature.PROJECTION if known else Feature.UNKNOWN_LAYER}
+    if not layer.default:
+        return features | {Feature.EXTRA}
+    return features if stem == kohya_stem(layer.name) else features | {Feature.DIFFUSERS_NAMES}
+
+
+def _usual_alphas(alphas: Iterable[Alpha]) -> Mapping[str, float]:
+    """Return the most frequent alpha of each part, by `unet`, `te1`, `te2`."""
+    counts: dict[str, Counter[float]] = {}
+    for alpha in alphas:
+        if alpha.value is not None:
+            counts.setdefault(_part(alpha), Counter())[alpha.value] += 1
+    return {part: values.most_common(1)[0][0] for part, values in counts.items()}
+
+
+def _part(alpha: Alpha) -> str:
+    return alpha.stem.split("_", 2)[1]
+
+
+def _alpha(alpha: Alpha | None, usual: Mapping[str, float], layer: _Known | None) -> set[Feature]:
+    if alpha is None:
+        return set()
+    if alpha.value is None:
+        return {Feature.SOME_NO_ALPHA if _part(alpha) in usual else Feature.NO_ALPHA}
+    features: set[Feature] = set()
+    if alpha.value != alpha.rank:
+        features.add(Feature.ALPHA_ROUNDED if alpha.rounded else Feature.ALPHA_NOT_RANK)
+    attention = layer is not None and (".to_" in layer.name or ".self_attn." in layer.name)
+    if attention and alpha.value != usual[_part(alpha)]:
+        features.add(Feature.ALPHA_VARIES)
+    return features
+
+
+def _tensors(source: WeightSource) -> Iterator[Item]:
+    """Yield each tensor of a checkpoint, and each tensor and part that it lacks."""
+    missing = [part for part in PART_ROOTS if not _has(source, part)]
+    layout = None if {"te1", "te2"} & {*missing} else layout_of(source.tensors, label=source.label)
+    if "unet" in missing:
+        layout_of(source.tensors, label=source.label)  # raises with what the file is instead
+        raise InputError(f"{source.label} has no UNet")
+    expected = set[str]() if layout is None else _expected(layout, te1_root(source.tensors))
+    short = te1_root(source.tensors) == TE1_SHORT_ROOT
+    for name in source.tensors:
+        yield Item(name, _tensor(name, expected, short_te1=short), counted=True)
+    for part in missing:
+        yield Item(part, {Feature.NO_VAE if part == "vae" else Feature.NO_ENCODER}, counted=False)
+    for name in sorted(expected - source.tensors.keys()):
+        yield Item(name, {Feature.MISSING}, counted=False)
+    if layout is not None and _sizes(layout) not in (_sizes(SDXL), _sizes(replace(SDXL, vae=None))):
+        yield Item(source.label, {Feature.OTHER_SIZE}, counted=False)
+
+
+def _whole_file(source: WeightSource) -> Item:
+    prediction = declared_prediction(source)
+    found = {
+        Feature.RESIDUAL: source.provenance.role is Role.RESIDUAL,
+        Feature.FLOW: prediction == "flow",
+        Feature.V_UNMARKED: prediction == "v" and V_KEY not in source.tensors,
+    }
+    return Item(source.label, {feature for feature, holds in found.items() if holds}, counted=False)
+
+
+def _has(source: WeightSource, part: PartName) -> bool:
+    if part == "unet":
+        return f"{UNET_ROOT}label_emb.0.0.weight" in source.tensors  # no other model with this root has it
+    return any(name.startswith(PART_ROOTS[part]) for name in source.tensors)
+
+
+def _expected(layout: Layout, te1: str) -> set[str]:
+    return {view.tensor for part in PARTS for view in state_views(layout, part, te1=te1).values()}
+
+
+def _tensor(name: str, expected: set[str], *, short_te1: bool) -> set[Feature]:
+    if name in (V_KEY, ZERO_SNR_KEY):
+        return {Feature.MARKER}
+    if not name.startswith(tuple(PART_ROOTS.values())):
+        return {Feature.OUTSIDE}
+    if expected and name not in expected and not name.endswith((".position_ids", ".logit_scale")):
+        return {Feature.SURPLUS}
+    return {Feature.SHORT_TE1} if short_te1 and name.startswith(TE1_SHORT_ROOT) else set()
+
+
+def _sizes(layout: Layout) -> tuple[object, ...]:
+    """Return the sizes by which other programs recognize SDXL; numbers of heads follow from them."""
+    unet, vae = layout.unet, layout.vae
+    added = unet.pooled + TIME_IDS * unet.time_id_channels
+    texts = [(text.width, text.mlp, text.layers) for text in (layout.te1, layout.te2)]
+    depths = (unet.channels, unet.depths, unet.mid_depth, unet.resnets)
+    return *depths, unet.context, added, texts, None if vae is None else vae.channels

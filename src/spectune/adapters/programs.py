@@ -1,0 +1,183 @@
+"""Which program loads what from an adapter or a checkpoint: one table.
+
+The cells of ComfyUI a125cd8 and sd-scripts 48d368f come from their source; tests compare those of LyCORIS
+4.1.3 and diffusers 0.42.1 with what the libraries load.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+from functools import partial
+from typing import NamedTuple
+
+
+class Program(StrEnum):
+    COMFYUI = "ComfyUI"
+    SD_SCRIPTS = "sd-scripts"  # networks.lora, network built from the file: --dim_from_weights, merging
+    LYCORIS = "LyCORIS training"  # network_weights into a network of preset=full
+    LYCORIS_FILE = "LyCORIS from file"  # network built from the file: merging
+    DIFFUSERS = "diffusers"
+
+
+COMFYUI, SD_SCRIPTS, LYCORIS, LYCORIS_FILE, DIFFUSERS = ADAPTER_PROGRAMS = tuple(Program)
+CHECKPOINT_PROGRAMS = (COMFYUI, SD_SCRIPTS, DIFFUSERS)  # LyCORIS leaves checkpoints to sd-scripts
+_TRAINERS = (SD_SCRIPTS, LYCORIS)
+_KOHYA_ONLY = (SD_SCRIPTS, LYCORIS, LYCORIS_FILE)
+
+
+class Fate(StrEnum):
+    LOADS = "loads"  # but perhaps not as it is meant
+    IGNORES = "ignores"
+    REFUSES = "refuses"  # the whole file
+
+
+class Cell(NamedTuple):
+    """What some programs do with a feature of a file, and why."""
+
+    fate: Fate
+    reason: str
+    programs: tuple[Program, ...]
+
+
+def _cell(fate: Fate, reason: str, *programs: Program) -> Cell:
+    return Cell(fate, reason, programs)
+
+
+_loads, _ignores, _refuses = (partial(_cell, fate) for fate in Fate)
+
+_NOT_SGM = _ignores("reads only lora_unet_ with sgm names, lora_te1_ and lora_te2_", *_KOHYA_ONLY)
+_NOT_RENAMED = _refuses("cannot rename these keys", DIFFUSERS)
+_FIXED_SCALE = _loads("its scale is network_alpha / network_dim of the command line", LYCORIS)
+_SCALE_1 = _loads("without alpha it takes scale 1", COMFYUI)
+_BY_RANK = "without alpha it takes alpha = rank, scale 1"
+_NEEDS_ALPHA = _refuses("builds no layer without alpha", LYCORIS_FILE)
+_NO_LORA = "trained deltas are not a LoRA: `spectune export` writes one"
+_HALF = "one of the two factors is missing"
+_PAIR_WINS = _ignores("reads a layer that has a pair as a pair", LYCORIS_FILE)
+_PAIRS = (_ignores("reads only pairs", SD_SCRIPTS), _ignores("algo=locon trains only pairs", LYCORIS))
+_NEEDS_NODE = _loads("has to be loaded by a node of its own", COMFYUI)
+_NEEDS_ARGUMENT = _refuses("has to be passed to from_single_file", DIFFUSERS)
+_EXACT = _refuses("the parts must have exactly SDXL's tensors", SD_SCRIPTS)
+_SHORT_TE1 = "knows the first encoder only with `text_model.` in its names"
+
+
+class Feature(Enum):
+    """The rows of the table: what a file can contain.
+
+    A program that a row does not name loads the feature as it is meant. A pair with alpha = rank and a tensor
+    of SDXL have no feature.
+    """
+
+    # adapters: where a layer is
+    EXTRA = (  # outside preset=full
+        _ignores("does not train time and label embedding, first and last convolution", *_TRAINERS),
+        _loads("only since mid-2026; older versions refuse the file", DIFFUSERS),
+    )
+    PROJECTION = (
+        _ignores("does not train text_projection", *_TRAINERS),
+        _loads("holds it transposed to the checkpoint: leave it out", COMFYUI, LYCORIS_FILE, DIFFUSERS),
+    )
+    UNKNOWN_LAYER = (_ignores("SDXL has no such layer", *ADAPTER_PROGRAMS),)
+    # how it is spelled
+    DIFFUSERS_NAMES = (  # lora_unet_down_blocks_...
+        _loads("renames to sgm where it builds the network from the file, otherwise ignores", SD_SCRIPTS),
+        _NOT_SGM._replace(programs=(LYCORIS, LYCORIS_FILE)),
+    )
+    SGM_WITH_DIFFUSERS = (  # lora_unet_input_blocks_... in a file with the above
+        _loads("can stop with an error in a file of both spellings, by the order of its keys", SD_SCRIPTS),
+        _ignores("drops the sgm layers of a file with both spellings", DIFFUSERS),
+    )
+    PEFT = (_NOT_SGM,)  # also unet....processor.to_q_lora.down.weight
+    PEFT_ATTENTION = (_ignores("does not map to_q, to_k, to_v and to_out of PEFT", COMFYUI), _NOT_SGM)
+    PEFT_MODEL = (  # base_model.model.down_blocks....lora_A.weight
+        _ignores("expects keys that begin with unet. or text_encoder", COMFYUI, DIFFUSERS),
+        _NOT_SGM,
+    )
+    OLD_DIFFUSERS = (_refuses("expects lora_A and lora_B in these names", DIFFUSERS),)  # .lora.down.weight
+    COMFYUI_NAMES = (_NOT_SGM, _NOT_RENAMED)  # diffusion_model. and text_encoders.
+    OTHER_SPELLING = (_ignores("not counted: no row of this table is about these keys", *ADAPTER_PROGRAMS),)
+    KOHYA_WITH_OTHERS = (_ignores("renames kohya keys only in a file without other keys", DIFFUSERS),)
+    # its alpha
+    NO_ALPHA = (_SCALE_1, _loads(_BY_RANK, SD_SCRIPTS, DIFFUSERS), _FIXED_SCALE, _NEEDS_ALPHA)
+    SOME_NO_ALPHA = (  # other layers of the part have one
+        _SCALE_1,
+        _loads(_BY_RANK, SD_SCRIPTS),
+        _FIXED_SCALE,
+        _NEEDS_ALPHA,
+        _loads("without alpha it takes the most frequent alpha of the part", DIFFUSERS),
+    )
+    ALPHA_VARIES = (  # an attention layer without the most frequent alpha of its part
+        _loads(
+            "scaled wrongly: attention layers get the most frequent alpha of the part; "
+            "in a copy of the file without any alphas the scale is 1",
+            DIFFUSERS,
+        ),
+    )
+    ALPHA_ROUNDED = (
+        _loads(
+            "a 16-bit alpha cannot hold this rank, so the layer is scaled wrongly",
+            *(COMFYUI, SD_SCRIPTS, LYCORIS_FILE, DIFFUSERS),
+        ),
+        _FIXED_SCALE,
+    )
+    ALPHA_NOT_RANK = (_FIXED_SCALE,)
+    # instead of a pair
+    DELTA = (
+        _ignores(_NO_LORA, COMFYUI, SD_SCRIPTS, LYCORIS),
+        _refuses(_NO_LORA, LYCORIS_FILE, DIFFUSERS),
+    )
+    LONE_DOWN = (_ignores(_HALF, COMFYUI, *_TRAINERS), _refuses(_HALF, LYCORIS_FILE, DIFFUSERS))
+    LONE_UP = (_ignores(_HALF, *_TRAINERS), _refuses(_HALF, COMFYUI, LYCORIS_FILE, DIFFUSERS))
+    OTHER_KIND = (*_PAIRS, _NOT_RENAMED)  # LoHa, LoKr, OFT, GLoRA, (IA)^3, the difference of a whole weight
+    # in addition to a pair
+    DIFF = (_loads("uses it instead of the pair of the layer", COMFYUI), *_PAIRS, _PAIR_WINS, _NOT_RENAMED)
+    DIFF_B = (
+        _ignores("reads no biases", SD_SCRIPTS),
+        _ignores("algo=locon trains no biases", LYCORIS),
+        _PAIR_WINS,
+        _NOT_RENAMED,
+    )
+    NORM = (_ignores("reads no norms", SD_SCRIPTS), _ignores("train_norm=False", LYCORIS), _NOT_RENAMED)
+    MID = (
+        _loads("merges the layer wrongly, without an error", SD_SCRIPTS),
+        _ignores("only with use_tucker=True", LYCORIS),
+        _NOT_RENAMED,
+    )
+    DORA = (
+        _ignores("loads the pair without it, which is another layer", SD_SCRIPTS, DIFFUSERS),
+        _ignores("only with dora_wd=True", LYCORIS),
+    )
+    UNKNOWN_KEY = (_ignores("does not know this key", COMFYUI, *_KOHYA_ONLY), _NOT_RENAMED)
+
+    # checkpoints
+    OUTSIDE = (_ignores("belongs to no part", *CHECKPOINT_PROGRAMS),)
+    MARKER = (_ignores("the command line or the scheduler sets the prediction", SD_SCRIPTS, DIFFUSERS),)
+    SURPLUS = (_ignores("SDXL has no such tensor", COMFYUI, DIFFUSERS), _EXACT)  # inside a part
+    MISSING = (
+        _loads("leaves a missing tensor uninitialized", COMFYUI),
+        _EXACT,
+        _refuses("leaves a missing tensor without values", DIFFUSERS),
+    )
+    NO_VAE = (
+        _NEEDS_NODE,
+        _refuses("reads the VAE of the checkpoint even where --vae gives another", SD_SCRIPTS),
+        _NEEDS_ARGUMENT,
+    )
+    NO_ENCODER = (_NEEDS_NODE, _EXACT, _NEEDS_ARGUMENT)
+    SHORT_TE1 = (_ignores(_SHORT_TE1, COMFYUI), _refuses(_SHORT_TE1, SD_SCRIPTS, DIFFUSERS))
+    OTHER_SIZE = (
+        _refuses("recognizes SDXL by its widths and depths", COMFYUI),
+        _refuses("has the sizes of SDXL built in", SD_SCRIPTS),
+        _loads("only with a folder of configurations of these sizes", DIFFUSERS),
+    )
+    RESIDUAL = (_loads("a residual works only with its principal, at strength 1", *CHECKPOINT_PROGRAMS),)
+    FLOW = (
+        _loads("a file cannot declare flow: add ModelSamplingSD3 with its shift", COMFYUI),
+        _loads("has no flow objective for SDXL", SD_SCRIPTS),
+        _loads("a file cannot declare flow: pass a flow scheduler with its shift", DIFFUSERS),
+    )
+    V_UNMARKED = (  # declared in metadata only
+        _loads("takes it for eps without the key v_pred: add ModelSamplingDiscrete", COMFYUI),
+        _loads("needs --v_parameterization", SD_SCRIPTS),
+        _loads("needs prediction_type v_prediction in its scheduler", DIFFUSERS),
+    )

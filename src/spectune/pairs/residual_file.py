@@ -1,0 +1,84 @@
+"""What the file of a residual holds in addition to its weights: exceptions, original dtypes, layer count.
+
+Exceptions are the few weights that a residual and its principal cannot give back. The tensor
+`spectune.exceptions.<tensor>` is uint8 (count, 4 + bytes of a weight): the position in the tensor, row by
+row, as a little-endian int32, and the weight itself. Bytes can stand at any offset of the file; programs that
+load the residual as a checkpoint skip names that they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from spectune.core.residual import Exceptions
+from spectune.errors import InputError
+from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME, SAFETENSORS_NAMES
+from spectune.files.provenance import PREFIX
+from spectune.files.source import WeightSource
+
+EXCEPTIONS = f"{PREFIX}exceptions."
+BASE_DTYPES_KEY = f"{PREFIX}base_dtypes"
+LAYER_COUNT_KEY = f"{PREFIX}layers"  # how many layers a residual lacks the principal of
+HEADER_BYTES = 192  # upper bound for the header entry of one tensor of exceptions
+_SPLIT_AGAIN = "split the model again"
+
+
+def exceptions_name(tensor: str) -> str:
+    return EXCEPTIONS + tensor
+
+
+def is_exceptions(name: str) -> bool:
+    return name.startswith(EXCEPTIONS)
+
+
+def to_bytes(parts: Sequence[tuple[int, Exceptions]]) -> Tensor:
+    """Pack the exceptions of a tensor; each part has the position where its layer begins."""
+    index = torch.cat([part.index + start for start, part in parts])
+    values = torch.cat([part.values for _, part in parts])
+    places = index.to(torch.int32)[:, None].view(torch.uint8)
+    return torch.cat([places, values[:, None].view(torch.uint8)], dim=1)
+
+
+def read_exceptions(residual: WeightSource, tensor: str, dtype: torch.dtype) -> Exceptions | None:
+    """Unpack the exceptions of a tensor whose weights are `dtype`; None where the file has none."""
+    name = exceptions_name(tensor)
+    info = residual.tensors.get(name)
+    if info is None:
+        return None
+    if info.dtype != torch.uint8 or len(info.shape) != 2 or info.shape[1] != 4 + dtype.itemsize:
+        raise InputError(
+            f"{name} of {residual.label} is {info.dtype} {info.shape}: "
+            f"expected uint8 (count, {4 + dtype.itemsize})",
+            hint=_SPLIT_AGAIN,
+        )
+    packed = residual.load(name)
+    index = packed[:, :4].contiguous().view(torch.int32)[:, 0].long()
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < residual.tensors[tensor].numel:
+        raise InputError(f"{name} of {residual.label} points outside of its tensor", hint=_SPLIT_AGAIN)
+    return Exceptions(index, packed[:, 4:].contiguous().view(dtype)[:, 0])
+
+
+def base_dtypes_metadata(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
+    """Return the metadata entry for tensors that are stored in another dtype than the original's."""
+    if not dtypes:
+        return {}
+    names = {name: SAFETENSORS_NAMES[dtype] for name, dtype in dtypes.items()}
+    return {BASE_DTYPES_KEY: json.dumps(names, separators=(",", ":"))}
+
+
+def read_base_dtypes(source: WeightSource) -> dict[str, torch.dtype]:
+    """Read the original dtypes of tensors that are stored in another one; inverse of base_dtypes_metadata."""
+    text = source.metadata.get(BASE_DTYPES_KEY, "{}")
+    try:
+        names = cast(dict[str, str], json.loads(text))
+        return {name: DTYPES_BY_SAFETENSORS_NAME[dtype] for name, dtype in names.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise InputError(
+            f"metadata {BASE_DTYPES_KEY} of {source.label} cannot be read: expected dtypes by tensor name",
+            hint=_SPLIT_AGAIN,
+        ) from None
