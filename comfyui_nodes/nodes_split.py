@@ -6,11 +6,10 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spectune.pairs.layer_ranks import DEFAULT_RANK
-
 import spectune
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.split import principal_name, residual_name
+from spectune.pairs.rank_plan import DEFAULT_RANK
 
 from .library import library, progress_bar
 from .places import Target, listed, path_of, put, stamp, target

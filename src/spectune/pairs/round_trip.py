@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.writer import adapter_hash
 from spectune.core.agreement import Agreement, compare, total_share
 from spectune.core.linalg import scratch, scratch_copy
 from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.residual import Exceptions, restores_every_bit, working_dtype
-from spectune.errors import some_of
-from spectune.errors import counted
-from spectune.adapters.writer import adapter_hash
+from spectune.errors import counted, some_of
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
