@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from spectune.cli.command import CommandSpec, with_flags
 from spectune.cli.commands import COMMANDS
 from spectune.operation import OptionField, flags_of, option_fields
 
+WIDTH = 118
 WORDS = {str: "text", int: "integer", float: "number", Path: "path"}
 
 INTRODUCTION = """# Commands
@@ -32,7 +34,10 @@ def commands_page() -> str:
         usage = " ".join(
             ["spectune", command.name, *(_placeholder(field) for field in fields if field.argument)]
         )
-        lines = [f"## {command.name}", "", _line(command.options.__doc__ or ""), ""]
+        summary = textwrap.fill(
+            _line(with_flags(command, command.options.__doc__ or "")), WIDTH, break_on_hyphens=False
+        )
+        lines = [f"## {command.name}", "", summary, ""]
         lines += ["```bash", command.example, "```", "", f"Usage: `{usage} [OPTIONS]`", ""]
         lines += ["| argument or option | value | default | help |", "| --- | --- | --- | --- |"]
         lines += [_row(command, field) for field in fields]

@@ -26,6 +26,7 @@ ROOT = dev.ROOT
 DOCS = ROOT / "docs"
 SRC = ROOT / "src" / "spectune"
 LARGEST_BYTES = 25_000_000
+MAX_LINE_LENGTH = 120
 
 # Assembled from parts: this file must not match its own pattern.
 MACHINE_FOLDERS = ("tmp", "root", "work", "farm", r"home/\w+", r"Users/\w+")
@@ -174,6 +175,17 @@ def test_links_between_pages_lead_somewhere() -> None:
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_the_lines_of_the_pages_are_short() -> None:
+    """Tables are exempt: a row of a table cannot be broken."""
+    long = {
+        f"{page.relative_to(ROOT)}:{number}": len(line)
+        for page in pages()
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > MAX_LINE_LENGTH and not line.startswith("|")
+    }
+    assert long == {}
 
 
 def test_the_recipes_on_the_pages_are_valid() -> None:
