@@ -243,7 +243,7 @@ def write_checkpoint(
     """Write the checkpoint and return its layers."""
     layout = layout_of_size(size)
     infos = tensors_of(layout, dtype)
-    catalogue = build_catalogue(infos, all_layers=True)
+    catalogue = build_catalogue({info.name: info for info in infos}, all_layers=True)
     started = time.perf_counter()
     with StreamWriter(path, infos, metadata=hints_metadata(layout), force=force) as writer:
         for done, info in enumerate(infos):

@@ -181,7 +181,7 @@ def test_the_writer_leaves_nothing_after_a_crash(catalogue: Catalogue, tmp_path:
             AdapterHeader(catalogue.layers, ranks, torch.float16, PROVENANCE),
         ) as writer,
     ):
-        writer.write(catalogue.layers[0], low_rank(catalogue.layers[0], 2, torch.float32))
+        writer.write_layer(catalogue.layers[0], low_rank(catalogue.layers[0], 2, torch.float32))
     assert list(tmp_path.iterdir()) == []
 
 

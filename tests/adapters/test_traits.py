@@ -93,10 +93,11 @@ def test_content_and_style_are_the_two_transformers_of_b_lora(full: Catalogue) -
 def test_the_guides_file_cuts_out_the_encoders(
     tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    rules = read_traits(written(tmp_path / "blora_traits.json", GUIDE))
+    file = written(tmp_path / "blora_traits.json", GUIDE)
+    rules = read_traits(file)
     assert rules == {"te": TraitRule(tuple(GUIDE["te"]["whitelist"]), ())}
     lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=1.0)
-    report = slice([Slice(lora, "te")], tmp_path / "b.safetensors", traits=rules, base=tiny_checkpoint)
+    report = slice([Slice(lora, "te")], tmp_path / "b.safetensors", traits=file, base=tiny_checkpoint)
     kept = {key: t for key, t in load_file(lora).items() if key.startswith(("lora_te1_", "lora_te2_"))}
     assert same_tensors(load_file(report.path), kept)
 
@@ -105,11 +106,12 @@ def test_alphas_stay_where_the_slicer_drops_them(
     tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """The slicer's lists name alpha in the blacklist, and its files are read at another strength."""
-    rules = read_traits(written(tmp_path / "blora_traits.json", SLICER))
+    file = written(tmp_path / "blora_traits.json", SLICER)
+    rules = read_traits(file)
     lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=0.5)
     for trait in SLICER:
         out = tmp_path / f"{trait}.safetensors"
-        slice([Slice(lora, trait)], out, traits=rules, base=tiny_checkpoint)
+        slice([Slice(lora, trait)], out, traits=file, base=tiny_checkpoint)
         found = load_file(out)
         assert len(found) % 3 == 0
         white, black = rules[trait].whitelist, ("attn2",) if trait == "content" else ()
@@ -141,8 +143,8 @@ def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
         with pytest.raises(InputError) as caught:
             trait_layers(full, "half", {"half": rule})
         assert caught.value.what.startswith("trait `half` names one factor of lora_")
-        assert caught.value.what.endswith(" and leaves out the other")
-        assert caught.value.hint == "let its words match whole layers, not lora_up or lora_down"
+        assert caught.value.what.endswith(" without the other")
+        assert caught.value.hint == "use words that match whole layers, not lora_up or lora_down"
     with pytest.raises(InputError, match=first):
         trait_layers(full, "half", {"half": TraitRule(("lora_te1_",), (end,))})
 

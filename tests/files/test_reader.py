@@ -220,7 +220,7 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "n.safetensors.index.json").write_text("{}")
     assert "holds 2 sharded checkpoints" in message(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    assert "has no unet/, and its model_index.json says no pipeline" in message(tmp_path)
+    assert "has no unet/; its model_index.json declares no pipeline" in message(tmp_path)
 
 
 def test_memory_source() -> None:

@@ -22,7 +22,7 @@ from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
-from spectune.files.provenance import Provenance
+from spectune.files.provenance import HasProvenance, Provenance
 from spectune.files.source import TensorInfo
 from spectune.ops.convert import convert
 from spectune.ops.export import export
@@ -172,8 +172,8 @@ CONV = "unet.middle_block.0.in_layers.2"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """SDXL in its own size, whose tensors are drawn when they are asked for."""
+class Drawn(HasProvenance):
+    """A full-size SDXL with random tensors that are drawn on access."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -17,7 +17,6 @@ from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
 from spectune.ops.rebuild import rebuild
-from spectune.pairs.strength import Strength, parse_strength
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import distance, products, same_bits, same_tensors, saved_lora
 from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned, tuned_from
@@ -75,12 +74,12 @@ def bare_model(path: Path, out: Path) -> Path:
     [
         ({"te": 0.0}, {UNET: 1.0, TE1: 0.0, TE2: 0.0}),
         ({"unet": 0.5, "te1": -1.0, "te2": 2.0}, {UNET: 0.5, TE1: -1.0, TE2: 2.0}),
-        (parse_strength("unet=0,te2=0.25"), {UNET: 0.0, TE1: 1.0, TE2: 0.25}),
+        ("unet=0,te2=0.25", {UNET: 0.0, TE1: 1.0, TE2: 0.25}),
         (0.7, {UNET: 0.7, TE1: 0.7, TE2: 0.7}),
     ],
 )
 def test_each_part_has_its_strength(
-    strength: float | dict[str, float] | Strength,
+    strength: float | dict[str, float] | str,
     by_part: dict[str, float],
     tuned: Path,
     deltas: TunedAdapter,
@@ -177,7 +176,7 @@ def test_cast_all_reaches_everything_but_the_autoencoder(
 
 
 def test_cast_all_without_a_type_is_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--cast-all requires --dtype"):
+    with pytest.raises(InputError, match="`cast_all` requires `dtype`"):
         rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", cast_all=True)
     assert list(tmp_path.iterdir()) == []
 

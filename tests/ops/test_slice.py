@@ -155,7 +155,7 @@ def test_overlaps_are_refused_where_they_are_not_wanted(
         "te1.text_model.encoder.layers.0.self_attn.k_proj, "
         "te1.text_model.encoder.layers.0.self_attn.v_proj (3 more)"
     )
-    assert caught.value.hint == "leave out --no-overlap to add them up, or narrow the traits"
+    assert caught.value.hint == "allow `overlap` to sum them, or narrow the traits"
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     apart = [Slice(path, "te1.1"), Slice(path, "te1.0")]
     made = slice(apart, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
@@ -415,7 +415,7 @@ def test_deltas_are_not_silently_written_otherwise_than_asked(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     early, _ = steps
-    for asked in ({"store": torch.bfloat16}, {"spelling": Spelling.DIFFUSERS}):
+    for asked in ({"dtype": torch.bfloat16}, {"keys": Spelling.DIFFUSERS}):
         with pytest.raises(InputError, match="holds trained deltas"):
             slice([Slice(early, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint, **asked)
     assert list(tmp_path.iterdir()) == []

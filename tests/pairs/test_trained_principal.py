@@ -109,7 +109,7 @@ def test_other_ranks_are_refused(original: Adapter, catalogue: Catalogue) -> Non
         f"{len(original.layers)} layers of trained.safetensors have another rank than in "
         f"principal.safetensors: {first} has 3, expected 4"
     )
-    assert caught.value.hint == "train with the rank of the principal: network_dim, conv_dim"
+    assert caught.value.hint == "train with the ranks of the principal: network_dim, conv_dim"
 
 
 @pytest.mark.parametrize("alpha", [5.0, 2.0, 1.0, 16.0])

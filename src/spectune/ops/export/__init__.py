@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spectune.errors import InputError
+from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.export.difference import export_difference
@@ -21,6 +22,7 @@ def export(options: ExportOptions) -> ExportReport:
     Raises InputError and PairingError for files of which no LoRA can be made.
     """
     name = options.tuned.name
+    check_target(options.out, 0, force=options.force)  # before any file is read
     if not is_checkpoint(options.tuned):
         if options.layers is not None:
             raise InputError(
