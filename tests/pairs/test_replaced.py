@@ -140,7 +140,7 @@ def test_tensors_that_do_not_fit_the_base_are_an_error(tuned: TunedAdapter, tiny
         ({f"{UNET}nothing.bias": bias}, "1 of 1 tensors that tuned.safetensors replaces are not in tiny"),
         ({BIAS: bias[1:]}, f"expected shape ({len(bias)},), got ({len(bias) - 1},)"),
         ({vae: bias}, f"replaces {vae}, which is of part vae: expected tensors of unet, te1, te2"),
-        ({BIAS: bias / 0}, f"{BIAS} as tuned.safetensors replaces it: {len(bias)} of {len(bias)} numbers"),
+        ({BIAS: bias / 0}, f"{BIAS} as tuned.safetensors replaces it: {len(bias)} of {len(bias)} values"),
     )
     with open_checkpoint(tiny_checkpoint) as source:
         for replaced, what in cases:

@@ -99,7 +99,7 @@ def test_a_pair_of_two_bases_is_found_and_both_hashes_named(
     for digest in (first.base_hash, second.base_hash, first.principal_hash, second.principal_hash):
         assert digest[:16] in text
     assert "tiny.residual.safetensors was made from base" in text
-    assert {name.rsmall_split(".", 1)[1] for name in verified.wrong_layers} == {"to_q"}
+    assert {name.rsplit(".", 1)[1] for name in verified.wrong_layers} == {"to_q"}
 
 
 def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
