@@ -1,4 +1,4 @@
-"""A check that the weights of a file are values by themselves: not scaled fp8, NF4 or int8."""
+"""Refuse files whose weights are meaningless without stored scales: scaled fp8, NF4, int8."""
 
 from __future__ import annotations
 

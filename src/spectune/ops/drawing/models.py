@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ def best_device() -> Device:
 
 def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:
     """Load a model; prediction, flow shift and VAE of the options override what its files declare."""
-    device, notify = best_device(), options.notify or _ignore
+    device, notify = best_device(), options.notify or _warn
     prediction, flow_shift = options.prediction, options.flow_shift
     declared = declared_vae(spec)
     convention = _vae_settings(options, declared)
@@ -124,8 +125,9 @@ def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConventio
     )
 
 
-def _ignore(warning: str) -> None:
-    """Drop a warning that nobody listens to."""
+def _warn(text: str) -> None:
+    """Pass a warning to Python callers that gave no `notify`."""
+    warnings.warn(text, stacklevel=2)
 
 
 def sample_settings(options: DrawingOptions) -> SampleSettings:

@@ -44,7 +44,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Slice:
-    """The layers of one file that a trait names; all of them for None."""
+    """A file, the trait that selects its layers (None selects all), and the weight of these layers."""
 
     path: Path
     trait: str | None = None
