@@ -21,8 +21,7 @@ def sections_below(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 def test_the_page_is_what_the_sections_declare() -> None:
     assert PAGE.read_text(encoding="utf-8") == recipe_reference(), (
-        "the page is out of date; write it with "
-        "`python -m spectune.training.recipe.reference > docs/reference/recipe-keys.md`"
+        "the page is out of date; write it with `python dev.py docs --write`"
     )
 
 

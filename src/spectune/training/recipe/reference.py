@@ -1,6 +1,6 @@
-"""The reference of all recipe keys, docs/reference/recipe-keys.md, from the sections and optimizer options.
+"""The reference of all recipe keys, from the sections and the optimizer options.
 
-`python -m spectune.training.recipe.reference > docs/reference/recipe-keys.md` writes the page.
+`python dev.py docs --write` writes it to docs/reference/recipe-keys.md; `python -m` with this module prints it.
 """
 
 from __future__ import annotations
