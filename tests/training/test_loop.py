@@ -160,7 +160,7 @@ def test_training_lowers_the_loss_on_its_own_images(make_recipe: MakeRecipe, pic
     assert report.validation_before == heard.held_out[0]
     assert report.validation_after == heard.held_out[30]
     assert heard.held_out[30] < 0.95 * heard.held_out[0]
-    assert "also trained on" in report.warnings[-1]
+    assert "also used for training" in report.warnings[-1]
 
 
 def test_flow_with_shift_is_recorded(make_recipe: MakeRecipe, tmp_path: Path, picture_folder: Path) -> None:

@@ -26,7 +26,7 @@ from spectune.files.provenance import NoiseSchedule, Role
 from spectune.model.prediction import Flow
 from spectune.training import state
 from spectune.training.callbacks import Callbacks, Listeners, RunStart, StepInfo, TensorBoardLog, TrainReport
-from spectune.training.data.dataset import Batch, as_it_is
+from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopWish
 from spectune.training.optim.groups import learning_rates, step_sizes
@@ -197,7 +197,7 @@ def _batches(run: Run, stop: int) -> Iterable[Batch]:
     loader: DataLoader[Batch] = DataLoader(
         cast("Any", run.pictures),
         batch_sampler=PlannedBatches(run.plan, run.position, stop),
-        collate_fn=cast("Any", as_it_is),
+        collate_fn=cast("Any", keep_batch),
         num_workers=workers,
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # workers' base seed; nothing random is left to them

@@ -32,16 +32,14 @@ from spectune.model.vae_loading import choose_vae
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks
-from spectune.training.data.dataset import Pictures
+from spectune.training.data.dataset import Pictures, Variation
+from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     check_sizes,
     data_hash,
     data_warnings,
     fill_caches,
-    scan_training,
-    scan_validation,
     training_sizes,
-    variation,
 )
 from spectune.training.data.plan import BatchPlan
 from spectune.training.denoiser import Denoiser
@@ -174,7 +172,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed:
     data = recipe.data
     scan, held_out_scan = scan_training(data), scan_validation(data)
     sizes = training_sizes(data)
-    pictures = Pictures(scan.images, sizes, variation(data), seed=recipe.run.seed, masks=data.mask)
+    pictures = Pictures(scan.images, sizes, Variation.of(data), seed=recipe.run.seed, masks=data.mask)
     warnings += data_warnings(scan, pictures, held_out_scan)
     for warning in warnings:
         hear.on_message(f"warning: {warning}")

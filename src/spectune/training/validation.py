@@ -11,8 +11,8 @@ from spectune.model.network import Sdxl
 from spectune.model.prediction import Prediction
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
-from spectune.training.data.folders import Scan
 from spectune.training.data.latents import encode_pictures
+from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.objective.losses import mse, per_image
 from spectune.training.objective.target import ask
@@ -40,7 +40,7 @@ def encode_held_out(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[He
             latents=torch.stack([latents[image, False] for image, _ in members]),
             captions=tuple(scan.images[image].caption for image, _ in members),
             time_ids=torch.tensor(
-                [pictures.centred(image).time_ids for image, _ in members], dtype=torch.float32
+                [pictures.centered(image).time_ids for image, _ in members], dtype=torch.float32
             ),
             names=tuple(scan.images[image].path.name for image, _ in members),
         )

@@ -27,7 +27,7 @@ def progress() -> state.Progress:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_interrupted_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
     first = trained()
     first_optimizer = build_optimizer(name, groups_by_part(first))
     advance(first_optimizer, first, range(4))
@@ -49,8 +49,8 @@ def test_interrupted_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_that_forgets_its_state_goes_another_way(name: str) -> None:
-    """What the test above would not notice if gradients alone decided."""
+def test_a_run_without_its_state_differs(name: str) -> None:
+    """The test above would pass without a state if only gradients mattered."""
     kept, forgetful = trained(), trained()
     optimizer = build_optimizer(name, groups_by_part(kept))
     advance(optimizer, kept, range(4))

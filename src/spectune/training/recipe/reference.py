@@ -1,6 +1,6 @@
 """The reference of all recipe keys, from the sections and the optimizer options.
 
-`python dev.py docs --write` writes it to docs/reference/recipe-keys.md; `python -m` with this module prints it.
+`python dev.py docs --write` writes it to docs/reference/recipe-keys.md. As a module, this file prints it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from spectune.training.recipe.sections.model import (
 )
 from spectune.training.recipe.sections.objective import Edm2Section, LossSection, ObjectiveSection
 from spectune.training.recipe.sections.run import (
-    DTYPES,
     Offloaded,
     OptimizerSection,
     Precision,
@@ -33,7 +32,6 @@ from spectune.training.recipe.sections.run import (
 
 __all__ = [
     "ALL_PARTS",
-    "DTYPES",
     "BucketSection",
     "CaptionSection",
     "DataSection",
