@@ -8,7 +8,7 @@ from spectune.cli.demo import check_hash, demo, demo_files
 from spectune.errors import InputError
 from spectune.sampling.contact_sheet import mean_psnr
 from spectune.training.data.folders import scan_training
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 
 
 def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):

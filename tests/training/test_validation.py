@@ -12,7 +12,7 @@ from spectune.training.data.buckets import Size
 from spectune.training.data.folders import scan_validation
 from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser, encode_captions
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 from spectune.training.validation import encode_held_out, held_out_loss
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spectune.errors import InputError
 from spectune.training.data.captions import draw_caption, read_caption, read_sidecar
-from spectune.training.recipe.sections import CaptionSection
+from spectune.training.recipe.sections.data import CaptionSection
 
 
 def test_the_first_line_of_the_first_file(tmp_path: Path) -> None:

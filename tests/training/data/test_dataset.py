@@ -15,7 +15,7 @@ from spectune.training.data.dataset import Batch, Pictures, Variation, keep_batc
 from spectune.training.data.folders import scan_training
 from spectune.training.data.images import open_image, render
 from spectune.training.data.plan import BatchPlan, PlannedBatches
-from spectune.training.recipe.sections import CaptionSection, DataSection, ImageSetSection, MaskSource
+from spectune.training.recipe.sections.data import CaptionSection, DataSection, ImageSetSection, MaskSource
 from tests.training.conftest import draw
 
 VARIATION = Variation(

@@ -10,7 +10,7 @@ from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.scan import Scan
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 from tests.training.conftest import draw
 
 

@@ -27,7 +27,7 @@ from spectune.training.data.latents import (
 )
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.store import LatentStore
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 from tests.training.conftest import draw
 
 FLIPS = Variation(flip_probability=0.5)

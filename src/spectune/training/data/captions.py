@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from spectune.errors import InputError
-from spectune.training.recipe.sections import CaptionSection
+from spectune.training.recipe.sections.data import CaptionSection
 
 _LINE_HINT = 'a line looks like {"file_name": "cat.png", "text": "a cat"}'
 

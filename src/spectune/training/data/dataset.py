@@ -23,7 +23,7 @@ from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.plan import Draw
 from spectune.training.data.scan import CaptionedImage
 from spectune.training.data.views import View
-from spectune.training.recipe.sections import CaptionSection, DataSection, MaskSource
+from spectune.training.recipe.sections.data import CaptionSection, DataSection, MaskSource
 from spectune.training.seeds import derived_random
 
 CacheKey = tuple[int, bool]  # image, flipped

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectune.errors import InputError, some_of
 from spectune.training.data.scan import ImageFolder, Scan, scan_folder
-from spectune.training.recipe.sections import DataSection, ImageSetSection
+from spectune.training.recipe.sections.data import DataSection, ImageSetSection
 
 _NAME = re.compile(r"(\d+)_(.*)")
 _PARENT_HINT = "put images into folders named `N_name` (N = repeats) and name their parent in {}"

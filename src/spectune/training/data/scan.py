@@ -15,7 +15,7 @@ from spectune.training.data.buckets import Size
 from spectune.training.data.captions import read_caption, read_sidecar
 from spectune.training.data.images import SUFFIXES, UnusableImage, as_rgb, has_alpha, load_image
 from spectune.training.data.masks import is_mask, mask_file, open_mask
-from spectune.training.recipe.sections import DataSection
+from spectune.training.recipe.sections.data import DataSection
 
 # Resized to cover its bucket, a strip 1 pixel wide would fill gigabytes.
 LONGEST_ASPECT = 32
