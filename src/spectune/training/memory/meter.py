@@ -155,7 +155,7 @@ def _weights(model: Sdxl, separate: set[int], quantize: Quantization) -> Weights
     def network(module: nn.Module | None) -> int:
         tensors = () if module is None else (*module.parameters(), *module.buffers())
         return sum(
-            quantised_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
+            quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
             for tensor in tensors
             if id(tensor) not in separate
         )
@@ -182,7 +182,7 @@ def _linear_weights(model: Sdxl) -> list[Tensor]:
     return weights
 
 
-def quantised_bytes(weight: Tensor, quantize: Quantization) -> int:
+def quantized_bytes(weight: Tensor, quantize: Quantization) -> int:
     """Return the bytes of a quantized matrix (out, in) with its float32 scales."""
     match quantize:
         case "none":
