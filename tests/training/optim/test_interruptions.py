@@ -12,8 +12,8 @@ from spectune.training.optim.modes import finished_weights
 from tests.training.optim.deltas import advance, trained
 
 
-def progress() -> state.Progress:
-    return state.Progress(
+def header() -> state.StateHeader:
+    return state.StateHeader(
         step=4,
         steps=9,
         position=4,
@@ -31,7 +31,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, tmp_pa
     first = trained()
     first_optimizer = build_optimizer(name, groups_by_part(first))
     advance(first_optimizer, first, range(4))
-    state.save_state(tmp_path / "t.state", progress(), first, first_optimizer)
+    state.save_state(tmp_path / "t.state", header(), first, first_optimizer)
     advance(first_optimizer, first, range(4, 9))
 
     second = trained()

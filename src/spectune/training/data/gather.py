@@ -17,7 +17,7 @@ from spectune.training.data.store import LatentStore
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.data import DataSection
-from spectune.training.validation import HeldOut
+from spectune.training.validation import ValidationImages
 
 
 def training_sizes(data: DataSection) -> tuple[Size, ...]:
@@ -60,7 +60,7 @@ def fill_caches(
     model: Sdxl,
     denoiser: Denoiser,
     pictures: Pictures,
-    validation: Sequence[HeldOut],
+    validation: Sequence[ValidationImages],
     callbacks: Callbacks,
 ) -> list[str]:
     """Encode the images and captions that the recipe caches. Return warnings."""
@@ -82,8 +82,6 @@ def fill_caches(
             # also after an error: the progress bar must release the terminal
             callbacks.on_progress(stage, 1, 1)
         warnings = [] if store is None else store.warnings()
-        for warning in warnings:
-            callbacks.on_message(f"warning: {warning}")
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
         denoiser.text = encode_captions(model, captions.union(*(group.captions for group in validation)))
