@@ -9,8 +9,10 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.training.data.buckets import Size
-from spectune.training.data.folders import Scan, scan_held_out
+from spectune.training.data.folders import scan_validation
+from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser, encode_captions
+from spectune.training.recipe.sections.data import DataSection
 from spectune.training.validation import encode_validation, validation_loss
 
 
@@ -22,7 +24,11 @@ def model(tiny_checkpoint: Path) -> Sdxl:
 
 @pytest.fixture
 def scan(picture_folder: Path) -> Scan:
-    return scan_held_out(picture_folder / "held_out", [".txt"])
+    scan = scan_validation(
+        DataSection(folders=(picture_folder,), validation_folder=picture_folder / "held_out")
+    )
+    assert scan is not None
+    return scan
 
 
 @pytest.mark.parametrize("prediction", [Ddpm("eps"), Flow(shift=2.5)], ids=lambda prediction: prediction.name)

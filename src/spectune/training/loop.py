@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from spectune.training import output, state
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
-from spectune.training.data.dataset import Batch, as_it_is
+from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest
 from spectune.training.recipe.recipe import Recipe
@@ -119,7 +119,7 @@ def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Ba
     loader: DataLoader[Batch] = DataLoader(
         cast("Any", run.data.pictures),
         batch_sampler=PlannedBatches(run.data.plan, progress.position, stop),
-        collate_fn=cast("Any", as_it_is),
+        collate_fn=cast("Any", keep_batch),
         num_workers=workers,
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # workers' base seed; no random choice is left to them

@@ -19,19 +19,17 @@ from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_pre
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
-from spectune.training.data.dataset import Pictures
-from spectune.training.data.folders import Scan
+from spectune.training.data.dataset import Pictures, Variation
+from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     check_sizes,
     data_hash,
     data_warnings,
     fill_caches,
-    scan_training,
-    scan_validation,
     training_sizes,
-    variation,
 )
 from spectune.training.data.plan import BatchPlan
+from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
@@ -128,7 +126,7 @@ def _find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan |
     data = recipe.data
     scan, validation = scan_training(data), scan_validation(data)
     pictures = Pictures(
-        scan.images, training_sizes(data), variation(data), seed=recipe.run.seed, masks=data.mask
+        scan.images, training_sizes(data), Variation.of(data), seed=recipe.run.seed, masks=data.mask
     )
     warnings.add(data_warnings(scan, pictures, validation))
     return pictures, validation

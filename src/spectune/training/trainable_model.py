@@ -21,9 +21,15 @@ from spectune.files.source import WeightSource, declared_prediction, declared_ze
 from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
-from spectune.model.quantize import quantise_layers
+from spectune.model.quantize import quantize_layers
+from spectune.model.vae_convention import (
+    KNOWN_VAES,
+    VaeConvention,
+    declare_vae,
+    merge_conventions,
+    resolve_convention,
+)
 from spectune.model.vae_loading import choose_vae
-from spectune.model.vae_settings import KNOWN_VAES, VaeConvention, declare_vae, merged_convention, resolve_vae
 from spectune.pairs.rules import adapter_hash, check_residual_pair, foreign_residual_hash, shown
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.selection import select_layers
@@ -334,7 +340,7 @@ def quantize(
     """Quantize the linear layers of the base in place, log the error, and move the model to `device`."""
     sdxl = trainable.sdxl
     frames = trainable.injection.frames()
-    for part in quantise_layers(sdxl, None, kind, frames=frames, device=device).parts:
+    for part in quantize_layers(sdxl, None, kind, frames=frames, device=device).parts:
         log(f"{kind} {part}")
     modules: list[nn.Module | None] = [sdxl.unet, sdxl.te1, sdxl.te2, sdxl.vae]
     for module in modules:
@@ -347,9 +353,14 @@ def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> Trainable
     own = trainable.sdxl.layout.vae
     provenance = trainable.provenance
     usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
-    declared = merged_convention(provenance, otherwise=usual)
-    convention = resolve_vae(
-        section.path, section.name, section.scale, section.shift, section.padding, otherwise=declared
+    declared = merge_conventions(provenance, default=usual)
+    convention = resolve_convention(
+        section.path,
+        name=section.name,
+        scale=section.scale,
+        shift=section.shift,
+        padding=section.padding,
+        default=declared,
     )
     if section.path is None and convention == usual:
         return trainable

@@ -19,7 +19,7 @@ from spectune.files.dtypes import parse_dtype
 from spectune.files.source import TensorInfo
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
-from spectune.model.quantize import quantise
+from spectune.model.packed_linear import pack
 from spectune.model.text import tokenize
 from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, build_catalogue
@@ -235,6 +235,6 @@ def test_quantized_bytes_are_those_of_real_weights(kind: Literal["nf4", "int8"])
     pytest.importorskip("bitsandbytes")
     for shape in ((96, 64), (48, 40)):
         weight = torch.randn(shape)
-        packed = quantise(weight, kind)
+        packed = pack(weight, kind)
         assert quantized_bytes(weight, kind) == packed.codes.nbytes + packed.scales.nbytes
     assert quantized_bytes(weight, "none") == 4 * 48 * 40

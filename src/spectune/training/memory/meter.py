@@ -13,7 +13,8 @@ from spectune.core.rank import FixedRank
 from spectune.files.dtypes import parse_dtype
 from spectune.model.inject import AdaptedLayer, Injection, inject
 from spectune.model.network import Sdxl
-from spectune.model.quantize import NF4_BLOCK, linear_layers
+from spectune.model.packed_linear import NF4_BLOCK
+from spectune.model.quantize import linear_layers
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import Fixed, Memory, Setup

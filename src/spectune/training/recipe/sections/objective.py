@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from spectune.model.prediction import PredictionName
+from spectune.files.provenance import PredictionName
 from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
 from spectune.training.recipe.sections.base import OneOf, Section
