@@ -1,10 +1,9 @@
-"""Difference between training in bfloat16 and in float32 parameters, in the delta and the residual form.
+"""How far training in bfloat16 parameters strays from float32, in the delta and in the residual form.
 
     python dev.py bench forms [--steps 120] [--rank 16]
 
-All runs use the embedded base, the images of the demo, the same batches, the same noise and AdamW. Only the
-form and the dtype of the trained tensors differ. The validation loss is on the validation images of the demo,
-with fixed noise and noise levels.
+The embedded base, the demo's pictures, the same batches, noise and AdamW for all; only the form and the type
+of the trained tensors differ. Held-out loss on the demo's validation pictures, fixed noise and noise levels.
 """
 
 from __future__ import annotations
@@ -20,21 +19,22 @@ from accelerate import Accelerator
 
 from spectune.training.callbacks import Callbacks
 from spectune.training.data.plan import PlannedBatches
-from spectune.training.objective.target import ask_at_random
+from spectune.training.objective.noising import noise_at_random
 from spectune.training.recipe.recipe import parse_recipe
+from spectune.training.run import Run
 from spectune.training.seeds import derived_generator
-from spectune.training.setup import Run, assemble
-from spectune.training.validation import held_out_loss
+from spectune.training.setup import assemble
+from spectune.training.validation import validation_loss
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Training losses of all steps, and the validation loss at the end."""
+    """Training losses step by step, and the loss on held-out pictures at the end."""
 
     losses: list[float]
-    validation_loss: float
+    held_out: float
     change: float  # Frobenius norm of all trained changes
 
 
@@ -50,39 +50,40 @@ def prepared(form: str, dtype: torch.dtype, rank: int, output: str) -> Run:
             "model": {"base": DEMO / "base.safetensors", "rank": rank, "form": form, "parts": ["unet"]},
             "data": data,
             "loss": {"weighting": "min_snr"},
-            # An optimizer that the recipe allows for bf16 parameters; this script takes its steps with AdamW.
+            # one that may train bf16 parameters; the steps here are AdamW's
             "optimizer": {"name": "prodigy_plus_schedule_free"},
             "run": {"name": "forms", "output": output, "steps": 1, "batch": 16, **precision},
         }
     )
-    return assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
+    return assemble(recipe, Accelerator(cpu=True), Callbacks())
 
 
 def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) -> Curve:
     with tempfile.TemporaryDirectory() as output:
         run = prepared(form, dtype, rank, output)
-    optimizer = torch.optim.AdamW(run.parameters, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(list(run.optimization.parameters.values()), lr=rate, weight_decay=0.0)
     losses: list[float] = []
-    for draws in PlannedBatches(run.plan, 0, steps):
-        batch = run.pictures.__getitems__(draws)
+    for draws in PlannedBatches(run.data.plan, 0, steps):
+        batch = run.data.pictures.__getitems__(draws)
         assert batch.latents is not None
         noise = derived_generator(1, "noise", batch.position)
-        model_input = ask_at_random(run.prediction, batch.latents, noise)
-        output = run.denoiser(model_input.noised, model_input.timestep, batch.captions, batch.time_ids)
-        loss = run.cost(run.prediction, output, model_input)
+        noised = noise_at_random(run.objective.prediction, batch.latents, noise)
+        predicted = run.model.denoiser(noised.latents, noised.timestep, batch.captions, batch.time_ids)
+        loss = run.objective.cost(predicted, noised)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    final_loss = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=16)
-    changes = [
-        tensor.float().norm() for layer in run.injection.layers.values() for tensor in layer.trained_change()
-    ]
-    return Curve(losses, final_loss, float(torch.stack(changes).norm()))
+    held_out = validation_loss(
+        run.model.denoiser, run.data.validation, run.objective.prediction, times=4, batch=16
+    )
+    layers = run.model.injection.layers.values()
+    changes = [tensor.float().norm() for layer in layers for tensor in layer.trained_change()]
+    return Curve(losses, held_out, float(torch.stack(changes).norm()))
 
 
 def gap(curve: Curve, reference: Curve) -> float:
-    """Return the mean absolute difference of two loss curves."""
+    """The mean distance of two loss curves."""
     pairs = zip(curve.losses, reference.losses, strict=True)
     return sum(abs(one - other) for one, other in pairs) / len(reference.losses)
 
@@ -97,17 +98,17 @@ def main() -> None:
     args = parser.parse_args()
     for rate in args.rates:
         print(f"\nAdamW at {rate:g}, {args.steps} steps of 16, rank {args.rank}\n")
-        print("| form | trained in | validation loss | mean gap to float32 | norm of the change |")
+        print("| form | trained in | held-out loss | mean gap to float32 | size of the change |")
         print("| --- | --- | ---: | ---: | ---: |")
         for form in ("delta", "residual"):
-            curves: dict[torch.dtype, Curve] = {}
+            found: dict[torch.dtype, Curve] = {}
             for dtype in (torch.float32, torch.bfloat16):
-                curves[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
-                curve = curves[dtype]
+                found[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
+                curve = found[dtype]
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"| {form} | {name} | {curve.validation_loss:.5f} "
-                    f"| {gap(curve, curves[torch.float32]):.2e} | {curve.change:.3f} |",
+                    f"| {form} | {name} | {curve.held_out:.5f} | {gap(curve, found[torch.float32]):.2e} "
+                    f"| {curve.change:.3f} |",
                     flush=True,
                 )
 

@@ -3,9 +3,8 @@
     python benchmarks/make_checkpoint.py model.safetensors
     python dev.py bench full_step model.safetensors
 
-This is a real run of the trainer: base in bfloat16, deltas in float32, rank 64, UNet and both encoders,
-gradient checkpointing, the images of the demo at 256 px. If the principal is missing, it is split first; this
-is not timed.
+A real run of the trainer: base in bfloat16, deltas in float32, rank 64, UNet and both encoders, gradient
+checkpointing, the demo's pictures at 256 px. The principal is split first if it is not there, untimed.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from spectune.training.recipe.recipe import parse_recipe
 IMAGES = Path(__file__).resolve().parents[1] / "demo" / "images"
 
 
-class StepTimes(Callbacks):
-    """Callbacks that print the seconds of each step."""
+class Told(Callbacks):
+    """Prints what a step took."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -37,14 +36,14 @@ class StepTimes(Callbacks):
         print(f"{time.perf_counter() - self._began:7.1f} s  {text}", flush=True)
 
     def on_start(self, start: RunStart) -> None:
-        self.on_message(f"{start.trained_numbers / 1e6:.1f} M trained parameters")
+        self.on_message(f"{start.trained_parameters / 1e6:.1f} M trained parameters")
 
     def on_step(self, info: StepInfo) -> None:
         self.on_message(f"step {info.step}: {info.seconds:.1f} s, loss {info.loss:.4f}")
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes; it excludes the page cache where the system allows."""
+    """The most that this process has held, page cache of files apart where the system tells."""
     memory = psutil.Process().memory_info()
     peak = getattr(memory, "peak_wset", None)
     if peak is not None:
@@ -85,7 +84,7 @@ def main() -> None:
                 },
             }
         )
-        train(recipe, callbacks=[StepTimes()])
+        train(recipe, callbacks=[Told()])
     where = f"{torch.get_num_threads()} threads, {args.pixels} px, batch 1"
     print(f"{where}: peak memory {peak_memory() / 1e9:.2f} GB")
 

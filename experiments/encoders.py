@@ -18,9 +18,10 @@ from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.sdxl.layers import build_catalogue
-from spectune.training import state
 from spectune.training.callbacks import Callbacks
-from spectune.training.setup import Run, assemble
+from spectune.training.output import adapter_file
+from spectune.training.run import Run
+from spectune.training.setup import assemble
 
 NAME = "encoders"
 STOPS = (0, 20, 40, 80, 120)  # the step of the encoders
@@ -49,9 +50,9 @@ def run(trial: Trial, work: Path) -> Outcome:
     trained = train_recipe(trial, work)
     recipe = recipe_of(trial, work)
     output, name = recipe.run.output, recipe.run.name
-    files = {step: state.adapter_file(output, name, step) for step in STOPS if 0 < step < trial.steps}
-    files[trial.steps] = state.adapter_file(output, name)
-    run = assemble(recipe, Accelerator(), Callbacks(), None)
+    files = {step: adapter_file(output, name, step) for step in STOPS if 0 < step < trial.steps}
+    files[trial.steps] = adapter_file(output, name)
+    run = assemble(recipe, Accelerator(), Callbacks())
     deltas = {step: read_deltas(path, recipe.model.checkpoint) for step, path in files.items()}
     untrained = {name: without_change(delta) for name, delta in deltas[trial.steps].items()}
     losses = {
@@ -79,7 +80,7 @@ def mixed(last: dict[str, Delta], encoders: dict[str, Delta]) -> dict[str, Delta
 
 
 def loss_of(run: Run, deltas: dict[str, Delta]) -> float:
-    run.injection.load(deltas)
+    run.model.injection.load(deltas)
     return validation_loss(run)
 
 

@@ -45,9 +45,9 @@ def as_eps(model: Sdxl, captions: Sequence[str], *, first_seed: int = 0) -> Tens
     time_ids = torch.tensor([[EDGE_PX, EDGE_PX, 0, 0, EDGE_PX, EDGE_PX]]).float().expand(len(x), -1)
     bridge = Bridge()
     for timestep in scheduler.timesteps:
-        reading = bridge.at((timestep / 1000).expand(len(x)))
-        output = model.denoise(reading.feed(x), reading.timestep, text, time_ids)
-        x = scheduler.step(reading.velocity(output, x), timestep, x).prev_sample
+        how = bridge.at((timestep / 1000).expand(len(x)))
+        output = model.denoise(how.network_input(x), how.timestep, text, time_ids)
+        x = scheduler.step(how.velocity(output, x), timestep, x).prev_sample
     return x
 
 

@@ -12,14 +12,15 @@ import torch
 from accelerate import Accelerator
 
 from experiments.trial import Outcome, Trial, save
+from spectune.training import validation
 from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.loop import train
-from spectune.training.objective.target import ask_at_random
+from spectune.training.objective.noising import noise_at_random
 from spectune.training.recipe.recipe import Recipe, parse_recipe
+from spectune.training.run import Run
 from spectune.training.seeds import derived_generator, derived_seed
-from spectune.training.setup import Run, assemble
-from spectune.training.validation import held_out_loss
+from spectune.training.setup import assemble
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "demo" / "base.safetensors"
@@ -35,7 +36,7 @@ class Recorder(Callbacks):
         self.trained_parameters = 0
 
     def on_start(self, start: RunStart) -> None:
-        self.trained_parameters = start.trained_numbers
+        self.trained_parameters = start.trained_parameters
 
     def extra(self) -> dict[str, Any]:
         """Return further values for the results."""
@@ -121,18 +122,18 @@ def train_full(
     trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
 ) -> Outcome:
     """Train every weight of the UNet, with the batches and the noise of the same recipe."""
-    run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks(), None)
-    run.injection.eject()
-    unet = run.prepared.model.unet
+    run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks())
+    run.model.injection.eject()
+    unet = run.model.sdxl.unet
     parameters = [weight.requires_grad_(True) for weight in unet.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=trial.rate or 1e-4, weight_decay=0.0)
     curve = [(0, validation_loss(run))]
-    for step, draws in enumerate(PlannedBatches(run.plan, 0, trial.steps), start=1):
+    for step, draws in enumerate(PlannedBatches(run.data.plan, 0, trial.steps), start=1):
         full_step(run, parameters, optimizer, draws, step)
         if step % trial.validate_every == 0 or step == trial.steps:
             curve.append((step, validation_loss(run)))
     recorder = recorder or Recorder()
-    recorder.on_preview(trial.steps, run.prepared.model)
+    recorder.on_preview(trial.steps, run.model.sdxl)
     return Outcome(tuple(curve), sum(weight.numel() for weight in parameters), recorder.extra())
 
 
@@ -140,21 +141,21 @@ def full_step(
     run: Run, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, draws: Any, step: int
 ) -> None:
     settings, seed = run.recipe.optimizer, run.recipe.run.seed
-    batch = run.pictures.__getitems__(draws)
+    batch = run.data.pictures.__getitems__(draws)
     assert batch.latents is not None
     torch.manual_seed(derived_seed(seed, "step", batch.position))
-    run.denoiser.train()
-    model_input = ask_at_random(
-        run.prediction,
+    run.model.denoiser.train()
+    noised = noise_at_random(
+        run.objective.prediction,
         batch.latents,
         derived_generator(seed, "noise", batch.position),
-        pixels_per_latent=run.prepared.model.pixels_per_latent,
+        pixels_per_latent=run.model.sdxl.pixels_per_latent,
     )
-    output = run.denoiser(model_input.noised, model_input.timestep, batch.captions, batch.time_ids)
-    run.cost(run.prediction, output, model_input).backward()
+    predicted = run.model.denoiser(noised.latents, noised.timestep, batch.captions, batch.time_ids)
+    run.objective.cost(predicted, noised).backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = run.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))
+        group["lr"] = run.optimization.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -162,10 +163,10 @@ def full_step(
 def validation_loss(run: Run, denoiser: Any = None) -> float:
     """Return the validation loss of the run's denoiser, or of another one in its place."""
     settings = run.recipe.run
-    return held_out_loss(
-        denoiser or run.denoiser,
-        run.held_out,
-        run.prediction,
+    return validation.validation_loss(
+        denoiser or run.model.denoiser,
+        run.data.validation,
+        run.objective.prediction,
         times=settings.validation_times,
         batch=settings.batch,
     )

@@ -218,9 +218,9 @@ class Bridged(nn.Module):
         self.denoiser, self.model = denoiser, denoiser.model
 
     def forward(self, noised: Tensor, timestep: Tensor, captions: Any, time_ids: Tensor) -> Tensor:
-        reading = Bridge().at(timestep / 1000)
-        output = self.denoiser(reading.feed(noised), reading.timestep, captions, time_ids)
-        return reading.velocity(output, noised)
+        bridge = Bridge().at(timestep / 1000)
+        output = self.denoiser(bridge.network_input(noised), bridge.timestep, captions, time_ids)
+        return bridge.velocity(output, noised)
 
 
 def reference_trial() -> Trial:
@@ -229,10 +229,10 @@ def reference_trial() -> Trial:
 
 
 def measure_reference(trial: Trial, work: Path) -> Outcome:
-    run = assemble(recipe_of(trial, work), Accelerator(), Callbacks(), None)
-    loss = validation_loss(run, Bridged(run.denoiser))
+    run = assemble(recipe_of(trial, work), Accelerator(), Callbacks())
+    loss = validation_loss(run, Bridged(run.model.denoiser))
     captions = captions_of(picture_folder("flat", work) / "held_out")
-    save_strip(trial, 0, strip(run.prepared.model, reference(BASE, captions, work)))
+    save_strip(trial, 0, strip(run.model.sdxl, reference(BASE, captions, work)))
     return Outcome(((0, loss),), 0)
 
 

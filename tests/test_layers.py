@@ -114,7 +114,7 @@ def test_the_tensor_layers_load_without_the_libraries_they_do_without() -> None:
         ("spectune.core.svd", "from ..cli import app"),
         ("spectune.pairs.merged", "def late():\n    from spectune.training import loop"),
         ("spectune.pairs.merged", "if TYPE_CHECKING:\n    from spectune.ops.split import SplitReport"),
-        ("spectune.sampling.generate", "from spectune.training.objective.target import Eps"),
+        ("spectune.sampling.generate", "from spectune.training.objective.cost import Cost"),
         ("spectune.training.loop", "from spectune.sampling import generate"),
         ("spectune.errors", "from spectune.sdxl.names import kohya_stem"),
         ("spectune.cli", "from spectune.__main__ import main"),

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from spectune.cli.demo import check_hash, demo, demo_files
 from spectune.errors import InputError
 from spectune.sampling.contact_sheet import mean_psnr
-from spectune.training.data.folders import scan_parents
+from spectune.training.data.folders import scan_training
+from spectune.training.recipe.sections.data import DataSection
 
 
 def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):
@@ -24,8 +25,8 @@ def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):
 def test_drawn_and_held_out_captions_are_not_trained_on():
     files = demo_files()
     folder = files.base.parent
-    train = {image.caption for image in scan_parents([folder / "images"], (".txt",)).images}
-    held_out = {image.caption for image in scan_parents([folder / "validation"], (".txt",)).images}
+    scans = [scan_training(DataSection(folders=(folder / name,))) for name in ("images", "validation")]
+    train, held_out = ({image.caption for image in scan.images} for scan in scans)
     drawn = {line for line in files.captions.read_text(encoding="utf-8").splitlines() if line}
     assert (len(train), len(held_out)) == (120, 40)
     assert not train & held_out

@@ -64,7 +64,7 @@ def test_nothing_fits(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) 
     said = capfd.readouterr()
     assert said.out == ""
     shown = " ".join(said.err.split())
-    assert "nothing fits 0.10 GB: the smallest way, rank 4, te2, residual, nf4 base, checkpointing" in shown
+    assert "nothing fits 0.10 GB: the smallest setup, rank 4, te2, residual, nf4 base, checkpointing" in shown
     assert "takes 0.6" in shown
     assert "at 64 px in batches of 1" in shown
     assert "hint: a smaller --resolution" in shown

@@ -1,4 +1,4 @@
-"""Frames that the first batches decide: streamed as dense, exact at step 0, the same after a stop."""
+"""Frames from the first batches: streamed equals dense, exact at step 0, the same after a resume."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from spectune.model.inject import AdaptedLayer, Injection
 from spectune.model.network import build_model
 from spectune.ops.inspect.summary import describe_adapter
 from spectune.ops.rebuild import rebuild
-from spectune.training import prepare, state
-from spectune.training import setup as run
+from spectune.training import setup, state, trainable_model
 from spectune.training.aligned_frames import Gradients, Inputs, align, range_of
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
 from spectune.training.loop import train
-from spectune.training.setup import Run, assemble
+from spectune.training.run import Run
+from spectune.training.setup import assemble, restore
 from tests.training.conftest import MakeRecipe
 
 Kind = Literal["gradient", "data"]
@@ -60,20 +60,20 @@ class Toy:
     def losses(self) -> Iterator[Tensor]:
         self.looks += 1
         for x in self.batches:
-            self.answer_of_the_base(x)  # as a teacher's, it counts for nothing
-            yield self.answer(x).square().mean()
+            self.predict_with_the_base(x)  # as for a teacher: its inputs must not count
+            yield self.predict(x).square().mean()
 
     @torch.no_grad()
-    def answer_of_the_base(self, x: Tensor) -> Tensor:
+    def predict_with_the_base(self, x: Tensor) -> Tensor:
         with Injection(self.layers, {}).switched_off():
-            return self.answer(x)
+            return self.predict(x)
 
-    def answer(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor) -> Tensor:
         hidden = self.layers["conv"](x).tanh()  # (3, 10, 4, 4)
         return self.layers["linear"](hidden.flatten(2).transpose(1, 2))
 
     def dense(self, kind: Kind) -> dict[str, Tensor]:
-        """The matrix M of each layer, formed as nobody should."""
+        """The matrix M of each layer, as a dense matrix."""
         bases = {name: layer.base for name, layer in self.layers.items()}
         weights = {name: base.weight.detach().clone().requires_grad_() for name, base in bases.items()}
         total = torch.zeros((), dtype=torch.float64)
@@ -99,17 +99,17 @@ def test_streamed_products_are_the_dense_ones(kind: Kind) -> None:
     bases = {name: torch.randn(matrix.shape[0], 5).double() for name, matrix in dense.items()}
     right, left = products.right(omegas), products.left(bases)
     for name, matrix in dense.items():
-        wanted = matrix @ omegas[name].T
-        assert (right[name] - wanted).norm() < 1e-12 * wanted.norm()
-        assert (right[name] - 1.01 * wanted).norm() > 1e-3 * wanted.norm()  # the test can fail
-        wanted = bases[name].T @ matrix
-        assert (left[name] - wanted).norm() < 1e-12 * wanted.norm()
+        expected = matrix @ omegas[name].T
+        assert (right[name] - expected).norm() < 1e-12 * expected.norm()
+        assert (right[name] - 1.01 * expected).norm() > 1e-3 * expected.norm()  # the test can fail
+        expected = bases[name].T @ matrix
+        assert (left[name] - expected).norm() < 1e-12 * expected.norm()
     assert toy.looks == 2
     assert all(p.grad is None for layer in toy.layers.values() for p in layer.parameters())
 
 
-def test_the_range_holds_the_first_directions() -> None:
-    """A spectrum that falls slowly; each power round lowers what is left out."""
+def test_power_rounds_reduce_the_error_of_the_range() -> None:
+    """A spectrum that falls slowly."""
 
     class Dense:
         def __init__(self, matrix: Tensor) -> None:
@@ -140,15 +140,15 @@ def test_a_gradient_frame_is_that_of_the_dense_gradient(rank: int) -> None:
     toy = Toy(rank=rank, dropout=0.5)
     before = {name: layer.frame_down.clone() for name, layer in toy.layers.items()}
     found = align(toy.layers, "gradient", toy.losses, seed=0)
-    assert not found.silent
+    assert not found.unreached
     for name, matrix in toy.dense("gradient").items():
         u, _, vh = thin_svd(matrix)
         frame, layer = found.frames[name], toy.layers[name]
         up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
         second = slice(rank, 2 * rank) if 2 * rank <= min(matrix.shape) else slice(0, rank)
-        for basis, wanted in ((up, u[:, :rank]), (down.T, vh[second].T)):
+        for basis, expected in ((up, u[:, :rank]), (down.T, vh[second].T)):
             projector = basis @ basis.T * 3  # of unit columns 1/sqrt(3) long
-            assert (projector - wanted @ wanted.T).norm() < 1e-5 * math.sqrt(rank)
+            assert (projector - expected @ expected.T).norm() < 1e-5 * math.sqrt(rank)
         assert frame.alpha == rank
         assert torch.equal(layer.frame_down, before[name])  # its own frame, dropout and type again
         assert (layer.dropout, layer.down.dtype, layer.down.grad) == (0.5, torch.float32, None)
@@ -163,39 +163,39 @@ def test_a_data_frame_is_cordas_without_its_inverse() -> None:
         weight = to_matrix(toy.layers[name].base.weight.detach())
         covariance = torch.linalg.lstsq(weight, matrix, driver="gelsd").solution
         u, s, vh = thin_svd(matrix)
-        wanted = u[:, :2] @ u[:, :2].T @ weight
+        expected = u[:, :2] @ u[:, :2].T @ weight
         frame = found.frames[name]
         up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
-        assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+        assert (up @ down - expected).norm() < 1e-6 * expected.norm()
         assert torch.allclose(column_norms(up), row_norms(down), rtol=1e-5)  # balanced
         if weight.shape[0] >= weight.shape[1]:  # then lstsq has found C itself
             with_inverse = torch.linalg.solve(covariance, ((u[:, :2] * s[:2]) @ vh[:2]), left=False)
-            assert (up @ down - with_inverse).norm() < 1e-5 * wanted.norm()
+            assert (up @ down - with_inverse).norm() < 1e-5 * expected.norm()
     one_length = align(toy.layers, "data", toy.losses, seed=0, length=0.5).frames["linear"]
     assert row_norms(one_length.down).tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_layers_without_a_part_in_the_batches_are_named() -> None:
+def test_unreached_layers_are_named() -> None:
     toy = Toy()
     unused = AdaptedLayer(
         nn.Linear(6, 5), plain_frame((5, 6), rank=2, generator=torch.Generator()), "delta", torch.float32
     )
     for kind in KINDS:
         found = align({**toy.layers, "unused": unused}, kind, toy.losses, seed=0)
-        assert found.silent == ("unused",)
-        assert found.warnings == ["1 layers have no part in the first batches: unused"]
+        assert found.unreached == ("unused",)
+        assert found.warnings == ["the first batches do not reach 1 layer: unused"]
         assert set(found.frames) == {"conv", "linear"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_that_are_not_finite_stop_the_run(kind: Kind) -> None:
+def test_values_that_are_not_finite_stop_the_run(kind: Kind) -> None:
     toy = Toy()
     toy.batches[1][0, 0, 0, 0] = math.inf
-    with pytest.raises(SpectuneError, match="layers numbers that are not finite: conv"):
+    with pytest.raises(SpectuneError, match="values that are not finite in 2 layers: conv"):
         align(toy.layers, kind, toy.losses, seed=0)
 
 
-def test_a_frame_stays_once_training_has_begun() -> None:
+def test_a_frame_cannot_change_after_training_has_begun() -> None:
     layer = Toy().layers["linear"]
     frame = plain_frame((14, 10), rank=3, generator=torch.Generator())
     layer.reframe(frame)
@@ -213,38 +213,40 @@ def test_a_frame_stays_once_training_has_begun() -> None:
 
 
 def assembled(make_recipe: MakeRecipe, **sections: dict[str, Any]) -> Run:
-    return assemble(make_recipe(**sections), Accelerator(cpu=True), Callbacks(), None)
+    return assemble(make_recipe(**sections), Accelerator(cpu=True), Callbacks())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_run_starts_from_its_base_in_frames_of_its_batches(make_recipe: MakeRecipe, kind: Kind) -> None:
+def test_a_run_with_aligned_frames_starts_from_its_base(make_recipe: MakeRecipe, kind: Kind) -> None:
     model = {"frame": kind, "frame_batches": 1, "dropout_probability": 0.2, "layers": (*FEW, "te1")}
     first = assembled(make_recipe, model=model)
-    framed = answer(first.denoiser, first)
-    with first.injection.switched_off():
-        assert torch.equal(framed, answer(first.denoiser, first))
+    framed = predict(first.model.denoiser, first)
+    with first.model.injection.switched_off():
+        assert torch.equal(framed, predict(first.model.denoiser, first))
     frames = first.frames()
     assert frames is not None
     assert all(frame.rank == 2 and frame.up.any() for name, frame in frames.items() if "te1" not in name)
     # the last layer of the first encoder feeds nothing, so that no gradient reaches it
-    silent = [name for name, frame in frames.items() if not frame.up.any()]
-    assert all(name.startswith("te1.") for name in silent)
-    warned = any("have no part in the first batches: te1." in warning for warning in first.warnings)
-    assert bool(silent) == warned == (kind == "gradient")
-    assert all(parameter.grad is None and not parameter.any() for parameter in first.parameters)
-    assert all(layer.dropout == 0.2 for layer in first.injection.layers.values())
+    unreached = [name for name, frame in frames.items() if not frame.up.any()]
+    assert all(name.startswith("te1.") for name in unreached)
+    warned = any("layers: te1." in warning for warning in first.warnings)
+    assert bool(unreached) == warned == (kind == "gradient")
+    assert all(
+        parameter.grad is None and not parameter.any() for parameter in first.optimization.parameters.values()
+    )
+    assert all(layer.dropout == 0.2 for layer in first.model.injection.layers.values())
     again = assembled(make_recipe, model=model)
-    assert again.prepared.frame_hash == first.prepared.frame_hash
+    assert again.model.trainable.frame_hash == first.model.trainable.frame_hash
 
 
-def test_bf16_runs_find_frames_too(make_recipe: MakeRecipe) -> None:
+def test_bf16_runs_find_frames(make_recipe: MakeRecipe) -> None:
     first = assembled(
         make_recipe,
         model={"frame": "gradient", "frame_batches": 1, "frame_norm": 1.0, "layers": FEW},
         optimizer={"name": "prodigy_plus_schedule_free", "learning_rate": ...},
         run={"precision": "bf16", "trained_precision": "bf16", "gradient_checkpointing": True},
     )
-    layer = first.injection.layers[CONV]
+    layer = first.model.injection.layers[CONV]
     assert layer.down.dtype == torch.bfloat16
     assert row_norms(to_matrix(layer.frame_down)).tolist() == pytest.approx([1.0, 1.0])
 
@@ -255,29 +257,33 @@ def test_every_frame_trains_and_is_rebuilt_from_its_file(
 ) -> None:
     few = {"frame_batches": 1} if frame in KINDS else {}
     recipe = make_recipe(model={"frame": frame, "layers": FEW, **few}, run={"steps": 2})
-    untrained = assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
+    untrained = assemble(recipe, Accelerator(cpu=True), Callbacks())
     report = train(recipe)
     assert report.steps == 2
     folder = tmp_path / "out" / "t-step00000002.state"
-    trained = assemble(recipe, Accelerator(cpu=True), Callbacks(), folder)
+    saved = state.load_state(folder)
+    trained = assemble(recipe, Accelerator(cpu=True), Callbacks(), saved)
+    restore(trained, saved)
     tuned, whole = tmp_path / "out" / "t.safetensors", tmp_path / "whole.safetensors"
     rebuild(tiny_checkpoint, tuned, whole, dtype=torch.float32)
     with open_checkpoint(whole) as file:
         rebuilt = Denoiser(build_model(file), trains_text=False)
         assert file.provenance.frame is None
-    base, wanted, found = (answer(it, trained) for it in (untrained.denoiser, trained.denoiser, rebuilt))
-    assert (wanted - base).norm() > 1e-3 * base.norm()
-    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    base, expected, found = (
+        predict(it, trained) for it in (untrained.model.denoiser, trained.model.denoiser, rebuilt)
+    )
+    assert (expected - base).norm() > 1e-3 * base.norm()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
     shown = describe_adapter(open_checkpoint(tuned)).provenance
     assert shown.frame == frame
     assert shown.principal_hash is None
 
 
 @torch.no_grad()
-def answer(denoiser: Denoiser, like: Run) -> Tensor:
-    batch = like.pictures.__getitems__(like.plan.epoch(0)[0])
+def predict(denoiser: Denoiser, like: Run) -> Tensor:
+    batch = like.data.pictures.__getitems__(like.data.plan.epoch(0)[0])
     assert batch.latents is not None
-    text = like.denoiser.text_states(batch.captions)
+    text = like.model.denoiser.text_states(batch.captions)
     denoiser.eval()
     return denoiser.model.denoise(batch.latents, torch.full((len(batch),), 500.0), text, batch.time_ids)
 
@@ -289,8 +295,8 @@ def test_a_resumed_run_takes_its_frames_from_the_state(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_recipe(model=model, run={"output": whole, "steps": 3}))
     train(make_recipe(model=model, run={"output": parts, "steps": 2}))
-    for module, name in ((run, "align"), (prepare, "_made_frames")):
-        monkeypatch.setattr(module, name, None)  # nothing is made or found a second time
+    for module, name in ((setup, "align"), (trainable_model, "_make_frames")):
+        monkeypatch.setattr(module, name, None)  # no frame is computed a second time
     train(make_recipe(model=model, run={"output": parts, "steps": 3}))
     one, two = load_file(whole / "t.safetensors"), load_file(parts / "t.safetensors")
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -1,4 +1,4 @@
-"""The average that is saved in place of what is trained."""
+"""The moving average that is saved in place of the trained tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spectune.training.ema import MovingAverage
 
 
 def test_the_average_by_hand() -> None:
-    """decay 0.5; it begins at 2/11 = (1+1)/(10+1) after one step and 3/12 after two: smaller than 0.5."""
+    """decay 0.5; it starts at 2/11 = (1+1)/(10+1) after one step and 3/12 after two: smaller than 0.5."""
     tensor = nn.Parameter(torch.tensor([0.0]))
     average = MovingAverage({"t": tensor}, 0.5)
     with torch.no_grad():
@@ -22,7 +22,7 @@ def test_the_average_by_hand() -> None:
     torch.testing.assert_close(average.average["t"], torch.tensor([9.0 * 0.25 + 1.0 * 0.75]))
 
 
-def test_long_runs_use_the_decay_itself() -> None:
+def test_long_runs_reach_the_final_decay() -> None:
     tensor = nn.Parameter(torch.tensor([1.0]))
     average = MovingAverage({"t": tensor}, 0.5)
     average.restore({"t": torch.tensor([0.0])}, steps=1000)
@@ -30,7 +30,7 @@ def test_long_runs_use_the_decay_itself() -> None:
     assert float(average.average["t"]) == 0.5
 
 
-def test_what_is_trained_comes_back_bit_for_bit() -> None:
+def test_the_trained_tensors_are_restored_bit_for_bit() -> None:
     tensor = nn.Parameter(torch.tensor([0.1], dtype=torch.bfloat16))
     average = MovingAverage({"t": tensor}, 0.9)
     before = tensor.detach().clone()

@@ -26,10 +26,10 @@ from spectune.files.provenance import Role
 from spectune.files.writer import write_tensors
 from spectune.model.network import Sdxl
 from spectune.sdxl.layers import build_catalogue
-from spectune.training import prepare, state
+from spectune.training import state, trainable_model
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.training.loop import train
-from spectune.training.objective import requests as questions
+from spectune.training.objective import objective
 from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 
@@ -43,13 +43,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 class Losses(Callbacks):
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}
-        self.held_out: dict[int, float] = {}
+        self.validation: dict[int, float] = {}
 
     def on_step(self, info: StepInfo) -> None:
         self.by_step[info.step] = info.loss
 
     def on_validation(self, step: int, loss: float) -> None:
-        self.held_out[step] = loss
+        self.validation[step] = loss
 
 
 class StopAt(Callbacks):
@@ -96,7 +96,7 @@ INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_an_interrupted_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
+def test_an_interrupted_run_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
     signal_number, own = INTERRUPTED[case]
     data = {
         "random_crop": True,
@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_pat
 
     train(recipe(output=whole), callbacks=[losses])
     first = train(recipe(output=parts), callbacks=[StopAt(last, signal_number)])
-    # looking at the run on the way must not change it
+    # saves and previews must not change the run
     second = train(recipe(output=parts, save_every_steps=2, preview_every_steps=1), callbacks=[resumed])
 
     assert (first.interrupted, first.steps) == (True, last)
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_pat
         assert same_tensors(whole / "t-step00000007.state" / file, parts / "t-step00000007.state" / file)
 
 
-def test_names_and_origin_of_the_files(
+def test_names_and_provenance_of_the_files(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     report = train(make_recipe(run={"steps": 5, "save_every_steps": 1, "keep_last": 2}))
@@ -148,18 +148,18 @@ def test_names_and_origin_of_the_files(
 
 
 def test_training_lowers_the_loss_on_its_own_images(make_recipe: MakeRecipe, picture_folder: Path) -> None:
-    heard = Losses()
+    losses = Losses()
     recipe = make_recipe(
         data={"validation_folder": picture_folder, "flip_probability": 0.0},
         optimizer={"learning_rate": 3e-3},
         run={"steps": 30, "batch": 6, "validate_every_steps": 10},
     )
-    report = train(recipe, callbacks=[heard])
+    report = train(recipe, callbacks=[losses])
 
-    assert heard.held_out.keys() == {0, 10, 20, 30}
-    assert report.validation_before == heard.held_out[0]
-    assert report.validation_after == heard.held_out[30]
-    assert heard.held_out[30] < 0.95 * heard.held_out[0]
+    assert losses.validation.keys() == {0, 10, 20, 30}
+    assert report.validation_before == losses.validation[0]
+    assert report.validation_after == losses.validation[30]
+    assert losses.validation[30] < 0.95 * losses.validation[0]
     assert "also trained on" in report.warnings[-1]
 
 
@@ -196,21 +196,21 @@ def test_parts_choose_the_layers(make_recipe: MakeRecipe, tmp_path: Path) -> Non
     assert all(name.startswith("lora_te2_") for name in names)
 
 
-def test_a_text_cache_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_text_cache_does_not_change_the_losses(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     losses = []
     for cache in (False, True):
-        heard = Losses()
+        run_losses = Losses()
         recipe = make_recipe(
             model={"parts": ["unet"]},
             data={"cache_text": cache, "caption": {"dropout_probability": 0.5}},
             run={"output": tmp_path / str(cache)},
         )
-        train(recipe, callbacks=[heard])
-        losses.append(list(heard.by_step.values()))
+        train(recipe, callbacks=[run_losses])
+        losses.append(list(run_losses.by_step.values()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_checkpointing_changes_nothing(
+def test_checkpointing_does_not_change_the_losses(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Path
 ) -> None:
     losses, seen = [], Counter[str]()
@@ -224,7 +224,7 @@ def test_checkpointing_changes_nothing(
 
     monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", counted)
     for checkpointing in (False, True):
-        heard = Losses()
+        run_losses = Losses()
         run = {
             "output": tmp_path / str(checkpointing),
             "gradient_checkpointing": checkpointing,
@@ -232,8 +232,8 @@ def test_checkpointing_changes_nothing(
             "preview_every_steps": 1,
         }
         data = {"validation_folder": picture_folder / "held_out"}
-        train(make_recipe(run=run, data=data), callbacks=[heard])
-        losses.append(list(heard.by_step.values()))
+        train(make_recipe(run=run, data=data), callbacks=[run_losses])
+        losses.append(list(run_losses.by_step.values()))
         if not checkpointing:
             assert not seen
     assert seen["CLIPEncoderLayer"] == 3 * 4  # steps, layers of both tiny encoders
@@ -241,14 +241,15 @@ def test_checkpointing_changes_nothing(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_both_forms_learn_the_same(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_both_forms_have_the_same_losses(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     losses = []
     for form in ("delta", "residual"):
-        heard = Losses()
+        run_losses = Losses()
         train(
-            make_recipe(model={"form": form}, run={"output": tmp_path / form, "steps": 5}), callbacks=[heard]
+            make_recipe(model={"form": form}, run={"output": tmp_path / form, "steps": 5}),
+            callbacks=[run_losses],
         )
-        losses.append(list(heard.by_step.values()))
+        losses.append(list(run_losses.by_step.values()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -289,14 +290,14 @@ def test_a_finished_run_can_be_made_longer(make_recipe: MakeRecipe) -> None:
     assert (report.first_step, report.steps) == (1, 2)
 
 
-def test_another_recipe_does_not_take_over(make_recipe: MakeRecipe) -> None:
+def test_a_run_of_another_recipe_is_not_resumed(make_recipe: MakeRecipe) -> None:
     train(make_recipe(run={"steps": 1}))
     with pytest.raises(InputError, match=r"belongs to another run: run\.batch was 2, is 3") as caught:
         train(make_recipe(run={"steps": 2, "batch": 3}))
     assert "run.resume=false" in (caught.value.hint or "")
 
 
-def test_sizes_that_the_model_cannot_hold(make_recipe: MakeRecipe) -> None:
+def test_sizes_that_do_not_fit_the_model_are_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match="training size 40x40: this model needs multiples of 16 pixels"):
         train(make_recipe(data={"resolution_px": 40}))
 
@@ -312,7 +313,7 @@ def test_results_stay_when_the_run_that_replaces_them_cannot_start(
 
 
 @pytest.mark.parametrize("name", ["t.safetensors", "t-step00000001.safetensors"])
-def test_a_base_is_not_a_result(
+def test_a_base_is_not_replaced_as_a_result(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path, name: str
 ) -> None:
     base = tmp_path / "out" / name
@@ -326,7 +327,7 @@ def test_a_base_is_not_a_result(
 
 
 def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) -> Path:
-    """A copy of a checkpoint that says of itself what `metadata` and empty tensors named `keys` say."""
+    """A copy of a checkpoint with `metadata` and empty tensors named `keys`."""
     with open_checkpoint(base) as source:
         tensors = {name: source.load(name) for name in source.tensors}
         tensors |= {key: torch.zeros(1) for key in keys}
@@ -334,7 +335,7 @@ def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) ->
     return target
 
 
-def test_the_base_says_what_it_predicts(
+def test_the_base_declares_what_it_predicts(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     flow = {"spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
@@ -356,13 +357,13 @@ def test_the_base_says_what_it_predicts(
     )
 
 
-def test_the_base_says_that_its_schedule_ends_in_pure_noise(
+def test_the_base_declares_a_zero_terminal_snr(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     base = declaring(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
-    recipe = prepare.with_resolved_objective(make_recipe(model={"base": base}))
+    recipe = trainable_model.with_resolved_objective(make_recipe(model={"base": base}))
     assert (recipe.objective.kind, recipe.objective.zero_terminal_snr) == ("v", True)
-    other = prepare.with_resolved_objective(
+    other = trainable_model.with_resolved_objective(
         make_recipe(model={"base": base}, objective={"zero_terminal_snr": False})
     )
     assert other.objective.zero_terminal_snr is False
@@ -370,20 +371,20 @@ def test_the_base_says_that_its_schedule_ends_in_pure_noise(
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_reaches_no_file(
+def test_a_gradient_that_is_not_finite_is_not_saved(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
 ) -> None:
-    ask = questions.ask_at_random
+    noise_at_random = objective.noise_at_random
     calls: list[int] = []
 
     def broken(*args: Any, **options: Any) -> Any:
-        question = ask(*args, **options)
+        noised = noise_at_random(*args, **options)
         calls.append(1)
         if len(calls) == 2:
-            question.target[0, 0, 0, 0] = torch.inf
-        return question
+            noised.target[0, 0, 0, 0] = torch.inf
+        return noised
 
-    monkeypatch.setattr(questions, "ask_at_random", broken)
+    monkeypatch.setattr(objective, "noise_at_random", broken)
     recipe = make_recipe(
         optimizer={"max_grad_norm": max_grad_norm}, run={"save_every_steps": 1, "tensorboard": False}
     )
@@ -405,12 +406,12 @@ def test_deltas_that_are_not_finite_are_not_saved(
     trained: dict[str, torch.nn.Parameter] = {}
     named = state.trained_tensors
     monkeypatch.setattr(state, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained)  # pyright: ignore
-    with pytest.raises(SpectuneError, match=r"the changes of 1 layers are not finite after step 1, nothing"):
+    with pytest.raises(SpectuneError, match=r"the changes of 1 layer are not finite after step 1, nothing"):
         train(make_recipe(run={"steps": 1}), callbacks=[Break()])
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_run_goes_on_with_the_frames_it_began_with(
+def test_a_resumed_run_keeps_its_frames(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(make_recipe(run={"steps": 1}))
@@ -419,11 +420,11 @@ def test_a_run_goes_on_with_the_frames_it_began_with(
     def another_rounding(*args: Any) -> Any:
         raise AssertionError("the base was split again")
 
-    monkeypatch.setattr(prepare, "_made_frames", another_rounding)
+    monkeypatch.setattr(trainable_model, "_make_frames", another_rounding)
     assert train(make_recipe(run={"steps": 2})).first_step == 1
 
 
-def test_each_part_has_its_step_size(make_recipe: MakeRecipe) -> None:
+def test_each_part_has_its_own_step_size(make_recipe: MakeRecipe) -> None:
     class Sizes(Callbacks):
         def on_step(self, info: StepInfo) -> None:
             found.append(set(info.step_size))
@@ -436,9 +437,9 @@ def test_each_part_has_its_step_size(make_recipe: MakeRecipe) -> None:
 def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
     class Progress(Callbacks):
         def on_progress(self, stage: str, done: int, total: int) -> None:
-            heard.append((stage, done, total))
+            progress.append((stage, done, total))
 
-    heard: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     console = ConsoleProgress(Console(file=StringIO()))
     train(make_recipe(data={"flip_probability": 0.5}, run={"steps": 0}), callbacks=[Progress(), console])
-    assert heard[:12] == [("encoding images", done, 12) for done in range(1, 13)]
+    assert progress[:12] == [("encoding images", done, 12) for done in range(1, 13)]

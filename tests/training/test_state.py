@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError
-from spectune.training import state
+from spectune.training import output, state
 from spectune.training.optim.groups import build_optimizer
 from spectune.training.optim.kinds import OPTIMIZERS
 
@@ -47,7 +47,7 @@ def test_tensors_leave_the_structure() -> None:
     assert state.unflatten(flat, tensors) == {0: {"step": torch.tensor(3.0), "dims": (1, 0)}}
 
 
-def progress(step: int = 3, **changes: Any) -> state.Progress:
+def header(step: int = 3, **changes: Any) -> state.StateHeader:
     values: dict[str, Any] = {
         "step": step,
         "steps": 10,
@@ -59,7 +59,7 @@ def progress(step: int = 3, **changes: Any) -> state.Progress:
         "validation_before": None,
         "optimizer_package": "torch",
     }
-    return state.Progress(**{**values, **changes})
+    return state.StateHeader(**{**values, **changes})
 
 
 def trained_pair(name: str) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
@@ -79,10 +79,10 @@ def advance(trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optim
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     trained, optimizer = trained_pair(name)
     advance(trained, optimizer, range(4))
-    state.save_state(tmp_path / "t.state", progress(), trained, optimizer)
+    state.save_state(tmp_path / "t.state", header(), trained, optimizer)
     advance(trained, optimizer, range(4, 9))
 
     other, other_optimizer = trained_pair(name)
@@ -90,7 +90,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> 
     loaded.restore(other, other_optimizer)
     advance(other, other_optimizer, range(4, 9))
 
-    assert loaded.progress == progress()
+    assert loaded.header == header()
     assert all(torch.equal(trained[key], other[key]) for key in trained)
     assert sorted(path.name for path in (tmp_path / "t.state").iterdir()) == [
         "extras.safetensors",
@@ -100,39 +100,39 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> 
     ]
 
 
-def test_old_saves_go(tmp_path: Path) -> None:
+def test_old_saves_are_removed(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     for step in (1, 2, 10):
-        state.save_state(state.state_folder(tmp_path, "n", step), progress(step), trained, optimizer)
-        state.adapter_file(tmp_path, "n", step).touch()
-    state.adapter_file(tmp_path, "n").touch()
-    state.adapter_file(tmp_path, "n-step00000001x").touch()  # another run's
-    state.keep_last(tmp_path, "n", 2)
+        state.save_state(output.state_folder(tmp_path, "n", step), header(step), trained, optimizer)
+        output.adapter_file(tmp_path, "n", step).touch()
+    output.adapter_file(tmp_path, "n").touch()
+    output.adapter_file(tmp_path, "n-step00000001x").touch()  # another run's
+    output.keep_last(tmp_path, "n", 2)
 
-    assert [path.name for path in state.saved_states(tmp_path, "n")] == [
+    assert [path.name for path in output.saved_states(tmp_path, "n")] == [
         "n-step00000002.state",
         "n-step00000010.state",
     ]
-    assert len(state.step_files(tmp_path, "n")) == 2
-    assert state.adapter_file(tmp_path, "n").exists()
-    assert state.adapter_file(tmp_path, "n-step00000001x").exists()
+    assert len(output.step_files(tmp_path, "n")) == 2
+    assert output.adapter_file(tmp_path, "n").exists()
+    assert output.adapter_file(tmp_path, "n-step00000001x").exists()
 
 
-def test_a_save_that_fails_leaves_the_old_state(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_the_old_state(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     folder = tmp_path / "t.state"
-    state.save_state(folder, progress(3), trained, optimizer)
+    state.save_state(folder, header(3), trained, optimizer)
     optimizer.param_groups[0]["odd"] = object()
     with pytest.raises(AssertionError, match="is not plain data"):
-        state.save_state(folder, progress(4), trained, optimizer)
-    assert state.load_state(folder).progress.step == 3
+        state.save_state(folder, header(4), trained, optimizer)
+    assert state.load_state(folder).header.step == 3
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_damaged_states_are_named(tmp_path: Path) -> None:
+def test_errors_name_damaged_states(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     folder = tmp_path / "t.state"
-    state.save_state(folder, progress(), trained, optimizer)
+    state.save_state(folder, header(), trained, optimizer)
     (folder / state.OPTIMIZER).write_bytes(b"torn")
     with pytest.raises(InputError, match=r"t.state is not a complete training state"):
         state.load_state(folder)
@@ -140,38 +140,38 @@ def test_damaged_states_are_named(tmp_path: Path) -> None:
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
-    state.save_state(tmp_path / "t.state", progress(), trained, optimizer)
+    state.save_state(tmp_path / "t.state", header(), trained, optimizer)
     saved = state.load_state(tmp_path / "t.state")
 
-    assert state.check_continues(saved, progress(recipe={"run": {"batch": 2, "steps": 99}})) == []
-    assert "their order is a new one" in state.check_continues(saved, progress(data_hash="x"))[0]
+    assert state.check_continues(saved, header(recipe={"run": {"batch": 2, "steps": 99}})) == []
+    assert "they get a new order" in state.check_continues(saved, header(data_hash="x"))[0]
     with pytest.raises(InputError, match=r"run\.batch was 2, is 4"):
-        state.check_continues(saved, progress(recipe={"run": {"batch": 4, "steps": 10}}))
+        state.check_continues(saved, header(recipe={"run": {"batch": 4, "steps": 10}}))
     with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb, is 0000000000000000"):
-        state.check_continues(saved, progress(base_hash="0" * 64))
+        state.check_continues(saved, header(base_hash="0" * 64))
     with pytest.raises(InputError, match="frames were ffffffffffff, are 000000000000"):
-        state.check_continues(saved, progress(frame_hash="0" * 64))
-    with pytest.raises(InputError, match=r"1 trained tensors differ from this run's, first a\.up"):
+        state.check_continues(saved, header(frame_hash="0" * 64))
+    with pytest.raises(InputError, match=r"1 trained tensor and those of this run differ, first a\.up"):
         saved.restore({"a.down": trained["a.down"]}, optimizer)
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("constant", 0), ("cosine", 1)])
-def test_a_new_length_under_a_schedule_is_told(tmp_path: Path, schedule: str, count: int) -> None:
+def test_a_new_length_under_a_schedule_is_a_warning(tmp_path: Path, schedule: str, count: int) -> None:
     trained, optimizer = trained_pair("adamw")
     recipe = {"optimizer": {"schedule": schedule}}
-    state.save_state(tmp_path / "t.state", progress(recipe=recipe), trained, optimizer)
+    state.save_state(tmp_path / "t.state", header(recipe=recipe), trained, optimizer)
     saved = state.load_state(tmp_path / "t.state")
 
-    warnings = state.check_continues(saved, progress(recipe=recipe, steps=20))
+    warnings = state.check_continues(saved, header(recipe=recipe, steps=20))
     assert len(warnings) == count
     assert all(f"the run had 10 steps, now it has 20: its {schedule} schedule" in text for text in warnings)
-    assert state.check_continues(saved, progress(recipe=recipe)) == []
+    assert state.check_continues(saved, header(recipe=recipe)) == []
 
 
-def test_frames_come_back(tmp_path: Path) -> None:
+def test_frames_are_restored(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     frames = {"a": LowRank(torch.rand(2, 40), torch.rand(40, 2), alpha=2.0)}
-    state.save_state(tmp_path / "t.state", progress(), trained, optimizer, frames=frames)
+    state.save_state(tmp_path / "t.state", header(), trained, optimizer, frames=frames)
     loaded = state.load_state(tmp_path / "t.state").frames
     assert loaded is not None
     assert list(loaded) == ["a"]

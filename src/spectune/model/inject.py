@@ -88,6 +88,11 @@ class AdaptedLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return apply_low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
 
+    @property
+    def frame(self) -> LowRank:
+        """The frame on the layer's device."""
+        return LowRank(self.frame_down, self.frame_up, self.alpha)
+
     def trained_change(self) -> tuple[Tensor, Tensor]:
         """Return dA and dB on their device, in the trained dtype."""
         if self.form == "delta":
@@ -150,6 +155,10 @@ class Injection:
     def named_deltas(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the trainable pair (down, up) of each layer."""
         return {name: (layer.down, layer.up) for name, layer in self.layers.items()}
+
+    def frames(self) -> dict[str, LowRank]:
+        """Return the frame of each layer, on the layer's device."""
+        return {name: layer.frame for name, layer in self.layers.items()}
 
     def deltas(self) -> dict[str, Delta]:
         """Return the current changes, ready for a tuned adapter file."""

@@ -17,8 +17,9 @@ from spectune.pairs.sizes import parse_bytes
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import Layout
-from spectune.training.memory.account import MemoryMeter, Setup
-from spectune.training.memory.search import QUANTISED, Plan, recipe_text
+from spectune.training.memory.account import Setup
+from spectune.training.memory.meter import MemoryMeter
+from spectune.training.memory.search import QUANTIZED, Plan, recipe_text
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName
@@ -147,7 +148,7 @@ def _weights_by_precision(meter: MemoryMeter, setup: Setup) -> dict[str, dict[st
     """Bytes of each frozen network as fp32, bf16 and quantised from bf16."""
     plain = meter.inventory(replace(setup, precision="bf16")).weights
     wide = meter.inventory(replace(setup, precision="fp32")).weights["none"]
-    columns = {"fp32": wide, "bf16": plain["none"], **{kind: plain[kind] for kind in QUANTISED}}
+    columns = {"fp32": wide, "bf16": plain["none"], **{kind: plain[kind] for kind in QUANTIZED}}
     return {
         "UNet": {name: weights.unet for name, weights in columns.items()},
         "text encoders": {name: weights.encoders for name, weights in columns.items()},

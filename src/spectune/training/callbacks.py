@@ -1,8 +1,8 @@
-"""Who listens to a run: the console, TensorBoard, previews, a user interface."""
+"""Callbacks of a run: progress bar, TensorBoard, previews, user interfaces."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,29 +17,31 @@ from spectune.model.network import Sdxl
 
 @dataclass(frozen=True)
 class RunStart:
+    """What a run is about to do."""
+
     name: str
     steps: int  # of the whole run
     first_step: int  # finished steps at the start, above 0 when resumed
     images: int
-    trained_numbers: int
+    trained_parameters: int
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished optimiser step."""
+    """One finished optimizer step."""
 
     step: int  # counted from 1
     loss: float  # mean over the step's batches
     learning_rates: Mapping[str, float]  # of each part
     grad_norm: float  # before clipping
-    step_size: Mapping[str, float]  # Prodigy's d of each part; empty for other optimisers
+    step_size: Mapping[str, float]  # Prodigy's d of each part; empty for other optimizers
     seconds: float
-    memory_bytes: int  # of the GPU at most so far, or of this process
+    memory_bytes: int  # peak of the GPU so far, or current main memory of this process
     delta_norms: Mapping[str, float]  # of dA and dB of each part: "unet.down"; empty between logged steps
 
     @property
     def learning_rate(self) -> float:
-        """The largest of a part."""
+        """The largest learning rate of all parts."""
         return max(self.learning_rates.values())
 
 
@@ -47,10 +49,10 @@ class StepInfo:
 class TrainReport:
     """What a run did."""
 
-    steps: int  # finished in all
-    first_step: int  # where this run took over
-    seconds: float  # in training steps
-    training_loss: float | None  # mean of the last steps of this run
+    steps: int  # finished steps, those before a resume included
+    first_step: int  # finished steps when this process started
+    seconds: float  # spent in steps
+    training_loss: float | None  # mean of the last steps
     validation_before: float | None
     validation_after: float | None
     files: tuple[Path, ...]
@@ -59,43 +61,58 @@ class TrainReport:
 
     @property
     def steps_per_second(self) -> float | None:
+        """Steps of this process per second; None without any."""
         done = self.steps - self.first_step
         return done / self.seconds if done and self.seconds else None
 
 
 class Callbacks:
-    """A listener that hears nothing; override what matters. Called on the main process only."""
+    """Methods that a run calls on its main process; override some. These do nothing."""
 
     def on_message(self, text: str) -> None:
-        """A stage begins, or something is worth knowing."""
+        """Receive a log line or a warning."""
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        """How far a stage before the training is; it is over when `done` is `total`."""
+        """Receive the progress of a stage before training; it is over when `done` is `total`."""
 
     def on_start(self, start: RunStart) -> None:
-        """Training begins."""
+        """Handle the start of training."""
 
     def on_step(self, info: StepInfo) -> None:
-        """A step is done."""
+        """Handle a logged step."""
 
     def on_validation(self, step: int, loss: float) -> None:
-        """The loss on held-out images after `step` steps."""
+        """Receive the validation loss after `step` steps."""
 
     def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
-        """Time to draw pictures: `model` carries the weights as they would be saved. A sheet of them."""
+        """Draw a preview with `model`, which has the weights to save; return it as one image."""
 
     def on_picture(self, step: int, sheet: Image.Image) -> None:
-        """Somebody has drawn a preview."""
+        """Receive a finished preview image."""
 
     def on_save(self, step: int, file: Path) -> None:
-        """An adapter file is complete."""
+        """Handle a complete adapter file."""
 
     def on_end(self, report: TrainReport) -> None:
-        """The run is over; also called when it was interrupted."""
+        """Handle the end of the run, also after an interruption or an error."""
+
+
+class WarningLog:
+    """Warnings, shown when they are found and kept for the report."""
+
+    def __init__(self, callbacks: Callbacks) -> None:
+        self.callbacks = callbacks
+        self.found: list[str] = []
+
+    def add(self, warnings: Iterable[str]) -> None:
+        """Show and keep warnings."""
+        for warning in warnings:
+            self.callbacks.on_message(f"warning: {warning}")
+            self.found.append(warning)
 
 
 class ConsoleProgress(Callbacks):
-    """A bar with loss, rate and time left on stderr."""
+    """A progress bar on stderr with loss, speed and remaining time."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -103,7 +120,7 @@ class ConsoleProgress(Callbacks):
         self._stage_bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
-        self._held_out = ""
+        self._validation = ""
 
     def on_message(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
@@ -150,13 +167,13 @@ class ConsoleProgress(Callbacks):
             self._task,
             completed=info.step,
             rate=f"{1 / info.seconds:.2f} it/s" if info.seconds else "",
-            loss=f"loss {self._loss:.4f}{self._held_out} {info.memory_bytes / 1e9:.1f} GB",
+            loss=f"loss {self._loss:.4f}{self._validation} {info.memory_bytes / 1e9:.1f} GB",
         )
 
     def on_validation(self, step: int, loss: float) -> None:
-        self._held_out = f" held-out {loss:.4f}"
+        self._validation = f" validation {loss:.4f}"
         if self._bar is None:
-            self.on_message(f"held-out loss before training: {loss:.4f}")
+            self.on_message(f"validation loss before training: {loss:.4f}")
 
     def on_end(self, report: TrainReport) -> None:
         if self._bar is not None:
@@ -165,7 +182,7 @@ class ConsoleProgress(Callbacks):
 
 
 class TensorBoardLog(Callbacks):
-    """Scalars for TensorBoard in `folder`; a resumed run replaces what was logged after its first step."""
+    """Scalars for TensorBoard in `folder`; a resumed run replaces entries after its first step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -217,49 +234,49 @@ class TensorBoardLog(Callbacks):
             self._writer.add_scalar(tag, value, step)
 
 
-class Listeners(Callbacks):
-    """Several listeners as one."""
+class CallbackList(Callbacks):
+    """Several callbacks as one; a preview goes to `on_picture` of all."""
 
-    def __init__(self, listeners: list[Callbacks]) -> None:
-        self.listeners = listeners
+    def __init__(self, callbacks: Sequence[Callbacks]) -> None:
+        self.callbacks = callbacks
 
     def on_message(self, text: str) -> None:
-        for listener in self.listeners:
-            listener.on_message(text)
+        for callback in self.callbacks:
+            callback.on_message(text)
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        for listener in self.listeners:
-            listener.on_progress(stage, done, total)
+        for callback in self.callbacks:
+            callback.on_progress(stage, done, total)
 
     def on_start(self, start: RunStart) -> None:
-        for listener in self.listeners:
-            listener.on_start(start)
+        for callback in self.callbacks:
+            callback.on_start(start)
 
     def on_step(self, info: StepInfo) -> None:
-        for listener in self.listeners:
-            listener.on_step(info)
+        for callback in self.callbacks:
+            callback.on_step(info)
 
     def on_validation(self, step: int, loss: float) -> None:
-        for listener in self.listeners:
-            listener.on_validation(step, loss)
+        for callback in self.callbacks:
+            callback.on_validation(step, loss)
 
     def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
         sheet = None
-        for listener in self.listeners:
-            drawn = listener.on_preview(step, model)
+        for callback in self.callbacks:
+            drawn = callback.on_preview(step, model)
             if drawn is not None:
                 self.on_picture(step, drawn)
                 sheet = drawn
         return sheet
 
     def on_picture(self, step: int, sheet: Image.Image) -> None:
-        for listener in self.listeners:
-            listener.on_picture(step, sheet)
+        for callback in self.callbacks:
+            callback.on_picture(step, sheet)
 
     def on_save(self, step: int, file: Path) -> None:
-        for listener in self.listeners:
-            listener.on_save(step, file)
+        for callback in self.callbacks:
+            callback.on_save(step, file)
 
     def on_end(self, report: TrainReport) -> None:
-        for listener in self.listeners:
-            listener.on_end(report)
+        for callback in self.callbacks:
+            callback.on_end(report)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class MovingAverage:
     """average <- decay * average + (1 - decay) * trained, once a step, in float32.
 
-    The decay grows like (1 + n) / (10 + n) with the step n until it reaches its value, so that the zeros that
-    training starts from do not stay in the average of a short run.
+    The decay grows like (1 + n) / (10 + n) with the step n up to its final value. Without that, the zeros
+    that training starts from would stay in the average of a short run.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -24,14 +24,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the tensors as a step has left them."""
+        """Add the current tensors to the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         current = [tensor.detach().float() for tensor in self._trained.values()]
         torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
 
     def restore(self, average: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from a saved average of the same tensors."""
+        """Continue from a saved average of the same tensors."""
         self.steps = steps
         with torch.no_grad():
             for name, tensor in self.average.items():
@@ -39,7 +39,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the parameters hold the average; afterwards, bit for bit, what they held before."""
+        """Give the parameters the average inside the block; afterwards restore them bit for bit."""
         kept = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
         with torch.no_grad():
             for name, tensor in self._trained.items():

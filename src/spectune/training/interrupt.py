@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
-class StopWish:
-    """Within, the first SIGINT or SIGTERM only sets `asked`; a second SIGINT stops at once."""
+class StopRequest:
+    """Inside the block, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Signals can only be handled in the main thread; elsewhere (a user interface) nobody sends them.
+        # Only the main thread can handle signals. In other threads (a user interface) nothing sends them.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -28,7 +28,7 @@ class StopWish:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

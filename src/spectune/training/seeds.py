@@ -1,8 +1,8 @@
-"""One seed for every random choice of a run, derived from what the choice is for.
+"""One seed for every random choice of a run, derived from the purpose of the choice.
 
-Nothing random is carried from step to step: the noise of a batch is a function of the run's seed and
-the batch's position, the caption order of a picture one of seed, epoch and picture. A resumed run
-therefore only has to know its position.
+No random state is carried from step to step. The noise of a batch is a function of the run's seed and the
+batch's position; the caption order of an image is a function of seed, epoch and image. A resumed run
+therefore needs to know only its position.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
-    """A seed in 0..2^63-1 for one purpose, independent of the seeds of all other purposes."""
+    """Return a seed in 0..2^63-1 for one purpose, independent of the seeds for all other purposes."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator for one purpose; on the CPU, so that a run does not depend on its device."""
+    """Return a generator for one purpose; on the CPU, so a run does not depend on its device."""
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
 def derived_random(seed: int, *purpose: str | int) -> Random:
-    """Python's generator for one purpose."""
+    """Return Python's generator for one purpose."""
     return Random(derived_seed(seed, *purpose))

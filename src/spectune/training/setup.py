@@ -1,334 +1,205 @@
-"""A run put together: data, model, caches, optimiser, and the state it goes on from."""
+"""From a recipe to a run with everything in place for its first step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
-from spectune.model.inject import Injection
-from spectune.model.network import Sdxl
-from spectune.model.offload import Offload, offload
-from spectune.model.prediction import UNIFORM, LogitNormal, Prediction
-from spectune.model.quantize import quantize_layers
-from spectune.model.vae_convention import (
-    KNOWN_VAES,
-    VaeConvention,
-    declare_vae,
-    merge_conventions,
-    resolve_convention,
-)
-from spectune.model.vae_loading import choose_vae
+from spectune.model.offload import offload
+from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
 from spectune.training import state
 from spectune.training.aligned_frames import align
-from spectune.training.callbacks import Callbacks
-from spectune.training.data.dataset import Pictures
+from spectune.training.callbacks import Callbacks, WarningLog
+from spectune.training.data.dataset import Pictures, Variation
+from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     check_sizes,
     data_hash,
     data_warnings,
     fill_caches,
-    scan_training,
-    scan_validation,
     training_sizes,
-    variation,
 )
 from spectune.training.data.plan import BatchPlan
+from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
-from spectune.training.eps_to_flow.warming import warm_start
-from spectune.training.objective.edm2 import LearnedWeighting, weighting_optimizer
-from spectune.training.objective.losses import HUBER_C, LOSSES, HuberTurn
-from spectune.training.objective.requests import Questions
-from spectune.training.objective.target import (
-    OBJECTIVES,
-    Cost,
-    NoiseOptions,
-    ObjectiveOptions,
-)
+from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
+from spectune.training.objective.cost import Cost
+from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
+from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold
+from spectune.training.objective.noising import NoiseOptions
+from spectune.training.objective.objective import Objective
 from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
 from spectune.training.optim.groups import build_optimizer, groups_by_part
-from spectune.training.prepare import (
+from spectune.training.recipe.recipe import Recipe
+from spectune.training.run import Optimization, Progress, Run, RunData, RunModel
+from spectune.training.trainable_model import (
     KnownFrames,
-    Prepared,
+    TrainableModel,
+    build_trainable,
     hash_of_frames,
     model_warnings,
-    prepare,
+    quantize,
+    with_chosen_vae,
     with_resolved_objective,
 )
-from spectune.training.recipe.recipe import Recipe
-from spectune.training.recipe.sections.model import VaeSection
-from spectune.training.validation import HeldOut, encode_held_out
+from spectune.training.validation import encode_validation
 
 
-@dataclass
-class Run:
-    """Everything a run works with; `step` and `position` are where it stands."""
+def assemble(
+    recipe: Recipe, accelerator: Accelerator, callbacks: Callbacks, saved: state.SavedState | None = None
+) -> Run:
+    """Return a run that is ready for its first step, or to restore `saved`; write nothing.
 
-    recipe: Recipe
-    accelerator: Accelerator
-    hear: Callbacks
-    prepared: Prepared
-    denoiser: Denoiser
-    distributed: nn.Module  # the denoiser as accelerate wraps it
-    asking: Questions
-    cost: Cost
-    optimizer: Optimizer
-    stepper: Any  # the optimiser as accelerate wraps it
-    base_rates: tuple[float, ...]
-    trained: dict[str, nn.Parameter]
-    pictures: Pictures
-    plan: BatchPlan
-    held_out: list[HeldOut]
-    data_hash: str
-    steps: int
-    warnings: list[str]
-    files: list[Path]
-    waiting: Offload  # networks whose outputs are cached, if the recipe sends them away
-    ema: MovingAverage | None = None
-    learned: LearnedWeighting | None = None  # the weighting of noise levels, with its own optimiser
-    learned_optimizer: Optimizer | None = None
-    step: int = 0
-    position: int = 0
-    validation_before: float | None = None
-    validation_after: float | None = None
-
-    @property
-    def injection(self) -> Injection:
-        return self.prepared.injection
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.asking.prediction
-
-    @property
-    def replaced(self) -> Mapping[str, Tensor]:
-        """The tensors that stand in for those of the base, by their names in a checkpoint."""
-        return {} if self.asking.conversion is None else self.asking.conversion.warm.tensors
-
-    def frames(self) -> dict[str, LowRank] | None:
-        """The frames by layer where the run split the base itself: rounding differs between machines."""
-        if self.recipe.model.rank is None:
-            return None
-        layers = self.injection.layers
-        return {name: LowRank(it.frame_down, it.frame_up, it.alpha) for name, it in layers.items()}
-
-    def extras(self) -> dict[str, Any]:
-        """What a state holds beside the trained tensors and their optimiser."""
-        found: dict[str, Any] = {}
-        if self.replaced:
-            found["replaced"] = dict(self.replaced)
-        if self.ema is not None:
-            found["ema"] = {"average": self.ema.average, "steps": self.ema.steps}
-        if self.learned is not None and self.learned_optimizer is not None:
-            found["edm2"] = {
-                "weighting": dict(self.learned.state_dict()),
-                "optimizer": self.learned_optimizer.state_dict(),
-            }
-        return found
-
-    @property
-    def model(self) -> Sdxl:
-        """The model with the prediction type that it is trained for."""
-        return replace(self.prepared.model, prediction=self.prediction)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.trained.values())
-
-    def progress(self) -> state.Progress:
-        return state.Progress(
-            step=self.step,
-            steps=self.steps,
-            position=self.position,
-            recipe=self.recipe.model_dump(mode="json"),
-            base_hash=self.prepared.origin.base_hash,
-            frame_hash=self.prepared.frame_hash,
-            data_hash=self.data_hash,
-            validation_before=self.validation_before,
-            optimizer_package=state.package_of(self.recipe.optimizer.name),
-        )
-
-
-# ---------------------------------------------------------------- putting a run together
-
-
-def assemble(recipe: Recipe, accelerator: Accelerator, hear: Callbacks, resumed: Path | None) -> Run:
-    """Everything checked and in place for the first step; nothing is written."""
-    warnings = model_warnings(recipe)
+    Raises InputError for files that are missing or do not fit the recipe.
+    """
+    warnings = WarningLog(callbacks)
+    warnings.add(model_warnings(recipe))
     recipe = with_resolved_objective(recipe)
-    saved = None if resumed is None else state.load_state(resumed)
     if saved is not None:
         state.check_recipe(saved, recipe.model_dump(mode="json"))
-    data = recipe.data
-    scan, held_out_scan = scan_training(data), scan_validation(data)
-    sizes = training_sizes(data)
-    pictures = Pictures(scan.images, sizes, variation(data), seed=recipe.run.seed, masks=data.mask)
-    warnings += data_warnings(scan, pictures, held_out_scan)
-    for warning in warnings:
-        hear.on_message(f"warning: {warning}")
-    plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
-    quantised = recipe.model.quantize != "none"
-    prepared = prepare(
-        recipe.model,
-        known=_known_frames(saved),
-        seed=recipe.run.seed,
-        # what is quantised goes to the GPU layer by layer: all of it would not fit there before
-        device="cpu" if quantised else accelerator.device,
-        dtype=parse_dtype(recipe.run.precision),
-        trained_dtype=parse_dtype(recipe.run.trained_precision),
-        say=hear.on_message,
+    pictures, validation = _find_images(recipe, warnings)
+    trainable = _build_model(recipe, accelerator.device, saved, callbacks)
+    model = RunModel(
+        trainable, _build_denoiser(recipe, trainable), offload(trainable.sdxl, recipe.run.offload)
     )
-    if quantised:
-        _quantise(prepared, recipe, accelerator.device, hear)
-    prepared = with_chosen_vae(prepared, recipe.vae)
-    waiting = offload(prepared.model, recipe.run.offload)
-    pictures.pixels_per_latent = prepared.model.pixels_per_latent
-    check_sizes(prepared.model, sizes)
-    denoiser = Denoiser(prepared.model, trains_text=any(part != "unet" for part in recipe.model.parts))
-    if recipe.run.gradient_checkpointing:
-        denoiser.checkpoint_gradients()
-    held_out = [] if held_out_scan is None else encode_held_out(prepared.model, held_out_scan, sizes)
-    warnings += fill_caches(recipe, prepared.model, denoiser, pictures, held_out, hear)
-    waiting.park()
-    asking = Questions(
-        prepared=prepared,
-        denoiser=denoiser,
-        pictures=pictures,
-        plan=plan,
-        prediction=_prediction(recipe),
-        noise=_noise(recipe),
-        seed=recipe.run.seed,
-        conversion=_conversion(recipe),
-    )
-    if recipe.objective.start == "warm" and saved is None:
-        _warmed(recipe, accelerator, asking, hear)
-    if recipe.model.aligned and saved is None:
-        prepared, found = _aligned(recipe, accelerator, asking, hear)
-        warnings += found
+    data = _encode_images(recipe, model, pictures, validation, warnings)
+    weighting = _build_weighting(recipe, accelerator.device)
+    objective = _build_objective(recipe, model, weighting)
+    if saved is None:
+        model = _fit_to_first_batches(recipe, accelerator, data, model, objective, warnings)
     if recipe.run.compile:
-        prepared.model.unet.compile()  # the frames are in place: others would have it compile again
-    trained = state.trained_tensors(prepared.injection.named_deltas())
-    learned = _learned(recipe, accelerator.device)
-    settings = recipe.optimizer
-    optimizer = build_optimizer(
-        settings.name,
-        groups_by_part(trained),
-        learning_rate=settings.learning_rate,
-        part_learning_rates={str(part): rate for part, rate in settings.part_learning_rates.items()},
-        options=settings.options,
-    )
-    # The model is on its device already, and its trainable tensors must stay the ones the optimiser holds.
-    distributed, stepper = accelerator.prepare(denoiser, optimizer, device_placement=[False, True])
-    run = Run(
+        model.sdxl.unet.compile()  # after the frames are in place: changing them would compile again
+    return Run(
         recipe=recipe,
         accelerator=accelerator,
-        hear=hear,
-        prepared=prepared,
-        denoiser=denoiser,
-        distributed=distributed,
-        asking=replace(asking, prepared=prepared),
-        cost=_cost(recipe, learned),
-        optimizer=optimizer,
-        stepper=stepper,
-        base_rates=tuple(group["lr"] for group in optimizer.param_groups),
-        trained=trained,
-        pictures=pictures,
-        plan=plan,
-        held_out=held_out,
-        data_hash=data_hash(pictures),
-        steps=_total_steps(recipe, plan, accelerator.num_processes),
-        warnings=warnings,
-        files=[],
-        waiting=waiting,
-        learned=learned,
-        learned_optimizer=(
-            None
-            if learned is None
-            else weighting_optimizer(learned, learning_rate=recipe.loss.edm2.learning_rate)
-        ),
-        ema=None if recipe.run.ema_decay is None else MovingAverage(trained, recipe.run.ema_decay),
+        callbacks=callbacks,
+        data=data,
+        model=model,
+        objective=objective,
+        optimization=_build_optimization(recipe, accelerator, model, weighting),
+        steps=_total_steps(recipe, data.plan, accelerator.num_processes),
+        warnings=tuple(warnings.found),
     )
-    if saved is not None:
-        _take_over(run, saved)
-    return run
 
 
-def _noise(recipe: Recipe) -> NoiseOptions:
-    return NoiseOptions(recipe.objective.noise_offset, recipe.objective.input_perturbation)
+def restore(run: Run, saved: state.SavedState) -> Progress:
+    """Put a saved state into a run that was assembled with it; return where the run continues.
+
+    Raises InputError if the state belongs to another run.
+    """
+    warnings = WarningLog(run.callbacks)
+    warnings.add(state.check_continues(saved, run.state_header(Progress())))
+    optimization, conversion = run.optimization, run.objective.conversion
+    saved.restore(optimization.parameters, optimization.optimizer)
+    if conversion is not None and "replaced" in saved.extras:
+        conversion.swapped.put(run.model.sdxl, saved.extras["replaced"])
+    if optimization.average is not None:
+        optimization.average.restore(**saved.extras["ema"])
+    if optimization.weighting is not None:
+        optimization.weighting.load_state_dict(saved.extras["edm2"])
+    header = saved.header
+    run.callbacks.on_message(f"resuming after step {header.step} from {saved.folder.name}")
+    return Progress(
+        step=header.step,
+        position=header.position,
+        first_step=header.step,
+        validation_before=header.validation_before,
+        warnings=warnings.found,
+    )
 
 
-def _conversion(recipe: Recipe) -> Conversion | None:
+# ---------------------------------------------------------------- data
+
+
+def _find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan | None]:
+    data = recipe.data
+    scan, validation = scan_training(data), scan_validation(data)
+    pictures = Pictures(
+        scan.images, training_sizes(data), Variation.of(data), seed=recipe.run.seed, masks=data.mask
+    )
+    warnings.add(data_warnings(scan, pictures, validation))
+    return pictures, validation
+
+
+def _encode_images(
+    recipe: Recipe, model: RunModel, pictures: Pictures, validation: Scan | None, warnings: WarningLog
+) -> RunData:
+    """Encode what is encoded once, then send the networks that are no longer needed to main memory."""
+    sizes = training_sizes(recipe.data)
+    pictures.pixels_per_latent = model.sdxl.pixels_per_latent
+    check_sizes(model.sdxl, sizes)
+    groups = [] if validation is None else encode_validation(model.sdxl, validation, sizes)
+    warnings.add(fill_caches(recipe, model.sdxl, model.denoiser, pictures, groups, warnings.callbacks))
+    model.offload.park()
+    return RunData(
+        pictures=pictures,
+        plan=BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed),
+        validation=tuple(groups),
+        hash=data_hash(pictures),
+    )
+
+
+# ---------------------------------------------------------------- model
+
+
+def _build_model(
+    recipe: Recipe, device: torch.device, saved: state.SavedState | None, callbacks: Callbacks
+) -> TrainableModel:
+    known = None
+    if saved is not None and saved.frames is not None:
+        known = KnownFrames(saved.header.base_hash, saved.frames)
+    is_quantized = recipe.model.quantize != "none"
+    trainable = build_trainable(
+        recipe.model,
+        known=known,
+        seed=recipe.run.seed,
+        # quantized layers move to the GPU one by one: before, the whole model would not fit there
+        device="cpu" if is_quantized else device,
+        dtype=parse_dtype(recipe.run.precision),
+        trained_dtype=parse_dtype(recipe.run.trained_precision),
+        log=callbacks.on_message,
+    )
+    if recipe.model.quantize != "none":
+        quantize(trainable, recipe.model.quantize, device, log=callbacks.on_message)
+    return with_chosen_vae(trainable, recipe.vae)
+
+
+def _build_denoiser(recipe: Recipe, trainable: TrainableModel) -> Denoiser:
+    denoiser = Denoiser(trainable.sdxl, trains_text=any(part != "unet" for part in recipe.model.parts))
+    if recipe.run.gradient_checkpointing:
+        denoiser.checkpoint_gradients()
+    return denoiser
+
+
+# ---------------------------------------------------------------- objective
+
+
+def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTrainer | None) -> Objective:
     section = recipe.objective
-    if not section.converts:
-        return None
-    return Conversion(teaches=section.teacher != "none", bridge_steps=section.bridge_steps)
-
-
-def _warmed(recipe: Recipe, accelerator: Accelerator, asking: Questions, hear: Callbacks) -> None:
-    """Refit the layers that know of noise levels in place; the same tensors on every process."""
-    assert asking.conversion is not None
-    hear.on_message(f"fitting the start on {recipe.objective.warm_images} images")
-    for line in warm_start(asking, images=recipe.objective.warm_images, device=accelerator.device):
-        hear.on_message(line)
-    warm = asking.conversion.warm
-    # GPUs may round differently: all start from the tensors of the first process
-    tensors = {name: _from_main(t, accelerator.device).cpu() for name, t in warm.tensors.items()}
-    warm.put(asking.prepared.model, tensors)
-
-
-def _aligned(
-    recipe: Recipe, accelerator: Accelerator, asking: Questions, hear: Callbacks
-) -> tuple[Prepared, list[str]]:
-    """The model with the frames that the first batches of the run give it, and warnings."""
-    section, layers = recipe.model, asking.prepared.injection.layers
-    assert section.frame in ("gradient", "data")
-    hear.on_message(f"finding {section.frame} frames in {section.frame_batches} batches")
-    losses = partial(_first_losses, asking, _cost(recipe, None), section.frame_batches, accelerator.device)
-    asking.denoiser.train()  # as in training: transformers checkpoints gradients in this mode only
-    alignment = align(layers, section.frame, losses, seed=recipe.run.seed, length=section.frame_norm)
-    asking.denoiser.eval()
-    frames: dict[str, LowRank] = {}
-    for name, layer in layers.items():
-        frame = alignment.frames.get(name, LowRank(layer.frame_down, layer.frame_up, layer.alpha))
-        # GPUs may round differently: all train in the frames of the first process
-        down, up = (_from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
-        layer.reframe(LowRank(down, up, frame.alpha))
-        frames[name] = LowRank(down.cpu(), up.cpu(), frame.alpha)
-    for warning in alignment.warnings:
-        hear.on_message(f"warning: {warning}")
-    return replace(asking.prepared, frame_hash=hash_of_frames(frames)), alignment.warnings
-
-
-def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
-    return cast("Tensor", broadcast(tensor.to(device).contiguous()))
-
-
-def _first_losses(asking: Questions, cost: Cost, count: int, device: torch.device) -> Iterator[Tensor]:
-    """The losses of the batches that the training sees first, before anything learned weighs them."""
-    for batch, question in asking.first(count, device):
-        answer = asking.answer(asking.denoiser, question, batch, step=0)
-        costs = cost.images(
-            asking.prediction, answer, question, image_weights=batch.weights, mask=batch.masks
-        )
-        yield costs.mean()
-
-
-def _known_frames(saved: state.SavedState | None) -> KnownFrames | None:
-    if saved is None or saved.frames is None:
-        return None
-    return KnownFrames(saved.progress.base_hash, saved.frames)
+    conversion = None
+    if section.converts:
+        conversion = Conversion(has_teacher=section.teacher != "none", bridge_steps=section.bridge_steps)
+    prediction = _prediction(recipe)
+    return Objective(
+        denoiser=model.denoiser,
+        injection=model.injection,
+        prediction=prediction,
+        noise=NoiseOptions(section.noise_offset, section.input_perturbation),
+        cost=_cost(recipe, prediction, None if weighting is None else weighting.weighting),
+        seed=recipe.run.seed,
+        conversion=conversion,
+    )
 
 
 def _prediction(recipe: Recipe) -> Prediction:
@@ -339,72 +210,135 @@ def _prediction(recipe: Recipe) -> Prediction:
         if section.flow_times == "logit_normal"
         else UNIFORM
     )
-    options = ObjectiveOptions(
+    return make_prediction(
+        section.kind,
         flow_shift=section.flow_shift or 1.0,
         flow_levels=levels,
         zero_terminal_snr=bool(section.zero_terminal_snr),
     )
-    return OBJECTIVES[section.kind](options)
 
 
-def _quantise(prepared: Prepared, recipe: Recipe, device: torch.device, hear: Callbacks) -> None:
-    """Quantise the linear layers of the base in place, say what it cost, and send the model to its device."""
-    kind = recipe.model.quantize
-    assert kind != "none"
-    frames = {
-        name: LowRank(layer.frame_down, layer.frame_up, layer.alpha)
-        for name, layer in prepared.injection.layers.items()
-    }
-    report = quantize_layers(prepared.model, None, kind, frames=frames, device=device)
-    for part in report.parts:
-        hear.on_message(f"{kind} {part}")
-    model = prepared.model
-    modules: list[nn.Module | None] = [model.unet, model.te1, model.te2, model.vae]
-    for module in modules:
-        if module is not None:
-            module.to(device)
-
-
-def with_chosen_vae(prepared: Prepared, section: VaeSection) -> Prepared:
-    """The model with the autoencoder that the recipe asks for, and the origin that says so."""
-    own = prepared.model.layout.vae
-    origin = prepared.origin
-    usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
-    convention = resolve_convention(
-        section.path,
-        name=section.name,
-        scale=section.scale,
-        shift=section.shift,
-        padding=section.padding,
-        default=merge_conventions(origin, default=usual),
-    )
-    if section.path is None and convention == usual:
-        return prepared
-    model = choose_vae(prepared.model, section.path, convention)
-    return replace(prepared, model=model, origin=declare_vae(origin, convention, section.path))
-
-
-def _cost(recipe: Recipe, learned: LearnedWeighting | None) -> Cost:
-    section, name = recipe.loss, _prediction(recipe).name
-    options = WeightingOptions(name, scale_v_like_noise=section.scale_v_like_noise)
+def _cost(recipe: Recipe, prediction: Prediction, learned: LearnedWeighting | None) -> Cost:
+    section = recipe.loss
+    options = WeightingOptions(prediction.name, scale_v_like_noise=section.scale_v_like_noise)
     if section.min_snr_gamma is not None:
         options = replace(options, min_snr_gamma=section.min_snr_gamma)
-    c = HUBER_C if section.huber_c is None else section.huber_c
+    huber_c = HUBER_C if section.huber_c is None else section.huber_c
     return Cost(
         loss=LOSSES[section.kind],
         weighting=WEIGHTINGS[section.weighting],
         options=options,
-        turn=HuberTurn(c, section.huber_schedule),
+        threshold=HuberThreshold(huber_c, section.huber_schedule),
         learned=learned,
     )
 
 
-def _learned(recipe: Recipe, device: torch.device) -> LearnedWeighting | None:
+def _build_weighting(recipe: Recipe, device: torch.device) -> WeightingTrainer | None:
     if recipe.loss.weighting != "edm2":
         return None
     settings = recipe.loss.edm2
     weighting = LearnedWeighting(settings.fourier_features, importance_gamma=settings.importance_gamma)
-    return weighting.to(device)
+    weighting = weighting.to(device)
+    return WeightingTrainer(weighting, weighting_optimizer(weighting, learning_rate=settings.learning_rate))
+
+
+# ---------------------------------------------------------------- what the first batches determine
+
+
+def _fit_to_first_batches(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    data: RunData,
+    model: RunModel,
+    objective: Objective,
+    warnings: WarningLog,
+) -> RunModel:
+    """Fit a warm start, then find aligned frames, as far as the recipe requests them."""
+    first_batches = partial(data.first_batches, device=accelerator.device)
+    if recipe.objective.start == "warm":
+        images = recipe.objective.warm_images
+        warnings.callbacks.on_message(f"fitting the warm start on {images} images")
+        size = data.pictures.targets[0]
+        line = fit_warm_start(
+            objective, first_batches, batches=-(-images // data.plan.batch), pixels=size.width * size.height
+        )
+        warnings.callbacks.on_message(line)
+        _share_swapped_tensors(objective, accelerator.device)
+    if not recipe.model.aligned:
+        return model
+    warnings.callbacks.on_message(
+        f"finding {recipe.model.frame} frames in {recipe.model.frame_batches} batches"
+    )
+    frame_hash = _align_frames(recipe, objective, first_batches, warnings)
+    return replace(model, trainable=replace(model.trainable, frame_hash=frame_hash))
+
+
+def _share_swapped_tensors(objective: Objective, device: torch.device) -> None:
+    """Give every process the tensors of the first one: GPUs may round differently."""
+    assert objective.conversion is not None
+    swapped = objective.conversion.swapped
+    tensors = {name: _from_main(tensor, device).cpu() for name, tensor in swapped.tensors.items()}
+    swapped.put(objective.denoiser.model, tensors)
+
+
+def _align_frames(
+    recipe: Recipe, objective: Objective, first_batches: FirstBatches, warnings: WarningLog
+) -> str:
+    """Put the frames of the first batches in place; return their hash."""
+    section, layers = recipe.model, objective.injection.layers
+    assert section.frame in ("gradient", "data")
+    losses = partial(_first_losses, objective, first_batches, section.frame_batches)
+    objective.denoiser.train()  # transformers checkpoints gradients in training mode only
+    alignment = align(layers, section.frame, losses, seed=recipe.run.seed, length=section.frame_norm)
+    objective.denoiser.eval()
+    frames: dict[str, LowRank] = {}
+    for name, layer in layers.items():
+        frame = alignment.frames.get(name, layer.frame)
+        # GPUs may round differently: all train in the frames of the first process
+        down, up = (_from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
+        layer.reframe(LowRank(down, up, frame.alpha))
+        frames[name] = LowRank(down.cpu(), up.cpu(), frame.alpha)
+    warnings.add(alignment.warnings)
+    return hash_of_frames(frames)
+
+
+def _first_losses(objective: Objective, first_batches: FirstBatches, count: int) -> Iterator[Tensor]:
+    """Yield the losses of the first batches, before a learned weighting."""
+    for batch in first_batches(count):
+        _, costs = objective.image_costs(objective.denoiser, batch, step=0)
+        yield costs.mean()
+
+
+def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
+    return cast("Tensor", broadcast(tensor.to(device).contiguous()))
+
+
+# ---------------------------------------------------------------- optimization
+
+
+def _build_optimization(
+    recipe: Recipe, accelerator: Accelerator, model: RunModel, weighting: WeightingTrainer | None
+) -> Optimization:
+    settings, decay = recipe.optimizer, recipe.run.ema_decay
+    parameters = state.trained_tensors(model.injection.named_deltas())
+    optimizer = build_optimizer(
+        settings.name,
+        groups_by_part(parameters),
+        learning_rate=settings.learning_rate,
+        part_learning_rates={str(part): rate for part, rate in settings.part_learning_rates.items()},
+        options=settings.options,
+    )
+    # The model is on its device already, and its trainable tensors must stay those of the optimizer.
+    network, stepper = accelerator.prepare(model.denoiser, optimizer, device_placement=[False, True])
+    return Optimization(
+        network=network,
+        parameters=parameters,
+        optimizer=optimizer,
+        stepper=stepper,
+        base_rates=tuple(group["lr"] for group in optimizer.param_groups),
+        average=None if decay is None else MovingAverage(parameters, decay),
+        weighting=weighting,
+    )
 
 
 def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
@@ -412,21 +346,3 @@ def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
         return recipe.run.steps
     assert recipe.run.epochs is not None
     return -(-recipe.run.epochs * plan.batches_per_epoch // (recipe.run.accumulation * processes))
-
-
-def _take_over(run: Run, saved: state.SavedState) -> None:
-    warnings = state.check_continues(saved, run.progress())
-    saved.restore(run.trained, run.optimizer)
-    if run.asking.conversion is not None and "replaced" in saved.extras:
-        run.asking.conversion.warm.put(run.prepared.model, saved.extras["replaced"])
-    if run.ema is not None:
-        run.ema.restore(**saved.extras["ema"])
-    if run.learned is not None and run.learned_optimizer is not None:
-        run.learned.load_state_dict(saved.extras["edm2"]["weighting"])
-        run.learned_optimizer.load_state_dict(saved.extras["edm2"]["optimizer"])
-    run.step, run.position = saved.progress.step, saved.progress.position
-    run.validation_before = saved.progress.validation_before
-    run.warnings += warnings
-    for warning in warnings:
-        run.hear.on_message(f"warning: {warning}")
-    run.hear.on_message(f"going on after step {run.step} from {saved.folder.name}")

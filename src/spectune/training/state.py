@@ -1,21 +1,20 @@
-"""What a run needs to go on as if it had never stopped, as safetensors and JSON.
+"""Saved states, from which a run continues bit for bit, as safetensors and JSON.
 
 A state is a folder `{name}-step{:08d}.state`:
 
-    trained.safetensors     the trainable tensors as the optimiser steps on them
-    optimizer.safetensors   the tensors of its state
-    frames.safetensors      the frames, if the run split the base itself: others round otherwise
-    extras.safetensors      the moving average and the learned weighting with its optimiser, if there are any
-    state.json              everything else: step, position in the data, optimiser structure, recipe
+    trained.safetensors     the trainable tensors as the optimizer steps on them
+    optimizer.safetensors   the tensors of the optimizer's state
+    frames.safetensors      the frames, if the run split the base itself: another machine rounds differently
+    extras.safetensors      moving average, learned weighting with its optimizer, replaced tensors, if any
+    state.json              everything else: step, position in the data, recipe, structure of the optimizer
 
-Random generators are not in it: every random choice is derived from the seed and the position.
+Random generators are not included: every random choice is derived from the seed and the position.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
-from spectune.errors import InputError
+from spectune.errors import InputError, counted
 from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS
 
@@ -40,12 +39,12 @@ FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands."""
+class StateHeader:
+    """What identifies a run and its position; the plain part of state.json."""
 
-    step: int  # finished optimiser steps
+    step: int  # finished optimizer steps
     steps: int  # of the whole run
-    position: int  # batches drawn from the plan, of all processes
+    position: int  # batches taken from the plan, by all processes
     recipe: Mapping[str, Any]
     base_hash: str | None
     frame_hash: str  # of the frames that the trained tensors belong to
@@ -55,11 +54,14 @@ class Progress:
     format: int = FORMAT
 
 
-# ---------------------------------------------------------------- a nested value as JSON and tensors
+# ---------------------------------------------------------------- nested values as JSON and tensors
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """`value` as JSON; tensors move to `tensors` under names that start with `name`. Inverse: unflatten."""
+    """Return `value` as JSON; move its tensors to `tensors` under names that start with `name`.
+
+    Inverse: unflatten.
+    """
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
@@ -81,7 +83,7 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nested value that `flatten` took apart."""
+    """Return the nested value that `flatten` took apart."""
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in cast("list[Any]", value)]
     if not isinstance(value, dict):
@@ -98,27 +100,18 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 # ---------------------------------------------------------------- writing
 
 
-def state_folder(output: Path, name: str, step: int) -> Path:
-    return output / f"{name}-step{step:08d}.state"
-
-
-def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
-    """The adapter after `step` steps, or the final one."""
-    return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")
-
-
 def save_state(
     folder: Path,
-    progress: Progress,
+    header: StateHeader,
     trained: Mapping[str, Tensor],
     optimizer: Optimizer,
     *,
     frames: Mapping[str, LowRank] | None = None,
     extras: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a state; the folder appears under its name only when it is complete.
+    """Write a state; the folder gets its name only when it is complete.
 
-    `extras` is plain data with tensors in it, such as state dictionaries.
+    `extras` is plain data that may contain tensors, such as state dictionaries.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -132,10 +125,15 @@ def save_state(
         save_file(tensors, partial / OPTIMIZER)
         if frames is not None:
             save_file(_frame_tensors(frames), partial / FRAMES)
-        more: dict[str, Tensor] = {}
-        kept = flatten(dict(extras or {}), more, "extras")
-        save_file(more, partial / EXTRAS)
-        document = {**asdict(progress), "trained": list(trained), "optimizer": structure, "extras": kept}
+        extra_tensors: dict[str, Tensor] = {}
+        extra_structure = flatten(dict(extras or {}), extra_tensors, "extras")
+        save_file(extra_tensors, partial / EXTRAS)
+        document = {
+            **asdict(header),
+            "trained": list(trained),
+            "optimizer": structure,
+            "extras": extra_structure,
+        }
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
         for file in partial.iterdir():
             with file.open("rb+") as written:
@@ -148,7 +146,7 @@ def save_state(
 
 
 def _frame_tensors(frames: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """The tensors of frames by name. Inverse: _frames_of."""
+    """Return the tensors of frames by name. Inverse: _frames_of."""
     tensors: dict[str, Tensor] = {}
     for name, frame in frames.items():
         tensors[f"{name}.down"] = frame.down.detach().cpu().contiguous()
@@ -164,45 +162,6 @@ def _frames_of(tensors: Mapping[str, Tensor], order: Iterable[str]) -> dict[str,
     }
 
 
-def keep_last(output: Path, name: str, count: int) -> None:
-    """Remove all but the newest `count` states and step files of the run `name`."""
-    for paths in (saved_states(output, name), step_files(output, name)):
-        for path in paths[:-count]:
-            remove(path)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def saved_states(output: Path, name: str) -> list[Path]:
-    """Complete states of the run `name`, oldest first."""
-    return [path for path in _numbered(output, name, ".state") if (path / STATE).is_file()]
-
-
-def step_files(output: Path, name: str) -> list[Path]:
-    """Adapter files of single steps of the run `name`, oldest first."""
-    return _numbered(output, name, ".safetensors")
-
-
-def results(output: Path, name: str) -> list[Path]:
-    """Everything in the folder that the run `name` may have written, the final adapter last."""
-    found = [*_numbered(output, name, ".state"), *step_files(output, name)]
-    final = adapter_file(output, name)
-    return [*found, final] if final.exists() else found
-
-
-def _numbered(output: Path, name: str, ending: str) -> list[Path]:
-    if not output.is_dir():
-        return []
-    pattern = re.compile(rf"{re.escape(name)}-step(\d{{8}}){re.escape(ending)}")
-    found = [(int(match[1]), path) for path in output.iterdir() if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -211,41 +170,43 @@ class SavedState:
     """A state in memory."""
 
     folder: Path
-    progress: Progress
+    header: StateHeader
     trained: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]  # a torch optimiser's state_dict
-    frames: Mapping[str, LowRank] | None = None  # by layer, where the run split the base itself
+    optimizer: Mapping[str, Any]  # a torch optimizer's state_dict
+    frames: Mapping[str, LowRank] | None = None  # by layer, if the run split the base itself
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Put everything back, bit for bit.
+        """Copy trained tensors and optimizer state back, bit for bit.
 
-        Raises InputError when the run trains other tensors than the state holds.
+        Raises InputError if the run trains other tensors than the state holds.
         """
-        odd = sorted(
+        differing = sorted(
             name
             for name in trained.keys() | self.trained.keys()
             if name not in trained
             or name not in self.trained
             or trained[name].shape != self.trained[name].shape
         )
-        if odd:
+        if differing:
+            count = counted(len(differing), "trained tensor")
             raise InputError(
-                f"{self.folder.name}: {len(odd)} trained tensors differ from this run's, first {odd[0]}",
+                f"{self.folder.name}: {count} and those of this run differ, first {differing[0]}",
                 hint=_FRESH,
             )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(self.trained[name])
         optimizer.load_state_dict(cast("dict[str, Any]", self.optimizer))
-        _restore_types(optimizer, self.optimizer["state"])
+        _restore_dtypes(optimizer, self.optimizer["state"])
 
 
-_FRESH = "start afresh with --set run.resume=false and another run.output, or put the recipe back as it was"
+_FRESH = "set run.resume=false and another run.output to start again, or undo the change of the recipe"
 
 
-def _restore_types(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    # torch casts state to the type of its parameter; Prodigy keeps some in bf16 and would go on differently.
+def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    # torch casts state to the dtype of its parameter; Prodigy keeps some in bf16 and would continue
+    # differently
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, saved in state.items():
         current = optimizer.state[parameters[index]]
@@ -257,7 +218,7 @@ def _restore_types(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]])
 
 
 def load_state(folder: Path) -> SavedState:
-    """Read a state; raises InputError when a file is missing or damaged, or another version wrote it."""
+    """Read a state; raise InputError if a file is missing or damaged, or another version wrote it."""
     try:
         document = cast("dict[str, Any]", json.loads((folder / STATE).read_text(encoding="utf-8")))
         if document.get("format") != FORMAT:
@@ -273,51 +234,56 @@ def load_state(folder: Path) -> SavedState:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
         frames = _frames_of(load_file(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
         return SavedState(
-            folder, Progress(**document), {name: trained[name] for name in order}, structure, frames, extras
+            folder,
+            StateHeader(**document),
+            {name: trained[name] for name in order},
+            structure,
+            frames,
+            extras,
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{folder} is not a complete training state: {error}",
-            hint="remove the folder: the run goes on from the one before",
+            hint="remove the folder: the run then resumes from the previous state",
         ) from error
 
 
 def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
-    """Raises InputError when the recipe is of another run than `state`."""
+    """Raise InputError if the recipe belongs to another run than `state`."""
     _refuse(
         state,
         [
             f"{key} was {before!r}, is {after!r}"
-            for key, before, after in _differences(state.progress.recipe, recipe)
+            for key, before, after in _differences(state.header.recipe, recipe)
             if key not in FREE
         ],
     )
 
 
-def check_continues(state: SavedState, now: Progress) -> list[str]:
-    """Warnings about what changed since `state` was saved.
+def check_continues(state: SavedState, now: StateHeader) -> list[str]:
+    """Return warnings about changes since `state` was saved.
 
-    Raises InputError when the change makes another run of it.
+    Raises InputError if a change makes this another run.
     """
     check_recipe(state, now.recipe)
-    saved = state.progress
+    saved = state.header
     changed: list[str] = []
     if saved.base_hash != now.base_hash:
         changed.append(f"base was {short_hash(saved.base_hash)}, is {short_hash(now.base_hash)}")
     if saved.frame_hash != now.frame_hash:
         changed.append(f"frames were {saved.frame_hash[:12]}, are {now.frame_hash[:12]}")
     if saved.optimizer_package != now.optimizer_package:
-        changed.append(f"optimiser was {saved.optimizer_package}, is {now.optimizer_package}")
+        changed.append(f"optimizer was {saved.optimizer_package}, is {now.optimizer_package}")
     _refuse(state, changed)
     warnings: list[str] = []
     schedule = now.recipe.get("optimizer", {}).get("schedule", "constant")
     if saved.steps != now.steps and schedule != "constant":
         warnings.append(
-            f"the run had {saved.steps} steps, now it has {now.steps}: its {schedule} schedule is laid out "
-            "anew, and the learning rate jumps"
+            f"the run had {counted(saved.steps, 'step')}, now it has {now.steps}: its {schedule} schedule "
+            "covers the new length, and the learning rate jumps"
         )
     if saved.data_hash != now.data_hash:
-        warnings.append(f"images or captions changed since {state.folder.name}: their order is a new one")
+        warnings.append(f"images or captions changed since {state.folder.name}: they get a new order")
     return warnings
 
 
@@ -326,10 +292,10 @@ def _refuse(state: SavedState, changed: Sequence[str]) -> None:
         raise InputError(f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_FRESH)
 
 
-# What may change between two parts of a run without making another run of it.
+# Recipe keys that may change when a run resumes.
 FREE = frozenset(
     {
-        "model.base",  # the hashes tell whether it is the same one
+        "model.base",  # hashes identify the files
         "model.residual",
         "model.principal",
         "data.folders",
@@ -371,10 +337,10 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def package_of(optimizer: str) -> str:
-    """Name and version of the package an optimiser comes from; saved state need not fit another version."""
+    """Return name and version of an optimizer's package: another version may not fit the saved state."""
     distribution = OPTIMIZERS[optimizer].distribution
     if distribution == "torch":
-        return distribution  # its state is settled, and people change their build
+        return distribution  # its state is stable across versions, and builds change often
     try:
         return f"{distribution} {version(distribution)}"
     except PackageNotFoundError:
@@ -382,7 +348,7 @@ def package_of(optimizer: str) -> str:
 
 
 def trained_tensors(deltas: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """The trainable tensors by name, in the order the optimiser takes them."""
+    """Return the trainable tensors by name, in the order of the optimizer."""
     return {
         f"{layer}.{kind}": tensor
         for layer, pair in deltas.items()

@@ -1,7 +1,8 @@
-"""The loss on images that are not trained on, with noise and noise levels that never change."""
+"""The loss on validation images, with noise and noise levels that never change."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,36 +12,36 @@ from spectune.model.network import Sdxl
 from spectune.model.prediction import Prediction
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
-from spectune.training.data.folders import Scan
 from spectune.training.data.latents import encode_pictures
+from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.objective.losses import mse, per_image
-from spectune.training.objective.target import ask
+from spectune.training.objective.noising import noise_latents
 from spectune.training.seeds import derived_generator
 
 VALIDATION_SEED = 0  # not the run's: runs with other seeds are compared on the same noise
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Held-out images of one size as one tensor each; rows are images."""
+class ValidationImages:
+    """Validation images of one size; rows are images."""
 
     latents: Tensor  # (images, channels, h, w) float32
     captions: tuple[str, ...]
     time_ids: Tensor  # (images, 6) float32
-    names: tuple[str, ...]  # of the files; they seed the noise
+    names: tuple[str, ...]  # file names, which seed the noise
 
 
-def encode_held_out(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[HeldOut]:
-    """The images of a scan, cut from their middle, as the modes of their posteriors."""
+def encode_validation(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[ValidationImages]:
+    """Encode the images of a scan, cropped at their center, as the modes of their posteriors."""
     pictures = Pictures(scan.images, sizes, Variation(), seed=VALIDATION_SEED)
     latents = encode_pictures(model, pictures, seed=None)
     return [
-        HeldOut(
+        ValidationImages(
             latents=torch.stack([latents[image, False] for image, _ in members]),
             captions=tuple(scan.images[image].caption for image, _ in members),
             time_ids=torch.tensor(
-                [pictures.centred(image).time_ids for image, _ in members], dtype=torch.float32
+                [pictures.centered(image).time_ids for image, _ in members], dtype=torch.float32
             ),
             names=tuple(scan.images[image].path.name for image, _ in members),
         )
@@ -49,16 +50,21 @@ def encode_held_out(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[He
 
 
 @torch.no_grad()
-def held_out_loss(
-    denoiser: Denoiser, held_out: list[HeldOut], prediction: Prediction, *, times: int, batch: int
+def validation_loss(
+    denoiser: Denoiser,
+    images: Sequence[ValidationImages],
+    prediction: Prediction,
+    *,
+    times: int,
+    batch: int,
 ) -> float:
-    """Mean squared error over all images at `times` noise levels each, without weighting.
+    """Return the unweighted mean squared error over all images at `times` noise levels each.
 
-    Each image has its own noise for each level, seeded by its file name.
+    The noise of an image at a level is seeded by its file name.
     """
     denoiser.eval()
     costs: list[Tensor] = []
-    for group in held_out:
+    for group in images:
         height, width = group.latents.shape[-2:]
         levels = prediction.even_times(times, pixels=height * width * denoiser.model.pixels_per_latent**2)
         rows = [(image, level) for image in range(len(group.names)) for level in range(times)]
@@ -69,18 +75,24 @@ def held_out_loss(
 
 
 def _costs(
-    denoiser: Denoiser, group: HeldOut, prediction: Prediction, levels: Tensor, rows: list[tuple[int, int]]
+    denoiser: Denoiser,
+    group: ValidationImages,
+    prediction: Prediction,
+    levels: Tensor,
+    rows: list[tuple[int, int]],
 ) -> Tensor:
+    """Return the costs (rows,) of pairs (image, noise level)."""
     device = denoiser.model.device
     images = [image for image, _ in rows]
-    noise = torch.stack([_noise(group, image, level) for image, level in rows])
-    times = levels[[level for _, level in rows]]
-    question = ask(prediction, group.latents[images].to(device), noise.to(device), times.to(device))
+    noise = torch.stack([_noise(group, image, level) for image, level in rows]).to(device)
+    times = levels[[level for _, level in rows]].to(device)
+    noised = noise_latents(prediction, group.latents[images].to(device), noise, times)
     captions = [group.captions[image] for image in images]
-    answer = denoiser(question.noised, question.timestep, captions, group.time_ids[images].to(device))
-    return per_image(mse(answer, question.target)).cpu()
+    predicted = denoiser(noised.latents, noised.timestep, captions, group.time_ids[images].to(device))
+    return per_image(mse(predicted, noised.target)).cpu()
 
 
-def _noise(group: HeldOut, image: int, level: int) -> Tensor:
+def _noise(group: ValidationImages, image: int, level: int) -> Tensor:
+    # the purpose is part of the seed: another spelling would change every validation loss
     generator = derived_generator(VALIDATION_SEED, "held out", group.names[image], level)
     return torch.randn(group.latents[image].shape, generator=generator)

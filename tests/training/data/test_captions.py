@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectune.errors import InputError
-from spectune.training.data.captions import CaptionRules, draw_caption, read_caption, read_sidecar
+from spectune.training.data.captions import draw_caption, read_caption, read_sidecar
+from spectune.training.recipe.sections.data import CaptionSection
 
 
 def test_the_first_line_of_the_first_file(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_first_line_of_the_first_file(tmp_path: Path) -> None:
 
 @given(st.lists(st.text("abc", min_size=1), min_size=1, max_size=6), st.integers(0, 7), st.integers(0, 99))
 def test_a_shuffle_keeps_all_tags_and_the_first_in_place(tags: list[str], keep: int, seed: int) -> None:
-    drawn = draw_caption(",".join(tags), CaptionRules(shuffle=True, keep_tokens=keep), Random(seed)).split(
+    drawn = draw_caption(",".join(tags), CaptionSection(shuffle=True, keep_tokens=keep), Random(seed)).split(
         ", "
     )
     assert sorted(drawn) == sorted(tags)
@@ -35,16 +36,16 @@ def test_a_shuffle_keeps_all_tags_and_the_first_in_place(tags: list[str], keep: 
 
 
 def test_dropout() -> None:
-    rules = CaptionRules(dropout_probability=0.25)
+    rules = CaptionSection(dropout_probability=0.25)
     random = Random(0)
     drawn = [draw_caption("a, b", rules, random) for _ in range(2000)]
     assert set(drawn) == {"", "a, b"}
     assert drawn.count("") / 2000 == pytest.approx(0.25, abs=0.03)
-    assert draw_caption("a", CaptionRules(dropout_probability=1.0), random) == ""
+    assert draw_caption("a", CaptionSection(dropout_probability=1.0), random) == ""
 
 
 def test_tags_are_dropped_one_by_one() -> None:
-    rules = CaptionRules(keep_tokens=1, tag_dropout_probability=0.25)
+    rules = CaptionSection(keep_tokens=1, tag_dropout_probability=0.25)
     random = Random(0)
     drawn = [draw_caption("cat, red , round,big", rules, random) for _ in range(3000)]
     assert all(caption.startswith("cat") for caption in drawn)
@@ -53,15 +54,15 @@ def test_tags_are_dropped_one_by_one() -> None:
     both = sum("red" in caption and "big" in caption for caption in drawn)
     assert both / 3000 == pytest.approx(0.75**2, abs=0.03)  # each by itself
     assert {caption for caption in drawn if caption.count(",") == 3} == {"cat, red, round, big"}
-    alone = CaptionRules(tag_dropout_probability=1.0)
+    alone = CaptionSection(tag_dropout_probability=1.0)
     assert draw_caption("a, b", alone, random) == ""
 
 
-def test_dropping_tags_leaves_other_draws_as_they_are() -> None:
+def test_dropping_tags_does_not_change_other_draws() -> None:
     one, two = Random(5), Random(5)
-    shuffled = draw_caption("a, b, c, d", CaptionRules(shuffle=True), one)
+    shuffled = draw_caption("a, b, c, d", CaptionSection(shuffle=True), one)
     assert (
-        draw_caption("a, b, c, d", CaptionRules(shuffle=True, tag_dropout_probability=0.0), two) == shuffled
+        draw_caption("a, b, c, d", CaptionSection(shuffle=True, tag_dropout_probability=0.0), two) == shuffled
     )
     assert one.getstate() == two.getstate()
 
@@ -83,7 +84,7 @@ def test_a_sidecar(tmp_path: Path) -> None:
         ('["b.png", "b"]', r"metadata\.jsonl line 3 is not an object"),
         ('{"file_name": "b.png"}', r"metadata\.jsonl line 3 has no string `text`"),
         ('{"file_name": 7, "text": "b"}', r"metadata\.jsonl line 3 has no string `file_name`"),
-        ('{"file_name": "a.png", "text": "b"}', r"metadata\.jsonl line 3 names a\.png a second time"),
+        ('{"file_name": "a.png", "text": "b"}', r"metadata\.jsonl line 3 repeats a\.png"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path: Path, line: str, message: str) -> None:

@@ -60,7 +60,7 @@ def test_hsv_and_back(red: float, green: float, blue: float) -> None:
     np.testing.assert_allclose(recolor(levels, STILL), levels, atol=2e-6)
 
 
-def test_how_often_and_how_far() -> None:
+def test_probability_and_range_of_changes() -> None:
     random = Random(0)
     drawn = [draw_color(0.25, random) for _ in range(4000)]
     changes = [change for change in drawn if change is not None]
@@ -71,7 +71,7 @@ def test_how_often_and_how_far() -> None:
         assert max(values) == pytest.approx(middle + reach, abs=0.02 * reach)
 
 
-def test_nothing_is_drawn_when_it_is_off() -> None:
+def test_no_random_number_is_drawn_at_probability_0() -> None:
     random = Random(0)
     state = random.getstate()
     assert draw_color(0.0, random) is None

@@ -11,16 +11,15 @@ from torch.utils.data import DataLoader
 
 from spectune.training.data import dataset
 from spectune.training.data.buckets import Size, bucket_sizes
-from spectune.training.data.captions import CaptionRules
-from spectune.training.data.dataset import Batch, Pictures, Variation, as_it_is
-from spectune.training.data.folders import FilesBeside, ImageSet, scan_data, scan_parents
+from spectune.training.data.dataset import Batch, Pictures, Variation, keep_batch
+from spectune.training.data.folders import scan_training
 from spectune.training.data.images import open_image, render
-from spectune.training.data.masks import MaskSource
 from spectune.training.data.plan import BatchPlan, PlannedBatches
+from spectune.training.recipe.sections.data import CaptionSection, DataSection, ImageSetSection, MaskSource
 from tests.training.conftest import draw
 
 VARIATION = Variation(
-    CaptionRules(shuffle=True, dropout_probability=0.3), flip_probability=0.5, random_crop=True
+    CaptionSection(shuffle=True, dropout_probability=0.3), flip_probability=0.5, random_crop=True
 )
 
 
@@ -32,7 +31,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
         draw(path, size, seed=index)
         path.with_suffix(".txt").write_text(f"{index}, a, b, c")
     sizes = bucket_sizes(32, minimum=16, maximum=64, step=16)
-    return Pictures(scan_parents([parent], [".txt"]).images, sizes, VARIATION, seed=3)
+    return Pictures(scan_training(DataSection(folders=(parent,))).images, sizes, VARIATION, seed=3)
 
 
 def batches(pictures: Pictures, workers: int = 0) -> list[Batch]:
@@ -40,13 +39,13 @@ def batches(pictures: Pictures, workers: int = 0) -> list[Batch]:
     loader = DataLoader(
         pictures,  # pyright: ignore
         batch_sampler=PlannedBatches(plan, 0, 2 * plan.batches_per_epoch),
-        collate_fn=as_it_is,  # pyright: ignore
+        collate_fn=keep_batch,  # pyright: ignore
         num_workers=workers,
     )
     return list(loader)
 
 
-def test_batches_do_not_depend_on_workers_or_what_came_before(pictures: Pictures) -> None:
+def test_batches_do_not_depend_on_workers_or_earlier_batches(pictures: Pictures) -> None:
     first = batches(pictures)
     torch.manual_seed(99)
     second = batches(pictures, workers=2)
@@ -59,8 +58,8 @@ def test_batches_do_not_depend_on_workers_or_what_came_before(pictures: Pictures
         assert torch.equal(one.pixels, two.pixels)
 
 
-def test_the_order_of_a_seed_stays(pictures: Pictures) -> None:
-    """Captions and crops as they were before masks, colours and weights came: runs go on after an update."""
+def test_a_seed_always_gives_the_same_draws(pictures: Pictures) -> None:
+    """Captions and crops are pinned: a run must continue after an update of spectune."""
     found = [(batch.captions, batch.time_ids[:, 2:4].int().tolist()) for batch in batches(pictures)[:4]]
     assert found == [
         (("c, 2, a, b", ""), [[0, 2], [0, 0]]),
@@ -93,7 +92,7 @@ def test_buckets_follow_the_aspect(pictures: Pictures) -> None:
     assert pictures.targets[2].width < pictures.targets[2].height
 
 
-def test_cached_latents_stand_in_for_pixels(pictures: Pictures, tmp_path: Path) -> None:
+def test_cached_latents_replace_pixels(pictures: Pictures, tmp_path: Path) -> None:
     cached = Pictures(pictures.images, [Size(32, 32)], Variation(flip_probability=0.5), seed=3)
     cached.latents = {
         (i, flip): torch.full((4, 8, 8), 10.0 * i + flip) for i in range(4) for flip in (False, True)
@@ -113,7 +112,7 @@ def test_which_orientations_a_cache_needs() -> None:
 
 
 ALL = Variation(
-    CaptionRules(shuffle=True, keep_tokens=1, dropout_probability=0.1, tag_dropout_probability=0.3),
+    CaptionSection(shuffle=True, keep_tokens=1, dropout_probability=0.1, tag_dropout_probability=0.3),
     flip_probability=0.5,
     random_crop=True,
     color_probability=0.5,
@@ -122,29 +121,29 @@ ALL = Variation(
 
 @pytest.fixture(scope="module")
 def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures 40x32 whose alpha channel and mask file are the same grey levels; one has neither."""
+    """Pictures 40x32 whose alpha channel and mask file are the same gray levels; one has neither."""
     folder = tmp_path_factory.mktemp("masked")
     rows, columns = np.mgrid[:32, :40]
     for index in range(4):
-        grey = Image.fromarray((rows * 2 + columns * 4 + index).astype(np.uint8))
-        picture = Image.merge("RGBA", [grey] * 4) if index else grey
+        gray = Image.fromarray((rows * 2 + columns * 4 + index).astype(np.uint8))
+        picture = Image.merge("RGBA", [gray] * 4) if index else gray
         picture.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"{index}, a, b, c")
         if index:
-            grey.save(folder / f"{index}.mask.png")
+            gray.save(folder / f"{index}.mask.png")
     return folder
 
 
 def masked_pictures(
     folder: Path, masks: MaskSource, variation: Variation = ALL, *, weight: float = 1.0
 ) -> Pictures:
-    beside = FilesBeside((".txt",), mask=masks)
-    images = scan_data(sets=[ImageSet(folder, repeats=2, loss_weight=weight)], beside=beside).images
+    image_set = ImageSetSection(path=folder, repeats=2, loss_weight=weight)
+    images = scan_training(DataSection(sets=(image_set,), mask=masks)).images
     return Pictures(images, [Size(32, 32)], variation, seed=7, masks=masks, pixels_per_latent=4)
 
 
 @pytest.mark.parametrize("masks", ["alpha", "file"])
-def test_colours_and_masks_do_not_depend_on_workers(masked_folder: Path, masks: MaskSource) -> None:
+def test_colors_and_masks_do_not_depend_on_workers(masked_folder: Path, masks: MaskSource) -> None:
     pictures = masked_pictures(masked_folder, masks)
     one, two = batches(pictures), batches(pictures, workers=2)
     assert len(one) == len(two) == 8
@@ -156,18 +155,18 @@ def test_colours_and_masks_do_not_depend_on_workers(masked_folder: Path, masks: 
 
 
 @pytest.mark.parametrize("masks", ["alpha", "file"])
-def test_masks_follow_crop_and_mirror_but_not_colour(masked_folder: Path, masks: MaskSource) -> None:
+def test_masks_follow_crop_and_mirror_but_not_color(masked_folder: Path, masks: MaskSource) -> None:
     still = Variation(ALL.captions, flip_probability=0.5, random_crop=True)
     plain = batches(masked_pictures(masked_folder, "file", still))
-    coloured = batches(masked_pictures(masked_folder, masks))
+    colored = batches(masked_pictures(masked_folder, masks))
     places = set()
-    for first, second in zip(plain, coloured, strict=True):
+    for first, second in zip(plain, colored, strict=True):
         assert first.pixels is not None
         assert second.masks is not None
         for mask, view in zip(second.masks, first.views, strict=True):
-            grey = masked_folder / f"{view.image}.mask.png"
+            gray = masked_folder / f"{view.image}.mask.png"
             levels = (
-                (render(open_image(grey), view.placement)[:1] + 1) / 2
+                (render(open_image(gray), view.placement)[:1] + 1) / 2
                 if view.image
                 else torch.ones(1, 32, 32)
             )
@@ -177,7 +176,7 @@ def test_masks_follow_crop_and_mirror_but_not_colour(masked_folder: Path, masks:
     assert len(places) > 4
     assert any(
         not torch.equal(first.pixels, second.pixels)  # pyright: ignore
-        for first, second in zip(plain, coloured, strict=True)
+        for first, second in zip(plain, colored, strict=True)
     )
 
 
@@ -232,7 +231,7 @@ def test_a_draw_picks_one_of_the_cached_variants(
     assert opened == []  # masks are remembered
 
 
-def test_what_a_cache_holds_does_not_depend_on_other_images(masked_folder: Path) -> None:
+def test_cached_views_do_not_depend_on_other_images(masked_folder: Path) -> None:
     several = Variation(flip_probability=0.5, random_crop=True, color_probability=1.0, cached_variants=4)
     whole = masked_pictures(masked_folder, "none", several)
     alone = Pictures(whole.images[2:], [Size(32, 32)], several, seed=7)

@@ -22,7 +22,7 @@ from spectune.training.data.images import (
 )
 
 
-def colour(path: Path) -> tuple[int, ...]:
+def color(path: Path) -> tuple[int, ...]:
     pixel = open_image(path).getpixel((0, 0))
     assert isinstance(pixel, tuple)
     return tuple(int(level) for level in pixel)
@@ -30,18 +30,18 @@ def colour(path: Path) -> tuple[int, ...]:
 
 def test_modes_become_rgb(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "gray.png")
     Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "print.tif")
     Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
     palette = Image.new("P", (4, 4))
     palette.putpalette([9, 8, 7] + [0] * 765)
     palette.save(tmp_path / "palette.png", transparency=0)
 
-    assert colour(tmp_path / "clear.png") == (255, 255, 255)
-    assert colour(tmp_path / "grey.png") == (7, 7, 7)
-    assert colour(tmp_path / "print.tif") == (0, 0, 0)
-    assert colour(tmp_path / "deep.png") == (128, 128, 128)
-    assert colour(tmp_path / "palette.png") == (255, 255, 255)
+    assert color(tmp_path / "clear.png") == (255, 255, 255)
+    assert color(tmp_path / "gray.png") == (7, 7, 7)
+    assert color(tmp_path / "print.tif") == (0, 0, 0)
+    assert color(tmp_path / "deep.png") == (128, 128, 128)
+    assert color(tmp_path / "palette.png") == (255, 255, 255)
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert open_image(tmp_path / "turned.jpg").size == (4, 8)
 
 
-def test_unusable_files_say_why(tmp_path: Path) -> None:
+def test_unusable_files_raise_the_reason(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not an image")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
@@ -73,7 +73,7 @@ def test_the_first_picture_of_a_camera_file_counts(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "camera.jpg") as camera:
         assert (camera.format, getattr(camera, "n_frames", 1)) == ("MPO", 2)
-    assert colour(tmp_path / "camera.jpg")[0] > 240
+    assert color(tmp_path / "camera.jpg")[0] > 240
 
 
 def test_render_range_and_shape() -> None:
@@ -85,7 +85,7 @@ def test_render_range_and_shape() -> None:
 
 
 def deep_png(path: Path, color_type: int, levels: list[int]) -> None:
-    """A PNG of one pixel with 16-bit channels, which Pillow does not write in colour."""
+    """A PNG of one pixel with 16-bit channels, which Pillow does not write in color."""
     row = b"\0" + struct.pack(f">{len(levels)}H", *levels)
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, color_type, 0, 0, 0)),
@@ -101,18 +101,18 @@ def deep_png(path: Path, color_type: int, levels: list[int]) -> None:
     )
 
 
-def test_deep_colours(tmp_path: Path) -> None:
+def test_16_bit_colors(tmp_path: Path) -> None:
     deep_png(tmp_path / "rgb.png", 2, [0x8012, 0xFFFF, 0x0100])
     deep_png(tmp_path / "rgba.png", 6, [0x8012, 0xFFFF, 0x0100, 0])
     deep_png(tmp_path / "la.png", 4, [0x4000, 0xFFFF])
-    assert colour(tmp_path / "rgb.png") == (128, 255, 1)
-    assert colour(tmp_path / "rgba.png") == (255, 255, 255)
-    assert colour(tmp_path / "la.png") == (64, 64, 64)
+    assert color(tmp_path / "rgb.png") == (128, 255, 1)
+    assert color(tmp_path / "rgba.png") == (255, 255, 255)
+    assert color(tmp_path / "la.png") == (64, 64, 64)
 
 
-def test_print_colours_of_a_photograph(tmp_path: Path) -> None:
+def test_cmyk_photographs(tmp_path: Path) -> None:
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
-    red, green, blue = colour(tmp_path / "print.jpg")
+    red, green, blue = color(tmp_path / "print.jpg")
     assert red > 250
     assert max(green, blue) < 5
 
@@ -142,7 +142,7 @@ def test_alpha(tmp_path: Path) -> None:
     assert alphas["palette"] == [[0, 255], [0, 0]]
     assert alphas["turned"] == [[7], [255]]
     assert alpha_of(load_image(tmp_path / "plain.png")) is None
-    assert colour(tmp_path / "clear.png") == (255, 204, 204)
+    assert color(tmp_path / "clear.png") == (255, 204, 204)
 
 
 def test_a_dot_fills_its_bucket() -> None:
@@ -151,7 +151,7 @@ def test_a_dot_fills_its_bucket() -> None:
     assert pixels.amin((1, 2)).tolist() == [1.0, -1.0, -1.0]
 
 
-def test_colours_change_in_the_picture() -> None:
+def test_color_changes_apply_to_the_picture() -> None:
     whole = place(Size(4, 4), Size(4, 4))
     image = Image.new("RGB", (4, 4), (51, 255, 0))
     pixels = render(image, whole, ColorChange(hue=0.0, saturation=1.0, gamma=2.0))

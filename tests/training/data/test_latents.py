@@ -17,7 +17,7 @@ from spectune.training.data import latents
 from spectune.training.data import store as store_module
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
-from spectune.training.data.folders import scan_parents
+from spectune.training.data.folders import scan_training
 from spectune.training.data.latents import (
     checked_latents,
     encode_drawn,
@@ -27,6 +27,7 @@ from spectune.training.data.latents import (
 )
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.store import LatentStore
+from spectune.training.recipe.sections.data import DataSection
 from tests.training.conftest import draw
 
 FLIPS = Variation(flip_probability=0.5)
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pictures_in(folder: Path, variation: Variation = FLIPS, *, seed: int = 3) -> Pictures:
-    return Pictures(scan_parents([folder], [".txt"]).images, SIZES, variation, seed=seed)
+    return Pictures(scan_training(DataSection(folders=(folder,))).images, SIZES, variation, seed=seed)
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_the_mode_is_drawn_without_a_seed(model: Sdxl, folder: Path) -> None:
     torch.testing.assert_close(found[4, False], mode, rtol=1e-4, atol=1e-5)
 
 
-def test_variants_stand_one_after_the_other(model: Sdxl, folder: Path) -> None:
+def test_variants_are_concatenated(model: Sdxl, folder: Path) -> None:
     pictures = pictures_in(folder, VARIED)
     reports: list[tuple[int, int]] = []
     found = encode_pictures(
@@ -154,7 +155,7 @@ def test_a_cache_serves_runs_of_other_seeds(
     assert not torch.equal(one[0, False], two[0, False])
 
 
-def test_what_has_changed_is_encoded_anew(
+def test_changed_inputs_are_encoded_again(
     model: Sdxl, folder: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     def run(key: str = "v") -> tuple[dict[tuple[int, bool], Tensor], LatentStore]:
@@ -187,7 +188,7 @@ def test_what_has_changed_is_encoded_anew(
     assert sum(encoded) == 0
 
 
-def test_an_interrupted_cache_goes_on(
+def test_an_interrupted_cache_continues(
     model: Sdxl, folder: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = store_module.write_tensors
@@ -222,7 +223,7 @@ def test_copies_of_a_picture_share_a_file(model: Sdxl, folder: Path, tmp_path: P
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 5
 
 
-def test_a_key_follows_all_that_latents_depend_on(model: Sdxl) -> None:
+def test_the_vae_key_changes_with_everything_that_latents_depend_on(model: Sdxl) -> None:
     assert model.layout.vae is not None
     assert model.vae is not None
     scaled = replace(model, layout=replace(model.layout, vae=replace(model.layout.vae, scale=0.5)))
@@ -253,7 +254,7 @@ def test_latents_that_are_not_finite(model: Sdxl, folder: Path, monkeypatch: pyt
         encode_pictures(model, pictures_in(folder), seed=3)
 
 
-def test_each_view_has_noise_of_its_own(model: Sdxl, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_view_has_its_own_noise(model: Sdxl, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def standard_normal(model: Sdxl, pixels: Tensor) -> Tensor:
         return torch.cat([torch.zeros(len(pixels), 4, 4, 4), torch.ones(len(pixels), 4, 4, 4)], dim=1)
 

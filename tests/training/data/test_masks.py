@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d
 from spectune.errors import InputError
 from spectune.training.data.buckets import Placement, Size, place
 from spectune.training.data.images import render
-from spectune.training.data.masks import MASK_SUFFIX, is_mask, mask_file, open_mask, render_mask
+from spectune.training.data.masks import is_mask, mask_file, open_mask, render_mask
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -23,16 +23,16 @@ def ramp(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mask_follows_its_picture(flipped: bool, seed: int) -> None:
-    grey = ramp(20, 12)
+    gray = ramp(20, 12)
     placed = place(Size(20, 12), Size(8, 12), flipped=flipped, random=Random(seed))
 
-    mask = render_mask(grey, placed, 4)
+    mask = render_mask(gray, placed, 4)
 
-    picture = (render(grey.convert("RGB"), placed)[:1] + 1) / 2
+    picture = (render(gray.convert("RGB"), placed)[:1] + 1) / 2
     assert mask.shape == (1, 3, 2)
     torch.testing.assert_close(mask, avg_pool2d(picture, 4), rtol=0, atol=1e-6)
     other = place(Size(20, 12), Size(8, 12), flipped=not flipped, random=Random(seed))
-    assert (mask - render_mask(grey, other, 4)).abs().max() > 0.05
+    assert (mask - render_mask(gray, other, 4)).abs().max() > 0.05
 
 
 def test_areas_are_averaged() -> None:
@@ -59,9 +59,9 @@ def test_without_a_mask_everything_counts() -> None:
 
 
 def test_names() -> None:
-    assert mask_file(Path("a/cat.webp"), MASK_SUFFIX) == Path("a/cat.mask.png")
-    assert is_mask(Path("cat.MASK.png"), MASK_SUFFIX)
-    assert not is_mask(Path("mask.png"), MASK_SUFFIX)
+    assert mask_file(Path("a/cat.webp"), ".mask.png") == Path("a/cat.mask.png")
+    assert is_mask(Path("cat.MASK.png"), ".mask.png")
+    assert not is_mask(Path("mask.png"), ".mask.png")
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
         assert open_mask(path, Size(300, 201)).size == size
     for size in ((201, 300), (300, 210), (100, 70)):
         Image.new("L", size).save(path)
-        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, of another aspect .* which is 300x201"
+        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, its picture 300x201: expected the same aspect"
         with pytest.raises(InputError, match=expected):
             open_mask(path, Size(300, 201))
     path.write_text("no mask")
@@ -79,7 +79,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
         open_mask(path, Size(300, 201))
 
 
-def test_deep_and_coloured_masks_become_grey(tmp_path: Path) -> None:
+def test_16_bit_and_colored_masks_become_gray(tmp_path: Path) -> None:
     path = tmp_path / "cat.mask.png"
     Image.fromarray(np.full((4, 4), 0x4000, dtype=np.uint16)).save(path)
     assert open_mask(path, Size(4, 4)).getpixel((0, 0)) == 64

@@ -27,7 +27,7 @@ def test_an_epoch_shows_every_repeat_once_and_never_mixes_sizes(batch: int, epoc
 
 
 @given(st.integers(0, 20), st.integers(0, 20))
-def test_going_on_from_a_position_is_the_rest_of_the_whole(start: int, more: int) -> None:
+def test_a_resumed_plan_is_the_rest_of_the_plan(start: int, more: int) -> None:
     whole = list(PlannedBatches(plan(), 0, start + more))
     assert list(PlannedBatches(plan(), start, start + more)) == whole[start:]
     assert [drawn[0].position for drawn in whole] == list(range(start + more))

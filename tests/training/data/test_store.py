@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> LatentStore:
     return LatentStore(tmp_path / "cache", "vae")
 
 
-def test_what_is_added_is_found_again(store: LatentStore, picture: Path, tmp_path: Path) -> None:
+def test_added_views_are_loaded(store: LatentStore, picture: Path, tmp_path: Path) -> None:
     file = store.file_of(picture)
     assert store.load(file, ["a"], SHAPE) == {}
     store.add(file, {"a": posterior(0)})
@@ -74,7 +74,7 @@ def test_a_file_is_found_by_contents_and_autoencoder(
     ],
     ids=["shape", "dtype", "nan", "infinite deviation", "no deviation", "negative deviation"],
 )
-def test_unsound_views_are_counted_and_left_out(store: LatentStore, picture: Path, broken: Tensor) -> None:
+def test_invalid_views_are_skipped_and_counted(store: LatentStore, picture: Path, broken: Tensor) -> None:
     file = store.file_of(picture)
     file.parent.mkdir()
     save_file({"good": posterior(1), "bad": broken.contiguous()}, file)
@@ -83,7 +83,7 @@ def test_unsound_views_are_counted_and_left_out(store: LatentStore, picture: Pat
     assert store.damaged == set()
     assert store.load(file, ["good", "bad"], SHAPE).keys() == {"good"}
     assert store.damaged == {file}
-    assert store.warnings() == [f"1 files of the latent cache are damaged and made anew: {file.name}"]
+    assert store.warnings() == [f"1 damaged file in the latent cache, encoded again: {file.name}"]
     store.add(file, {"bad": posterior(2)})
     found = store.load(file, ["good", "bad"], SHAPE)
     assert torch.equal(found["bad"], posterior(2))
@@ -104,6 +104,6 @@ def test_files_that_cannot_be_read_are_replaced(
     assert torch.equal(store.load(file, ["a"], SHAPE)["a"], posterior(3))
 
 
-def test_a_folder_that_cannot_be_made(picture: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.cache_folder cannot be made: .*cat\.png"):
+def test_a_folder_that_cannot_be_created(picture: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.cache_folder cannot be created: .*cat\.png"):
         LatentStore(picture / "cache", "vae")

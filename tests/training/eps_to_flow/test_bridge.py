@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectune.model.prediction import Ddpm, Flow
-from spectune.training.eps_to_flow.bridge import Bridge, between, raw
+from spectune.training.eps_to_flow.bridge import Bridge, interpolate, of_flow_model
 
 BRIDGE = Bridge()
 
@@ -17,7 +17,7 @@ def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def test_the_schedule_covers_the_levels_that_are_known() -> None:
+def test_the_range_of_the_schedule() -> None:
     assert BRIDGE.lowest == pytest.approx(0.0283, abs=1e-4)
     assert BRIDGE.highest == pytest.approx(0.936, abs=1e-3)
 
@@ -30,15 +30,15 @@ def test_the_timestep_of_a_level_is_the_inverse_of_the_schedule() -> None:
     assert 10 < float(middle) < 11
 
 
-def test_the_network_is_fed_the_picture_as_its_own_schedule_noises_it() -> None:
+def test_the_network_input_is_the_image_noised_by_its_own_schedule() -> None:
     x0, noise = pictures(4)
     steps = torch.tensor([3, 200, 600, 990])
     levels = BRIDGE.levels[steps].float()
-    fed = BRIDGE.at(levels).feed(Flow().add_noise(x0, noise, levels))
+    fed = BRIDGE.at(levels).network_input(Flow().add_noise(x0, noise, levels))
     assert torch.allclose(fed, Ddpm("eps").add_noise(x0, noise, steps), atol=1e-5)
 
 
-def test_an_eps_model_that_is_right_is_a_flow_model_that_is_right() -> None:
+def test_a_correct_eps_gives_the_correct_velocity() -> None:
     x0, noise = pictures(6)
     levels = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.9, 0.93])
     flow = Flow()
@@ -47,7 +47,7 @@ def test_an_eps_model_that_is_right_is_a_flow_model_that_is_right() -> None:
     assert torch.allclose(velocity, flow.target(x0, noise, levels), atol=2e-5)
 
 
-def test_a_wrong_eps_is_a_wrong_velocity() -> None:
+def test_an_error_of_eps_is_an_error_of_the_velocity() -> None:
     x0, noise = pictures(1)
     levels = torch.tensor([0.5])
     noised = Flow().add_noise(x0, noise, levels)
@@ -55,7 +55,7 @@ def test_a_wrong_eps_is_a_wrong_velocity() -> None:
     assert torch.allclose(error, 0.02 * noise, atol=1e-5)  # 1/(1-s) times the error of eps
 
 
-def test_the_reading_is_continuous_where_the_schedule_ends_and_finite_up_to_pure_noise() -> None:
+def test_the_bridge_is_continuous_at_the_end_of_the_schedule_and_finite_up_to_pure_noise() -> None:
     end = torch.tensor([BRIDGE.highest])
     below, above = BRIDGE.at(end - 1e-5), BRIDGE.at(end + 1e-5)
     for name in ("c_in", "c_out", "c_skip"):
@@ -64,32 +64,32 @@ def test_the_reading_is_continuous_where_the_schedule_ends_and_finite_up_to_pure
     assert all(bool(getattr(last, name).isfinite()) for name in ("c_in", "c_out", "c_skip", "timestep"))
 
 
-def test_above_the_end_the_velocity_follows_from_the_clean_picture() -> None:
+def test_above_the_schedule_the_velocity_follows_from_the_clean_image() -> None:
     x0, noise = pictures(1)
     level = torch.tensor([0.98])
-    reading = BRIDGE.at(level)
+    coefficients = BRIDGE.at(level)
     noised = Flow().add_noise(x0, noise, level)
     alpha, sigma = 1 - BRIDGE.highest, BRIDGE.highest
     size = (alpha**2 + sigma**2) ** 0.5
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    clean = (reading.feed(noised) - sigma / size * eps) / (alpha / size)
-    assert torch.allclose(reading.velocity(eps, noised), (noised - clean) / 0.98, rtol=1e-4, atol=1e-4)
+    clean = (coefficients.network_input(noised) - sigma / size * eps) / (alpha / size)
+    assert torch.allclose(coefficients.velocity(eps, noised), (noised - clean) / 0.98, rtol=1e-4, atol=1e-4)
 
 
-def test_raw_reads_what_a_flow_model_answers() -> None:
+def test_a_flow_model_needs_no_scaling() -> None:
     x0, _ = pictures(2)
     levels = torch.tensor([0.2, 0.8])
-    reading = raw(levels)
-    assert torch.equal(reading.feed(x0), x0)
-    assert torch.equal(reading.velocity(x0, x0 * 3), x0)
-    assert torch.equal(reading.timestep, Flow().timestep(levels))
+    coefficients = of_flow_model(levels)
+    assert torch.equal(coefficients.network_input(x0), x0)
+    assert torch.equal(coefficients.velocity(x0, x0 * 3), x0)
+    assert torch.equal(coefficients.timestep, Flow().timestep(levels))
 
 
-def test_between_begins_and_ends_at_its_two_readings() -> None:
+def test_interpolate_starts_and_ends_at_its_arguments() -> None:
     levels = torch.tensor([0.1, 0.5, 0.97])
-    first, second = BRIDGE.at(levels), raw(levels)
+    first, second = BRIDGE.at(levels), of_flow_model(levels)
     for share, end in ((0.0, first), (1.0, second)):
-        found = between(first, second, share)
+        found = interpolate(first, second, share)
         for name in ("c_in", "timestep", "c_out", "c_skip"):
             assert torch.allclose(getattr(found, name), getattr(end, name))
-    assert torch.allclose(between(first, second, 0.5).c_out, (first.c_out + 1) / 2)
+    assert torch.allclose(interpolate(first, second, 0.5).c_out, (first.c_out + 1) / 2)

@@ -1,4 +1,4 @@
-"""From EPS to flow: the teacher, the warm start, the fading bridge, and the files that they leave."""
+"""From EPS to flow: the teacher, the warm start, the fading bridge, and the files that they write."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from spectune.model.network import build_model
 from spectune.model.prediction import Flow
 from spectune.ops.rebuild import rebuild
 from spectune.sdxl.layers import build_catalogue
-from spectune.training import state
+from spectune.training import output, state
 from spectune.training.callbacks import Callbacks, StepInfo
+from spectune.training.data.dataset import Batch
 from spectune.training.eps_to_flow.bridge import Bridge
-from spectune.training.eps_to_flow.conversion import Conversion
-from spectune.training.eps_to_flow.warm_start import WarmStart, parameters, refit_time
+from spectune.training.eps_to_flow.conversion import Conversion, SwappedTensors, replaceable_parameters
+from spectune.training.eps_to_flow.warm_start import refit_time
 from spectune.training.loop import train
-from spectune.training.objective.target import Question
+from spectune.training.objective.noising import NoisedBatch
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.setup import Run, assemble
-from spectune.training.validation import held_out_loss
+from spectune.training.run import Run
+from spectune.training.setup import assemble, restore
+from spectune.training.validation import validation_loss
 from tests.training.conftest import MakeRecipe
 
 EMBEDDED = Path(__file__).resolve().parents[3] / "demo" / "base.safetensors"
@@ -40,7 +42,7 @@ MakeRun = Callable[..., Run]
 def make_run(make_recipe: MakeRecipe) -> MakeRun:
     def make(**objective: Any) -> Run:
         recipe = converting(make_recipe, objective)
-        return assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
+        return assemble(recipe, Accelerator(cpu=True), Callbacks())
 
     return make
 
@@ -52,47 +54,48 @@ def converting(make_recipe: MakeRecipe, objective: dict[str, Any], **sections: d
     return make_recipe(objective={**FLOW, **warm, **objective}, **sections)
 
 
-def first_question(run: Run) -> tuple[Any, Question]:
-    return next(run.asking.first(1, torch.device("cpu")))
+def first_batch(run: Run) -> tuple[Batch, NoisedBatch]:
+    batch = next(run.data.first_batches(1, torch.device("cpu")))
+    return batch, run.objective.noised(batch)
 
 
-def ask_raw(run: Run, batch: Any, question: Question) -> Tensor:
-    return run.denoiser(question.noised, question.timestep, batch.captions, batch.time_ids)
+def predict_as_flow(run: Run, batch: Batch, noised: NoisedBatch) -> Tensor:
+    return run.model.denoiser(noised.latents, noised.timestep, batch.captions, batch.time_ids)
 
 
-def through_the_bridge(run: Run, batch: Any, question: Question) -> Tensor:
-    """What the untouched base answers, without any of the code under test but the bridge."""
+def through_the_bridge(run: Run, batch: Batch, noised: NoisedBatch) -> Tensor:
+    """The velocity of the untouched base, without the code under test except the bridge."""
     assert run.recipe.model.base is not None
     with open_checkpoint(run.recipe.model.base) as source:
         base = build_model(source)
-    reading = Bridge().at(question.times)
-    text = run.denoiser.text_states(batch.captions)
-    output = base.denoise(reading.feed(question.noised), reading.timestep, text, batch.time_ids)
-    return reading.velocity(output, question.noised).detach()
+    bridge = Bridge().at(noised.times)
+    text = run.model.denoiser.text_states(batch.captions)
+    output = base.denoise(bridge.network_input(noised.latents), bridge.timestep, text, batch.time_ids)
+    return bridge.velocity(output, noised.latents).detach()
 
 
 def disturb(run: Run) -> None:
     with torch.no_grad():
-        for parameter in run.parameters:
+        for parameter in run.optimization.parameters.values():
             parameter.add_(0.05)
 
 
 @pytest.mark.parametrize("start", ["raw", "warm"])
-def test_the_teacher_is_the_base_whatever_was_trained(make_run: MakeRun, start: str) -> None:
+def test_the_teacher_does_not_depend_on_the_training(make_run: MakeRun, start: str) -> None:
     run = make_run(teacher="eps", start=start)
     disturb(run)
-    batch, question = first_question(run)
-    conversion = run.asking.conversion
+    batch, noised = first_batch(run)
+    conversion = run.objective.conversion
     assert conversion is not None
-    share = conversion.teacher_share(question.times).view(-1, 1, 1, 1)
-    data = assemble_without_teacher(run)
-    wanted = torch.lerp(data.target, through_the_bridge(run, batch, question), share)
-    assert torch.allclose(question.target, wanted, atol=1e-4)
-    assert not torch.allclose(question.target, data.target, atol=1e-2)
+    share = conversion.teacher_share(noised.times).view(-1, 1, 1, 1)
+    without = noised_without_teacher(run)
+    expected = torch.lerp(without.target, through_the_bridge(run, batch, noised), share)
+    assert torch.allclose(noised.target, expected, atol=1e-4)
+    assert not torch.allclose(noised.target, without.target, atol=1e-2)
 
 
-def assemble_without_teacher(run: Run) -> Question:
-    """The same question with the pictures' own target."""
+def noised_without_teacher(run: Run) -> NoisedBatch:
+    """The same noised batch with the target of the images."""
     recipe = run.recipe.model_copy(
         update={
             "objective": run.recipe.objective.model_copy(
@@ -100,7 +103,7 @@ def assemble_without_teacher(run: Run) -> Question:
             )
         }
     )
-    return first_question(assemble(recipe, Accelerator(cpu=True), Callbacks(), None))[1]
+    return first_batch(assemble(recipe, Accelerator(cpu=True), Callbacks()))[1]
 
 
 def test_the_teacher_fades_out_where_its_schedule_ends() -> None:
@@ -108,30 +111,32 @@ def test_the_teacher_fades_out_where_its_schedule_ends() -> None:
     assert share.tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=2e-3)
 
 
-def test_a_bridged_run_begins_with_the_answers_of_its_base(make_run: MakeRun) -> None:
+def test_a_bridged_run_starts_with_the_predictions_of_its_base(make_run: MakeRun) -> None:
     run = make_run(bridge_steps=4)
-    batch, question = first_question(run)
-    first = run.asking.answer(run.denoiser, question, batch, step=0)
-    assert torch.allclose(first, through_the_bridge(run, batch, question), atol=1e-4)
+    batch, noised = first_batch(run)
+    first = run.objective.predict(run.model.denoiser, noised, batch, step=0)
+    assert torch.allclose(first, through_the_bridge(run, batch, noised), atol=1e-4)
 
 
 def test_a_bridged_run_ends_as_a_flow_model(make_run: MakeRun) -> None:
     run = make_run(bridge_steps=4)
-    batch, question = first_question(run)
-    raw = ask_raw(run, batch, question)
+    batch, noised = first_batch(run)
+    raw = predict_as_flow(run, batch, noised)
     for step in (4, 9):
-        assert torch.equal(run.asking.answer(run.denoiser, question, batch, step=step), raw)
-    assert not torch.allclose(run.asking.answer(run.denoiser, question, batch, step=2), raw, atol=1e-3)
+        assert torch.equal(run.objective.predict(run.model.denoiser, noised, batch, step=step), raw)
+    assert not torch.allclose(
+        run.objective.predict(run.model.denoiser, noised, batch, step=2), raw, atol=1e-3
+    )
 
 
-def test_the_warm_start_comes_nearer_to_the_bridge(make_run: MakeRun) -> None:
+def test_the_warm_start_reduces_the_error_against_the_bridge(make_run: MakeRun) -> None:
     raw, warm = make_run(), make_run(start="warm")
     errors: list[float] = []
     for run in (raw, warm):
-        batch, question = first_question(run)
-        wanted = through_the_bridge(run, batch, question)
-        answer = ask_raw(run, batch, question).detach()
-        errors.append(float((answer - wanted).square().mean()))
+        batch, noised = first_batch(run)
+        expected = through_the_bridge(run, batch, noised)
+        predicted = predict_as_flow(run, batch, noised).detach()
+        errors.append(float((predicted - expected).square().mean()))
     assert errors[1] < 0.95 * errors[0]  # the tiny model is random: there is little to refit
 
 
@@ -143,23 +148,24 @@ def test_the_warm_start_refits_the_embedding_of_noise_levels() -> None:
     def embedded(times: Tensor) -> Tensor:
         return model.unet.time_embedding(model.unet.time_proj(times))
 
-    wanted, unfitted = embedded(Bridge().timestep(levels)), embedded(1000 * levels)
-    warm = WarmStart()
-    warm.put(model, refit_time(model, Bridge(), Flow(shift=2.5).even_times(4096)))
+    expected, unfitted = embedded(Bridge().timestep(levels)), embedded(1000 * levels)
+    SwappedTensors().put(model, refit_time(model, Bridge(), Flow(shift=2.5).even_times(4096)))
     found = embedded(1000 * levels)
-    assert (found - wanted).norm() < 0.05 * wanted.norm() < 0.2 * (unfitted - wanted).norm()
+    assert (found - expected).norm() < 0.05 * expected.norm() < 0.2 * (unfitted - expected).norm()
 
 
-def test_the_tensors_of_the_base_are_back_afterwards(make_run: MakeRun) -> None:
+def test_the_teacher_has_the_tensors_of_the_base_and_training_those_of_the_warm_start(
+    make_run: MakeRun,
+) -> None:
     run = make_run(start="warm")
-    conversion = run.asking.conversion
+    conversion = run.objective.conversion
     assert conversion is not None
     with open_checkpoint(run.recipe.model.checkpoint) as base:
-        stored = {name: base.load(name).float() for name in parameters(run.prepared.model)}
-    warm = {name: tensor.clone() for name, tensor in parameters(run.prepared.model).items()}
-    with conversion.as_it_was(run.injection):
-        inside = {name: tensor.clone() for name, tensor in parameters(run.prepared.model).items()}
-    after = parameters(run.prepared.model)
+        stored = {name: base.load(name).float() for name in replaceable_parameters(run.model.sdxl)}
+    warm = {name: tensor.clone() for name, tensor in replaceable_parameters(run.model.sdxl).items()}
+    with conversion.base_weights(run.model.injection):
+        inside = {name: tensor.clone() for name, tensor in replaceable_parameters(run.model.sdxl).items()}
+    after = replaceable_parameters(run.model.sdxl)
     assert all(torch.equal(inside[name], tensor) for name, tensor in stored.items())
     assert all(torch.equal(after[name], tensor) for name, tensor in warm.items())
     assert sum(not torch.equal(warm[name], stored[name]) for name in stored) == 7  # conv_in keeps its bias
@@ -177,15 +183,17 @@ def test_the_rebuilt_model_is_the_trained_one(make_recipe: MakeRecipe, tmp_path:
         assert len(adapter.replaced) == 8
     rebuilt = tmp_path / "rebuilt.safetensors"
     rebuild(recipe.model.checkpoint, tuned, rebuilt, dtype=torch.float32)
-    run = assemble(recipe, Accelerator(cpu=True), Callbacks(), state.saved_states(tmp_path / "out", "t")[-1])
-    batch, question = first_question(run)
-    run.denoiser.eval()
+    saved = state.load_state(output.saved_states(tmp_path / "out", "t")[-1])
+    run = assemble(recipe, Accelerator(cpu=True), Callbacks(), saved)
+    restore(run, saved)
+    batch, noised = first_batch(run)
+    run.model.denoiser.eval()
     with open_checkpoint(rebuilt) as source:
         model = build_model(source)
         assert model.prediction.name == "flow"
-    text = run.denoiser.text_states(batch.captions)
-    found = model.denoise(question.noised, question.timestep, text, batch.time_ids)
-    assert torch.allclose(found, ask_raw(run, batch, question), atol=2e-3)  # other layers stay in fp16
+    text = run.model.denoiser.text_states(batch.captions)
+    found = model.denoise(noised.latents, noised.timestep, text, batch.time_ids)
+    assert torch.allclose(found, predict_as_flow(run, batch, noised), atol=2e-3)  # other layers stay in fp16
 
 
 class Losses(Callbacks):
@@ -196,7 +204,7 @@ class Losses(Callbacks):
         self.found.append(info.loss)
 
 
-def test_a_stopped_conversion_goes_on_as_if_it_had_not(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_resumed_conversion_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole, rest = Losses(), Losses()
     objective = {"start": "warm", "teacher": "eps"}
     train(
@@ -217,8 +225,10 @@ def test_a_gradient_frame_follows_the_warm_start(make_recipe: MakeRecipe, pictur
         model={"frame": "gradient", "frame_batches": 1},
         data={"validation_folder": picture_folder / "held_out"},
     )
-    run = assemble(recipe, Accelerator(cpu=True), Callbacks(), None)
-    before = held_out_loss(run.denoiser, run.held_out, run.prediction, times=4, batch=2)
+    run = assemble(recipe, Accelerator(cpu=True), Callbacks())
+    before = validation_loss(
+        run.model.denoiser, run.data.validation, run.objective.prediction, times=4, batch=2
+    )
     assert train(recipe).validation_before == pytest.approx(before, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Which way of training fits: the ladder, the choice, and the recipe that asks for it."""
+"""The setup that fits a card: the ladder, the choice and its recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from spectune.errors import InputError
-from spectune.training.memory.account import Fixed, Memory, MemoryMeter, Setup
+from spectune.training.memory.account import Fixed, Memory, Setup
+from spectune.training.memory.meter import MemoryMeter
 from spectune.training.memory.search import described, ladder, plan, recipe_text
 from spectune.training.recipe.recipe import parse_recipe
 
@@ -36,11 +37,11 @@ def test_the_card_must_have_the_larger_phase_and_a_reserve() -> None:
     assert replace(memory, encoding=340).total == 1900 + 600_000_000 + 95
 
 
-class Prices(MemoryMeter):
-    """Ways of training with prices by their place on the ladder, the first the dearest."""
+class MadeUpSizes(MemoryMeter):
+    """Setups with made-up sizes; the first on the ladder is the largest."""
 
-    def __init__(self, wish: Setup) -> None:
-        self.setups = list(ladder(wish))
+    def __init__(self, requested: Setup) -> None:
+        self.setups = list(ladder(requested))
         self.measured: list[Setup] = []
 
     def measure(self, setup: Setup) -> Memory:
@@ -51,7 +52,7 @@ class Prices(MemoryMeter):
         return memory_of(900_000_000 * (len(self.setups) - self.setups.index(setup))).total
 
 
-def test_the_ladder_goes_from_the_wish_to_the_cheapest() -> None:
+def test_the_ladder_goes_from_the_request_to_the_cheapest() -> None:
     rungs = [described(setup) for setup in ladder(Setup(rank=16))]
     lean = "checkpointing, text+vae offloaded"
     assert rungs == [
@@ -74,8 +75,8 @@ def test_the_ladder_goes_from_the_wish_to_the_cheapest() -> None:
     )
 
 
-def test_the_first_that_fits_is_the_answer_and_two_more_are_shown() -> None:
-    meter = Prices(Setup(rank=16))
+def test_the_first_that_fits_is_the_best_and_two_more_are_shown() -> None:
+    meter = MadeUpSizes(Setup(rank=16))
     third = meter.measure(meter.setups[2]).total
     meter.measured.clear()
     found = plan(meter, meter.setups[0], third)
@@ -85,23 +86,23 @@ def test_the_first_that_fits_is_the_answer_and_two_more_are_shown() -> None:
     assert plan(meter, meter.setups[0], third - 1).best.setup == meter.setups[3]
 
 
-def test_what_is_too_large_without_activations_is_not_measured() -> None:
-    meter = Prices(Setup(rank=16))
+def test_setups_that_are_too_large_without_activations_are_not_measured() -> None:
+    meter = MadeUpSizes(Setup(rank=16))
     found = plan(meter, meter.setups[0], meter.least(meter.setups[4]))
     assert set(meter.setups[:4]).isdisjoint(meter.measured)
     assert [one.memory for one in found.too_large[:4]] == [None] * 4
 
 
-def test_nothing_that_fits_says_what_the_smallest_takes() -> None:
-    meter = Prices(Setup(rank=16))
+def test_the_error_names_the_smallest_setup() -> None:
+    meter = MadeUpSizes(Setup(rank=16))
     with pytest.raises(
-        InputError, match=r"nothing fits 1\.00 GB: the smallest way, rank 8, .* takes 1\.65 GB"
+        InputError, match=r"nothing fits 1\.00 GB: the smallest setup, rank 8, .* takes 1\.65 GB"
     ):
         plan(meter, meter.setups[0], 10**9)
 
 
 @pytest.mark.parametrize("place", [0, 2, 3, 5])
-def test_the_recipe_asks_for_what_was_planned(place: int) -> None:
+def test_the_recipe_has_the_planned_setup(place: int) -> None:
     setup = list(ladder(Setup(rank=16, batch=3, resolution_px=768)))[place]
     data = tomllib.loads(recipe_text(setup, 'models/the "best".safetensors'))
     data["data"]["folders"] = ["pictures"]

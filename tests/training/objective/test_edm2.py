@@ -1,4 +1,4 @@
-"""The learned weighting: values and gradients by hand, its fixed point, and going on from a state."""
+"""The learned weighting: values and gradients by hand, its fixed point, and resuming."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from spectune.model.prediction import Ddpm, Flow
-from spectune.training.objective.edm2 import LearnedWeighting, importance, weighting_optimizer
+from spectune.training.objective.edm2 import (
+    LearnedWeighting,
+    WeightingTrainer,
+    importance,
+    weighting_optimizer,
+)
 
 
 def two_features() -> LearnedWeighting:
@@ -34,7 +39,7 @@ def test_flow_levels_have_their_snr() -> None:
     assert importance(Flow().snr(torch.tensor([0.75])), 1.0).item() == pytest.approx(2.0)
 
 
-def test_costs_begin_as_they_are() -> None:
+def test_costs_are_unchanged_at_the_start() -> None:
     costs = torch.tensor([0.3, 7.0])
     weighted = LearnedWeighting()(costs, torch.tensor([3, 999]), torch.tensor([9.0, 0.0]))
     assert torch.equal(weighted, costs)
@@ -87,9 +92,9 @@ def test_it_learns_the_cost_over_the_importance_of_every_level() -> None:
         optimizer.zero_grad()
         weighting(costs, times, snr).mean().backward()
         optimizer.step()
-    wanted = (costs / importance(snr, 1.0)).log()
-    error = (weighting.log_cost(times) - wanted).abs()
-    assert wanted.max() - wanted.min() > 3
+    expected = (costs / importance(snr, 1.0)).log()
+    error = (weighting.log_cost(times) - expected).abs()
+    assert expected.max() - expected.min() > 3
     assert error.mean().item() < 0.1
 
 
@@ -106,7 +111,7 @@ def test_both_ends_of_the_schedule_are_finite(prediction: Ddpm | Flow) -> None:
     assert bool(weighting.weight.grad.isfinite().all())
 
 
-def test_a_saved_weighting_goes_on_bit_for_bit() -> None:
+def test_a_saved_weighting_continues_bit_for_bit() -> None:
     def steps(weighting: LearnedWeighting, optimizer: torch.optim.Optimizer, which: range) -> None:
         for step in which:
             optimizer.zero_grad()
@@ -115,23 +120,22 @@ def test_a_saved_weighting_goes_on_bit_for_bit() -> None:
             optimizer.step()
 
     straight, stopped = LearnedWeighting(16), LearnedWeighting(16)
-    its, own = weighting_optimizer(straight), weighting_optimizer(stopped)
-    steps(straight, its, range(5))
-    steps(stopped, own, range(3))
+    straight_optimizer, stopped_optimizer = weighting_optimizer(straight), weighting_optimizer(stopped)
+    steps(straight, straight_optimizer, range(5))
+    steps(stopped, stopped_optimizer, range(3))
     file = io.BytesIO()
-    torch.save({"weighting": stopped.state_dict(), "optimizer": own.state_dict()}, file)
+    torch.save(WeightingTrainer(stopped, stopped_optimizer).state_dict(), file)
     file.seek(0)
     saved: dict[str, Any] = torch.load(file, weights_only=True)
     resumed = LearnedWeighting(16, seed=9)  # the features come with the state
     again = weighting_optimizer(resumed)
-    resumed.load_state_dict(saved["weighting"])
-    again.load_state_dict(saved["optimizer"])
+    WeightingTrainer(resumed, again).load_state_dict(saved)
     steps(resumed, again, range(3, 5))
     assert torch.equal(resumed.weight, straight.weight)
     assert not torch.equal(resumed.weight, stopped.weight)
 
 
-def test_the_optimiser_is_the_one_of_the_formula() -> None:
+def test_the_settings_of_the_optimizer() -> None:
     weighting = LearnedWeighting()
     group = weighting_optimizer(weighting).param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-2, (0.9, 0.99), 0.0)

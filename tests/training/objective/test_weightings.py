@@ -1,4 +1,4 @@
-"""Weightings of noise levels against numbers worked out by hand."""
+"""Weightings of noise levels against values computed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from spectune.training.objective.weightings import (
     WEIGHTINGS,
     WeightingOptions,
     like_noise,
-    noise_weights,
 )
 
 Name = Literal["eps", "v"]
@@ -72,13 +71,13 @@ def test_like_noise_by_hand_and_by_its_definition() -> None:
     torch.testing.assert_close(v_error * like_noise(eps.snr(times)), eps_error, rtol=1e-3, atol=1e-6)
 
 
-def test_scaled_like_noise_on_top_of_a_weighting() -> None:
+def test_like_noise_multiplies_a_weighting() -> None:
     snr = torch.tensor([3.0])
     options = WeightingOptions("v", scale_v_like_noise=True)
-    assert noise_weights(WEIGHTINGS["none"], snr, options).item() == pytest.approx(3 / 4)
+    assert WEIGHTINGS["none"](snr, options).item() == pytest.approx(3 / 4)
     # min_snr of v at snr = 3: 3/4
-    assert noise_weights(WEIGHTINGS["min_snr"], snr, options).item() == pytest.approx(9 / 16)
-    assert noise_weights(WEIGHTINGS["min_snr"], snr, WeightingOptions("v")).item() == pytest.approx(3 / 4)
+    assert WEIGHTINGS["min_snr"](snr, options).item() == pytest.approx(9 / 16)
+    assert WEIGHTINGS["min_snr"](snr, WeightingOptions("v")).item() == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -89,7 +88,7 @@ def test_weights_are_finite_from_pure_noise_to_clean_latents(name: str, predicti
     assert edges[[1, 4, 5]].tolist() == [0.0, math.inf, 0.0]
     for scaled in (False, True):
         options = WeightingOptions(prediction, scale_v_like_noise=scaled)
-        found = noise_weights(WEIGHTINGS[name], edges, options)
+        found = WEIGHTINGS[name](edges, options)
         assert bool(found.isfinite().all())
         assert bool((found >= 0).all())
 
@@ -99,10 +98,17 @@ def test_limits_of_min_snr_in_pure_noise() -> None:
     assert weights("min_snr", "v", [0.0]) == [0.0]
 
 
-def test_gamma_changes_the_weightings_it_is_for() -> None:
+def test_gamma_weightings_are_those_that_gamma_changes() -> None:
     changed = [
         name
         for name in WEIGHTINGS
         if weights(name, "eps", [20.0], min_snr_gamma=1.0) != weights(name, "eps", [20.0], min_snr_gamma=5.0)
     ]
     assert tuple(changed) == GAMMA_WEIGHTINGS
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_weighting_is_described(name: str) -> None:
+    weighting = WEIGHTINGS[name]
+    assert all((weighting.help, weighting.formula, weighting.source))
+    assert "\n" not in weighting.help

@@ -51,7 +51,7 @@ def test_plain_rounding_loses_them(schedule_free: bool) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, kind in OPTIMIZERS.items() if not kind.rounds_stochastically]
 )
-def test_no_other_optimizer_is_said_to_round_stochastically(name: str) -> None:
+def test_other_optimizers_do_not_round_stochastically(name: str) -> None:
     """Each loses every update of 1e-4 of a bf16 parameter, so that claiming otherwise would be wrong."""
     parameter = nn.Parameter(torch.ones(64, 80, dtype=torch.bfloat16))
     fixed = OPTIMIZERS[name].fixed_learning_rate

@@ -15,7 +15,7 @@ from tests.training.optim.deltas import gradients_of_noise, trained
 ESTIMATING = ["dadapt_adam", "prodigy", "prodigy_plus_schedule_free"]
 
 
-def test_parts_have_rates_of_their_own() -> None:
+def test_parts_have_their_own_rates() -> None:
     tensors = trained()
     optimizer = build_optimizer(
         "adamw", groups_by_part(tensors), learning_rate=0.5, part_learning_rates={"te1": 0.125}
@@ -38,7 +38,7 @@ def test_groups_follow_the_order_of_the_tensors() -> None:
 
 
 def test_a_rate_for_a_part_that_is_not_trained_is_refused() -> None:
-    with pytest.raises(InputError, match="te2 has a learning rate of its own, but nothing of it is trained"):
+    with pytest.raises(InputError, match="part_learning_rates names te2, but no tensor of it is trained"):
         build_optimizer("adamw", groups_by_part(trained()), part_learning_rates={"te2": 1e-4})
 
 
@@ -54,18 +54,16 @@ def test_the_rate_of_a_recipe_without_one(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options"), [*((name, {}) for name in ESTIMATING), ("adafactor", {"relative_step": True})]
 )
-def test_a_rate_beside_steps_that_are_found_is_refused(name: str, options: dict[str, Any]) -> None:
+def test_a_rate_is_refused_where_the_optimizer_finds_its_steps(name: str, options: dict[str, Any]) -> None:
     assert traits_of(name, check_options(name, options)).fixed_learning_rate == 1.0
-    with pytest.raises(
-        InputError, match=f"{name} finds its step size itself, but has a learning rate of 0.1"
-    ):
+    with pytest.raises(InputError, match=f"{name} finds its own step size, but has a learning rate of 0.1"):
         build_optimizer(name, groups_by_part(trained()), learning_rate=0.1, options=options)
-    with pytest.raises(InputError, match="finds its step size itself"):
+    with pytest.raises(InputError, match="finds its own step size"):
         build_optimizer(name, groups_by_part(trained()), part_learning_rates={"te1": 0.1}, options=options)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_estimated_step_sizes_are_told_for_each_part(name: str) -> None:
+def test_estimated_step_sizes_are_reported_for_each_part(name: str) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     if name not in ESTIMATING:
@@ -83,7 +81,7 @@ def test_estimated_step_sizes_are_told_for_each_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dadapt_adam", "prodigy"])
 @pytest.mark.parametrize("growth_rate", [None, 1.25])
-def test_estimates_grow_as_fast_as_they_may(name: str, growth_rate: float | None) -> None:
+def test_growth_rate_limits_the_estimate(name: str, growth_rate: float | None) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors), options={"growth_rate": growth_rate})
     found = [step_sizes(optimizer)["unet"]]
@@ -100,13 +98,13 @@ def test_estimates_grow_as_fast_as_they_may(name: str, growth_rate: float | None
         assert fastest == pytest.approx(growth_rate)
 
 
-def test_prodigy_plus_estimates_each_part_by_itself() -> None:
+def test_prodigy_plus_estimates_each_part_separately() -> None:
     optimizer = build_optimizer("prodigy_plus_schedule_free", groups_by_part(trained()))
     assert all(group["split_groups"] for group in optimizer.param_groups)  # off with a single group
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_parts_outlast_being_prepared_by_accelerate(name: str) -> None:
+def test_accelerate_keeps_the_parts(name: str) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     prepared = Accelerator(cpu=True).prepare_optimizer(optimizer, device_placement=True)

@@ -12,8 +12,8 @@ from spectune.training.optim.modes import finished_weights
 from tests.training.optim.deltas import advance, trained
 
 
-def progress() -> state.Progress:
-    return state.Progress(
+def header() -> state.StateHeader:
+    return state.StateHeader(
         step=4,
         steps=9,
         position=4,
@@ -27,11 +27,11 @@ def progress() -> state.Progress:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_interrupted_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
     first = trained()
     first_optimizer = build_optimizer(name, groups_by_part(first))
     advance(first_optimizer, first, range(4))
-    state.save_state(tmp_path / "t.state", progress(), first, first_optimizer)
+    state.save_state(tmp_path / "t.state", header(), first, first_optimizer)
     advance(first_optimizer, first, range(4, 9))
 
     second = trained()
@@ -49,8 +49,8 @@ def test_interrupted_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_that_forgets_its_state_goes_another_way(name: str) -> None:
-    """What the test above would not notice if gradients alone decided."""
+def test_a_run_without_its_state_differs(name: str) -> None:
+    """The test above would pass without a state if only gradients mattered."""
     kept, forgetful = trained(), trained()
     optimizer = build_optimizer(name, groups_by_part(kept))
     advance(optimizer, kept, range(4))

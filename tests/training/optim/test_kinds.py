@@ -112,7 +112,7 @@ def test_eight_bits_hold_the_moments_of_large_tensors_only() -> None:
         ),  # every 11th, bf16
     ],
 )
-def test_the_state_takes_the_memory_that_its_page_names(name: str, bytes_per_number: float) -> None:
+def test_state_sizes_are_those_of_the_docs(name: str, bytes_per_number: float) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     advance(optimizer, tensors, range(2))

@@ -13,7 +13,7 @@ SCHEDULE_FREE = [name for name, kind in OPTIMIZERS.items() if kind.schedule_free
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_looking_at_the_finished_weights_changes_nothing(name: str) -> None:
+def test_reading_the_finished_weights_changes_nothing(name: str) -> None:
     looked, plain = trained(), trained()
     optimizers = [build_optimizer(name, groups_by_part(tensors)) for tensors in (looked, plain)]
     for seed in range(4):
@@ -25,7 +25,7 @@ def test_looking_at_the_finished_weights_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_only_schedule_free_optimizers_stand_for_other_weights_than_they_step_on(name: str) -> None:
+def test_only_schedule_free_optimizers_have_averaged_weights(name: str) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     advance(optimizer, tensors, range(3))

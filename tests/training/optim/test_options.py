@@ -92,7 +92,7 @@ def test_options_that_do_not_fit(name: str, options: dict[str, Any], message: st
         check_options(name, options)
 
 
-def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "spectune.training.optim.eight_bit", raising=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(SpectuneError, match="needs bitsandbytes, which is not installed") as caught:
@@ -101,14 +101,14 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_traits_are_those_of_the_kind_unless_an_option_takes_them_back(name: str) -> None:
+def test_default_traits_are_those_of_the_kind(name: str) -> None:
     kind, traits = OPTIMIZERS[name], traits_of(name, check_options(name, {}))
     assert traits.fixed_learning_rate == kind.fixed_learning_rate
     assert traits.schedule_free == kind.schedule_free
     assert traits.rounds_stochastically == kind.rounds_stochastically
 
 
-def test_prodigy_plus_can_be_told_to_be_a_plain_prodigy() -> None:
+def test_options_turn_traits_of_prodigy_plus_off() -> None:
     name = "prodigy_plus_schedule_free"
     assert not traits_of(name, check_options(name, {"use_schedulefree": False})).schedule_free
     assert not traits_of(name, check_options(name, {"stochastic_rounding": False})).rounds_stochastically

@@ -17,9 +17,9 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.sdxl.layers import build_catalogue
 from spectune.training.callbacks import Callbacks, StepInfo
 from spectune.training.loop import train
+from spectune.training.output import adapter_file
 from spectune.training.recipe.file import load_recipe
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.state import adapter_file
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

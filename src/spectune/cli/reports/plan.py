@@ -10,7 +10,7 @@ from spectune.cli.console import megabytes, say, table
 from spectune.ops.options.training import PlanOptions
 from spectune.ops.plan import Activations, PlanReport
 from spectune.training.memory.account import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory
-from spectune.training.memory.search import QUANTISED, Candidate, Plan, described
+from spectune.training.memory.search import QUANTIZED, Candidate, Plan, described
 
 
 def prepare(options: PlanOptions) -> PlanOptions:
@@ -74,7 +74,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def _print_weights(weights: Mapping[str, Mapping[str, int]]) -> None:
-    columns = ("fp32", "bf16", *QUANTISED)
+    columns = ("fp32", "bf16", *QUANTIZED)
     rows = [
         (name, *(megabytes(sizes[column]) if column in sizes else "" for column in columns))
         for name, sizes in weights.items()

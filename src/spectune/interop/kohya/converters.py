@@ -22,7 +22,7 @@ from spectune.interop.kohya.rules import (
     unsupported,
     whole_number,
 )
-from spectune.training.objective.losses import LOSSES, SCHEDULED_LOSSES
+from spectune.training.objective.losses import HUBER_LOSSES, LOSSES
 
 # ---------------------------------------------------------------- model
 
@@ -205,8 +205,8 @@ def loss_type(flag: Flag, command: Command) -> Results:
 
 
 def huber(flag: Flag, command: Command) -> Results:
-    if command.value("loss_type") not in SCHEDULED_LOSSES:
-        return ignored(flag, f"it is for --loss_type {' and '.join(SCHEDULED_LOSSES)}")
+    if command.value("loss_type") not in HUBER_LOSSES:
+        return ignored(flag, f"it is for --loss_type {' and '.join(HUBER_LOSSES)}")
     if flag.name == "huber_c":
         return taken(flag, {"loss.huber_c": number(only_value(flag))})
     if only_value(flag) not in ("snr", "constant"):

@@ -14,7 +14,7 @@ from spectune.interop.kohya import derived
 from spectune.interop.kohya.command_line import LAUNCHER, Command, Flag
 from spectune.interop.kohya.flags import DEFAULTS, convert_flag
 from spectune.interop.kohya.rules import FlagResult, PathText
-from spectune.training.objective.losses import SCHEDULED_LOSSES
+from spectune.training.objective.losses import HUBER_LOSSES
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.recipe.sections.model import ALL_PARTS
 
@@ -91,7 +91,7 @@ def with_defaults(command: Command) -> Command:
         rates[part] is not None for part in derived.parts_of(command)
     ):
         del values["learning_rate"]
-    if command.value("loss_type") in SCHEDULED_LOSSES:
+    if command.value("loss_type") in HUBER_LOSSES:
         values["huber_schedule"] = "snr"
     missing = {name: value for name, value in values.items() if not command.has(name)}
     defaults = tuple(Flag(name, (value,), is_default=True) for name, value in missing.items())

@@ -1,4 +1,4 @@
-"""Sizes that images are trained at, and how an image is brought to one of them."""
+"""Bucket sizes, and how an image is placed in one of them."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ class Size:
 
     @property
     def aspect(self) -> float:
+        """Width divided by height."""
         return self.width / self.height
 
 
 def bucket_sizes(resolution: int, *, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
-    """Sizes of at most `resolution`^2 pixels, sides multiples of `step` in minimum..maximum.
+    """Return sizes of at most `resolution`² pixels, sides multiples of `step` in minimum..maximum.
 
     1024 with 768..1280 in steps of 64 gives 768x1280, 832x1216, 896x1152, 960x1088, 1024x1024 and
-    their transposes, as kohya's make_bucket_resolutions does.
+    their transposes, like kohya's make_bucket_resolutions.
     """
     side = resolution // step * step
-    found = {Size(side, side)}
+    sizes = {Size(side, side)}
     for width in range(minimum, maximum + 1, step):
         height = min(maximum, resolution**2 // width // step * step)
         if height >= minimum:
-            found |= {Size(width, height), Size(height, width)}
-    return tuple(sorted(found))
+            sizes |= {Size(width, height), Size(height, width)}
+    return tuple(sorted(sizes))
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket of the nearest aspect, compared as a ratio so that portrait and landscape count alike."""
+    """Return the bucket of the nearest aspect; ratios treat portrait and landscape alike."""
     return min(buckets, key=lambda bucket: (abs(math.log(bucket.aspect / size.aspect)), bucket))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image becomes a training picture: mirrored, resized to cover the target, cut out. In pixels."""
+    """How an image becomes a training picture: resized to cover the target, cropped, mirrored. In pixels."""
 
     original: Size
     resized: Size
     target: Size
-    left: int  # of the cut, in the resized image before it is mirrored
+    left: int  # of the crop, in the resized image before it is mirrored
     top: int
     flipped: bool
 
@@ -55,7 +56,7 @@ class Placement:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's size conditioning: original height, width; crop top, left; target height, width.
 
-        The crop is counted in the picture as it is seen: mirroring turns a left margin into a right one.
+        The crop counts in the mirrored picture, where a left margin is a right one.
         """
         left = self.resized.width - self.left - self.target.width if self.flipped else self.left
         return (
@@ -69,7 +70,7 @@ class Placement:
 
 
 def place(original: Size, target: Size, *, flipped: bool = False, random: Random | None = None) -> Placement:
-    """The placement of an image in a bucket, cut from its middle, or anywhere with `random`."""
+    """Return the placement of an image in a bucket, cropped at the center, or anywhere with `random`."""
     scale = max(target.width / original.width, target.height / original.height)
     resized = Size(
         max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale))

@@ -1,33 +1,24 @@
-"""What is said of a picture: reading captions, shuffling and dropping tags, dropping captions."""
+"""Captions: read them from files, shuffle and drop tags, drop whole captions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from spectune.errors import InputError
+from spectune.training.recipe.sections.data import CaptionSection
 
-_ENTRY = '{"file_name": "cat.png", "text": "a cat"}'
-
-
-@dataclass(frozen=True)
-class CaptionRules:
-    """How captions vary from draw to draw; the first `keep_tokens` tags stay, and stay in place."""
-
-    shuffle: bool = False
-    keep_tokens: int = 0
-    dropout_probability: float = 0.0  # caption -> ""
-    tag_dropout_probability: float = 0.0  # of each tag by itself
+_LINE_HINT = 'a line looks like {"file_name": "cat.png", "text": "a cat"}'
 
 
 def read_caption(image: Path, extensions: Sequence[str]) -> str | None:
-    """The first line of the caption file beside `image`, or None when there is none.
+    """Return the first line of the caption file of `image`, or None if it has no such file.
 
-    Raises InputError when the file is not UTF-8.
+    Raises:
+        InputError: The file is not UTF-8.
     """
     for extension in extensions:
         path = image.with_suffix(extension)
@@ -38,34 +29,33 @@ def read_caption(image: Path, extensions: Sequence[str]) -> str | None:
 
 
 def read_sidecar(path: Path) -> dict[str, str]:
-    """The captions by file name in a JSONL file, one object with `file_name` and `text` a line.
+    """Return the captions in a JSONL file by file name; each line is an object with `file_name` and `text`.
 
-    Raises InputError with the number of the line that is not one, or that names a file again.
+    Raises:
+        InputError: A line is not such an object or repeats a file name. The message has its number.
     """
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         name, text = _entry(line, f"{path} line {number}")
-        if name in found:
-            raise InputError(
-                f"{path} line {number} names {name} a second time", hint="keep one of its entries"
-            )
-        found[name] = text.strip()
-    return found
+        if name in captions:
+            raise InputError(f"{path} line {number} repeats {name}", hint="keep only one entry of a file")
+        captions[name] = text.strip()
+    return captions
 
 
 def _entry(line: str, where: str) -> tuple[str, str]:
     try:
         entry: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}", hint=f"a line looks like {_ENTRY}") from error
+        raise InputError(f"{where} is not JSON: {error}", hint=_LINE_HINT) from error
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is not an object", hint=f"a line looks like {_ENTRY}")
+        raise InputError(f"{where} is not an object", hint=_LINE_HINT)
     name, text = entry.get("file_name"), entry.get("text")
     if not isinstance(name, str) or not isinstance(text, str):
         key = "text" if isinstance(name, str) else "file_name"
-        raise InputError(f"{where} has no string `{key}`", hint=f"a line looks like {_ENTRY}")
+        raise InputError(f"{where} has no string `{key}`", hint=_LINE_HINT)
     return name, text
 
 
@@ -76,8 +66,8 @@ def _text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text", hint="save the captions as UTF-8") from error
 
 
-def draw_caption(caption: str, rules: CaptionRules, random: Random) -> str:
-    """The caption as one draw sees it: "" when dropped, else with its tags dropped and shuffled."""
+def draw_caption(caption: str, rules: CaptionSection, random: Random) -> str:
+    """Return the caption of one draw: "" if it is dropped, else with tags dropped and shuffled."""
     if random.random() < rules.dropout_probability:
         return ""
     if not rules.shuffle and not rules.tag_dropout_probability:

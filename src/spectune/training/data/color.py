@@ -1,4 +1,4 @@
-"""Small changes of colour: hue, saturation and gamma of levels in 0..1."""
+"""Small random changes of hue, saturation and gamma, on levels in 0..1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Levels = NDArray[np.float32]  # (3, height, width) in 0..1
 
-# Hue and gamma as far as kohya's color_aug: 8 of OpenCV's 180 steps of hue, gamma 0.95..1.05.
+# Hue and gamma have the ranges of kohya's color_aug: 8 of OpenCV's 180 steps of hue, gamma 0.95..1.05.
 HUE_TURNS = 8 / 180
 SATURATION = 0.1
 GAMMA = 0.05
@@ -18,16 +18,16 @@ GAMMA = 0.05
 
 @dataclass(frozen=True)
 class ColorChange:
-    """What is done to every pixel of a picture: first hue and saturation, then gamma."""
+    """A change of every pixel of a picture: first hue and saturation, then gamma."""
 
-    hue: float  # added, in turns of the colour wheel
+    hue: float  # added, in turns of the color wheel
     saturation: float  # factor
     gamma: float  # exponent
 
 
 def draw_color(probability: float, random: Random) -> ColorChange | None:
-    """The change that one draw makes; None leaves the colours as they are."""
-    # Nothing is drawn at 0: what else a seed decides must not depend on a key that is off.
+    """Return a random change, or None for unchanged colors."""
+    # At 0 nothing is drawn: other random choices must not depend on a key that is off.
     if probability == 0 or random.random() >= probability:
         return None
     return ColorChange(
@@ -38,7 +38,7 @@ def draw_color(probability: float, random: Random) -> ColorChange | None:
 
 
 def recolor(levels: Levels, change: ColorChange) -> Levels:
-    """The changed levels; full saturation stays the limit.
+    """Return the changed levels; saturation is clipped at 1.
 
     In numpy: the last bit of torch's power depends on its number of threads, which differs in workers.
     """
@@ -51,7 +51,7 @@ def recolor(levels: Levels, change: ColorChange) -> Levels:
 
 
 def to_hsv(levels: Levels) -> Levels:
-    """Hue in turns, saturation and value, all in 0..1 (Smith 1978); the hue of greys is 0."""
+    """Return hue in turns, saturation and value, all in 0..1 (Smith 1978). Grays have hue 0."""
     red, green, blue = levels
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
@@ -65,7 +65,7 @@ def to_hsv(levels: Levels) -> Levels:
 
 
 def from_hsv(hsv: Levels) -> Levels:
-    """The inverse of to_hsv."""
+    """Return the RGB levels of an image in HSV, the inverse of `to_hsv`."""
     hue, saturation, value = hsv
     chroma, sixths = value * saturation, hue * 6
     channels = []

@@ -1,4 +1,4 @@
-"""Drawn images as batches: pixels or cached latents, masks, captions and size conditioning."""
+"""Batches of drawn images: pixels or cached latents, masks, captions and size conditioning."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 
 from spectune.errors import InputError
 from spectune.training.data.buckets import Placement, Size, nearest_bucket, place
-from spectune.training.data.captions import CaptionRules, draw_caption
+from spectune.training.data.captions import draw_caption
 from spectune.training.data.color import draw_color
-from spectune.training.data.folders import CaptionedImage
 from spectune.training.data.images import UnusableImage, alpha_of, load_image, open_image, render
-from spectune.training.data.masks import MaskSource, open_mask, render_mask
+from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.plan import Draw
+from spectune.training.data.scan import CaptionedImage
 from spectune.training.data.views import View
+from spectune.training.recipe.sections.data import CaptionSection, DataSection, MaskSource
 from spectune.training.seeds import derived_random
 
 CacheKey = tuple[int, bool]  # image, flipped
@@ -30,14 +31,14 @@ CacheKey = tuple[int, bool]  # image, flipped
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size with what the model is told of them; either pixels or latents are there."""
+    """Pictures of one size with their conditioning. Either `pixels` or `latents` is given."""
 
     pixels: Tensor | None  # (batch, 3, height, width) float32 in -1..1
     latents: Tensor | None  # (batch, channels, h, w) float32, scaled
     captions: tuple[str, ...]
-    time_ids: Tensor  # (batch, 6) float32: 16 bits cannot hold sizes in pixels
+    time_ids: Tensor  # (batch, 6) float32: 16-bit floats cannot hold sizes in pixels
     weights: Tensor  # (batch,) float32, of the loss of each picture
-    masks: Tensor | None  # (batch, 1, h, w) float32 in 0..1, how much each latent counts; None: all of them
+    masks: Tensor | None  # (batch, 1, h, w) float32 in 0..1, how much each latent counts; None: in full
     views: tuple[View, ...]
     position: int
 
@@ -45,7 +46,7 @@ class Batch:
         return len(self.captions)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """The batch on another device; accelerate calls it."""
+        """Return the batch on another device. accelerate calls this."""
         tensors = {"pixels": self.pixels, "latents": self.latents, "masks": self.masks}
         tensors |= {"time_ids": self.time_ids, "weights": self.weights}
         moved = {k: t.to(device, non_blocking=non_blocking) for k, t in tensors.items() if t is not None}
@@ -54,13 +55,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Variation:
-    """What differs from draw to draw."""
+    """What differs from draw to draw; by default nothing."""
 
-    captions: CaptionRules = field(default_factory=CaptionRules)
+    captions: CaptionSection = field(default_factory=CaptionSection)
     flip_probability: float = 0.0
     random_crop: bool = False
     color_probability: float = 0.0
-    cached_variants: int = 1  # crops and colours of each orientation that a cache holds
+    cached_variants: int = 1  # crops and colors of each orientation in a cache
+
+    @classmethod
+    def of(cls, data: DataSection) -> Self:
+        """Return the variation that a recipe declares."""
+        return cls(
+            captions=data.caption,
+            flip_probability=data.flip_probability,
+            random_crop=data.random_crop,
+            color_probability=data.color_probability,
+            cached_variants=data.cache_variants,
+        )
 
     @property
     def flips(self) -> tuple[bool, ...]:
@@ -71,10 +83,10 @@ class Variation:
 
 
 class Pictures(Dataset[Batch]):
-    """The images of a run; asked for the draws of a batch at once, it answers with the batch.
+    """The images of a run. A list of draws as index returns their batch.
 
-    With `latents` set, views are drawn from those that `cached_view` names. `pixels_per_latent`, the edge
-    length of a latent, is that of masks.
+    With `latents` set, draws use the views that `cached_view` returns. `pixels_per_latent` is the edge length
+    of a latent, which masks are averaged over.
     """
 
     def __init__(
@@ -87,14 +99,14 @@ class Pictures(Dataset[Batch]):
         masks: MaskSource = "none",
         pixels_per_latent: int = 8,
     ) -> None:
-        """`sizes` are the sizes in pixels that images are trained at."""
+        """Assign each image to the nearest of `sizes`, in pixels."""
         self.images = tuple(images)
         self.targets = tuple(nearest_bucket(image.size, sizes) for image in images)
         self.variation = variation
         self.seed = seed
         self.masks: MaskSource = masks
         self.pixels_per_latent = pixels_per_latent
-        # (variants * channels, h, w): the variants of a view one after the other
+        # (variants * channels, h, w): the variants are concatenated
         self.latents: Mapping[CacheKey, Tensor] | None = None
         self._known_masks: dict[tuple[int, Placement], Tensor] = {}
 
@@ -102,14 +114,14 @@ class Pictures(Dataset[Batch]):
         return len(self.images)
 
     def buckets(self) -> dict[Size, list[tuple[int, int]]]:
-        """Size -> (image, repeats), as the batch plan takes it."""
-        found: dict[Size, list[tuple[int, int]]] = defaultdict(list)
+        """Return size -> (image, repeats), the input of the batch plan."""
+        buckets: dict[Size, list[tuple[int, int]]] = defaultdict(list)
         for index, (image, target) in enumerate(zip(self.images, self.targets, strict=True)):
-            found[target].append((index, image.repeats))
-        return dict(found)
+            buckets[target].append((index, image.repeats))
+        return dict(buckets)
 
     def enlarged(self) -> list[CaptionedImage]:
-        """The images smaller than the size they are trained at."""
+        """Return the images that are smaller than their training size."""
         return [
             image
             for image, target in zip(self.images, self.targets, strict=True)
@@ -117,12 +129,12 @@ class Pictures(Dataset[Batch]):
         ]
 
     def pixels(self, view: View) -> Tensor:
-        """One picture as it is seen, float32 (3, height, width) in -1..1."""
+        """Return the pixels of a view, float32 (3, height, width) in -1..1."""
         with self._readable(view.image) as path:
             return render(open_image(path), view.placement, view.color)
 
     def mask(self, view: View) -> Tensor:
-        """How much each latent of a view counts, float32 (1, h, w) in 0..1."""
+        """Return how much each latent of a view counts, float32 (1, h, w) in 0..1."""
         image, mask = self.images[view.image], None
         if self.masks == "alpha":
             with self._readable(view.image) as path:
@@ -139,15 +151,14 @@ class Pictures(Dataset[Batch]):
         except UnusableImage as error:
             raise InputError(f"{path} {error}", hint="it was readable when the run started") from error
 
-    def centred(self, image: int, *, flipped: bool = False) -> Placement:
-        """The placement of an image when crops are fixed."""
+    def centered(self, image: int, *, flipped: bool = False) -> Placement:
+        """Return the placement of an image with a fixed crop."""
         return place(self.images[image].size, self.targets[image], flipped=flipped)
 
     def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:
-        """One of the views of an image that a cache holds.
+        """Return one of the views of an image in a cache.
 
-        Its crop and colour are a function of seed, file name, orientation and number: other images that come
-        or go leave them as they are.
+        Its crop and color depend on seed, file name, orientation and variant only, not on other images.
         """
         name = self.images[image].path.name
         random = derived_random(self.seed, "view", name, flipped, variant)
@@ -193,13 +204,13 @@ class Pictures(Dataset[Batch]):
     def _drawn_mask(self, view: View) -> Tensor:
         if self.latents is None:
             return self.mask(view)
-        # The views of a cache are few: each mask is read once, so that no picture is opened again.
+        # A cache has few views: each mask is read once, and no picture is opened again.
         key = (view.image, view.placement)
         if key not in self._known_masks:
             self._known_masks[key] = self.mask(view)
         return self._known_masks[key]
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """The collate function of batches that the data set has already put together."""
+def keep_batch(batch: Batch) -> Batch:
+    """Return `batch`: a collate function for batches that the dataset has already assembled."""
     return batch

@@ -1,4 +1,4 @@
-"""Image files as they are meant to be seen: upright, RGB, 8 bits."""
+"""Image files as upright pictures in RGB with 8 bits, and pictures as tensors."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ class UnusableImage(Exception):
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in `path`: turned as its EXIF data says, on white where it is transparent, RGB.
+    """Read a picture in RGB, upright by its EXIF data, on white where it is transparent.
 
-    Raises UnusableImage for files that are broken, cut short or animated.
+    Raises:
+        UnusableImage: The file is damaged, truncated or animated.
     """
     return as_rgb(load_image(path))
 
 
 def load_image(path: Path) -> Image.Image:
-    """The first and only picture in `path`, turned as its EXIF data says, in the mode of its file.
+    """Read the only picture in a file, upright by its EXIF data, in the mode of the file.
 
-    Raises UnusableImage for files that are broken, cut short or animated.
+    Raises:
+        UnusableImage: The file is damaged, truncated or animated.
     """
     with _reasons(), Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
-        # MPO: a JPEG whose further frames are previews or the other eye's view; the first is the picture
+        # MPO: a JPEG whose first frame is the picture; others are previews or the other eye's view
         if frames > 1 and image.format != "MPO":
             raise UnusableImage(f"is animated ({frames} frames)")
         image.load()
@@ -45,7 +47,7 @@ def load_image(path: Path) -> Image.Image:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Within, what Pillow raises for a file becomes UnusableImage."""
+    """Turn what Pillow raises for a file into UnusableImage."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -56,9 +58,10 @@ def _reasons() -> Iterator[None]:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture in RGB, on white where it is transparent.
+    """Convert a loaded picture to RGB, on white where it is transparent.
 
-    Raises UnusableImage for modes that have no such reading.
+    Raises:
+        UnusableImage: The levels are floating-point numbers of unknown range.
     """
     if image.mode == "F":
         raise UnusableImage("holds floating-point levels, whose range is not known")
@@ -66,31 +69,31 @@ def as_rgb(image: Image.Image) -> Image.Image:
         if image.mode.startswith("I"):
             return _eight_bits(image).convert("RGB")
         if has_alpha(image):
-            seen = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
-    """The alpha channel of a loaded picture as an 8-bit grey image, None when it has none."""
+    """Return the alpha channel of a loaded picture as an 8-bit gray image, None if it has none."""
     return image.convert("RGBA").getchannel("A") if has_alpha(image) else None
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether a loaded picture says how opaque its pixels are."""
-    # 16-bit grey has no way to RGBA in Pillow
+    """Return whether a loaded picture has transparency."""
+    # Pillow cannot convert 16-bit gray to RGBA
     return not image.mode.startswith("I") and (
         "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La")
     )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
+    # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
     return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling) -> Image.Image:
-    """The image resized, cropped and mirrored."""
+    """Return the image resized, cropped and mirrored."""
     size, target = placement.resized, placement.target
     if image.size != (size.width, size.height):
         image = image.resize((size.width, size.height), resample)
@@ -101,7 +104,7 @@ def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling
 
 
 def render(image: Image.Image, placement: Placement, color: ColorChange | None = None) -> Tensor:
-    """The placed picture in changed colours, float32 (3, height, width) in -1..1."""
+    """Return the placed and recolored picture, float32 (3, height, width) in -1..1."""
     levels = np.array(cut_out(image, placement, Image.Resampling.LANCZOS))  # (height, width, 3), uint8
     if color is not None:
         planes = levels.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)

@@ -1,4 +1,4 @@
-"""Latents of pictures: encoded once and kept, or encoded as they are drawn, with the same noise."""
+"""Latents of pictures: encoded once and cached, or encoded when drawn, with the same noise."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from spectune.errors import InputError
 from spectune.files.weights_hash import WeightsHasher
 from spectune.model.network import Sdxl
+from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import CacheKey, Pictures
 from spectune.training.data.store import LatentStore
 from spectune.training.data.views import View
 from spectune.training.seeds import derived_generator
 
-# Pixels that are encoded at once: the float32 encoder takes 2.7 GB for each million of them.
+# Pixels per call of the encoder, which takes 2.7 GB per million of them in float32.
 ENCODE_PIXELS = 1024 * 1024
-ENCODE_BATCH = 8  # pictures, at most
+ENCODE_BATCH = 8  # most pictures per call
 
 
 @torch.no_grad()
@@ -35,12 +37,14 @@ def encode_pictures(
     progress: Callable[[int, int], None] = lambda done, total: None,
     store: LatentStore | None = None,
 ) -> dict[CacheKey, Tensor]:
-    """Latents of the cached views of all images, float32 on the CPU; of several variants one after the other,
-    (variants * channels, h, w).
+    """Return the latents of the cached views of all images, (variants * channels, h, w) float32 on the CPU.
 
-    A sample of the posterior with `seed`, its mode with None; the noise of a view does not depend on which
-    others are encoded. With `store`, only what it lacks is encoded.
-    Raises InputError when latents are not finite.
+    Args:
+        seed: Seed of a sample of each posterior, which depends on the view only; None takes the mode.
+        store: Only views that are missing in it are encoded.
+
+    Raises:
+        InputError: Latents are not finite.
     """
     latents: dict[CacheKey, Tensor] = {}
     variants = range(pictures.variation.cached_variants)
@@ -52,43 +56,53 @@ def encode_pictures(
             for flipped in flips
             for variant in variants
         ]
-        found: dict[View, Tensor] = {}
+        encoded: dict[View, Tensor] = {}
         for view, posterior in _posteriors(model, pictures, views, store):
-            found[view] = _drawn(posterior, view, seed)
+            encoded[view] = _sample(posterior, view, seed)
             done += 1
             progress(done, total)
         for key, group in groupby(views, key=lambda view: (view.image, view.placement.flipped)):
-            # taken out of `found`, so that variants are in memory once
-            rows = [found.pop(view) for view in group]
+            # removed from `encoded`: variants are in memory only once
+            rows = [encoded.pop(view) for view in group]
             latents[key] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return latents
 
 
 @torch.no_grad()
 def encode_drawn(model: Sdxl, pixels: Tensor, views: Sequence[View], *, seed: int) -> Tensor:
-    """Latents (batch, channels, h, w) of pixels (batch, 3, height, width) in -1..1 that are not cached.
+    """Return latents (batch, channels, h, w) of pixels (batch, 3, height, width) in -1..1 without a cache.
 
-    Fixed views get the noise that encode_pictures gives them. Raises InputError when latents are not finite.
+    Fixed views get the same noise as in `encode_pictures`.
+
+    Raises:
+        InputError: Latents are not finite.
     """
     posteriors = checked_latents(encode_posteriors(model, pixels), "a batch").to(pixels.device)
-    return torch.stack([_drawn(row, view, seed) for row, view in zip(posteriors, views, strict=True)])
+    return torch.stack([_sample(row, view, seed) for row, view in zip(posteriors, views, strict=True)])
 
 
 def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
-    """Mean and standard deviation of scaled latents, (batch, 2 * channels, h, w) float32.
+    """Return mean and standard deviation of scaled latents, (batch, 2 * channels, h, w) float32.
 
-    `pixels` are (batch, 3, height, width) in -1..1.
+    Args:
+        model: A model with an autoencoder.
+        pixels: (batch, 3, height, width) in -1..1.
     """
-    if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="name the file of one")
-    shift, scale = model.layout.vae.shift, model.layout.vae.scale
-    encoded = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype))
+    vae, layout = _vae_of(model)
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     posterior = cast("Any", encoded).latent_dist
-    return torch.cat([(posterior.mean.float() - shift) * scale, posterior.std.float() * scale], dim=1)
+    mean = (posterior.mean.float() - layout.shift) * layout.scale
+    return torch.cat([mean, posterior.std.float() * layout.scale], dim=1)
+
+
+def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
+    if model.vae is None or model.layout.vae is None:
+        raise InputError("the checkpoint has no VAE", hint="name the file of one in vae.path")
+    return model.vae, model.layout.vae
 
 
 def checked_latents(latents: Tensor, what: str) -> Tensor:
-    """`latents`, if they are finite: a broken VAE must not be trained on."""
+    """Return `latents`; raise InputError if they are not finite. Never train on a broken VAE."""
     if not bool(torch.isfinite(latents).all()):
         raise InputError(
             f"the VAE's latents of {what} are not finite",
@@ -98,24 +112,23 @@ def checked_latents(latents: Tensor, what: str) -> Tensor:
 
 
 def vae_key(model: Sdxl) -> str:
-    """A hash of all that latents owe to the autoencoder: its weights, scale, shift and padding."""
-    if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="name the file of one")
+    """Return a hash of the autoencoder: its weights, scale, shift and padding."""
+    vae, layout = _vae_of(model)
     hasher = WeightsHasher()
-    for name, tensor in model.vae.state_dict().items():
+    for name, tensor in vae.state_dict().items():
         hasher.add(name, tensor.cpu())
-    paddings = [module.padding_mode for module in model.vae.modules() if isinstance(module, nn.Conv2d)]
-    described = repr((hasher.hexdigest(), model.layout.vae.scale, model.layout.vae.shift, paddings))
+    paddings = [module.padding_mode for module in vae.modules() if isinstance(module, nn.Conv2d)]
+    described = repr((hasher.hexdigest(), layout.scale, layout.shift, paddings))
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _drawn(posterior: Tensor, view: View, seed: int | None) -> Tensor:
-    """Latents (channels, h, w) of a view: the mode, or a sample with the view's own noise."""
+def _sample(posterior: Tensor, view: View, seed: int | None) -> Tensor:
+    """Return latents (channels, h, w) of a view: the mode, or a sample with the view's own noise."""
     mean, deviation = posterior.chunk(2)
     if seed is None:
         return mean.clone()
     generator = derived_generator(seed, "latents", view.image, view.pixels_name, view.variant)
-    # on the CPU, so that a run does not depend on its device
+    # on the CPU: the noise must not depend on the device
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return mean + deviation * noise
 
@@ -123,7 +136,7 @@ def _drawn(posterior: Tensor, view: View, seed: int | None) -> Tensor:
 def _posteriors(
     model: Sdxl, pictures: Pictures, views: Sequence[View], store: LatentStore | None
 ) -> Iterator[tuple[View, Tensor]]:
-    """The posterior (2 * channels, h, w) of each view of pictures of one size, remembered or computed."""
+    """Yield the posterior (2 * channels, h, w) of each view of pictures of one size, stored or computed."""
     missing: list[View] = list(views)
     files: dict[int, Path] = {}
     if store is not None:
@@ -132,9 +145,9 @@ def _posteriors(
         for image, group in groupby(views, key=lambda view: view.image):
             own = list(group)
             files[image] = store.file_of(pictures.images[image].path)
-            known = store.load(files[image], [view.pixels_name for view in own], shape)
-            yield from ((view, known[view.pixels_name]) for view in own if view.pixels_name in known)
-            missing += [view for view in own if view.pixels_name not in known]
+            stored = store.load(files[image], [view.pixels_name for view in own], shape)
+            yield from ((view, stored[view.pixels_name]) for view in own if view.pixels_name in stored)
+            missing += [view for view in own if view.pixels_name not in stored]
     size = pictures.targets[views[0].image]
     count = min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
     for start in range(0, len(missing), count):
@@ -156,6 +169,5 @@ def _encoded(model: Sdxl, pictures: Pictures, views: Sequence[View]) -> dict[Vie
 
 
 def _posterior_shape(model: Sdxl, size: Size) -> tuple[int, int, int]:
-    step = model.pixels_per_latent
-    assert model.layout.vae is not None  # or the line before has raised
-    return 2 * model.layout.vae.latent_channels, size.height // step, size.width // step
+    step, (_, layout) = model.pixels_per_latent, _vae_of(model)
+    return 2 * layout.latent_channels, size.height // step, size.width // step

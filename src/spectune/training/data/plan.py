@@ -1,4 +1,4 @@
-"""The order of a run: which images form its batches, as a function of seed and position alone."""
+"""The order of a run: which images form its batches, a function of seed and position only."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from spectune.training.seeds import derived_generator
 class Draw:
     """One image in one batch."""
 
-    image: int  # index into the data set
+    image: int  # index into the dataset
     epoch: int
     repeat: int  # which of the image's repeats in this epoch
     position: int  # of its batch in the run
 
 
 class BatchPlan:
-    """Batches of one size each; every epoch shuffles images and batches anew.
+    """Batches of one size each; every epoch shuffles images and batches again.
 
-    The last batch of a bucket may be smaller: no image is left out or repeated to fill it.
+    The last batch of a bucket may be smaller: no image is dropped or repeated to fill it.
     """
 
     def __init__(self, buckets: Mapping[Size, Sequence[tuple[int, int]]], *, batch: int, seed: int) -> None:
-        """`buckets` maps a size to its (image, repeats)."""
+        """Plan batches of `batch` images; `buckets` maps a size to its (image, repeats)."""
         self.batch, self.seed = batch, seed
         self._draws = [
             [(image, repeat) for image, repeats in buckets[size] for repeat in range(repeats)]
@@ -38,7 +38,7 @@ class BatchPlan:
         self.batches_per_epoch = sum(-(-len(draws) // batch) for draws in self._draws)
 
     def epoch(self, number: int) -> list[list[Draw]]:
-        """The batches of epoch `number`, counted from 0."""
+        """Return the batches of epoch `number`, counted from 0."""
         generator = derived_generator(self.seed, "order", number)
         batches: list[list[tuple[int, int]]] = []
         for draws in self._draws:

@@ -1,4 +1,4 @@
-"""Encoded pictures on disk, found again by what they show and by the autoencoder that made them."""
+"""Encoded pictures on disk, found by the hash of the picture and of the autoencoder."""
 
 from __future__ import annotations
 
@@ -11,64 +11,65 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from spectune.errors import InputError, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import PREFIX, spectune_version
 from spectune.files.writer import write_tensors
 
-_FORMAT = "1"  # of what is cached: counted up when pictures are rendered otherwise
+_FORMAT = "1"  # raise it when pictures are rendered differently
 
 
 class LatentStore:
-    """A folder with one safetensors file for each picture and autoencoder, whose tensors are views.
+    """A folder with one safetensors file for each picture and autoencoder; its tensors are views.
 
-    The name of a file holds the sha256 of the picture's bytes and one of the autoencoder's key: a changed
-    picture and another autoencoder have files of their own. A posterior is (2 * channels, h, w) float32, the
-    mean and then the standard deviation of scaled latents. Nothing that is read is trusted: a file that holds
-    anything else counts as `damaged`, and its views are encoded anew.
+    The file name contains the sha256 of the picture's bytes and a hash of the autoencoder's key: a changed
+    picture or another autoencoder gets another file. A posterior is (2 * channels, h, w) float32, the mean
+    and then the standard deviation of scaled latents. Every tensor is checked: a file with anything else is
+    added to `damaged`, and its views are encoded again.
     """
 
     def __init__(self, folder: Path, vae_key: str) -> None:
-        """`vae_key` identifies the autoencoder's weights, scale, shift and padding.
+        """Open the store; `vae_key` identifies the autoencoder's weights, scale, shift and padding.
 
-        Raises InputError when the folder cannot be made.
+        Raises:
+            InputError: The folder cannot be created.
         """
         self.folder = folder
         self.damaged: set[Path] = set()
         self._vae_key = vae_key
         self._vae = hashlib.sha256(f"{_FORMAT} {vae_key}".encode()).hexdigest()[:16]
-        _make(folder)
+        _create(folder)
 
     def file_of(self, picture: Path) -> Path:
-        """Where the views of a picture lie; reads the picture."""
+        """Return the file for the views of a picture. This reads the picture."""
         with picture.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return self.folder / digest[:2] / f"{digest}-{self._vae}.safetensors"
 
     def load(self, file: Path, names: Iterable[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The sound ones among the named posteriors of a file, which need not exist."""
-        found = self._read(file)
-        wanted = {name: found[name] for name in names if name in found}
-        sound = {name: tensor for name, tensor in wanted.items() if _is_posterior(tensor, shape)}
-        if len(sound) < len(wanted):
+        """Return the valid posteriors among `names` in a file; the file need not exist."""
+        stored = self._read(file)
+        present = {name: stored[name] for name in names if name in stored}
+        valid = {name: tensor for name, tensor in present.items() if _is_posterior(tensor, shape)}
+        if len(valid) < len(present):
             self.damaged.add(file)
-        return sound
+        return valid
 
     def add(self, file: Path, views: Mapping[str, Tensor]) -> None:
-        """Write posteriors beside those the file holds; it is replaced at once or not at all."""
-        _make(file.parent)
+        """Add posteriors to a file. The file is replaced atomically."""
+        _create(file.parent)
         metadata = {PREFIX + "version": spectune_version(), PREFIX + "vae_key": self._vae_key}
         write_tensors(file, {**self._read(file), **views}, metadata=metadata, force=True)
 
     def warnings(self) -> list[str]:
-        """A line on what was damaged, if anything was."""
+        """Return a line about damaged files, if there are any."""
         if not self.damaged:
             return []
         names = some_of(sorted(file.name for file in self.damaged))
-        return [f"{len(self.damaged)} files of the latent cache are damaged and made anew: {names}"]
+        return [f"{counted(len(self.damaged), 'damaged file')} in the latent cache, encoded again: {names}"]
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
-            # Not mapped: Windows does not replace a file that is.
+            # Not memory-mapped: Windows does not replace a mapped file.
             return load(file.read_bytes())
         except FileNotFoundError:
             return {}
@@ -84,10 +85,10 @@ def _is_posterior(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return bool(torch.isfinite(tensor).all() and (deviation > 0).all())
 
 
-def _make(folder: Path) -> None:
+def _create(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"data.cache_folder cannot be made: {folder}: {error.strerror}", hint="name another folder"
+            f"data.cache_folder cannot be created: {folder}: {error.strerror}", hint="name another folder"
         ) from error

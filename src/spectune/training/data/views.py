@@ -1,4 +1,4 @@
-"""How one draw sees a picture."""
+"""How one draw uses an image: its crop, orientation, color and cached variant."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from spectune.training.data.color import ColorChange
 
 @dataclass(frozen=True)
 class View:
-    """A picture of the data set as it is cut out and coloured; `variant` counts those in a cache."""
+    """An image with a placement and a color; `variant` is its number among the views in a cache."""
 
-    image: int  # index into the data set
+    image: int  # index into the dataset
     placement: Placement
     color: ColorChange | None = None
     variant: int = 0
 
     @property
     def pixels_name(self) -> str:
-        """A name for the pixels of the view, the same in every run: `1100x1024+38+0-1024x1024-mirrored`."""
+        """A name of the view's pixels, the same in every run: `1100x1024+38+0-1024x1024-mirrored`."""
         at = self.placement
         name = (
             f"{at.resized.width}x{at.resized.height}+{at.left}+{at.top}-{at.target.width}x{at.target.height}"
@@ -27,6 +27,6 @@ class View:
         if at.flipped:
             name += "-mirrored"
         if self.color is not None:
-            # hex: two changes that differ in the last bit are two changes
+            # hex: changes that differ in the last bit get different names
             name += "".join(f"-{v.hex()}" for v in (self.color.hue, self.color.saturation, self.color.gamma))
         return name

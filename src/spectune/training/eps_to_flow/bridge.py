@@ -1,18 +1,21 @@
 """An EPS model read as a flow model: exact algebra, no training.
 
-With x_flow = (1-s) x0 + s n and x_ddpm = alpha x0 + sigma n, alpha^2 + sigma^2 = 1, both are one picture at
-s = sigma/(alpha+sigma), x_ddpm = (alpha+sigma) x_flow. There eps_hat = net(x_ddpm, t) and
-x0_hat = (x_ddpm - sigma eps_hat)/alpha, so the velocity n - x0 is answered by
+With x_flow = (1-s) x0 + s n and x_ddpm = alpha x0 + sigma n, alpha^2 + sigma^2 = 1, both are the same image
+at s = sigma/(alpha+sigma), x_ddpm = (alpha+sigma) x_flow. There eps_hat = net(x_ddpm, t) and x0_hat = (x_ddpm
+- sigma eps_hat)/alpha, which gives the velocity n - x0 as
 
     v_hat = eps_hat - x0_hat = (eps_hat - x_flow)/(1-s),       as alpha/(alpha+sigma) = 1-s.
 
-SDXL's schedule covers s from 0.0283 to 0.936. Beyond its ends the network is fed the last timestep; above,
-where x_flow is nearly the noise itself, the velocity is (x_flow - x0_hat)/s, which stays finite.
+SDXL's schedule covers s from 0.0283 to 0.936. Beyond its ends the network gets the first or last timestep.
+Above, where x_flow is almost pure noise, the velocity is (x_flow - x0_hat)/s, which stays finite.
+
+Prior art: Diff2Flow (arXiv 2506.02221) aligns timesteps and inputs of diffusion and flow models in the same
+way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,8 +25,8 @@ from spectune.model.prediction import TRAIN_STEPS, alphas_cumprod
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a network is fed and read at some noise levels; all (batch,) float32.
+class Preconditioning:
+    """How a network predicts the velocity at some noise levels; all (batch,) float32.
 
     velocity = c_out * net(c_in * x_flow, timestep) + c_skip * x_flow (the c of Karras et al. 2022, table 1).
     """
@@ -33,18 +36,18 @@ class Reading:
     c_out: Tensor
     c_skip: Tensor
 
-    def feed(self, noised: Tensor) -> Tensor:
-        """What the network is given for x_flow (batch, channels, h, w)."""
-        return noised * _wide(self.c_in, noised)
+    def network_input(self, x_flow: Tensor) -> Tensor:
+        """Return c_in * x_flow, (batch, channels, h, w)."""
+        return x_flow * _per_image(self.c_in, x_flow)
 
-    def velocity(self, output: Tensor, noised: Tensor) -> Tensor:
-        """What an answer to `feed(noised)` says of the velocity, shape of `noised`."""
-        return output * _wide(self.c_out, noised) + noised * _wide(self.c_skip, noised)
+    def velocity(self, output: Tensor, x_flow: Tensor) -> Tensor:
+        """Return the velocity of the network's output for `network_input(x_flow)`, shape of `x_flow`."""
+        return output * _per_image(self.c_out, x_flow) + x_flow * _per_image(self.c_skip, x_flow)
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """The readings of an EPS model with SDXL's schedule."""
+    """The preconditioning of an EPS model with SDXL's schedule."""
 
     @cached_property
     def levels(self) -> Tensor:
@@ -54,22 +57,24 @@ class Bridge:
 
     @property
     def lowest(self) -> float:
+        """s of the first timestep."""
         return float(self.levels[0])
 
     @property
     def highest(self) -> float:
+        """s of the last timestep."""
         return float(self.levels[-1])
 
     def timestep(self, levels: Tensor) -> Tensor:
-        """t(s), in fractions of steps; the first and the last step beyond the ends. float32, (batch,)."""
+        """Return t(s) with a fraction, clamped to the first and last step; float32, (batch,)."""
         known = self.levels
         s = levels.detach().cpu().double().clamp(known[0], known[-1])
         above = torch.searchsorted(known, s).clamp(1, TRAIN_STEPS - 1)
         share = (s - known[above - 1]) / (known[above] - known[above - 1])
         return (above - 1 + share).to(device=levels.device, dtype=torch.float32)
 
-    def at(self, levels: Tensor) -> Reading:
-        """The reading at noise levels s in 0..1, (batch,)."""
+    def at(self, levels: Tensor) -> Preconditioning:
+        """Return the preconditioning at noise levels s in 0..1, (batch,)."""
         s = levels.detach().cpu().double()  # not every device has float64
         covered = s.clamp(self.lowest, self.highest)
         size = ((1 - covered).square() + covered.square()).sqrt()  # 1/(alpha + sigma)
@@ -80,25 +85,24 @@ class Bridge:
         )
         c_skip = torch.where(beyond, (1 - 1 / (size * alpha)) / s.clamp(min=self.highest), -c_out)
         c_in, c_out, c_skip = (c.to(levels.device, torch.float32) for c in (1 / size, c_out, c_skip))
-        return Reading(c_in, self.timestep(levels), c_out, c_skip)
+        return Preconditioning(c_in, self.timestep(levels), c_out, c_skip)
 
 
-def raw(levels: Tensor) -> Reading:
-    """The reading of a flow model: x_flow and 1000 s in, the velocity out."""
+def of_flow_model(levels: Tensor) -> Preconditioning:
+    """Return the preconditioning of a flow model: x_flow and 1000 s in, the velocity out."""
     one = torch.ones_like(levels, dtype=torch.float32)
-    return Reading(one, levels.float() * TRAIN_STEPS, one, torch.zeros_like(one))
+    return Preconditioning(one, levels.float() * TRAIN_STEPS, one, torch.zeros_like(one))
 
 
-def between(first: Reading, second: Reading, share: float) -> Reading:
-    """`first` at share 0, `second` at share 1, each coefficient on the straight line between."""
-
-    def mixed(name: str) -> Tensor:
-        return torch.lerp(getattr(first, name), getattr(second, name), share)
-
-    return replace(
-        first, c_in=mixed("c_in"), timestep=mixed("timestep"), c_out=mixed("c_out"), c_skip=mixed("c_skip")
+def interpolate(first: Preconditioning, second: Preconditioning, share: float) -> Preconditioning:
+    """Return the linear interpolation of all coefficients: `first` at share 0, `second` at share 1."""
+    return Preconditioning(
+        c_in=torch.lerp(first.c_in, second.c_in, share),
+        timestep=torch.lerp(first.timestep, second.timestep, share),
+        c_out=torch.lerp(first.c_out, second.c_out, share),
+        c_skip=torch.lerp(first.c_skip, second.c_skip, share),
     )
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=like.dtype).view(-1, 1, 1, 1)

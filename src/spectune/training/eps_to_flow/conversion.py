@@ -1,90 +1,128 @@
-"""Turning an EPS model into a flow model: what the network is asked, how it is read, and where it starts.
+"""How a run converts an EPS model to a flow model: teacher, fading bridge, replaced tensors.
 
-The model as it was is the network with its trained changes switched off, so a teacher costs no memory.
+The teacher is the network with its trained changes switched off, so it costs no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spectune.model.inject import Injection
-from spectune.training.eps_to_flow.bridge import Bridge, Reading, between, raw
-from spectune.training.eps_to_flow.warm_start import WarmStart
-from spectune.training.objective.target import Question
+from spectune.model.inject import AdaptedLayer, Injection
+from spectune.model.network import Sdxl
+from spectune.sdxl.state_dicts import state_views
+from spectune.training.data.dataset import Batch
+from spectune.training.eps_to_flow.bridge import Bridge, Preconditioning, interpolate, of_flow_model
+from spectune.training.objective.noising import NoisedBatch
 
-# The teacher fades out on the way to the end of its schedule, s = 0.936: it says less and less there.
+# Towards the end of its schedule, s = 0.936, the teacher's prediction carries less and less information.
 TEACHER_FADES_FROM = 0.9
+# Modules of the UNet that a warm start replaces.
+REPLACED_MODULES = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
 
 Network = Callable[[Tensor, Tensor, Sequence[str], Tensor], Tensor]  # noised, timestep, captions, time ids
+
+
+@dataclass
+class SwappedTensors:
+    """UNet tensors that replace those of the base, by their names in a checkpoint."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # float32, on the CPU
+    _swapped: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(
+        default_factory=dict[str, tuple[nn.Parameter, Tensor, Tensor]]
+    )  # parameter, its values in the base, its replacement
+
+    def put(self, model: Sdxl, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors of the model; they take its dtype and device."""
+        for name, parameter in replaceable_parameters(model).items():
+            if name in tensors:
+                before = self._swapped[name][1] if name in self._swapped else parameter.data
+                after = tensors[name].to(before.device, before.dtype)
+                parameter.data = after
+                self._swapped[name] = (parameter, before, after)
+        self.tensors = {**self.tensors, **{name: t.detach().float().cpu() for name, t in tensors.items()}}
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Give the model the tensors of its base inside the block."""
+        for parameter, before, _ in self._swapped.values():
+            parameter.data = before
+        try:
+            yield
+        finally:
+            for parameter, _, after in self._swapped.values():
+                parameter.data = after
+
+
+def replaceable_parameters(model: Sdxl) -> dict[str, nn.Parameter]:
+    """Return the parameters that a warm start replaces, by their names in a checkpoint."""
+    names = {key: view.tensor for key, view in state_views(model.layout, "unet").items()}
+    return {
+        names[f"{path}.{kind}"]: getattr(base_module(model, path), kind)
+        for path in REPLACED_MODULES
+        for kind in ("weight", "bias")
+    }
+
+
+def base_module(model: Sdxl, path: str) -> nn.Linear | nn.Conv2d:
+    """Return the module at a path of the UNet, without its adapter if it has one."""
+    module = model.unet.get_submodule(path)
+    if isinstance(module, AdaptedLayer):
+        return module.base
+    assert isinstance(module, nn.Linear | nn.Conv2d), path
+    return module
 
 
 @dataclass(frozen=True)
 class Conversion:
     """How a run converts its base.
 
-    With `teaches`, the target is the velocity of the model as it was. For `bridge_steps` steps the network is
-    read through the bridge, which fades to the reading of a flow model. `warm` replaces tensors.
+    With `has_teacher`, the target is the velocity of the EPS base. For `bridge_steps` steps the
+    preconditioning moves linearly from the bridge to that of a flow model. `swapped` holds the tensors of a
+    warm start.
     """
 
-    teaches: bool = False
+    has_teacher: bool = False
     bridge_steps: int = 0
     bridge: Bridge = field(default_factory=Bridge)
-    warm: WarmStart = field(default_factory=WarmStart)
+    swapped: SwappedTensors = field(default_factory=SwappedTensors)
 
-    def reading(self, levels: Tensor, step: int) -> Reading:
-        """How the network is read after `step` finished steps."""
+    def preconditioning(self, levels: Tensor, step: int) -> Preconditioning:
+        """Return the preconditioning of the network after `step` finished steps."""
+        flow = of_flow_model(levels)
         if step >= self.bridge_steps:
-            return raw(levels)
-        return between(self.bridge.at(levels), raw(levels), step / self.bridge_steps)
+            return flow
+        return interpolate(self.bridge.at(levels), flow, step / self.bridge_steps)
 
-    def answer(
-        self, network: Network, question: Question, captions: Sequence[str], time_ids: Tensor, *, step: int
-    ) -> Tensor:
-        """The velocity (batch, channels, h, w) that the network gives, read as after `step` steps."""
-        reading = self.reading(question.times, step)
-        output = network(reading.feed(question.noised), reading.timestep, captions, time_ids)
-        return reading.velocity(output, question.noised)
+    def predict(self, network: Network, noised: NoisedBatch, batch: Batch, *, step: int) -> Tensor:
+        """Return the velocity (batch, channels, h, w) after `step` finished steps."""
+        return _velocity(network, noised, batch, self.preconditioning(noised.times, step))
 
-    def taught(
-        self,
-        question: Question,
-        network: Network,
-        injection: Injection,
-        captions: Sequence[str],
-        time_ids: Tensor,
-    ) -> Question:
-        """The question with the teacher's velocity for target, the data's where it does not reach."""
-        share = self.teacher_share(question.times).to(question.target).view(-1, 1, 1, 1)
-        velocity = self.original(question, network, injection, captions, time_ids)
-        return replace(question, target=torch.lerp(question.target, velocity, share))
+    def with_teacher(
+        self, noised: NoisedBatch, batch: Batch, network: Network, injection: Injection
+    ) -> NoisedBatch:
+        """Replace the target with the teacher's velocity, by its share at each noise level."""
+        share = self.teacher_share(noised.times).to(noised.target).view(-1, 1, 1, 1)
+        with torch.no_grad(), self.base_weights(injection):
+            velocity = _velocity(network, noised, batch, self.bridge.at(noised.times))
+        return replace(noised, target=torch.lerp(noised.target, velocity, share))
 
     def teacher_share(self, levels: Tensor) -> Tensor:
-        """1 up to TEACHER_FADES_FROM, 0 from the end of the schedule, straight between."""
+        """Return 1 up to TEACHER_FADES_FROM, 0 from the end of the schedule, linear between them."""
         end = self.bridge.highest
         return ((end - levels) / (end - TEACHER_FADES_FROM)).clamp(0, 1)
 
-    @torch.no_grad()
-    def original(
-        self,
-        question: Question,
-        network: Network,
-        injection: Injection,
-        captions: Sequence[str],
-        time_ids: Tensor,
-    ) -> Tensor:
-        """The velocity that the model as it was gives for x_flow, through the exact bridge."""
-        reading = self.bridge.at(question.times)
-        with self.as_it_was(injection):
-            output = network(reading.feed(question.noised), reading.timestep, captions, time_ids)
-        return reading.velocity(output, question.noised)
-
     @contextmanager
-    def as_it_was(self, injection: Injection) -> Iterator[None]:
-        """Within, the network is the model that the run began with."""
-        with injection.switched_off(), self.warm.undone():
+    def base_weights(self, injection: Injection) -> Iterator[None]:
+        """Make the network the base model inside the block."""
+        with injection.switched_off(), self.swapped.undone():
             yield
+
+
+def _velocity(network: Network, noised: NoisedBatch, batch: Batch, how: Preconditioning) -> Tensor:
+    inputs = how.network_input(noised.latents)
+    return how.velocity(network(inputs, how.timestep, batch.captions, batch.time_ids), noised.latents)

@@ -1,4 +1,4 @@
-"""Which way of training fits a card: from the one that is asked for down to cheaper ones."""
+"""The setup that fits a card: from the requested one down to cheaper ones."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from dataclasses import dataclass, replace
 import tomlkit
 
 from spectune.errors import InputError
-from spectune.training.memory.account import Memory, MemoryMeter, Setup
+from spectune.training.memory.account import Memory, Setup
+from spectune.training.memory.meter import MemoryMeter
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.model import Quantization
 
 LOWEST_RANK = 8
 RUNNERS_UP = 2
-QUANTISED: tuple[Quantization, ...] = ("int8", "nf4")
+QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of training that was looked at."""
+    """A setup that was considered."""
 
     setup: Setup
-    memory: Memory | None  # None: too large already without its activations
-    least: int  # bytes that it takes, or at least takes
+    memory: Memory | None  # None: too large even without activations
+    least: int  # its bytes, or a lower bound where `memory` is None
 
     def fits(self, vram: int) -> bool:
+        """Return whether a card of `vram` bytes is enough."""
         return self.memory is not None and self.memory.total <= vram
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The best way of training that fits, what was too large before it, and cheaper ones after it."""
+    """The best setup that fits, with those that were too large and the next cheaper ones."""
 
     vram: int
     too_large: tuple[Candidate, ...]
@@ -40,49 +42,53 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
+        """The memory of the best setup."""
         assert self.best.memory is not None
         return self.best.memory
 
 
-def ladder(wish: Setup) -> Iterator[Setup]:
-    """Ways of training from what is wished for to the cheapest: each rank whole, then half of it.
+def ladder(requested: Setup) -> Iterator[Setup]:
+    """Yield setups from the requested one to the cheapest.
 
-    Activations go first, which costs time only; then networks that only wait; then the training of the
-    encoders; then digits of the frozen weights; last directions.
+    Each saves more than the one before: first activations, which costs only time; then idle networks; then
+    the training of the text encoders; then the precision of the frozen weights; last the rank, by halves.
     """
-    if not wish.gradient_checkpointing:
-        yield wish
-    rank = wish.rank
+    if not requested.gradient_checkpointing:
+        yield requested
+    rank = requested.rank
     while True:
-        yield from _of_rank(replace(wish, rank=rank, gradient_checkpointing=True))
+        yield from _at_rank(replace(requested, rank=rank, gradient_checkpointing=True))
         if rank <= LOWEST_RANK:
             return
         rank = max(rank // 2, LOWEST_RANK)
 
 
-def _of_rank(slow: Setup) -> Iterator[Setup]:
-    yield slow
-    idle = replace(slow, offload=("vae",) if slow.trains_text else ("text", "vae"))
-    yield idle
-    if slow.trains_text and "unet" in slow.parts:
-        idle = replace(slow, parts=("unet",), offload=("text", "vae"))
-        yield idle
-    for kind in QUANTISED:
-        idle = replace(idle, form="residual", quantize=kind)
-        yield idle
-    if OPTIMIZERS[slow.optimizer].rounds_stochastically and slow.trained_precision == "fp32":
-        yield replace(idle, trained_precision="bf16")
+def _at_rank(setup: Setup) -> Iterator[Setup]:
+    yield setup
+    lean = replace(setup, offload=("vae",) if setup.trains_text else ("text", "vae"))
+    yield lean
+    if setup.trains_text and "unet" in setup.parts:
+        lean = replace(setup, parts=("unet",), offload=("text", "vae"))
+        yield lean
+    for kind in QUANTIZED:
+        lean = replace(lean, form="residual", quantize=kind)
+        yield lean
+    if OPTIMIZERS[setup.optimizer].rounds_stochastically and setup.trained_precision == "fp32":
+        yield replace(lean, trained_precision="bf16")
 
 
-def plan(meter: MemoryMeter, wish: Setup, vram: int, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """The first rung of the ladder that `vram` bytes hold; `say` hears what is being measured.
+def plan(
+    meter: MemoryMeter, requested: Setup, vram: int, notify: Callable[[str], None] = lambda text: None
+) -> Plan:
+    """Return the first setup of the ladder that fits in `vram` bytes; `notify` gets progress messages.
 
-    Raises InputError that says what the smallest takes when none fits.
+    Raises:
+        InputError: None fits; the message has the bytes of the smallest.
     """
     too_large: list[Candidate] = []
     fitting: list[Candidate] = []
-    for setup in ladder(wish):
-        candidate = _looked_at(meter, setup, vram, say)
+    for setup in ladder(requested):
+        candidate = _candidate(meter, setup, vram, notify)
         (fitting if candidate.fits(vram) else too_large).append(candidate)
         if len(fitting) > RUNNERS_UP:
             break
@@ -92,11 +98,11 @@ def plan(meter: MemoryMeter, wish: Setup, vram: int, say: Callable[[str], None] 
     return Plan(vram, tuple(too_large), fitting[0], tuple(fitting[1:]))
 
 
-def _looked_at(meter: MemoryMeter, setup: Setup, vram: int, say: Callable[[str], None]) -> Candidate:
+def _candidate(meter: MemoryMeter, setup: Setup, vram: int, notify: Callable[[str], None]) -> Candidate:
     least = meter.least(setup)
     if least > vram:
         return Candidate(setup, None, least)
-    say(f"measuring {described(setup)}")
+    notify(f"measuring {described(setup)}")
     memory = meter.measure(setup)
     return Candidate(setup, memory, memory.total)
 
@@ -104,14 +110,14 @@ def _looked_at(meter: MemoryMeter, setup: Setup, vram: int, say: Callable[[str],
 def _nothing_fits(meter: MemoryMeter, setup: Setup, vram: int) -> InputError:
     total = meter.measure(setup).total
     return InputError(
-        f"nothing fits {vram / 1e9:.2f} GB: the smallest way, {described(setup)}, takes {total / 1e9:.2f} GB "
-        f"at {setup.resolution_px} px in batches of {setup.batch}",
-        hint="a smaller --resolution or --batch, or another --optimizer, takes less",
+        f"nothing fits {vram / 1e9:.2f} GB: the smallest setup, {described(setup)}, takes "
+        f"{total / 1e9:.2f} GB at {setup.resolution_px} px in batches of {setup.batch}",
+        hint="a smaller `resolution` or `batch`, or another `optimizer`, takes less",
     )
 
 
 def described(setup: Setup) -> str:
-    """A way of training in a few words."""
+    """Return a short description of a setup."""
     words = [
         f"rank {setup.rank}",
         "+".join(setup.parts),
@@ -128,7 +134,7 @@ def described(setup: Setup) -> str:
 
 
 def recipe_text(setup: Setup, base: str) -> str:
-    """The keys of a recipe that make a run train in this way."""
+    """Return the keys of a recipe with this setup, as TOML."""
     model = {
         "base": base,
         "rank": setup.rank,

@@ -1,12 +1,15 @@
-"""A weighting of noise levels that is learned beside the model (Karras et al. 2024, EDM2).
+"""A learned weighting of noise levels (Karras et al. 2024, EDM2).
 
-Each image's cost is divided by exp(u), where u, a function of its timestep, is trained to follow the
-logarithm of the cost to expect there. Levels then count alike, however large their costs are.
+The cost of each image is divided by exp(u). u is a function of the timestep that learns the logarithm of the
+expected cost there. All noise levels then count alike, however large their costs are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ class LearnedWeighting(nn.Module):
     """Costs to weighted costs: cost/exp(u) + w*u, w the importance of the noise level.
 
     u = weight . features / sqrt(number of features), features sqrt(2) cos(2 pi (f*t + phase)) of the timestep
-    scaled to t in -1..1, with fixed random f ~ N(0, 1) and phases. `weight` begins at 0, and so does u.
+    scaled to t in -1..1, with fixed random f ~ N(0, 1) and phases. `weight` starts at 0, and so does u.
     """
 
     frequency: Tensor  # (features,)
@@ -34,26 +37,55 @@ class LearnedWeighting(nn.Module):
         self.weight = nn.Parameter(torch.zeros(features))
 
     def forward(self, costs: Tensor, timestep: Tensor, snr: Tensor) -> Tensor:
-        """Weighted costs of images; all (batch,), `timestep` as the UNet is fed. May be negative."""
+        """Return weighted costs of images, which may be negative.
+
+        All tensors are (batch,); `timestep` is the UNet's input.
+        """
         u = self.log_cost(timestep)
         return costs.float() / u.exp() + importance(snr.float(), self.importance_gamma) * u
 
     def log_cost(self, timestep: Tensor) -> Tensor:
-        """u at timesteps 0..1000, shape (batch,)."""
-        # float32: a bf16 timestep has 507 values of 1000
+        """Return u at timesteps 0..1000, shape (batch,)."""
+        # float32: bf16 distinguishes only 507 of the 1000 timesteps
         level = timestep.float() / (TRAIN_STEPS / 2) - 1
         angle = 2 * math.pi * (level[:, None] * self.frequency + self.phase)  # (batch, features)
         return math.sqrt(2 / len(self.weight)) * (angle.cos() @ self.weight)
 
 
 def importance(snr: Tensor, gamma: float) -> Tensor:
-    """w = 10 (1 + 1/gamma) min(snr, gamma)/(snr + 1), at least 1: the middle of the noise levels counts most.
+    """Return w = 10 (1 + 1/gamma) min(snr, gamma)/(snr + 1), at least 1.
 
-    At its peak, snr = gamma, w is 10; where training settles, cost/exp(u) is w.
+    The middle of the noise levels counts most: w is 10 at its peak, snr = gamma. Where training settles,
+    cost/exp(u) is w.
     """
     return (10 * (1 + 1 / gamma) * snr.clamp(max=gamma) / (snr + 1)).clamp(min=1)
 
 
 def weighting_optimizer(weighting: nn.Module, *, learning_rate: float = 2e-2) -> AdamW:
-    """The optimiser of a LearnedWeighting; without weight decay, which would pull u to 0."""
+    """Return the optimizer of a LearnedWeighting; no weight decay, which would pull u to 0."""
     return AdamW(weighting.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class WeightingTrainer:
+    """A learned weighting with its own optimizer."""
+
+    weighting: LearnedWeighting
+    optimizer: AdamW
+
+    def step(self, mean_of_processes: Callable[[Tensor], Tensor]) -> None:
+        """Step on the gradients that the training loss left, averaged over all processes."""
+        for parameter in self.weighting.parameters():
+            assert parameter.grad is not None
+            parameter.grad = mean_of_processes(parameter.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weighting and the optimizer state. Inverse: load_state_dict."""
+        return {"weighting": dict(self.weighting.state_dict()), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved weighting, features included."""
+        self.weighting.load_state_dict(saved["weighting"])
+        self.optimizer.load_state_dict(saved["optimizer"])

@@ -1,5 +1,7 @@
-"""What a wrong answer costs. Each loss maps (answer, target), both (batch, channels, h, w) float32, to costs
-of the same leading axis; the mean over all other axes is the cost of an image.
+"""Loss functions by name.
+
+A loss maps (predicted, target), both (batch, channels, h, w), to costs with the same leading axis. The mean
+over all other axes is the cost of an image. To add a loss, write the function and add a line to `LOSSES`.
 """
 
 from __future__ import annotations
@@ -12,120 +14,126 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-HUBER_C = 0.1  # of the papers' and kohya's
+HUBER_C = 0.1  # the default of the papers and of kohya
 HIGH_GAIN = 4.0  # an error at the Nyquist frequency weighs 1 + HIGH_GAIN times as much as one of the mean
-POOLINGS = (1, 2, 4)  # edges in latents of what multiscale averages over
+POOLINGS = (1, 2, 4)  # edge lengths in latents that `multiscale` averages over
 HuberSchedule = Literal["constant", "snr"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and where a mask comes in.
+    """A loss function and what the recipe and the documentation need to know about it.
 
-    Masks (batch, 1, h, w) of 0..1 multiply the cost of each element. Losses that mix elements see masked
-    answers and targets instead: behind a Fourier transform or an average there is nothing left to mask.
+    A mask (batch, 1, h, w) in 0..1 multiplies the cost of each element. A loss that mixes elements (a Fourier
+    transform, an average) gets masked predictions and targets instead, because its costs have no position.
     """
 
     cost: Callable[..., Tensor]
+    help: str
+    formula: str  # of one element; d = predicted - target
+    source: str
     mixes_elements: bool = False
-    has_turn: bool = False  # takes the distance c as well, a number or (batch,)
+    takes_huber_c: bool = False  # a third argument: a float or (batch,)
 
     def __call__(
         self,
-        answer: Tensor,
+        predicted: Tensor,
         target: Tensor,
         *,
         mask: Tensor | None = None,
-        turn: float | Tensor = HUBER_C,
+        huber_c: float | Tensor = HUBER_C,
     ) -> Tensor:
-        # float32: squares and Fourier sums of 16-bit numbers lose the small errors
-        answer, target = answer.float(), target.float()
+        """Return float32 costs with the leading axis of `predicted`."""
+        # float32: squares and Fourier sums of 16-bit values lose small errors
+        predicted, target = predicted.float(), target.float()
         if mask is not None and self.mixes_elements:
-            answer, target = answer * mask, target * mask
-        costs = self.cost(answer, target, turn) if self.has_turn else self.cost(answer, target)
+            predicted, target = predicted * mask, target * mask
+        arguments = (predicted, target, huber_c) if self.takes_huber_c else (predicted, target)
+        costs = self.cost(*arguments)
         return costs if mask is None or self.mixes_elements else costs * mask
 
 
-def mse(answer: Tensor, target: Tensor) -> Tensor:
-    """(answer - target)^2, elementwise (Ho et al. 2020, eq. 14)."""
-    return (answer - target).square()
+def mse(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return d^2 per element."""
+    return (predicted - target).square()
 
 
-def l1(answer: Tensor, target: Tensor) -> Tensor:
-    """|answer - target|, elementwise."""
-    return (answer - target).abs()
+def l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return |d| per element."""
+    return (predicted - target).abs()
 
 
-def huber(answer: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
-    """2c (sqrt(d^2 + c^2) - c) for the difference d: d^2 near 0, 2c|d| beyond c.
-
-    The pseudo-Huber loss (Charbonnier et al. 1997) in the scale of kohya-ss/sd-scripts.
-    """
-    return _turned(c, answer) * smooth_l1(answer, target, c)
+def huber(predicted: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
+    """Return 2c (sqrt(d^2 + c^2) - c) per element: about d^2 near 0, about 2c|d| beyond c."""
+    return _per_element(c, predicted) * smooth_l1(predicted, target, c)
 
 
-def smooth_l1(answer: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
-    """2 (sqrt(d^2 + c^2) - c) for the difference d: d^2/c near 0, 2|d| beyond c (as kohya has it)."""
-    squared, c = (answer - target).square(), _turned(c, answer)
-    # the same number without the difference of two near ones, which float32 rounds to 0 for small d
+def smooth_l1(predicted: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
+    """Return 2 (sqrt(d^2 + c^2) - c) per element: about d^2/c near 0, about 2|d| beyond c."""
+    squared, c = (predicted - target).square(), _per_element(c, predicted)
+    # the same value without the difference of two close values, which float32 rounds to 0 for small d
     return 2 * squared / ((squared + c.square()).sqrt() + c)
 
 
 @dataclass(frozen=True)
-class HuberTurn:
-    """The distance c at which huber and smooth_l1 turn from square to linear."""
+class HuberThreshold:
+    """The distance c where huber and smooth_l1 change from quadratic to linear."""
 
     c: float = HUBER_C
     schedule: HuberSchedule = "constant"
 
     def at(self, snr: Tensor) -> Tensor:
-        """c of each image, shape of `snr`.
+        """Return c for each image, shape of `snr`.
 
-        Scheduled, (1-c)/(1+sigma)^2 + c with sigma = 1/sqrt(snr): 1 for clean latents, `c` for pure noise
-        (Khrapov et al. 2024, "Improving diffusion models's data-corruption resistance", schedule "snr").
+        The schedule "snr" is (1-c)/(1+sigma)^2 + c with sigma = 1/sqrt(snr): 1 for clean latents, `c` for
+        pure noise (Khrapov et al. 2024, "Improving diffusion models's data-corruption resistance", schedule
+        "snr").
         """
         if self.schedule == "constant":
             return torch.full_like(snr, self.c)
         return (1 - self.c) / (1 + snr.rsqrt()).square() + self.c
 
 
-def _turned(c: float | Tensor, like: Tensor) -> Tensor:
-    """c as a tensor that broadcasts over the elements of each image."""
+def _per_element(c: float | Tensor, like: Tensor) -> Tensor:
+    """Return c as a tensor that broadcasts over the elements of each image."""
     return torch.as_tensor(c, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def fft_l1(answer: Tensor, target: Tensor) -> Tensor:
-    """|F(answer) - F(target)| of each frequency, F the orthonormal 2-D Fourier transform.
+def fft_l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return |F(d)| per frequency, F the orthonormal 2-D Fourier transform.
 
-    The meaning of "fft" here. Squared, its mean would be mse (Parseval); the absolute value counts few large
-    coefficients less (as the frequency term of Cho et al. 2021, "Rethinking coarse-to-fine approach").
+    The mean of its square would be mse (Parseval). The absolute value gives few large coefficients less
+    weight.
     """
-    return _spectrum(answer - target).abs()
+    return _spectrum(predicted - target).abs()
 
 
-def fft_amp(answer: Tensor, target: Tensor) -> Tensor:
-    """||F(answer)| - |F(target)|| of each frequency: what is where in the picture does not count."""
-    return (_spectrum(answer).abs() - _spectrum(target).abs()).abs()
+def fft_amp(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return ||F(predicted)| - |F(target)|| per frequency; positions in the image do not count."""
+    return (_spectrum(predicted).abs() - _spectrum(target).abs()).abs()
 
 
-def fft_high(answer: Tensor, target: Tensor) -> Tensor:
-    """fft_l1 with weights that grow with the radial frequency and have mean 1."""
-    return radial_weights(*answer.shape[-2:], device=answer.device) * fft_l1(answer, target)
+def fft_high(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return fft_l1 times weights that grow with the radial frequency and have mean 1."""
+    return radial_weights(*predicted.shape[-2:], device=predicted.device) * fft_l1(predicted, target)
 
 
 def radial_weights(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Weights (height, width) proportional to 1 + HIGH_GAIN * f / 0.5, f the radial frequency in 1/latent."""
+    """Return weights (height, width) proportional to 1 + HIGH_GAIN * f / 0.5, with mean 1.
+
+    f is the radial frequency in 1/latent.
+    """
     down, across = torch.fft.fftfreq(height, device=device), torch.fft.fftfreq(width, device=device)
     weights = 1 + HIGH_GAIN * torch.hypot(down[:, None], across[None, :]) / 0.5
     return weights / weights.mean()
 
 
-def multiscale(answer: Tensor, target: Tensor) -> Tensor:
-    """mse of both as they are and averaged over 2x2 and 4x4 latents, shape (batch, 3).
+def multiscale(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return mse at full resolution and after averaging over 2x2 and 4x4 latents, shape (batch, 3).
 
-    Averages at the edges are over the latents that there are.
+    An average at the edge covers only the latents that exist.
     """
-    difference = answer - target
+    difference = predicted - target
     pooled = (functional.avg_pool2d(difference, edge, ceil_mode=True) for edge in POOLINGS)
     return torch.stack([per_image(it.square()) for it in pooled], dim=1)
 
@@ -134,21 +142,57 @@ def _spectrum(latents: Tensor) -> Tensor:
     return torch.fft.fft2(latents, norm="ortho")
 
 
-LOSSES: dict[str, Loss] = {
-    "mse": Loss(mse),
-    "l1": Loss(l1),
-    "huber": Loss(huber, has_turn=True),
-    "smooth_l1": Loss(smooth_l1, has_turn=True),
-    "fft": Loss(fft_l1, mixes_elements=True),
-    "fft_l1": Loss(fft_l1, mixes_elements=True),
-    "fft_amp": Loss(fft_amp, mixes_elements=True),
-    "fft_high": Loss(fft_high, mixes_elements=True),
-    "multiscale": Loss(multiscale, mixes_elements=True),
-}
-# Losses that turn from square to linear at a distance c, which a schedule may change.
-SCHEDULED_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.has_turn)
-
-
 def per_image(costs: Tensor) -> Tensor:
-    """Mean cost of each image, shape (batch,)."""
+    """Return the mean cost of each image, shape (batch,)."""
     return costs.flatten(1).mean(1)
+
+
+_FFT_L1 = Loss(
+    fft_l1,
+    help="all frequencies count alike; few large coefficients count less than in mse",
+    formula="|F(d)|",
+    source='the frequency term of Cho et al. 2021, "Rethinking coarse-to-fine approach"',
+    mixes_elements=True,
+)
+LOSSES: dict[str, Loss] = {
+    "mse": Loss(mse, help="squared error", formula="d^2", source="Ho et al. 2020, eq. 14"),
+    "l1": Loss(l1, help="absolute error", formula="|d|", source="standard"),
+    "huber": Loss(
+        huber,
+        help="squared near 0, linear beyond `huber_c`; in the scale of mse",
+        formula="2c (sqrt(d^2 + c^2) - c)",
+        source="pseudo-Huber (Charbonnier et al. 1997) in the scale of kohya-ss/sd-scripts",
+        takes_huber_c=True,
+    ),
+    "smooth_l1": Loss(
+        smooth_l1,
+        help="squared near 0, linear beyond `huber_c`; in the scale of l1",
+        formula="2 (sqrt(d^2 + c^2) - c)",
+        source="pseudo-Huber (Charbonnier et al. 1997) in the scale of kohya-ss/sd-scripts",
+        takes_huber_c=True,
+    ),
+    "fft": _FFT_L1,
+    "fft_l1": _FFT_L1,
+    "fft_amp": Loss(
+        fft_amp,
+        help="amplitudes of frequencies only; positions in the image do not count",
+        formula="||F(predicted)| - |F(target)||",
+        source="this project",
+        mixes_elements=True,
+    ),
+    "fft_high": Loss(
+        fft_high,
+        help="fft_l1 with more weight on high frequencies",
+        formula=f"w |F(d)|, w ~ 1 + {HIGH_GAIN:g} f / 0.5 with mean 1, f the radial frequency in 1/latent",
+        source="this project",
+        mixes_elements=True,
+    ),
+    "multiscale": Loss(
+        multiscale,
+        help="mse at full resolution and of 2x2 and 4x4 averages",
+        formula="mean over p = 1, 2, 4 of mean(pool_p(d)^2)",
+        source="this project",
+        mixes_elements=True,
+    ),
+}
+HUBER_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.takes_huber_c)

@@ -1,6 +1,8 @@
-"""How much the noise level of an image counts; each weighting maps SNRs (batch,) to weights.
+"""Weights of noise levels by name.
 
-SNRs go from 0 (pure noise) to infinity (clean latents); every weight is finite, its limit at both ends.
+A weighting maps signal-to-noise ratios (batch,) to weights (batch,). An SNR is 0 for pure noise and infinite
+for clean latents; every weight is finite, its limit at both ends. To add a weighting, write the function and
+add a line to `WEIGHTINGS`.
 """
 
 from __future__ import annotations
@@ -18,24 +20,31 @@ DEBIASED_SNR = 1000.0
 
 @dataclass(frozen=True)
 class WeightingOptions:
-    """What weightings depend on beside the signal-to-noise ratio."""
+    """What weightings depend on, apart from the signal-to-noise ratio."""
 
     prediction: PredictionName
     min_snr_gamma: float = 5.0
     scale_v_like_noise: bool = False
 
 
-Weighting = Callable[[Tensor, WeightingOptions], Tensor]
+@dataclass(frozen=True)
+class Weighting:
+    """A weighting and what the recipe and the documentation need to know about it."""
 
+    weights: Callable[[Tensor, WeightingOptions], Tensor]
+    help: str
+    formula: str
+    source: str
+    uses_gamma: bool = False  # depends on `min_snr_gamma`
 
-def noise_weights(weighting: Weighting, snr: Tensor, options: WeightingOptions) -> Tensor:
-    """Weights (batch,) of noise levels: the weighting's, times like_noise where the options ask for that."""
-    weights = weighting(snr, options)
-    return weights * like_noise(snr) if options.scale_v_like_noise else weights
+    def __call__(self, snr: Tensor, options: WeightingOptions) -> Tensor:
+        """Return weights (batch,), times `like_noise` with `scale_v_like_noise`."""
+        weights = self.weights(snr, options)
+        return weights * like_noise(snr) if options.scale_v_like_noise else weights
 
 
 def like_noise(snr: Tensor) -> Tensor:
-    """snr/(snr + 1), by which a v loss becomes the eps loss of the same network.
+    """Return snr/(snr + 1), which turns a v loss into the eps loss of the same network.
 
     With x_t = alpha x0 + sigma eps, eps = alpha v + sigma x_t: an error of v is alpha times as large in eps,
     and alpha^2 = snr/(snr + 1) (Salimans and Ho 2022; kohya's scale_v_pred_loss_like_noise_pred).
@@ -44,12 +53,12 @@ def like_noise(snr: Tensor) -> Tensor:
 
 
 def none(snr: Tensor, options: WeightingOptions) -> Tensor:
-    """1 for every image."""
+    """Return 1 for every image."""
     return torch.ones_like(snr)
 
 
 def min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
-    """min(snr, gamma)/snr for eps, min(snr, gamma)/(snr + 1) for v (Hang et al. 2023, section 3.4)."""
+    """Return min(snr, gamma)/snr for eps, min(snr, gamma)/(snr + 1) for v."""
     gamma = options.min_snr_gamma
     if options.prediction == "v":
         return snr.clamp(max=gamma) / (snr + 1)
@@ -57,29 +66,52 @@ def min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
 
 
 def soft_min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
-    """min_snr with snr*gamma/(snr + gamma) for min(snr, gamma) (Crowson et al. 2024)."""
+    """Return min_snr with snr*gamma/(snr + gamma) in place of min(snr, gamma)."""
     gamma = options.min_snr_gamma
     weights = gamma / (snr + gamma)
     return weights * like_noise(snr) if options.prediction == "v" else weights
 
 
 def debiased(snr: Tensor, options: WeightingOptions) -> Tensor:
-    """1/sqrt(snr) for eps, 1/(snr + 1) for v (Yu et al. 2023, "Debias the training of diffusion models").
+    """Return 1/sqrt(snr) for eps, 1/(snr + 1) for v.
 
-    For eps the snr is taken to be within 1/1000..1000: above as in kohya-ss/sd-scripts, below because a
-    schedule that ends in pure noise has no other bound. SDXL's own, 0.0047 to 1175, only meets the upper one.
+    For eps the SNR is clamped to 1/1000..1000: above as in kohya-ss/sd-scripts, below because a schedule that
+    ends in pure noise has no other bound. SDXL's own schedule, 0.0047 to 1175, reaches only the upper bound.
     """
     if options.prediction == "v":
         return 1 / (snr + 1)
     return snr.clamp(min=1 / DEBIASED_SNR, max=DEBIASED_SNR).rsqrt()
 
 
-# Weightings that `min_snr_gamma` is for.
-GAMMA_WEIGHTINGS = ("min_snr", "soft_min_snr")
 WEIGHTINGS: dict[str, Weighting] = {
-    "none": none,
-    "min_snr": min_snr,
-    "soft_min_snr": soft_min_snr,
-    "debiased": debiased,
-    "edm2": none,  # what it weighs is learned: train/edm2.py
+    "none": Weighting(
+        none, help="every noise level counts alike", formula="1", source="Ho et al. 2020, eq. 14"
+    ),
+    "min_snr": Weighting(
+        min_snr,
+        help="low noise levels count less",
+        formula="eps: min(snr, gamma)/snr; v: min(snr, gamma)/(snr + 1)",
+        source="Hang et al. 2023, section 3.4",
+        uses_gamma=True,
+    ),
+    "soft_min_snr": Weighting(
+        soft_min_snr,
+        help="min_snr without its corner",
+        formula="eps: gamma/(snr + gamma); v: times snr/(snr + 1)",
+        source="Crowson et al. 2024",
+        uses_gamma=True,
+    ),
+    "debiased": Weighting(
+        debiased,
+        help="high noise levels count more",
+        formula="eps: 1/sqrt(snr), snr clamped to 1/1000..1000; v: 1/(snr + 1)",
+        source='Yu et al. 2023, "Debias the training of diffusion models"',
+    ),
+    "edm2": Weighting(
+        none,
+        help="weights are learned during the run; see [loss.edm2]",
+        formula="cost/exp(u) + w*u, u learned, w the importance of the noise level",
+        source="Karras et al. 2024, EDM2",
+    ),
 }
+GAMMA_WEIGHTINGS = tuple(name for name, weighting in WEIGHTINGS.items() if weighting.uses_gamma)

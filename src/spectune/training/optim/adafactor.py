@@ -1,4 +1,4 @@
-"""Adafactor whose own step sizes follow a schedule."""
+"""Adafactor whose relative steps follow a schedule."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers.optimization import Adafactor
 
 
 class PacedAdafactor(Adafactor):
-    """Adafactor that multiplies the steps it finds with `relative_step` by the learning rate of their group.
+    """Adafactor that multiplies its relative steps by the learning rate of their group.
 
-    That of transformers ignores the rate there, and with it every schedule.
+    transformers' own class ignores the rate there, and with it every schedule.
     """
 
     @staticmethod

@@ -7,15 +7,16 @@ from typing import Any
 from bitsandbytes.optim import AdamW8bit
 from torch.optim import Optimizer
 
-CODE_BOOKS = ("qmap1", "qmap2")  # what the 256 values of a byte stand for
+CODE_BOOKS = ("qmap1", "qmap2")  # the 256 values that a byte can encode
 
 
 class PlainStateAdamW8bit(AdamW8bit):
-    """AdamW8bit with torch's form of a state instead of one that is packed for FSDP."""
+    """AdamW8bit whose state has torch's format instead of a packed one for FSDP."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state; no two tensors share memory."""
         document = Optimizer.state_dict(self)
-        # All parameters hold the same code books, and a file takes no tensors that share memory.
+        # All parameters share the code books, and a safetensors file cannot contain shared tensors.
         document["state"] = {
             index: {key: value.clone() if key in CODE_BOOKS else value for key, value in state.items()}
             for index, state in document["state"].items()

@@ -1,4 +1,4 @@
-"""The two sets of weights of a schedule-free optimiser: those it steps on and those it stands for."""
+"""The two sets of weights of a schedule-free optimizer: the trained ones and their average."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Switch a schedule-free optimiser between the weights it steps on and those it stands for."""
+    """Put the weights that a schedule-free optimizer trains into the parameters, or their average."""
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
@@ -19,10 +19,10 @@ def set_mode(optimizer: Optimizer, *, training: bool) -> None:
 
 @contextmanager
 def finished_weights(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within, the parameters hold what should be saved, sampled and validated.
+    """Put the weights to save, sample and validate into the parameters for the duration of the block.
 
-    A schedule-free optimiser's way back is not exact in floating point, so the training weights are
-    put back from a copy: looking at a run does not change it.
+    Schedule-free optimizers cannot restore the training weights exactly in floating point. They are restored
+    from a copy: a look at a run does not change it.
     """
     if not hasattr(optimizer, "eval"):
         yield

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from spectune.training.objective.losses import HUBER_C, LOSSES, SCHEDULED_LOSSES
-from spectune.training.objective.target import OBJECTIVES
+from spectune.files.provenance import PredictionName
+from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
 from spectune.training.recipe.sections.base import OneOf, Section
 
@@ -19,7 +19,7 @@ FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *C
 class ObjectiveSection(Section):
     """What the network predicts, and at which noise levels."""
 
-    kind: Annotated[str, AfterValidator(OneOf(OBJECTIVES))] | None = Field(
+    kind: Annotated[str, AfterValidator(OneOf(get_args(PredictionName)))] | None = Field(
         default=None, description="Prediction type. None: the type that the base declares, else `eps`."
     )
     flow_shift: float | Literal["resolution"] | None = Field(
@@ -138,8 +138,8 @@ class LossSection(Section):
     def _consistent(self) -> Self:
         if self.min_snr_gamma is not None and self.weighting not in GAMMA_WEIGHTINGS:
             raise ValueError('`min_snr_gamma` does nothing without `weighting = "min_snr"` or "soft_min_snr"')
-        if self.kind not in SCHEDULED_LOSSES and (self.huber_c is not None or self.differs("huber_schedule")):
-            raise ValueError(f"`huber_c` and `huber_schedule` are for {' and '.join(SCHEDULED_LOSSES)}")
+        if self.kind not in HUBER_LOSSES and (self.huber_c is not None or self.differs("huber_schedule")):
+            raise ValueError(f"`huber_c` and `huber_schedule` are for {' and '.join(HUBER_LOSSES)}")
         if self.weighting != "edm2" and self.differs("edm2"):
             raise ValueError('[loss.edm2] does nothing without `weighting = "edm2"`')
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
@@ -14,7 +13,6 @@ from spectune.training.recipe.sections.base import OneOf, Section
 from spectune.training.recipe.sections.model import PartName
 
 Precision = Literal["fp32", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Offloaded = Literal["text", "vae"]
 
 

@@ -1,4 +1,4 @@
-"""Planned bytes against those of real steps on the CPU, which autograd and torch's profiler count."""
+"""Planned bytes are those of real steps on the CPU, counted by autograd and torch's profiler."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, build_catalogue
 from spectune.sdxl.names import Part
 from spectune.training.denoiser import Denoiser
-from spectune.training.memory.account import MemoryMeter, Setup, optimizer_bytes, quantised_bytes
-from spectune.training.memory.step import LiveBytes, attention_of_gpus
+from spectune.training.memory.account import Setup
+from spectune.training.memory.meter import MemoryMeter, quantized_bytes
+from spectune.training.memory.optimizer_state import optimizer_bytes
 from spectune.training.optim.groups import build_optimizer, groups_by_part
-from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.state import trained_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,7 +53,7 @@ def meters(checkpoints: dict[str, Path]) -> dict[str, MemoryMeter]:
 
 
 def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
-    """A model with random frames; their sizes are those of real ones."""
+    """A model with random frames of real sizes."""
     with open_checkpoint(path) as source:
         model = build_model(source, dtype=parse_dtype(setup.precision))
         frames = {
@@ -103,7 +103,7 @@ def saved_bytes(model: Sdxl, forward: Callable[[], Tensor]) -> int:
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """The most that the CPU's allocator hands out at once, as torch's profiler sees it."""
+    """The peak bytes of the CPU's allocator, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     results: Any = profiler.profiler
@@ -129,7 +129,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "setup"), CASES)
-def test_a_plan_says_what_a_real_step_holds(
+def test_planned_bytes_are_those_of_a_real_step(
     name: str, setup: Setup, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
     planned = meters[name].measure(setup)
@@ -152,7 +152,7 @@ def test_a_plan_says_what_a_real_step_holds(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_worst_moment_is_that_of_the_allocator(
+def test_the_planned_peak_is_that_of_the_allocator(
     checkpointing: bool, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
     # large enough that what kernels of the CPU take for themselves does not count
@@ -164,7 +164,7 @@ def test_the_worst_moment_is_that_of_the_allocator(
     assert planned.kept + planned.working == pytest.approx(peak, rel=0.1)
 
 
-def test_making_latents_takes_what_the_allocator_says(
+def test_encoding_bytes_are_those_of_the_allocator(
     checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
     model, _ = real_model(checkpoints["demo"], DEMO_STEP)
@@ -178,7 +178,7 @@ def test_making_latents_takes_what_the_allocator_says(
     assert memory.waiting == total(model.vae.parameters())
 
 
-def test_twice_the_rank_is_twice_the_frame_and_what_is_trained(meters: dict[str, MemoryMeter]) -> None:
+def test_twice_the_rank_is_twice_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:
     meter = meters["demo"]
     one, two = (meter.measure(replace(DEMO_STEP, rank=rank, parts=("te2",))) for rank in (4, 8))
     assert two.fixed == replace(one.fixed, frame=2 * one.fixed.frame, trained=2 * one.fixed.trained)
@@ -187,19 +187,21 @@ def test_twice_the_rank_is_twice_the_frame_and_what_is_trained(meters: dict[str,
     assert one.kept < two.kept < 1.1 * one.kept
 
 
-def test_half_the_numbers_for_bfloat16_and_the_batch_counts_twice(meters: dict[str, MemoryMeter]) -> None:
+def test_bfloat16_halves_the_bytes_and_twice_the_batch_doubles_activations(
+    meters: dict[str, MemoryMeter],
+) -> None:
     meter = meters["tiny"]
-    wish = replace(TINY_STEP, parts=("unet",), batch=1)
-    wide, narrow = meter.measure(wish), meter.measure(replace(wish, precision="bf16"))
+    requested = replace(TINY_STEP, parts=("unet",), batch=1)
+    wide, narrow = meter.measure(requested), meter.measure(replace(requested, precision="bf16"))
     assert wide.fixed.unet == 2 * narrow.fixed.unet
     assert narrow.kept == pytest.approx(wide.kept / 2, rel=0.05)
-    assert meter.measure(replace(wish, batch=2)).kept == pytest.approx(2 * wide.kept, rel=0.05)
-    assert meter.measure(replace(wish, ema=True)).average == wide.fixed.trained
-    assert meter.measure(replace(wish, trained_precision="bf16")).fixed.trained == wide.fixed.trained / 2
+    assert meter.measure(replace(requested, batch=2)).kept == pytest.approx(2 * wide.kept, rel=0.05)
+    assert meter.measure(replace(requested, ema=True)).average == wide.fixed.trained
+    assert meter.measure(replace(requested, trained_precision="bf16")).fixed.trained == wide.fixed.trained / 2
 
 
 def test_full_sdxl_by_hand(full_infos: Mapping[str, TensorInfo]) -> None:
-    """Numbers of parameters as in the published model; 254.6 M of rank 64 in 1052 layers."""
+    """The parameter counts are those of the published model; rank 64 has 254.6 M in 1052 layers."""
     meter = MemoryMeter(layout_of(full_infos), build_catalogue(full_infos))
     found = meter.inventory(Setup(rank=64))
     plain = found.weights["none"]
@@ -207,16 +209,16 @@ def test_full_sdxl_by_hand(full_infos: Mapping[str, TensorInfo]) -> None:
     positions = 8 * 77 * 2  # two tables of int64
     assert plain.encoders == 2 * (123_060_480 + 694_659_840) + positions
     assert plain.vae == 4 * 83_653_863
-    numbers = sum(tensor.numel() for tensor in found.trained.values())
-    assert numbers == pytest.approx(254.6e6, rel=1e-3)
-    assert found.frame == 4 * numbers
-    assert optimizer_bytes("adamw", found.trained.values(), from_zero=True) == 8 * numbers + 4 * 2 * 1052
+    count = sum(tensor.numel() for tensor in found.trained.values())
+    assert count == pytest.approx(254.6e6, rel=1e-3)
+    assert found.frame == 4 * count
+    assert optimizer_bytes("adamw", found.trained.values(), from_zero=True) == 8 * count + 4 * 2 * 1052
     linear = sum(
         layer.in_features * layer.out_features
         for layer in build_catalogue(full_infos)
         if layer.kind is Kind.LINEAR and layer.part is Part.UNET
     )
-    # 4 bits and a float32 scale for 64 numbers are left of 16 bits
+    # of 16 bits, 4 bits and a float32 scale for 64 values remain
     assert plain.unet - found.weights["nf4"].unet == linear * (2 - 1 / 2 - 4 / 64)
     assert found.weights["nf4"].unpacked == 2 * 10240 * 1280
 
@@ -229,66 +231,10 @@ def test_checkpointing_saves_activations_only(meters: dict[str, MemoryMeter]) ->
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_bytes_are_those_of_the_quantiser(kind: Literal["nf4", "int8"]) -> None:
+def test_quantized_bytes_are_those_of_real_weights(kind: Literal["nf4", "int8"]) -> None:
     pytest.importorskip("bitsandbytes")
     for shape in ((96, 64), (48, 40)):
         weight = torch.randn(shape)
         packed = pack(weight, kind)
-        assert quantised_bytes(weight, kind) == packed.codes.nbytes + packed.scales.nbytes
-    assert quantised_bytes(weight, "none") == 4 * 48 * 40
-
-
-# ---------------------------------------------------------------- counting
-
-
-def test_storages_count_while_they_live() -> None:
-    x = torch.zeros(10, requires_grad=True)
-    with LiveBytes([x]) as alive:
-        y = x.exp()
-        assert alive.live == 40
-        assert y.view(2, 5).shape == (2, 5)  # no storage of its own
-        assert alive.live == 40
-        z = y + 1
-        assert (alive.live, alive.peak) == (80, 80)
-        del z
-        assert (alive.live, alive.peak) == (40, 80)
-        del y
-    assert (alive.live, alive.peak) == (0, 80)
-
-
-def test_attention_on_the_meta_device_keeps_no_matrix() -> None:
-    q, k, v = (torch.zeros(1, 2, 128, 16, device="meta", requires_grad=True) for _ in range(3))
-    plain_function = F.scaled_dot_product_attention
-    out, row_sums = 4 * 2 * 128 * 16, 4 * 2 * 128
-    with attention_of_gpus(), LiveBytes([q, k, v]) as fused:
-        kept = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        assert fused.live == out + row_sums
-    assert F.scaled_dot_product_attention is plain_function
-    with LiveBytes([q, k, v]) as plain:
-        again = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        assert plain.live > 4 * 2 * 128 * 128
-    assert kept.shape == again.shape
-
-
-def test_attention_elsewhere_is_torchs_own() -> None:
-    q = torch.randn(1, 2, 8, 4)
-    expected = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    with attention_of_gpus():
-        assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), expected)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_of_an_optimiser_follows_the_numbers(name: str) -> None:
-    if name == "adamw8bit":
-        pytest.importorskip("bitsandbytes")
-    tensors = [torch.zeros(64, 640, device="meta"), torch.zeros(640, 64, device="meta")]
-    one = optimizer_bytes(name, tensors, from_zero=True)
-    assert one > 0
-    assert optimizer_bytes(name, tensors * 3, from_zero=True) == 3 * one
-    assert optimizer_bytes(name, [], from_zero=True) == 0
-
-
-def test_prodigy_remembers_where_it_started() -> None:
-    tensor = torch.zeros(64, 640, device="meta")
-    zero, elsewhere = (optimizer_bytes("prodigy", [tensor], from_zero=zero) for zero in (True, False))
-    assert elsewhere == pytest.approx(zero + tensor.nbytes, abs=64)
+        assert quantized_bytes(weight, kind) == packed.codes.nbytes + packed.scales.nbytes
+    assert quantized_bytes(weight, "none") == 4 * 48 * 40

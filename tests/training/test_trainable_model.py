@@ -18,8 +18,8 @@ from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
 from spectune.model.text import tokenize
 from spectune.ops.split import SplitReport, split
-from spectune.training.prepare import Prepared, prepare
 from spectune.training.recipe.sections.model import ModelSection
+from spectune.training.trainable_model import TrainableModel, build_trainable
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Spl
     return split(tiny_checkpoint, folder, rank=4, residual_dtype=torch.float32)
 
 
-def prepared(base: Path, **keys: Any) -> Prepared:
-    return prepare(ModelSection(base=base, **keys))
+def trainable(base: Path, **keys: Any) -> TrainableModel:
+    return build_trainable(ModelSection(base=base, **keys))
 
 
 @torch.no_grad()
-def answer(model: Sdxl) -> torch.Tensor:
+def predict(model: Sdxl) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     noised = torch.randn(2, 4, 8, 8, generator=generator)
     time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, -1)
@@ -46,19 +46,19 @@ def trained_parts(injection: Injection) -> set[str]:
 
 def test_all_starts_are_the_same_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
     assert pair.residual is not None
-    original = answer(prepared(tiny_checkpoint, rank=4).model)  # the delta form changes nothing at step 0
+    original = predict(trainable(tiny_checkpoint, rank=4).sdxl)  # the delta form changes nothing at step 0
     starts = [
-        prepared(tiny_checkpoint, principal=pair.principal),
-        prepared(tiny_checkpoint, principal=pair.principal, form="residual"),
-        prepared(pair.residual, principal=pair.principal, form="residual"),
-        prepared(pair.residual, principal=pair.principal, form="residual", parts=("te1",)),
+        trainable(tiny_checkpoint, principal=pair.principal),
+        trainable(tiny_checkpoint, principal=pair.principal, form="residual"),
+        trainable(pair.residual, principal=pair.principal, form="residual"),
+        trainable(pair.residual, principal=pair.principal, form="residual", parts=("te1",)),
     ]
     scale = original.abs().max()
     for start in starts:
-        assert (answer(start.model) - original).abs().max() < 1e-5 * scale
-        assert start.origin.base_hash == pair.base_hash
-        assert start.origin.principal_hash == pair.principal_hash
-        assert start.origin.base_name == tiny_checkpoint.name
+        assert (predict(start.sdxl) - original).abs().max() < 1e-5 * scale
+        assert start.provenance.base_hash == pair.base_hash
+        assert start.provenance.principal_hash == pair.principal_hash
+        assert start.provenance.base_name == tiny_checkpoint.name
     assert starts[0].frame_hash == starts[1].frame_hash == starts[2].frame_hash
     assert trained_parts(starts[2].injection) == {"unet", "te1", "te2"}
     assert trained_parts(starts[3].injection) == {"te1"}
@@ -66,10 +66,10 @@ def test_all_starts_are_the_same_model(tiny_checkpoint: Path, pair: SplitReport)
 
 def test_without_its_principal_a_residual_is_another_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
     assert pair.residual is not None
-    start = prepared(pair.residual, principal=pair.principal, form="residual")
-    original = answer(prepared(tiny_checkpoint, rank=4).model)
+    start = trainable(pair.residual, principal=pair.principal, form="residual")
+    original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
     with start.injection.switched_off():
-        assert (answer(start.model) - original).abs().max() > 1e-2 * original.abs().max()
+        assert (predict(start.sdxl) - original).abs().max() > 1e-2 * original.abs().max()
 
 
 def test_a_principal_of_another_base_is_refused(
@@ -82,19 +82,19 @@ def test_a_principal_of_another_base_is_refused(
         found = write_tensors(other, tensors, metadata=base.metadata)
         own = weights_hash(base)
     with pytest.raises(PairingError) as caught:
-        prepared(other, principal=pair.principal)
+        trainable(other, principal=pair.principal)
     assert found[:16] in caught.value.what
     assert own[:16] in caught.value.what
 
 
-def test_files_in_the_wrong_place(tiny_checkpoint: Path, pair: SplitReport) -> None:
+def test_files_of_the_wrong_kind_are_refused(tiny_checkpoint: Path, pair: SplitReport) -> None:
     assert pair.residual is not None
     with pytest.raises(InputError, match="is a principal file: expected a checkpoint"):
-        prepared(pair.principal, rank=4)
+        trainable(pair.principal, rank=4)
     with pytest.raises(InputError, match="is a residual: the delta form trains on the original weights"):
-        prepared(pair.residual, principal=pair.principal)
+        trainable(pair.residual, principal=pair.principal)
     with pytest.raises(InputError, match="is a residual: its principal directions are in another file"):
-        prepared(pair.residual, rank=4, form="residual")
+        trainable(pair.residual, rank=4, form="residual")
 
 
 def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
@@ -106,30 +106,32 @@ def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
     return target
 
 
-def test_the_files_of_other_tools_start_a_run(
+def test_a_run_can_start_from_files_of_other_tools(
     tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path
 ) -> None:
-    """A residual and a principal that say nothing of themselves, the principal without its alphas."""
+    """A residual and a principal without metadata, the principal without its alphas."""
     assert pair.residual is not None
     residual = without_metadata(pair.residual, tmp_path / "diff.safetensors")
     principal = without_metadata(pair.principal, tmp_path / "ext.safetensors", drop=".alpha")
     section = ModelSection(residual=residual, principal=principal, form="residual")
-    start = prepare(section)
-    original = answer(prepared(tiny_checkpoint, rank=4).model)
-    assert (answer(start.model) - original).abs().max() < 1e-5 * original.abs().max()
-    assert start.origin.base_name == "diff.safetensors"
+    start = build_trainable(section)
+    original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
+    assert (predict(start.sdxl) - original).abs().max() < 1e-5 * original.abs().max()
+    assert start.provenance.base_name == "diff.safetensors"
 
-    # named as the base, it would be taken for a whole model
-    wrong = prepare(ModelSection(base=residual, principal=principal, form="residual"))
-    assert (answer(wrong.model) - original).abs().max() > 1e-2 * original.abs().max()
+    # named as the base, it is used as a whole model
+    wrong = build_trainable(ModelSection(base=residual, principal=principal, form="residual"))
+    assert (predict(wrong.sdxl) - original).abs().max() > 1e-2 * original.abs().max()
 
 
-def test_nobody_takes_another_tools_residual_for_the_original(pair: SplitReport, tmp_path: Path) -> None:
+def test_the_base_hash_of_a_foreign_residual_is_neither_its_own_nor_the_originals(
+    pair: SplitReport, tmp_path: Path
+) -> None:
     assert pair.residual is not None
     residual = without_metadata(pair.residual, tmp_path / "diff.safetensors")
-    start = prepare(ModelSection(residual=residual, principal=pair.principal, form="residual"))
+    start = build_trainable(ModelSection(residual=residual, principal=pair.principal, form="residual"))
     with open_checkpoint(residual) as file:
-        assert start.origin.base_hash not in (None, weights_hash(file), pair.base_hash)
+        assert start.provenance.base_hash not in (None, weights_hash(file), pair.base_hash)
 
 
 def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
@@ -137,17 +139,19 @@ def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
 ) -> None:
     """The factors are rounded when training begins, and the residual is what the rounded ones leave."""
     assert pair.residual is not None
-    original = answer(prepared(tiny_checkpoint, rank=4).model)
+    original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
     for base in (tiny_checkpoint, pair.residual):
         section = ModelSection(base=base, principal=pair.principal, form="residual")
-        start = prepare(section, trained_dtype=torch.bfloat16)
+        start = build_trainable(section, trained_dtype=torch.bfloat16)
         layer = next(iter(start.injection.layers.values()))
         assert layer.down.dtype == torch.bfloat16
-        assert (answer(start.model) - original).abs().max() < 1e-4 * original.abs().max()
+        assert (predict(start.sdxl) - original).abs().max() < 1e-4 * original.abs().max()
         assert not any(tensor.any() for tensor in layer.trained_change())
 
 
-def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path) -> None:
+def test_a_whole_model_is_not_accepted_as_a_residual(
+    tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path
+) -> None:
     stamped = tmp_path / "model.safetensors"
     with open_checkpoint(tiny_checkpoint) as file:
         tensors = {name: file.load(name) for name in file.tensors}
@@ -155,49 +159,49 @@ def test_a_whole_model_is_no_residual(tiny_checkpoint: Path, pair: SplitReport, 
     write_tensors(stamped, tensors, metadata=metadata)
     section = ModelSection(residual=stamped, principal=pair.principal, form="residual")
     with pytest.raises(InputError, match="is a whole model: model"):
-        prepare(section)
+        build_trainable(section)
 
 
 @pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
 def test_every_frame_starts_as_the_original_bit_for_bit(tiny_checkpoint: Path, frame: str) -> None:
     """Gradient and data frames are plain ones here: the first batches are not known yet."""
-    start = prepared(tiny_checkpoint, rank=4, frame=frame, layers=("all",))
+    start = trainable(tiny_checkpoint, rank=4, frame=frame, layers=("all",))
     assert "unet.time_embed.0" in start.injection.layers
-    assert start.origin.frame == frame
-    framed = answer(start.model)
+    assert start.provenance.frame == frame
+    framed = predict(start.sdxl)
     with start.injection.switched_off():
-        assert torch.equal(framed, answer(start.model))
+        assert torch.equal(framed, predict(start.sdxl))
 
 
 @pytest.mark.parametrize("frame", ["minor", "plain"])
 def test_other_frames_of_the_residual_form(tiny_checkpoint: Path, frame: str) -> None:
-    original = answer(prepared(tiny_checkpoint, rank=4).model)
-    start = prepared(tiny_checkpoint, rank=4, frame=frame, form="residual")
-    assert (answer(start.model) - original).abs().max() < 1e-5 * original.abs().max()
+    original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
+    start = trainable(tiny_checkpoint, rank=4, frame=frame, form="residual")
+    assert (predict(start.sdxl) - original).abs().max() < 1e-5 * original.abs().max()
 
 
-def test_a_plain_frame_is_the_seeds(tiny_checkpoint: Path) -> None:
+def test_the_seed_determines_a_plain_frame(tiny_checkpoint: Path) -> None:
     section = ModelSection(base=tiny_checkpoint, rank=4, frame="plain", parts=("te1",), frame_norm=1.0)
-    one, same, other = (prepare(section, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (build_trainable(section, seed=seed) for seed in (1, 1, 2))
     assert one.frame_hash == same.frame_hash != other.frame_hash
     first, second = [layer.frame_down for layer in one.injection.layers.values()][:2]
     assert not torch.equal(first, second)
     assert row_norms(first).tolist() == pytest.approx([1.0] * 4)
 
 
-def test_layers_are_named_as_for_split(tiny_checkpoint: Path) -> None:
-    start = prepared(tiny_checkpoint, rank=4, layers=("unet.*attn2*", "te1", "!te1.1"), parts=("unet",))
+def test_layers_are_selected_as_in_split(tiny_checkpoint: Path) -> None:
+    start = trainable(tiny_checkpoint, rank=4, layers=("unet.*attn2*", "te1", "!te1.1"), parts=("unet",))
     assert start.injection.layers
     assert all("attn2" in name for name in start.injection.layers)
-    assert start.origin.frame == "principal"
+    assert start.provenance.frame == "principal"
     with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has none in unet"):
-        prepared(tiny_checkpoint, rank=4, layers=("te1",), parts=("unet",))
+        trainable(tiny_checkpoint, rank=4, layers=("te1",), parts=("unet",))
     with pytest.raises(InputError, match=r"no layer matches `atn2`"):
-        prepared(tiny_checkpoint, rank=4, layers=("atn2",))
+        trainable(tiny_checkpoint, rank=4, layers=("atn2",))
 
 
-def test_convolutions_can_have_a_rank_of_their_own(tiny_checkpoint: Path) -> None:
-    start = prepared(tiny_checkpoint, rank=4, conv_rank=2)
+def test_convolutions_can_have_their_own_rank(tiny_checkpoint: Path) -> None:
+    start = trainable(tiny_checkpoint, rank=4, conv_rank=2)
     ranks = {
         (layer.down.ndim == 4 and layer.down.shape[-1] > 1): layer.down.shape[0]
         for layer in start.injection.layers.values()

@@ -1,0 +1,162 @@
+"""What one folder of images contains: usable images, their captions and masks, and everything else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from spectune.errors import counted, some_of
+from spectune.training.data.buckets import Size
+from spectune.training.data.captions import read_caption, read_sidecar
+from spectune.training.data.images import SUFFIXES, UnusableImage, as_rgb, has_alpha, load_image
+from spectune.training.data.masks import is_mask, mask_file, open_mask
+from spectune.training.recipe.sections.data import DataSection
+
+# Resized to cover its bucket, a strip 1 pixel wide would fill gigabytes.
+LONGEST_ASPECT = 32
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images with the settings that its images share."""
+
+    path: Path
+    repeats: int
+    caption: str  # of images that have none
+    weight: float = 1.0  # of the loss
+    caption_is_name: bool = True  # the caption comes from the folder's name, not from the recipe
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A usable image."""
+
+    path: Path
+    caption: str
+    size: Size  # after the EXIF rotation
+    repeats: int = 1
+    weight: float = 1.0  # of its loss
+    mask: Path | None = None  # a gray image in the same folder
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The images of some folders, and everything that was skipped or filled in."""
+
+    images: tuple[CaptionedImage, ...]
+    ignored_folders: tuple[Path, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()  # image, reason
+    without_caption: tuple[Path, ...] = ()  # captioned by their folder's name
+    empty_caption: tuple[Path, ...] = ()
+    without_image: tuple[str, ...] = ()  # entries of sidecars
+    without_mask: tuple[Path, ...] = ()  # where the recipe uses masks
+    unused_masks: tuple[Path, ...] = ()
+
+    @classmethod
+    def joined(cls, scans: Sequence[Scan]) -> Scan:
+        """Return one scan of all folders, in order."""
+        parts: dict[str, Any] = {
+            field.name: tuple(chain.from_iterable(getattr(scan, field.name) for scan in scans))
+            for field in fields(cls)
+        }
+        return cls(**parts)
+
+    def warnings(self) -> list[str]:
+        """Return one line for each kind of finding that may be a mistake."""
+        skipped = [f"{path.name} {reason}" for path, reason in self.skipped]
+        findings: list[tuple[Sequence[Path | str], str, str]] = [
+            (self.ignored_folders, "folder", "ignored, not named `N_name`"),
+            (skipped, "image", "skipped"),
+            (self.without_caption, "image", "without a caption file, captioned by the name of the folder"),
+            (self.empty_caption, "caption", "empty"),
+            (self.without_image, "caption", "of sidecars without an image"),
+            (self.without_mask, "image", "without a mask, counted in full"),
+            (self.unused_masks, "mask file", "not used"),
+        ]
+        return [
+            f"{counted(len(found), noun)} {text}: {_names(found)}" for found, noun, text in findings if found
+        ]
+
+
+def _names(found: Sequence[Path | str]) -> str:
+    return some_of([one.name if isinstance(one, Path) else one for one in found])
+
+
+@dataclass(frozen=True)
+class _Facts:
+    size: Size
+    has_mask: bool
+
+
+def scan_folder(folder: ImageFolder, data: DataSection) -> Scan:
+    """Return the contents of one folder.
+
+    Raises:
+        InputError: A sidecar or a mask is damaged.
+    """
+    masks, files = _masks_and_images(folder.path, data.mask_suffix)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        # Decoded once in full: a truncated file is found now and not after an hour of training.
+        results = list(pool.map(lambda path: _facts_or_reason(path, data), files))
+    pairs = list(zip(files, results, strict=True))
+    usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]
+    sidecar = folder.path / data.caption.sidecar
+    entries = read_sidecar(sidecar) if data.caption.sidecar and sidecar.is_file() else {}
+    captions: dict[Path, str | None] = {}
+    for path, _ in usable:
+        caption = read_caption(path, data.caption.extensions)
+        captions[path] = entries.get(path.name) if caption is None else caption
+    images = tuple(
+        CaptionedImage(
+            path,
+            caption=folder.caption if (caption := captions[path]) is None else caption,
+            size=facts.size,
+            repeats=folder.repeats,
+            weight=folder.weight,
+            mask=mask_file(path, data.mask_suffix) if data.mask == "file" and facts.has_mask else None,
+        )
+        for path, facts in usable
+    )
+    named = {path for path, caption in captions.items() if caption is None and folder.caption_is_name}
+    used_masks = {image.mask for image in images}
+    return Scan(
+        images=images,
+        skipped=tuple((path, reason) for path, reason in pairs if isinstance(reason, str)),
+        without_caption=tuple(path for path, _ in usable if path in named),
+        empty_caption=tuple(image.path for image in images if not image.caption and image.path not in named),
+        without_image=tuple(sorted(entries.keys() - {path.name for path in files})),
+        without_mask=tuple(path for path, facts in usable if data.mask != "none" and not facts.has_mask),
+        unused_masks=tuple(path for path in masks if path not in used_masks),
+    )
+
+
+def _masks_and_images(folder: Path, mask_suffix: str) -> tuple[list[Path], list[Path]]:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    masks = [path for path in files if is_mask(path, mask_suffix)]
+    taken = set(masks)
+    return masks, [path for path in files if path.suffix.lower() in SUFFIXES and path not in taken]
+
+
+def _facts_or_reason(path: Path, data: DataSection) -> _Facts | str:
+    """Return the facts of a usable image, or the reason to skip it."""
+    try:
+        if not path.stat().st_size:
+            return "is an empty file"
+        loaded = load_image(path)
+        size = Size(*as_rgb(loaded).size)
+        if max(size.aspect, 1 / size.aspect) > LONGEST_ASPECT:
+            return f"is {size.width}x{size.height}, longer than {LONGEST_ASPECT} times its shorter side"
+        if data.mask == "alpha":
+            return _Facts(size, has_alpha(loaded))
+        mask = mask_file(path, data.mask_suffix)
+        has_mask = data.mask == "file" and mask.is_file()
+        if has_mask:
+            open_mask(mask, size)
+        return _Facts(size, has_mask)
+    except UnusableImage as error:
+        return str(error)

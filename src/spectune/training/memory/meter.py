@@ -1,0 +1,194 @@
+"""Measure the memory of a run on the meta device, with the modules that a run would build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from spectune.core.rank import FixedRank
+from spectune.files.dtypes import parse_dtype
+from spectune.model.inject import AdaptedLayer, Injection, inject
+from spectune.model.network import Sdxl
+from spectune.model.packed_linear import NF4_BLOCK
+from spectune.model.quantize import linear_layers
+from spectune.sdxl.layers import Layer
+from spectune.sdxl.layout import Layout
+from spectune.training.memory.account import Fixed, Memory, Setup
+from spectune.training.memory.meta_model import empty_frame, empty_model
+from spectune.training.memory.optimizer_state import optimizer_bytes
+from spectune.training.memory.step import StepBytes, encoding_bytes, measure_step
+from spectune.training.recipe.sections.model import Quantization
+from spectune.training.state import trained_tensors
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the frozen networks, without frames and trained tensors."""
+
+    unet: int
+    encoders: int
+    vae: int
+    unpacked: int  # the largest of the quantized weights, unpacked for its product
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of a model with its adapters."""
+
+    weights: Mapping[Quantization, Weights]
+    frame: int  # bytes
+    trained: Mapping[str, nn.Parameter]  # on the meta device
+
+
+class MemoryMeter:
+    """Measures setups for one checkpoint; what setups share is measured once."""
+
+    def __init__(self, layout: Layout, layers: Iterable[Layer]) -> None:
+        self._layout = layout
+        self._layers = tuple(layers)
+        self._inventories: dict[Setup, Inventory] = {}
+        self._steps: dict[Setup, StepBytes] = {}
+        self._encodings: dict[int, int] = {}
+
+    def measure(self, setup: Setup) -> Memory:
+        """Return the memory of a setup.
+
+        Raises:
+            SpectuneError: The package of the optimizer is not installed.
+        """
+        step = self._step(setup)
+        memory = self._without_step(setup, step.reached)
+        return replace(memory, kept=step.kept, working=step.peak - step.kept)
+
+    def least(self, setup: Setup) -> int:
+        """Return a lower bound of a setup's bytes, without measuring a step."""
+        reached = (step.reached for other, step in self._steps.items() if other.parts == setup.parts)
+        return self._without_step(setup, next(reached, frozenset())).total
+
+    def inventory(self, setup: Setup) -> Inventory:
+        """Return the tensors of a run."""
+        key = replace(_step_key(setup), resolution_px=1024, batch=1, gradient_checkpointing=False)
+        if key not in self._inventories:
+            self._inventories[key] = _inventory(*self._built(setup))
+        return self._inventories[key]
+
+    def _without_step(self, setup: Setup, reached: frozenset[str]) -> Memory:
+        """Return the memory without activations; `reached` are the trained tensors that get gradients."""
+        inventory = self.inventory(setup)
+        updated = [tensor for name, tensor in inventory.trained.items() if name in reached]
+        weights = inventory.weights[setup.quantize]
+        text, vae = "text" in setup.offload, "vae" in setup.offload
+        return Memory(
+            fixed=Fixed(
+                unet=weights.unet,
+                encoders=0 if text else weights.encoders,
+                vae=0 if vae else weights.vae,
+                frame=inventory.frame,
+                trained=_bytes(inventory.trained.values()),
+            ),
+            gradients=_bytes(updated),
+            optimizer=optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta"),
+            average=sum(4 * tensor.numel() for tensor in inventory.trained.values()) if setup.ema else 0,
+            kept=0,
+            working=0,
+            unpacked=weights.unpacked,
+            waiting=(weights.encoders if text else 0) + (weights.vae if vae else 0),
+            encoding=self._encoding(setup.resolution_px),
+        )
+
+    def _built(self, setup: Setup) -> tuple[Sdxl, Injection]:
+        rule = FixedRank(setup.rank)
+        model = empty_model(self._layout, parse_dtype(setup.precision))
+        frames = {
+            layer.name: empty_frame(layer, rule.requested(layer.shape))
+            for layer in self._layers
+            if layer.part.value in setup.parts
+        }
+        dtype = parse_dtype(setup.trained_precision)
+        return model, inject(model, frames, form=setup.form, dtype=dtype)
+
+    def _step(self, setup: Setup) -> StepBytes:
+        key = _step_key(setup)
+        if key not in self._steps:
+            model, injection = self._built(setup)
+            self._steps[key] = measure_step(
+                model,
+                trained_tensors(injection.named_deltas()),
+                checkpointing=setup.gradient_checkpointing,
+                batch=setup.batch,
+                resolution_px=setup.resolution_px,
+            )
+        return self._steps[key]
+
+    def _encoding(self, resolution_px: int) -> int:
+        if resolution_px not in self._encodings:
+            model = empty_model(self._layout, torch.bfloat16)
+            self._encodings[resolution_px] = encoding_bytes(model, resolution_px)
+        return self._encodings[resolution_px]
+
+
+def _step_key(setup: Setup) -> Setup:
+    """Return `setup` without what activations do not depend on.
+
+    A quantized layer keeps as few activations as a frozen one.
+    """
+    return replace(setup, quantize="none", offload=(), optimizer="adamw", ema=False)
+
+
+def _inventory(model: Sdxl, injection: Injection) -> Inventory:
+    frames = [tensor for layer in injection.layers.values() for tensor in layer.buffers(recurse=False)]
+    separate = {id(tensor) for tensor in (*frames, *injection.parameters())}
+    kinds: tuple[Quantization, ...] = get_args(Quantization)
+    return Inventory(
+        weights={kind: _weights(model, separate, kind) for kind in kinds},
+        frame=_bytes(frames),
+        trained=trained_tensors(injection.named_deltas()),
+    )
+
+
+def _weights(model: Sdxl, separate: set[int], quantize: Quantization) -> Weights:
+    packed = {} if quantize == "none" else {id(weight): weight for weight in _linear_weights(model)}
+
+    def network(module: nn.Module | None) -> int:
+        tensors = () if module is None else (*module.parameters(), *module.buffers())
+        return sum(
+            quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
+            for tensor in tensors
+            if id(tensor) not in separate
+        )
+
+    return Weights(
+        unet=network(model.unet),
+        encoders=network(model.te1) + network(model.te2),
+        vae=network(model.vae),
+        unpacked=max((weight.nbytes for weight in packed.values()), default=0),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _linear_weights(model: Sdxl) -> list[Tensor]:
+    """Return the weights that quantization replaces, adapted or not."""
+    weights: list[Tensor] = []
+    for name in linear_layers(model):
+        parent, attribute = model.place(name)
+        layer = getattr(parent, attribute)
+        weights.append(layer.base.weight if isinstance(layer, AdaptedLayer) else layer.weight)
+    return weights
+
+
+def quantized_bytes(weight: Tensor, quantize: Quantization) -> int:
+    """Return the bytes of a quantized matrix (out, in) with its float32 scales."""
+    match quantize:
+        case "none":
+            return weight.nbytes
+        case "int8":
+            return weight.numel() + 4 * weight.shape[0]
+        case "nf4":
+            return -(-weight.numel() // 2) + 4 * -(-weight.numel() // NF4_BLOCK)

@@ -1,0 +1,77 @@
+"""From clean latents to noised latents with the target of the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.model.prediction import Prediction
+
+SDXL_PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """How training noise differs from white noise."""
+
+    offset: float = 0.0  # standard deviation of a shift of each channel's mean
+    perturbation: float = 0.0  # standard deviation of extra noise in the network's input only
+
+
+WHITE = NoiseOptions()
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """What the network gets and what it should predict; float32 tensors with leading axis batch."""
+
+    latents: Tensor  # noised, (batch, channels, h, w)
+    timestep: Tensor  # the UNet's input, (batch,)
+    target: Tensor  # (batch, channels, h, w)
+    times: Tensor  # in the unit of the prediction type, (batch,)
+    snr: Tensor  # signal-to-noise ratio, (batch,)
+
+
+def noise_latents(
+    prediction: Prediction, x0: Tensor, noise: Tensor, times: Tensor, *, perturbation: Tensor | None = None
+) -> NoisedBatch:
+    """Return clean latents `x0` noised with `noise` at `times`.
+
+    `perturbation` is added to the noise in x_t but not in the target (Ning et al. 2023, alg. 1).
+    """
+    # float32: noise, x_t and target lose their small differences in 16 bits
+    x0, noise = x0.float(), noise.float()
+    input_noise = noise if perturbation is None else noise + perturbation.float()
+    return NoisedBatch(
+        latents=prediction.add_noise(x0, input_noise, times),
+        timestep=prediction.timestep(times),
+        target=prediction.target(x0, noise, times),
+        times=times,
+        snr=prediction.snr(times),
+    )
+
+
+def noise_at_random(
+    prediction: Prediction,
+    x0: Tensor,
+    generator: torch.Generator,
+    *,
+    noise: NoiseOptions = WHITE,
+    pixels_per_latent: int = SDXL_PIXELS_PER_LATENT,
+) -> NoisedBatch:
+    """Return `x0` (batch, channels, h, w) with random noise at random times; the same on every device.
+
+    `pixels_per_latent` is the edge length of a latent in pixels. Noise with an offset is
+    eps + offset*randn(batch, channels, 1, 1) (Guttenberg 2023, "Diffusion with offset noise").
+    """
+    batch, channels, height, width = x0.shape
+    times = prediction.sample_times(batch, generator, pixels=height * width * pixels_per_latent**2)
+    drawn = torch.randn(x0.shape, generator=generator)
+    if noise.offset:
+        drawn = drawn + noise.offset * torch.randn(batch, channels, 1, 1, generator=generator)
+    perturbation = None
+    if noise.perturbation:
+        perturbation = (noise.perturbation * torch.randn(x0.shape, generator=generator)).to(x0.device)
+    return noise_latents(prediction, x0, drawn.to(x0.device), times.to(x0.device), perturbation=perturbation)

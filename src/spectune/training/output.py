@@ -1,0 +1,207 @@
+"""The files of a run in its output folder: names, what is replaced, what is written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spectune.adapters.adapter import TunedAdapter
+from spectune.adapters.writer import save_tuned
+from spectune.core.delta import Delta
+from spectune.errors import InputError, SpectuneError, counted, some_of
+from spectune.files.provenance import NoiseSchedule, Role
+from spectune.model.prediction import Flow
+from spectune.training import state
+from spectune.training.recipe.recipe import Recipe
+from spectune.training.run import Progress, Run
+
+# ---------------------------------------------------------------- names
+
+
+def state_folder(output: Path, name: str, step: int) -> Path:
+    """Return the folder of the state after `step` steps."""
+    return output / f"{name}-step{step:08d}.state"
+
+
+def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
+    """Return the adapter file after `step` steps, or the final one for None."""
+    return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")
+
+
+def saved_states(output: Path, name: str) -> list[Path]:
+    """Return the complete states of the run `name`, oldest first."""
+    return [path for path in _numbered(output, name, ".state") if (path / state.STATE).is_file()]
+
+
+def step_files(output: Path, name: str) -> list[Path]:
+    """Return the adapter files of single steps of the run `name`, oldest first."""
+    return _numbered(output, name, ".safetensors")
+
+
+def results(output: Path, name: str) -> list[Path]:
+    """Return everything in the folder that the run `name` may have written, the final adapter last."""
+    paths = [*_numbered(output, name, ".state"), *step_files(output, name)]
+    final = adapter_file(output, name)
+    return [*paths, final] if final.exists() else paths
+
+
+def _numbered(output: Path, name: str, ending: str) -> list[Path]:
+    if not output.is_dir():
+        return []
+    pattern = re.compile(rf"{re.escape(name)}-step(\d{{8}}){re.escape(ending)}")
+    found = [(int(match[1]), path) for path in output.iterdir() if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def keep_last(output: Path, name: str, count: int) -> None:
+    """Remove all but the newest `count` states and step files of the run `name`."""
+    for paths in (saved_states(output, name), step_files(output, name)):
+        for path in paths[:-count]:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- before the run
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run does with results in its output folder."""
+
+    resumed: Path | None = None  # the state to resume from
+    replaced: tuple[Path, ...] = ()  # results to remove
+
+
+def claim_output(recipe: Recipe, *, force: bool) -> Claim:
+    """Decide what happens to the results in the output folder; change nothing.
+
+    Raises InputError if they are results of this name that the run cannot resume from, or its own input.
+    """
+    output, name = recipe.run.output, recipe.run.name
+    existing = results(output, name)
+    _check_inputs_stay(recipe, existing)
+    states = saved_states(output, name)
+    if states and recipe.run.resume:
+        return Claim(resumed=states[-1])
+    if existing and not force:
+        raise InputError(
+            f"{output} already holds {counted(len(existing), 'result')} of a run named {name}, such as "
+            f"{existing[-1].name}",
+            hint="give another run.name or run.output, or pass `force` to replace them",
+        )
+    return Claim(replaced=tuple(existing))
+
+
+def _check_inputs_stay(recipe: Recipe, existing: Sequence[Path]) -> None:
+    for key in ("base", "residual", "principal"):
+        path: Path | None = getattr(recipe.model, key)
+        if path is None or not path.exists():
+            continue
+        whole = path.resolve()
+        for result in existing:
+            if result.resolve() in (whole, *whole.parents):
+                raise InputError(
+                    f"model.{key} is {path}, which this run would replace as its own result {result.name}",
+                    hint="give another run.name or run.output",
+                )
+
+
+def prepare_output(recipe: Recipe, claim: Claim) -> None:
+    """Remove results that are replaced and make the output folder."""
+    for path in claim.replaced:
+        remove(path)
+    recipe.run.output.mkdir(parents=True, exist_ok=True)
+
+
+# ---------------------------------------------------------------- during the run
+
+
+def save_step(run: Run, progress: Progress) -> None:
+    """Save the adapter and the state of this step."""
+    settings = run.recipe.run
+    _save_adapter(run, progress, adapter_file(settings.output, settings.name, progress.step))
+    _save_state(run, progress, state_folder(settings.output, settings.name, progress.step))
+
+
+def save_final(run: Run, progress: Progress) -> None:
+    """Save the final adapter, and the state if there is none of the last step."""
+    settings = run.recipe.run
+    _save_adapter(run, progress, adapter_file(settings.output, settings.name))
+    folder = state_folder(settings.output, settings.name, progress.step)
+    if not folder.exists():
+        _save_state(run, progress, folder)
+
+
+def _save_state(run: Run, progress: Progress, folder: Path) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    it, settings = run.optimization, run.recipe.run
+    state.save_state(
+        folder,
+        run.state_header(progress),
+        it.parameters,
+        it.optimizer,
+        frames=run.frames(),
+        extras=run.state_extras(),
+    )
+    progress.files.append(folder)
+    keep_last(settings.output, settings.name, settings.keep_last)
+
+
+def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    provenance = replace(
+        run.model.trainable.provenance,
+        role=Role.TUNED,
+        prediction=run.objective.prediction.name,
+        flow_shift=_flow_shift(run),
+        noise_schedule=_noise_schedule(run),
+    )
+    with run.finished_weights():
+        deltas = run.model.injection.deltas()
+        _check_deltas(deltas, progress.step)
+        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.replaced)
+        save_tuned(path, tuned, provenance, force=True)
+    progress.files.append(path)
+    run.callbacks.on_save(progress.step, path)
+
+
+def _flow_shift(run: Run) -> float | None:
+    """Return the shift for sampling the trained model; one by resolution is taken at the recipe's size."""
+    prediction = run.objective.prediction
+    if not isinstance(prediction, Flow):
+        return None
+    return prediction.shift_at(run.recipe.data.resolution_px**2)
+
+
+def _noise_schedule(run: Run) -> NoiseSchedule | None:
+    if isinstance(run.objective.prediction, Flow):
+        return None
+    return "zero_terminal_snr" if run.recipe.objective.zero_terminal_snr else "sdxl"
+
+
+def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:
+    broken = [
+        name
+        for name, delta in deltas.items()
+        if not bool(torch.isfinite(delta.down).all() and torch.isfinite(delta.up).all())
+    ]
+    if broken:
+        raise SpectuneError(
+            f"the changes of {counted(len(broken), 'layer')} are not finite after step {step}, nothing is "
+            f"saved: {some_of(broken)}",
+            hint="lower the learning rate; the run can resume from its last state",
+        )

@@ -1,0 +1,361 @@
+"""From the files of a recipe to a model with trainable changes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.reader import open_adapter
+from spectune.adapters.writer import adapter_hash
+from spectune.checkpoints.open import open_checkpoint
+from spectune.core.frames import minor_frame, normalized, plain_frame, principal_frame
+from spectune.core.low_rank import LowRank, product
+from spectune.core.rank import FixedRank
+from spectune.errors import InputError, PairingError
+from spectune.files.provenance import Provenance, Role
+from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
+from spectune.files.weights_hash import WeightsHasher, weights_hash
+from spectune.model.inject import Injection, inject
+from spectune.model.network import Sdxl, build_model
+from spectune.model.quantize import quantize_layers
+from spectune.model.vae_convention import (
+    KNOWN_VAES,
+    VaeConvention,
+    declare_vae,
+    merge_conventions,
+    resolve_convention,
+)
+from spectune.model.vae_loading import choose_vae
+from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
+from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
+from spectune.sdxl.selection import select_layers
+from spectune.training.recipe.recipe import Recipe, parse_recipe
+from spectune.training.recipe.sections.model import ModelSection, VaeSection
+from spectune.training.seeds import derived_generator
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainableModel:
+    """A model with trainable changes, and the provenance for its adapter files."""
+
+    sdxl: Sdxl
+    injection: Injection
+    provenance: Provenance  # base and principal hashes
+    frame_hash: str
+
+
+@dataclass(frozen=True)
+class KnownFrames:
+    """Frames that an earlier part of the run computed from its base."""
+
+    base_hash: str | None
+    layers: Mapping[str, LowRank]
+
+
+# ---------------------------------------------------------------- a recipe and its base
+
+
+def with_resolved_objective(recipe: Recipe) -> Recipe:
+    """Return the recipe with objective keys that it leaves open taken from its base.
+
+    Raises InputError if the rest of the recipe does not fit the base.
+    """
+    section = recipe.objective
+    with open_checkpoint(recipe.model.checkpoint) as base:
+        declared = declared_prediction(base) or "eps"
+        kind = section.kind or declared
+        if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
+            raise InputError(
+                "objective.start, teacher and bridge_steps convert an EPS base to a flow model: "
+                f"{base.label} predicts {declared}, objective.kind is {kind}",
+                hint='leave them out, or set kind = "flow" and use an EPS base',
+            )
+        shift, zero = section.flow_shift, section.zero_terminal_snr
+        if kind == "flow" and shift is None:
+            shift = base.provenance.flow_shift or 1.0
+        if zero is None:
+            zero = kind != "flow" and declared_zero_snr(base)
+        resolved = {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}
+        data = recipe.model_dump() | {"objective": section.model_dump() | resolved}
+        return parse_recipe(data, label=f"recipe, trained as {kind} for {base.label}")
+
+
+def model_warnings(recipe: Recipe) -> list[str]:
+    """Return warnings about the base, its form and a change of prediction type."""
+    warnings: list[str] = []
+    if recipe.model.residual is not None:
+        warnings.append(
+            f"{recipe.model.checkpoint.name} is used as a residual: nothing shows whether it belongs to its "
+            "principal"
+        )
+    if recipe.model.dropout_probability and recipe.model.form == "residual":
+        warnings.append(
+            "model.dropout_probability drops parts of the model itself in the residual form, not only of the "
+            'trained change; form = "delta" drops the change only'
+        )
+    with open_checkpoint(recipe.model.checkpoint) as base:
+        declared = declared_prediction(base)
+        if declared is not None and recipe.objective.kind not in (None, declared):
+            warnings.append(
+                f"{base.label} declares that it predicts {declared}, objective.kind is "
+                f"{recipe.objective.kind}: this run converts the model"
+            )
+    return warnings
+
+
+# ---------------------------------------------------------------- building the model
+
+
+def build_trainable(
+    section: ModelSection,
+    *,
+    known: KnownFrames | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trained_dtype: torch.dtype = torch.float32,
+    log: Log = lambda text: None,
+) -> TrainableModel:
+    """Build the model and put frames in the layers of the chosen parts.
+
+    `known` is used instead of new frames if it was computed from this base. `seed` is for plain frames, which
+    also stand in for gradient and data frames until aligned_frames finds those. `dtype` is that of the frozen
+    model. Raises InputError for files of the wrong kind and PairingError for files that do not belong
+    together.
+    """
+    with open_checkpoint(section.checkpoint) as base:
+        declared = base.provenance
+        _check_role(section, declared)
+        log(f"reading {section.checkpoint.name}")
+        base_hash = weights_hash(base)
+        catalogue = build_catalogue(base, all_layers=True)
+        frames: Mapping[str, LowRank]
+        principal_hash = None
+        if section.principal is not None:
+            adapter = _open_principal(section, catalogue)
+            _check_pair(section, base, base_hash, adapter)
+            frames, principal_hash = adapter.layers, adapter_hash(adapter)
+        elif known is not None and known.base_hash == base_hash:
+            frames = known.layers
+        else:
+            verb = "splitting" if section.frame in ("principal", "minor") else "making frames for"
+            log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
+            frames = _make_frames(base, catalogue, section, seed)
+        chosen = _choose(section, catalogue, frames)
+        sdxl = build_model(base, device=device, dtype=dtype)
+    if section.residual is not None or declared.role is Role.RESIDUAL:
+        # layers that are not trained get their principal back
+        _add_products(sdxl, {name: frames[name] for name in frames if name not in chosen})
+        if section.form == "residual":
+            chosen = _exchange_frames(sdxl, chosen, trained_dtype)
+    elif section.form == "residual":
+        chosen = _subtract_frames(sdxl, chosen, trained_dtype)
+    dropout = section.dropout_probability
+    injection = inject(sdxl, chosen, form=section.form, dtype=trained_dtype, dropout=dropout)
+    provenance = _provenance(section, declared, base_hash, principal_hash)
+    return TrainableModel(sdxl, injection, provenance, hash_of_frames(chosen))
+
+
+def _choose(section: ModelSection, catalogue: Catalogue, frames: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Return the frames of the parts to train."""
+    names = [name for name in frames if catalogue.by_name[name].part.value in section.parts]
+    if not names:
+        owner = section.principal or f"model.layers = {', '.join(section.layers)}"
+        raise InputError(
+            f"no layer to train: {owner} has none in {', '.join(section.parts)}",
+            hint="name other parts in model.parts",
+        )
+    return {name: frames[name] for name in names}
+
+
+def _provenance(
+    section: ModelSection, declared: Provenance, base_hash: str, principal_hash: str | None
+) -> Provenance:
+    is_residual = declared.role is Role.RESIDUAL
+    if is_residual:
+        original_hash = declared.base_hash
+    elif section.residual is None:
+        original_hash = base_hash
+    else:  # the original of another tool's residual is unknown
+        original_hash = foreign_residual_hash(base_hash, principal_hash)
+    return Provenance(
+        base_hash=original_hash,
+        base_name=declared.base_name if is_residual else section.checkpoint.name,
+        principal_hash=principal_hash,
+        frame=section.frame if section.principal is None else None,
+        vae_scale=declared.vae_scale,
+        vae_shift=declared.vae_shift,
+        vae_padding=declared.vae_padding,
+        vae_name=declared.vae_name,
+    )
+
+
+# ---------------------------------------------------------------- checks of the files
+
+
+def _check_role(section: ModelSection, declared: Provenance) -> None:
+    path = section.checkpoint
+    if declared.role is not None and declared.role not in (Role.MODEL, Role.RESIDUAL):
+        raise InputError(
+            f"{path} is a {declared.role.value} file: expected a checkpoint",
+            hint="model.base is the checkpoint, model.principal the adapter that `spectune split` made of it",
+        )
+    if section.residual is not None and declared.role is Role.MODEL:
+        raise InputError(
+            f"{path} is a whole model: model.residual is a model without its principal",
+            hint="name it as model.base",
+        )
+    if declared.role is Role.RESIDUAL and section.form == "delta":
+        raise InputError(
+            f"{path} is a residual: the delta form trains on the original weights",
+            hint='give the original as model.base, or set model.form = "residual"',
+        )
+    if declared.role is Role.RESIDUAL and section.principal is None:
+        raise InputError(
+            f"{path} is a residual: its principal directions are in another file",
+            hint="name that file as model.principal instead of giving model.rank",
+        )
+
+
+def _open_principal(section: ModelSection, catalogue: Catalogue) -> Adapter:
+    assert section.principal is not None
+    adapter = open_adapter(section.principal, catalogue)
+    check_frame(adapter)
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+def _check_pair(section: ModelSection, base: WeightSource, base_hash: str, adapter: Adapter) -> None:
+    declared = adapter.provenance
+    if BaseKind.of(base) is BaseKind.RESIDUAL:
+        check_residual_pair(base, adapter)
+    elif section.residual is None and declared.base_hash not in (None, base_hash):
+        raise PairingError(
+            f"{adapter.label} was split from base {short_hash(declared.base_hash)}, "
+            f"{base.label} is {short_hash(base_hash)}",
+            hint="name the model that it was split from as model.base, or split this one",
+        )
+
+
+# ---------------------------------------------------------------- frames
+
+
+def _make_frames(
+    base: WeightSource, catalogue: Catalogue, section: ModelSection, seed: int
+) -> dict[str, LowRank]:
+    """Compute the frames of the chosen layers from the base."""
+    layers = [
+        layer for layer in select_layers(catalogue, section.layers) if layer.part.value in section.parts
+    ]
+    return {layer.name: _make_frame(base, layer, section, seed) for layer in layers}
+
+
+def _make_frame(base: WeightSource, layer: Layer, section: ModelSection, seed: int) -> LowRank:
+    assert section.rank is not None
+    rank = FixedRank(section.rank, section.conv_rank).requested(layer.shape)
+    if section.frame == "principal":
+        frame = principal_frame(layer_weight(base, layer), rank=rank, name=layer.name)
+    elif section.frame == "minor":
+        frame = minor_frame(layer_weight(base, layer), rank=rank, name=layer.name)
+    else:
+        frame = plain_frame(layer.shape, rank=rank, generator=derived_generator(seed, "frame", layer.name))
+    return frame if section.frame_norm is None else normalized(frame, section.frame_norm)
+
+
+def hash_of_frames(frames: Mapping[str, LowRank]) -> str:
+    """Return the hash of frames on the CPU."""
+    hasher = WeightsHasher()
+    for name, frame in frames.items():
+        hasher.add(f"{name}.down", frame.down)
+        hasher.add(f"{name}.up", frame.up)
+        hasher.add(f"{name}.alpha", torch.tensor(frame.alpha))
+    return hasher.hexdigest()
+
+
+def _add_products(sdxl: Sdxl, frames: Mapping[str, LowRank]) -> None:
+    """Turn residuals into W = R + scale*B0 A0, rounded once."""
+    for name, frame in frames.items():
+        _change_weight(sdxl, name, product(frame))
+
+
+def _subtract_frames(sdxl: Sdxl, frames: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
+    """Turn weights into residuals W - scale*B0 A0 of frames in `dtype`; return these frames.
+
+    Training starts from rounded factors, so the residual is what the rounded ones leave. It is rounded once.
+    """
+    rounded = {name: _as_dtype(frame, dtype) for name, frame in frames.items()}
+    for name, frame in rounded.items():
+        _change_weight(sdxl, name, -product(frame))
+    return rounded
+
+
+def _exchange_frames(sdxl: Sdxl, frames: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
+    """Turn residuals of `frames` into those of frames in `dtype`; return these frames.
+
+    The residuals R + scale*(B0 A0 - B A) are rounded once.
+    """
+    rounded = {name: _as_dtype(frame, dtype) for name, frame in frames.items()}
+    for name, frame in rounded.items():
+        pairs = ((frame.down, frames[name].down), (frame.up, frames[name].up))
+        if not all(torch.equal(one.float(), other.float()) for one, other in pairs):
+            _change_weight(sdxl, name, product(frames[name]) - product(frame))
+    return rounded
+
+
+@torch.no_grad()
+def _change_weight(sdxl: Sdxl, name: str, amount: Tensor) -> None:
+    parent, attribute = sdxl.place(name)
+    weight: Tensor = getattr(parent, attribute).weight
+    changed = weight.float() + amount.to(weight.device)
+    # a new tensor: the old one may be mapped from the checkpoint
+    getattr(parent, attribute).weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+
+
+def _as_dtype(frame: LowRank, dtype: torch.dtype) -> LowRank:
+    if dtype == torch.float32:
+        return frame
+    return LowRank(frame.down.to(dtype), frame.up.to(dtype), frame.alpha)
+
+
+# ---------------------------------------------------------------- quantization and autoencoder
+
+
+def quantize(
+    trainable: TrainableModel, kind: Literal["nf4", "int8"], device: torch.device, *, log: Log
+) -> None:
+    """Quantize the linear layers of the base in place, log the error, and move the model to `device`."""
+    sdxl = trainable.sdxl
+    frames = trainable.injection.frames()
+    for part in quantize_layers(sdxl, None, kind, frames=frames, device=device).parts:
+        log(f"{kind} {part}")
+    modules: list[nn.Module | None] = [sdxl.unet, sdxl.te1, sdxl.te2, sdxl.vae]
+    for module in modules:
+        if module is not None:
+            module.to(device)
+
+
+def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> TrainableModel:
+    """Return the model with the autoencoder of the recipe, declared in its provenance."""
+    own = trainable.sdxl.layout.vae
+    provenance = trainable.provenance
+    usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
+    declared = merge_conventions(provenance, default=usual)
+    convention = resolve_convention(
+        section.path,
+        name=section.name,
+        scale=section.scale,
+        shift=section.shift,
+        padding=section.padding,
+        default=declared,
+    )
+    if section.path is None and convention == usual:
+        return trainable
+    sdxl = choose_vae(trainable.sdxl, section.path, convention)
+    return replace(trainable, sdxl=sdxl, provenance=declare_vae(provenance, convention, section.path))

@@ -1,0 +1,53 @@
+"""What a recipe puts in place, and that a run's setup cannot change."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from accelerate import Accelerator
+
+from spectune.model.prediction import Ddpm, Flow, LogitNormal
+from spectune.training.callbacks import Callbacks
+from spectune.training.setup import assemble
+from tests.training.conftest import MakeRecipe
+
+
+@pytest.mark.parametrize(
+    ("objective", "prediction"),
+    [
+        (
+            {
+                "kind": "flow",
+                "flow_shift": 2.5,
+                "flow_times": "logit_normal",
+                "flow_times_mean": 0.5,
+                "flow_times_std": 2.0,
+            },
+            Flow(2.5, LogitNormal(0.5, 2.0)),
+        ),
+        ({"kind": "v", "zero_terminal_snr": True}, Ddpm("v", True)),
+        ({"kind": "eps", "zero_terminal_snr": True}, Ddpm("eps", True)),
+        ({}, Ddpm("eps", False)),
+    ],
+    ids=["flow", "v", "eps", "default"],
+)
+def test_the_recipe_determines_the_prediction(
+    make_recipe: MakeRecipe, objective: dict[str, object], prediction: Flow | Ddpm
+) -> None:
+    run = assemble(make_recipe(objective=objective), Accelerator(cpu=True), Callbacks())
+    assert run.objective.prediction == prediction
+    assert run.preview_model.prediction == prediction
+    assert run.objective.cost.options.prediction == prediction.name
+
+
+def test_the_setup_is_immutable(make_recipe: MakeRecipe) -> None:
+    run = assemble(make_recipe(), Accelerator(cpu=True), Callbacks())
+    for record, field in (
+        (run, "steps"),
+        (run.data, "hash"),
+        (run.model, "offload"),
+        (run.objective, "seed"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, field, None)
