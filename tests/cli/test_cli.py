@@ -121,6 +121,22 @@ def test_inspect_reads_models_and_adapters(files, capfd):
     assert "SDXL residual" in capfd.readouterr().err
 
 
+def test_inspect_says_which_program_loads_what(files, capfd):
+    model, residual, principal = files
+    table = {}
+    for path in files:
+        assert run(["inspect", str(path), "--json"]) == 0
+        table[path] = {row["program"]: row for row in json.loads(capfd.readouterr().out)["programs"]}
+    assert table[model]["sd-scripts"]["loads"] == "refuses the file"  # the embedded model has other sizes
+    assert table[model]["diffusers"]["note"] == "needs a folder of configurations with these sizes"
+    assert "works only with its principal" in table[residual]["diffusers"]["note"]
+    assert len(table[principal]) == 5
+    run(["inspect", str(principal)])
+    printed = capfd.readouterr().err
+    assert "which program loads what" in printed
+    assert all(row["loads"] in printed for row in table[principal].values())
+
+
 def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path, capfd):
     assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--rank", "4", "--dry-run"]) == 0
     assert "would factor" in capfd.readouterr().err

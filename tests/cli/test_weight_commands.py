@@ -124,7 +124,7 @@ def test_verify_says_who_loads_what(
     assert run(["verify", str(tiny_checkpoint), *pair]) == 0
     said = capfd.readouterr().err
     for word in (
-        "who loads tiny.principal-r2.safetensors",
+        "which program loads what from tiny.principal-r2.safetensors",
         "ComfyUI",
         "sd-scripts",
         "sha256",

@@ -31,6 +31,8 @@ from spectune.sdxl.layout import (
 from spectune.sdxl.names import Part, diffusers_name, kohya_stem, modules_of
 from spectune.sdxl.state_dicts import state_views
 
+WHOLE_FILE = ""  # the name of an item that is the file itself
+
 
 class Item(NamedTuple):
     """A layer of an adapter or a tensor of a file."""
@@ -47,6 +49,8 @@ class Finding(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
+        if self.names == (WHOLE_FILE,):
+            return self.reason
         return f"{len(self.names)} ({some_of(self.names, 1)}): {self.reason}"
 
 
@@ -255,7 +259,7 @@ def _tensors(source: WeightSource) -> Iterator[Item]:
     for name in sorted(expected - source.tensors.keys()):
         yield Item(name, {Feature.MISSING}, counted=False)
     if layout is not None and _sizes(layout) not in (_sizes(SDXL), _sizes(replace(SDXL, vae=None))):
-        yield Item(source.label, {Feature.OTHER_SIZE}, counted=False)
+        yield Item(WHOLE_FILE, {Feature.OTHER_SIZE}, counted=False)
 
 
 def _whole_file(source: WeightSource) -> Item:
@@ -265,7 +269,7 @@ def _whole_file(source: WeightSource) -> Item:
         Feature.FLOW: prediction == "flow",
         Feature.V_UNMARKED: prediction == "v" and V_KEY not in source.tensors,
     }
-    return Item(source.label, {feature for feature, holds in found.items() if holds}, counted=False)
+    return Item(WHOLE_FILE, {feature for feature, holds in found.items() if holds}, counted=False)
 
 
 def _has(source: WeightSource, part: PartName) -> bool:

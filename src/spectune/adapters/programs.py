@@ -55,7 +55,7 @@ _NO_LORA = "trained deltas are not a LoRA: `spectune export` writes one"
 _HALF = "one of the two factors is missing"
 _PAIR_WINS = _ignores("reads a layer that has a pair as a pair", LYCORIS_FILE)
 _PAIRS = (_ignores("reads only pairs", SD_SCRIPTS), _ignores("algo=locon trains only pairs", LYCORIS))
-_NEEDS_NODE = _loads("has to be loaded by a node of its own", COMFYUI)
+_NEEDS_NODE = _loads("needs a loader node of its own", COMFYUI)
 _NEEDS_ARGUMENT = _refuses("has to be passed to from_single_file", DIFFUSERS)
 _EXACT = _refuses("the parts must have exactly SDXL's tensors", SD_SCRIPTS)
 _SHORT_TE1 = "knows the first encoder only with `text_model.` in its names"
@@ -75,7 +75,7 @@ class Feature(Enum):
     )
     PROJECTION = (
         _ignores("does not train text_projection", *_TRAINERS),
-        _loads("holds it transposed to the checkpoint: leave it out", COMFYUI, LYCORIS_FILE, DIFFUSERS),
+        _loads("stores the checkpoint's transposed: leave it out", COMFYUI, LYCORIS_FILE, DIFFUSERS),
     )
     UNKNOWN_LAYER = (_ignores("SDXL has no such layer", *ADAPTER_PROGRAMS),)
     # how it is spelled
@@ -95,7 +95,7 @@ class Feature(Enum):
     )
     OLD_DIFFUSERS = (_refuses("expects lora_A and lora_B in these names", DIFFUSERS),)  # .lora.down.weight
     COMFYUI_NAMES = (_NOT_SGM, _NOT_RENAMED)  # diffusion_model. and text_encoders.
-    OTHER_SPELLING = (_ignores("not counted: no row of this table is about these keys", *ADAPTER_PROGRAMS),)
+    OTHER_SPELLING = (_ignores("not counted: this table does not cover these keys", *ADAPTER_PROGRAMS),)
     KOHYA_WITH_OTHERS = (_ignores("renames kohya keys only in a file without other keys", DIFFUSERS),)
     # its alpha
     NO_ALPHA = (_SCALE_1, _loads(_BY_RANK, SD_SCRIPTS, DIFFUSERS), _FIXED_SCALE, _NEEDS_ALPHA)
@@ -166,9 +166,9 @@ class Feature(Enum):
     NO_ENCODER = (_NEEDS_NODE, _EXACT, _NEEDS_ARGUMENT)
     SHORT_TE1 = (_ignores(_SHORT_TE1, COMFYUI), _refuses(_SHORT_TE1, SD_SCRIPTS, DIFFUSERS))
     OTHER_SIZE = (
-        _refuses("recognizes SDXL by its widths and depths", COMFYUI),
-        _refuses("has the sizes of SDXL built in", SD_SCRIPTS),
-        _loads("only with a folder of configurations of these sizes", DIFFUSERS),
+        _refuses("loads only SDXL's own widths and depths", COMFYUI),
+        _refuses("loads only SDXL's own widths and depths", SD_SCRIPTS),
+        _loads("needs a folder of configurations with these sizes", DIFFUSERS),
     )
     RESIDUAL = (_loads("a residual works only with its principal, at strength 1", *CHECKPOINT_PROGRAMS),)
     FLOW = (
@@ -177,7 +177,7 @@ class Feature(Enum):
         _loads("a file cannot declare flow: pass a flow scheduler with its shift", DIFFUSERS),
     )
     V_UNMARKED = (  # declared in metadata only
-        _loads("takes it for eps without the key v_pred: add ModelSamplingDiscrete", COMFYUI),
+        _loads("reads it as eps because the key v_pred is missing: add ModelSamplingDiscrete", COMFYUI),
         _loads("needs --v_parameterization", SD_SCRIPTS),
         _loads("needs prediction_type v_prediction in its scheduler", DIFFUSERS),
     )

@@ -59,8 +59,10 @@ def heading(line: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """A table on stderr; the first `left` columns are text, the others figures."""
-    grid = Table(title=title or None, title_justify="left", header_style="bold")
+    """Print a table on stderr; the first `left` columns are text, the others figures."""
+    if title:  # not as the title of the Table, which wraps at the width of the table
+        err.print(Text(title, style="italic"), soft_wrap=True)
+    grid = Table(header_style="bold")
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:

@@ -1,8 +1,11 @@
-"""Verify: whether a residual and a principal are a checkpoint."""
+"""Verify: check that a residual and a principal add up to their checkpoint."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.loading import loading_table
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
@@ -21,6 +24,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
     with (
         open_checkpoint(options.model) as source,
         open_checkpoint(options.residual) as residual,
+        open_checkpoint(options.principal) as file,
         open_adapter(options.principal, build_catalogue(source, all_layers=True)) as principal,
     ):
         if not isinstance(principal, Adapter):
@@ -28,4 +32,9 @@ def verify(options: VerifyOptions) -> VerifyReport:
                 f"{principal.label} is a tuned adapter: expected a principal",
                 hint="pass the principal that `spectune split` wrote",
             )
-        return compare_pair(source, residual, principal, progress=options.progress)
+        report = compare_pair(source, residual, principal, progress=options.progress)
+        programs = {
+            options.principal.name: loading_table(file, principal.catalogue),
+            options.residual.name: loading_table(residual),
+        }
+    return replace(report, programs=programs)

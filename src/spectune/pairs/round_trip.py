@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 
 import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.loading import Loading
 from spectune.adapters.writer import adapter_hash
 from spectune.core.agreement import Agreement, compare, total_share
 from spectune.core.linalg import scratch, scratch_copy
@@ -62,6 +63,7 @@ class VerifyReport:
     records: tuple[TensorRecord, ...]
     hashes: Hashes
     problems: tuple[str, ...]
+    programs: Mapping[str, Sequence[Loading]] = field(default_factory=dict)  # other programs, by file name
 
     @property
     def ok(self) -> bool:

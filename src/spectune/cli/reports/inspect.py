@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.cli.console import megabytes, print_warning, say, table
+from spectune.cli.reports.shared import loading_json, loading_table
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
 from spectune.ops.options.model_files import InspectOptions
 from spectune.pairs.spectrum_report import GroupSpectrum, LayerSpectrum, SpectrumReport
@@ -19,10 +20,16 @@ def show(
 ) -> None:
     if isinstance(summary, SpectrumReport):
         _show_spectrum(summary, options, seconds)
-    elif isinstance(summary, AdapterSummary):
+        return
+    if isinstance(summary, AdapterSummary):
         _print_adapter(summary)
+        loading_table("which program loads what", summary.programs)
+        for problem in summary.problems:
+            print_warning(problem)
     else:
         _print_model(summary)
+        single = "" if options.model.is_file() else " from this model saved as a single file"
+        loading_table(f"which program loads what{single}", summary.programs)
 
 
 def as_json(
@@ -30,7 +37,7 @@ def as_json(
 ) -> dict[str, Any]:
     if isinstance(summary, SpectrumReport):
         return _spectrum_json(summary, options, seconds)
-    return asdict(summary)
+    return asdict(summary) | {"programs": loading_json(summary.programs)}
 
 
 def _print_model(summary: ModelSummary) -> None:
@@ -79,8 +86,6 @@ def _print_adapter(summary: AdapterSummary) -> None:
     if summary.provenance.frame:
         say(f"  frame         {summary.provenance.frame}")
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
-    for problem in summary.problems:
-        print_warning(problem)
 
 
 def _print_origin(base_hash: str | None, principal_hash: str | None) -> None:

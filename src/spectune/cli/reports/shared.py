@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from spectune.cli.console import megabytes
+from spectune.adapters.loading import Loading
+from spectune.cli.console import megabytes, table
 from spectune.files.reader import INDEX_SUFFIX
 
 
@@ -28,3 +31,16 @@ def _files_of(path: Path) -> list[Path]:
 def percent(share: float) -> str:
     """Return a small share as a percentage that never reads as zero."""
     return "less than 0.001%" if 0 < share < 1e-5 else f"{share:.3%}"
+
+
+_LOADING_COLUMNS = ("program", "loads", "ignores", "note")
+
+
+def loading_table(title: str, programs: Sequence[Loading]) -> None:
+    """Print what other programs load from a file and what they ignore."""
+    table(title, _LOADING_COLUMNS, [program.row for program in programs], left=4)
+
+
+def loading_json(programs: Sequence[Loading]) -> list[dict[str, Any]]:
+    """Return the same table as records."""
+    return [dict(zip(_LOADING_COLUMNS, program.row, strict=True)) for program in programs]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from spectune.adapters.loading import loading_table
-from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.console import print_warning, say, table
+from spectune.cli.reports.shared import loading_json, loading_table
 from spectune.ops.options.model_files import VerifyOptions
 from spectune.pairs.round_trip import VerifyReport
-from spectune.sdxl.layers import build_catalogue
 
 
 def exit_code(result: VerifyReport) -> int:
@@ -36,7 +34,7 @@ def as_json(result: VerifyReport, options: VerifyOptions, seconds: float) -> dic
             for record in result.records
             if not record.agreement.exact
         },
-        "programs": _programs(options),
+        "programs": {name: loading_json(programs) for name, programs in result.programs.items()},
         "seconds": seconds,
     }
 
@@ -60,19 +58,8 @@ def show(result: VerifyReport, options: VerifyOptions, seconds: float) -> None:
             for r in worst
         ]
         table("the least exact tensors", ("tensor", "bit-equal", "largest ulp", "relative error"), rows)
-    for title, rows in _programs(options).items():
-        table(f"who loads {title}", ("program", "loads", "ignores", "note"), rows, left=4)
+    for name, programs in result.programs.items():
+        loading_table(f"which program loads what from {name}", programs)
     for problem in result.problems:
         print_warning(problem)
     say("the pair holds" if result.ok else "the pair does NOT hold")
-
-
-def _programs(options: VerifyOptions) -> dict[str, list[tuple[str, ...]]]:
-    """Return for each file of the pair what other programs load from it and what they ignore."""
-    with open_checkpoint(options.model) as source:
-        catalogue = build_catalogue(source, all_layers=True)
-    with open_checkpoint(options.principal) as adapter, open_checkpoint(options.residual) as rest:
-        return {
-            options.principal.name: [program.row for program in loading_table(adapter, catalogue)],
-            options.residual.name: [program.row for program in loading_table(rest)],
-        }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
 from spectune.adapters.alphas import alpha_problems, read_alphas, scale_problems
+from spectune.adapters.loading import Loading, loading_table
 from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
@@ -32,7 +33,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A checkpoint, as far as its header tells."""
+    """What the header of a checkpoint says."""
 
     label: str
     role: str
@@ -42,11 +43,12 @@ class ModelSummary:
     layout: Layout
     parts: tuple[PartSummary, ...]
     ranks: tuple[RankCost, ...]
+    programs: tuple[Loading, ...]  # what each loads from it as a single file
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """An adapter, as far as its header tells."""
+    """What the header of an adapter says."""
 
     label: str
     role: str
@@ -59,11 +61,12 @@ class AdapterSummary:
     nbytes: int
     dtypes: tuple[str, ...]
     problems: tuple[str, ...]  # of its alphas, in words
+    programs: tuple[Loading, ...]  # what each loads from it, on SDXL
     replaced: int = 0  # tensors of the base that it holds whole; not among layers and parameters
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
-    """Parts, layers and costs of a checkpoint; raises InputError when it is no SDXL."""
+    """Return the parts, layers and costs of a checkpoint; raise InputError if it is not SDXL."""
     provenance = source.provenance
     catalogue = build_catalogue(source)
     prediction = declared_prediction(source)
@@ -76,11 +79,12 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
         layout=infer_layout(source),
         parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
         ranks=tuple(rank_cost(catalogue, rank) for rank in ranks),
+        programs=loading_table(source),
     )
 
 
 def describe_adapter(source: WeightSource) -> AdapterSummary:
-    """Layers, ranks and scales of an adapter in any spelling; raises InputError when the file holds none."""
+    """Return layers, ranks and scales of an adapter in any spelling; raise InputError if it has no layers."""
     downs = [
         info
         for name, info in source.tensors.items()
@@ -108,6 +112,7 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
         nbytes=sum(info.nbytes for info in source.tensors.values()),
         dtypes=_dtypes(source, factors),
         problems=(*alpha_problems(source), *scale_problems(source)),
+        programs=loading_table(source),
         replaced=sum(name.startswith(REPLACED) for name in source.tensors),
     )
 
