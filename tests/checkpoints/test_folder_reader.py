@@ -213,7 +213,7 @@ def test_a_missing_shard(folder: Path, tiny_modules: Modules) -> None:
     tiny_modules.unet.save_pretrained(folder / "unet", max_shard_size="200KB")  # type: ignore[operator]
     lost = sorted((folder / "unet").glob("*-of-*.safetensors"))[1]
     lost.unlink()
-    assert message(folder).endswith(f"of which 1 are missing beside it: {lost.name}")
+    assert message(folder).endswith(f"1 of them are not in its folder: {lost.name}")
 
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:

@@ -189,16 +189,16 @@ def test_sharded(tmp_path: Path) -> None:
 def test_sharded_with_a_missing_shard(tmp_path: Path) -> None:
     index = shards(tmp_path)
     (tmp_path / "m-2.safetensors").unlink()
-    assert message(index) == f"{index.name} lists 2 shards, of which 1 are missing beside it: m-2.safetensors"
+    assert message(index) == f"{index.name} lists 2 shards; 1 of them are not in its folder: m-2.safetensors"
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "is no index of shards"),
-        ("[]", "is no index of shards"),
+        ("{", "is not an index of shards"),
+        ("[]", "is not an index of shards"),
         ('{"weight_map": {}}', "lists no tensors"),
-        ('{"weight_map": {"a": "../m-1.safetensors"}}', "expected a file name beside it"),
+        ('{"weight_map": {"a": "../m-1.safetensors"}}', "expected the name of a file in its folder"),
         ('{"weight_map": {"a": "m-2.safetensors"}}', "1 tensors are not in the shard that"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_wrong_index(text: str, expected: str, tmp_path: Path) -> None:
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     index = shards(tmp_path)
     save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "m-2.safetensors")
-    assert message(index) == "1 tensors of m-2.safetensors also stand in m-1.safetensors: a"
+    assert message(index) == "1 tensors of m-2.safetensors are also in m-1.safetensors: a"
 
 
 def test_folders(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_existing_shards_need_force(tmp_path: Path) -> None:
     (tmp_path / INDEX).unlink()
     with pytest.raises(InputError, match=rf"4 shards exist in .*: {shard(1, 4)}, {shard(2, 4)}, ") as caught:
         write(SMALL, tmp_path / INDEX, max_shard_bytes=400)
-    assert caught.value.hint == "pass --force to overwrite them, or -o for another name"
+    assert caught.value.hint == "pass `force` to overwrite them, or choose another `out`"
     write(SMALL, tmp_path / INDEX, max_shard_bytes=400, force=True)
 
 
@@ -155,12 +155,12 @@ def test_finished_shards_that_cannot_be_named_stay(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(
-        InputError, match=r"cannot name the finished shards of .*: Permission denied"
+        InputError, match=r"cannot rename the finished shards of .*: Permission denied"
     ) as caught:
         write(SMALL, tmp_path / INDEX)
     monkeypatch.undo()
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert caught.value.hint == f"nothing is lost: move the files of {left} there yourself"
+    assert caught.value.hint == f"move the files in {left} there yourself; they are complete"
     for path in left.iterdir():
         path.rename(tmp_path / path.name)
     with open_checkpoint(tmp_path / INDEX) as source:

@@ -138,7 +138,7 @@ def test_an_existing_file_needs_force(tmp_path: Path) -> None:
     path.write_bytes(b"precious")
     with pytest.raises(InputError, match=re.escape(f"{path} exists")) as caught:
         StreamWriter(path, infos(TENSORS))
-    assert caught.value.hint == "pass --force to overwrite it, or -o for another name"
+    assert caught.value.hint == "pass `force` to overwrite it, or choose another `out`"
     assert path.read_bytes() == b"precious"
     write_tensors(path, TENSORS, force=True)
     with open_checkpoint(path) as source:
@@ -206,10 +206,10 @@ def test_a_finished_file_that_cannot_be_renamed_stays(
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(InputError, match=r"cannot name the finished file .*: Permission denied") as caught:
+    with pytest.raises(InputError, match=r"cannot rename the finished file to .*: Permission denied") as caught:
         write_tensors(tmp_path / "x.safetensors", TENSORS)
     (left,) = tmp_path.iterdir()
-    assert caught.value.hint == f"nothing is lost: rename {left} yourself"
+    assert caught.value.hint == f"rename {left} yourself; it is complete"
     left.rename(tmp_path / "y.safetensors")
     with open_checkpoint(tmp_path / "y.safetensors") as source:
         assert torch.equal(source.load("half"), TENSORS["half"])
@@ -221,5 +221,5 @@ def test_a_file_that_is_read_is_no_target(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").hardlink_to(path)
     refuse_inputs(tmp_path / "new.safetensors", [path])
     for target in (path, tmp_path / "link.safetensors"):
-        with pytest.raises(InputError, match="is one of the files that are read"):
+        with pytest.raises(InputError, match="is one of the input files"):
             refuse_inputs(target, [path])

@@ -230,10 +230,10 @@ def test_inputs_are_never_overwritten(
     principal = tiny_split(None).principal
     before = principal.read_bytes()
     for target in (trained[0], principal, tiny_checkpoint):
-        with pytest.raises(InputError, match="is one of the files that are read"):
+        with pytest.raises(InputError, match="is one of the input files"):
             convert(trained[0], target, principal=principal, base=tiny_checkpoint, force=True)
     assert principal.read_bytes() == before
-    with pytest.raises(InputError, match="is one of the files that are read"):
+    with pytest.raises(InputError, match="is one of the input files"):
         convert(tiny_checkpoint, tiny_checkpoint, force=True)
 
 

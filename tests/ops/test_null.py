@@ -112,7 +112,7 @@ def test_existing_files_and_the_original_itself(tiny_checkpoint: Path, tmp_path:
     out.write_bytes(b"precious")
     with pytest.raises(InputError, match=re.escape(f"{out} exists")):
         null(tiny_checkpoint, out)
-    with pytest.raises(InputError, match="is one of the files that are read"):
+    with pytest.raises(InputError, match="is one of the input files"):
         null(tiny_checkpoint, tiny_checkpoint, force=True)
     assert out.read_bytes() == b"precious"
     null(tiny_checkpoint, out, force=True)

@@ -317,7 +317,7 @@ def test_words_that_name_nothing_are_errors(
         with pytest.raises(InputError) as caught:
             slice([Slice(path, word)], tmp_path / "b.safetensors", base=tiny_checkpoint)
         assert caught.value.what.startswith(told)
-    with pytest.raises(InputError, match="is one of the files that are read"):
+    with pytest.raises(InputError, match="is one of the input files"):
         slice([Slice(path)], path, base=tiny_checkpoint, force=True)
 
 

@@ -402,9 +402,9 @@ def test_inputs_are_never_overwritten(tiny_checkpoint: Path, tiny_split: TinySpl
     path = saved_tuned(tuned, tmp_path / "t.safetensors")
     before = path.read_bytes(), tiny_checkpoint.read_bytes()
     for target in (path, tiny_checkpoint):
-        with pytest.raises(InputError, match="is one of the files that are read"):
+        with pytest.raises(InputError, match="is one of the input files"):
             rebuild(tiny_checkpoint, path, target, force=True)
-        with pytest.raises(InputError, match="is one of the files that are read"):
+        with pytest.raises(InputError, match="is one of the input files"):
             export(path, target, base=tiny_checkpoint, force=True)
     assert (path.read_bytes(), tiny_checkpoint.read_bytes()) == before
 

@@ -134,15 +134,14 @@ class AdapterWriter(StreamWriter):
         for name, tensor in low_rank_tensors(layer, low_rank, self._adapter.spelling).items():
             self.write(name, tensor)
 
-    def close(self) -> None:
-        """Finish the file as StreamWriter does, with the entries that depend on its tensors."""
-        if not self.waiting:
-            self.metadata |= alpha_metadata(self._adapter.layers, self._adapter.ranks, self._alphas)
-            self.metadata |= {
-                "sshs_model_hash": self.payload_sha256(),
-                "sshs_legacy_hash": self.legacy_sha256()[:8],
-            }
-        super().close()
+    def _complete(self) -> None:
+        """Add the metadata that depends on the tensors."""
+        self.metadata |= alpha_metadata(self._adapter.layers, self._adapter.ranks, self._alphas)
+        self.metadata |= {
+            "sshs_model_hash": self.payload_sha256(),
+            "sshs_legacy_hash": self.legacy_sha256()[:8],
+        }
+        super()._complete()
 
 
 def save_tuned(

@@ -9,10 +9,10 @@ from typing import TypedDict, Unpack
 from spectune.checkpoints.diffusers_folder.reader import open_folder
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
 from spectune.errors import InputError, some_of
-from spectune.files.multi_file_writer import MultiFileWriter
 from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, PICKLES, Checkpoint, open_file
 from spectune.files.shards import MAX_SHARD_BYTES, ShardedWriter, open_sharded
 from spectune.files.source import TensorInfo
+from spectune.files.tensor_writer import TensorWriter
 from spectune.files.writer import StreamWriter
 
 _NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")
@@ -25,9 +25,6 @@ class WriterOptions(TypedDict, total=False):
     reserve_bytes: int  # room for metadata that is added later
     force: bool  # overwrite an existing target
     hold: bool  # keep the temporary name until `commit`
-
-
-TensorWriter = StreamWriter | MultiFileWriter  # takes the announced tensors under single-file names
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""A checkpoint in several safetensors files with an index, each of them of limited size."""
+"""Checkpoints in several safetensors files of limited size, with an index."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 class ShardedWriter(MultiFileWriter):
     """Writes `<stem>-00001-of-00003.safetensors` and so on, and `path`, their index.
 
-    A shard holds at most `max_shard_bytes` of numbers, or a single tensor that is larger. Tensors are shared
-    out in the order of `infos`; the first shard has the metadata. The index comes last, and with `force` the
-    one before goes first: an index never lists shards of two models.
+    A shard holds at most `max_shard_bytes` of values, or a single larger tensor. Tensors are divided in the
+    order of `infos`; the first shard has the metadata. The index is written last, and with `force` the
+    previous index is deleted first: an index never lists shards of two models.
     Raises InputError before any work if index or shards exist and `force` is not set, or the disk is full.
     """
 
@@ -49,7 +49,7 @@ class ShardedWriter(MultiFileWriter):
         if existing and not force:
             raise InputError(
                 f"{len(existing)} shards exist in {self.path.parent}: {some_of(existing)}",
-                hint="pass --force to overwrite them, or -o for another name",
+                hint="pass `force` to overwrite them, or choose another `out`",
             )
         self._old = _listed_shards(self.path)
         self._home = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
@@ -62,7 +62,7 @@ class ShardedWriter(MultiFileWriter):
     def _put(self, name: str, tensor: Tensor) -> None:
         self._files[self._home[name]].write(name, tensor)
 
-    def _complete(self) -> None:
+    def _add_late_data(self) -> None:
         first = next(iter(self._files.values()))
         first.metadata.clear()
         first.metadata.update(self.metadata)
@@ -73,7 +73,6 @@ class ShardedWriter(MultiFileWriter):
         (self._partial / self.path.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def commit(self) -> None:
-        """Give the shards and then the index their names."""
         folder = self.path.parent
         try:
             self.path.unlink(missing_ok=True)
@@ -85,13 +84,13 @@ class ShardedWriter(MultiFileWriter):
         except OSError as error:
             self._keep = True
             raise InputError(
-                f"cannot name the finished shards of {self.path}: {error.strerror}",
-                hint=f"nothing is lost: move the files of {self._partial} there yourself",
+                f"cannot rename the finished shards of {self.path}: {error.strerror}",
+                hint=f"move the files in {self._partial} there yourself; they are complete",
             ) from error
 
 
 def shared_out(infos: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Tensors cut into runs of at most `max_bytes`, or of one tensor; at least one run."""
+    """Divide tensors into shards of at most `max_bytes`, or of one tensor; return at least one shard."""
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in infos:
@@ -104,7 +103,7 @@ def shared_out(infos: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorI
 
 
 def _listed_shards(index: Path) -> frozenset[str]:
-    """The shards of an index that is about to be replaced; none if it is no index."""
+    """Return the shards of an index that is about to be replaced; none if it is not an index."""
     try:
         return frozenset(read_index(index).values()) if index.is_file() else frozenset()
     except InputError:
@@ -112,13 +111,13 @@ def _listed_shards(index: Path) -> frozenset[str]:
 
 
 def open_sharded(index: Path, *, label: str | None = None) -> Checkpoint:
-    """Open the shards that an index lists; all must lie beside it."""
+    """Open the shards that an index lists; all must be in its folder."""
     weight_map = read_index(index)
     names = list(dict.fromkeys(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(
-            f"{index.name} lists {len(names)} shards, of which {len(missing)} are missing beside it: "
+            f"{index.name} lists {len(names)} shards; {len(missing)} of them are not in its folder: "
             f"{some_of(missing)}",
             hint=f"put all shards into {index.parent}",
         )
@@ -136,19 +135,22 @@ def open_sharded(index: Path, *, label: str | None = None) -> Checkpoint:
 
 
 def read_index(index: Path) -> dict[str, str]:
+    """Read {tensor name: shard}. Raises InputError for a file that is not an index."""
     with open_binary(index) as file:
         raw = file.read()
     try:
         weight_map = json.loads(raw)["weight_map"]
         items = cast(dict[str, Any], dict(weight_map))
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{index.name} is no index of shards: expected JSON with a `weight_map`") from None
+        raise InputError(
+            f"{index.name} is not an index of shards: expected JSON with a `weight_map`"
+        ) from None
     if not items:
         raise InputError(f"{index.name} lists no tensors")
     for name, shard in items.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(
-                f"{index.name} places tensor {name} in {shard!r}: expected a file name beside it"
+                f"{index.name} places tensor {name} in {shard!r}: expected the name of a file in its folder"
             )
     return items
 
@@ -164,6 +166,6 @@ def _check_shards(index: Path, weight_map: Mapping[str, str], files: Mapping[str
         twice = [name for name in file.tensors if name in homes]
         if twice:
             raise InputError(
-                f"{len(twice)} tensors of {shard} also stand in {homes[twice[0]]}: {some_of(twice)}"
+                f"{len(twice)} tensors of {shard} are also in {homes[twice[0]]}: {some_of(twice)}"
             )
         homes |= dict.fromkeys(file.tensors, shard)

@@ -108,7 +108,7 @@ class FolderWriter(MultiFileWriter):
             writer = self._files[_weights_file(piece.part)]
             writer.write(file_key(piece.part, piece.key), piece.view.read(tensor))
 
-    def _complete(self) -> None:
+    def _add_late_data(self) -> None:
         header = self._files[_UNET_FILE].metadata
         header.clear()
         header.update(self.metadata | _FORMAT)
