@@ -190,7 +190,11 @@ def demo(args: list[str]) -> int:
 
 
 def test(args: list[str]) -> int:
-    return run(ensure(DEV_LOCK), "-m", "pytest", "-m", "not slow", *args)
+    # One process per core with one thread each: small tensors gain nothing from more threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run(
+        ensure(DEV_LOCK), "-m", "pytest", "-m", "not slow", "-n", "logical", "--dist", "worksteal", *args
+    )
 
 
 def lint(args: list[str]) -> int:

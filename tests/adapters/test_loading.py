@@ -356,7 +356,7 @@ def test_a_spelling_without_a_row_is_not_counted(layer: Layer, catalogue: Catalo
     loadings = loadings_of({key: torch.zeros(2, 2) for key in keys}, catalogue)
     assert {(loading.loads, loading.of) for loading in loadings.values()} == {(0, 1)}
     assert {str(loading.ignores[0]) for loading in loadings.values()} == {
-        f"1 ({layer.name}): not counted: no row of this table is about these keys"
+        f"1 ({layer.name}): not counted: this table does not cover these keys"
     }
 
 

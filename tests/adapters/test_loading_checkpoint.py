@@ -111,7 +111,7 @@ def test_residuals_and_predictions(full: dict[str, torch.Tensor]) -> None:
     assert notes(Provenance(role=Role.MODEL, prediction="eps")) == []
     assert "a residual" in notes(Provenance(role=Role.RESIDUAL))[0]
     assert "ModelSamplingSD3" in notes(Provenance(prediction="flow"))[0]
-    assert "takes it for eps" in notes(Provenance(prediction="v"))[0]
+    assert "reads it as eps" in notes(Provenance(prediction="v"))[0]
     assert notes(Provenance(prediction="v"), v_pred=torch.zeros(0)) == []
     marked = loadings_of(full | {"v_pred": torch.zeros(0)})
     assert marked[COMFYUI].complete
