@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectune.core.delta import (
     Delta,
     Factors,
+    Joined,
     added_to_base,
     added_to_residual,
     apply_low_rank,
@@ -20,6 +21,8 @@ from spectune.core.delta import (
     delta_between,
     delta_conv,
     delta_linear,
+    join_delta,
+    join_residual,
     stacked_down,
     stacked_up,
 )
@@ -92,6 +95,54 @@ def factors(out: int, inside: tuple[int, ...], rank: int, dtype: torch.dtype = t
     return Factors(*tensors[:2], *(tensor.requires_grad_() for tensor in tensors[2:]))
 
 
+def joined(four: Factors, scale: float, dtype: torch.dtype) -> Joined:
+    """The joined factors of one layer."""
+    out, rank = four.dB.shape[:2]
+    down = torch.empty((1, 2 * rank, *four.dA.shape[1:]), dtype=dtype)
+    up = torch.empty((1, out, 3 * rank), dtype=dtype)
+    join_delta(down, up, Factors(*(tensor.detach()[None] for tensor in four)), scale)
+    return Joined.of(down[0], up[0])
+
+
+def with_change(x: Tensor, base: nn.Module, scale: float, four: Factors) -> Tensor:
+    """W x with the change of a linear layer, the change alone of a convolution."""
+    call: Callable[..., Tensor] = delta_linear if isinstance(base, nn.Linear) else delta_conv
+    return call(x, base, scale, joined(four, scale, x.dtype), (four.dA, four.dB))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("inside", [(6,), (4, 3, 3)])
+def test_joined_factors_are_the_stacked_ones_rounded_once(scale: float, inside: tuple[int, ...]) -> None:
+    four = factors(5, inside, 2, torch.float32)
+    exact, rounded = joined(four, scale, torch.float32), joined(four, scale, torch.bfloat16)
+    assert torch.equal(exact.down, stacked_down(four, torch.float32))
+    torch.testing.assert_close(exact.up[:, :4], stacked_up(four, scale, torch.float32).flatten(1))
+    torch.testing.assert_close(exact.up[:, 4:], scale * (four.B0 + four.dB).flatten(1))
+    assert torch.equal(rounded.down, exact.down.bfloat16())
+    assert torch.equal(rounded.up, exact.up.bfloat16())
+    assert torch.equal(exact.down_T, exact.down.flatten(1).T)
+    assert torch.equal(exact.up_T, exact.up[:, :4].T)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_the_residual_form_matches_plain_autograd(name: str, scale: float) -> None:
+    _, shape, inside = CASES[name]
+    four, base = factors(5, inside, 2), _base(name)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    down, up = (torch.empty_like(t.detach()) for t in (four.dA, four.dB.flatten(1)))
+    join_residual(down[None], up[None], four.dA.detach()[None], four.dB.detach()[None], scale)
+    call: Callable[..., Tensor] = delta_linear if name == "linear" else delta_conv
+    ours = call(x, base, scale, Joined.of(down, up), (four.dA, four.dB))
+    theirs = scale * apply_low_rank(x, base, four.dA, four.dB)
+    theirs = theirs + base(x) if name == "linear" else theirs
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    inputs = (x, four.dA, four.dB)
+    actual, expected = (torch.autograd.grad(out.square().sum(), inputs) for out in (ours, theirs))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def reference(x: Tensor, base: nn.Module, four: Factors, *, with_base: bool) -> Tensor:
     """Return W x + scale*(dB (A0+dA) + B0 dA) x by plain autograd, one product after the other."""
     first = apply_low_rank(x, base, four.A0 + four.dA, four.dB)
@@ -102,12 +153,12 @@ def reference(x: Tensor, base: nn.Module, four: Factors, *, with_base: bool) -> 
 
 def linear(x: Tensor, four: Factors) -> tuple[Tensor, Tensor]:
     base = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
-    return delta_linear(x, base, SCALE, four), reference(x, base, four, with_base=True)
+    return with_change(x, base, SCALE, four), reference(x, base, four, with_base=True)
 
 
 def conv(x: Tensor, four: Factors) -> tuple[Tensor, Tensor]:
     base = nn.Conv2d(4, 5, 3, stride=2, padding=1, dtype=torch.float64).requires_grad_(False)
-    return delta_conv(x, base, SCALE, four), reference(x, base, four, with_base=False)
+    return with_change(x, base, SCALE, four), reference(x, base, four, with_base=False)
 
 
 CASES = {
@@ -132,19 +183,18 @@ def test_outputs_and_gradients_match_plain_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_backward_pass_keeps_only_the_input_and_rank_values_per_position(name: str) -> None:
+def test_the_backward_pass_keeps_only_the_input_and_two_values_per_direction(name: str) -> None:
     _, shape, inside = CASES[name]
     four = factors(5, inside, 2)
     x = torch.randn(shape, dtype=torch.float64)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        ours = (delta_linear if name == "linear" else delta_conv)(x, _base(name), SCALE, four)
-    own = {tensor.data_ptr() for tensor in four}
-    hidden = [
-        t for t in kept if t.data_ptr() not in own and t.shape != x.shape and not isinstance(t, nn.Parameter)
-    ]
+        base = _base(name)
+        ours = with_change(x, base, SCALE, four)
+    factors_and_weights = {tuple(joined(four, SCALE, x.dtype).down.shape), (5, 6), tuple(base.weight.shape)}
+    hidden = [t for t in kept if t.shape != x.shape and tuple(t.shape) not in factors_and_weights]
     positions = ours.numel() // 5
-    assert [tensor.numel() for tensor in hidden] == [positions * 2]
+    assert [tensor.numel() for tensor in hidden] == [positions * 4]
 
 
 def _base(name: str) -> nn.Module:
@@ -157,9 +207,8 @@ def test_bf16_inputs_give_gradients_in_the_dtype_of_the_trained_tensors(name: st
     _, shape, inside = CASES[name]
     four = factors(5, inside, 2, torch.float32)
     base = _base(name).bfloat16()
-    call: Callable[..., Tensor] = delta_linear if name == "linear" else delta_conv
     x = torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
-    out = call(x, base, 1.0, four)
+    out = with_change(x, base, 1.0, four)
     out.float().square().mean().backward()
     assert (out.dtype, x.grad.dtype, four.dA.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
@@ -184,10 +233,11 @@ def test_it_compiles_as_one_graph(name: str) -> None:
     _, shape, inside = CASES[name]
     four, base = factors(5, inside, 2), _base(name)
     call: Callable[..., Tensor] = delta_linear if name == "linear" else delta_conv
+    both = joined(four, SCALE, torch.float64)
     x = torch.randn(shape, dtype=torch.float64)
 
     def cost() -> Tensor:
-        return call(x, base, SCALE, four).square().sum()
+        return call(x, base, SCALE, both, (four.dA, four.dB)).square().sum()
 
     expected = torch.autograd.grad(cost(), (four.dA, four.dB))
     compiled = torch.compile(cost, backend="aot_eager", fullgraph=True)

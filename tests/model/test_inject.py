@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from spectune.core.delta import Factors, delta_linear
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
-from spectune.model.inject import inject
+from spectune.model.inject import AdaptedLayer, inject
 from spectune.model.network import build_model
 from spectune.sdxl.layers import build_catalogue, layer_weight
 
@@ -48,9 +47,9 @@ def test_a_linear_layer_treats_a_transposed_input_as_the_original_does(tokens, w
     torch.manual_seed(0)
     base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
     x = torch.randn(2, width, tokens).transpose(1, 2)
-    zeros, frame = torch.zeros(4, width), torch.randn(4, width)
-    factors = Factors(A0=frame, B0=torch.randn(width, 4), dA=zeros, dB=zeros.T.clone())
-    assert torch.equal(delta_linear(x, base, 1.0, factors), base(x))
+    frame = torch.randn(4, width)
+    layer = AdaptedLayer(base, LowRank(down=frame, up=torch.randn(width, 4), alpha=4.0), "delta", torch.float32)
+    assert torch.equal(layer(x), base(x))
 
 
 def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames, predict):

@@ -8,16 +8,21 @@ Zhang 2024, arXiv 2404.02948). Training adds dA and dB to the two factors. Multi
        = W + dB (A0+dA) + B0 dA          delta form: dA and dB are trained from zero, W is fixed
        = W + [dB, B0] [A0+dA; dA]        the change as one product of rank 2r
 
-A frame with another alpha than its rank multiplies each product by scale = alpha / rank. `stacked_down` and
-`stacked_up` are the factors of the last line. For an input x, that line reads
+A frame with another alpha than its rank multiplies each product by scale = alpha / rank. For an input x, the
+last line reads, with the joined factors J = [A0+dA; dA] and U = scale * [dB, B0],
 
-    out = base(x) + scale * h [dB, B0]^T,  h = x [A0+dA; dA]^T
+    out = base(x) + h U^T,  h = x J^T
 
-Plain autograd would keep all of h and compute gradients of the frame. The functions here keep x and the first
-half of h, and compute gradients of dA and dB alone. With the gradient g of out,
+Plain autograd would compute gradients of the frame too. The functions here compute those of dA and dB alone,
+and keep x and h. With the gradient g of out,
 
-    g1 = g dB,  g2 = g B0,  h1 = x (A0+dA)^T       (times scale)
-    d(dB) = g^T h1        d(dA) = (g1 + g2)^T x        dx = g1 (A0+dA) + g2 dA  [+ g W]
+    g_h = g U = scale * [g dB, g B0]        dx = g_h J  [+ g W]
+    d(dB) = scale * g^T x (A0+dA)^T = scale * g^T h[:, :r]
+    d(dA) = scale * (g dB + g B0)^T x = scale * (g (B0+dB))^T x
+
+The factors change once per optimizer step but are used in the forward pass, in its recomputation and in the
+backward pass. They are therefore joined once per step, in the dtype of the activations, with B0+dB as a third
+block of U, which makes d(dA) one product. The residual form has J = A and U = scale * B.
 """
 
 # pyright: standard
@@ -35,6 +40,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spectune.core.low_rank import LowRank, product
+
+
+# Devices whose torch.mm returns float32 for bf16 and fp16 factors (torch 2.8).
+_MIXED_PRODUCTS = ("cuda", "meta") if hasattr(torch.ops.aten.mm, "dtype") else ()
 
 
 class Factors(NamedTuple):
@@ -55,6 +64,52 @@ def stacked_up(factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
     """Return scale * [dB, B0], (out, 2 rank, ...)."""
     stacked = torch.cat([factors.dB.to(dtype), factors.B0.to(dtype)], dim=1)
     return stacked if scale == 1 else stacked * scale
+
+
+class Joined(NamedTuple):
+    """The joined factors of one layer; `k` is 2 rank in the delta form and rank in the residual form."""
+
+    down: Tensor  # J, (k, in) or (k, in, kh, kw)
+    up: Tensor  # U, (out, 3 rank): scale * [dB, B0, B0+dB]; (out, rank) in the residual form: scale * B
+    down_T: Tensor  # J^T, (in, k), of linear layers; made once, because a view costs the host as much as a launch
+    up_T: Tensor  # the first k columns of U, transposed: (k, out)
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor) -> Joined:
+        """Return J and U with their transposed views."""
+        return cls(down, up, down.flatten(1).T, up[:, : len(down)].T)
+
+
+def join_delta(down: Tensor, up: Tensor, factors: Factors, scale: float) -> None:
+    """Write J and U of N layers of one shape into `down` and `up`, each value rounded once.
+
+    Args:
+        down: J, (N, 2 rank, in, ...).
+        up: U, (N, out, 3 rank).
+        factors: The factors of all layers, with N as their first axis.
+        scale: alpha / rank.
+    """
+    rank = factors.dA.shape[1]
+    dB, B0 = factors.dB.flatten(2), factors.B0.flatten(2)
+    torch.add(factors.A0, factors.dA, out=down[:, :rank])
+    down[:, rank:].copy_(factors.dA)
+    if scale == 1:
+        up[:, :, :rank].copy_(dB)
+        up[:, :, rank : 2 * rank].copy_(B0)
+        torch.add(B0, dB, out=up[:, :, 2 * rank :])
+    else:
+        torch.mul(dB, scale, out=up[:, :, :rank])
+        torch.mul(B0, scale, out=up[:, :, rank : 2 * rank])
+        torch.mul(B0 + dB, scale, out=up[:, :, 2 * rank :])
+
+
+def join_residual(down: Tensor, up: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """Write J = A and U = scale * B of N layers of one shape; see `join_delta`."""
+    down.copy_(A)
+    if scale == 1:
+        up.copy_(B.flatten(2))
+    else:
+        torch.mul(B.flatten(2), scale, out=up)
 
 
 @dataclass(frozen=True)
@@ -100,21 +155,32 @@ def change(layer: LowRank | Delta) -> Tensor:
 
 
 class LinearChange(torch.autograd.Function):
-    """x (..., in) through a frozen linear layer and its change; (..., out) in the dtype of x."""
+    """x (..., in) through a frozen linear layer and its change; (..., out) in the dtype of x.
+
+    Without `weight`, the change alone. The gradients of dA and dB have their dtype.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        joined: Joined,
+        dA: Tensor,
+        dB: Tensor,
     ) -> Tensor:
-        factors = Factors(*tensors)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        hidden = flat @ stacked_down(factors, x.dtype).T  # (tokens, 2 rank)
-        # of x, not of `flat`: for an x that is not contiguous, the two may round differently
-        out = F.linear(x, weight, bias).contiguous()
-        out.view(-1, out.shape[-1]).addmm_(hidden, stacked_up(factors, scale, x.dtype).T)
-        rank = factors.dA.shape[0]
-        ctx.save_for_backward(x, hidden[:, :rank].clone(), weight, *tensors)
-        ctx.scale = scale
+        hidden = flat @ joined.down_T  # (tokens, k)
+        if weight is None:
+            out = (hidden @ joined.up_T).view(*x.shape[:-1], -1)
+        else:
+            # of x, not of `flat`: for an x that is not contiguous, the two may round differently
+            out = F.linear(x, weight, bias).contiguous()
+            out.view(-1, out.shape[-1]).addmm_(hidden, joined.up_T)
+        ctx.save_for_backward(x, hidden, weight, joined.down, joined.up)
+        ctx.scale, ctx.rank, ctx.dtype = scale, dA.shape[0], dA.dtype
         return out
 
     @staticmethod
@@ -122,29 +188,34 @@ class LinearChange(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, first, weight, *tensors = ctx.saved_tensors
-        factors, rank = Factors(*tensors), first.shape[1]
-        flat, g = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, weight.shape[0])
-        g_hidden = g @ stacked_up(factors, ctx.scale, x.dtype)  # (tokens, 2 rank)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (g @ weight).addmm_(g_hidden, stacked_down(factors, x.dtype)).view_as(x)
-        d_up = g.T @ first  # (out, rank)
-        d_up = d_up if ctx.scale == 1 else d_up * ctx.scale
-        d_down = (g_hidden[:, :rank] + g_hidden[:, rank:]).T @ flat  # (rank, in)
-        return dx, None, None, None, None, None, d_down.to(factors.dA.dtype), d_up.to(factors.dB.dtype)
+        x, hidden, weight, down, up = ctx.saved_tensors
+        rank, k = ctx.rank, down.shape[0]
+        flat, g = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, up.shape[0])
+        g_hidden = g @ up  # (tokens, 3 rank)
+        needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+        dx = d_down = d_up = None
+        if needs_x:
+            first = g_hidden[:, :k]
+            dx = (first @ down if weight is None else (g @ weight).addmm_(first, down)).view_as(x)
+        if needs_down:
+            d_down = _product(g_hidden[:, -rank:].T, flat, ctx.dtype)  # (rank, in)
+        if needs_up:
+            d_up = _product(g.T, hidden[:, :rank], ctx.dtype)  # (out, rank)
+            d_up = d_up if ctx.scale == 1 else d_up.mul_(ctx.scale)
+        return dx, None, None, None, None, d_down, d_up
 
 
 class ConvChange(torch.autograd.Function):
     """x (batch, in, h, w) through the change of a frozen convolution alone; (batch, out, h', w')."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Conv2d, scale: float, *tensors: Tensor) -> Tensor:
-        factors = Factors(*tensors)
-        hidden = F.conv2d(x, stacked_down(factors, x.dtype), None, base.stride, base.padding, base.dilation)
-        out = F.conv2d(hidden, stacked_up(factors, scale, x.dtype))
-        ctx.save_for_backward(x, hidden[:, : factors.dA.shape[0]].clone(), *tensors)
-        ctx.base, ctx.scale = base, scale
+    def forward(
+        ctx: Any, x: Tensor, base: nn.Conv2d, scale: float, joined: Joined, dA: Tensor, dB: Tensor
+    ) -> Tensor:
+        hidden = F.conv2d(x, joined.down, None, base.stride, base.padding, base.dilation)
+        out = F.conv2d(hidden, joined.up[:, : hidden.shape[1], None, None])
+        ctx.save_for_backward(x, hidden, joined.down, joined.up)
+        ctx.base, ctx.scale, ctx.shapes, ctx.dtype = base, scale, (dA.shape, dB.shape), dA.dtype
         return out
 
     @staticmethod
@@ -152,29 +223,52 @@ class ConvChange(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, first, *tensors = ctx.saved_tensors
-        factors, base, g = Factors(*tensors), ctx.base, gradients[0]
-        dA, dB = factors.dA, factors.dB
-        rank, where = dA.shape[0], (base.stride, base.padding, base.dilation)
-        up = stacked_up(factors, ctx.scale, x.dtype)
-        g_hidden = F.conv2d(g, up.transpose(0, 1).contiguous())  # (batch, 2 rank, h', w')
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = conv2d_input(x.shape, stacked_down(factors, x.dtype), g_hidden, *where)
-        d_up = torch.einsum("bohw,brhw->or", g, first)
-        d_up = d_up if ctx.scale == 1 else d_up * ctx.scale
-        d_down = conv2d_weight(x, dA.shape, g_hidden[:, :rank] + g_hidden[:, rank:], *where)
-        return dx, None, None, None, None, d_down.to(dA.dtype), d_up.view_as(dB).to(dB.dtype)
+        x, hidden, down, up = ctx.saved_tensors
+        base, g = ctx.base, gradients[0]
+        where = (base.stride, base.padding, base.dilation)
+        rank, k = ctx.shapes[0][0], down.shape[0]
+        pixels = g.flatten(2)  # (batch, out, h' w')
+        g_hidden = (up.T.expand(len(x), -1, -1) @ pixels).view(len(x), -1, *g.shape[2:])  # (batch, 3 rank, h', w')
+        needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 5))
+        dx = d_down = d_up = None
+        if needs_x:
+            dx = conv2d_input(x.shape, down, g_hidden[:, :k], *where)
+        if needs_down:
+            d_down = conv2d_weight(x, ctx.shapes[0], g_hidden[:, -rank:], *where).to(ctx.dtype)
+        if needs_up:
+            one, other = (t.transpose(0, 1).flatten(1) for t in (g, hidden[:, :rank]))  # (channels, pixels)
+            d_up = _product(one, other.T, ctx.dtype)
+            d_up = (d_up if ctx.scale == 1 else d_up.mul_(ctx.scale)).view(ctx.shapes[1])
+        return dx, None, None, None, d_down, d_up
 
 
-def delta_linear(x: Tensor, base: nn.Linear, scale: float, factors: Factors) -> Tensor:
-    """Return base(x) plus the change of a linear layer."""
-    return LinearChange.apply(x, base.weight, base.bias, scale, *factors)  # pyright: ignore[reportReturnType]
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in `dtype`, without rounding the sums to a narrower dtype first."""
+    if a.dtype == dtype:
+        return a @ b
+    if dtype == torch.float32 and a.device.type in _MIXED_PRODUCTS:
+        return torch.mm(a, b, out_dtype=dtype)  # one launch: the products are summed in float32 anyway
+    return a.to(dtype) @ b.to(dtype)
 
 
-def delta_conv(x: Tensor, base: nn.Conv2d, scale: float, factors: Factors) -> Tensor:
+def delta_linear(
+    x: Tensor, base: nn.Module, scale: float, joined: Joined, trained: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return base(x) plus the change of a linear layer; `trained` is (dA, dB)."""
+    if type(base) is nn.Linear:
+        return _linear_change(x, base.weight, base.bias, scale, joined, *trained)
+    return base(x).add_(_linear_change(x, None, None, scale, joined, *trained))  # it has no plain weight
+
+
+def delta_conv(
+    x: Tensor, base: nn.Conv2d, scale: float, joined: Joined, trained: tuple[Tensor, Tensor]
+) -> Tensor:
     """Return the change alone of a convolution of one group that pads with zeros."""
-    return ConvChange.apply(x, base, scale, *factors)  # pyright: ignore[reportReturnType]
+    return ConvChange.apply(x, base, scale, joined, *trained)  # pyright: ignore[reportReturnType]
+
+
+def _linear_change(*arguments: Any) -> Tensor:
+    return LinearChange.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 def apply_low_rank(

@@ -8,10 +8,10 @@ Both forms compute the same function; core/delta.py derives them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spectune.core.delta import (
     Delta,
     Factors,
+    Joined,
     added_to_residual,
     apply_low_rank,
     delta_between,
@@ -29,9 +30,8 @@ from spectune.core.delta import (
 )
 from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError, counted, some_of
+from spectune.model.joined_factors import Form, JoinedFactors, versions_of
 from spectune.model.network import Sdxl
-
-Form = Literal["delta", "residual"]
 
 
 class AdaptedLayer(nn.Module):
@@ -68,25 +68,44 @@ class AdaptedLayer(nn.Module):
         start_up = frame.up if form == "residual" else torch.zeros_like(frame.up)
         self.down = nn.Parameter(start_down.to(device=device, dtype=dtype, copy=True))
         self.up = nn.Parameter(start_up.to(device=device, dtype=dtype, copy=True))
+        self.joined: dict[torch.dtype, Joined] = {}
+        self.joined_versions: tuple[int, int] | None = None
+        self.joined_factors = JoinedFactors([self])
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        if self.form == "residual":
-            down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-            return self.base(x).add_(self._low_rank(x, down, up), alpha=self.scale)
-        factors = Factors(A0=self.frame_down, B0=self.frame_up, dA=self.down, dB=self.up)
-        if not (self.dropout and self.training):
-            if isinstance(self.base, nn.Conv2d):
-                return self.base(x).add_(delta_conv(x, self.base, self.scale, factors))
-            if type(self.base) is nn.Linear:  # a PackedLinear has no weight to multiply with
-                return delta_linear(x, self.base, self.scale, factors)
-        down, up = stacked_down(factors, x.dtype), stacked_up(factors, 1.0, x.dtype)
-        return self.base(x).add_(self._low_rank(x, down, up, halves=2), alpha=self.scale)
+        if self.dropout and self.training:
+            return self._with_dropout(x)
+        joined, trained = self._joined(x.dtype), (self.down, self.up)
+        if isinstance(self.base, nn.Conv2d):
+            return self.base(x).add_(delta_conv(x, self.base, self.scale, joined, trained))
+        return delta_linear(x, self.base, self.scale, joined, trained)
 
-    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor, *, halves: int = 1) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return apply_low_rank(x, self.base, down, up, dropout=dropout, halves=halves)
+    def _joined(self, dtype: torch.dtype) -> Joined:
+        """Return the current joined factors."""
+        # torch.compile would compile anew for each version; trainings refresh after each step anyway
+        if not torch.compiler.is_compiling() and self.joined_versions != versions_of(self):
+            self.joined_factors.refresh()
+        if dtype not in self.joined:
+            self.joined_factors.add_dtype(self, dtype)
+        return self.joined[dtype]
+
+    def _with_dropout(self, x: Tensor) -> Tensor:
+        """Drop directions: by plain autograd, which costs more launches and memory."""
+        if self.form == "residual":
+            down, up, halves = self.down.to(x.dtype), self.up.to(x.dtype), 1
+        else:
+            factors = Factors(A0=self.frame_down, B0=self.frame_up, dA=self.down, dB=self.up)
+            down, up, halves = stacked_down(factors, x.dtype), stacked_up(factors, 1.0, x.dtype), 2
+        low_rank = apply_low_rank(x, self.base, down, up, dropout=self.dropout, halves=halves)
+        return self.base(x).add_(low_rank, alpha=self.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the tensors; the joined factors follow at their next use."""
+        super()._apply(fn, recurse)
+        self.joined_factors.invalidate()
+        return self
 
     @property
     def frame(self) -> LowRank:
@@ -126,6 +145,7 @@ class AdaptedLayer(nn.Module):
         self.scale, self.alpha = frame.scale, frame.alpha
         self.down = nn.Parameter(torch.zeros_like(self.frame_down, dtype=dtype))
         self.up = nn.Parameter(torch.zeros_like(self.frame_up, dtype=dtype))
+        self.joined_factors.invalidate()
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
@@ -147,6 +167,7 @@ class Injection:
 
     layers: Mapping[str, AdaptedLayer]
     places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
+    joined_factors: JoinedFactors
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trainable tensors in layer order: down, up, down, up, ..."""
@@ -219,7 +240,10 @@ def inject(
         layers[name] = AdaptedLayer(base, frame, form, dtype, dropout)
         places[name] = (parent, attribute)
         setattr(parent, attribute, layers[name])
-    return Injection(layers=layers, places=places)
+    joined_factors = JoinedFactors(list(layers.values()))
+    for layer in layers.values():
+        layer.joined_factors = joined_factors
+    return Injection(layers=layers, places=places, joined_factors=joined_factors)
 
 
 def _same(saved: Tensor, tensor: Tensor) -> bool:

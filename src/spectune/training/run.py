@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,19 @@ class Run:
         """Return the frames by layer if the run split the base itself, else None."""
         return self.model.injection.frames() if self.recipe.model.rank is not None else None
 
-    def finished_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def finished_weights(self) -> Iterator[None]:
         """Give the trained tensors the values to save inside the block.
 
         These are a moving average, or the averaged weights of a schedule-free optimizer.
         """
-        it = self.optimization
-        if it.average is not None:
-            return it.average.in_place()
-        return finished_weights(it.optimizer, list(it.parameters.values()))
+        it, factors = self.optimization, self.model.injection.joined_factors
+        average = it.average
+        parameters = list(it.parameters.values())
+        with finished_weights(it.optimizer, parameters) if average is None else average.in_place():
+            factors.refresh()
+            yield
+        factors.refresh()
 
     def state_header(self, progress: Progress) -> state.StateHeader:
         """Return what identifies this run and its position."""

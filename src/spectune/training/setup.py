@@ -328,6 +328,9 @@ def _build_optimization(
         part_learning_rates={str(part): rate for part, rate in settings.part_learning_rates.items()},
         options=settings.options,
     )
+    factors = model.injection.joined_factors
+    factors.prepare(model.sdxl.unet.dtype)
+    optimizer.register_step_post_hook(lambda *_: factors.refresh())  # some optimizers write through `.data`
     # The model is on its device already, and its trainable tensors must stay those of the optimizer.
     network, stepper = accelerator.prepare(model.denoiser, optimizer, device_placement=[False, True])
     return Optimization(

@@ -16,12 +16,12 @@ from spectune.training.recipe.recipe import parse_recipe
 
 
 def memory_of(unet: int) -> Memory:
-    return Memory(Fixed(unet, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, 0, 0)
+    return Memory(Fixed(unet, 0, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_the_card_must_have_the_larger_phase_and_a_reserve() -> None:
     memory = Memory(
-        fixed=Fixed(unet=1000, encoders=200, vae=0, frame=30, trained=30),
+        fixed=Fixed(unet=1000, encoders=200, vae=0, frame=20, joined=10, trained=30),
         gradients=30,
         optimizer=60,
         average=0,

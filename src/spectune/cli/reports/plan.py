@@ -50,6 +50,7 @@ def _rows(memory: Memory) -> list[tuple[str, int, str]]:
         ("text encoders", fixed.encoders, ""),
         ("VAE", fixed.vae, "float32"),
         ("frame", fixed.frame, "A0, B0 of the split"),
+        ("joined factors", fixed.joined, "in the dtype of the activations, made once per step"),
         ("trained tensors", fixed.trained, "dA, dB, or A, B in the residual form"),
         ("gradients", memory.gradients, ""),
         ("optimizer state", memory.optimizer, ""),

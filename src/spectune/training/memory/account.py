@@ -45,6 +45,7 @@ class Fixed:
     encoders: int
     vae: int
     frame: int  # A0 and B0
+    joined: int  # the joined factors, in the dtype of the activations
     trained: int  # dA and dB, or A and B
 
     @property

@@ -41,6 +41,7 @@ class Inventory:
 
     weights: Mapping[Quantization, Weights]
     frame: int  # bytes
+    joined: int  # bytes
     trained: Mapping[str, nn.Parameter]  # on the meta device
 
 
@@ -88,6 +89,7 @@ class MemoryMeter:
                 encoders=0 if text else weights.encoders,
                 vae=0 if vae else weights.vae,
                 frame=inventory.frame,
+                joined=inventory.joined,
                 trained=_bytes(inventory.trained.values()),
             ),
             gradients=_bytes(updated),
@@ -109,7 +111,9 @@ class MemoryMeter:
             if layer.part.value in setup.parts
         }
         dtype = parse_dtype(setup.trained_precision)
-        return model, inject(model, frames, form=setup.form, dtype=dtype)
+        injection = inject(model, frames, form=setup.form, dtype=dtype)
+        injection.joined_factors.prepare(model.unet.dtype)
+        return model, injection
 
     def _step(self, setup: Setup) -> StepBytes:
         key = _step_key(setup)
@@ -118,6 +122,7 @@ class MemoryMeter:
             self._steps[key] = measure_step(
                 model,
                 trained_tensors(injection.named_deltas()),
+                injection.joined_factors.tensors(),
                 checkpointing=setup.gradient_checkpointing,
                 batch=setup.batch,
                 resolution_px=setup.resolution_px,
@@ -146,6 +151,7 @@ def _inventory(model: Sdxl, injection: Injection) -> Inventory:
     return Inventory(
         weights={kind: _weights(model, separate, kind) for kind in kinds},
         frame=_bytes(frames),
+        joined=_bytes(injection.joined_factors.tensors()),
         trained=trained_tensors(injection.named_deltas()),
     )
 

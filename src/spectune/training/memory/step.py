@@ -6,7 +6,7 @@ everything that a step creates are then known, and each storage lives as long as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +30,18 @@ class StepBytes:
 
 
 def measure_step(
-    model: Sdxl, trained: Mapping[str, nn.Parameter], *, checkpointing: bool, batch: int, resolution_px: int
+    model: Sdxl,
+    trained: Mapping[str, nn.Parameter],
+    joined: Sequence[Tensor],
+    *,
+    checkpointing: bool,
+    batch: int,
+    resolution_px: int,
 ) -> StepBytes:
-    """Run a step on square pictures and count. `model` stays in training mode, with checkpointing if set."""
+    """Run a step on square pictures and count. `model` stays in training mode, with checkpointing if set.
+
+    `joined` are the joined factors, which exist before the step.
+    """
     trains_text = any(tensor.requires_grad for part in (model.te1, model.te2) for tensor in part.parameters())
     denoiser = Denoiser(model, trains_text=trains_text)
     if checkpointing:
@@ -43,6 +52,7 @@ def measure_step(
     own = [
         *denoiser.parameters(),
         *denoiser.buffers(),
+        *joined,
         *(tensor.grad for tensor in trained.values() if tensor.grad is not None),
     ]
     with attention_of_gpus(), LiveBytes(own) as alive:
