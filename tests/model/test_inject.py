@@ -48,7 +48,9 @@ def test_a_linear_layer_treats_a_transposed_input_as_the_original_does(tokens, w
     base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
     x = torch.randn(2, width, tokens).transpose(1, 2)
     frame = torch.randn(4, width)
-    layer = AdaptedLayer(base, LowRank(down=frame, up=torch.randn(width, 4), alpha=4.0), "delta", torch.float32)
+    layer = AdaptedLayer(
+        base, LowRank(down=frame, up=torch.randn(width, 4), alpha=4.0), "delta", torch.float32
+    )
     assert torch.equal(layer(x), base(x))
 
 

@@ -41,7 +41,6 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spectune.core.low_rank import LowRank, product
 
-
 # Devices whose torch.mm returns float32 for bf16 and fp16 factors (torch 2.8).
 _MIXED_PRODUCTS = ("cuda", "meta") if hasattr(torch.ops.aten.mm, "dtype") else ()
 
@@ -71,7 +70,8 @@ class Joined(NamedTuple):
 
     down: Tensor  # J, (k, in) or (k, in, kh, kw)
     up: Tensor  # U, (out, 3 rank): scale * [dB, B0, B0+dB]; (out, rank) in the residual form: scale * B
-    down_T: Tensor  # J^T, (in, k), of linear layers; made once, because a view costs the host as much as a launch
+    # Views, made once because a view costs the host as much as a launch.
+    down_T: Tensor  # J^T of a linear layer, (in, k)
     up_T: Tensor  # the first k columns of U, transposed: (k, out)
 
     @classmethod
@@ -227,8 +227,8 @@ class ConvChange(torch.autograd.Function):
         base, g = ctx.base, gradients[0]
         where = (base.stride, base.padding, base.dilation)
         rank, k = ctx.shapes[0][0], down.shape[0]
-        pixels = g.flatten(2)  # (batch, out, h' w')
-        g_hidden = (up.T.expand(len(x), -1, -1) @ pixels).view(len(x), -1, *g.shape[2:])  # (batch, 3 rank, h', w')
+        g_hidden = up.T.expand(len(x), -1, -1) @ g.flatten(2)
+        g_hidden = g_hidden.view(len(x), -1, *g.shape[2:])  # (batch, 3 rank, h', w')
         needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 5))
         dx = d_down = d_up = None
         if needs_x:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -61,15 +61,18 @@ class AdaptedLayer(nn.Module):
         self.alpha = frame.alpha
         self.enabled = True
         device = base.weight.device
-        # buffers, because they move with the model
-        self.register_buffer("frame_down", frame.down.to(device), persistent=False)
-        self.register_buffer("frame_up", frame.up.to(device), persistent=False)
+        if form == "delta":
+            # buffers, because they move with the model
+            self.register_buffer("frame_down", frame.down.to(device), persistent=False)
+            self.register_buffer("frame_up", frame.up.to(device), persistent=False)
+        else:  # no step uses them: they stay where they are, in main memory
+            self.frame_down, self.frame_up = frame.down, frame.up
         start_down = frame.down if form == "residual" else torch.zeros_like(frame.down)
         start_up = frame.up if form == "residual" else torch.zeros_like(frame.up)
         self.down = nn.Parameter(start_down.to(device=device, dtype=dtype, copy=True))
         self.up = nn.Parameter(start_up.to(device=device, dtype=dtype, copy=True))
         self.joined: dict[torch.dtype, Joined] = {}
-        self.joined_versions: tuple[int, int] | None = None
+        self.joined_versions: tuple[int, ...] | None = None
         self.joined_factors = JoinedFactors([self])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,14 +112,18 @@ class AdaptedLayer(nn.Module):
 
     @property
     def frame(self) -> LowRank:
-        """The frame on the layer's device."""
+        """The frame, on the layer's device in the delta form and in main memory in the residual form."""
         return LowRank(self.frame_down, self.frame_up, self.alpha)
 
     def trained_change(self) -> tuple[Tensor, Tensor]:
-        """Return dA and dB on their device, in the trained dtype."""
+        """Return dA and dB on their device, in the trained dtype.
+
+        The residual form copies the frame to the device for it.
+        """
         if self.form == "delta":
             return self.down.detach(), self.up.detach()
-        return self.down.detach() - self.frame_down, self.up.detach() - self.frame_up
+        down, up = self.down.detach(), self.up.detach()
+        return down - self.frame_down.to(down.device), up - self.frame_up.to(up.device)
 
     def delta(self) -> Delta:
         """Return the current change, as float32 dA and dB on the CPU with their frame."""
@@ -167,7 +174,13 @@ class Injection:
 
     layers: Mapping[str, AdaptedLayer]
     places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
-    joined_factors: JoinedFactors
+    joined_factors: JoinedFactors = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = list(self.layers.values())
+        object.__setattr__(self, "joined_factors", JoinedFactors(layers))
+        for layer in layers:
+            layer.joined_factors = self.joined_factors
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trainable tensors in layer order: down, up, down, up, ..."""
@@ -240,10 +253,7 @@ def inject(
         layers[name] = AdaptedLayer(base, frame, form, dtype, dropout)
         places[name] = (parent, attribute)
         setattr(parent, attribute, layers[name])
-    joined_factors = JoinedFactors(list(layers.values()))
-    for layer in layers.values():
-        layer.joined_factors = joined_factors
-    return Injection(layers=layers, places=places, joined_factors=joined_factors)
+    return Injection(layers=layers, places=places)
 
 
 def _same(saved: Tensor, tensor: Tensor) -> bool:

@@ -24,6 +24,8 @@ from spectune.training.setup import assemble, restore
 from spectune.training.train_step import step_info, train_batch
 from spectune.training.validation import validation_loss
 
+RESIDUAL_NORM_STEPS = 50  # steps between logs of the size of the change in the residual form
+
 
 def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = False) -> TrainReport:
     """Run a recipe to its end, from the newest state in its output folder if there is one.
@@ -100,7 +102,8 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
             run.optimization.average.update()
         is_logged = _is_due(settings.log_every_steps, progress) or progress.step == run.steps
         seconds = time.perf_counter() - began
-        info = step_info(run, progress.step, losses, grad_norm, seconds, norms=is_logged)
+        norms = is_logged and _logs_norms(run, progress)
+        info = step_info(run, progress.step, losses, grad_norm, seconds, norms=norms)
         losses = []
         progress.seconds += info.seconds
         progress.recent_losses.append(info.loss)
@@ -133,6 +136,12 @@ def _stop_requested(accelerator: Accelerator, stop: StopRequest) -> bool:
     if stop.requested:
         accelerator.set_trigger()
     return bool(accelerator.check_trigger())  # a signal to one process stops all after the same step
+
+
+def _logs_norms(run: Run, progress: Progress) -> bool:
+    """Return whether to log the size of the change. The residual form has to move the frames for it."""
+    is_cheap = run.recipe.model.form == "delta"
+    return is_cheap or progress.step % RESIDUAL_NORM_STEPS == 0 or progress.step == run.steps
 
 
 def _is_due(every_steps: int | None, progress: Progress) -> bool:

@@ -67,6 +67,7 @@ def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
             for rank in [min(setup.rank, layer.full_rank)]
         }
     injection = inject(model, frames, form=setup.form, dtype=parse_dtype(setup.trained_precision))
+    injection.joined_factors.prepare(model.unet.dtype)
     denoiser = Denoiser(model, trains_text=setup.trains_text)
     if setup.gradient_checkpointing:
         denoiser.checkpoint_gradients()
@@ -83,9 +84,15 @@ def real_loss(model: Sdxl, setup: Setup) -> Tensor:
     return F.mse_loss(model.denoise(x.to(model.unet.dtype), times, text, ids).float(), x)
 
 
-def saved_bytes(model: Sdxl, forward: Callable[[], Tensor]) -> int:
-    """Distinct storages that autograd saves in a forward pass, parameters and frames aside."""
-    own = [*model.unet.parameters(), *model.te1.parameters(), *model.te2.parameters(), *model.unet.buffers()]
+def saved_bytes(model: Sdxl, joined: list[Tensor], forward: Callable[[], Tensor]) -> int:
+    """Distinct storages that autograd saves in a forward pass, except parameters, frames and joined factors."""
+    own = [
+        *joined,
+        *model.unet.parameters(),
+        *model.te1.parameters(),
+        *model.te2.parameters(),
+        *model.unet.buffers(),
+    ]
     own += [*model.te1.buffers(), *model.te2.buffers()]
     places = {tensor.untyped_storage().data_ptr() for tensor in own}
     found: dict[int, torch.UntypedStorage] = {}
@@ -134,12 +141,16 @@ def test_planned_bytes_are_those_of_a_real_step(
 ) -> None:
     planned = meters[name].measure(setup)
     model, injection = real_model(checkpoints[name], setup)
-    assert planned.kept == pytest.approx(saved_bytes(model, lambda: real_loss(model, setup)), rel=0.05)
+    joined = injection.joined_factors.tensors()
+    assert planned.kept == pytest.approx(
+        saved_bytes(model, joined, lambda: real_loss(model, setup)), rel=0.05
+    )
     trained = trained_tensors(injection.named_deltas())
     optimizer = build_optimizer(setup.optimizer, groups_by_part(trained))
     real_loss(model, setup).backward()
     optimizer.step()
-    state = [v for one in optimizer.state.values() for v in one.values() if isinstance(v, Tensor)]
+    states = optimizer.state_dict()["state"].values()
+    state = [value for one in states for value in one.values() if isinstance(value, Tensor)]
     assert planned.optimizer == pytest.approx(total(state), rel=1e-3)
     # exact: the last layer of the first encoder, which feeds nothing, gets no gradient in either
     assert planned.gradients == total(tensor.grad for tensor in trained.values())
@@ -148,7 +159,7 @@ def test_planned_bytes_are_those_of_a_real_step(
     everything = total(
         tensor for network in networks if network for tensor in (*network.parameters(), *network.buffers())
     )
-    assert planned.fixed.total == everything
+    assert planned.fixed.total == everything + total(joined)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -181,7 +192,8 @@ def test_encoding_bytes_are_those_of_the_allocator(
 def test_twice_the_rank_is_twice_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:
     meter = meters["demo"]
     one, two = (meter.measure(replace(DEMO_STEP, rank=rank, parts=("te2",))) for rank in (4, 8))
-    assert two.fixed == replace(one.fixed, frame=2 * one.fixed.frame, trained=2 * one.fixed.trained)
+    doubled = {name: 2 * getattr(one.fixed, name) for name in ("frame", "joined", "trained")}
+    assert two.fixed == replace(one.fixed, **doubled)
     assert two.gradients == 2 * one.gradients == two.fixed.trained
     assert two.optimizer == pytest.approx(2 * one.optimizer, rel=1e-2)  # each tensor counts its steps
     assert one.kept < two.kept < 1.1 * one.kept

@@ -40,5 +40,5 @@ def _state_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, from_
     with redirect_stderr(StringIO()):  # some optimizers print a remark about few tensors
         optimizer = build_optimizer(name, [{"params": [sample], "part": "unet"}])
         optimizer.step()
-    leaves = tree_leaves(dict(optimizer.state[sample]))
+    leaves = tree_leaves(optimizer.state_dict()["state"])
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))

@@ -135,7 +135,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     ),
     "prodigy_plus_schedule_free": OptimizerKind(
         ProdigyPlusOptions,
-        "prodigyplus:ProdigyPlusScheduleFree",
+        "spectune.training.optim.stacked_prodigy_plus:StackedProdigyPlus",
         learning_rate=1.0,
         distribution="prodigy-plus-schedule-free",
         install="prodigy-plus-schedule-free>=2.0.1",
