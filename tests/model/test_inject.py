@@ -174,3 +174,40 @@ def test_a_frame_reduces_the_norm_of_the_rest(source, frames):
     layer = build_catalogue(source).by_name[name]
     weight = layer_weight(source, layer).float()
     assert (weight - product(frame)).norm() < weight.norm()
+
+
+@pytest.mark.parametrize("form", ["delta", "residual"])
+def test_an_outer_autocast_changes_nothing(form, source, frames, predict, monkeypatch):
+    """As on CUDA: norms return float32, other layers the dtype of autocast."""
+    model = build_model(source, dtype=torch.bfloat16)
+    injection = inject(model, frames, form=form)
+    with torch.no_grad():
+        for tensor in injection.parameters():
+            tensor.add_(0.01)
+
+    def step():
+        for tensor in injection.parameters():
+            tensor.grad = None
+        loss = predict(model).float().square().mean()
+        loss.backward()
+        return float(loss), {name: layer.up.grad for name, layer in injection.layers.items()}
+
+    loss, gradients = step()
+    for name in ("layer_norm", "group_norm"):
+        plain = getattr(torch.nn.functional, name)
+
+        def in_float32(x, *args, plain=plain, **kwargs):
+            inputs = [a.float() if isinstance(a, torch.Tensor) else a for a in (x, *args)]
+            kwargs = {key: a.float() if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+            with torch.autocast("cpu", enabled=False):
+                return plain(*inputs, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, name, in_float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_inside, gradients_inside = step()
+    assert loss_inside == pytest.approx(loss, rel=0.02)
+    largest = max(float(g.abs().max()) for g in gradients.values() if g is not None)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            assert gradients_inside[name].dtype is torch.float32
+            torch.testing.assert_close(gradients_inside[name], gradient, rtol=0.2, atol=0.05 * largest)

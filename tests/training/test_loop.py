@@ -443,3 +443,15 @@ def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
     console = ConsoleProgress(Console(file=StringIO()))
     train(make_recipe(data={"flip_probability": 0.5}, run={"steps": 0}), callbacks=[Progress(), console])
     assert progress[:12] == [("encoding images", done, 12) for done in range(1, 13)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_configured_autocast_of_accelerate_changes_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    plain, configured = Losses(), Losses()
+    train(make_recipe(run={"steps": 1, "output": tmp_path / "a"}), callbacks=[plain])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    train(make_recipe(run={"steps": 1, "output": tmp_path / "b"}), callbacks=[configured])
+    assert configured.by_step == plain.by_step
+    assert same_tensors(tmp_path / "a" / "t.safetensors", tmp_path / "b" / "t.safetensors")

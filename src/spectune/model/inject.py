@@ -32,6 +32,7 @@ from spectune.core.low_rank import LowRank, weight_shape
 from spectune.errors import InputError, counted, some_of
 from spectune.model.joined_factors import Form, JoinedFactors, versions_of
 from spectune.model.network import Sdxl
+from spectune.model.packed_linear import PackedLinear
 
 
 class AdaptedLayer(nn.Module):
@@ -76,6 +77,11 @@ class AdaptedLayer(nn.Module):
         self.joined_factors = JoinedFactors([self])
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            # Norms return float32 there. The layer keeps the dtype of its weights.
+            with torch.autocast(x.device.type, enabled=False):
+                base = self.base
+                return self(x.to(base.dtype if isinstance(base, PackedLinear) else base.weight.dtype))
         if not self.enabled:
             return self.base(x)
         if self.dropout and self.training:

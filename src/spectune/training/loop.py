@@ -35,6 +35,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     `force`.
     """
     accelerator = Accelerator(
+        # The model has the precision of the recipe; accelerate's own configuration must not add autocast.
+        mixed_precision="no",
         gradient_accumulation_steps=recipe.run.accumulation,
         dataloader_config=DataLoaderConfiguration(even_batches=False),
         # Nothing uses the last layer of the first encoder: its adapters get no gradient.
