@@ -77,7 +77,7 @@ class AdaptedLayer(nn.Module):
         self.joined_factors = JoinedFactors([self])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # Norms return float32 there. The layer keeps the dtype of its weights.
             with torch.autocast(x.device.type, enabled=False):
                 base = self.base
