@@ -1,1 +1,1 @@
-"""Operations on whole files. Each operation is one module."""
+"""The operations. Each one is a module."""
