@@ -54,13 +54,13 @@ def _print_split(result: SplitReport) -> None:
     )
     if result.excess:
         say(
-            f"           estimate: the residual of each layer is at most {result.excess:.3%} larger than with an "
-            "exact SVD"
+            f"           estimate: the residual of each layer is at most {result.excess:.3%} larger than "
+            "with an exact SVD"
         )
     if result.capped:
         say(
-            f"           {len(result.capped)} layers have a full rank below the requested one: the principal holds "
-            "all of them"
+            f"           {len(result.capped)} layers have a full rank below the requested one: the principal "
+            "holds all of them"
         )
     if result.residual is None:
         return
@@ -70,7 +70,7 @@ def _print_split(result: SplitReport) -> None:
         say(f"           residual + principal restore every weight bit for bit{listed}")
     else:
         say(
-            f"           residual + principal restore {result.share:.2%} of the factored weights bit for bit, the "
-            "others up to one rounding (for an exact pair pass --residual-dtype float32, or float64 for an "
-            "fp32 model)"
+            f"           residual + principal restore {result.share:.2%} of the factored weights bit for bit, "
+            "the others up to one rounding (for an exact pair pass --residual-dtype float32, or float64 "
+            "for an fp32 model)"
         )
