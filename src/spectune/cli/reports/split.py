@@ -69,8 +69,8 @@ def _print_split(result: SplitReport) -> None:
         listed = f", {result.exceptions:,} of them from a list of exceptions" if result.exceptions else ""
         say(f"           residual + principal restore every weight bit for bit{listed}")
     else:
+        share = f"{result.share:.2%}"
         say(
-            f"           residual + principal restore {result.share:.2%} of the factored weights bit for bit, "
-            "the others up to one rounding (for an exact pair pass --residual-dtype float32, or float64 "
-            "for an fp32 model)"
+            f"           residual + principal restore {share} of the factored weights bit for bit, the others"
         )
+        say("           up to one rounding (exact: --residual-dtype float32, or float64 for an fp32 model)")

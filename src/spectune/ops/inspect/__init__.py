@@ -36,8 +36,8 @@ def _spectrum(options: InspectOptions) -> SpectrumReport:
     with open_checkpoint(options.model) as source:
         if is_adapter(source):
             raise InputError(
-                f"{source.label} is an adapter: the spectrum is measured on a checkpoint",
-                hint="pass the model that the adapter belongs to",
+                f"{source.label} is an adapter: expected a checkpoint",
+                hint="the spectrum is that of a model; pass the one that the adapter belongs to",
             )
         check_plain_weights(source)
         catalogue = build_catalogue(source, all_layers=True)
