@@ -1,1 +1,1 @@
-"""The operations. Each one is a module."""
+"""The operations, each of them a module or a package."""

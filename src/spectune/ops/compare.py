@@ -40,7 +40,7 @@ def compare(options: CompareOptions) -> CompareReport:
         columns, captions = _from_folders([Path(word) for word in options.models])
     elif any(folders):
         raise InputError(
-            "`models` mixes folders of pictures with model files: expected only one kind",
+            "folders of pictures and model files are mixed: expected only one kind",
             hint="draw the models with `spectune sample`, then compare the folders",
         )
     else:

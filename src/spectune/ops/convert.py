@@ -81,7 +81,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
     if any(getattr(options, name) != getattr(default, name) for name in names):
         raise InputError(
             f"{options.source.name} is a checkpoint: only its file layout can be converted",
-            hint="leave out the other options; the name `out` sets the layout: x.safetensors, "
+            hint="leave out the other options; the file name in `out` sets the layout: x.safetensors, "
             "x.safetensors.index.json, or a folder",
         )
     return _convert_checkpoint(options)

@@ -111,7 +111,7 @@ def _model_first(options: RebuildOptions) -> tuple[RebuildOptions, tuple[str, ..
 
 
 def _count_changed(model: Merged | Restored) -> int:
-    """Return how many tensors of a residual the principal changes, or have another dtype in the model."""
+    """Count the tensors that the principal changes or that have another dtype in the model."""
     if isinstance(model, Merged):
         return len(model.changes.keys() | model.replaced.keys())
     before = model.residual.tensors

@@ -108,7 +108,7 @@ def catalogue_of(base: Path, out: Path) -> Catalogue:
 def check_stays_tuned(
     tuned: Adapter | TunedAdapter, spelling: Spelling, store: torch.dtype | None, *, even: bool = False
 ) -> None:
-    """Raise InputError if options ask for a spelling, dtype or scale that trained deltas cannot have."""
+    """Raise InputError if options request a spelling, dtype or scale that trained deltas cannot have."""
     if spelling is not Spelling.KOHYA or store is not None or even:
         raise InputError(
             f"{tuned.label} holds trained deltas: these have only one spelling, dtype and scale",
@@ -117,7 +117,7 @@ def check_stays_tuned(
 
 
 def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, str]:
-    """Return the metadata of an adapter that stay valid in a new file.
+    """Return the metadata of an adapter that are still valid in a new file.
 
     Hashes, the title, the network sizes and all `spectune.` keys are removed: the writer sets them again.
     """

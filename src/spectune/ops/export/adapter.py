@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -60,7 +60,9 @@ def export_adapter(options: ExportOptions) -> ExportReport:
     catalogue = None if base is None else catalogue_of(base, out)
     with (
         open_adapter(options.tuned, catalogue) as opened,
-        _Original(options.principal, catalogue) as original,
+        nullcontext()
+        if options.principal is None
+        else open_adapter(options.principal, catalogue) as original,
     ):
         inputs = [opened] if original is None else [opened, original]
         refuse_overwriting(out, inputs)
@@ -113,7 +115,7 @@ def export_adapter(options: ExportOptions) -> ExportReport:
 
 
 def _request(options: ExportOptions) -> RankRequest | None:
-    """Return the requested truncation, or None for none."""
+    """Return the requested truncation, or None if no option requests one."""
     requested = (options.rank, options.conv_rank, options.energy, options.size)
     if all(value is None for value in requested):
         return None
@@ -121,20 +123,6 @@ def _request(options: ExportOptions) -> RankRequest | None:
         # `conv_rank` alone truncates convolutions only: the other layers keep the rank of the adapter
         return FixedRank(_ALL, options.conv_rank)
     return rank_request(*requested)
-
-
-class _Original:
-    """Context manager of the original principal, or of None if `path` is None."""
-
-    def __init__(self, path: Path | None, catalogue: Catalogue | None) -> None:
-        self._opened = None if path is None else open_adapter(path, catalogue)
-
-    def __enter__(self) -> Adapter | TunedAdapter | None:
-        return self._opened
-
-    def __exit__(self, *error: object) -> None:
-        if self._opened is not None and self._opened.file is not None:
-            self._opened.file.close()
 
 
 def _source(

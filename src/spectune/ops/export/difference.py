@@ -77,7 +77,7 @@ class Difference:
 
 
 def export_difference(options: ExportOptions, base: Path) -> ExportReport:
-    """Write the LoRA of the given ranks that approximates the difference `tuned` - `base` best.
+    """Write the LoRA of the requested ranks that is closest to the difference `tuned` - `base`.
 
     Both are complete checkpoints. The default rank is 64 for every layer. Values are not clamped. The report
     contains the error of each layer, the changed tensors that a LoRA cannot hold, and the unchanged layers.

@@ -56,7 +56,7 @@ class RebuildOptions(OperationOptions):
 
 @record
 class ExportOptions(OperationOptions):
-    """Write a plain LoRA that every program loads, from a tuned adapter or from two checkpoints."""
+    """Write a plain LoRA, which all programs load, from a tuned adapter or from two checkpoints."""
 
     tuned: Path = argument(help="A tuned adapter, a LoRA, a trained principal, or a tuned checkpoint.")
     out: Path = option(flag="-o", help="The file to write.")

@@ -97,8 +97,8 @@ ParsedSlice = Annotated[Slice, BeforeValidator(parse_slice)]
 def check_one_rank(rank: object, conv_rank: object, energy: object, size: object, *, size_name: str) -> None:
     """Raise InputError if more than one option sets the ranks."""
     values = {"rank": rank, "energy": energy, size_name: size}
-    given = [f"`{name}`" for name, value in values.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other", hint="pass only one of them")
-    if conv_rank is not None and given not in ([], ["`rank`"]):
-        raise InputError(f"`conv_rank` and {given[0]} exclude each other", hint="leave out `conv_rank`")
+    passed = [f"`{name}`" for name, value in values.items() if value is not None]
+    if len(passed) > 1:
+        raise InputError(f"{' and '.join(passed)} exclude each other", hint="pass only one of them")
+    if conv_rank is not None and passed not in ([], ["`rank`"]):
+        raise InputError(f"`conv_rank` and {passed[0]} exclude each other", hint="leave out `conv_rank`")

@@ -64,8 +64,8 @@ def slice_adapters(options: SliceOptions) -> SliceReport:
 
     A layer that several slices contain becomes their exact sum; if `overlap` is off, it is an InputError.
     Alphas are kept, and a weight is applied once. Tuned adapters of one model give a tuned adapter if each
-    layer comes from one of them with weight 1. In all other cases the result is a LoRA. The factors keep the
-    dtype of the files; factors from tuned adapters are float16. Progress counts layers.
+    layer comes from one of them with weight 1; otherwise, or together with LoRAs, they become a LoRA. The
+    factors keep the dtype of the files; factors from tuned adapters are float16. Progress counts layers.
 
     Raises PairingError for files that cannot be combined into one adapter.
     """

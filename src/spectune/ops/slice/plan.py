@@ -77,7 +77,7 @@ class SlicePlan:
         return counted.most_common(1)[0][0] if counted else self.results[0].slice.path
 
     @property
-    def untouched(self) -> bool:
+    def unchanged(self) -> bool:
         """Return whether every layer is an unchanged layer of one file."""
         return not self.overlaps and all(
             piece.weight == 1 for pieces in self.sources.values() for piece in pieces
@@ -112,7 +112,7 @@ def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> t
         )
     warnings: list[str] = []
     if principals:
-        if not plan.untouched:
+        if not plan.unchanged:
             warnings.append("a principal that is weighted or summed no longer fits its residual")
         if len(recorded) > 1:
             warnings.append(
@@ -121,7 +121,7 @@ def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> t
             )
         return Role.PRINCIPAL, tuple(warnings)
     tuned = [isinstance(adapter, TunedAdapter) for adapter in opened.values()]
-    if all(tuned) and plan.untouched and len(bases) == 1:
+    if all(tuned) and plan.unchanged and len(bases) == 1:
         return Role.TUNED, ()
     if any(tuned):
         warnings.append(
@@ -154,7 +154,7 @@ def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]
         result = replace(result, base_hash=None, base_name=None)
     principals = {_principal_hash(adapter) for adapter in opened.values()}
     # a weighted or summed principal no longer fits its residual
-    fits = plan.untouched and len(principals) == 1 and any(one.principal_hash for one in declared)
+    fits = plan.unchanged and len(principals) == 1 and any(one.principal_hash for one in declared)
     result = replace(result, principal_hash=principals.pop() if fits else None)
     if role is Role.LORA:
         result = replace(result, principal_hash=None)
