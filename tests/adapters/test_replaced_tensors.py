@@ -154,7 +154,7 @@ def test_inspect_counts_them_separately(
     for field in ("layers", "ranks", "scales", "parameters", "dtypes", "problems", "spelling"):
         assert getattr(found, field) == getattr(plain, field), field
     assert run(["inspect", str(replacing)]) == 0
-    assert "replaced      2 whole tensors of the base" in capsys.readouterr().err
+    assert "replaced      2 complete tensors of the base" in capsys.readouterr().err
     assert run(["inspect", str(ordinary)]) == 0
     assert "replaced" not in capsys.readouterr().err
     assert run(["inspect", str(replacing), "--json"]) == 0
