@@ -34,7 +34,7 @@ def test_another_alpha_is_wrong_in_our_files_only(plain: Tensors, layers: list[L
     tensors = plain | pair(layers[4], rank=3, alpha=3.03)
     assert alpha_problems(MemorySource(tensors, {})) == []
     assert alpha_problems(MemorySource(tensors, OURS)) == [
-        f"1 layer with an alpha other than the rank: {layers[4].kohya} 3.03 for 3"
+        f"1 layer with alpha different from the rank: {layers[4].kohya} 3.03 for 3"
     ]
 
 

@@ -109,16 +109,16 @@ def test_one_missing_alpha(plain: Tensors, layer: Layer, catalogue: Catalogue) -
     }
     reasons = {program.name: (c.refuses + c.notes)[0] for program, c in loadings.items()}
     assert {finding.names for finding in reasons.values()} == {(layer.name,)}
-    assert reasons["COMFYUI"].reason == "without alpha it takes scale 1"
-    assert reasons["SD_SCRIPTS"].reason == "without alpha it takes alpha = rank, scale 1"
-    assert reasons["LYCORIS_FILE"].reason == "builds no layer without alpha"
-    assert reasons["DIFFUSERS"].reason == "without alpha it takes the most frequent alpha of the part"
+    assert reasons["COMFYUI"].reason == "uses scale 1 for a missing alpha"
+    assert reasons["SD_SCRIPTS"].reason == "uses alpha = rank (scale 1) for a missing alpha"
+    assert reasons["LYCORIS_FILE"].reason == "cannot build a layer without alpha"
+    assert reasons["DIFFUSERS"].reason == "uses the most frequent alpha of the part for a missing alpha"
 
 
 def test_no_alpha_at_all(plain: Tensors, catalogue: Catalogue) -> None:
     loadings = loadings_of(without(plain, ".alpha"), catalogue)
     assert [len(note.names) for note in loadings[Program.DIFFUSERS].notes] == [192]
-    assert loadings[Program.DIFFUSERS].notes[0].reason == "without alpha it takes alpha = rank, scale 1"
+    assert loadings[Program.DIFFUSERS].notes[0].reason == "uses alpha = rank (scale 1) for a missing alpha"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_one_layer_in_diffusers_names(plain: Tensors, layer: Layer, catalogue: C
     assert loadings[Program.DIFFUSERS].ignores[0].reason == (
         "drops the sgm layers of a file with both spellings"
     )
-    assert "can stop with an error" in loadings[Program.SD_SCRIPTS].notes[1].reason
+    assert "can cause an error" in loadings[Program.SD_SCRIPTS].notes[1].reason
 
 
 def test_all_layers_in_diffusers_names(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
@@ -279,7 +279,7 @@ def test_alphas_that_differ_from_layer_to_layer(
     loadings = loadings_of(plain | pair(layer, rank=3) | pair(convolution, rank=3), catalogue)
     (note,) = loadings[Program.DIFFUSERS].notes
     assert note.names == (layer.name,)
-    assert note.reason.startswith("scaled wrongly: attention layers get the most frequent alpha of the part")
+    assert note.reason.startswith("wrong scale: attention layers get the most frequent alpha of the part")
     assert loadings[Program.COMFYUI].complete
     encoder = pairs([layer for layer in default if layer.part == "te1"], rank=3)
     assert loadings_of(plain | encoder, catalogue)[Program.DIFFUSERS].complete
@@ -291,7 +291,7 @@ def test_an_alpha_that_its_dtype_cannot_hold(plain: Tensors, layer: Layer, catal
     large[f"{layer.kohya}.alpha"] = torch.tensor(257.0).bfloat16()
     loadings = loadings_of(plain | large, catalogue)
     assert str(loadings[Program.COMFYUI].notes[0]) == (
-        f"1 ({layer.name}): a 16-bit alpha cannot hold this rank, so the layer is scaled wrongly"
+        f"1 ({layer.name}): wrong scale: a 16-bit alpha cannot hold this rank"
     )
     assert loadings[Program.COMFYUI].loads == 192
 
@@ -356,7 +356,7 @@ def test_a_spelling_without_a_row_is_not_counted(layer: Layer, catalogue: Catalo
     loadings = loadings_of({key: torch.zeros(2, 2) for key in keys}, catalogue)
     assert {(loading.loads, loading.of) for loading in loadings.values()} == {(0, 1)}
     assert {str(loading.ignores[0]) for loading in loadings.values()} == {
-        f"1 ({layer.name}): not counted: no row of this table is about these keys"
+        f"1 ({layer.name}): not counted: this table does not cover these keys"
     }
 
 

@@ -82,7 +82,7 @@ def test_a_missing_part(root: str, part: str, full: dict[str, torch.Tensor]) -> 
     rest = outside(full, root)
     loadings = loadings_of(rest)
     assert loadings[COMFYUI].loads == len(rest) < 2515
-    assert str(loadings[COMFYUI].notes[0]) == f"1 ({part}): needs a loader node of its own"
+    assert str(loadings[COMFYUI].notes[0]) == f"1 ({part}): needs a separate loader node"
     assert loadings[SD_SCRIPTS].refuses[0].names == loadings[DIFFUSERS].refuses[0].names == (part,)
     assert loadings[SD_SCRIPTS].loads == loadings[DIFFUSERS].loads == 0
 
@@ -98,7 +98,7 @@ def test_the_first_encoder_in_names_of_transformers_5(full: dict[str, torch.Tens
 
 def test_other_sizes(source: MemorySource) -> None:
     loadings = loadings_of(source.values)
-    assert loadings[COMFYUI].refuses[0].reason == "loads only SDXL's own widths and depths"
+    assert loadings[COMFYUI].refuses[0].reason == "loads only SDXL's widths and depths"
     assert loadings[SD_SCRIPTS].loads == 0
     assert loadings[DIFFUSERS].loads == len(source.values)
     assert "folder of configurations" in loadings[DIFFUSERS].notes[0].reason
@@ -111,7 +111,7 @@ def test_residuals_and_predictions(full: dict[str, torch.Tensor]) -> None:
     assert notes(Provenance(role=Role.MODEL, prediction="eps")) == []
     assert "a residual" in notes(Provenance(role=Role.RESIDUAL))[0]
     assert "ModelSamplingSD3" in notes(Provenance(prediction="flow"))[0]
-    assert "takes it for eps" in notes(Provenance(prediction="v"))[0]
+    assert "reads it as eps" in notes(Provenance(prediction="v"))[0]
     assert notes(Provenance(prediction="v"), v_pred=torch.zeros(0)) == []
     marked = loadings_of(full | {"v_pred": torch.zeros(0)})
     assert marked[COMFYUI].complete

@@ -202,10 +202,16 @@ def test_an_alpha_in_the_file_comes_first(catalogue: Catalogue, tmp_path: Path) 
         ("[1]", "metadata lora_adapter_metadata of a.safetensors is not a JSON object: [1]"),
         ("{", "metadata lora_adapter_metadata of a.safetensors is not a JSON object: {"),
         ({"unet.lora_alpha": "8"}, "unet.lora_alpha is '8': expected a number"),
-        ({"unet.alpha_pattern": {"x": "y"}}, "unet.alpha_pattern is {'x': 'y'}: expected numbers by name"),
+        (
+            {"unet.alpha_pattern": {"x": "y"}},
+            "unet.alpha_pattern is {'x': 'y'}: expected numbers by layer name",
+        ),
         ('{"unet.lora_alpha": NaN}', "unet.lora_alpha is nan: expected a number"),
-        ({"unet.alpha_pattern": {"x": None}}, "unet.alpha_pattern is {'x': None}: expected numbers by name"),
-        ({"unet.alpha_pattern": 3}, "unet.alpha_pattern is 3: expected numbers by name"),
+        (
+            {"unet.alpha_pattern": {"x": None}},
+            "unet.alpha_pattern is {'x': None}: expected numbers by layer name",
+        ),
+        ({"unet.alpha_pattern": 3}, "unet.alpha_pattern is 3: expected numbers by layer name"),
         ({"unet.lora_alpha": {"x": 3}}, "unet.lora_alpha is {'x': 3}: expected a number"),
     ],
 )

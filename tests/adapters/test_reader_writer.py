@@ -227,8 +227,11 @@ def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, 
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "the adapter is for Flux"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the adapter is for SD 1 or 2"),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "a transformer model such as Flux or SD 3"),
-        ("lora_te2_text_projection.lora_down.weight", "adapters hold text projections transposed"),
-        ("something.weight", "expected an adapter for SDXL with keys of kohya, PEFT or ComfyUI"),
+        (
+            "lora_te2_text_projection.lora_down.weight",
+            "text projections are not read: adapters store them transposed",
+        ),
+        ("something.weight", "expected an adapter for SDXL with kohya, PEFT or ComfyUI keys"),
     ],
 )
 def test_adapters_of_other_models(key: str, hint: str, catalogue: Catalogue, tmp_path: Path) -> None:
@@ -247,7 +250,7 @@ def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalo
         f"b.safetensors has 1 key other than factors: {stem}.{suffix}; expected lora_down"
     )
     assert error.hint is not None
-    assert "`spectune convert --drop PATTERN` leaves keys out" in error.hint
+    assert "`spectune convert --drop PATTERN` removes keys" in error.hint
 
 
 def test_half_a_pair(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:

@@ -118,11 +118,11 @@ def test_a_caller_that_would_lose_them_gets_an_error(replacing: Path, catalogue:
         open_adapter(replacing, catalogue)
     first = next(key for key in load_file(replacing) if key.startswith("replaced."))
     assert caught.value.what == (
-        f"tuned.safetensors replaces 2 tensors of its base whole (first {first.removeprefix('replaced.')}), "
-        "which no LoRA or slice can hold"
+        f"tuned.safetensors replaces 2 tensors of its base (first {first.removeprefix('replaced.')}), "
+        "which a LoRA or slice cannot store"
     )
     assert caught.value.hint == (
-        "rebuild the checkpoint with `spectune rebuild`, then make a LoRA of it: "
+        "rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
         "`spectune export TUNED.safetensors --base ORIGINAL`"
     )
 

@@ -262,9 +262,7 @@ def test_layers_that_sdxl_does_not_have_are_named(catalogue: Catalogue, tmp_path
     # the tiny model has blocks at places where SDXL has others
     assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in SDXL: " + stem)
     assert error.hint is not None
-    assert error.hint.startswith(
-        "pass the model that the adapter is for as `base` if it does not have SDXL's size"
-    )
+    assert error.hint.startswith("if the model does not have SDXL's size, pass it as `base`")
     error = refused(tensors, tmp_path / "a.safetensors", catalogue)
     assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in the model: " + stem)
 
@@ -313,7 +311,7 @@ def test_spellings_have_names() -> None:
     with pytest.raises(InputError) as caught:
         parse_spelling("khoya")
     assert caught.value.what == "unknown spelling 'khoya'; did you mean `kohya`?"
-    assert caught.value.hint == "kohya, diffusers, comfyui"
+    assert caught.value.hint == "expected one of kohya, diffusers, comfyui"
 
 
 chosen = st.lists(st.integers(0, 10**6), min_size=1, max_size=12, unique=True)

@@ -142,9 +142,9 @@ def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
     for rule in (TraitRule(("lora_te1_",), (end,)), TraitRule((end,), ())):
         with pytest.raises(InputError) as caught:
             trait_layers(full, "half", {"half": rule})
-        assert caught.value.what.startswith("trait `half` names one factor of lora_")
+        assert caught.value.what.startswith("trait `half` selects one factor of lora_")
         assert caught.value.what.endswith(" without the other")
-        assert caught.value.hint == "use words that match whole layers, not lora_up or lora_down"
+        assert caught.value.hint == "use words that match complete layers, not lora_up or lora_down"
     with pytest.raises(InputError, match=first):
         trait_layers(full, "half", {"half": TraitRule(("lora_te1_",), (end,))})
 
@@ -158,8 +158,8 @@ def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
         ({"te": {"whitelst": ["x"]}}, "has an unknown key `whitelst`; did you mean `whitelist`?"),
         ({"te": {"whitelist": "lora_te1_"}}, "whitelist of trait `te` of {path} is not a list of words"),
         ({"te": {"whitelist": ["x"], "blacklist": [1]}}, "blacklist of trait `te` of {path} is not a list"),
-        ({"te": {"whitelist": []}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
-        ({"te": {"blacklist": ["x"]}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
+        ({"te": {"whitelist": []}}, "trait `te` of {path} has an empty whitelist: expected at least one word"),
+        ({"te": {"blacklist": ["x"]}}, "trait `te` of {path} has an empty whitelist: expected at least one word"),
     ],
 )  # fmt: skip
 def test_files_of_another_form_are_refused(told: object, what: str, tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_traits_that_name_nothing_are_errors(full: Catalogue) -> None:
     encoders = Catalogue(trait_layers(full, "te", {}), full.unet)
     rules = {"nobody": TraitRule(("lora_te3_",), ())}
     for catalogue, trait, what in (
-        (unet, "te", "trait `te` names none of 788 layers"),
-        (encoders, "style", "trait `style` names none of 264 layers"),
-        (full, "nobody", "trait `nobody` names none of 1052 layers"),
+        (unet, "te", "trait `te` selects none of 788 layers"),
+        (encoders, "style", "trait `style` selects none of 264 layers"),
+        (full, "nobody", "trait `nobody` selects none of 1052 layers"),
         (full, "styel", "no layer matches `styel`; did you mean `style`?"),
         (full, "nobdoy", "no layer matches `nobdoy`; did you mean `nobody`?"),
         (full, "te1+styel", "no layer matches `styel`; did you mean `style`?"),
-        (unet, "te1", "trait `te1` names none of 788 layers"),
+        (unet, "te1", "trait `te1` selects none of 788 layers"),
     ):
         with pytest.raises(InputError) as caught:
             trait_layers(catalogue, trait, rules)

@@ -110,10 +110,10 @@ def test_factors_of_another_vae(folder: Path) -> None:
 
 def test_an_activation_that_sdxl_does_not_have(folder: Path) -> None:
     edit_json(folder / "text_encoder/config.json", hidden_act="gelu")
-    assert message(folder).endswith("hidden_act is 'gelu': expected 'quick_gelu', as SDXL has it")
+    assert message(folder).endswith("hidden_act is 'gelu': expected 'quick_gelu', as in SDXL")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("{", "cannot be read: "), ("[1]", "is not a JSON object")])
+@pytest.mark.parametrize(("text", "expected"), [("{", "is not valid JSON: "), ("[1]", "is not a JSON object")])
 def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
     (folder / "unet/config.json").write_text(text)
     assert f"{folder / 'unet/config.json'} {expected}" in message(folder)

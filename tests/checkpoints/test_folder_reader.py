@@ -128,7 +128,7 @@ def test_counters_that_old_versions_saved(folder: Path, tiny_modules: Modules) -
     positions["text_model.embeddings.position_ids"][0, 5] = 6
     edit_weights(folder / TE2, lambda tensors: tensors.update(positions))
     assert message(folder) == (
-        "text_model.embeddings.position_ids of text_encoder_2/model.safetensors does not count 0, 1, 2, ... "
+        "text_model.embeddings.position_ids of text_encoder_2/model.safetensors is not 0, 1, 2, ... "
         "as in every SDXL"
     )
 
@@ -181,7 +181,7 @@ def test_a_variant_alone_is_read(folder: Path, tiny_modules: Modules) -> None:
     other = folder / "unet/diffusion_pytorch_model.bf16.safetensors"
     other.write_bytes((folder / "unet/diffusion_pytorch_model.fp16.safetensors").read_bytes())
     assert message(folder) == (
-        f"{folder / 'unet'} has several variants of its weights and no full ones: "
+        f"{folder / 'unet'} has several variants of its weights, but not the full weights: "
         "diffusion_pytorch_model.bf16.safetensors, diffusion_pytorch_model.fp16.safetensors"
     )
 
@@ -218,7 +218,7 @@ def test_a_missing_shard(folder: Path, tiny_modules: Modules) -> None:
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:
     (folder / TE1).rename(folder / "text_encoder/pytorch_model.bin")
-    assert "it is never unpickled: pytorch_model.bin" in message(folder)
+    assert "spectune never opens pickles: pytorch_model.bin" in message(folder)
 
 
 def test_no_weights(folder: Path) -> None:

@@ -417,7 +417,7 @@ def test_an_existing_folder(source: MemorySource, folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         write(source, folder, force=True)
     assert caught.value.what == (
-        f"{folder} holds files that are no part of a diffusers model and would be lost: "
+        f"{folder} contains files that do not belong to a diffusers model and would be deleted: "
         "sd_xl_base_1.0.safetensors"
     )
     (folder / "sd_xl_base_1.0.safetensors").unlink()
@@ -458,7 +458,7 @@ def test_a_finished_folder_that_cannot_be_renamed_stays(
         write(source, folder, force=True)
     monkeypatch.undo()
     (left,) = (path for path in folder.parent.iterdir() if path != folder)
-    assert caught.value.hint == f"rename {left} yourself; it is complete"
+    assert caught.value.hint == f"{left} is complete: rename it yourself"
     with open_checkpoint(left) as finished, open_checkpoint(folder) as before:
         assert weights_hash(finished) == weights_hash(source) != weights_hash(before)
 

@@ -24,7 +24,7 @@ def refusal(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, we
     with pytest.raises(InputError) as caught:
         check_plain_weights(source)
     assert caught.value.hint is not None
-    assert "its fp8 form without scales" in caught.value.hint
+    assert "its fp8 version without scales" in caught.value.hint
     return caught.value.what
 
 
@@ -72,8 +72,7 @@ def test_a_table_of_quantized_layers_is_refused() -> None:
 def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
     message = refusal({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
     assert message == (
-        "small.safetensors is quantized by bitsandbytes: 1 tensor with the state that decodes its weights: "
-        f"{name}"
+        f"small.safetensors is quantized by bitsandbytes: 1 tensor with quantization state: {name}"
     )
 
 

@@ -240,7 +240,7 @@ def test_convert_leaves_out_only_what_is_named(
     assert run(command) == 2
     text = said(capfd)
     assert f"style.safetensors has 1 key other than factors: {stem}.diff_b" in text
-    assert "`spectune convert --drop PATTERN` leaves keys out" in text
+    assert "`spectune convert --drop PATTERN` removes keys" in text
     assert run([*command, "--drop", "*.dora_scale"]) == 2
     assert "--drop '*.dora_scale' matches none of" in said(capfd)
     assert not out.exists()

@@ -272,8 +272,8 @@ def test_a_principal_trained_elsewhere_goes_on_its_residual(
     out = tmp_path / "x.safetensors"
     rebuilt = rebuild(report.residual, trained, out, dtype=torch.float32)
     assert rebuilt.warnings == (
-        "trained.safetensors does not declare which principal it was trained from; its values are close to a "
-        "principal, so it is taken for the principal of tiny.residual.safetensors",
+        "trained.safetensors does not declare which principal it was trained from, but its values resemble a "
+        "principal: assuming that it was trained from the principal of tiny.residual.safetensors",
     )
     residual, added, found = load_file(report.residual), products(trained), load_file(out)
     original = load_file(tiny_checkpoint)
@@ -305,7 +305,7 @@ def test_a_lora_without_metadata_goes_on_no_residual(
     with pytest.raises(PairingError) as caught:
         rebuild(residual, lora, tmp_path / "x.safetensors")
     assert caught.value.what == (
-        "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
+        "lora.safetensors requires a complete model: tiny.residual.safetensors is a residual, which lacks its "
         "principal"
     )
     assert caught.value.hint == "pass the original model as `base`"
@@ -320,8 +320,8 @@ def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
     residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
     rebuilt = rebuild(residual, report.principal, tmp_path / "x.safetensors")
     assert rebuilt.warnings == (
-        f"foreign.safetensors does not declare that it is a residual, but lacks the values of "
-        f"{report.principal.name}: the two are taken for a pair",
+        f"foreign.safetensors does not declare that it is a residual, but it lacks the values of "
+        f"{report.principal.name}: assuming that the two are a pair",
     )
     found = load_file(rebuilt.path)
     for name, tensor in base.items():

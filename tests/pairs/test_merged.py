@@ -123,7 +123,7 @@ def test_infinite_and_nan_changes_are_refused(base: Checkpoint, number: float) -
     adapter.layers[name].up[0, 0] = number
     with pytest.raises(InputError, match=f"the change of {name}: .* values are NaN or infinite") as caught:
         merged(base, [(adapter, 1.0)]).load(tensor)
-    assert caught.value.hint == "if the training diverged, rebuild an earlier step"
+    assert caught.value.hint == "the training may have diverged: rebuild an earlier step"
     with pytest.raises(InputError, match=r"the strength of unet is (nan|inf)"):
         merged(base, [(lora(base, [name]), number)])
 

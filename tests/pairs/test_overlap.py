@@ -126,7 +126,7 @@ def test_a_principal_is_inside_its_model_and_missing_in_its_residual(
         pairing(model.source, adapter)
     action, warning = pairing(model.residual(rank), adapter)
     assert action is Action.RESTORE
-    assert "lacks the values of p: the two are taken for a pair" in warning
+    assert "lacks the values of p: assuming that the two are a pair" in warning
     assert pairing(model.source, adapter, strengthens=False) == (Action.ADD, "")
 
 

@@ -175,5 +175,7 @@ def test_the_same_request_gives_the_same_ranks(source: MemorySource, catalogue: 
 def test_too_small_a_budget_is_refused(source: MemorySource, catalogue: Catalogue) -> None:
     with pytest.raises(InputError) as refused:
         chosen(source, catalogue, BudgetRank(10_000))
-    assert refused.value.what == f"a budget of 10kB is too small for rank 1 in any of {len(catalogue)} layers"
+    assert (
+        refused.value.what == f"a budget of 10kB does not hold rank 1 of any of the {len(catalogue)} layers"
+    )
     assert "the smallest adapter takes 25," in (refused.value.hint or "")

@@ -139,8 +139,11 @@ def test_tensors_that_do_not_fit_the_base_are_an_error(tuned: TunedAdapter, tiny
     cases = (
         ({f"{UNET}nothing.bias": bias}, "1 of 1 tensors that tuned.safetensors replaces are not in tiny"),
         ({BIAS: bias[1:]}, f"expected shape ({len(bias)},), got ({len(bias) - 1},)"),
-        ({vae: bias}, f"replaces {vae}, which is of part vae: expected tensors of unet, te1, te2"),
-        ({BIAS: bias / 0}, f"{BIAS} as tuned.safetensors replaces it: {len(bias)} of {len(bias)} values"),
+        ({vae: bias}, f"replaces {vae}, which belongs to part vae: expected tensors of unet, te1, te2"),
+        (
+            {BIAS: bias / 0},
+            f"the replacement of {BIAS} in tuned.safetensors: {len(bias)} of {len(bias)} values",
+        ),
     )
     with open_checkpoint(tiny_checkpoint) as source:
         for replaced, what in cases:
@@ -196,7 +199,7 @@ def test_commands_that_would_lose_them_refuse(
     residual = tiny_split(None).residual
     assert residual is not None
     out = tmp_path / "out.safetensors"
-    with pytest.raises(InputError, match=r"replaces 4 tensors of its base whole \(first ") as caught:
+    with pytest.raises(InputError, match=r"replaces 4 tensors of its base \(first ") as caught:
         REFUSED[command](path, tiny_checkpoint, residual, out)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith(HINT)

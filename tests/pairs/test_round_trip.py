@@ -77,7 +77,7 @@ def test_a_factor_off_by_one_percent_is_found_and_named(
     assert verified.wrong_layers == (layer,)
     numbers = [problem for problem in verified.problems if "rounding explains" in problem]
     assert len(numbers) == 1
-    assert numbers[0].startswith(f"1 of {len(layers)} factored layers are off")
+    assert numbers[0].startswith(f"in 1 of {len(layers)} factored layers the error is larger")
     assert numbers[0].endswith(layer)
     # the hash sees it too, and both are named
     assert report.principal_hash[:16] in verified.problems[0]
@@ -113,7 +113,7 @@ def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tm
     problems = verify(other, rest, report.principal).problems
     assert f"{digest[:16]}" in problems[0]
     assert f"{report.base_hash[:16]}" in problems[0]
-    assert problems[-1] == f"1 tensor outside the factored layers with a difference: {name}"
+    assert problems[-1] == f"1 tensor outside the factored layers that changed: {name}"
 
 
 def test_files_without_metadata_are_compared_by_their_values(
@@ -147,7 +147,7 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(
     problems = "\n".join(verify(tiny_checkpoint, damaged, report.principal).problems)
     assert f"1 tensor of tiny.safetensors missing in damaged.safetensors: {gone}" in problems
     assert "1 tensor of damaged.safetensors not in tiny.safetensors: extra" in problems
-    assert f"with another shape or dtype than in tiny.safetensors: {short}" in problems
+    assert f"with a different shape or dtype in tiny.safetensors: {short}" in problems
 
 
 def test_a_tuned_adapter_is_refused(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_other_ranks_are_refused(original: Adapter, catalogue: Catalogue) -> Non
         f"{len(original.layers)} layers of trained.safetensors have another rank than in "
         f"principal.safetensors: {first} has 3, expected 4"
     )
-    assert caught.value.hint == "train with the ranks of the principal: network_dim, conv_dim"
+    assert caught.value.hint == "train with the ranks of the principal: set network_dim and conv_dim to them"
 
 
 @pytest.mark.parametrize("alpha", [5.0, 2.0, 1.0, 16.0])
@@ -125,7 +125,7 @@ def test_another_scale_is_refused(original: Adapter, alpha: float) -> None:
         f"{first} has scale {alpha / 4:g} in trained.safetensors and 1 in principal.safetensors: "
         "expected the same scale"
     )
-    assert caught.value.hint == "train with alpha = rank: network_alpha, conv_alpha"
+    assert caught.value.hint == "train with alpha = rank: set network_alpha and conv_alpha to the rank"
 
 
 def test_another_principal_is_refused(original: Adapter, catalogue: Catalogue) -> None:
@@ -153,4 +153,4 @@ def test_tuned_adapters_need_no_principal(original: Adapter) -> None:
         trained_deltas(tuned, original)
     with pytest.raises(InputError, match="expected the principal it was trained from") as caught:
         trained_deltas(original, tuned)
-    assert caught.value.hint == "leave out `principal`: a tuned adapter holds its own"
+    assert caught.value.hint == "leave out `principal`: a tuned adapter contains its frame"
