@@ -113,7 +113,9 @@ def test_an_activation_that_sdxl_does_not_have(folder: Path) -> None:
     assert message(folder).endswith("hidden_act is 'gelu': expected 'quick_gelu', as in SDXL")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("{", "is not valid JSON: "), ("[1]", "is not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("{", "is not valid JSON: "), ("[1]", "is not a JSON object")]
+)
 def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
     (folder / "unet/config.json").write_text(text)
     assert f"{folder / 'unet/config.json'} {expected}" in message(folder)

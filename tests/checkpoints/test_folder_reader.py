@@ -243,7 +243,10 @@ def test_a_missing_part(folder: Path) -> None:
 @pytest.mark.parametrize("name", [UNET, TE1, TE2, VAE])
 def test_a_spare_tensor(name: str, folder: Path) -> None:
     edit_weights(folder / name, lambda tensors: tensors.update({"adapter.0.weight": torch.zeros(1)}))
-    assert message(folder) == f"{name} has 1 tensor without a place in a single-file SDXL: adapter.0.weight"
+    assert (
+        message(folder)
+        == f"{name} has 1 tensor without a counterpart in a single-file SDXL: adapter.0.weight"
+    )
 
 
 def test_a_missing_tensor(folder: Path) -> None:
@@ -264,7 +267,7 @@ def test_wrong_shapes(folder: Path) -> None:
         "expected torch.float32 (24, 24), got torch.float32 (23, 24)"
     )
     edit_weights(folder / UNET, lambda tensors: tensors.update({"conv_in.weight": torch.zeros(16, 4)}))
-    assert message(folder).endswith("conv_in.weight has the shape (16, 4), expected 4 axes")
+    assert message(folder).endswith("conv_in.weight has shape (16, 4), expected 4 axes")
 
 
 def test_mixed_dtypes_of_a_fused_tensor(folder: Path) -> None:

@@ -368,7 +368,7 @@ def test_a_middle_that_diffusers_cannot_describe() -> None:
 def test_tensors_of_no_sdxl_are_refused_before_the_work(source: MemorySource, tmp_path: Path) -> None:
     spare = "model.diffusion_model.adapter.weight"
     infos = [*infos_of(source), TensorInfo(spare, torch.float16, (1,))]
-    with pytest.raises(InputError, match=re.escape(f"without a place in the unet: {spare}")):
+    with pytest.raises(InputError, match=re.escape(f"without a counterpart in the unet: {spare}")):
         FolderWriter(tmp_path / "xl", infos, metadata=source.metadata)
     with pytest.raises(InputError, match="is not an SDXL checkpoint"):
         FolderWriter(tmp_path / "xl", [TensorInfo("a", torch.float16, (1,))])

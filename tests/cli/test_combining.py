@@ -142,7 +142,7 @@ def test_checkpoints_are_sliced_part_by_part(tiny_checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "what", "hint"),
     [
-        (["{lora}:tee"], "no layer matches `tee`; did you mean `te`?", "name layers by `default`"),
+        (["{lora}:tee"], "no layer matches `tee`; did you mean `te`?", "select layers by `default`"),
         (["style"], "unreadable slice 'style'", "write it like style.safetensors:te"),
         (["{lora}:te:much"], "is 'much': expected a number like 0.8", ""),
         (["{lora}:te1", "{lora}:te", "--no-overlap"], "12 layers are in more than one slice", "narrow"),

@@ -145,5 +145,5 @@ def test_a_common_scale_stays_in_alpha() -> None:
 def test_values_that_do_not_fit_the_dtype_are_refused() -> None:
     pair = drawn((12, 9), 2, 0)
     huge = replace(pair, up=1e5 * pair.up)
-    with pytest.raises(InputError, match=r"te1\.x: .* do not fit float16"):
+    with pytest.raises(InputError, match=r"te1\.x: .* exceed the range of float16"):
         sum_terms([Term(huge, 1.0)], torch.float16, "te1.x")

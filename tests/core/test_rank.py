@@ -40,7 +40,7 @@ def test_invalid_ranks_are_refused() -> None:
         FixedRank(0)
     with pytest.raises(InputError, match="`conv_rank` is -1"):
         FixedRank(4, conv_rank=-1)
-    with pytest.raises(InputError, match="`energy` is 0: expected a share above 0 and up to 1"):
+    with pytest.raises(InputError, match="`energy` is 0: expected a share above 0, at most 1"):
         EnergyRank(0.0)
     with pytest.raises(InputError, match="`energy` is 90") as caught:
         EnergyRank(90.0)

@@ -204,7 +204,7 @@ def test_numbers_beyond_eight_bits_are_refused_and_not_clamped(
         else:
             with pytest.raises(InputError) as caught:
                 rebuild(model, adapter, out, dtype=dtype, cast_all=True)
-            told = f": 16 of 16 values up to {number:.3g} do not fit {str(dtype).removeprefix('torch.')}"
+            told = f": 16 of 16 values, up to {number:.3g}, exceed the range of {str(dtype).removeprefix('torch.')}"
             assert caught.value.what.startswith(norm)
             assert caught.value.what.endswith(told)
     assert not out.exists()

@@ -42,7 +42,7 @@ def test_unknown_heads_are_an_error(tiny_checkpoint: Path) -> None:
         foreign = MemorySource({name: source.load(name) for name in source.tensors}, {}, "tiny.safetensors")
     with pytest.raises(InputError, match="a width of 16 does not divide into heads of 64 channels") as caught:
         infer_layout(foreign)
-    assert caught.value.hint == "metadata spectune.layout must give unet_heads"
+    assert caught.value.hint == "set unet_heads in the metadata spectune.layout"
 
 
 def test_heads_per_level_are_counted(tiny_checkpoint: Path) -> None:

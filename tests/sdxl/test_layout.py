@@ -18,10 +18,10 @@ from tests.layouts import TINY
         ("[1]", "not a JSON object"),
         ("{", "not a JSON object"),
         (json.dumps({"te1_head": 4}), "unknown key `te1_head`; did you mean `te1_heads`?"),
-        (json.dumps({"te1_heads": "4"}), "te1_heads is '4': expected a positive whole number"),
-        (json.dumps({"te1_heads": [4]}), "te1_heads is [4]: expected a positive whole number"),
-        (json.dumps({"unet_heads": 4}), "unet_heads is 4: expected a list of positive whole numbers"),
-        (json.dumps({"unet_heads": [2, 0]}), "expected a list of positive whole numbers"),
+        (json.dumps({"te1_heads": "4"}), "te1_heads is '4': expected a positive integer"),
+        (json.dumps({"te1_heads": [4]}), "te1_heads is [4]: expected a positive integer"),
+        (json.dumps({"unet_heads": 4}), "unet_heads is 4: expected a list of positive integers"),
+        (json.dumps({"unet_heads": [2, 0]}), "expected a list of positive integers"),
     ],
 )
 def test_bad_hints(text: str, message: str) -> None:

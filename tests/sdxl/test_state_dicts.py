@@ -99,7 +99,8 @@ def test_missing_and_surplus_tensors_are_named(tiny_modules: Modules) -> None:
     extra = "model.diffusion_model.input_blocks.1.0.adapter.weight"
     surplus = MemorySource({**tensors, extra: torch.zeros(1)}, {}, "small.safetensors")
     with pytest.raises(
-        InputError, match=re.escape(f"small.safetensors has 1 tensor without a place in the unet: {extra}")
+        InputError,
+        match=re.escape(f"small.safetensors has 1 tensor without a counterpart in the unet: {extra}"),
     ):
         module_tensors(TINY, "unet", surplus)
 
