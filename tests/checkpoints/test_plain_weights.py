@@ -29,7 +29,7 @@ def refusal(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, we
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
-def test_plain_weights_of_any_dtype_pass(dtype: torch.dtype) -> None:
+def test_plain_weights_of_any_dtype_are_accepted(dtype: torch.dtype) -> None:
     check_plain_weights(MemorySource({f"{LINEAR}.weight": torch.zeros(4, 4).to(dtype)}, {}))
 
 
@@ -69,7 +69,7 @@ def test_a_table_of_quantized_layers_is_refused() -> None:
         f"{LINEAR}.SCB",
     ],
 )
-def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
+def test_quantization_state_of_bitsandbytes_is_refused(name: str) -> None:
     message = refusal({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
     assert message == (
         f"small.safetensors is quantized by bitsandbytes: 1 tensor with quantization state: {name}"

@@ -127,7 +127,7 @@ def test_a_greedy_choice_without_unused_bytes_is_the_best() -> None:
         if budget in (2, 7, 9):  # densities 9/2, 16/5, 4/2: prefixes of the greedy order end here
             assert spent(ranks, costs) == budget
             assert captured(spectra, ranks) == pytest.approx(best_by_trying_all(spectra, costs, budget))
-    # energy per direction instead of per byte would start with the second layer
+    # ordering by energy per direction instead of per byte would start with the second layer
     assert best_ranks(spectra, prices(costs), 6) == (3, 0)
     assert best_ranks(spectra, prices([2, 3]), 3) == (0, 1)
 

@@ -56,7 +56,7 @@ def test_the_residual_matches_the_stored_factors() -> None:
     assert low_rank.up.dtype == low_rank.down.dtype == torch.bfloat16
     exact = weight.double() - low_rank.up.double() @ low_rank.down.double()
     error = torch.linalg.norm(subtract_principal(weight, low_rank, torch.float32).residual - exact)
-    # against the unrounded factors the error would be that of bf16, 2**-9
+    # compared with the unrounded factors, the error would be that of bf16, 2**-9
     assert float(error / torch.linalg.norm(exact)) < 1e-6
 
 

@@ -44,7 +44,7 @@ def test_the_text_of_a_strength_parses_back(values: dict[str, float]) -> None:
 
 
 @given(numbers)
-def test_one_number_is_for_all_parts(value: float) -> None:
+def test_one_number_applies_to_all_parts(value: float) -> None:
     assert strength_of(value) == Strength.everywhere(value) == parse_strength(str(value))
     assert str(strength_of(value)) == f"{value:g}"
 
@@ -68,11 +68,11 @@ def test_other_text_is_refused(word: str, what: str, hint: str | None) -> None:
     assert (caught.value.hint or "").startswith(hint or "")
 
 
-def test_a_part_that_is_named_twice_is_refused() -> None:
+def test_a_part_that_appears_twice_is_refused() -> None:
     with pytest.raises(InputError, match="unet appears twice in 'unet=1,unet=0'"):
         parse_strength("unet=1,unet=0")
 
 
-def test_numbers_that_are_not_finite_are_refused_from_python_too() -> None:
+def test_nonfinite_numbers_are_refused_in_python() -> None:
     with pytest.raises(InputError, match="the strength of te1 is inf"):
         strength_of({"te": math.inf})

@@ -24,13 +24,13 @@ from tests.layouts import TINY
         (json.dumps({"unet_heads": [2, 0]}), "expected a list of positive integers"),
     ],
 )
-def test_bad_hints(text: str, message: str) -> None:
+def test_invalid_layout_metadata_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         read_hints({LAYOUT_KEY: text})
     assert message in caught.value.what
 
 
-def test_hints_are_read_back() -> None:
+def test_layout_metadata_round_trips() -> None:
     assert read_hints(hints_metadata(TINY)) == {
         "unet_heads": [1, 2, 4],
         "te1_heads": 2,
@@ -40,7 +40,7 @@ def test_hints_are_read_back() -> None:
     }
 
 
-def test_a_tensor_info_counts() -> None:
+def test_tensor_info_counts_elements_and_bytes() -> None:
     info = TensorInfo("x", torch.float16, (3, 4))
     assert (info.numel, info.nbytes) == (12, 24)
     assert (TensorInfo("s", torch.float32, ()).numel, TensorInfo("z", torch.float32, (0, 3)).nbytes) == (1, 0)

@@ -135,7 +135,7 @@ class AdapterWriter(StreamWriter):
             self.write(name, tensor)
 
     def close(self) -> None:
-        """Finish the file like StreamWriter, and add the metadata that depends on the tensors."""
+        """Finish the file as StreamWriter does, with the entries that depend on its tensors."""
         if not self.waiting:
             self.metadata |= alpha_metadata(self._adapter.layers, self._adapter.ranks, self._alphas)
             self.metadata |= {

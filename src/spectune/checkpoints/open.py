@@ -27,7 +27,7 @@ class WriterOptions(TypedDict, total=False):
     hold: bool  # keep the temporary name until `commit`
 
 
-TensorWriter = StreamWriter | MultiFileWriter  # writes the announced tensors under single-file names
+TensorWriter = StreamWriter | MultiFileWriter  # takes the announced tensors under single-file names
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

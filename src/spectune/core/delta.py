@@ -8,13 +8,13 @@ Zhang 2024, arXiv 2404.02948). Training adds dA and dB to the two factors. Multi
        = W + dB (A0+dA) + B0 dA          delta form: dA and dB are trained from zero, W is fixed
        = W + [dB, B0] [A0+dA; dA]        the change as one product of rank 2r
 
-Each product is multiplied by scale = alpha / rank, which is 1 if alpha equals the rank. `stacked_down` and
-`stacked_up` are the factors of the last line. For an input x, the last line means
+A frame with another alpha than its rank multiplies each product by scale = alpha / rank. `stacked_down` and
+`stacked_up` are the factors of the last line. For an input x, that line reads
 
     out = base(x) + scale * h [dB, B0]^T,  h = x [A0+dA; dA]^T
 
-Plain autograd would store all of h and also compute gradients of the frame. The functions here store x and
-the first half of h, and only compute gradients of dA and dB. With the gradient g of out,
+Plain autograd would keep all of h and compute gradients of the frame. The functions here keep x and the first
+half of h, and compute gradients of dA and dB alone. With the gradient g of out,
 
     g1 = g dB,  g2 = g B0,  h1 = x (A0+dA)^T       (times scale)
     d(dB) = g^T h1        d(dA) = (g1 + g2)^T x        dx = g1 (A0+dA) + g2 dA  [+ g W]
@@ -100,7 +100,7 @@ def change(layer: LowRank | Delta) -> Tensor:
 
 
 class LinearChange(torch.autograd.Function):
-    """Apply a frozen linear layer and its change to x (..., in); returns (..., out) in the dtype of x."""
+    """x (..., in) through a frozen linear layer and its change; (..., out) in the dtype of x."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,7 @@ class LinearChange(torch.autograd.Function):
         factors = Factors(*tensors)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         hidden = flat @ stacked_down(factors, x.dtype).T  # (tokens, 2 rank)
-        # x, not `flat`: if x is not contiguous, the two may round differently
+        # of x, not of `flat`: for an x that is not contiguous, the two may round differently
         out = F.linear(x, weight, bias).contiguous()
         out.view(-1, out.shape[-1]).addmm_(hidden, stacked_up(factors, scale, x.dtype).T)
         rank = factors.dA.shape[0]
@@ -136,7 +136,7 @@ class LinearChange(torch.autograd.Function):
 
 
 class ConvChange(torch.autograd.Function):
-    """Apply only the change of a frozen convolution to x (batch, in, h, w); returns (batch, out, h', w')."""
+    """x (batch, in, h, w) through the change of a frozen convolution alone; (batch, out, h', w')."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Conv2d, scale: float, *tensors: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def delta_linear(x: Tensor, base: nn.Linear, scale: float, factors: Factors) -> 
 
 
 def delta_conv(x: Tensor, base: nn.Conv2d, scale: float, factors: Factors) -> Tensor:
-    """Return the change of a convolution, without base(x); the convolution has one group and zero padding."""
+    """Return the change alone of a convolution of one group that pads with zeros."""
     return ConvChange.apply(x, base, scale, *factors)  # pyright: ignore[reportReturnType]
 
 
