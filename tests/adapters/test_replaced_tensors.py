@@ -123,7 +123,7 @@ def test_callers_that_would_lose_replaced_tensors_get_an_error(replacing: Path, 
     )
     assert caught.value.hint == (
         "rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
-        "`spectune export TUNED.safetensors --base ORIGINAL`"
+        "`spectune export ORIGINAL REBUILT`"
     )
 
 

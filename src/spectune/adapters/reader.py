@@ -157,7 +157,7 @@ def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
         raise InputError(
             f"{source.label} replaces {replaces}, which a LoRA or slice cannot store",
             hint="rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
-            "`spectune export TUNED.safetensors --base ORIGINAL`",
+            "`spectune export ORIGINAL REBUILT`",
         )
     for name in table.replaced:
         dtype = source.tensors[f"{REPLACED}{name}"].dtype
