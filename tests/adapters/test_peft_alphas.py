@@ -34,7 +34,7 @@ TEXT_TARGETS = ["q_proj", "k_proj", "fc1"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "alpha is the rank": {"r": 4, "lora_alpha": 4},
     "alpha is not the rank": {"r": 4, "lora_alpha": 6},
-    "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "rank-stabilized": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "ranks and alphas by pattern": {
         "r": 4,
         "lora_alpha": 2,
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "encoder.layers.1.mlp.fc1": 5,
         },
     },
-    "patterns and rank-stabilised": {
+    "patterns and rank-stabilized": {
         "r": 4, "lora_alpha": 2, "alpha_pattern": {"to_v": 3}, "use_rslora": True,
     },
 }  # fmt: skip

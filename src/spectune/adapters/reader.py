@@ -78,12 +78,13 @@ def _opened(
     source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, replaced: bool
 ) -> Adapter | TunedAdapter:
     if not source.tensors:
-        raise InputError(f"{source.label} holds no layers")
+        raise InputError(f"{source.label} has no tensors: expected an adapter", hint="pass another file")
     layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
     table = sort_keys((key for key in source.tensors if key not in without), layers)
     if not (table.keys or table.foreign or table.unexpected or table.replaced):
         raise InputError(
-            f"{source.label} has no keys except the {len(source.tensors)} to leave out: expected factors"
+            f"{source.label} has no keys except the {len(source.tensors)} to leave out: expected factors",
+            hint="leave out fewer keys",
         )
     _check_keys(source, table, among_sdxl=catalogue is None)
     _check_replaced(source, table, used=replaced)

@@ -122,5 +122,8 @@ def _by_keys(catalogue: Catalogue, trait: str, rule: TraitRule) -> tuple[Layer, 
 
 def _some(layers: Sequence[Layer], catalogue: Catalogue, trait: str) -> tuple[Layer, ...]:
     if not layers:
-        raise InputError(f"trait `{trait}` selects none of {len(catalogue)} layers")
+        raise InputError(
+            f"trait `{trait}` selects none of {len(catalogue)} layers",
+            hint="use a trait of layers that the file has",
+        )
     return tuple(layers)

@@ -144,7 +144,10 @@ def read_hints(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise InputError(f"metadata {LAYOUT_KEY} is not a JSON object: {text[:80]}")
     for key, value in cast(dict[str, Any], hints).items():
         if key not in HINTS:
-            raise InputError(f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}")
+            raise InputError(
+                f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}",
+                hint=f"expected one of {', '.join(HINTS)}",
+            )
         per_level = key == "unet_heads"
         counts = cast(list[Any], value) if isinstance(value, list) else [value]
         if isinstance(value, list) != per_level or not all(type(n) is int and n > 0 for n in counts):

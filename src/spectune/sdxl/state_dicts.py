@@ -75,7 +75,7 @@ def module_tensors(layout: Layout, part: PartName, source: WeightSource) -> Mapp
     """
     views = state_views(layout, part, te1=te1_root(source.tensors))
     if not views:
-        raise InputError(f"{source.label} has no {part}")
+        raise InputError(f"{source.label} has no {part}", hint="pass a checkpoint that contains this part")
     needed = {view.tensor for view in views.values()}
     require(source.tensors, sorted(needed), source.label)
     surplus = [

@@ -98,7 +98,10 @@ def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str])
     te1 = spelling.get(TE1_ROOT_KEY, TE1_ROOT)
     matrices = _names_in(spelling.get(MATRICES_KEY, "[]"))
     if te1 not in (TE1_ROOT, TE1_SHORT_ROOT) or matrices is None:
-        raise InputError(f"the metadata of {EXTRAS_FILE} is damaged: {some_of(list(spelling.values()))}")
+        raise InputError(
+            f"the metadata of {EXTRAS_FILE} is invalid: {some_of(list(spelling.values()))}",
+            hint="write the folder again with spectune",
+        )
     entries: dict[str, _Entry] = {}
     for part, subfolder in opened.items():
         views = state_views(layout, part, te1=te1)
@@ -159,7 +162,8 @@ def _joined_info(name: str, subfolder: Subfolder, pieces: Sequence[Piece], *, ma
         if (info.dtype, info.shape) != (first.dtype, expected):
             raise InputError(
                 f"{piece.key} of {subfolder.file.label} does not fit into {name}: "
-                f"expected {first.dtype} {expected}, got {info.dtype} {info.shape}"
+                f"expected {first.dtype} {expected}, got {info.dtype} {info.shape}",
+                hint="the file is damaged, or parts of it belong to another model: download it again",
             )
     empty = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
     tensor = joined(pieces, empty, matrix=matrix)

@@ -63,7 +63,10 @@ def read_template(folder: Path) -> dict[str, bytes]:
     Raises InputError if it is not a diffusers folder, or if its pipeline has components that SDXL lacks.
     """
     if not (folder / MODEL_INDEX).is_file():
-        raise InputError(f"{folder} is not a diffusers folder: it has no {MODEL_INDEX}")
+        raise InputError(
+            f"{folder} is not a diffusers folder: it has no {MODEL_INDEX}",
+            hint="pass the folder of an SDXL pipeline as `template`",
+        )
     files = {MODEL_INDEX: (folder / MODEL_INDEX).read_bytes()}
     index = parse_config(files[MODEL_INDEX], str(folder / MODEL_INDEX))
     others = [name for name, kind in index.items() if _is_component(kind) and name not in COMPONENTS]

@@ -56,7 +56,10 @@ class Subfolder:
         elif is_positions(self.part, key):
             self._check_positions(file_key)
         elif key in self._keys:
-            raise InputError(f"{self.file.label} has {key} twice: {self._keys[key]}, {file_key}")
+            raise InputError(
+                f"{self.file.label} has {key} twice: {self._keys[key]}, {file_key}",
+                hint="remove one of the two tensors from the file",
+            )
         else:
             self._keys[key] = file_key
 
