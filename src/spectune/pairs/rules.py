@@ -117,8 +117,7 @@ _ADD, _ADD_CHANGE = Rule(Action.ADD), Rule(Action.ADD_CHANGE)
 _ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}
 _ON_ANY = {Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR), **_ON_MODEL}
 
-# Rules of `rebuild`, `sample` and the nodes. They apply to strengths above 0 only: a strength of 0 or less
-# counts nothing twice.
+# Rules of `rebuild`, `sample` and the nodes. If no strength is above 0, nothing can count twice: see `pairing`.
 MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     (BaseKind.MODEL, AdapterKind.PRINCIPAL): _TWICE,
     (BaseKind.MODEL, AdapterKind.TRAINED): _TWICE,
@@ -274,7 +273,8 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
         )
     found, verb = declared.principal_hash, "was trained from"
     if isinstance(adapter, Adapter):
-        # a trained principal records the hash of the one it replaces; an untrained one records none
+        # a trained principal records the hash of the one it replaces; an untrained one records none and is
+        # identified by its own hash
         verb = "is" if found is None else "replaces"
     untouched = verb == "is"
     if untouched:
