@@ -117,7 +117,7 @@ _ADD, _ADD_CHANGE = Rule(Action.ADD), Rule(Action.ADD_CHANGE)
 _ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}
 _ON_ANY = {Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR), **_ON_MODEL}
 
-# Rules of `rebuild`, `sample` and the nodes. If no strength is above 0, nothing can count twice: see `pairing`.
+# Rules of `rebuild`, `sample` and the nodes. Without a strength above 0, nothing counts twice: see `pairing`.
 MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     (BaseKind.MODEL, AdapterKind.PRINCIPAL): _TWICE,
     (BaseKind.MODEL, AdapterKind.TRAINED): _TWICE,
