@@ -95,7 +95,7 @@ def test_errors_are_messages_with_exit_code_2(tmp_path, capfd):
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x02.")
     assert run(["inspect", str(pickle)]) == 2
-    assert "never unpickled" in capfd.readouterr().err
+    assert "never opens pickles" in capfd.readouterr().err
     assert run(["split"]) == 2
     assert run(["nonsense"]) == 2
 

@@ -140,7 +140,7 @@ def test_checkpoints_are_sliced_part_by_part(tiny_checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "what", "hint"),
     [
-        (["{lora}:tee"], "no layer matches `tee`; did you mean `te`?", "name layers by `default`"),
+        (["{lora}:tee"], "no layer matches `tee`; did you mean `te`?", "select layers by `default`"),
         (["style"], "cannot parse slice 'style'", "for example style.safetensors:te"),
         (["{lora}:te:much"], "is 'much': expected a number like 0.8", ""),
         (
@@ -242,7 +242,7 @@ def test_convert_drops_only_named_keys(
     assert run(command) == 2
     text = stderr_words(capfd)
     assert f"style.safetensors has 1 key other than factors: {stem}.diff_b" in text
-    assert "`spectune convert --drop PATTERN` leaves keys out" in text
+    assert "`spectune convert --drop PATTERN` removes keys" in text
     assert run([*command, "--drop", "*.dora_scale"]) == 2
     assert "--drop '*.dora_scale' matches none of the" in stderr_words(capfd)
     assert not out.exists()

@@ -102,7 +102,9 @@ def test_the_interrupt_button_leaves_no_file(comfy: Comfy, at: int) -> None:
 
 def test_errors_show_the_problem_and_a_hint(comfy: Comfy) -> None:
     run(comfy)
-    with pytest.raises(RuntimeError, match=r"is a residual: expected a whole model\nhint: pass the original"):
+    with pytest.raises(
+        RuntimeError, match=r"is a residual: expected a complete model\nhint: pass the original"
+    ):
         run(comfy, checkpoint=RESIDUAL)
 
 

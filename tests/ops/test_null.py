@@ -126,7 +126,7 @@ def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Ro
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=role)
     with pytest.raises(InputError) as caught:
         null(model, tmp_path / "null.safetensors")
-    assert caught.value.what == (f"model.safetensors is a {role.value}: expected a whole model")
+    assert caught.value.what == (f"model.safetensors is a {role.value}: expected a complete model")
     assert caught.value.hint == "pass the original model"
     assert not (tmp_path / "null.safetensors").exists()
 

@@ -210,7 +210,7 @@ def test_overflow_of_8_bit_dtypes_is_refused_and_not_clamped(
         else:
             with pytest.raises(InputError) as caught:
                 rebuild(model, adapter, out, dtype=dtype, cast_all=True)
-            message = f": 16 of 16 values up to {number:.3g} do not fit {str(dtype).removeprefix('torch.')}"
+            message = f": 16 of 16 values, up to {number:.3g}, exceed the range of {str(dtype).removeprefix('torch.')}"
             assert caught.value.what.startswith(norm)
             assert caught.value.what.endswith(message)
     assert not out.exists()
@@ -278,8 +278,8 @@ def test_a_principal_trained_by_another_program_works_with_its_residual(
     out = tmp_path / "x.safetensors"
     rebuilt = rebuild(report.residual, trained, out, dtype=torch.float32)
     assert rebuilt.warnings == (
-        "trained.safetensors does not declare which principal it was trained from; its values are close to a "
-        "principal, so it is taken for the principal of tiny.residual.safetensors",
+        "trained.safetensors does not declare which principal it was trained from, but its values resemble a "
+        "principal: assuming that it was trained from the principal of tiny.residual.safetensors",
     )
     residual, added, actual = load_file(report.residual), products(trained), load_file(out)
     original = load_file(tiny_checkpoint)
@@ -311,7 +311,7 @@ def test_a_lora_without_metadata_is_refused_for_a_residual(
     with pytest.raises(PairingError) as caught:
         rebuild(residual, lora, tmp_path / "x.safetensors")
     assert caught.value.what == (
-        "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
+        "lora.safetensors requires a complete model: tiny.residual.safetensors is a residual, which lacks its "
         "principal"
     )
     assert caught.value.hint == "pass the original model as `base`"
@@ -326,8 +326,8 @@ def test_a_principal_works_with_a_residual_without_metadata(
     residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
     rebuilt = rebuild(residual, report.principal, tmp_path / "x.safetensors")
     assert rebuilt.warnings == (
-        f"foreign.safetensors does not declare that it is a residual, but lacks the values of "
-        f"{report.principal.name}: the two are taken for a pair",
+        f"foreign.safetensors does not declare that it is a residual, but it lacks the values of "
+        f"{report.principal.name}: assuming that the two are a pair",
     )
     actual = load_file(rebuilt.path)
     for name, tensor in base.items():

@@ -306,7 +306,7 @@ def test_traits_without_layers_are_refused(
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", [layer for layer in catalogue if layer.block == "mid"])
     for word, message in (
-        ("te", f"trait `te` names none of {sum(layer.block == 'mid' for layer in catalogue)} layers"),
+        ("te", f"trait `te` selects none of {sum(layer.block == 'mid' for layer in catalogue)} layers"),
         ("midd", "no layer matches `midd`; did you mean `mid`?"),
         ("down.1", "no layer matches `down.1`"),
     ):
@@ -603,7 +603,7 @@ def test_parts_that_do_not_fit_are_refused(
     out = tmp_path / "x.safetensors"
     residual = tiny_split(None).residual
     assert residual is not None
-    with pytest.raises(InputError, match="is a residual: expected a whole model"):
+    with pytest.raises(InputError, match="is a residual: expected a complete model"):
         slice([Slice(residual, "unet"), Slice(tiny_checkpoint, "te"), Slice(residual, "vae")], out)
     bare = {name: t for name, t in load_file(tiny_checkpoint).items() if not name.startswith("first_stage")}
     save_file(bare, tmp_path / "bare.safetensors", metadata=read_metadata(tiny_checkpoint))

@@ -169,7 +169,7 @@ def test_split_refuses_residuals_and_existing_files(tiny_checkpoint: Path, tmp_p
     report = small_split(tiny_checkpoint, tmp_path)
     assert report.residual is not None
     with pytest.raises(
-        InputError, match=r"tiny\.residual\.safetensors is a residual: expected a whole model"
+        InputError, match=r"tiny\.residual\.safetensors is a residual: expected a complete model"
     ):
         small_split(report.residual, tmp_path)
     with pytest.raises(InputError, match="exists"):
@@ -281,13 +281,13 @@ def test_rebuild_refuses_files_that_do_not_belong_together(
     out = tmp_path / "full.safetensors"
     with pytest.raises(PairingError, match="the principal part would count twice"):
         rebuild(tiny_checkpoint, report.principal, out)
-    with pytest.raises(InputError, match=r"expected its principal alone at strength 1, got 1 at 0\.5"):
+    with pytest.raises(InputError, match=r"expected only its principal at strength 1, got 1 at 0\.5"):
         rebuild(report.residual, report.principal, out, strength=0.5)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), tmp_path / "tuned.safetensors")
     lora = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint)
     with pytest.raises(PairingError, match="which lacks its principal"):
         rebuild(report.residual, lora.path, out)
-    with pytest.raises(PairingError, match="the principal of its model as `split` wrote it"):
+    with pytest.raises(PairingError, match="is an untrained principal of `split`: it contains no change"):
         export(report.principal, tmp_path / "lora2.safetensors", base=tiny_checkpoint)
     second = small_split(
         changed_copy(
