@@ -183,7 +183,9 @@ def test_unreached_layers_are_named() -> None:
     for kind in KINDS:
         found = align({**toy.layers, "unused": unused}, kind, toy.losses, seed=0)
         assert found.unreached == ("unused",)
-        assert found.warnings == ["the first batches do not reach 1 layer: unused"]
+        assert found.warnings == [
+            "the first batches determine no frame for 1 layer; plain frames are used: unused"
+        ]
         assert set(found.frames) == {"conv", "linear"}
 
 
@@ -229,7 +231,7 @@ def test_a_run_with_aligned_frames_starts_from_its_base(make_recipe: MakeRecipe,
     # the last layer of the first encoder feeds nothing, so that no gradient reaches it
     unreached = [name for name, frame in frames.items() if not frame.up.any()]
     assert all(name.startswith("te1.") for name in unreached)
-    warned = any("layers: te1." in warning for warning in first.warnings)
+    warned = any("plain frames are used: te1." in warning for warning in first.warnings)
     assert bool(unreached) == warned == (kind == "gradient")
     assert all(
         parameter.grad is None and not parameter.any() for parameter in first.optimization.parameters.values()

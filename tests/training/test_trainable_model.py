@@ -93,7 +93,7 @@ def test_files_of_the_wrong_kind_are_refused(tiny_checkpoint: Path, pair: SplitR
         trainable(pair.principal, rank=4)
     with pytest.raises(InputError, match="is a residual: the delta form trains on the original weights"):
         trainable(pair.residual, principal=pair.principal)
-    with pytest.raises(InputError, match="is a residual: its principal directions are in another file"):
+    with pytest.raises(InputError, match="is a residual: it can only be trained with its principal"):
         trainable(pair.residual, rank=4, form="residual")
 
 
@@ -158,7 +158,7 @@ def test_a_whole_model_is_not_accepted_as_a_residual(
         metadata = {**file.metadata, **Provenance(role=Role.MODEL).to_metadata()}
     write_tensors(stamped, tensors, metadata=metadata)
     section = ModelSection(residual=stamped, principal=pair.principal, form="residual")
-    with pytest.raises(InputError, match="is a whole model: model"):
+    with pytest.raises(InputError, match="is a complete model: model"):
         build_trainable(section)
 
 
@@ -194,7 +194,7 @@ def test_layers_are_selected_as_in_split(tiny_checkpoint: Path) -> None:
     assert start.injection.layers
     assert all("attn2" in name for name in start.injection.layers)
     assert start.provenance.frame == "principal"
-    with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has none in unet"):
+    with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has no layers in unet"):
         trainable(tiny_checkpoint, rank=4, layers=("te1",), parts=("unet",))
     with pytest.raises(InputError, match=r"no layer matches `atn2`"):
         trainable(tiny_checkpoint, rank=4, layers=("atn2",))

@@ -42,7 +42,7 @@ def test_repeats_captions_and_everything_skipped(tmp_path: Path) -> None:
     assert scan.warnings() == [
         "2 folders ignored, not named `N_name`: 0_off, plain",
         "1 image skipped: torn.png is not an image that Pillow can read",
-        "1 image without a caption file, captioned by the name of the folder: c.webp",
+        "1 image without a caption file, captioned with the name of its folder: c.webp",
         "1 caption empty: b.JPG",
     ]
 
@@ -90,7 +90,7 @@ def test_sets_and_regularisation_images_are_weighted(tmp_path: Path) -> None:
         ("d.png", "animal", 2, 0.25),
     ]
     assert scan.warnings() == [
-        "2 images without a caption file, captioned by the name of the folder: a.png, d.png",
+        "2 images without a caption file, captioned with the name of its folder: a.png, d.png",
         "1 caption empty: c.png",
     ]
 
@@ -138,8 +138,8 @@ def test_a_caption_file_wins_over_the_sidecar(tmp_path: Path) -> None:
     assert [image.caption for image in scan.images] == ["from its file", "sidecar b", "x"]
     assert scan.warnings() == [
         "1 image skipped: torn.png is not an image that Pillow can read",
-        "1 image without a caption file, captioned by the name of the folder: c.png",
-        "2 captions of sidecars without an image: sub/c.png, z.png",
+        "1 image without a caption file, captioned with the name of its folder: c.png",
+        "2 captions in sidecars without an image: sub/c.png, z.png",
     ]
     without = scan_of(tmp_path, sidecar="")
     assert [image.caption for image in without.images] == ["from its file", "x", "x"]
@@ -158,7 +158,7 @@ def test_mask_files_are_never_images(tmp_path: Path) -> None:
     masked = scan_of(tmp_path, mask="file")
     assert [image.mask for image in masked.images] == [folder / "a.mask.png", None]
     assert masked.warnings()[-2:] == [
-        "1 image without a mask, counted in full: b.png",
+        "1 image without a mask; the loss covers the complete image: b.png",
         "1 mask file not used: z.mask.png",
     ]
     other = scan_of(tmp_path, mask="file", mask_suffix="_m.png")
@@ -166,7 +166,7 @@ def test_mask_files_are_never_images(tmp_path: Path) -> None:
 
     draw(folder / "b.mask.png", (40, 20))
     with pytest.raises(
-        InputError, match=r"b\.mask\.png is 40x20, its picture \d+x\d+: expected the same aspect"
+        InputError, match=r"b\.mask\.png is 40x20, its image \d+x\d+: expected the same aspect"
     ):
         scan_of(tmp_path, mask="file")
 
@@ -175,7 +175,7 @@ def test_images_without_an_alpha_channel_are_counted(tmp_path: Path) -> None:
     draw(tmp_path / "1_x" / "a.png")
     Image.new("RGBA", (8, 8)).save(tmp_path / "1_x" / "b.png")
     scan = scan_of(tmp_path, mask="alpha")
-    assert scan.warnings()[-1] == "1 image without a mask, counted in full: a.png"
+    assert scan.warnings()[-1] == "1 image without a mask; the loss covers the complete image: a.png"
     assert not any("mask" in line for line in scan_of(tmp_path).warnings())
 
 

@@ -71,7 +71,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
         assert open_mask(path, Size(300, 201)).size == size
     for size in ((201, 300), (300, 210), (100, 70)):
         Image.new("L", size).save(path)
-        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, its picture 300x201: expected the same aspect"
+        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, its image 300x201: expected the same aspect"
         with pytest.raises(InputError, match=expected):
             open_mask(path, Size(300, 201))
     path.write_text("no mask")
