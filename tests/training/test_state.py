@@ -39,7 +39,7 @@ def test_flatten_and_back(value: Any) -> None:
     assert state.unflatten(flat, {}) == value
 
 
-def test_tensors_leave_the_structure() -> None:
+def test_tensors_are_moved_out_of_the_structure() -> None:
     tensors: dict[str, torch.Tensor] = {}
     value = {0: {"step": torch.tensor(3.0), "dims": (1, 0)}}
     flat = json.loads(json.dumps(state.flatten(value, tensors, "o")))
@@ -106,7 +106,7 @@ def test_old_saves_are_removed(tmp_path: Path) -> None:
         state.save_state(output.state_folder(tmp_path, "n", step), header(step), trained, optimizer)
         output.adapter_file(tmp_path, "n", step).touch()
     output.adapter_file(tmp_path, "n").touch()
-    output.adapter_file(tmp_path, "n-step00000001x").touch()  # another run's
+    output.adapter_file(tmp_path, "n-step00000001x").touch()  # of another run
     output.keep_last(tmp_path, "n", 2)
 
     assert [path.name for path in output.saved_states(tmp_path, "n")] == [
@@ -122,7 +122,7 @@ def test_a_failed_save_keeps_the_old_state(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     folder = tmp_path / "t.state"
     state.save_state(folder, header(3), trained, optimizer)
-    optimizer.param_groups[0]["odd"] = object()
+    optimizer.param_groups[0]["invalid"] = object()
     with pytest.raises(AssertionError, match="is not plain data"):
         state.save_state(folder, header(4), trained, optimizer)
     assert state.load_state(folder).header.step == 3
