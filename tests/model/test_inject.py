@@ -1,4 +1,4 @@
-"""Injected adapters: both forms compute the same function and gradients, without effect at step 0."""
+"""Injected adapters: both forms compute the same function and gradients, and nothing changes at step 0."""
 
 import pytest
 import torch

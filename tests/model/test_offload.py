@@ -1,4 +1,4 @@
-"""Offloaded networks: modules that record their moves show where they are at each moment."""
+"""Offloaded networks: modules record the devices that they are moved to."""
 
 from dataclasses import replace
 

@@ -190,7 +190,7 @@ def test_precedence_is_arguments_then_file_then_checkpoint(model, tmp_path):
     assert resolve_convention(None, shift=0.4, default=default) == VaeConvention(0.5, 0.4, "reflect")
 
 
-def test_metadata_of_a_file_count_like_a_config(source, tmp_path):
+def test_metadata_of_a_file_is_used_like_a_config(source, tmp_path):
     metadata = hints_metadata(TINY) | Provenance(vae_scale=0.1406, vae_padding="reflect").to_metadata()
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source), metadata)
     assert resolve_convention(path) == VaeConvention(0.1406, 0.0, "reflect")

@@ -47,7 +47,7 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss", [{}, {"weighting": "edm2"}], ids=["plain", "edm2"])
-def test_two_processes_train_what_one_trains_with_accumulation_2(
+def test_two_processes_equal_one_with_accumulation_2(
     make_recipe: MakeRecipe, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
     def recipe(name: str, accumulation: int) -> Recipe:

@@ -321,7 +321,7 @@ def test_a_base_is_not_replaced_as_a_result(
     shutil.copy(tiny_checkpoint, base)
     (tmp_path / "link.safetensors").symlink_to(base)
     for path in (base, tmp_path / "link.safetensors"):
-        with pytest.raises(InputError, match=r"model\.base is .*would replace as its own result t"):
+        with pytest.raises(InputError, match=r"model\.base is .*would overwrite it with its result t"):
             train(make_recipe(model={"base": path}), force=True)
     assert base.exists()
 

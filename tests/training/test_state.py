@@ -156,7 +156,9 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("constant", 0), ("cosine", 1)])
-def test_a_new_length_under_a_schedule_is_a_warning(tmp_path: Path, schedule: str, count: int) -> None:
+def test_another_number_of_steps_with_a_schedule_is_a_warning(
+    tmp_path: Path, schedule: str, count: int
+) -> None:
     trained, optimizer = trained_pair("adamw")
     recipe = {"optimizer": {"schedule": schedule}}
     state.save_state(tmp_path / "t.state", header(recipe=recipe), trained, optimizer)

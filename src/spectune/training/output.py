@@ -101,7 +101,7 @@ def claim_output(recipe: Recipe, *, force: bool) -> Claim:
         raise InputError(
             f"{output} already holds {counted(len(existing), 'result')} of a run named {name}, such as "
             f"{existing[-1].name}",
-            hint="give another run.name or run.output, or pass `force` to replace them",
+            hint="set another run.name or run.output, or set `force` to replace them",
         )
     return Claim(replaced=tuple(existing))
 
@@ -115,8 +115,8 @@ def _check_inputs_stay(recipe: Recipe, existing: Sequence[Path]) -> None:
         for result in existing:
             if result.resolve() in (resolved, *resolved.parents):
                 raise InputError(
-                    f"model.{key} is {path}, which this run would replace as its own result {result.name}",
-                    hint="give another run.name or run.output",
+                    f"model.{key} is {path}, but this run would overwrite it with its result {result.name}",
+                    hint="set another run.name or run.output",
                 )
 
 

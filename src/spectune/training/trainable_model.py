@@ -155,7 +155,7 @@ def build_trainable(
         elif saved is not None and saved.base_hash == base_hash:
             frames = saved.layers
         else:
-            verb = "splitting" if section.frame in ("principal", "minor") else "making frames for"
+            verb = "splitting" if section.frame in ("principal", "minor") else "computing frames for"
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
             frames = _make_frames(base, catalogue, section, seed)
         chosen = _choose(section, catalogue, frames)

@@ -1,4 +1,4 @@
-"""The bridge between EPS and flow: exact algebra, checked against the schedule itself."""
+"""The bridge between EPS and flow, checked against SDXL's schedule."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_gradient_of_a_feature_that_depends_on_the_timestep() -> None:
     assert weighting.weight.grad.item() == pytest.approx(6 * math.sqrt(2), rel=1e-5)
 
 
-def test_the_cost_itself_is_trained_with_the_weight_of_its_level() -> None:
+def test_the_gradient_of_a_cost_has_the_weight_of_its_level() -> None:
     weighting = two_features()
     with torch.no_grad():
         weighting.weight.copy_(torch.tensor([math.log(4.0), 0.0]))

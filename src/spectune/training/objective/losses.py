@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 HUBER_C = 0.1  # the default of the papers and of kohya
-HIGH_GAIN = (
-    4.0  # an error at the Nyquist frequency has 1 + HIGH_GAIN times the weight of an error of the mean
-)
+# an error at the Nyquist frequency has 1 + HIGH_GAIN times the weight of an error of the mean
+HIGH_GAIN = 4.0
 POOLINGS = (1, 2, 4)  # edge lengths, in latents, of the squares that `multiscale` averages over
 HuberSchedule = Literal["constant", "snr"]
 

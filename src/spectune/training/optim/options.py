@@ -65,8 +65,9 @@ class AdamW8bitOptions(AdamWOptions):
 class AdafactorOptions(Options):
     """Shazeer and Stern 2018, arXiv:1804.04235; arguments as in transformers.
 
-    Two options that transformers turns on are off by default: `scale_parameter` would multiply a step by the
-    size of the trained tensors, which start at zero, and `relative_step` would replace the learning rate.
+    Two options that transformers turns on are off by default. `scale_parameter` would multiply a step by the
+    size of the trained tensors, which start at zero. `relative_step` would replace the
+    learning rate.
     """
 
     eps: tuple[Positive, Positive] = Field(

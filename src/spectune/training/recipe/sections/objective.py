@@ -81,9 +81,9 @@ class ObjectiveSection(Section):
         if self.start != "warm" and self.differs("warm_images"):
             raise ValueError('`warm_images` does nothing without `start = "warm"`')
         if self.kind == "flow" and self.zero_terminal_snr:
-            raise ValueError("`zero_terminal_snr` is for eps and v: flow always reaches pure noise")
+            raise ValueError("`zero_terminal_snr` is for eps and v only: flow always ends in pure noise")
         if self.kind == "flow" and self.input_perturbation:
-            raise ValueError("`input_perturbation` is for eps and v")
+            raise ValueError("`input_perturbation` is for eps and v only")
         return self
 
     @property

@@ -145,5 +145,5 @@ class RunSection(Section):
     @classmethod
     def _no_leading_dot(cls, name: str) -> str:
         if name.startswith("."):
-            raise ValueError("the name starts with a dot")
+            raise ValueError("`name` must not start with a dot")
         return name
