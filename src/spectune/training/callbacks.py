@@ -102,13 +102,13 @@ class WarningLog:
 
     def __init__(self, callbacks: Callbacks) -> None:
         self.callbacks = callbacks
-        self.found: list[str] = []
+        self.entries: list[str] = []
 
     def add(self, warnings: Iterable[str]) -> None:
         """Show warnings and keep them for the report."""
         for warning in warnings:
             self.callbacks.on_message(f"warning: {warning}")
-            self.found.append(warning)
+            self.entries.append(warning)
 
 
 class ConsoleProgress(Callbacks):

@@ -90,7 +90,7 @@ def assemble(
         objective=objective,
         optimization=_build_optimization(recipe, accelerator, model, weighting),
         steps=_total_steps(recipe, data.plan, accelerator.num_processes),
-        warnings=tuple(warnings.found),
+        warnings=tuple(warnings.entries),
     )
 
 
@@ -117,7 +117,7 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         position=header.position,
         first_step=header.step,
         validation_before=header.validation_before,
-        warnings=warnings.found,
+        warnings=warnings.entries,
     )
 
 
