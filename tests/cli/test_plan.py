@@ -66,8 +66,8 @@ def test_exit_code_2_if_nothing_fits(tiny_checkpoint: Path, capfd: pytest.Captur
     shown = " ".join(output.err.split())
     assert "nothing fits 0.10 GB: the smallest setup, rank 4, te2, residual, nf4 base, checkpointing" in shown
     assert "takes 0.6" in shown
-    assert "at 64 px in batches of 1" in shown
-    assert "hint: a smaller --resolution" in shown
+    assert "at 64 px with batch 1" in shown
+    assert "hint: use a smaller --resolution or --batch" in shown
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_pickles_and_hub_names_are_reported() -> None:
     text = "sdxl_train_network.py --train_data_dir d --output_dir o --pretrained_model_name_or_path "
     hub = import_command(parse_command(text + "stabilityai/stable-diffusion-xl-base-1.0"), folder=Path())
     assert "if this is a Hugging Face name, download it first" in str(hub.results[2])
-    with pytest.raises(InputError, match="give either `base`"):
+    with pytest.raises(InputError, match="set either `base`"):
         import_command(parse_command(text + "m.ckpt"), folder=Path())
 
 

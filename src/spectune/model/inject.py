@@ -1,6 +1,6 @@
-"""Injected adapters: trainable low-rank changes of the layers of a running model, in two forms.
+"""Inject adapters: trainable low-rank changes of the layers of a running model, in two forms.
 
-Both forms compute the same function; core/delta.py derives them:
+Both forms compute the same function (derived in core/delta.py):
 
 * delta:    the base layer holds W; dA and dB are trained from zero, A0 and B0 are fixed.
 * residual: the base layer holds R = W - scale*B0 A0; A = A0+dA and B = B0+dB are trained.
@@ -38,8 +38,8 @@ class AdaptedLayer(nn.Module):
     """A frozen linear layer or convolution with a trainable low-rank change.
 
     `down` is (rank, in) or (rank, in, kh, kw), `up` is (out, rank) or (out, rank, 1, 1). Both have the dtype
-    `dtype`; products run in the dtype of the input. In training, `dropout` drops directions of the change
-    (in the residual form: of the principal itself).
+    `dtype`; products use the dtype of the input. In training, `dropout` is the probability of dropping each
+    direction of the change (in the residual form: of the principal with its change).
     """
 
     frame_down: Tensor
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
         if not (self.dropout and self.training):
             if isinstance(self.base, nn.Conv2d):
                 return self.base(x).add_(delta_conv(x, self.base, self.scale, factors))
-            if type(self.base) is nn.Linear:  # a PackedLinear has no weight to multiply with
+            if type(self.base) is nn.Linear:  # not a PackedLinear, whose weight is packed
                 return delta_linear(x, self.base, self.scale, factors)
         down, up = stacked_down(factors, x.dtype), stacked_up(factors, 1.0, x.dtype)
         return self.base(x).add_(self._low_rank(x, down, up, halves=2), alpha=self.scale)
@@ -100,8 +100,8 @@ class AdaptedLayer(nn.Module):
         return self.down.detach() - self.frame_down, self.up.detach() - self.frame_up
 
     def delta(self) -> Delta:
-        """Return the current change, as float32 dA and dB on the CPU with their frame."""
-        # each layer goes to the CPU first: float32 copies of all layers would take another GB of the GPU
+        """Return the current change: its frame, and dA and dB in float32, on the CPU."""
+        # moved to the CPU before the cast: float32 copies of all layers would take another GB on the GPU
         frame = LowRank(down=self.frame_down.cpu(), up=self.frame_up.cpu(), alpha=self.alpha)
         down, up = self.down.detach().cpu().float(), self.up.detach().cpu().float()
         if self.form == "residual":
@@ -110,16 +110,19 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def reframe(self, frame: LowRank, *, dtype: torch.dtype | None = None) -> None:
-        """Replace the frame, by one of any rank, before training; the trainable tensors are new, in `dtype`.
+        """Replace the frame before training. The new frame may have another rank.
+
+        The trainable tensors are replaced with new ones in `dtype`.
 
         Raises:
-            InputError: The form is residual, whose base belongs to its frame, or training has begun.
+            InputError: The layer has the residual form, or training has started.
         """
         if self.form == "residual":
-            raise InputError("the residual form cannot change its frame", hint='use form = "delta"')
+            raise InputError("the residual form cannot change its frame", hint='set model.form = "delta"')
         if self.down.any() or self.up.any():
             raise InputError(
-                "the frame cannot change: training has begun", hint="start a new run with the other frame"
+                "the frame cannot change after training has started",
+                hint="start a new run with the other frame",
             )
         device, dtype = self.down.device, dtype or self.down.dtype
         self.frame_down, self.frame_up = frame.down.to(device), frame.up.to(device)
@@ -129,12 +132,13 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
-        """Continue from a trained change of the same frame; raise InputError for another frame."""
+        """Load a trained change; raise InputError if it belongs to another frame."""
         frame = delta.frame
         same = _same(frame.down, self.frame_down) and _same(frame.up, self.frame_up)
         if not same or frame.alpha != self.alpha:
             raise InputError(
-                "the trained change belongs to another frame", hint="use the principal it was trained from"
+                "the trained change belongs to another frame",
+                hint="use the principal that it was trained from",
             )
         start = delta if self.form == "delta" else added_to_residual(delta)
         self.down.copy_(start.down)
@@ -146,7 +150,7 @@ class Injection:
     """The adapted layers of a model by layer name; `eject` undoes `inject`."""
 
     layers: Mapping[str, AdaptedLayer]
-    places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
+    places: Mapping[str, tuple[nn.Module, str]]  # the parent module and attribute of each layer
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trainable tensors in layer order: down, up, down, up, ..."""
@@ -161,11 +165,15 @@ class Injection:
         return {name: layer.frame for name, layer in self.layers.items()}
 
     def deltas(self) -> dict[str, Delta]:
-        """Return the current changes, ready for a tuned adapter file."""
+        """Return the current change of each layer, on the CPU."""
         return {name: layer.delta() for name, layer in self.layers.items()}
 
     def load(self, deltas: Mapping[str, Delta]) -> None:
-        """Continue from `deltas`, which must cover exactly the injected layers."""
+        """Load trained changes, one for each injected layer.
+
+        Raises:
+            InputError: The layers or their frames differ from the injected ones.
+        """
         if set(deltas) != set(self.layers):
             unmatched = sorted(set(deltas) ^ set(self.layers))
             raise InputError(
@@ -178,7 +186,7 @@ class Injection:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Disable the adapters inside the block; in the delta form the model is then the original."""
+        """Disable the adapters inside the block. In the delta form, the model is then the original one."""
         for layer in self.layers.values():
             layer.enabled = False
         try:
@@ -201,9 +209,9 @@ def inject(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
 ) -> Injection:
-    """Make the layers of `frames` trainable and freeze all other parameters.
+    """Make the layers in `frames` trainable and freeze all other parameters.
 
-    The model must hold the original weights for the delta form and the residual for the residual form.
+    The model must hold the original weights for the delta form, and the residual for the residual form.
 
     Raises:
         InputError: The model lacks a layer, or a frame does not fit the shape of its layer.
@@ -223,16 +231,16 @@ def inject(
 
 
 def _same(saved: Tensor, tensor: Tensor) -> bool:
-    """Return whether `saved` is `tensor` in its own dtype."""
+    """Return whether `tensor` equals `saved` after a cast to the dtype of `saved`."""
     return torch.equal(saved, tensor.cpu().to(saved.dtype))
 
 
 def _check_fit(name: str, base: nn.Module, frame: LowRank) -> None:
     if not isinstance(base, nn.Linear | nn.Conv2d):
         raise InputError(f"{name} is a {type(base).__name__}: expected a linear layer or a convolution")
-    found = weight_shape(frame)
-    if tuple(base.weight.shape) != found:
+    shape = weight_shape(frame)
+    if tuple(base.weight.shape) != shape:
         raise InputError(
-            f"{name}: the frame is for a weight of shape {found}, the model has {tuple(base.weight.shape)}",
-            hint="the principal belongs to another checkpoint",
+            f"{name}: the frame is for a weight of shape {shape}, the model has {tuple(base.weight.shape)}",
+            hint="the principal belongs to another checkpoint: use the checkpoint that it was split from",
         )
