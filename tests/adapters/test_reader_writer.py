@@ -311,7 +311,8 @@ def test_an_alpha_with_one_axis_is_read(adapter: Adapter, catalogue: Catalogue, 
 
 
 def test_an_empty_file_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
-    assert message(tmp_path / "b.safetensors", {}, catalogue).what == "b.safetensors has no tensors: expected an adapter"
+    error = message(tmp_path / "b.safetensors", {}, catalogue)
+    assert error.what == "b.safetensors has no tensors: expected an adapter"
 
 
 def test_leaving_an_adapter_closes_its_file(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def test_overflow_of_8_bit_dtypes_is_refused_and_not_clamped(
         else:
             with pytest.raises(InputError) as caught:
                 rebuild(model, adapter, out, dtype=dtype, cast_all=True)
-            message = f": 16 of 16 values, up to {number:.3g}, exceed the range of {str(dtype).removeprefix('torch.')}"
+            kind = str(dtype).removeprefix("torch.")
+            message = f": 16 of 16 values, up to {number:.3g}, exceed the range of {kind}"
             assert caught.value.what.startswith(norm)
             assert caught.value.what.endswith(message)
     assert not out.exists()
@@ -311,8 +312,8 @@ def test_a_lora_without_metadata_is_refused_for_a_residual(
     with pytest.raises(PairingError) as caught:
         rebuild(residual, lora, tmp_path / "x.safetensors")
     assert caught.value.what == (
-        "lora.safetensors requires a complete model: tiny.residual.safetensors is a residual, which lacks its "
-        "principal"
+        "lora.safetensors requires a complete model: tiny.residual.safetensors is a residual, which lacks "
+        "its principal"
     )
     assert caught.value.hint == "pass the original model as `base`"
     assert not (tmp_path / "x.safetensors").exists()
