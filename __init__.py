@@ -1,4 +1,4 @@
-"""Entry point for ComfyUI if this repository is in its custom_nodes folder; empty elsewhere."""
+"""Entry point for ComfyUI when this repository is in its custom_nodes folder. Empty otherwise."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# a module of ComfyUI alone, which loads it before any node
+# Only ComfyUI has this module. It is loaded before any node.
 if "folder_paths" in sys.modules:
     spec = find_spec("spectune")
     if spec is None or spec.loader is None:  # no loader: a folder of that name without the library
-        # only src: the repository itself on the path would hide ComfyUI's own package `comfy`
+        # Add only src, so that no other folder of the repository hides a package of ComfyUI.
         sys.path.append(str(Path(__file__).parent / "src"))
 
     from .comfyui_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

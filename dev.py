@@ -10,8 +10,8 @@
     python dev.py bench NAME      run benchmarks/NAME.py; further arguments go to it
     python dev.py experiment ...  repeat the experiments of docs/concepts/evidence.md, by name or all
 
-Every command first installs what is missing or out of date. A torch that is already in .venv stays; to use a
-build for another GPU, install it there first.
+Every command first installs packages that are missing or out of date. It keeps a torch that is already in
+.venv; to use a build for another GPU, install it there first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MIN_TORCH = (2, 4)
 
 
 class DevError(Exception):
-    """A failure that the user can fix; the text says how."""
+    """An error that the user can fix, with a hint."""
 
 
 def python_complaint(version: tuple[int, ...], executable: str) -> str:
@@ -63,8 +63,8 @@ def without_comments(lock: str) -> list[str]:
 
 
 def fingerprint(requirements: list[str], pyproject: str, python: str) -> str:
-    """Return a hash that changes when an installation from these inputs would change."""
-    import tomllib  # not at the top: an older Python must reach the message about its version
+    """Return a hash of everything that determines an installation."""
+    import tomllib  # not at the top, so that an older Python reaches the error about its version
 
     tables = tomllib.loads(pyproject)
     installed = {key: tables.get(key) for key in ("project", "build-system")}
@@ -73,13 +73,13 @@ def fingerprint(requirements: list[str], pyproject: str, python: str) -> str:
 
 
 def keeps_torch(installed: str | None) -> bool:
-    """Return whether an installed torch is new enough to stay."""
+    """Return whether an installed torch is new enough to keep."""
     version = re.match(r"(\d+)\.(\d+)", installed or "")
     return version is not None and tuple(int(part) for part in version.groups()) >= MIN_TORCH
 
 
 def with_torch(lines: list[str], installed: str | None) -> list[str]:
-    """Return the requirement lines with torch pinned to the installed version, if that one may stay."""
+    """Return the requirement lines, with torch pinned to the installed version if that is new enough."""
     if not keeps_torch(installed):
         return lines
     return [f"torch=={installed}" if re.match(r"torch\s*==", line) else line for line in lines]
@@ -94,7 +94,7 @@ def read_lock(name: str) -> list[str]:
 
 
 def read_stamps() -> dict[str, str]:
-    """Read {lock file: fingerprint} of what is installed; empty if the record is missing or damaged."""
+    """Read {lock file: fingerprint} of the installation, or {} if the record is missing or damaged."""
     try:
         stamps = json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,8 +107,8 @@ def say(text: str) -> None:
 
 
 def run(*command: object) -> int:
-    """Run a command in the root of the repository and return its exit status; the command handles Ctrl-C."""
-    # UTF-8 mode: recipes and captions are UTF-8 whatever the code page of a Windows console.
+    """Run a command in the root of the repository and return its exit status. Ctrl-C goes to the command."""
+    # UTF-8 mode: recipes and captions are UTF-8, even if the code page of a Windows console is not.
     # The other variable silences an announcement of MkDocs.
     environment = {**os.environ, "PYTHONUTF8": "1", "NO_MKDOCS_2_WARNING": "1"}
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment)
@@ -120,7 +120,7 @@ def run(*command: object) -> int:
 
 
 def query(python: Path, code: str) -> str | None:
-    """Return what a line of Python prints in the virtual environment, None if it fails."""
+    """Return what a line of Python prints in the virtual environment, or None if it fails."""
     try:
         done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     except OSError:
@@ -131,7 +131,7 @@ def query(python: Path, code: str) -> str | None:
 def make_venv() -> Path:
     """Return the interpreter of .venv; create .venv if it is missing."""
     python = venv_python(VENV, windows=os.name == "nt")
-    # pip too: without ensurepip, creation fails and leaves an environment without pip.
+    # Also import pip: without ensurepip, creation fails and leaves an environment without pip.
     probe = "import pip, sys; print(*sys.version_info[:3])"
     version = query(python, probe)
     if version is None:
@@ -150,15 +150,15 @@ def make_venv() -> Path:
 
 
 def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
-    """Install everything in `lock` and spectune itself into .venv; return its interpreter.
+    """Install `lock` and spectune itself into .venv, and return the interpreter of .venv.
 
-    Skip the installation if it was done and neither the lock file nor the project's metadata has changed,
-    except if `pip_args` are given.
+    The installation is skipped if the lock file and the project metadata have not changed since the last one
+    and there are no `pip_args`.
     """
     python = make_venv()
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = query(python, "import sys; print(sys.version_info[:2])") or ""
-    # The development lock includes the other one.
+    # The development lock includes the run lock.
     locks = (RUN_LOCK, DEV_LOCK) if lock == DEV_LOCK else (lock,)
     current = {name: fingerprint(read_lock(name), pyproject, version) for name in locks}
     stamps = read_stamps()
@@ -167,7 +167,7 @@ def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
 
     lines = read_lock(lock)
     torch = query(python, "import importlib.metadata as m; print(m.version('torch'))")
-    say(f"installing {lock} into {VENV.name}" + (f"; torch {torch} stays" if keeps_torch(torch) else ""))
+    say(f"installing {lock} into {VENV.name}" + (f"; keeping torch {torch}" if keeps_torch(torch) else ""))
     pinned = VENV / "spectune-requirements.txt"
     pinned.write_text("\n".join(with_torch(lines, torch)) + "\n", encoding="utf-8")
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
@@ -208,7 +208,7 @@ def lint(args: list[str]) -> int:
         ["pyright", "--pythonpath", python, *paths],
     ]
     statuses = [run(python, "-m", *check) for check in checks]
-    # Not max(): a checker that a signal ended has a negative status.
+    # Not max(): a checker that was ended by a signal has a negative status.
     return int(any(statuses))
 
 

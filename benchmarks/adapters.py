@@ -1,13 +1,13 @@
-"""Benchmark of adapter files: export, slice, convert, rebuild and the difference of two checkpoints.
+"""Benchmark of adapter files: export, slice, convert, rebuild, and the difference of two checkpoints.
 
     python dev.py bench adapters                       on the embedded base, in seconds
     python dev.py bench adapters model.safetensors     on your own checkpoint, at rank 64
 
 The tuned adapter has random deltas, 2 % of the size of the factors, on the model's real principal. Each stage
-runs several times into new files, in turn with the others. Its median is compared with the time to copy its
-input: one read and one write with fsync. The script also prints the error of the exported LoRA and of a naive
-one, which concatenates the factors without factoring them again, for one layer of each shape. Run it on an
-idle machine.
+runs several times, into new files, and stages alternate. The median of a stage is compared with the time to
+copy its input: one read and one write with fsync. For one layer of each shape, the script also prints the
+error of the exported LoRA, and of a naive LoRA that concatenates the factors without factoring them again.
+Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from spectune.ops.rebuild import rebuild
 from spectune.ops.slice import slice
 from spectune.ops.split import split
 
-CHANGE = 0.02  # standard deviation of the deltas, relative to that of the factors
+CHANGE = 0.02  # standard deviation of the deltas, relative to the factors
 
 
 def make_tuned(principal: Path, principal_hash: str, out: Path) -> Path:
@@ -91,7 +91,7 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
 
 
 def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[Timing, Timing]]:
-    """Return, for every stage, its own time and the time to copy its input."""
+    """Return, for every stage, its time and the time to copy its input."""
     pair = split(model, folder, rank=rank, with_residual=False)
     tuned = make_tuned(pair.principal, pair.principal_hash, folder / "tuned.safetensors")
     lora = export(tuned, folder / "lora.safetensors").path
@@ -112,7 +112,7 @@ def measure(model: Path, rank: int, runs: int, folder: Path) -> dict[str, tuple[
 
 
 def print_naive(tuned: Path) -> None:
-    """Print the error of stored factors, factored again or concatenated, for one layer of each shape."""
+    """Print the error of factors that were factored again or concatenated, for one layer of each shape."""
     print("| store | exported | naive concatenation |\n| --- | ---: | ---: |")
     opened = open_adapter(tuned)
     assert isinstance(opened, TunedAdapter)
@@ -141,7 +141,7 @@ def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
 
 
 def main() -> None:
-    use_huge_pages()  # like the commands
+    use_huge_pages()  # as in the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,9 +2,9 @@
 
     python dev.py bench compare_checkouts BEFORE AFTER [--work FOLDER] [--only WORD]
 
-BEFORE and AFTER are folders with a checkout each, such as two git worktrees. Both run in this interpreter's
-environment on the embedded base of AFTER. The script prints every tensor and metadata entry that differs and
-ends with 1 if a tensor or a file name differs. Metadata alone does not fail the comparison.
+BEFORE and AFTER are folders with one checkout each, such as two git worktrees. Both run in this interpreter's
+environment, on the embedded base of AFTER. The script prints every tensor and metadata entry that differs. It
+exits with 1 if a tensor or a file name differs; different metadata alone is not a failure.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ seed = 1
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file and the hash of every tensor."""
+    """The header of a safetensors file, with the hash of every tensor."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, str]  # name -> "dtype shape sha256"
 
 
 def read_file(path: Path) -> Header:
-    """Return the metadata and the tensors of a safetensors file, read without any code of a checkout."""
+    """Return the metadata and the tensors of a safetensors file, without using code of a checkout."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:HEADER_LENGTH_BYTES], "little")
     table = json.loads(raw[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
@@ -118,7 +118,7 @@ def read_file(path: Path) -> Header:
 
 
 def run_commands(checkout: Path, output: Path, base: Path, images: Path, only: str) -> list[str]:
-    """Run the commands with the source tree of `checkout` in `output`; return the failures."""
+    """Run the commands in folder `output`, with the source tree of `checkout`; return the failures."""
     output.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "NO_COLOR": "1", "PYTHONUTF8": "1"}
     failures: list[str] = []
@@ -146,9 +146,9 @@ def differing_keys(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def differences(before: Path, after: Path) -> tuple[list[str], list[str], int]:
-    """Compare all safetensors files of two folders: (what fails, differing metadata, compared tensors)."""
+    """Compare the safetensors files of two folders: (differences, differing metadata, number of tensors)."""
     names = [{path.relative_to(root) for path in root.rglob("*.safetensors")} for root in (before, after)]
-    wrong = [f"{name}: only in one of the two" for name in sorted(map(str, names[0] ^ names[1]))]
+    wrong = [f"{name}: only in one checkout" for name in sorted(map(str, names[0] ^ names[1]))]
     metadata: list[str] = []
     count = 0
     for name in sorted(names[0] & names[1]):
@@ -168,8 +168,10 @@ def main() -> int:
     )
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--work", type=Path, help="keep the files of both here; files of BEFORE are reused")
-    parser.add_argument("--only", default="", help="run the commands whose name contains this")
+    parser.add_argument(
+        "--work", type=Path, help="keep the files of both in this folder, and reuse those of BEFORE"
+    )
+    parser.add_argument("--only", default="", help="run only commands whose name contains this word")
     options = parser.parse_args()
     before, after = options.before.resolve(), options.after.resolve()
     base, images = after / "demo" / "base.safetensors", after / "demo" / "images"

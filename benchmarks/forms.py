@@ -1,9 +1,10 @@
-"""How far training in bfloat16 parameters strays from float32, in the delta and in the residual form.
+"""Measure how much training with bfloat16 parameters differs from float32, in the delta and residual form.
 
     python dev.py bench forms [--steps 120] [--rank 16]
 
-The embedded base, the demo's pictures, the same batches, noise and AdamW for all; only the form and the type
-of the trained tensors differ. Held-out loss on the demo's validation pictures, fixed noise and noise levels.
+All runs use the embedded base, the demo's pictures, AdamW, and the same batches and noise. Only the form and
+the dtype of the trained tensors differ. The held-out loss is measured on the demo's validation pictures, with
+fixed noise and noise levels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 @dataclass(frozen=True)
 class Curve:
-    """Training losses step by step, and the loss on held-out pictures at the end."""
+    """The training loss of every step, and the final loss on held-out pictures."""
 
     losses: list[float]
     held_out: float
@@ -50,7 +51,7 @@ def prepared(form: str, dtype: torch.dtype, rank: int, output: str) -> Run:
             "model": {"base": DEMO / "base.safetensors", "rank": rank, "form": form, "parts": ["unet"]},
             "data": data,
             "loss": {"weighting": "min_snr"},
-            # one that may train bf16 parameters; the steps here are AdamW's
+            # a recipe needs an optimizer that may train bf16 parameters; the steps here use AdamW
             "optimizer": {"name": "prodigy_plus_schedule_free"},
             "run": {"name": "forms", "output": output, "steps": 1, "batch": 16, **precision},
         }
@@ -83,7 +84,7 @@ def train(form: str, dtype: torch.dtype, *, rank: int, steps: int, rate: float) 
 
 
 def gap(curve: Curve, reference: Curve) -> float:
-    """The mean distance of two loss curves."""
+    """Return the mean distance of two loss curves."""
     pairs = zip(curve.losses, reference.losses, strict=True)
     return sum(abs(one - other) for one, other in pairs) / len(reference.losses)
 
@@ -101,13 +102,12 @@ def main() -> None:
         print("| form | trained in | held-out loss | mean gap to float32 | size of the change |")
         print("| --- | --- | ---: | ---: | ---: |")
         for form in ("delta", "residual"):
-            found: dict[torch.dtype, Curve] = {}
+            curves: dict[torch.dtype, Curve] = {}
             for dtype in (torch.float32, torch.bfloat16):
-                found[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
-                curve = found[dtype]
+                curve = curves[dtype] = train(form, dtype, rank=args.rank, steps=args.steps, rate=rate)
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"| {form} | {name} | {curve.held_out:.5f} | {gap(curve, found[torch.float32]):.2e} "
+                    f"| {form} | {name} | {curve.held_out:.5f} | {gap(curve, curves[torch.float32]):.2e} "
                     f"| {curve.change:.3f} |",
                     flush=True,
                 )

@@ -1,10 +1,11 @@
-"""Training steps at SDXL's full size on this machine: seconds and peak memory.
+"""Measure the seconds and peak memory of training steps at SDXL's full size on this machine.
 
     python benchmarks/make_checkpoint.py model.safetensors
     python dev.py bench full_step model.safetensors
 
-A real run of the trainer: base in bfloat16, deltas in float32, rank 64, UNet and both encoders, gradient
-checkpointing, the demo's pictures at 256 px. The principal is split first if it is not there, untimed.
+It runs the trainer: base in bfloat16, deltas in float32, rank 64, UNet and both encoders, gradient
+checkpointing, the demo's pictures at 256 px. If the principal does not exist, the model is split first, which
+is not timed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from spectune.training.recipe.recipe import parse_recipe
 IMAGES = Path(__file__).resolve().parents[1] / "demo" / "images"
 
 
-class Told(Callbacks):
-    """Prints what a step took."""
+class Printed(Callbacks):
+    """Callbacks that print the duration of each step."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -43,7 +44,7 @@ class Told(Callbacks):
 
 
 def peak_memory() -> int:
-    """The most that this process has held, page cache of files apart where the system tells."""
+    """Return the peak memory of this process in bytes."""
     memory = psutil.Process().memory_info()
     peak = getattr(memory, "peak_wset", None)
     if peak is not None:
@@ -84,9 +85,9 @@ def main() -> None:
                 },
             }
         )
-        train(recipe, callbacks=[Told()])
-    where = f"{torch.get_num_threads()} threads, {args.pixels} px, batch 1"
-    print(f"{where}: peak memory {peak_memory() / 1e9:.2f} GB")
+        train(recipe, callbacks=[Printed()])
+    setup = f"{torch.get_num_threads()} threads, {args.pixels} px, batch 1"
+    print(f"{setup}: peak memory {peak_memory() / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/make_checkpoint.py model.safetensors                 6.9 GB in float16
     python benchmarks/make_checkpoint.py small.safetensors --size mid      all 2515 tensors, a quarter as wide
 
-Every layer that can be factored gets singular values like those of trained weights and random singular
-vectors; all other tensors are small noise. The same seed gives the same bytes. It uses less than 1 GB of
-memory.
+Every layer that can be factored gets singular values like those of trained weights, and random singular
+vectors. All other tensors are small noise. The same seed gives the same bytes. The script needs less than
+1 GB of memory.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ KEYS = Path(__file__).resolve().parents[1] / "tests" / "data" / "sdxl_keys.tsv.g
 Size = Literal["full", "mid", "narrow"]
 
 SLOWEST, FASTEST = 0.3, 0.5  # decay of singular values in trained weights, s_i ~ i^-a
-HEAD = 4.0  # directions after which the gain of the leading ones falls by a factor e
+HEAD = 4.0  # number of directions over which the gain of the leading directions falls by a factor e
 KNEE = 0.2  # start of the flat tail, as a share of the singular values
 TAIL_END = 0.6  # the last singular value relative to the one at the knee
 RANK = 64  # the rank for which the share of energy is set
-NORM_SPREAD, SMALL = 0.1, 0.02  # deviation of norms around 1; of biases, embeddings and the VAE around 0
-CHUNK_VALUES = 1 << 21  # rotated at a time
+NORM_SPREAD, SMALL = 0.1, 0.02  # deviation of norms from 1; of biases, embeddings and the VAE from 0
+CHUNK_VALUES = 1 << 21  # number of values that are rotated at a time
 
 
 def read_keys(path: Path = KEYS) -> dict[str, tuple[int, ...]]:
@@ -58,7 +58,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def layout_of_size(size: Size) -> Layout:
-    """Return the layout of SDXL, or its full depth with narrower layers."""
+    """Return the layout of SDXL, or a narrower one with SDXL's depth."""
     infos = {name: TensorInfo(name, torch.float16, shape) for name, shape in read_keys().items()}
     full = layout_of(infos)
     assert full.vae is not None
@@ -111,7 +111,7 @@ def tensors_of(layout: Layout, dtype: torch.dtype) -> list[TensorInfo]:
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Return a generator for one tensor, so the values do not depend on the order of writing."""
+    """Return a generator for one tensor, so that values do not depend on the order of writing."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -125,10 +125,10 @@ class Spectrum:
     gain: float  # of the first direction: s_1 = 1 + gain
 
     def values(self) -> Tensor:
-        """Return the singular values in float64, the largest first."""
+        """Return the singular values in float64, largest first."""
         index = torch.arange(1, self.count + 1, dtype=torch.float64)
         knee = max(int(KNEE * self.count), 1)
-        # The value at the knee occurs once, so no two values are equal.
+        # the value at the knee occurs only once, so no two values are equal
         fall = torch.linspace(1, TAIL_END, self.count - knee + 1, dtype=torch.float64)
         tail = torch.cat([torch.ones(knee - 1, dtype=torch.float64), fall])
         plain = index.clamp(max=knee) ** -self.decay * tail
@@ -174,8 +174,8 @@ def hartley(rows: Tensor) -> Tensor:
 class Rotation:
     """A random orthogonal matrix: two Hartley transforms with random signs and a random permutation.
 
-    It is as dense and unstructured as the Q of a QR factorization, for n log n instead of n**2 operations
-    per row.
+    It is as dense and unstructured as the Q of a QR factorization, but a product needs n log n instead of
+    n**2 operations per row.
     """
 
     signs: Tensor  # (3, n), each 1 or -1
@@ -187,7 +187,7 @@ class Rotation:
         return cls(signs, torch.randperm(n, generator=generator))
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return each row of n values, rotated."""
+        """Return the rotated rows of n values."""
         once = hartley(rows * self.signs[0])
         return hartley(once[:, self.order] * self.signs[1]) * self.signs[2]
 
@@ -208,7 +208,7 @@ def weight_with(spectrum: Tensor, shape: tuple[int, int], generator: torch.Gener
 def layer_matrix(layer: Layer, seed: int, out: Tensor) -> None:
     """Fill `out` (out, in * kh * kw) with the weight of a layer."""
     generator = generator_of(seed, layer.name)
-    # The range of the standard deviations in SDXL's layers.
+    # the range of standard deviations in SDXL's layers
     std = 0.02 + 0.02 * float(torch.rand((), generator=generator))
     values = layer_spectrum(layer, seed).values()
     shape = (layer.out_features, layer.in_features)
@@ -228,7 +228,7 @@ def other_tensor(info: TensorInfo, seed: int) -> Tensor:
 
 
 def make_tensor(info: TensorInfo, layers: Sequence[Layer], seed: int) -> Tensor:
-    """Return one tensor of the file; `layers` are the layers in it, none if it is not factored."""
+    """Return one tensor of the file; `layers` are the layers in it, empty if it is not factored."""
     if not layers:
         return other_tensor(info, seed)
     tensor = torch.empty(info.shape, dtype=info.dtype)
@@ -255,7 +255,7 @@ def write_checkpoint(
 
 
 def print_shares(catalogue: Catalogue, seed: int) -> None:
-    """Print the energy of the first 64 directions, by the size of the layer."""
+    """Print the energy of the first 64 directions by layer size."""
     sizes = sorted({layer.full_rank for layer in catalogue if layer.full_rank > RANK})
     print(f"| singular values | layers | energy of the first {RANK} | at i^-{SLOWEST} | at i^-{FASTEST} |")
     print("| ---: | ---: | ---: | ---: | ---: |")

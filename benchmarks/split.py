@@ -1,14 +1,14 @@
-"""Benchmark of split, verify and rebuild against a plain copy, and of the factors against other libraries.
+"""Compare split, verify and rebuild with a plain copy, and the factors with those of other libraries.
 
     python dev.py bench split                                  on the embedded base, in seconds
     python dev.py bench split model.safetensors                on your own checkpoint, at rank 64
     python dev.py bench split model.safetensors --peers        also LyCORIS, torch and PEFT, takes minutes
 
 `benchmarks/make_checkpoint.py` writes a full-size checkpoint for this benchmark. Every stage runs several
-times into new files, in turn with the others, and the medians are compared. "moving the bytes" reads the
-model and writes as many bytes as the two files of a split have, with fsync and no arithmetic. Peers are timed
-on one layer of each shape, and the time is multiplied by the number of such layers. Run it on an idle
-machine: other load slows arithmetic several times.
+times, into new files; stages alternate, and medians are compared. "moving the bytes" reads the model and
+writes as many bytes as the two files of a split, with fsync and without arithmetic. Other libraries are timed
+on one layer of each shape; the time is multiplied by the number of such layers. Run it on an idle machine:
+other programs can slow arithmetic down several times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass
 class Timing:
-    """Seconds of all runs of a stage, and its peak memory."""
+    """The seconds of all runs of a stage, and its peak memory."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -60,7 +60,7 @@ def default_rank(model: Path) -> int:
 
 
 def move(model: Path, folder: Path, sizes: list[int]) -> None:
-    """Read a file and write others of given sizes, with fsync, so that no file system can share blocks."""
+    """Read a file and write new files of given sizes, with fsync; no file system can share their blocks."""
     with model.open("rb") as read:
         for index, size in enumerate(sizes):
             with (folder / f"moved{index}").open("wb") as written:
@@ -76,7 +76,7 @@ def move(model: Path, folder: Path, sizes: list[int]) -> None:
 
 
 def private_bytes() -> int:
-    """Return the memory of this process without the page cache of files."""
+    """Return the memory of this process in bytes, without the page cache of files."""
     memory = psutil.Process().memory_info()
     return memory.rss - getattr(memory, "shared", 0)
 
@@ -102,13 +102,13 @@ def watched(timing: Timing) -> Iterator[None]:
 def stages(
     model: Path, folder: Path, rank: int, dtype: torch.dtype | None
 ) -> dict[str, Callable[[], object]]:
-    """Return the stages by title; each one reads output of earlier ones."""
+    """Return the stages by title; each stage reads the output of earlier stages."""
     principal = folder / f"{model.stem}.principal-r{rank}.safetensors"
     residual = folder / f"{model.stem}.residual.safetensors"
     return {
         "split": lambda: split(model, folder, rank=rank, residual_dtype=dtype, svd="auto"),
         "verify": lambda: verify(model, residual, principal),
-        "rebuild": lambda: rebuild(residual, principal, folder / "whole.safetensors"),
+        "rebuild": lambda: rebuild(residual, principal, folder / "rebuilt.safetensors"),
     }
 
 
@@ -135,11 +135,11 @@ def measure(
 
 @dataclass(frozen=True)
 class Factored:
-    """A rank-r approximation: its time and its error."""
+    """The time and the error of a rank-r approximation."""
 
     seconds: float
     energy: float  # share of the squared norm, 0..1
-    excess: float  # norm of the remainder relative to that of the best approximation, minus 1
+    excess: float  # (norm of the remainder / smallest possible norm) - 1
 
 
 def lycoris(weight: Tensor, rank: int) -> Tensor:
@@ -204,7 +204,7 @@ def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
         shapes = one_of_each_shape(model)
         print(f"\nfactors only, one layer of each of {len(shapes)} shapes times their number, rank {rank}\n")
         print(
-            "| method | seconds | vs. our whole split | energy | worst excess |\n"
+            "| method | seconds | vs. our complete split | energy | worst excess |\n"
             "| --- | ---: | ---: | ---: | ---: |"
         )
         for title, method in PEERS.items():
@@ -221,7 +221,7 @@ def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
 
 
 def main() -> None:
-    use_huge_pages()  # like the commands
+    use_huge_pages()  # as in the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="default: 16 for the embedded base, 64 for others")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer-runs", type=int, default=1)
-    parser.add_argument("--exact", action="store_true", help="with a float32 residual")
+    parser.add_argument("--exact", action="store_true", help="use a float32 residual")
     parser.add_argument("--peers", action="store_true", help="also time the SVDs of other libraries")
     args = parser.parse_args()
     rank = args.rank or default_rank(args.model)

@@ -1,11 +1,11 @@
-"""Benchmark of a training step against LyCORIS and PEFT: same network, modules, rank, batch and optimizer.
+"""Compare a training step with LyCORIS and PEFT: same network, modules, rank, batch and optimizer.
 
     python dev.py bench train                       a tiny and a mid-size UNet, with and without checkpointing
     python dev.py bench train --sizes tiny --rounds 1
 
-Every variant runs in its own process, which has its own peak memory. The variants take turns, so that a slow
-minute of the machine affects all of them. Seconds are medians over the steps of all rounds. The weights are
-random; only arithmetic is timed. Run it on an idle machine.
+Every variant runs in a separate process, so that each has its own peak memory. Variants alternate, so that a
+slow minute of the machine affects all of them. Seconds are medians over the steps of all rounds. Weights are
+random, because only arithmetic is timed. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Size:
     """A UNet, its batch and its rank."""
 
     layout: Layout
-    latents: int  # length of an edge
+    latents: int  # edge length of the latents
     batch: int
     rank: int
 
@@ -143,7 +143,7 @@ VARIANTS: dict[str, Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.
 @dataclass(frozen=True)
 class Measured:
     seconds: list[float]
-    peak_bytes: int  # of the whole process
+    peak_bytes: int  # of the process
     ready_bytes: int  # before the first step
     trained: int
 

@@ -1,4 +1,4 @@
-"""Nodes for ComfyUI. Put this folder or the whole repository into ComfyUI's custom_nodes."""
+"""Nodes for ComfyUI. Put this folder or the repository into ComfyUI's custom_nodes folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of the library from nodes: ordinary tensors, errors with hints, progress, interrupts."""
+"""Call the library from nodes: normal tensors, errors with hints, progress, interrupts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def error_text(error: SpectuneError) -> str:
 
 @contextmanager
 def library() -> Iterator[None]:
-    """Run library calls; turn a SpectuneError into a RuntimeError with its hint.
+    """Run library calls with gradients off; convert a SpectuneError to a RuntimeError with its hint.
 
-    ComfyUI runs nodes in inference mode. The library's threads cannot write to tensors of that mode.
+    ComfyUI runs nodes in inference mode. Threads of the library cannot write to inference tensors.
     """
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -31,7 +31,7 @@ def library() -> Iterator[None]:
 
 
 def progress_bar() -> Callable[[int, int, str], None]:
-    """Return a callback for the progress bar of the running node; it also checks for interrupts."""
+    """Return a callback that updates the progress bar of the running node and checks for interrupts."""
     bar = comfy.utils.ProgressBar(1)
 
     def step(done: int, total: int, name: str) -> None:

@@ -20,14 +20,14 @@ from .places import listed, listed_or_none, optional_path, path_of, stamp
 from .sampling import is_set, sampled_as
 
 _STRENGTH = {"default": 1.0, "min": -20.0, "max": 20.0, "step": 0.01}
-_hashes: dict[tuple[Path, str], str] = {}  # weights hashes by path and state of the file
+_hashes: dict[tuple[Path, str], str] = {}  # (path, stamp) -> weights hash
 
 
 class SpectuneApplyDeltas:
     """Add the trained change of every layer to the original model, in float32."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Adds a tuned adapter, as `spectune train` writes it, to the model it was trained from."
+    DESCRIPTION = "Adds a tuned adapter of `spectune train` to the model it was trained from."
     RETURN_TYPES = ("MODEL", "CLIP")
     FUNCTION = "apply"
 
@@ -44,7 +44,7 @@ class SpectuneApplyDeltas:
             "optional": {
                 "checkpoint": (
                     listed_or_none("checkpoints"),
-                    {"tooltip": "If set, it is read and must be the file that was trained from."},
+                    {"tooltip": "If set, the node checks that the adapter was trained from this file."},
                 ),
             },
         }
@@ -77,31 +77,31 @@ def _tuned(opened: Adapter | TunedAdapter) -> TunedAdapter:
         return opened
     raise InputError(
         f"{opened.label} is not a tuned adapter: it has no delta_down and delta_up",
-        hint="plain LoRAs go through ComfyUI's Load LoRA, principals through Load Residual + Principal",
+        hint="load a plain LoRA with Load LoRA, and a principal with Load Residual + Principal",
     )
 
 
 def _check_sampling(model: Any, tuned: TunedAdapter) -> None:
-    """Raise InputError if a node has set the model to another prediction type than that of the adapter.
+    """Raise InputError if a node has set another prediction type than that of the adapter.
 
-    Only warn if the checkpoint itself set it: a sampling node may still follow this node.
+    If the checkpoint set it, only warn: a sampling node may still follow this node.
     """
     provenance = tuned.provenance
-    trained, found = provenance.prediction, sampled_as(model)
+    trained, sampled = provenance.prediction, sampled_as(model)
     if provenance.vae_name is not None:
         logging.warning("spectune: %s was trained with the VAE %s", tuned.label, provenance.vae_name)
-    if trained is None or found is None or trained == found:
+    if trained is None or sampled is None or trained == sampled:
         return
-    what = f"{tuned.label} was trained to predict {trained}, the MODEL is sampled as {found}"
+    problem = f"{tuned.label} was trained to predict {trained}, but the MODEL is sampled as {sampled}"
     if is_set(model) or trained == "eps":
         raise InputError(
-            what, hint="use Flow Sampling From File with this adapter, and no other sampling node"
+            problem, hint="use Flow Sampling From File with this adapter, and no other sampling node"
         )
-    logging.warning("spectune: %s: put Flow Sampling From File behind Apply Tuned Deltas", what)
+    logging.warning("spectune: %s; connect Flow Sampling From File after Apply Tuned Deltas", problem)
 
 
 def _check_base(tuned: TunedAdapter, base: Path) -> None:
-    """Raise PairingError with both hashes if a checkpoint is not the one that was trained from."""
+    """Raise PairingError with both hashes if the adapter was trained from another checkpoint."""
     if tuned.provenance.base_hash is None:
         raise InputError(
             f"{tuned.label} does not declare the model it was trained from", hint="set checkpoint to none"

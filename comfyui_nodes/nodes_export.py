@@ -1,4 +1,4 @@
-"""Export LoRA: write a plain LoRA of a tuned adapter or a tuned checkpoint."""
+"""Export LoRA: export a tuned adapter or a tuned checkpoint as a plain LoRA."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .widgets import list_widget, widget
 
 
 class SpectuneExport:
-    """Write a LoRA into the loras folder and return its name in the list."""
+    """Write a LoRA into the loras folder and return its name in ComfyUI's list."""
 
     CATEGORY = "spectune"
     DESCRIPTION = (
-        "Writes a plain LoRA of a tuned adapter, or of the difference of a checkpoint from its base."
+        "Writes a plain LoRA from a tuned adapter, or from the difference of a checkpoint and its base."
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("lora_file",)

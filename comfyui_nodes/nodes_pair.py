@@ -1,4 +1,4 @@
-"""Load Residual + Principal: load the original model from its two parts."""
+"""Load Residual + Principal: load the original model from its two files."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ class SpectuneLoadPair:
                 "residual": (listed_or_none("checkpoints"),),
                 "principal": (
                     listed_or_none("loras"),
-                    {"tooltip": "a principal, or what was trained from it"},
+                    {"tooltip": "The principal, or an adapter that was trained from it."},
                 ),
                 "method": (
                     [PATCH, RESTORE],
                     {
                         "tooltip": "patch: ComfyUI loads the residual and adds the principal in float32. "
-                        "restore: the original's bits are computed first, which takes its size in memory"
+                        "restore: compute the exact original first; this needs memory for the complete model."
                     },
                 ),
             },
             "optional": {
                 "residual_file": (
                     "STRING",
-                    {"forceInput": True, "tooltip": "in place of the list, from a split"},
+                    {"forceInput": True, "tooltip": "From Spectune Split. Replaces the choice in the list."},
                 ),
                 "principal_file": (
                     "STRING",
-                    {"forceInput": True, "tooltip": "in place of the list, from a split"},
+                    {"forceInput": True, "tooltip": "From Spectune Split. Replaces the choice in the list."},
                 ),
             },
         }
@@ -80,17 +80,20 @@ class SpectuneLoadPair:
         return (*patched(model, clip, products), vae)
 
 
-def _chosen(kind: str, name: str, what: str) -> Path:
+def _chosen(kind: str, name: str, field: str) -> Path:
     path = optional_path(kind, name)
     if path is None:
         raise RuntimeError(
-            f"no {what} is chosen\nhint: choose a file, or connect {what}_file to Spectune Split"
+            f"{field} is not set\nhint: choose a file, or connect {field}_file to Spectune Split"
         )
     return path
 
 
 def _checked(residual: Path, principal: Path) -> dict[str, LowRank]:
-    """What the principal adds to each layer; raises PairingError with both hashes if it is another's."""
+    """Return what the principal adds to each layer.
+
+    Raises PairingError with both hashes if the principal belongs to another residual.
+    """
     with (
         open_checkpoint(residual) as source,
         open_adapter(principal, build_catalogue(source, all_layers=True)) as adapter,
@@ -100,7 +103,7 @@ def _checked(residual: Path, principal: Path) -> dict[str, LowRank]:
 
 
 def _loaded(path: Path) -> tuple[Any, Any, Any]:
-    """Load a checkpoint file with ComfyUI's own loader."""
+    """Load a checkpoint with ComfyUI's own loader."""
     embeddings = folder_paths.get_folder_paths("embeddings")
     return comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
@@ -108,7 +111,7 @@ def _loaded(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _restored(residual: Path, principal: Path) -> tuple[Any, Any, Any]:
-    """Compute the original's tensors as `spectune rebuild` does, and load them with ComfyUI's loader."""
+    """Compute the original tensors as `spectune rebuild` does, and load them with ComfyUI's loader."""
     step = progress_bar()
     with (
         library(),
@@ -120,13 +123,13 @@ def _restored(residual: Path, principal: Path) -> tuple[Any, Any, Any]:
         for done, name in enumerate(model.tensors):
             step(done, len(model.tensors), name)
             tensors[name] = model.load(name)
-    found = comfy.sd.load_state_dict_guess_config(
+    loaded = comfy.sd.load_state_dict_guess_config(
         tensors,
         output_vae=True,
         output_clip=True,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         metadata=dict(model.metadata),
     )
-    if found is None:
+    if loaded is None:
         raise RuntimeError(f"ComfyUI does not recognize the model of {residual.name}")
-    return found[:3]
+    return loaded[:3]

@@ -1,4 +1,4 @@
-"""Flow Sampling From File: sample a model as a file declares it."""
+"""Flow Sampling From File: set the prediction type and shift that a file declares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class DeclaredSampling:
-    """The sampling that a file declares."""
+    """The prediction type, shift and SNR setting that a file declares."""
 
     label: str
     prediction: PredictionName | None
@@ -29,10 +29,10 @@ class DeclaredSampling:
 
 
 class SpectuneSampling:
-    """Set flow or v-prediction if a file declares it; leave eps unchanged."""
+    """Set flow or v prediction if a file declares it. Leave eps unchanged."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Samples a model as a checkpoint or adapter declares it: eps, v, or flow with its shift."
+    DESCRIPTION = "Sets the prediction type that a file declares: eps, v, or flow with its shift."
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "sampling")
     FUNCTION = "set"
@@ -45,7 +45,10 @@ class SpectuneSampling:
                 "file": (listed_of_both(), {"tooltip": "The file that declares the prediction type."}),
             },
             "optional": {
-                "prediction": ([AUTO, "eps", "v", "flow"], {"tooltip": "auto: as the file declares."}),
+                "prediction": (
+                    [AUTO, "eps", "v", "flow"],
+                    {"tooltip": "auto: the type that the file declares."},
+                ),
                 "shift": (
                     "FLOAT",
                     {
@@ -54,7 +57,7 @@ class SpectuneSampling:
                         "max": 100.0,
                         "step": 0.01,
                         "round": False,
-                        "tooltip": "Shift of flow. 0: as the file declares.",
+                        "tooltip": "Shift of flow. 0: the shift that the file declares.",
                     },
                 ),
             },
@@ -70,8 +73,8 @@ class SpectuneSampling:
             chosen_type = declared.prediction if prediction == AUTO else cast(PredictionName, prediction)
             if chosen_type is None:
                 raise InputError(
-                    f"{declared.label} does not declare what its model predicts",
-                    hint="set prediction to eps, v or flow, as the model was trained",
+                    f"{declared.label} does not declare its prediction type",
+                    hint="set prediction to the type of the training: eps, v or flow",
                 )
             if chosen_type == "flow":
                 return _flow(model, declared, shift)
@@ -89,14 +92,14 @@ def _flow(model: Any, declared: DeclaredSampling, shift: float) -> tuple[Any, st
     chosen = shift or declared.shift
     if chosen is None:
         raise InputError(
-            f"{declared.label} does not declare the shift of its flow",
-            hint="set shift: the guide trains with 2.5; a shift by resolution is sqrt(width * height) / 1024",
+            f"{declared.label} does not declare its flow shift",
+            hint="set shift; the guide trains with 2.5; a shift by resolution is sqrt(width * height) / 1024",
         )
     return with_flow(model, chosen), f"flow, shift {chosen:g}"
 
 
 def _discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> tuple[Any, str]:
-    what = f"{prediction}, zero terminal SNR" if zero_snr else prediction
+    name = f"{prediction}, zero terminal SNR" if zero_snr else prediction
     if prediction == "eps" and sampled_as(model) == "eps" and not zero_snr:
-        return model, f"{what} (unchanged)"
-    return with_discrete(model, prediction, zero_snr=zero_snr), what
+        return model, f"{name} (unchanged)"
+    return with_discrete(model, prediction, zero_snr=zero_snr), name

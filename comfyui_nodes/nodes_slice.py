@@ -23,10 +23,10 @@ _EXAMPLE = "style.safetensors:unet:0.8\nface.safetensors:te"
 
 
 class SpectuneSlice:
-    """Write an adapter from parts of others into the loras folder."""
+    """Combine layers of LoRAs and write the result into the loras folder."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Takes layers from LoRAs and sums them; one FILE[:TRAIT[:WEIGHT]] per line."
+    DESCRIPTION = "Combines layers of LoRAs. Write one FILE[:TRAIT[:WEIGHT]] per line."
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("lora_file",)
     FUNCTION = "slice"
@@ -43,7 +43,7 @@ class SpectuneSlice:
             "optional": {
                 "traits": (
                     "STRING",
-                    {"multiline": True, "default": "", "tooltip": "Your own traits as JSON text."},
+                    {"multiline": True, "default": "", "tooltip": "Additional traits, as JSON."},
                 ),
                 "base": list_widget(listed_or_none("checkpoints"), SliceOptions, "base"),
             },
@@ -51,7 +51,7 @@ class SpectuneSlice:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: object) -> float:
-        return float("nan")  # the text names the files: always run
+        return float("nan")  # files are named in the text, so always run
 
     def slice(
         self, slices: str, name: str, overwrite: bool, traits: str = "", base: str = "none"
@@ -72,7 +72,7 @@ class SpectuneSlice:
 
 
 def read_slices(text: str) -> Iterator[Slice]:
-    """Read one slice per line; skip empty lines and lines that start with #."""
+    """Parse one slice per line. Empty lines and lines that start with # are skipped."""
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
             continue
@@ -85,13 +85,13 @@ def _lora(name: str) -> Path:
         return path_of("loras", name)
     except FileNotFoundError:
         raise InputError(
-            f"{name} is not in the list of LoRAs", hint="write names as Load LoRA shows them"
+            f"{name} is not in the list of LoRAs", hint="write the name as the node Load LoRA shows it"
         ) from None
 
 
 @contextmanager
 def _traits_file(text: str) -> Iterator[Path | None]:
-    """Hold the text in a temporary file, which the library reads; yield None for an empty text."""
+    """Write the text to a temporary file for the library; yield None for an empty text."""
     if not text.strip():
         yield None
         return

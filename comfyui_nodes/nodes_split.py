@@ -19,7 +19,7 @@ RESIDUAL_TYPES = {"model's own": None, "float32": "float32"}
 
 
 class SpectuneSplit:
-    """Write residual and principal, and return their names in the lists."""
+    """Write residual and principal, and return their names in ComfyUI's lists."""
 
     CATEGORY = "spectune"
     DESCRIPTION = "Splits a checkpoint into its principal LoRA and its residual checkpoint."
@@ -36,8 +36,8 @@ class SpectuneSplit:
                 "rank": widget(SplitOptions, "rank", default=DEFAULT_RANK, min=1),
                 "residual_type": list_widget(list(RESIDUAL_TYPES), SplitOptions, "residual_dtype"),
                 "layers": list_widget(["default", "all"], SplitOptions, "layers"),
-                "residual_folder": ("STRING", {"default": "", "tooltip": "A folder inside of checkpoints."}),
-                "principal_folder": ("STRING", {"default": "", "tooltip": "A folder inside of loras."}),
+                "residual_folder": ("STRING", {"default": "", "tooltip": "A folder inside checkpoints."}),
+                "principal_folder": ("STRING", {"default": "", "tooltip": "A folder inside loras."}),
                 "overwrite": widget(SplitOptions, "force"),
             }
         }
@@ -57,12 +57,12 @@ class SpectuneSplit:
         overwrite: bool,
     ) -> tuple[str, str]:
         source = path_of("checkpoints", checkpoint)
-        # the name in the list: a link may lead to a file with another name
+        # the name in the list, because the file behind a link may have another name
         stem = PurePath(checkpoint.replace("\\", "/")).stem
         residual = target("checkpoints", f"{residual_folder}/{residual_name(stem)}", overwrite=overwrite)
         principal_file = f"{principal_folder}/{principal_name(stem, f'r{rank}')}"
         principal = target("loras", principal_file, overwrite=overwrite)
-        # on the disk of the residual: gigabytes are renamed, not copied
+        # on the disk of the residual, so that gigabytes are renamed, not copied
         with library(), TemporaryDirectory(prefix=".spectune-", dir=residual.path.parent) as work:
             self._split_into(source, Path(work), rank, residual_type, layers, residual, principal)
         return residual.name, principal.name

@@ -1,4 +1,4 @@
-"""The layers of a loaded MODEL and CLIP, and low-rank products as patches on their weights."""
+"""Find the layers of a loaded MODEL and CLIP, and patch low-rank products onto their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.sdxl.names import Module, te1_modules, te2_modules
 Shapes = Mapping[str, tuple[int, ...]]
 LABEL = "the connected MODEL and CLIP"
 
-# Parts in ComfyUI's state dicts: te1.text_model.x is clip_l.transformer.text_model.x
+# Part -> root in ComfyUI's state dicts: te1.text_model.x is clip_l.transformer.text_model.x
 ROOTS: Mapping[str, str] = {
     "unet": "diffusion_model",
     "te1": "clip_l.transformer",
@@ -50,11 +50,13 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 def single_file_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Convert ComfyUI's shapes to those of a checkpoint, which joins q, k, v of the second encoder."""
-    found = {f"model.{name}": shape for name, shape in shapes.items() if name.startswith("diffusion_model.")}
-    found |= _text_shapes(
+    result = {f"model.{name}": shape for name, shape in shapes.items() if name.startswith("diffusion_model.")}
+    result |= _text_shapes(
         te1_modules(_sized(SDXL.te1, shapes, "clip_l")), "clip_l.transformer.text_model", shapes
     )
-    return found | _text_shapes(te2_modules(_sized(SDXL.te2, shapes, "clip_g")), "clip_g.transformer", shapes)
+    return result | _text_shapes(
+        te2_modules(_sized(SDXL.te2, shapes, "clip_g")), "clip_g.transformer", shapes
+    )
 
 
 def _sized(text: TextLayout, shapes: Shapes, encoder: str) -> TextLayout:
@@ -66,16 +68,16 @@ def _sized(text: TextLayout, shapes: Shapes, encoder: str) -> TextLayout:
 
 
 def _text_shapes(modules: Iterable[Module], root: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for module in modules:
         for parameter, view in module.parameters:
             shape = shapes.get(f"{root}.{module.path}.{parameter}")
             if shape is None:
                 continue
             if view.rows is not None:
-                shape = (shape[0] + found.get(view.tensor, (0,))[0], *shape[1:])
-            found[view.tensor] = shape[::-1] if view.transpose else shape
-    return found
+                shape = (shape[0] + result.get(view.tensor, (0,))[0], *shape[1:])
+            result[view.tensor] = shape[::-1] if view.transpose else shape
+    return result
 
 
 def patched(
@@ -86,9 +88,9 @@ def patched(
     strength_model: float = 1,
     strength_clip: float = 1,
 ) -> tuple[Any, Any]:
-    """Return copies of MODEL and CLIP; ComfyUI adds the product of each layer to their weights.
+    """Return copies of MODEL and CLIP with a patch for each layer, which ComfyUI adds to the weights.
 
-    ComfyUI sums in float32 on the CPU, and on a GPU if it is set up to.
+    ComfyUI sums in float32 on the CPU, and on a GPU if it is configured for it.
 
     Raises:
         RuntimeError: A layer has no weight in MODEL or CLIP.
@@ -97,18 +99,18 @@ def patched(
     patches = {patch_key(name): adapter_of(low_rank) for name, low_rank in changes.items()}
     unet = {key: patch for key, patch in patches.items() if key.startswith("diffusion_model.")}
     text = {key: patch for key, patch in patches.items() if key not in unet}
-    taken = {*_added(model, unet, strength_model), *_added(clip, text, strength_clip)}
-    missing = sorted(patches.keys() - taken)
+    patched_keys = {*_added(model, unet, strength_model), *_added(clip, text, strength_clip)}
+    missing = sorted(patches.keys() - patched_keys)
     if missing:
         raise RuntimeError(
             f"{len(missing)} of {len(patches)} layers have no weight in {LABEL}: {some_of(missing)}\n"
-            "hint: the files are for another model"
+            "hint: the files belong to another model; connect the model they were made from"
         )
     return model, clip
 
 
 def adapter_of(low_rank: LowRank) -> LoRAAdapter:
-    """Return the factors of a layer as a patch of ComfyUI."""
+    """Return the factors of a layer as a ComfyUI patch."""
     return LoRAAdapter(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
 
 

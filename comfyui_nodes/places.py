@@ -1,4 +1,4 @@
-"""Files by their names in ComfyUI's lists, and the paths of new files."""
+"""Find files by their names in ComfyUI's lists, and choose paths of new files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def listed_of_both() -> list[str]:
 
 
 def path_of(kind: str, name: str) -> Path:
-    """Return the path of a listed file; raise FileNotFoundError if it is gone."""
+    """Return the path of a listed file. Raises FileNotFoundError if it no longer exists."""
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
@@ -44,7 +44,9 @@ def path_of_both(word: str) -> Path:
     """Return the path of an entry of `listed_of_both`."""
     kind, _, name = word.partition("/")
     if kind not in KINDS:
-        raise RuntimeError(f"{word!r} names no kind of file\nhint: write checkpoints/NAME or loras/NAME")
+        raise RuntimeError(
+            f"{word!r} does not begin with checkpoints/ or loras/\nhint: choose an entry of the list"
+        )
     return path_of(kind, name)
 
 
@@ -57,39 +59,37 @@ class Target:
 
 
 def target(kind: str, name: str, *, overwrite: bool) -> Target:
-    """Return the target of a new file, in the first folder of its kind, and make its folder.
+    """Return the target of a new file in the first folder of its kind, and create its parent folder.
 
     Raises:
-        RuntimeError: The name leads out of that folder, or the file exists and `overwrite` is off.
+        RuntimeError: The name points outside that folder, or the file exists and `overwrite` is off.
     """
     folder = Path(folder_paths.get_folder_paths(kind)[0]).absolute()
     name = name.strip().replace("\\", "/").strip("/")
     name = name if name.lower().endswith(SUFFIX) else name + SUFFIX
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(folder) or path.name == SUFFIX:
-        raise RuntimeError(
-            f"{name!r} is no name for a file in {kind}\nhint: write FOLDER/NAME, or NAME alone"
-        )
+        raise RuntimeError(f"{name!r} is not a valid file name in {kind}\nhint: write NAME or FOLDER/NAME")
     if path.exists() and not overwrite:
         raise RuntimeError(
-            f"{name} is there already, in {kind}\nhint: turn overwrite on, or take another name"
+            f"{name} already exists in {kind}\nhint: turn overwrite on, or choose another name"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     return Target(path, str(path.relative_to(folder)))
 
 
-def put(made: Path, path: Path) -> None:
-    """Move a complete file to its path in one step; no partial file ever appears there."""
+def put(source: Path, path: Path) -> None:
+    """Move a complete file to its path atomically, so that no partial file appears there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        shutil.move(made, partial)
+        shutil.move(source, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def stamp(find: Callable[[], Path | None]) -> str:
-    """Return a key for ComfyUI's cache that changes with the file; empty without a file."""
+    """Return a key for ComfyUI's cache that changes with the file, or '' without a file."""
     try:
         path = find()
         state = None if path is None else path.stat()

@@ -16,7 +16,7 @@ def sampled_as(model: Any) -> PredictionName | None:
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, model_sampling.CONST):
         return "flow"
-    # the order matters: v derives from eps, and other classes from both
+    # this order, because V_PREDICTION derives from EPS, and other classes derive from both
     if isinstance(sampling, (model_sampling.EDM, model_sampling.X0)):
         return None
     if isinstance(sampling, model_sampling.V_PREDICTION):
@@ -41,7 +41,7 @@ def with_flow(model: Any, shift: float) -> Any:
 
 
 def with_discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> Any:
-    """Return a copy that is sampled as eps or v on SDXL's schedule, or on the one with zero terminal SNR."""
+    """Return a copy that is sampled as eps or v, on SDXL's schedule or with zero terminal SNR."""
     kind = model_sampling.V_PREDICTION if prediction == "v" else model_sampling.EPS
 
     class Discrete(model_sampling.ModelSamplingDiscrete, kind):

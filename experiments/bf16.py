@@ -101,9 +101,14 @@ def page_values() -> dict[str, str]:
     for label, outcomes in by_label.items():
         form, precision = label.split()
         stored = "stored_as_factors" if form == "residual" else "stored_as_deltas"
-        error = mean(it.extra[stored] for it in outcomes)
+        error = mean(outcome.extra[stored] for outcome in outcomes)
         rows.append(
-            [names[form], precision, f"{spread(it.final for it in outcomes):.5f}", f"{100 * error:.2f} %"]
+            [
+                names[form],
+                precision,
+                f"{spread(outcome.final for outcome in outcomes):.5f}",
+                f"{100 * error:.2f} %",
+            ]
         )
     apart = {
         form: max(

@@ -1,4 +1,4 @@
-"""7 and 9. Text encoders: stopped early, or not trained. 3D style, all parts; validation captions."""
+"""7 and 9. Text encoders: stopped early, or not trained. 3D style, all parts, validation captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spectune.training.run import Run
 from spectune.training.setup import assemble
 
 NAME = "encoders"
-STOPS = (0, 20, 40, 80, 120)  # the step of the encoders
+STOPS = (0, 20, 40, 80, 120)  # steps after which the training of the encoders stops
 
 
 def all_parts() -> Trial:
@@ -46,7 +46,7 @@ def trials() -> list[Trial]:
 
 
 def run(trial: Trial, work: Path) -> Outcome:
-    """Train all parts, then combine the final UNet with the encoders of each stop."""
+    """Train all parts, then combine the final UNet with the encoders after each of STOPS."""
     trained = train_recipe(trial, work)
     recipe = recipe_of(trial, work)
     output, name = recipe.run.output, recipe.run.name
@@ -65,9 +65,12 @@ def run(trial: Trial, work: Path) -> Outcome:
 
 
 def read_deltas(path: Path, base: Path) -> dict[str, Delta]:
-    with open_checkpoint(base) as source, open_adapter(path, build_catalogue(source, all_layers=True)) as it:
-        assert isinstance(it, TunedAdapter)
-        return {name: it.layers[name] for name in it.layers}
+    with (
+        open_checkpoint(base) as source,
+        open_adapter(path, build_catalogue(source, all_layers=True)) as tuned,
+    ):
+        assert isinstance(tuned, TunedAdapter)
+        return {name: tuned.layers[name] for name in tuned.layers}
 
 
 def without_change(delta: Delta) -> Delta:
@@ -75,7 +78,7 @@ def without_change(delta: Delta) -> Delta:
 
 
 def mixed(last: dict[str, Delta], encoders: dict[str, Delta]) -> dict[str, Delta]:
-    """Return the UNet of `last` and the encoders of `encoders`."""
+    """Combine the UNet of `last` with the text encoders of `encoders`."""
     return {name: (last if name.startswith("unet") else encoders)[name] for name in last}
 
 
@@ -86,18 +89,18 @@ def loss_of(run: Run, deltas: dict[str, Delta]) -> float:
 
 def page_values() -> dict[str, str]:
     outcomes = finals(trials())["all parts"]
-    last = [it.extra["encoders_of_step"][str(STOPS[-1])] for it in outcomes]
+    last = [outcome.extra["encoders_of_step"][str(STOPS[-1])] for outcome in outcomes]
     rows: list[list[str]] = []
     for stop in STOPS:
-        losses = [it.extra["encoders_of_step"][str(stop)] for it in outcomes]
+        losses = [outcome.extra["encoders_of_step"][str(stop)] for outcome in outcomes]
         cost = [100 * (one / other - 1) for one, other in zip(losses, last, strict=True)]
         rows.append([str(stop), f"{spread(losses):.5f}", f"{spread(cost):+.2f} %"])
     unet = finals(near_full.repeats())["principal r16"]
     return {
         "stops": table(["encoders of step", "validation loss", "relative to the last step"], rows),
         "all": f"{spread(last):.5f}",
-        "unet": f"{spread(it.final for it in unet):.5f}",
-        "difference": f"{100 * (mean(it.final for it in unet) / mean(last) - 1):+.1f} %",
+        "unet": f"{spread(outcome.final for outcome in unet):.5f}",
+        "difference": f"{100 * (mean(outcome.final for outcome in unet) / mean(last) - 1):+.1f} %",
     }
 
 

@@ -1,8 +1,8 @@
-"""The VAE of the demo, fine-tuned to equivariant latents: rotated or scaled latents decode to such images.
+"""Fine-tune the VAE of the demo so that rotated or scaled latents decode to rotated or scaled images.
 
-EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, section 3): in addition to its own reconstruction, the decoder
-is trained on downsampled or rotated latents. The target is the image, transformed in the same way. New scale
-and shift give latents = (z - shift) * scale with mean 0 and deviation 1.
+EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509, section 3): the decoder is trained on plain latents and on
+downsampled or rotated latents. The target is the image, transformed in the same way. A new scale and shift
+give latents = (z - shift) * scale with mean 0 and standard deviation 1.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def pixels_of(folder: Path) -> Tensor:
 
 
 def transformed(latents: Tensor, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return both, rotated by a multiple of 90 degrees and downsampled to one of SIZES or kept."""
+    """Rotate both by a random multiple of 90 degrees and downsample them to one of SIZES, or not at all."""
     turns = int(torch.randint(4, (), generator=generator))
-    latents, pixels = (torch.rot90(it, turns, (2, 3)) for it in (latents, pixels))
+    latents, pixels = (torch.rot90(tensor, turns, (2, 3)) for tensor in (latents, pixels))
     choice = int(torch.randint(len(SIZES) + 1, (), generator=generator))
     if choice == len(SIZES):
         return latents, pixels
@@ -80,7 +80,7 @@ def equivariance(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
 
 
 def make(work: Path) -> None:
-    """Write the VAE into the work folder, unless it exists."""
+    """Write the VAE to the work folder, unless it exists."""
     if (work / FACTS).exists():
         return
     torch.manual_seed(0)
@@ -112,5 +112,5 @@ def make(work: Path) -> None:
         "after": equivariance(vae, validation),
     }
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, work / FILE, metadata=layout)  # the layout has its own number of norm groups
+    save_file(weights, work / FILE, metadata=layout)  # the layout gives the number of norm groups
     (work / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An experiment: stages of trials and a section of the page; helpers to summarize outcomes."""
+"""An experiment: stages of trials and a section of the page. Helpers that summarize outcomes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ FRAME_RATES = {  # learning rates in the comparison of frames
     "data": (2.5e-4, 5e-4, 1e-3),
 }
 FRAMES = tuple(FRAME_RATES)
-LENGTH = 0.577  # length of each direction in that comparison: 1/sqrt(3), as a row of plain LoRA
+LENGTH = 0.577  # length of each direction in this comparison: 1/sqrt(3), as a row of plain LoRA
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Stages of trials, and the values for a section of the page."""
+    """An experiment: stages of trials, and the values for its section of the page."""
 
     name: str
     stages: tuple[Stage, ...]
-    values: Callable[[], Mapping[str, str]]  # values for the braces in its text, from the results
-    prepare: Callable[[Path], None] | None = None  # writes files that its trials need into the work folder
-    runner: Callable[[Trial, Path], Outcome] | None = None  # replaces lab.run_trial
+    values: Callable[[], Mapping[str, str]]  # values for the braces in its text, computed from the results
+    prepare: Callable[[Path], None] | None = None  # writes files for its trials to the work folder
+    runner: Callable[[Trial, Path], Outcome] | None = None  # used instead of lab.run_trial
     needs: tuple[str, ...] = ()  # experiments whose results its trials or its text use
 
     def trials(self) -> list[Trial]:
-        """Return all trials that are known so far."""
+        """Return the trials of all finished stages and of the first unfinished one."""
         trials: list[Trial] = []
         for stage in self.stages:
             trials += stage()
@@ -46,9 +46,9 @@ class Experiment:
         return all(all(trial.done for trial in stage()) for stage in self.stages)
 
     def state(self) -> str:
-        known = self.trials()
-        count = sum(trial.done for trial in known)
-        return f"{self.name:14} {count} of {len(known)} runs" + ("" if self.done else ", unfinished")
+        trials = self.trials()
+        count = sum(trial.done for trial in trials)
+        return f"{self.name:14} {count} of {len(trials)} runs" + ("" if self.done else ", unfinished")
 
 
 def best(trials: Iterable[Trial]) -> Trial:
@@ -70,7 +70,7 @@ def on_seeds(trials: Iterable[Trial], seeds: Sequence[int] = SEEDS) -> list[Tria
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; for one seed, its value."""
+    """The mean and the sample standard deviation over seeds; for one seed, its value."""
 
     mean: float
     deviation: float
@@ -90,7 +90,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def finals(trials: Iterable[Trial]) -> Mapping[str, list[Outcome]]:
-    """Load the outcomes by label, with seeds in order."""
+    """Load the outcomes of each label, ordered by seed."""
     outcomes: dict[str, list[Outcome]] = {}
     for trial in trials:
         outcomes.setdefault(trial.label, []).append(load(trial))
@@ -102,21 +102,21 @@ def mean(values: Iterable[float]) -> float:
 
 
 def steps_to(outcomes: Iterable[Outcome], losses: Iterable[float]) -> list[float | None]:
-    """Return the steps of each outcome until its loss, seed by seed; None if it never falls that low."""
+    """Return, for each seed, the steps until an outcome reaches a loss; None if it never does."""
     return [outcome.steps_until(loss) for outcome, loss in zip(outcomes, losses, strict=False)]
 
 
 def steps_text(steps: Sequence[float | None], *, of: int | None = None) -> str:
-    """Return mean and deviation of steps, as a share of `of` if given; or the seeds that reached the loss."""
-    reached = [it / (of or 1) for it in steps if it is not None]
+    """Return mean and deviation of steps, as a share of `of` if given; or how many seeds reached the loss."""
+    reached = [count / (of or 1) for count in steps if count is not None]
     if len(reached) == len(steps):
         return f"{spread(reached):{'.0f' if of is None else '.2f'}}"
     return f"in {len(reached)} of {len(steps)} seeds" if reached else "never"
 
 
 def rate_text(trial: Trial, searched: Iterable[Trial]) -> str:
-    """Return the rate, with a star if it is the lowest or the highest in the search of its label."""
-    rates = sorted(it.rate for it in searched if it.label == trial.label and it.rate is not None)
+    """Return the rate, with a star if it is the lowest or the highest of those searched for its label."""
+    rates = sorted(one.rate for one in searched if one.label == trial.label and one.rate is not None)
     assert trial.rate is not None
     return f"{trial.rate:g}" + ("*" if trial.rate in (*rates[:1], *rates[-1:]) else "")
 

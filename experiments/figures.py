@@ -1,4 +1,4 @@
-"""Plots of the page, as PNG files in docs/images."""
+"""Draw the plots of the page, as PNG files in docs/images."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def curves(
         steps = [step for step, _ in outcomes[0].curve]
         rows = [[loss for _, loss in outcome.curve] for outcome in outcomes]
         columns = list(zip(*rows, strict=True))
-        axes.plot(steps, [statistics.fmean(it) for it in columns], color=color, linewidth=2, label=label)
-        low, high = [min(it) for it in columns], [max(it) for it in columns]
+        means = [statistics.fmean(column) for column in columns]
+        axes.plot(steps, means, color=color, linewidth=2, label=label)
+        low, high = [min(column) for column in columns], [max(column) for column in columns]
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     if level is not None:
         axes.axhline(level[1], color="#8a8a8a", linestyle="--", linewidth=1.2, label=level[0])
@@ -103,7 +104,7 @@ def dots(
 
 
 def strips(name: str, files: Mapping[str, Path]) -> str:
-    """Plot image strips in rows, each below its name."""
+    """Draw image strips in rows, each below its name."""
     pictures = {label: Image.open(file) for label, file in files.items()}
     figure = Figure(
         figsize=(_SIZE_INCHES[0], 1.75 * len(pictures)), dpi=_DPI, facecolor="white", layout="constrained"

@@ -1,9 +1,10 @@
-"""Distance between the images of a converted model and those of its original EPS model.
+"""Measure the distance between the images of a converted model and those of its original EPS model.
 
-Flow sampling integrates dx/ds = v(x, s) from noise at s = 1. Through the exact bridge, the EPS model also has
-such a v. From the same noise, both models generate the same image as far as their velocities agree. The
-distance is |difference of the latents| / |latents of the EPS model|. No network judges the images, nothing is
-estimated from a few samples, and 0 is possible. Euler's method without guidance, shift 2.5.
+Flow sampling integrates dx/ds = v(x, s) from noise at s = 1. Through the exact bridge, the EPS model has such
+a v too. If the velocities of both models agree, they generate the same image from the same noise. The
+distance is |difference of the latents| / |latents of the EPS model|. It needs no network that judges images
+and no statistics of many samples, and a perfect conversion has the distance 0. Images are sampled with
+Euler's method, without guidance, and with shift 2.5.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ def as_eps(model: Sdxl, captions: Sequence[str], *, first_seed: int = 0) -> Tens
     time_ids = torch.tensor([[EDGE_PX, EDGE_PX, 0, 0, EDGE_PX, EDGE_PX]]).float().expand(len(x), -1)
     bridge = Bridge()
     for timestep in scheduler.timesteps:
-        how = bridge.at((timestep / 1000).expand(len(x)))
-        output = model.denoise(how.network_input(x), how.timestep, text, time_ids)
-        x = scheduler.step(how.velocity(output, x), timestep, x).prev_sample
+        coefficients = bridge.at((timestep / 1000).expand(len(x)))
+        output = model.denoise(coefficients.network_input(x), coefficients.timestep, text, time_ids)
+        x = scheduler.step(coefficients.velocity(output, x), timestep, x).prev_sample
     return x
 
 
 def draw_own(base: Path, flat: Path, target: Path) -> None:
-    """Write an image set that the EPS base generates from the captions of the flat set.
+    """Generate an image set with the EPS base, from the captions of the flat set.
 
-    The validation images stay those of the flat set.
+    The validation images are those of the flat set.
     """
     if target.exists():
         return
@@ -75,13 +76,13 @@ def draw_own(base: Path, flat: Path, target: Path) -> None:
 
 
 def as_flow(model: Sdxl, captions: Sequence[str]) -> Tensor:
-    """Return latents of a flow model from the same noise."""
+    """Return latents of a flow model, sampled from the same noise."""
     requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
     return sample_latents(replace(model, prediction=Flow(SHIFT)), requests, SETTINGS)
 
 
 def reference(base: Path, captions: Sequence[str], work: Path) -> Tensor:
-    """Return the latents of the EPS base; cache them in the work folder."""
+    """Return the latents of the EPS base, cached in the work folder."""
     file = work / "eps_pictures.pt"
     if not file.exists():
         with open_checkpoint(base) as source:
@@ -101,9 +102,9 @@ def strip(model: Sdxl, latents: Tensor) -> Image.Image:
     """Return the first images in a row, at twice their size."""
     pictures = to_images(model.decode_latents(latents[:SHOWN]))
     sheet = Image.new("RGB", (2 * EDGE_PX * len(pictures), 2 * EDGE_PX), "white")
-    for place, picture in enumerate(pictures):
+    for column, picture in enumerate(pictures):
         sheet.paste(
-            picture.resize((2 * EDGE_PX, 2 * EDGE_PX), Image.Resampling.LANCZOS), (2 * EDGE_PX * place, 0)
+            picture.resize((2 * EDGE_PX, 2 * EDGE_PX), Image.Resampling.LANCZOS), (2 * EDGE_PX * column, 0)
         )
     return sheet
 

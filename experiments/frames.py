@@ -1,4 +1,4 @@
-"""8. Which frame? Five frames at rank 16, all directions equally long, on the 3D style."""
+"""8. Which frame? Five frames at rank 16, all with directions of the same length, on the 3D style."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def repeats() -> list[Trial]:
 
 
 def plain() -> list[Trial]:
-    """Return plain LoRA from near_full, with every seed."""
+    """Return the trials of plain LoRA from near_full, with every seed."""
     return on_seeds([near_full.chosen()["plain r16"]])
 
 

@@ -1,4 +1,4 @@
-"""1, second part. Other ranks, and whether the principal reaches LoRA's loss in half of the steps."""
+"""1, second part. Other ranks, and whether the principal reaches LoRA's loss in half the steps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def other_ranks() -> list[Trial]:
 
 
 def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
-    """Return a run whose learning rate decays to zero, so its end is as good as its length allows."""
+    """Return a trial whose learning rate decays to zero, which gives the best final loss for its length."""
     return Trial(
         NAME,
         label,
@@ -62,10 +62,10 @@ def decaying(label: str, rate: float, steps: int, **model: Any) -> Trial:
 
 HALF = STEPS // 2
 LONGER = 90
-LONG = "plain, 120 steps"  # its final loss is the target for half of the steps
+LONG = "plain, 120 steps"  # its final loss is the target for half the steps
 PLAIN_MORE = "plain, all layers, 3x3 rank 32"
 PLAIN_MORE_LONG = f"{PLAIN_MORE}, {STEPS} steps"
-TEXT_LABELS = {  # names of values in the text
+TEXT_LABELS = {  # names of values in the text, and their labels
     "aim": LONG,
     "plain": "plain",
     "principal": "principal",
@@ -80,7 +80,7 @@ TEXT_LABELS = {  # names of values in the text
 
 
 def decaying_sweep() -> list[Trial]:
-    """Return plain LoRA with all steps, and changes to the principal that may reach its loss in half."""
+    """Return plain LoRA with all steps, and variants that may reach its loss in half the steps."""
     high, low = (1e-3, 2e-3, 4e-3), (4e-4, 8e-4, 1.6e-3)
     everything = ["all"]
     trials = [decaying(LONG, rate, STEPS, frame="plain") for rate in high]
@@ -104,7 +104,7 @@ def decaying_sweep() -> list[Trial]:
 
 
 def methods() -> dict[str, Trial]:
-    """Return every method at its best rate, and all layers with more steps, to see how many are enough."""
+    """Return every method at its best rate, and "all layers" with more steps, to see how many it needs."""
     best = best_of_each(decaying_sweep())
     longer = f"all layers, {LONGER} steps"
     return {**best, longer: replace(best["all layers"], label=longer, steps=LONGER)}
@@ -129,13 +129,13 @@ def rank_rows() -> list[list[str]]:
     rows: list[list[str]] = []
     for rank in (4, 8, 16, 32):
         plain, principal = of_rank("plain", rank), of_rank("principal", rank)
-        steps = steps_to(principal, (it.final for it in plain))
+        steps = steps_to(principal, (outcome.final for outcome in plain))
         rows.append(
             [
                 str(rank),
                 _rate("plain", rank),
                 _rate("principal", rank),
-                *(f"{spread(it.final for it in outcomes)}" for outcomes in (plain, principal)),
+                *(f"{spread(outcome.final for outcome in outcomes)}" for outcomes in (plain, principal)),
                 *(_percent(near_full.share_of_gain(outcomes, full)) for outcomes in (plain, principal)),
                 steps_text(steps, of=STEPS),
             ]
@@ -160,13 +160,13 @@ def change_rows() -> list[list[str]]:
     full = finals(near_full.repeats())["full"]
     rows: list[list[str]] = []
     for label, seeds in outcomes.items():
-        steps = steps_to(seeds, (it.final for it in outcomes[LONG]))
+        steps = steps_to(seeds, (outcome.final for outcome in outcomes[LONG]))
         rows.append(
             [
                 _name(label),
                 rate_text(trials[label], decaying_sweep()),
                 str(trials[label].steps),
-                f"{spread(it.final for it in seeds)}",
+                f"{spread(outcome.final for outcome in seeds)}",
                 _percent(near_full.share_of_gain(seeds, full)),
                 "" if label == LONG else steps_text(steps, of=STEPS),
             ]
@@ -176,12 +176,12 @@ def change_rows() -> list[list[str]]:
 
 def page_values() -> dict[str, str]:
     outcomes = changes()
-    aim = mean(it.final for it in outcomes[LONG])
+    aim = mean(outcome.final for outcome in outcomes[LONG])
     plot = figures.dots(
         "evidence_half_steps.png",
         f"3D style, after {HALF} steps with a cosine schedule",
         {
-            _name(label): [it.final for it in outcomes[label]]
+            _name(label): [outcome.final for outcome in outcomes[label]]
             for label, trial in methods().items()
             if trial.steps == HALF
         },
@@ -192,9 +192,13 @@ def page_values() -> dict[str, str]:
         "plot": plot,
         "half": str(HALF),
         "ratios": ", ".join(f"{row[-1]} at rank {row[0]}" for row in rank_rows()),
-        **{name: f"{spread(it.final for it in outcomes[label])}" for name, label in TEXT_LABELS.items()},
+        **{
+            name: f"{spread(outcome.final for outcome in outcomes[label])}"
+            for name, label in TEXT_LABELS.items()
+        },
         "enough": steps_text(
-            steps_to(outcomes["all layers, 3x3 rank 32"], (it.final for it in outcomes[LONG])), of=STEPS
+            steps_to(outcomes["all layers, 3x3 rank 32"], (outcome.final for outcome in outcomes[LONG])),
+            of=STEPS,
         ),
         "longer_steps": str(LONGER),
         "steps": str(STEPS),

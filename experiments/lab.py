@@ -1,4 +1,4 @@
-"""Execution of a trial: a recipe in spectune's trainer, or full fine-tuning on the same batches."""
+"""Run a trial: a recipe with spectune's trainer, or full fine-tuning on the same batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recorder(Callbacks):
         self.trained_parameters = start.trained_parameters
 
     def extra(self) -> dict[str, Any]:
-        """Return further values for the results."""
+        """Return more values for the results."""
         return {}
 
     def on_validation(self, step: int, loss: float) -> None:
@@ -63,7 +63,7 @@ def base_file(trial: Trial, work: Path) -> Path:
 
 
 def recipe_of(trial: Trial, work: Path, more: Sections | None = None) -> Recipe:
-    """Return the recipe of a trial: UNet, rank 16, batch 16, AdamW at a constant rate, and its overrides."""
+    """Return the recipe of a trial: UNet, rank 16, batch 16, AdamW, constant rate, and its overrides."""
     folder = picture_folder(trial.pictures, work)
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": base_file(trial, work), "rank": 16, "parts": ["unet"]},
@@ -92,7 +92,7 @@ def recipe_of(trial: Trial, work: Path, more: Sections | None = None) -> Recipe:
 
 
 def _resolved(keys: Mapping[str, Any], work: Path) -> dict[str, Any]:
-    """Resolve values that start with `work:`, which are files of an earlier stage."""
+    """Resolve values that start with `work:` to files in the work folder."""
     return {k: work / v[5:] if isinstance(v, str) and v.startswith("work:") else v for k, v in keys.items()}
 
 
@@ -107,7 +107,7 @@ def run_trial(trial: Trial, work: Path, *, more: Sections | None = None) -> Outc
 def train_recipe(
     trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
 ) -> Outcome:
-    """Train the trial's recipe with spectune's trainer."""
+    """Train the recipe of a trial with spectune's trainer."""
     recipe = recipe_of(trial, work, more)
     shutil.rmtree(recipe.run.output, ignore_errors=True)
     recorder = recorder or Recorder()
@@ -161,7 +161,7 @@ def full_step(
 
 
 def validation_loss(run: Run, denoiser: Any = None) -> float:
-    """Return the validation loss of the run's denoiser, or of another one in its place."""
+    """Return the validation loss of `denoiser`, by default that of the run."""
     settings = run.recipe.run
     return validation.validation_loss(
         denoiser or run.model.denoiser,

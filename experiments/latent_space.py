@@ -63,7 +63,7 @@ def repeats() -> list[Trial]:
 
 
 def prepare(work: Path) -> None:
-    """Write the VAE, and a copy of its facts into the results."""
+    """Write the VAE, and copy its facts to the results."""
     eq_vae.make(work)
     (RESULTS / NAME).mkdir(parents=True, exist_ok=True)
     shutil.copy(work / eq_vae.FACTS, RESULTS / NAME / "autoencoder.facts")
@@ -83,7 +83,7 @@ def page_values() -> dict[str, str]:
         "evidence_latent_space.png",
         "A new latent space, each method at its best constant rate, 3 seeds",
         {NAMES[label]: outcomes[label] for label in NAMES},
-        top=2.2 * mean(it.final for it in full),
+        top=2.2 * mean(outcome.final for outcome in full),
     )
     rows: list[list[str]] = []
     reached: dict[str, str] = {}
@@ -94,7 +94,7 @@ def page_values() -> dict[str, str]:
             [
                 NAMES.get(label, f"{label}, equal lengths"),
                 rate_text(trial, sweep()),
-                f"{spread(it.final for it in seeds)}",
+                f"{spread(outcome.final for outcome in seeds)}",
                 reached[label],
             ]
         )
@@ -105,7 +105,7 @@ def page_values() -> dict[str, str]:
         "principal": reached[OWN],
         "plain": reached["plain"],
         "steps": str(STEPS),
-        "before": f"{mean(it.before for it in full):.3f}",
+        "before": f"{mean(outcome.before for outcome in full):.3f}",
         "scale": f"{facts['scale']:.3f}",
         "shift": f"{facts['shift']:.3f}",
         **{
@@ -117,8 +117,8 @@ def page_values() -> dict[str, str]:
 
 
 def _reached(outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> str:
-    """Return the steps until 5 % above the final loss of full fine-tuning, seed by seed."""
-    return steps_text(steps_to(outcomes, (CLOSE * it.final for it in full)))
+    """Return the steps until a loss 5 % above the final loss of full fine-tuning with the same seed."""
+    return steps_text(steps_to(outcomes, (CLOSE * outcome.final for outcome in full)))
 
 
 LATENT_SPACE = Experiment(NAME, (sweep, repeats), page_values, prepare=prepare, runner=run)

@@ -1,4 +1,4 @@
-"""Generator of docs/concepts/evidence.md from the texts in texts/ and the values in the results."""
+"""Generate docs/concepts/evidence.md from the texts in texts/ and the values in the results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ PAGE = HERE.parent / "docs" / "concepts" / "evidence.md"
 
 def text() -> str:
     """Return the page: the introduction, then the text of each finished experiment with its values."""
-    written = [it for it in EXPERIMENTS.values() if finished(it) and (TEXTS / f"{it.name}.md").exists()]
-    sections = [_text(it.name).format_map(dict(it.values())) for it in written]
-    missing = [it.name for it in EXPERIMENTS.values() if it not in written]
+    experiments = EXPERIMENTS.values()
+    written = [one for one in experiments if finished(one) and (TEXTS / f"{one.name}.md").exists()]
+    sections = [_text(one.name).format_map(dict(one.values())) for one in written]
+    missing = [one.name for one in experiments if one not in written]
     note = [f"Unfinished or without a text: {', '.join(missing)}."] if missing else []
     return "\n\n".join(part.rstrip() for part in [_text("introduction"), *note, *sections]) + "\n"
 

@@ -2,8 +2,8 @@
 
     python experiments/pick_pictures.py --flat fluent_flat.tar --three-d fluent_3d.tar
 
-Each style has 300 training images and 40 validation images with their captions, ordered by the SHA-256 of
-their names. The choice is arbitrary but reproducible, and the subjects are the same in both styles.
+Each style has 300 training images and 40 validation images with their captions. They are chosen by the
+SHA-256 of their names, which is arbitrary but reproducible. Both styles have the same subjects.
 """
 
 from __future__ import annotations

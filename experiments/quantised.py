@@ -1,4 +1,4 @@
-"""6. A base in NF4: rounding with and without the principal removed first, and its effect on training."""
+"""6. A base in NF4: the error of rounding W or its residual, and the effect on training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = ((1280, 1280), (10240, 1280), (640, 2048))  # layers of SDXL
 
 
 def trained() -> list[Trial]:
-    """Return plain and principal trials on a base in NF4; with the plain frame, W itself is rounded."""
+    """Return plain and principal trials on a base in NF4. With the plain frame, W itself is rounded."""
     trials: list[Trial] = []
     for frame in ("plain", "principal"):
         rate = near_full.chosen()[f"{frame} r16"].rate
@@ -40,7 +40,7 @@ def trained() -> list[Trial]:
 
 
 def errors() -> Trial:
-    """Return the trial without training, which measures the error of the rounded weights."""
+    """Return the trial that only measures the error of the rounded weights, without training."""
     return Trial(NAME, "errors", None, steps=0)
 
 
@@ -57,7 +57,7 @@ def run(trial: Trial, work: Path) -> Outcome:
 
 
 def base_errors() -> dict[str, dict[str, float]]:
-    """Return |W - rounded| / |W| of the linear layers of each part: for W, and for R at rank 16."""
+    """Return the relative error of rounding the linear layers of each part: for W, and for R at rank 16."""
     sums: dict[str, list[float]] = {}
     with open_checkpoint(BASE) as source:
         for layer in build_catalogue(source):
@@ -73,7 +73,7 @@ def base_errors() -> dict[str, dict[str, float]]:
 
 
 def synthetic_errors() -> list[dict[str, float]]:
-    """Return the same for matrices of SDXL's sizes with singular values i^-0.4, like trained weights."""
+    """Return these errors for matrices of SDXL's sizes with singular values i^-0.4, like trained weights."""
     rows: list[dict[str, float]] = []
     for out, columns in SHAPES:
         weight = spectral(out, columns, power=-0.4)
@@ -86,10 +86,12 @@ def synthetic_errors() -> list[dict[str, float]]:
 
 
 def squared_errors(weight: Tensor, rank: int) -> tuple[float, float]:
-    """Return the squared error of a rounded W, and of a rounded R with exact factors of this rank."""
+    """Return the squared error of rounding W, and of rounding R next to exact factors of this rank."""
     principal = product(split_weight(weight, rank=rank, store=torch.float32).low_rank)
     residual = weight - principal
-    of_weight, of_residual = (float((it - rounded(it)).square().sum()) for it in (weight, residual))
+    of_weight, of_residual = (
+        float((matrix - rounded(matrix)).square().sum()) for matrix in (weight, residual)
+    )
     return of_weight, of_residual
 
 
@@ -109,19 +111,24 @@ def spectral(out: int, columns: int, *, power: float) -> Tensor:
 def page_values() -> dict[str, str]:
     measured = load(errors()).extra
     parts = [
-        [part, *(f"{100 * row[it]:.2f} %" for it in ("W", "R"))] for part, row in measured["base"].items()
+        [part, *(f"{100 * row[matrix]:.2f} %" for matrix in ("W", "R"))]
+        for part, row in measured["base"].items()
     ]
     sizes = [
-        [f"{row['out']} x {row['in']}", str(row["rank"]), *(f"{100 * row[it]:.2f} %" for it in ("W", "R"))]
+        [
+            f"{row['out']} x {row['in']}",
+            str(row["rank"]),
+            *(f"{100 * row[matrix]:.2f} %" for matrix in ("W", "R")),
+        ]
         for row in measured["synthetic"]
     ]
     in_nf4, in_full = finals(trained()), finals(near_full.repeats())
     losses = [
         [
             name,
-            f"{spread(it.final for it in in_full[f'{frame} r16'])}",
-            f"{mean(it.before for it in in_nf4[f'nf4 {frame}']):.4f}",
-            f"{spread(it.final for it in in_nf4[f'nf4 {frame}'])}",
+            f"{spread(outcome.final for outcome in in_full[f'{frame} r16'])}",
+            f"{mean(outcome.before for outcome in in_nf4[f'nf4 {frame}']):.4f}",
+            f"{spread(outcome.final for outcome in in_nf4[f'nf4 {frame}'])}",
         ]
         for frame, name in (("plain", "LoRA with W"), ("principal", "principal with R"))
     ]

@@ -16,8 +16,8 @@ from experiments.to_flow import TO_FLOW
 __all__ = ["EXPERIMENTS", "Experiment"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    it.name: it
-    for it in (
+    experiment.name: experiment
+    for experiment in (
         NEAR_FULL,
         HALF_STEPS,
         SENSITIVITY,

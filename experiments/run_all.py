@@ -5,8 +5,8 @@
     python dev.py experiment --list             list the experiments and their progress
     python dev.py experiment --again near_full  delete the results of one and run it again
 
-Every run writes a file into experiments/results/, so an interrupted repetition continues from there. Each run
-is a process with one thread. For a model of this size this is faster than one process with several threads.
+Every run writes a file to experiments/results/, so this program continues after an interruption. Each run is
+a process with one thread. For a model of this size, this is faster than one process with several threads.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ def run_one(trial: Trial, work: Path) -> bool:
     """Run a trial in its own process with one thread; return whether it succeeded."""
     log = work / "logs" / f"{trial.experiment}-{trial.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    # The source of this checkout, whatever is installed.
+    started = time.monotonic()
+    # use the source of this checkout, not an installed package
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "src")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "experiments.one", trial.experiment, trial.key, str(work)]
     with log.open("w") as out:
         code = subprocess.run(command, env=environment, stdout=out, stderr=out, check=False).returncode
-    state = f"{time.monotonic() - began:.0f} s" if code == 0 else f"FAILED, see {log}"
+    state = f"{time.monotonic() - started:.0f} s" if code == 0 else f"FAILED, see {log}"
     print(f"{trial.experiment}/{trial.key}: {state}", flush=True)
     return code == 0
 
 
 def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
-    """Run the trials stage by stage, because a stage may depend on results of the previous one."""
+    """Run the trials stage by stage, because a stage may use results of earlier ones."""
     if experiment.prepare is not None:
         experiment.prepare(work)
-    good = True
+    succeeded = True
     for stage in experiment.stages:
         missing = [trial for trial in stage() if not trial.done]
         for pictures in sorted({trial.pictures for trial in missing} - {"own"}):
-            picture_folder(pictures, work)  # unpack once, before processes would do it concurrently
+            picture_folder(pictures, work)  # unpack before the processes start
         with ThreadPoolExecutor(processes) as pool:
-            good &= all(list(pool.map(lambda trial: run_one(trial, work), missing)))
-        if not good:
+            succeeded &= all(list(pool.map(lambda trial: run_one(trial, work), missing)))
+        if not succeeded:
             break
-    return good
+    return succeeded
 
 
 def with_needed(chosen: Sequence[Experiment]) -> list[Experiment]:
-    """Return the chosen experiments, after those whose results they use."""
+    """Return the chosen experiments and those whose results they use, in the order of EXPERIMENTS."""
     names = {name for experiment in chosen for name in (*experiment.needs, experiment.name)}
     return [experiment for experiment in EXPERIMENTS.values() if experiment.name in names]
 
@@ -94,17 +94,17 @@ def main() -> int:
             print(state(experiment))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
-    good = True
+    succeeded = True
     if args.again:
         for experiment in chosen:
             shutil.rmtree(RESULTS / experiment.name, ignore_errors=True)
     for experiment in with_needed(chosen):
-        good = good and run_experiment(experiment, args.work, args.processes)
-    if good:
+        succeeded = succeeded and run_experiment(experiment, args.work, args.processes)
+    if succeeded:
         from experiments import page
 
         page.write()
-    return 0 if good else 1
+    return 0 if succeeded else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""2. Without tuning: learning rates over two decades, and ProdigyPlus, which finds its own rate. 3D style."""
+"""2. Without tuning: rates over two decades, and ProdigyPlus, which estimates its rate. 3D style."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.experiment import (
 from experiments.trial import Outcome, Trial, load
 
 NAME = "sensitivity"
-RATES = {  # two decades each, and finer in the range of near_full
+RATES = {  # two decades each, with the rates of near_full
     "plain": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "principal": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3),
 }
@@ -27,13 +27,13 @@ KEPT = 0.9  # a rate is good if it keeps this share of the gain of the best rate
 
 
 def rates() -> list[Trial]:
-    """Return two decades of rates; trials that near_full has run are reused."""
-    known = {trial.key: trial for trial in near_full.sweep()}
+    """Return trials with rates over two decades. Those of near_full are reused."""
+    finished = {trial.key for trial in near_full.sweep()}
     trials: list[Trial] = []
     for frame, rates in RATES.items():
         for rate in rates:
             trial = near_full.framed(frame, 16, rate)
-            reused = trial.key in known
+            reused = trial.key in finished
             trials.append(trial if reused else replace(trial, experiment=NAME, validate_every=120))
     return trials
 
@@ -110,12 +110,14 @@ def page_values() -> dict[str, str]:
                 f"{best[0]:g}",
                 f"{low:.1e} to {high:.1e}",
                 f"{high / low:.0f}",
-                f"{spread(it.final for it in tuned[f'{frame} r16'])}",
-                f"{spread(it.final for it in automatic[f'prodigy {frame}'])}",
+                f"{spread(outcome.final for outcome in tuned[f'{frame} r16'])}",
+                f"{spread(outcome.final for outcome in automatic[f'prodigy {frame}'])}",
             ]
         )
     every = sorted({rate for rates in RATES.values() for rate in rates})
-    steps = steps_to(automatic["prodigy principal"], (it.final for it in automatic["prodigy plain"]))
+    steps = steps_to(
+        automatic["prodigy principal"], (outcome.final for outcome in automatic["prodigy plain"])
+    )
     by_rate = [[f"{rate:g}", *(_at(dict(curves[frame]), rate) for frame in RATES)] for rate in every]
     return {
         "plot": plot,
@@ -130,7 +132,7 @@ def page_values() -> dict[str, str]:
 
 def _early(outcomes: list[Outcome]) -> Spread:
     """Return the first loss after the start."""
-    return spread(it.curve[1][1] for it in outcomes)
+    return spread(outcome.curve[1][1] for outcome in outcomes)
 
 
 def _at(losses: dict[float, float], rate: float) -> str:

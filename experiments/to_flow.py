@@ -53,8 +53,8 @@ SHOWN = ("plain full", TARGET, "plain principal r16", "plain, all layers", "raw"
 REPEATED = (
     *("plain full", TARGET, "plain principal r16", "plain, all layers"),
     *("raw", "teacher", "bridged + teacher", "warm", BEST, "no pictures", BEST_LONGER),
-)  # with three seeds; the schedules have one
-TEXT_LABELS = {  # names of values in the text
+)  # methods with three seeds; the others have one
+TEXT_LABELS = {  # names of values in the text, and their labels
     "full": "plain full",
     "all": "plain, all layers",
     "raw": "raw",
@@ -66,7 +66,7 @@ TEXT_LABELS = {  # names of values in the text
 REPEATED_FRAMES = ("principal", "minor")
 SHEET = (TARGET, BEST, "no pictures")  # methods whose images the page shows
 FAST_RATES = (3e-3, 6e-3)
-LOWER, HIGHER = 1.5e-3, 1e-2  # for methods whose best rate is an edge of FAST_RATES
+LOWER, HIGHER = 1.5e-3, 1e-2  # more rates for methods whose best rate is at an edge of FAST_RATES
 
 
 def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial:
@@ -84,7 +84,7 @@ def plain(label: str, rate: float, *, full: bool = False, **model: Any) -> Trial
 
 
 def decaying(trial: Trial) -> Trial:
-    """Return the trial with all layers, the plain frame and a decay by the root of the steps left."""
+    """Return the trial with all layers, the plain frame, and a rate that decays with power 0.5."""
     model = {"frame": "plain", "layers": ("all",), **trial.overrides["model"]}
     schedule = {"schedule": "polynomial", "power": 0.5}
     return replace(trial, overrides={**trial.overrides, "model": model, "optimizer": schedule})
@@ -158,7 +158,7 @@ def fast_sweep() -> list[Trial]:
 
 
 def frames_sweep() -> list[Trial]:
-    """Return the best method with other frames, whose directions are as long as those of the plain frame."""
+    """Return the best method with other frames. Their directions have the length of the plain frame's."""
     return [
         fast(frame, rate, BOTH, frame=frame, frame_norm=LENGTH)
         for frame in FRAMES
@@ -182,7 +182,7 @@ def prepare(work: Path) -> None:
 
 
 class DistanceRecorder(Recorder):
-    """A recorder that also measures the distance of generated images from those of the EPS model."""
+    """A recorder that also measures the distance between generated images and those of the EPS model."""
 
     def __init__(self, trial: Trial, work: Path) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Bridged(nn.Module):
 
 
 def reference_trial() -> Trial:
-    """Return the trial without training: the loss of the EPS model on the flow objective, via the bridge."""
+    """Return the trial that only measures the flow loss of the EPS model through the bridge."""
     return plain("EPS model", 1e-3, frame="plain")
 
 
@@ -261,19 +261,22 @@ def page_values() -> dict[str, str]:
         y_label="flow validation loss",
     )
     aim, best = outcomes[TARGET], outcomes[BEST]
-    steps = steps_to(best, (it.final for it in aim))
+    steps = steps_to(best, (outcome.final for outcome in aim))
     return {
         "plot": plot,
         "sheet": sheet(),
         "table": table(["method", "rate", "steps", "before", *_headings()], rows(outcomes)),
         "eps": f"{eps:.3f}",
         "raw_before": f"{aim[0].before:.3f}",
-        "warm_before": f"{spread(it.before for it in best):.3f}",
-        "aim": f"{spread(it.final for it in aim):.3f}",
-        "best": f"{spread(it.final for it in best):.3f}",
+        "warm_before": f"{spread(outcome.before for outcome in best):.3f}",
+        "aim": f"{spread(outcome.final for outcome in aim):.3f}",
+        "best": f"{spread(outcome.final for outcome in best):.3f}",
         "ratio": steps_text(steps, of=PLAIN_STEPS),
-        "own": f"{spread(it.final for it in outcomes['no pictures']):.3f}",
-        **{name: f"{spread(it.final for it in outcomes[label]):.3f}" for name, label in TEXT_LABELS.items()},
+        "own": f"{spread(outcome.final for outcome in outcomes['no pictures']):.3f}",
+        **{
+            name: f"{spread(outcome.final for outcome in outcomes[label]):.3f}"
+            for name, label in TEXT_LABELS.items()
+        },
         **{f"{name}_distance": distance_text(outcomes[TEXT_LABELS[name]]) for name in ("all", "longer")},
         "longer_steps": str(LONGER_STEPS),
     }
@@ -281,7 +284,7 @@ def page_values() -> dict[str, str]:
 
 def distance_text(outcomes: Sequence[Outcome]) -> str:
     """Return the distance of the final images."""
-    return f"{spread(it.extra['picture_distance'][-1][1] for it in outcomes):.3f}"
+    return f"{spread(outcome.extra['picture_distance'][-1][1] for outcome in outcomes):.3f}"
 
 
 def _headings() -> list[str]:
@@ -289,14 +292,14 @@ def _headings() -> list[str]:
 
 
 def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
-    """Return a row for each method, without the frames, which have their own table."""
+    """Return a row for each method. The frames are in another table."""
     searched = [*plain_sweep(), *fast_sweep()]
     chosen = best_of_each(searched)
     table_rows: list[list[str]] = []
     for label, trial in chosen.items():
         seeds = outcomes.get(label, [load(trial)])
-        early = spread(dict(it.curve)[FAST_STEPS] for it in seeds)
-        late = spread(it.final for it in seeds)
+        early = spread(dict(outcome.curve)[FAST_STEPS] for outcome in seeds)
+        late = spread(outcome.final for outcome in seeds)
         table_rows.append(
             [
                 label,
@@ -312,7 +315,7 @@ def rows(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
 
 
 def sheet() -> str:
-    """Write images of the EPS model and of the methods from the same noise; return the figure's path."""
+    """Draw images of the EPS model and of the methods from the same noise; return the path of the figure."""
     chosen = best_of_each([*plain_sweep(), *fast_sweep()])
     strips = {"the EPS model, through the bridge": strip_file(reference_trial(), 0)}
     for label, step in (

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a tiny SDXL on disk, names and shapes of the full one."""
+"""Fixtures for all tests: a tiny SDXL on disk, and the names and shapes of the full SDXL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def tiny_modules() -> Modules:
-    """The modules of the tiny SDXL: random parameters in float32 that fp16 represents exactly."""
+    """Return the modules of the tiny SDXL, with random float32 parameters that fp16 represents exactly."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = build_modules(TINY)
@@ -37,7 +37,7 @@ def tiny_modules() -> Modules:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SDXL as a single file in fp16 (4.5 MB); copy it before changing it."""
+    """Return the tiny SDXL as a single file in fp16 (4.5 MB); copy it before changing it."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     tensors = {
         name: t.half() if t.is_floating_point() else t for name, t in tiny_modules.single_file().items()
@@ -48,7 +48,7 @@ def tiny_checkpoint(tiny_modules: Modules, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def source(tiny_checkpoint: Path) -> MemorySource:
-    """The tiny SDXL in memory."""
+    """Return the tiny SDXL in memory."""
     with open_checkpoint(tiny_checkpoint) as checkpoint:
         values = {name: checkpoint.load(name) for name in checkpoint.tensors}
         return MemorySource(values, dict(checkpoint.metadata), checkpoint.label)
@@ -56,7 +56,7 @@ def source(tiny_checkpoint: Path) -> MemorySource:
 
 @pytest.fixture(scope="session")
 def full_infos() -> Mapping[str, TensorInfo]:
-    """Names and shapes of all 2515 tensors of the SDXL base checkpoint, in fp16."""
+    """Return the names and shapes of all 2515 tensors of the SDXL base checkpoint, in fp16."""
     lines = gzip.decompress((DATA / "sdxl_keys.tsv.gz").read_bytes()).decode().splitlines()[1:]
     return {info.name: info for info in map(_info, lines)}
 
@@ -69,7 +69,7 @@ def _info(line: str) -> TensorInfo:
 
 @pytest.fixture(scope="session")
 def diffusers_modules() -> Mapping[str, tuple[int, ...]]:
-    """Weight shapes of every linear layer and convolution of SDXL, by diffusers path: `unet.conv_in`."""
+    """Return the weight shapes of all linear layers and convolutions of SDXL, by path: `unet.conv_in`."""
     text = gzip.decompress((DATA / "sdxl_modules_diffusers.csv.gz").read_bytes()).decode()
     rows = csv.DictReader(text.splitlines())
     return {f"{row['model']}.{row['module']}": tuple(int(n) for n in row["shape"].split("x")) for row in rows}

@@ -1,4 +1,4 @@
-"""Layouts for tests, and their modules as diffusers and transformers build them."""
+"""Layouts for tests, and their modules built by diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from spectune.sdxl.layout import SDXL, Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.state_dicts import single_file_tensors
 
-# It covers every code path of the full model: a level without transformers, levels of different depth and
-# of equal width, a projection that is not square, a VAE with and without shortcuts.
+# Covers every code path of the full model: a level without transformers, levels of different depth and of
+# equal width, a projection that is not square, a VAE with and without shortcuts.
 TINY = Layout(
     unet=UNetLayout(
         channels=(16, 16, 32),
@@ -42,7 +42,7 @@ FULL = SDXL
 
 @dataclass(frozen=True)
 class Modules:
-    """The running modules of a layout, as diffusers and transformers build them."""
+    """The running modules of a layout, built by diffusers and transformers."""
 
     layout: Layout
     unet: nn.Module
@@ -65,7 +65,7 @@ class Modules:
 
 
 def build_modules(layout: Layout) -> Modules:
-    """Return randomly initialized modules from the constructors of the libraries, not from our tables."""
+    """Return randomly initialized modules, built by the libraries without spectune's tables."""
     assert layout.vae is not None
     return Modules(
         layout,

@@ -1,4 +1,4 @@
-"""LoRA files as any program writes them, and what they add to each layer, computed without our own code."""
+"""LoRA files of other programs, and what they add to each layer, computed without spectune's code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lora_tensors(
     seed: int = 0,
     size: float = 0.1,
 ) -> dict[str, Tensor]:
-    """Random factors in kohya keys; alpha is the rank unless it is given."""
+    """Return random factors with kohya keys; alpha is the rank by default."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in layers:
@@ -49,25 +49,25 @@ def saved_lora(
 
 
 def products(path: Path) -> dict[str, Tensor]:
-    """alpha / rank * up @ down in float64 for every stem of a file in kohya keys."""
+    """Return alpha / rank * up @ down in float64 for every stem of a file with kohya keys."""
     file = load_file(path)
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for key, alpha in file.items():
         stem, _, suffix = key.partition(".")
         if suffix != "alpha":
             continue
         up, down = (file[f"{stem}.lora_{side}.weight"].flatten(1).double() for side in ("up", "down"))
-        found[stem] = float(alpha) / down.shape[0] * (up @ down)
-    return found
+        result[stem] = float(alpha) / down.shape[0] * (up @ down)
+    return result
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of what is expected."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the Frobenius norm of the difference, relative to the norm of the expected tensor."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """The same names with the same types, shapes and bits."""
+    """Return whether both have the same names with the same dtypes, shapes and bits."""
     return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 

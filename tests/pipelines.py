@@ -1,4 +1,4 @@
-"""Diffusers folders that diffusers saves, and helpers to read them without our tables."""
+"""Folders saved by diffusers, and helpers to read them without spectune's tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_pipeline(modules: Modules, folder: Path) -> Path:
     """Write a folder with `StableDiffusionXLPipeline.save_pretrained`, in float32."""
     vae = cast(AutoencoderKL, modules.vae)
     vae.register_to_config(scaling_factor=0.13025)
-    # The tokenizers are added as files below.
+    # the tokenizers are added as files below
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=cast(Any, modules.te1),
@@ -60,12 +60,12 @@ def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     """Change the tensors of a safetensors file."""
     tensors = load_file(path)
     change(tensors)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
 
 
 def loaded(folder: Path, name: str) -> nn.Module:
-    """Return a module as its library loads it; fail if the library misses or ignores a tensor."""
+    """Load a module with its library; fail if a tensor is missing or ignored."""
     module, info = CLASSES[name].from_pretrained(folder, subfolder=name, output_loading_info=True)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]

@@ -1,4 +1,4 @@
-"""Adapter files in memory, in the forms of spectune and of other programs."""
+"""Adapter files in memory, as written by spectune and by other programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def without(tensors: Mapping[str, Tensor], end: str) -> Tensors:
 
 
 def kohya_style(layer: Layer) -> str:
-    """Return the stem of trainers that run the UNet of diffusers."""
+    """Return the stem of a layer in trainers that use the diffusers UNet."""
     return "lora_" + layer.diffusers.replace(".", "_")
 
 
@@ -44,7 +44,7 @@ def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> Tensors:
 
 
 def as_peft(tensors: Mapping[str, Tensor], layers: Iterable[Layer]) -> Tensors:
-    """Rename some layers as PEFT and diffusers do, which write no alpha."""
+    """Rename some layers as in PEFT and diffusers, and remove their alphas."""
     changed = dict(tensors)
     for layer in layers:
         for kohya, peft in (("lora_down", "lora_A"), ("lora_up", "lora_B")):
@@ -54,7 +54,7 @@ def as_peft(tensors: Mapping[str, Tensor], layers: Iterable[Layer]) -> Tensors:
 
 
 def as_tuned(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Rename the suffixes to those of a tuned file."""
+    """Change the suffixes to those of a tuned file."""
     changed: Tensors = {}
     for key, tensor in tensors.items():
         stem, _, suffix = key.partition(".")

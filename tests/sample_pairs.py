@@ -1,4 +1,4 @@
-"""Split tiny checkpoints and tuned adapters that the tests of this folder share."""
+"""Split tiny checkpoints and tuned adapters that many tests share."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def changed_copy(path: Path, out: Path, changes: Mapping[str, Tensor]) -> Path:
-    """A copy of a file with some tensors replaced, metadata and all."""
+    """Write a copy of a file, with its metadata, in which some tensors are replaced."""
     save_file(load_file(path) | dict(changes), out, metadata=read_metadata(path))
     return out
 
 
 def recast(path: Path, out: Path, dtype: torch.dtype) -> Path:
-    """A copy with all floating-point tensors in another type."""
+    """Write a copy with all floating-point tensors in another dtype."""
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(path).items()}
     save_file(tensors, out, metadata=read_metadata(path))
     return out
@@ -51,7 +51,7 @@ def open_principal(base: Path, path: Path) -> Adapter:
 
 
 def random_delta(delta: Delta, size: float, seed: int) -> Delta:
-    """The same frame with a random change of `size` times the factors' own scale."""
+    """Return the same frame with a random change of `size` times the standard deviation of the factors."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def random_delta(delta: Delta, size: float, seed: int) -> Delta:
 
 
 def tuned_from(base: Path, report: SplitReport, *, size: float, only: str = "") -> TunedAdapter:
-    """A tuned adapter on the frame of a principal; size 0 is the state before the first step."""
+    """Return a tuned adapter on the frame of a principal; size 0 is the state before the first step."""
     principal = open_principal(base, report.principal)
     deltas = {
         name: random_delta(Delta(principal.layers[name], torch.empty(0), torch.empty(0)), size, seed)

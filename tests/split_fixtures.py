@@ -1,4 +1,4 @@
-"""Splits of the tiny checkpoint that many tests read and none changes."""
+"""Splits of the tiny checkpoint that many tests read and no test changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TinySplit = Callable[[torch.dtype | None], SplitReport]
 
 @pytest.fixture(scope="session")
 def tiny_split(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TinySplit:
-    """Return principal of rank 4 and residual of the tiny checkpoint for a residual dtype, cached."""
+    """Return a cached function that splits the tiny checkpoint at rank 4 for a residual dtype."""
 
     @cache
     def make(residual_dtype: torch.dtype | None) -> SplitReport:

@@ -1,4 +1,4 @@
-"""Pure functions of dev.py, and its messages after wrong use."""
+"""Pure functions of dev.py, and its messages for wrong commands."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_a_new_python_is_accepted(version: tuple[int, int, int]) -> None:
 
 
 def test_dev_parses_on_pythons_that_are_too_old() -> None:
-    """An old Python must reach the message about its version instead of a syntax error."""
+    """An old Python must report its version instead of a syntax error."""
     ast.parse((dev.ROOT / "dev.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
-def test_dev_needs_the_standard_library_only() -> None:
+def test_dev_needs_only_the_standard_library() -> None:
     tree = ast.parse((dev.ROOT / "dev.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
-def test_venv_python_of_both_families() -> None:
+def test_venv_python_on_windows_and_other_systems() -> None:
     assert dev.venv_python(Path("v"), windows=False) == Path("v/bin/python")
     assert dev.venv_python(Path("v"), windows=True) == Path("v/Scripts/python.exe")
 
@@ -56,7 +56,7 @@ def test_comments_and_blank_lines_of_a_lock_are_skipped() -> None:
     assert dev.without_comments("# head\n\na==1  # why\n-r other.lock\n") == ["a==1", "-r other.lock"]
 
 
-def test_the_fingerprint_depends_only_on_what_is_installed() -> None:
+def test_the_fingerprint_depends_only_on_installed_packages() -> None:
     first = dev.fingerprint(["a==1"], PYPROJECT, "(3, 11)")
     assert dev.fingerprint(["a==1"], PYPROJECT.replace("110", "100"), "(3, 11)") == first
     assert dev.fingerprint(["a==2"], PYPROJECT, "(3, 11)") != first
@@ -110,7 +110,7 @@ def test_a_failed_installation_is_repeated(
     assert len(installed) == 2
 
 
-def test_arguments_of_setup_go_to_pip(installed: list[list[str]]) -> None:
+def test_arguments_of_setup_are_passed_to_pip(installed: list[list[str]]) -> None:
     dev.ensure(dev.DEV_LOCK)
     dev.ensure(dev.DEV_LOCK, ["--upgrade"])
     assert [command[-3:-1] for command in installed if "--upgrade" in command] == [
@@ -130,7 +130,7 @@ def test_arguments_of_setup_go_to_pip(installed: list[list[str]]) -> None:
         ("", False),
     ],
 )
-def test_an_installed_torch_stays_when_it_is_new_enough(installed: str | None, stays: bool) -> None:
+def test_an_installed_torch_is_kept_if_it_is_new_enough(installed: str | None, stays: bool) -> None:
     lines = ["numpy==2.4.6", "torch==2.13.0", "torch-other==1"]
     kept = ["numpy==2.4.6", f"torch=={installed}", "torch-other==1"]
     assert dev.with_torch(lines, installed) == (kept if stays else lines)
@@ -157,7 +157,7 @@ def test_a_missing_or_damaged_stamp_counts_as_not_installed(
     assert dev.read_stamps() == {}
 
 
-def test_help_names_every_command_on_stdout() -> None:
+def test_help_lists_every_command_on_stdout() -> None:
     done = run_dev("--help")
     assert done.returncode == 0
     assert [name for name in dev.COMMANDS if f"python dev.py {name}" not in done.stdout] == []

@@ -3,7 +3,7 @@ from __future__ import annotations
 from spectune.errors import InputError, PairingError, SpectuneError, did_you_mean, some_of
 
 
-def test_an_error_carries_its_hint() -> None:
+def test_an_error_has_a_message_and_a_hint() -> None:
     error = InputError("x exists", hint="pass --force")
     assert (str(error), error.what, error.hint, error.exit_code) == (
         "x exists",

@@ -7,9 +7,9 @@ import pytest
 from docs.generate import DOCS, MARKER, PAGES, generated
 
 
-# tests/experiments compares the evidence without drawing over its figures
+# tests/experiments compares the evidence page, without redrawing its figures
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"concepts/evidence.md"}))
-def test_a_generated_page_is_up_to_date(page: str) -> None:
+def test_generated_pages_are_up_to_date(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert text == generated(page), "run: python dev.py docs --write"
     assert text.count(MARKER) <= 1

@@ -1,4 +1,4 @@
-"""Imports run downwards only: a layer knows those below it, never those above."""
+"""Imports go only one way: a room imports rooms of a lower level, never those of a higher level."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ LEVELS = {
     "ops": 11,
     "cli": 12,
 }
-# errors.py is below every room and `python -m spectune` above. The package forwards the
-# operations but imports nothing until one is used.
+# errors.py is below every room, `python -m spectune` above. The package forwards the operations, but imports
+# nothing until one is used.
 BOTTOM, TOP = 0, 13
 MOST_FILES_PER_FOLDER = 15
 
-STRANGERS = {("sampling", "training"), ("training", "sampling")}
+INDEPENDENT = {("sampling", "training"), ("training", "sampling")}
 TENSORS_ONLY = ("core", "files", "sdxl", "checkpoints", "adapters", "pairs")
 KEPT_OUT_OF_TENSORS = {"diffusers", "transformers", "accelerate", "peft", "typer", "rich"}
 
 
 def level(module: str) -> int:
-    """Level of a module of the package, given by its dotted name."""
+    """Return the level of a module of the package by its dotted name."""
     layer = layer_of(module)
     return TOP if layer == "__main__" else LEVELS.get(layer, BOTTOM)
 
@@ -48,7 +48,7 @@ def layer_of(module: str) -> str:
 
 
 def imports_of(source: str, module: str, *, is_package: bool) -> set[str]:
-    """Dotted names of all that a module imports, also inside functions and for type checkers only."""
+    """Return the dotted names of all imports of a module, also in functions and for type checkers."""
     home = module.split(".") if is_package else module.split(".")[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -57,24 +57,24 @@ def imports_of(source: str, module: str, *, is_package: bool) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             above = home[: len(home) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from spectune import weights` imports a layer: the name counts as much as the module.
+            # `from spectune import model` imports a room: the name counts like a module
             found.update(f"{base}.{alias.name}" for alias in node.names)
     return found
 
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
-    """What a module imports and should not, one line each."""
+    """Return the forbidden imports of a module, one line each."""
     layer = layer_of(module)
     own_level = TOP if module == PACKAGE else level(module)
     problems: list[str] = []
     for name in sorted(imports_of(source, module, is_package=is_package)):
         top = name.split(".")[0]
         if top == PACKAGE and level(name) > own_level:
-            problems.append(f"{module} imports {name}, which stands above it")
-        elif top == PACKAGE and (layer, layer_of(name)) in STRANGERS:
-            problems.append(f"{module} imports {name}: {layer} and {layer_of(name)} do not know each other")
+            problems.append(f"{module} imports {name}, which is above it")
+        elif top == PACKAGE and (layer, layer_of(name)) in INDEPENDENT:
+            problems.append(f"{module} imports {name}: {layer} and {layer_of(name)} must be independent")
         elif layer in TENSORS_ONLY and top in KEPT_OUT_OF_TENSORS:
-            problems.append(f"{module} imports {top}, which {layer} does without")
+            problems.append(f"{module} imports {top}, which {layer} must not load")
     return problems
 
 
@@ -97,8 +97,8 @@ def test_imports_run_downwards(path: Path) -> None:
     assert violations(source, module_name(path), is_package=path.name == "__init__.py") == []
 
 
-def test_the_tensor_layers_load_without_the_libraries_they_do_without() -> None:
-    """The same as above for what their imports import in turn."""
+def test_tensor_rooms_do_not_load_excluded_libraries() -> None:
+    """Indirect imports count too."""
     modules = [module_name(path) for path in FILES if layer_of(module_name(path)) in TENSORS_ONLY]
     code = f"import sys, {', '.join(modules)}; print(*sorted({KEPT_OUT_OF_TENSORS!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -125,7 +125,7 @@ def test_the_tensor_layers_load_without_the_libraries_they_do_without() -> None:
         ("spectune.operation", "from spectune.files.reader import Checkpoint"),
     ],
 )
-def test_the_checker_sees_a_violation(module: str, source: str) -> None:
+def test_the_checker_detects_a_violation(module: str, source: str) -> None:
     assert len(violations(source, module)) == 1
 
 
@@ -142,11 +142,11 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
         ("spectune", "from spectune.ops.split import split"),
     ],
 )
-def test_the_checker_lets_downward_imports_pass(module: str, source: str) -> None:
+def test_the_checker_accepts_downward_imports(module: str, source: str) -> None:
     assert violations(source, module) == []
 
 
-def test_relative_imports_of_a_package_start_from_itself() -> None:
+def test_relative_imports_of_a_package_start_at_the_package() -> None:
     assert imports_of("from .x import y", "spectune.training", is_package=True) == {"spectune.training.x.y"}
     assert imports_of("from .x import y", "spectune.training.loop", is_package=False) == {
         "spectune.training.x.y"
@@ -154,14 +154,14 @@ def test_relative_imports_of_a_package_start_from_itself() -> None:
 
 
 def imported_modules(source: str, module: str, *, is_package: bool) -> set[str]:
-    """Return the modules of the package that a file imports, names inside of modules left out."""
+    """Return the modules of the package that a file imports; names inside of modules are not included."""
     known = {module_name(path) for path in FILES}
     names = imports_of(source, module, is_package=is_package)
     return {name if name in known else name.rpartition(".")[0] for name in names} & known - {module}
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return the modules that cannot be sorted because they import each other, directly or through others."""
+    """Return the modules of import cycles, and those that import them, directly or through others."""
     left = {module: set(needs) for module, needs in graph.items()}
     while free := [module for module, needs in left.items() if not needs & left.keys()]:
         for module in free:
@@ -169,7 +169,7 @@ def cycles(graph: Mapping[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-def test_no_two_files_import_each_other() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {
         module_name(path): imported_modules(
             path.read_text(encoding="utf-8"), module_name(path), is_package=path.name == "__init__.py"
@@ -180,12 +180,12 @@ def test_no_two_files_import_each_other() -> None:
     assert cycles(graph) == []
 
 
-def test_the_search_for_cycles_finds_one() -> None:
+def test_the_search_for_cycles_finds_a_cycle() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
 
 
-def test_core_needs_nothing_but_torch() -> None:
-    """The mathematics can be read, tested and reused without the rest of the program."""
+def test_core_imports_only_torch() -> None:
+    """The mathematics can be read, tested and reused without the other rooms."""
     allowed = {"torch", PACKAGE, *sys.stdlib_module_names}
     for path in (SRC / PACKAGE / "core").glob("*.py"):
         names = imports_of(path.read_text(encoding="utf-8"), module_name(path), is_package=False)
@@ -208,8 +208,8 @@ def test_help_loads_neither_torch_nor_an_operation() -> None:
     assert done.stdout.split() == ["False"]
 
 
-def test_a_class_name_stands_once_in_the_package() -> None:
-    """A reader who searches for a class finds one definition."""
+def test_class_names_are_unique_in_the_package() -> None:
+    """A search for a class finds one definition."""
     homes: dict[str, list[str]] = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -218,7 +218,7 @@ def test_a_class_name_stands_once_in_the_package() -> None:
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
-def test_a_folder_holds_at_most_fifteen_files() -> None:
+def test_folders_have_at_most_fifteen_files() -> None:
     folders = {path.parent for path in FILES} - {SRC / PACKAGE}
     counts = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
     assert {name: count for name, count in counts.items() if count > MOST_FILES_PER_FOLDER} == {}

@@ -1,4 +1,4 @@
-"""Check the repository as a whole: sizes, paths, locks, and the commands, links and recipes on its pages."""
+"""Check the complete repository: sizes, paths, locks, and the commands, links and recipes on its pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SRC = ROOT / "src" / "spectune"
 LARGEST_BYTES = 25_000_000
 MAX_LINE_LENGTH = 120
 
-# Assembled from parts: this file must not match its own pattern.
+# The pattern is built from parts, so that this file does not match it.
 MACHINE_FOLDERS = ("tmp", "root", "work", "farm", r"home/\w+", r"Users/\w+")
 MACHINE_PATH = re.compile(r"(?<![\w.~/\-])(?:/|[A-Z]:[\\/])(?:" + "|".join(MACHINE_FOLDERS) + r")(?![\w\-])")
 
@@ -69,7 +69,7 @@ def test_no_file_is_larger_than_25_mb() -> None:
     assert {path: size for path, size in large.items() if size > LARGEST_BYTES} == {}
 
 
-def test_no_text_names_a_path_of_one_machine() -> None:
+def test_no_text_contains_a_path_of_one_machine() -> None:
     found: list[str] = []
     for path in repository_files():
         if path.suffix == ".lock":
@@ -103,13 +103,13 @@ def pages() -> list[Path]:
 
 
 def commands_of_dev(page: Path) -> Iterator[str]:
-    """Yield the first argument of every `python dev.py ...` in the code of a page, in blocks and in spans."""
+    """Yield the first argument of every `python dev.py ...` in the code blocks and code spans of a page."""
     text = page.read_text(encoding="utf-8")
     for code in re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL):
         yield from re.findall(r"(?<![\w/.\-])python3? dev\.py +([a-z][a-z\-]*)", code)
 
 
-def test_the_pages_name_commands_of_dev_py_that_exist() -> None:
+def test_commands_of_dev_py_on_the_pages_exist() -> None:
     named = {(page.name, word) for page in pages() for word in commands_of_dev(page)}
     assert {word for page, word in named if page == "README.md"} >= {"demo", "test"}
     assert {(page, word) for page, word in named if word not in dev.COMMANDS} == set()
@@ -143,7 +143,7 @@ def parse(arguments: list[str]) -> str:
 
 
 def test_the_commands_on_the_pages_are_valid() -> None:
-    """Check names, options and the number of arguments; values are checked where the parser checks them."""
+    """Check names, options and the number of arguments; values are checked as far as the parser does."""
     commands = [(page.name, command) for page in pages() for command in spectune_commands(page)]
     assert len(commands) > 50, "the search finds too few commands"
     invalid = {(page, " ".join(command)): parse(command) for page, command in commands}
@@ -157,7 +157,7 @@ def test_an_invalid_command_is_found(line: str) -> None:
     assert parse(line.split())
 
 
-def test_the_spans_on_the_pages_name_commands_that_exist() -> None:
+def test_spectune_commands_in_the_text_of_pages_exist() -> None:
     known = set(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
     spans = {
         (page.name, word)
@@ -168,7 +168,7 @@ def test_the_spans_on_the_pages_name_commands_that_exist() -> None:
     assert {(page, word) for page, word in spans if word not in known} == set()
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_are_valid() -> None:
     broken: list[str] = []
     for page in pages():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
@@ -195,7 +195,7 @@ def test_the_recipes_on_the_pages_are_valid() -> None:
             parse_recipe(tomllib.loads(text), label=page.name)
 
 
-def test_the_architecture_names_files_that_exist() -> None:
+def test_files_named_in_the_architecture_exist() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/.])([a-z_]+(?:/[a-z_]+)*(?:/|\.py))(?![\w/])", text))
     assert len(named) > 30
@@ -208,7 +208,7 @@ def test_the_architecture_lists_the_rooms_in_the_order_that_the_layer_test_enfor
     assert listed == [room for room in sorted(LEVELS, key=LEVELS.__getitem__) if (SRC / room).is_dir()]
 
 
-def test_the_versions_that_stand_in_two_files_agree() -> None:
+def test_versions_in_different_files_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
@@ -218,14 +218,14 @@ def test_the_versions_that_stand_in_two_files_agree() -> None:
     assert {name for hook in hooks for name in hook["additional_dependencies"]} == {str(pins()["ruff"])}
 
 
-def test_the_package_declares_its_types() -> None:
+def test_the_package_is_marked_as_typed() -> None:
     assert (SRC / "py.typed").is_file()
 
 
 def pins() -> dict[str, Requirement]:
     """Return the pins of the lock files by canonical name."""
     requirements = map(Requirement, dev.read_lock(dev.DEV_LOCK))
-    # The lock for developers comes after the other one: where both pin a package, its marker counts.
+    # the developers' lock comes last: if both locks pin a package, its marker counts
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
@@ -239,7 +239,7 @@ def test_every_pin_is_one_exact_version_without_a_local_part() -> None:
     assert specifiers["torch"] == "==2.13.0"
 
 
-def test_the_pins_are_in_the_ranges_of_the_package() -> None:
+def test_pinned_versions_are_in_the_ranges_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         requirement = Requirement(text)

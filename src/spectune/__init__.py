@@ -1,11 +1,11 @@
-"""spectune fine-tunes a whole SDXL checkpoint by training only its principal spectrum.
+"""Fine-tune a full SDXL checkpoint by training only its principal spectrum.
 
     import spectune
     spectune.split("model.safetensors", "parts", rank=64)
     spectune.rebuild("model.safetensors", "style.safetensors", "tuned.safetensors")
 
-The functions are the operations of the command line, with the same options and defaults (spectune.ops).
-Each loads when it is first used. Every failure that a user can mend is a SpectuneError.
+The functions are the commands of the command line, with the same options and defaults (see spectune.ops).
+Each module is imported when its function is first used. Every error that a user can fix is a SpectuneError.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
-    return getattr(import_module(home), name)
+    module = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

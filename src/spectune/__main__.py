@@ -1,4 +1,4 @@
-"""`python -m spectune` is the same program as the `spectune` command."""
+"""Run the `spectune` command as `python -m spectune`."""
 
 from spectune.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Everything a user can be told: what is wrong, where, what was expected, what to do next."""
+"""The errors for users: what is wrong, where, what was expected, and a hint on what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class SpectuneError(Exception):
-    """A failure that the user can act on: `what` happened, and a `hint` at the next step."""
+    """A failure that the user can act on: `what` happened, and a `hint` on what to do."""
 
     exit_code = 2
 
@@ -22,17 +22,17 @@ class InputError(SpectuneError):
 
 
 class PairingError(SpectuneError):
-    """Files that do not belong together; the message names both hashes."""
+    """Files do not belong together; the message has both hashes."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean `rank`?"`` if a known word is close to `word`, else an empty string."""
+    """Return ``"; did you mean `rank`?"`` if a known word is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def some_of(names: Sequence[str], shown: int = 3) -> str:
-    """The first few of `names` and how many more there are: ``a, b, c (2 more)``."""
+    """Return the first few names and the number of the rest: ``a, b, c (2 more)``."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" ({rest} more)" if rest > 0 else "")
 

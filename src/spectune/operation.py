@@ -1,7 +1,7 @@
-"""Operations and their options: what the command line, the Python API and the ComfyUI nodes have in common.
+"""Operations and their options, shared by the command line, the Python API and the ComfyUI nodes.
 
-The options of an operation are one frozen record: names, types, defaults, ranges and help texts are
-declared there and nowhere else. An operation is a function from its record to a report:
+The options of an operation are one frozen record, which declares names, types, defaults, ranges and help
+texts once. An operation is a function that takes its record and returns a report:
 
     @record
     class NullOptions(OperationOptions):
@@ -11,7 +11,7 @@ declared there and nowhere else. An operation is a function from its record to a
     @operation(NullOptions)
     def null(options: NullOptions) -> NullReport: ...
 
-`null("model.safetensors", out="zero.safetensors")` makes the record and calls the function.
+`null("model.safetensors", out="zero.safetensors")` creates the record and calls the function.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def option(
     """Declare a field of a record.
 
     Args:
-        help: One or two sentences with unit and meaning, shown by every interface.
-        default: The default; without one the option is required.
-        flag: Spellings on the command line: "-o" beside the field's name, "-c/--caption" instead of it.
-        off: For a boolean that is on by default: the flag that turns it off, and the help text of that flag.
+        help: One or two sentences with meaning and unit. Every interface shows them.
+        default: The default value. An option without a default is required.
+        flag: Spellings on the command line. "-o" is added to the field's name, "-c/--caption" replaces it.
+        off: For a boolean that is on by default, the flag that turns it off and the help text of that flag.
         metavar: Placeholder in the usage line.
         ge: Smallest value.
         le: Largest value.
@@ -77,31 +77,34 @@ def option(
 def argument(
     *, help: str, default: Any = _REQUIRED, metavar: str | None = None, old_flag: str | None = None
 ) -> Any:
-    """Declare a field that the command line reads by its place; `old_flag` still works and prints a note."""
+    """Declare a field that is a positional argument on the command line.
+
+    The command line still accepts `old_flag` and prints a note about it.
+    """
     extra = {_CLI: {"argument": True, "metavar": metavar, "old_flag": old_flag}}
     return Field(default, description=help, json_schema_extra=cast("Any", extra))
 
 
 def hook(*, default: None, help: str) -> Any:
-    """Declare a field that only Python code can set, such as a callback; interfaces do not show it."""
+    """Declare a field that only Python code can set, such as a callback. Interfaces do not show it."""
     return Field(default, description=help, repr=False, json_schema_extra={_CLI: {"hook": True}})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(option, argument, hook))
 def record(cls: C) -> C:
-    """Make a frozen options record of a class; a value that does not fit raises InputError."""
+    """Turn a class into a frozen options record. An invalid value raises InputError."""
     made = cast("Any", pydantic_dataclass(cls, frozen=True, config=_CONFIG))
     validate = made.__init__
     fields = dataclasses.fields(made)
-    known = [field.name for field in fields]
+    names = [field.name for field in fields]
     positional = [field.name for field in fields if not field.kw_only]
 
     def __init__(self: Any, *args: Any, **values: Any) -> None:
         if len(args) > len(positional):
             raise InputError(f"{len(args)} positional arguments: expected at most {len(positional)}")
-        unknown = [name for name in values if name not in known]
+        unknown = [name for name in values if name not in names]
         if unknown:
-            raise InputError(f"unknown option `{unknown[0]}`{did_you_mean(unknown[0], known)}")
+            raise InputError(f"unknown option `{unknown[0]}`{did_you_mean(unknown[0], names)}")
         try:
             validate(self, **dict(zip(positional, args, strict=False)), **values)
         except ValidationError as error:
@@ -114,19 +117,19 @@ def record(cls: C) -> C:
 
 @record
 class OperationOptions:
-    """What all records have."""
+    """The fields that all options records share."""
 
     _: dataclasses.KW_ONLY
     progress: Progress | None = hook(
         default=None, help="Called with (done, total, name) while the operation runs."
     )
     notify: Callable[[str], None] | None = hook(
-        default=None, help="Called with each warning as soon as it is known."
+        default=None, help="Called with each warning as soon as it occurs."
     )
 
 
 def problem_text(details: dict[str, Any]) -> str:
-    """Return one validation error of pydantic as a message that names the field."""
+    """Return a message that names the field, for one validation error of pydantic."""
     location = [str(part) for part in details["loc"]]
     name = next((part for part in location if not part.isdecimal()), "")
     match details["type"]:
@@ -136,9 +139,9 @@ def problem_text(details: dict[str, Any]) -> str:
             return str(details["ctx"]["error"])
         case "literal_error":
             expected = str(details["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
-            given = str(details["input"])
-            close = did_you_mean(given, expected.split(", "))
-            return f"unknown `{name}` {given!r}: expected one of {expected}{close}"
+            value = str(details["input"])
+            close = did_you_mean(value, expected.split(", "))
+            return f"unknown `{name}` {value!r}: expected one of {expected}{close}"
         case _:
             message = str(details["msg"])
             return f"`{name}`: {message[:1].lower()}{message[1:]}, got {details['input']!r}"
@@ -146,17 +149,17 @@ def problem_text(details: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """One option, as an interface shows and reads it."""
+    """One option, with everything that an interface needs to show and parse it."""
 
     name: str
-    kind: type  # str, int, float, bool or Path; str where a text is parsed
+    kind: type  # str, int, float, bool or Path; str if text is parsed
     many: bool  # a tuple of `kind`
     optional: bool  # None is a value
-    choices: tuple[str, ...]  # empty where any value of `kind` is allowed
+    choices: tuple[str, ...]  # empty if any value of `kind` is allowed
     default: Any
     required: bool
-    positional: bool  # may be passed by its place in Python
-    argument: bool  # is passed by its place on the command line
+    positional: bool  # may be a positional argument in Python
+    argument: bool  # is a positional argument on the command line
     help: str
     minimum: float | None
     maximum: float | None
@@ -167,18 +170,18 @@ class OptionField:
 
 
 def option_fields(options: type[OperationOptions]) -> tuple[OptionField, ...]:
-    """Return the options of a record in order of declaration, hooks left out."""
+    """Return the options of a record in order of declaration, without hooks."""
     hints = get_type_hints(options)
     pydantic_fields = cast("Any", options).__pydantic_fields__
     kw_only = {field.name: field.kw_only for field in dataclasses.fields(cast("Any", options))}
-    found: list[OptionField] = []
+    result: list[OptionField] = []
     for name, field in pydantic_fields.items():
         extra = cast("dict[str, Any]", field.json_schema_extra or {}).get(_CLI, {})
         if extra.get("hook"):
             continue
         kind, many, optional, choices = _shape(hints[name])
         bounds = {type(limit).__name__: limit for limit in field.metadata}
-        found.append(
+        result.append(
             OptionField(
                 name=name,
                 kind=kind,
@@ -198,7 +201,7 @@ def option_fields(options: type[OperationOptions]) -> tuple[OptionField, ...]:
                 metavar=extra.get("metavar"),
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def _shape(hint: Any) -> tuple[type, bool, bool, tuple[str, ...]]:
@@ -217,9 +220,9 @@ def _shape(hint: Any) -> tuple[type, bool, bool, tuple[str, ...]]:
 
 
 def operation(options: Callable[P, OptionsType]) -> Callable[[Callable[[OptionsType], R]], Callable[P, R]]:
-    """Turn a function of a record into a function of the record's fields.
+    """Turn a function that takes a record into a function that takes the record's fields.
 
-    The function of the record itself stays available as `run_operation(function, options)`.
+    To pass an existing record, call `run_operation(function, options)`.
     """
 
     def decorate(run: Callable[[OptionsType], R]) -> Callable[P, R]:
@@ -237,7 +240,7 @@ def operation(options: Callable[P, OptionsType]) -> Callable[[Callable[[OptionsT
 
 
 def run_operation(function: Callable[..., R], options: OperationOptions) -> R:
-    """Call an operation with a record that exists already."""
+    """Call an operation with an existing record."""
     return cast("Any", function).__wrapped_operation__(options)
 
 
@@ -262,7 +265,7 @@ def flags_of(field: OptionField) -> tuple[str, ...]:
     """Return the spellings of an option on the command line, the long one last."""
     if field.off is not None:
         return (field.off[0],)
-    given = tuple(field.flag.split("/")) if field.flag else ()
-    if any(flag.startswith("--") for flag in given):
-        return given
-    return (*given, f"--{field.name.replace('_', '-')}")
+    declared = tuple(field.flag.split("/")) if field.flag else ()
+    if any(flag.startswith("--") for flag in declared):
+        return declared
+    return (*declared, f"--{field.name.replace('_', '-')}")

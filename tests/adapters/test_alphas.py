@@ -30,15 +30,17 @@ def test_a_principal_has_alpha_equal_to_rank(plain: Tensors, layers: list[Layer]
     assert list(found) == [layer.kohya for layer in layers]
 
 
-def test_another_alpha_is_wrong_in_our_files_only(plain: Tensors, layers: list[Layer]) -> None:
+def test_alpha_other_than_the_rank_is_a_problem_only_in_spectune_files(
+    plain: Tensors, layers: list[Layer]
+) -> None:
     tensors = plain | pair(layers[4], rank=3, alpha=3.03)
     assert alpha_problems(MemorySource(tensors, {})) == []
     assert alpha_problems(MemorySource(tensors, OURS)) == [
-        f"1 layer with an alpha other than the rank: {layers[4].kohya} 3.03 for 3"
+        f"1 layer with alpha different from the rank: {layers[4].kohya} 3.03 for 3"
     ]
 
 
-def test_missing_and_broken(plain: Tensors, layers: list[Layer]) -> None:
+def test_missing_and_invalid_alphas_are_reported(plain: Tensors, layers: list[Layer]) -> None:
     tensors = without(plain, f"{layers[0].kohya}.alpha")
     tensors[f"{layers[1].kohya}.alpha"] = torch.tensor([3.0, 3.0])
     tensors[f"{layers[2].kohya}.alpha"] = torch.tensor(float("nan"))
@@ -59,7 +61,7 @@ def test_missing_and_broken(plain: Tensors, layers: list[Layer]) -> None:
         (2049, torch.float32, True),
     ],
 )
-def test_16_bits_hold_some_ranks(
+def test_alphas_that_16_bits_cannot_hold_are_reported(
     rank: int, dtype: torch.dtype, held: bool, plain: Tensors, layers: list[Layer]
 ) -> None:
     tensors = plain | pair(layers[3], rank=rank)

@@ -53,7 +53,7 @@ def loads(loadings: dict[Program, Loading]) -> dict[str, int]:
     return {program.name.lower(): loading.loads for program, loading in loadings.items()}
 
 
-def test_a_row_names_a_program_once_and_gives_a_reason() -> None:
+def test_each_row_has_a_program_at_most_once_with_a_reason() -> None:
     assert len(Feature) == len(Feature.__members__)
     for feature in Feature:
         programs = [program for cell in feature.value for program in cell.programs]
@@ -62,7 +62,7 @@ def test_a_row_names_a_program_once_and_gives_a_reason() -> None:
         assert all(cell.reason for cell in feature.value)
 
 
-def test_rows_of_checkpoints_leave_out_lycoris() -> None:
+def test_checkpoint_rows_do_not_contain_lycoris() -> None:
     rows = list(Feature)[list(Feature).index(Feature.OUTSIDE) :]
     programs = {program for row in rows for cell in row.value for program in cell.programs}
     assert programs == set(CHECKPOINT_PROGRAMS) == set(Program) - {Program.LYCORIS, Program.LYCORIS_FILE}
@@ -98,7 +98,7 @@ def test_extra_layers(catalogue: Catalogue) -> None:
     assert loadings[Program.COMFYUI].complete
 
 
-def test_one_missing_alpha(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_one_missing_alpha_is_reported(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
     loadings = loadings_of(without(plain, f"{layer.kohya}.alpha"), catalogue)
     assert loads(loadings) == {
         "comfyui": 192,
@@ -109,22 +109,22 @@ def test_one_missing_alpha(plain: Tensors, layer: Layer, catalogue: Catalogue) -
     }
     reasons = {program.name: (c.refuses + c.notes)[0] for program, c in loadings.items()}
     assert {finding.names for finding in reasons.values()} == {(layer.name,)}
-    assert reasons["COMFYUI"].reason == "without alpha it takes scale 1"
-    assert reasons["SD_SCRIPTS"].reason == "without alpha it takes alpha = rank, scale 1"
-    assert reasons["LYCORIS_FILE"].reason == "builds no layer without alpha"
-    assert reasons["DIFFUSERS"].reason == "without alpha it takes the most frequent alpha of the part"
+    assert reasons["COMFYUI"].reason == "uses scale 1 for a missing alpha"
+    assert reasons["SD_SCRIPTS"].reason == "uses alpha = rank (scale 1) for a missing alpha"
+    assert reasons["LYCORIS_FILE"].reason == "cannot build a layer without alpha"
+    assert reasons["DIFFUSERS"].reason == "uses the most frequent alpha of the part for a missing alpha"
 
 
-def test_no_alpha_at_all(plain: Tensors, catalogue: Catalogue) -> None:
+def test_a_file_without_alphas_is_reported(plain: Tensors, catalogue: Catalogue) -> None:
     loadings = loadings_of(without(plain, ".alpha"), catalogue)
     assert [len(note.names) for note in loadings[Program.DIFFUSERS].notes] == [192]
-    assert loadings[Program.DIFFUSERS].notes[0].reason == "without alpha it takes alpha = rank, scale 1"
+    assert loadings[Program.DIFFUSERS].notes[0].reason == "uses alpha = rank (scale 1) for a missing alpha"
 
 
 @pytest.mark.parametrize(
     ("suffix", "shape"), [("diff_b", (32,)), ("diff", (32, 32)), ("lora_mid.weight", (2, 2, 1, 1))]
 )
-def test_keys_in_addition_to_a_pair(
+def test_keys_in_addition_to_a_pair_are_reported(
     suffix: str, shape: tuple[int, ...], plain: Tensors, layer: Layer, catalogue: Catalogue
 ) -> None:
     key = f"{layer.kohya}.{suffix}"
@@ -135,14 +135,16 @@ def test_keys_in_addition_to_a_pair(
     assert str(loadings[Program.DIFFUSERS].refuses[0]) == f"1 ({key}): cannot rename these keys"
 
 
-def test_norms(plain: Tensors, catalogue: Catalogue) -> None:
+def test_norms_are_reported(plain: Tensors, catalogue: Catalogue) -> None:
     loadings = loadings_of(plain | {"lora_unet_out_0.w_norm": torch.zeros(16)}, catalogue)
     assert loadings[Program.COMFYUI].complete
     assert str(loadings[Program.LYCORIS].ignores[0]) == "1 (lora_unet_out_0.w_norm): train_norm=False"
     assert loadings[Program.DIFFUSERS].refuses
 
 
-def test_a_difference_instead_of_a_pair(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_a_difference_instead_of_a_pair_is_reported(
+    plain: Tensors, layer: Layer, catalogue: Catalogue
+) -> None:
     rest = {key: tensor for key, tensor in plain.items() if not key.startswith(f"{layer.kohya}.")}
     loadings = loadings_of(rest | {f"{layer.kohya}.diff": torch.zeros(layer.shape)}, catalogue)
     assert loads(loadings) == {
@@ -164,7 +166,7 @@ def test_other_kinds_of_adapter(suffix: str, plain: Tensors, layer: Layer, catal
     assert loadings[Program.DIFFUSERS].refuses
 
 
-def test_peft_names(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
+def test_peft_keys_are_reported(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
     loadings = loadings_of(as_peft(plain, default), catalogue)
     attention = [layer for layer in default if layer.part == "unet" and ".to_" in layer.name]
     assert loads(loadings) == {
@@ -178,7 +180,7 @@ def test_peft_names(plain: Tensors, default: list[Layer], catalogue: Catalogue) 
     assert loadings[Program.DIFFUSERS].complete
 
 
-def test_one_layer_in_peft_names(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_one_layer_with_peft_keys_is_reported(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
     loadings = loadings_of(as_peft(plain, [layer]), catalogue)
     assert loads(loadings) == {
         "comfyui": 191,
@@ -189,10 +191,12 @@ def test_one_layer_in_peft_names(plain: Tensors, layer: Layer, catalogue: Catalo
     }
 
 
-def test_one_layer_in_diffusers_names(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_one_layer_with_diffusers_names_is_reported(
+    plain: Tensors, layer: Layer, catalogue: Catalogue
+) -> None:
     loadings = loadings_of(renamed(plain, layer.kohya, kohya_style(layer)), catalogue)
     assert kohya_style(layer) == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_v"
-    # what is left to diffusers: that layer and those of the text encoders
+    # diffusers still loads that layer and those of the text encoders
     assert loads(loadings) == {
         "comfyui": 192,
         "sd_scripts": 192,
@@ -203,10 +207,12 @@ def test_one_layer_in_diffusers_names(plain: Tensors, layer: Layer, catalogue: C
     assert loadings[Program.DIFFUSERS].ignores[0].reason == (
         "drops the sgm layers of a file with both spellings"
     )
-    assert "can stop with an error" in loadings[Program.SD_SCRIPTS].notes[1].reason
+    assert "can cause an error" in loadings[Program.SD_SCRIPTS].notes[1].reason
 
 
-def test_all_layers_in_diffusers_names(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
+def test_a_file_with_diffusers_names_is_reported(
+    plain: Tensors, default: list[Layer], catalogue: Catalogue
+) -> None:
     tensors = plain
     for layer in default:
         if layer.part == "unet":
@@ -220,7 +226,7 @@ def test_all_layers_in_diffusers_names(plain: Tensors, default: list[Layer], cat
     )
 
 
-def test_text_projection(plain: Tensors, catalogue: Catalogue) -> None:
+def test_a_text_projection_is_reported(plain: Tensors, catalogue: Catalogue) -> None:
     stem = "lora_te2_text_projection"
     extra = {f"{stem}.lora_down.weight": torch.zeros(2, 24), f"{stem}.lora_up.weight": torch.zeros(20, 2)}
     loadings = loadings_of(plain | extra | {f"{stem}.alpha": torch.tensor(2.0)}, catalogue)
@@ -229,7 +235,7 @@ def test_text_projection(plain: Tensors, catalogue: Catalogue) -> None:
     assert "transposed" in loadings[Program.COMFYUI].notes[0].reason
 
 
-def test_unknown_layers_and_keys(plain: Tensors, catalogue: Catalogue) -> None:
+def test_unknown_layers_and_keys_are_reported(plain: Tensors, catalogue: Catalogue) -> None:
     strange = pair(catalogue.by_name["unet.middle_block.1.proj_in"])
     strange = renamed(strange, "lora_unet_middle_block_1_proj_in", "lora_unet_middle_block_7_proj_in")
     loadings = loadings_of(plain | strange, catalogue)
@@ -251,7 +257,7 @@ def test_half_a_pair(side: str, comfyui: int, plain: Tensors, layer: Layer, cata
     )
 
 
-def test_no_program_takes_a_tuned_file_for_a_lora(plain: Tensors, catalogue: Catalogue) -> None:
+def test_no_program_loads_a_tuned_file_as_a_lora(plain: Tensors, catalogue: Catalogue) -> None:
     loadings = loadings_of(as_tuned(plain), catalogue)
     assert set(loads(loadings).values()) == {0}
     for loading in loadings.values():
@@ -260,7 +266,7 @@ def test_no_program_takes_a_tuned_file_for_a_lora(plain: Tensors, catalogue: Cat
         assert finding.reason == "trained deltas are not a LoRA: `spectune export` writes one"
 
 
-def test_alpha_that_is_not_the_rank(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_alpha_other_than_the_rank_is_reported(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
     loadings = loadings_of(plain | pair(layer, rank=2, alpha=1.0), catalogue)
     assert {program for program, loading in loadings.items() if loading.complete} == {
         Program.COMFYUI,
@@ -271,32 +277,34 @@ def test_alpha_that_is_not_the_rank(plain: Tensors, layer: Layer, catalogue: Cat
     assert "command line" in loadings[Program.LYCORIS].notes[0].reason
 
 
-def test_alphas_that_differ_from_layer_to_layer(
+def test_alphas_that_differ_between_layers_are_reported(
     plain: Tensors, layer: Layer, default: list[Layer], catalogue: Catalogue
 ) -> None:
-    """As ranks by energy give them; in one part, the others do not matter."""
+    """Such alphas come from ranks by energy; alphas of other parts do not matter."""
     convolution = catalogue.by_name["unet.input_blocks.1.0.in_layers.2"]
     loadings = loadings_of(plain | pair(layer, rank=3) | pair(convolution, rank=3), catalogue)
     (note,) = loadings[Program.DIFFUSERS].notes
     assert note.names == (layer.name,)
-    assert note.reason.startswith("scaled wrongly: attention layers get the most frequent alpha of the part")
+    assert note.reason.startswith("wrong scale: attention layers get the most frequent alpha of the part")
     assert loadings[Program.COMFYUI].complete
     encoder = pairs([layer for layer in default if layer.part == "te1"], rank=3)
     assert loadings_of(plain | encoder, catalogue)[Program.DIFFUSERS].complete
 
 
-def test_an_alpha_that_its_dtype_cannot_hold(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_an_alpha_rounded_by_its_dtype_is_reported(
+    plain: Tensors, layer: Layer, catalogue: Catalogue
+) -> None:
     large = pair(layer, rank=257)
     assert loadings_of(plain | large, catalogue)[Program.COMFYUI].complete
     large[f"{layer.kohya}.alpha"] = torch.tensor(257.0).bfloat16()
     loadings = loadings_of(plain | large, catalogue)
     assert str(loadings[Program.COMFYUI].notes[0]) == (
-        f"1 ({layer.name}): a 16-bit alpha cannot hold this rank, so the layer is scaled wrongly"
+        f"1 ({layer.name}): wrong scale: a 16-bit alpha cannot hold this rank"
     )
     assert loadings[Program.COMFYUI].loads == 192
 
 
-def test_rows(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
+def test_table_rows_are_text(plain: Tensors, layer: Layer, catalogue: Catalogue) -> None:
     key = f"{layer.kohya}.diff_b"
     rows = [loading.row for loading in loadings_of(plain | {key: torch.zeros(32)}, catalogue).values()]
     assert rows[0] == ("ComfyUI", "192 of 192", "", "")
@@ -318,7 +326,7 @@ def test_only_alphas_are_read(plain: Tensors, catalogue: Catalogue, monkeypatch:
     assert all(name.endswith(".alpha") for name in read)
 
 
-def test_the_full_layout(full_infos: Mapping[str, TensorInfo]) -> None:
+def test_all_layers_of_the_full_layout_are_counted(full_infos: Mapping[str, TensorInfo]) -> None:
     catalogue = build_catalogue(full_infos, all_layers=True)
     tensors = {
         f"{layer.kohya}.{side}.weight": torch.empty(shape)
@@ -335,7 +343,7 @@ def test_the_full_layout(full_infos: Mapping[str, TensorInfo]) -> None:
     }
 
 
-def test_comfyui_names(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
+def test_comfyui_keys_are_reported(plain: Tensors, default: list[Layer], catalogue: Catalogue) -> None:
     tensors = plain
     for layer in default:
         tensors = renamed(tensors, layer.kohya, spelled(layer.name, layer.diffusers, Spelling.COMFYUI))
@@ -360,7 +368,7 @@ def test_a_spelling_without_a_row_is_not_counted(layer: Layer, catalogue: Catalo
     }
 
 
-def test_without_a_catalogue_the_layers_are_those_of_sdxl() -> None:
+def test_layers_default_to_those_of_sdxl() -> None:
     stem = "lora_unet_input_blocks_4_1_proj_in"
     tensors = {f"{stem}.{key}": torch.zeros(2, 2) for key in ("hada_w1_a", "dora_scale", "diff_b")}
     tensors["lora_unet_input_blocks_4_1_norm.w_norm"] = torch.zeros(2)

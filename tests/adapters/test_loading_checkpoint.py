@@ -21,7 +21,7 @@ COMFYUI, SD_SCRIPTS, DIFFUSERS = Program.COMFYUI, Program.SD_SCRIPTS, Program.DI
 
 @pytest.fixture(scope="module")
 def full(full_infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """SDXL without numbers."""
+    """Return the tensors of SDXL without values."""
     return {info.name: torch.empty(info.shape, device="meta") for info in full_infos.values()}
 
 
@@ -58,7 +58,7 @@ def test_unknown_keys_are_ignored(full: dict[str, torch.Tensor]) -> None:
     }
 
 
-def test_a_surplus_tensor_inside_a_part(full: dict[str, torch.Tensor]) -> None:
+def test_a_surplus_tensor_in_a_part_is_reported(full: dict[str, torch.Tensor]) -> None:
     name = f"{UNET_ROOT}input_blocks.1.1.proj_in.weight"
     loadings = loadings_of(full | {name: torch.zeros(1)})
     assert loadings[COMFYUI].ignores[0].names == loadings[SD_SCRIPTS].refuses[0].names == (name,)
@@ -78,16 +78,16 @@ def test_a_missing_tensor(full: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("root", "part"), [(VAE_ROOT, "vae"), (TE1_SHORT_ROOT, "te1"), (TE2_ROOT, "te2")])
-def test_a_missing_part(root: str, part: str, full: dict[str, torch.Tensor]) -> None:
+def test_a_missing_part_is_named(root: str, part: str, full: dict[str, torch.Tensor]) -> None:
     rest = outside(full, root)
     loadings = loadings_of(rest)
     assert loadings[COMFYUI].loads == len(rest) < 2515
-    assert str(loadings[COMFYUI].notes[0]) == f"1 ({part}): needs a loader node of its own"
+    assert str(loadings[COMFYUI].notes[0]) == f"1 ({part}): needs a separate loader node"
     assert loadings[SD_SCRIPTS].refuses[0].names == loadings[DIFFUSERS].refuses[0].names == (part,)
     assert loadings[SD_SCRIPTS].loads == loadings[DIFFUSERS].loads == 0
 
 
-def test_the_first_encoder_in_names_of_transformers_5(full: dict[str, torch.Tensor]) -> None:
+def test_the_first_encoder_with_transformers_5_names_is_reported(full: dict[str, torch.Tensor]) -> None:
     short = {name.replace(TE1_ROOT, TE1_SHORT_ROOT): tensor for name, tensor in full.items()}
     loadings = loadings_of(short)
     (ignored,) = loadings[COMFYUI].ignores
@@ -96,15 +96,15 @@ def test_the_first_encoder_in_names_of_transformers_5(full: dict[str, torch.Tens
     assert loadings[SD_SCRIPTS].refuses[0].reason == loadings[DIFFUSERS].refuses[0].reason == ignored.reason
 
 
-def test_other_sizes(source: MemorySource) -> None:
+def test_other_sizes_are_reported(source: MemorySource) -> None:
     loadings = loadings_of(source.values)
-    assert loadings[COMFYUI].refuses[0].reason == "loads only SDXL's own widths and depths"
+    assert loadings[COMFYUI].refuses[0].reason == "loads only SDXL's widths and depths"
     assert loadings[SD_SCRIPTS].loads == 0
     assert loadings[DIFFUSERS].loads == len(source.values)
     assert "folder of configurations" in loadings[DIFFUSERS].notes[0].reason
 
 
-def test_residuals_and_predictions(full: dict[str, torch.Tensor]) -> None:
+def test_residuals_and_predictions_are_reported(full: dict[str, torch.Tensor]) -> None:
     def notes(provenance: Provenance, **more: torch.Tensor) -> list[str]:
         return [finding.reason for finding in loadings_of(full | more, provenance)[COMFYUI].notes]
 

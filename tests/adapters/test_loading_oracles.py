@@ -1,4 +1,4 @@
-"""The table of programs compared with what lycoris-lora and diffusers load on the tiny model."""
+"""Compare the table of programs with what lycoris-lora and diffusers load for the tiny model."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def layer(catalogue: Catalogue) -> Layer:
 
 
 def claimed(tensors: Tensors, catalogue: Catalogue, program: Program) -> int | None:
-    """Return how many layers load according to the table, None for a file that is refused."""
+    """Return how many layers load according to the table; None if the file is refused."""
     (found,) = [c for c in loading_table(MemorySource(tensors, {}), catalogue) if c.program is program]
     return None if found.refuses else found.loads
 
 
 class Oracles:
-    """The number of layers of the tiny model that each program loads, None where it raises."""
+    """Counters of the layers of the tiny model that each program loads; None if it raises an error."""
 
     def __init__(self, modules: Modules, catalogue: Catalogue) -> None:
         self.modules = modules
         self.catalogue = catalogue
-        self.scales: set[float] = set()  # of the last file in diffusers
+        self.scales: set[float] = set()  # that diffusers applied for the last file
         self.wrong = 0
         self.roots = {part: sgm_module(catalogue, part) for part in Part}
 
@@ -61,7 +61,7 @@ class Oracles:
         return len(network.unet_loras) + len(network.text_encoder_loras)
 
     def lycoris(self, tensors: Tensors) -> int:
-        """Layers of a network of preset=full that find both factors in the file, as network_weights does."""
+        """Return how many layers of a preset=full network find both factors, as with network_weights."""
         network = create_network(
             1.0, 2, 2, None, [self.roots[Part.TE1], self.roots[Part.TE2]], self.roots[Part.UNET],
             algo="locon", preset="full", train_norm=False, conv_dim=2, conv_alpha=2,
@@ -87,13 +87,13 @@ class Oracles:
         return len(wrapped)
 
     def wrong_scales(self, tensors: Tensors) -> int:
-        """How many layers of a file with alpha = rank get another scale than 1 in diffusers."""
+        """Return how many layers of a file with alpha = rank get another scale than 1 in diffusers."""
         assert self.diffusers(tensors) == 192
         return self.wrong
 
 
 def sgm_module(catalogue: Catalogue, part: Part) -> nn.Module:
-    """A bare module whose layers have the names, and whose blocks the class names, of sd-scripts' own."""
+    """Return a minimal module with the layer names and the class names of the blocks of sd-scripts."""
     root = nn.Module()
     for layer in catalogue:
         if layer.part is not part:
@@ -138,7 +138,7 @@ PROCESSOR = re.compile(r"\.to_(q|k|v|out)(?:\.0)?\.lora_(A|B)\.weight$")
 
 
 def in_processor(match: re.Match[str]) -> str:
-    """The key of an attention layer as diffusers wrote it in 2023."""
+    """Return the key of an attention layer as diffusers wrote it in 2023."""
     return f".processor.to_{match[1]}_lora.{'down' if match[2] == 'A' else 'up'}.weight"
 
 
@@ -158,7 +158,7 @@ CHANGES: Mapping[str, Change] = {
     "diff_b": lambda plain, catalogue, layer: (
         plain | {f"{layer.kohya}.diff_b": torch.zeros(layer.out_features)}
     ),
-    "diff beside a pair": lambda plain, catalogue, layer: (
+    "diff in addition to a pair": lambda plain, catalogue, layer: (
         plain | {f"{layer.kohya}.diff": torch.zeros(layer.shape)}
     ),
     "diff alone": lambda plain, catalogue, layer: (
@@ -212,12 +212,14 @@ def test_lycoris_and_diffusers_agree_with_the_table(
         assert oracles.lycoris(tensors) == claimed(tensors, catalogue, Program.LYCORIS)
 
 
-def test_the_oracles_see_a_difference(catalogue: Catalogue, layer: Layer, oracles: Oracles) -> None:
+def test_the_oracles_detect_a_missing_layer(catalogue: Catalogue, layer: Layer, oracles: Oracles) -> None:
     tensors = pairs(each for each in catalogue if each.default and each is not layer)
     assert oracles.lycoris_file(tensors) == oracles.lycoris(tensors) == oracles.diffusers(tensors) == 191
 
 
-def test_the_alpha_of_diffusers_where_one_is_missing(catalogue: Catalogue, oracles: Oracles) -> None:
+def test_diffusers_uses_the_most_frequent_alpha_for_a_missing_one(
+    catalogue: Catalogue, oracles: Oracles
+) -> None:
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     plain = pairs(each for each in catalogue if each.default) | pair(layer, rank=3)
     assert oracles.wrong_scales(plain) == oracles.wrong_scales(without(plain, ".alpha")) == 0
@@ -227,7 +229,7 @@ def test_the_alpha_of_diffusers_where_one_is_missing(catalogue: Catalogue, oracl
     assert oracles.wrong_scales(without(plain, "te1_text_model_encoder_layers_0_mlp_fc1.alpha")) == 0
 
 
-def test_the_alpha_of_diffusers_where_alphas_differ(catalogue: Catalogue, oracles: Oracles) -> None:
+def test_diffusers_uses_one_alpha_where_alphas_differ(catalogue: Catalogue, oracles: Oracles) -> None:
     default = [layer for layer in catalogue if layer.default]
     tensors = {
         key: tensor

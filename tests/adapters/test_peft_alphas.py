@@ -1,4 +1,4 @@
-"""The scales in the configurations of PEFT and diffusers, compared with those that the two apply."""
+"""Compare scales read from configurations of PEFT and diffusers with those that the two apply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT_TARGETS = ["q_proj", "k_proj", "fc1"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "alpha is the rank": {"r": 4, "lora_alpha": 4},
     "alpha is not the rank": {"r": 4, "lora_alpha": 6},
-    "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "rank-stabilized": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "ranks and alphas by pattern": {
         "r": 4,
         "lora_alpha": 2,
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "encoder.layers.1.mlp.fc1": 5,
         },
     },
-    "patterns and rank-stabilised": {
+    "patterns and rank-stabilized": {
         "r": 4, "lora_alpha": 2, "alpha_pattern": {"to_v": 3}, "use_rslora": True,
     },
 }  # fmt: skip
@@ -58,7 +58,7 @@ def catalogue(source: MemorySource) -> Catalogue:
 
 
 def wrapped(module: nn.Module, targets: list[str], config: Mapping[str, Any]) -> nn.Module:
-    """A copy of a module with a LoRA of random numbers in it."""
+    """Return a copy of a module with a LoRA of random numbers in it."""
     copied = copy.deepcopy(module)
     lora = LoraConfig(**config, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(lora, copied)
@@ -66,7 +66,7 @@ def wrapped(module: nn.Module, targets: list[str], config: Mapping[str, Any]) ->
 
 
 def scales_in(modules: Mapping[str, nn.Module], catalogue: Catalogue) -> dict[str, float]:
-    """What PEFT multiplies with, by layer."""
+    """Return the scales that PEFT applies, by layer."""
     found: dict[str, float] = {}
     for layer in catalogue:
         part, path = module_path(layer.name, catalogue.unet)
@@ -132,7 +132,7 @@ def test_scales_equal_those_of_peft(
 def test_conversion_keeps_the_scales_of_peft(
     tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
-    """kohya's keys hold the alphas; the numbers are those of PEFT's own product."""
+    """The converted file stores alphas, and its products equal those that PEFT computes."""
     module = wrapped(tiny_modules.unet, UNET_TARGETS, CONFIGS["ranks and alphas by pattern"])
     path = saved_by_diffusers({"unet": module}, tmp_path)
     made = convert(path, tmp_path / "kohya.safetensors", base=tiny_checkpoint)
@@ -159,15 +159,15 @@ def factors(catalogue: Catalogue, name: str, rank: int = 4) -> dict[str, Tensor]
     }
 
 
-def scale_of(tensors: Mapping[str, Tensor], told: object, path: Path, catalogue: Catalogue) -> float:
-    metadata = {"lora_adapter_metadata": told if isinstance(told, str) else json.dumps(told)}
+def scale_of(tensors: Mapping[str, Tensor], settings: object, path: Path, catalogue: Catalogue) -> float:
+    metadata = {"lora_adapter_metadata": settings if isinstance(settings, str) else json.dumps(settings)}
     save_file(dict(tensors), path, metadata=metadata)
     (found,) = read_scales(path, catalogue).values()
     return found
 
 
 @pytest.mark.parametrize(
-    ("told", "scale"),
+    ("settings", "scale"),
     [
         ({}, 1.0),
         ({"text_encoder.lora_alpha": 8}, 1.0),  # of another part
@@ -178,47 +178,56 @@ def scale_of(tensors: Mapping[str, Tensor], told: object, path: Path, catalogue:
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"proj_in": 2}}, 0.5),
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attentions.0.proj_in": 2}}, 0.5),
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"^mid_block.attentions.0.proj_in": 2}}, 0.5),
-        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"j_in": 2}}, 2.0),  # whole names only
-        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {".*proj.*": 2}}, 2.0),  # no expressions
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"j_in": 2}}, 2.0),  # only complete names match
+        (
+            {"unet.lora_alpha": 8, "unet.alpha_pattern": {".*proj.*": 2}},
+            2.0,
+        ),  # regular expressions are not supported
         ({"unet.alpha_pattern": {"proj_in": 6}}, 1.5),
     ],
 )
-def test_patterns_are_read_as_peft_reads_them(
-    told: object, scale: float, catalogue: Catalogue, tmp_path: Path
+def test_alpha_patterns_apply_as_in_peft(
+    settings: object, scale: float, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     tensors = factors(catalogue, "unet.middle_block.1.proj_in")
-    assert scale_of(tensors, told, tmp_path / "a.safetensors", catalogue) == pytest.approx(scale)
+    assert scale_of(tensors, settings, tmp_path / "a.safetensors", catalogue) == pytest.approx(scale)
 
 
-def test_an_alpha_in_the_file_comes_first(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_alpha_tensors_take_precedence_over_the_configuration(catalogue: Catalogue, tmp_path: Path) -> None:
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     tensors = factors(catalogue, layer.name) | {f"{layer.diffusers}.alpha": torch.tensor(1.0)}
     assert scale_of(tensors, {"unet.lora_alpha": 8}, tmp_path / "a.safetensors", catalogue) == 0.25
 
 
 @pytest.mark.parametrize(
-    ("told", "what"),
+    ("settings", "what"),
     [
         ("[1]", "metadata lora_adapter_metadata of a.safetensors is not a JSON object: [1]"),
         ("{", "metadata lora_adapter_metadata of a.safetensors is not a JSON object: {"),
         ({"unet.lora_alpha": "8"}, "unet.lora_alpha is '8': expected a number"),
-        ({"unet.alpha_pattern": {"x": "y"}}, "unet.alpha_pattern is {'x': 'y'}: expected numbers by name"),
+        (
+            {"unet.alpha_pattern": {"x": "y"}},
+            "unet.alpha_pattern is {'x': 'y'}: expected numbers by layer name",
+        ),
         ('{"unet.lora_alpha": NaN}', "unet.lora_alpha is nan: expected a number"),
-        ({"unet.alpha_pattern": {"x": None}}, "unet.alpha_pattern is {'x': None}: expected numbers by name"),
-        ({"unet.alpha_pattern": 3}, "unet.alpha_pattern is 3: expected numbers by name"),
+        (
+            {"unet.alpha_pattern": {"x": None}},
+            "unet.alpha_pattern is {'x': None}: expected numbers by layer name",
+        ),
+        ({"unet.alpha_pattern": 3}, "unet.alpha_pattern is 3: expected numbers by layer name"),
         ({"unet.lora_alpha": {"x": 3}}, "unet.lora_alpha is {'x': 3}: expected a number"),
     ],
 )
-def test_configurations_that_cannot_be_read_are_errors(
-    told: object, what: str, catalogue: Catalogue, tmp_path: Path
+def test_invalid_configurations_are_errors(
+    settings: object, what: str, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     tensors = factors(catalogue, "unet.middle_block.1.proj_in")
     with pytest.raises(InputError) as caught:
-        scale_of(tensors, told, tmp_path / "a.safetensors", catalogue)
+        scale_of(tensors, settings, tmp_path / "a.safetensors", catalogue)
     assert what in caught.value.what
 
 
-def test_a_configuration_belongs_to_its_own_folder_only(tmp_path: Path) -> None:
+def test_only_a_configuration_in_the_same_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
     module = "unet.mid_block.attentions.0.proj_in"
     ours = read_peft_alphas(tmp_path / "adapter_model.safetensors", {})
@@ -226,7 +235,7 @@ def test_a_configuration_belongs_to_its_own_folder_only(tmp_path: Path) -> None:
     assert ours.alpha("text_encoder.text_model.encoder.layers.0.mlp.fc1", 2) == 8
     assert read_peft_alphas(tmp_path / "other.safetensors", {}) == PeftAlphas({})
     assert PeftAlphas({}).alpha(module, 4) is None
-    # metadata of the file itself come first
-    told = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.use_rslora": true}'}
-    found = read_peft_alphas(tmp_path / "adapter_model.safetensors", told)
+    # metadata of the file itself take precedence
+    settings = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.use_rslora": true}'}
+    found = read_peft_alphas(tmp_path / "adapter_model.safetensors", settings)
     assert found.alpha(module, 4) == pytest.approx(3 * math.sqrt(4))

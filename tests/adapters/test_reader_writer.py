@@ -83,7 +83,7 @@ def test_round_trip(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> N
         assert weights_hash(source) == written
 
 
-def test_layers_are_a_mapping(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_the_layers_are_a_mapping(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
     names = list(adapter.layers)[:3]
     some = replace(adapter, layers={name: adapter.layers[name] for name in names})
     saved(tmp_path / "a.safetensors", some, catalogue)
@@ -94,7 +94,7 @@ def test_layers_are_a_mapping(adapter: Adapter, catalogue: Catalogue, tmp_path: 
         again.layers[list(adapter.layers)[5]]
 
 
-def test_keys_and_shapes_are_kohyas(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_keys_and_shapes_are_those_of_kohya(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue)
     assert len(tensors) == 3 * len(catalogue)
     linear = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
@@ -160,7 +160,7 @@ def test_metadata_for_other_programs(adapter: Adapter, catalogue: Catalogue, tmp
     assert metadata["modelspec.title"] == "style"
 
 
-def test_rank_in_metadata(catalogue: Catalogue) -> None:
+def test_ranks_in_the_metadata(catalogue: Catalogue) -> None:
     def dims(ranks: Mapping[str, int]) -> tuple[str, str]:
         entries = kohya_metadata(catalogue.layers, ranks, PROVENANCE, title="x")
         return entries["ss_network_dim"], json.loads(entries["ss_network_args"])["conv_dim"]
@@ -209,7 +209,9 @@ def test_tuned_round_trip(catalogue: Catalogue, tmp_path: Path) -> None:
         assert not any("lora_down" in key for key in source.tensors)
 
 
-def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_layers_that_the_model_lacks_are_named(
+    adapter: Adapter, catalogue: Catalogue, tmp_path: Path
+) -> None:
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue)
     for n in range(5):
         tensors[f"lora_unet_input_blocks_9{n}_1_proj_in.alpha"] = torch.tensor(1.0)
@@ -227,11 +229,16 @@ def test_layers_the_model_does_not_have(adapter: Adapter, catalogue: Catalogue, 
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "the adapter is for Flux"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the adapter is for SD 1 or 2"),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "a transformer model such as Flux or SD 3"),
-        ("lora_te2_text_projection.lora_down.weight", "adapters hold text projections transposed"),
-        ("something.weight", "expected an adapter for SDXL with keys of kohya, PEFT or ComfyUI"),
+        (
+            "lora_te2_text_projection.lora_down.weight",
+            "text projections are not read: adapters store them transposed",
+        ),
+        ("something.weight", "expected an adapter for SDXL with kohya, PEFT or ComfyUI keys"),
     ],
 )
-def test_adapters_of_other_models(key: str, hint: str, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_adapters_for_other_models_are_recognized(
+    key: str, hint: str, catalogue: Catalogue, tmp_path: Path
+) -> None:
     error = message(tmp_path / "b.safetensors", {key: torch.zeros(1, 1)}, catalogue)
     assert "1 of 1 layers of b.safetensors have no counterpart" in error.what
     assert error.hint is not None
@@ -247,7 +254,7 @@ def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalo
         f"b.safetensors has 1 key other than factors: {stem}.{suffix}; expected lora_down"
     )
     assert error.hint is not None
-    assert "`spectune convert --drop PATTERN` leaves keys out" in error.hint
+    assert "`spectune convert --drop PATTERN` removes keys" in error.hint
 
 
 def test_half_a_pair(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
@@ -259,7 +266,9 @@ def test_half_a_pair(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", ["lora_down.weight", "lora_up.weight"])
-def test_shapes_of_another_model(suffix: str, adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_shapes_of_another_model_are_refused(
+    suffix: str, adapter: Adapter, catalogue: Catalogue, tmp_path: Path
+) -> None:
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     key = f"{layer.kohya}.{suffix}"
     expected = {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4)}[suffix]
@@ -285,12 +294,12 @@ def test_a_missing_alpha_means_scale_1_with_a_warning(
     )
 
 
-def test_scale(catalogue: Catalogue) -> None:
+def test_scale_is_alpha_over_rank(catalogue: Catalogue) -> None:
     one = low_rank(catalogue.layers[0], 4)
     assert (one.rank, one.scale, replace(one, alpha=2.0).scale) == (4, 1.0, 0.5)
 
 
-def test_alpha_of_shape_one(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+def test_an_alpha_with_one_axis_is_read(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
     """Some programs write alpha as a tensor of one element."""
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue)
     for key in [key for key in tensors if key.endswith(".alpha")]:
@@ -301,8 +310,9 @@ def test_alpha_of_shape_one(adapter: Adapter, catalogue: Catalogue, tmp_path: Pa
     assert {again.layers[name].alpha for name in again.layers} == {2.0}
 
 
-def test_an_empty_file(catalogue: Catalogue, tmp_path: Path) -> None:
-    assert message(tmp_path / "b.safetensors", {}, catalogue).what == "b.safetensors holds no layers"
+def test_an_empty_file_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
+    error = message(tmp_path / "b.safetensors", {}, catalogue)
+    assert error.what == "b.safetensors has no tensors: expected an adapter"
 
 
 def test_leaving_an_adapter_closes_its_file(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:

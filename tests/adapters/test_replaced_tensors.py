@@ -1,4 +1,4 @@
-"""Tuned files that replace some tensors of their base whole."""
+"""Tuned files that replace some tensors of their base completely."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(tiny_checkpoint: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ordinary(catalogue: Catalogue, tmp_path: Path) -> Path:
-    """A tuned file that replaces nothing."""
+    """Return a tuned file that replaces no tensors."""
     factors = as_tuned(pairs(catalogue.layers[::40]))
     tensors = {key: tensor.clone() for key, tensor in factors.items()}
     save_file(tensors, tmp_path / "plain.safetensors", metadata=PROVENANCE.to_metadata())
@@ -67,7 +67,7 @@ def replacing(ordinary: Path, catalogue: Catalogue, whole: dict[str, Tensor], tm
 
 
 def changed(path: Path, changes: Mapping[str, Tensor], *, drop: str = "none") -> Path:
-    """A copy with some tensors more, and without those whose keys begin with `drop`."""
+    """Return a copy of a file with tensors added, and without keys that begin with `drop`."""
     tensors = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(drop)}
     save_file(tensors | dict(changes), path.with_name("x.safetensors"))
     return path.with_name("x.safetensors")
@@ -104,7 +104,7 @@ def test_a_file_without_replaced_tensors_is_unchanged(
         assert opened.replaced == {}
 
 
-def test_what_is_replaced_is_written_in_float32_only(
+def test_replaced_tensors_must_be_float32_to_be_written(
     ordinary: Path, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     adapter = tuned(ordinary, catalogue, {BIAS: torch.zeros(4, dtype=torch.float64)})
@@ -113,21 +113,21 @@ def test_what_is_replaced_is_written_in_float32_only(
     assert not (tmp_path / "tuned.safetensors").exists()
 
 
-def test_a_caller_that_would_lose_them_gets_an_error(replacing: Path, catalogue: Catalogue) -> None:
+def test_callers_that_would_lose_replaced_tensors_get_an_error(replacing: Path, catalogue: Catalogue) -> None:
     with pytest.raises(InputError) as caught:
         open_adapter(replacing, catalogue)
     first = next(key for key in load_file(replacing) if key.startswith("replaced."))
     assert caught.value.what == (
-        f"tuned.safetensors replaces 2 tensors of its base whole (first {first.removeprefix('replaced.')}), "
-        "which no LoRA or slice can hold"
+        f"tuned.safetensors replaces 2 tensors of its base (first {first.removeprefix('replaced.')}), "
+        "which a LoRA or slice cannot store"
     )
     assert caught.value.hint == (
-        "rebuild the checkpoint with `spectune rebuild`, then make a LoRA of it: "
-        "`spectune export TUNED.safetensors --base ORIGINAL`"
+        "rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
+        "`spectune export ORIGINAL REBUILT`"
     )
 
 
-def test_a_lora_cannot_replace_anything(replacing: Path, catalogue: Catalogue) -> None:
+def test_a_lora_cannot_replace_tensors(replacing: Path, catalogue: Catalogue) -> None:
     lora = changed(replacing, pairs(catalogue.layers[:2]), drop="lora_")
     with pytest.raises(InputError, match="but is not a tuned adapter: expected frame_down"):
         open_adapter(lora, catalogue, replaced=True)
@@ -139,12 +139,12 @@ def test_another_dtype_than_float32_is_an_error(replacing: Path, catalogue: Cata
         open_adapter(cast, catalogue, replaced=True)
 
 
-def test_the_keys_are_neither_layers_nor_foreign() -> None:
+def test_replaced_keys_are_neither_layers_nor_foreign() -> None:
     table = sort_keys([f"replaced.{BIAS}", "a.other.weight"], {})
     assert (table.replaced, table.foreign, table.unexpected) == ((BIAS,), ("a",), ())
 
 
-def test_inspect_counts_them_separately(
+def test_inspect_counts_replaced_tensors_separately(
     replacing: Path, ordinary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, plain = spectune.inspect(replacing), spectune.inspect(ordinary)
@@ -154,7 +154,7 @@ def test_inspect_counts_them_separately(
     for field in ("layers", "ranks", "scales", "parameters", "dtypes", "problems", "spelling"):
         assert getattr(found, field) == getattr(plain, field), field
     assert run(["inspect", str(replacing)]) == 0
-    assert "replaced      2 whole tensors of the base" in capsys.readouterr().err
+    assert "replaced      2 complete tensors of the base" in capsys.readouterr().err
     assert run(["inspect", str(ordinary)]) == 0
     assert "replaced" not in capsys.readouterr().err
     assert run(["inspect", str(replacing), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""One table of keys for all programs: a bijection, read and written without loss."""
+"""The table of keys for all programs is a bijection, and files are read and written without loss."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def full(full_infos: Mapping[str, TensorInfo]) -> Catalogue:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all examples of a property."""
+    """Return one folder for all examples of a property test."""
     return tmp_path_factory.mktemp("keys")
 
 
 @pytest.mark.parametrize("layout", ["catalogue", "full"])
-def test_no_stem_means_two_layers(layout: str, request: pytest.FixtureRequest) -> None:
+def test_each_stem_belongs_to_one_layer(layout: str, request: pytest.FixtureRequest) -> None:
     layers: Catalogue = request.getfixturevalue(layout)
     found = Counter(stem for layer in layers for stem in set(stems(layer.name, layer.diffusers)))
     assert [stem for stem, count in found.items() if count > 1] == []
@@ -72,7 +72,7 @@ def test_a_kohya_key_splits_at_its_first_dot() -> None:
     assert split_adapter_key("lora_te1_x.lora_down.weight") == ("lora_te1_x", "lora_down.weight")
 
 
-def test_stems_are_those_that_programs_write(full: Catalogue) -> None:
+def test_stems_include_those_that_programs_write(full: Catalogue) -> None:
     def all_of(name: str) -> set[str]:
         layer = full.by_name[name]
         return set(stems(layer.name, layer.diffusers))
@@ -91,10 +91,10 @@ def test_stems_are_those_that_programs_write(full: Catalogue) -> None:
     }
 
 
-def test_without_a_base_the_names_are_those_of_sdxl(full: Catalogue, tmp_path: Path) -> None:
+def test_names_default_to_those_of_sdxl(full: Catalogue, tmp_path: Path) -> None:
     assert set(sdxl_default_layers()) == {layer.name for layer in full if layer.default}
     tensors: dict[str, Tensor] = {}
-    for layer in full:  # shapes as if the model were small: names are all that is looked up
+    for layer in full:  # with small shapes: only names are looked up
         down, up = ((1, 2, *layer.shape[2:]), (3, 1, *(1,) * (len(layer.shape) - 2)))
         tensors[f"{layer.kohya}.lora_down.weight"] = torch.zeros(down)
         tensors[f"{layer.kohya}.lora_up.weight"] = torch.zeros(up)
@@ -104,8 +104,8 @@ def test_without_a_base_the_names_are_those_of_sdxl(full: Catalogue, tmp_path: P
         assert set(opened.layers) == set(full.by_name)
         assert opened.catalogue is not None
         for mine, theirs in zip(opened.catalogue, full, strict=True):
-            told = (mine.name, mine.part, mine.kind, mine.tensor, mine.block, mine.default, mine.diffusers)
-            assert told == (
+            facts = (mine.name, mine.part, mine.kind, mine.tensor, mine.block, mine.default, mine.diffusers)
+            assert facts == (
                 theirs.name, theirs.part, theirs.kind, theirs.tensor, theirs.block, theirs.default,
                 theirs.diffusers,
             )  # fmt: skip
@@ -132,13 +132,13 @@ def peft(root: str = "", *, shorter: bool = False, adapter: str = "") -> Keys:
 
 
 def unet_alone(layer: Layer, side: str) -> str:
-    """PEFT saves one module at a time, without saying of what; encoders cannot be told apart then."""
+    """Return a key of a UNet that PEFT saved alone; such keys do not contain the name of the model."""
     path = layer.diffusers.removeprefix("unet.") if layer.part is Part.UNET else layer.diffusers
     return f"base_model.model.{path}.lora_{'A' if side == 'down' else 'B'}.weight"
 
 
 def old_diffusers(layer: Layer, side: str) -> str:
-    """Attention processors of 2023 held four LoRAs, whatever the modules they stood for."""
+    """Return a key of 2023, when attention processors contained the four LoRAs of an attention layer."""
     path, _, last = layer.diffusers.rpartition(".")
     if ".attn" in path and last in ("to_q", "to_k", "to_v"):
         return f"{path}.processor.{last}_lora.{side}.weight"
@@ -203,7 +203,7 @@ def test_every_spelling_opens_to_the_same_layers_and_values(
     assert described.spelling in ROLES.get(way, ("diffusers", "diffusers and kohya"))
 
 
-def test_alphas_and_kernels_without_their_axes_are_understood(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_alphas_and_kernels_without_axes_of_size_one_are_read(catalogue: Catalogue, tmp_path: Path) -> None:
     layer = catalogue.by_name["unet.output_blocks.0.0.skip_connection"]
     plain = lora_tensors([layer], alpha=1.0)
     squeezed = {
@@ -245,13 +245,13 @@ def test_keys_other_than_factors_are_named(
     end: str, spelling: Spelling, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     layer = catalogue.by_name["te2.text_model.encoder.layers.1.mlp.fc1"]
-    odd = f"{spelled(layer.name, layer.diffusers, spelling)}.{end}"
-    tensors = lora_tensors(catalogue) | {odd: torch.zeros(3)}
+    unexpected = f"{spelled(layer.name, layer.diffusers, spelling)}.{end}"
+    tensors = lora_tensors(catalogue) | {unexpected: torch.zeros(3)}
     error = refused(tensors, tmp_path / "a.safetensors", catalogue)
     assert error.what.startswith(
-        f"a.safetensors has 1 key other than factors: {odd}; expected lora_down.weight"
+        f"a.safetensors has 1 key other than factors: {unexpected}; expected lora_down.weight"
     )
-    assert factor_of(odd) is None
+    assert factor_of(unexpected) is None
 
 
 def test_layers_that_sdxl_does_not_have_are_named(catalogue: Catalogue, tmp_path: Path) -> None:
@@ -259,12 +259,10 @@ def test_layers_that_sdxl_does_not_have_are_named(catalogue: Catalogue, tmp_path
     stem = "lora_" + name.replace(".", "_")
     tensors = lora_tensors([catalogue.layers[0]]) | {f"{stem}.alpha": torch.tensor(1.0)}
     error = refused(tensors, tmp_path / "a.safetensors", None)
-    # the tiny model has blocks at places where SDXL has others
+    # some block names of the tiny model are those of other kinds of blocks in SDXL
     assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in SDXL: " + stem)
     assert error.hint is not None
-    assert error.hint.startswith(
-        "pass the model that the adapter is for as `base` if it does not have SDXL's size"
-    )
+    assert error.hint.startswith("if the model does not have SDXL's size, pass it as `base`")
     error = refused(tensors, tmp_path / "a.safetensors", catalogue)
     assert error.what.startswith("1 of 2 layers of a.safetensors have no counterpart in the model: " + stem)
 
@@ -275,7 +273,7 @@ def test_a_checkpoint_is_recognized(catalogue: Catalogue, tiny_checkpoint: Path)
     assert caught.value.hint == "the file is a checkpoint: expected an adapter"
 
 
-def test_a_table_sorts_every_key_once(catalogue: Catalogue) -> None:
+def test_each_key_is_sorted_into_exactly_one_group(catalogue: Catalogue) -> None:
     layers = {layer.name: layer.diffusers for layer in catalogue}
     name = "te1.text_model.encoder.layers.0.mlp.fc1"
     stem = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
@@ -303,7 +301,7 @@ def test_part_and_spelling_of_a_key() -> None:
     assert {key: (adapter_part(key), spelling_of(key)) for key in known} == known
 
 
-def test_spellings_have_names() -> None:
+def test_spellings_are_parsed_by_name() -> None:
     assert [parse_spelling(word) for word in ("kohya", "PEFT", "Diffusers", "comfyui")] == [
         Spelling.KOHYA,
         Spelling.DIFFUSERS,
@@ -313,7 +311,7 @@ def test_spellings_have_names() -> None:
     with pytest.raises(InputError) as caught:
         parse_spelling("khoya")
     assert caught.value.what == "unknown spelling 'khoya'; did you mean `kohya`?"
-    assert caught.value.hint == "kohya, diffusers, comfyui"
+    assert caught.value.hint == "expected one of kohya, diffusers, comfyui"
 
 
 chosen = st.lists(st.integers(0, 10**6), min_size=1, max_size=12, unique=True)
@@ -326,7 +324,7 @@ def some(catalogue: Catalogue, numbers: Sequence[int]) -> list[Layer]:
 
 
 def there_and_back(path: Path, spelling: Spelling, base: Path) -> tuple[Path, float]:
-    """A file through another spelling and again in kohya's, and what that cost."""
+    """Convert a file to another spelling and back to kohya's; return it and the error."""
     away, back = path.with_name("away.safetensors"), path.with_name("back.safetensors")
     first = convert(path, away, keys=spelling, base=base, force=True)
     assert all(spelling_of(key) == spelling for key in load_file(away))
@@ -342,7 +340,7 @@ def there_and_back(path: Path, spelling: Spelling, base: Path) -> tuple[Path, fl
     spelling=st.sampled_from([Spelling.DIFFUSERS, Spelling.COMFYUI]),
 )
 @settings(deadline=None, max_examples=12)
-def test_where_alpha_is_the_rank_conversion_keeps_every_byte(
+def test_conversion_keeps_every_byte_if_alpha_is_the_rank(
     numbers: list[int],
     rank: int,
     dtype: torch.dtype,
@@ -364,7 +362,7 @@ def test_where_alpha_is_the_rank_conversion_keeps_every_byte(
     scale=st.sampled_from([2.0**n for n in range(-6, 4)]),
 )
 @settings(deadline=None, max_examples=8)
-def test_a_scale_that_is_a_power_of_two_keeps_the_product_exactly(
+def test_conversion_keeps_the_product_exactly_for_power_of_two_scales(
     numbers: list[int],
     rank: int,
     dtype: torch.dtype,
@@ -379,7 +377,7 @@ def test_a_scale_that_is_a_power_of_two_keeps_the_product_exactly(
     assert cost == 0
     found, exact, before, after = products(back), products(path), load_file(path), load_file(back)
     for layer in layers:
-        # float64 sums of exact products of the same numbers, scaled before or after
+        # exact products of the same numbers, summed in float64, scaled before or after
         assert distance(found[layer.kohya], exact[layer.kohya]) < 1e-15
         assert torch.equal(
             after[f"{layer.kohya}.lora_up.weight"].double(),
@@ -390,7 +388,7 @@ def test_a_scale_that_is_a_power_of_two_keeps_the_product_exactly(
 
 @given(numbers=chosen, rank=st.integers(1, 9), dtype=dtypes, alpha=st.floats(0.3, 30))
 @settings(deadline=None, max_examples=8)
-def test_any_other_scale_costs_one_rounding_which_is_reported(
+def test_conversion_of_other_scales_rounds_once_and_reports_it(
     numbers: list[int],
     rank: int,
     dtype: torch.dtype,
@@ -405,7 +403,7 @@ def test_any_other_scale_costs_one_rounding_which_is_reported(
     found, exact = products(back), products(path)
     total = sum(float(exact[layer.kohya].square().sum()) for layer in layers)
     lost = sum(float((found[layer.kohya] - exact[layer.kohya]).square().sum()) for layer in layers)
-    # half an ulp for each number of `up`; in fp16 the small ones have fewer digits
+    # half an ulp for each number of `up`; in fp16, small numbers have fewer digits
     bound = torch.finfo(dtype).eps * (2 if dtype == torch.float16 else 1)
     assert (lost / total) ** 0.5 < bound
     assert cost == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-12)
@@ -414,18 +412,18 @@ def test_any_other_scale_costs_one_rounding_which_is_reported(
     assert same_tensors(load_file(kept), load_file(path))
 
 
-def test_a_converted_file_declares_its_network(
+def test_a_converted_file_has_correct_network_metadata(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    told = {"ss_network_dim": "64", "ss_network_args": '{"conv_dim": "64"}', "ss_comment": "mine"}
-    told |= {"lora_adapter_metadata": '{"unet.lora_alpha": 99}'}
-    path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, metadata=told)
+    entries = {"ss_network_dim": "64", "ss_network_args": '{"conv_dim": "64"}', "ss_comment": "mine"}
+    entries |= {"lora_adapter_metadata": '{"unet.lora_alpha": 99}'}
+    path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, metadata=entries)
     out = convert(path, tmp_path / "b.safetensors", keys=Spelling.DIFFUSERS, base=tiny_checkpoint).path
     with open_checkpoint(out) as source:
         metadata = dict(source.metadata)
     assert (metadata["ss_network_dim"], metadata["ss_comment"]) == ("4", "mine")
     assert json.loads(metadata["ss_network_args"])["conv_dim"] == "4"
-    # which would be read as the alpha of a file that has none
+    # otherwise it would be read as the alphas of a file without alphas
     assert "lora_adapter_metadata" not in metadata
     with open_adapter(out, catalogue) as opened:
         assert isinstance(opened, Adapter)

@@ -1,4 +1,4 @@
-"""Traits name layers: by part, block, pattern, and by the JSON of the B-LoRA slicer."""
+"""Traits select layers by part, block, pattern, and by a JSON file of the B-LoRA slicer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectune.ops.slice import slice
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from tests.loras import same_tensors, saved_lora
 
-# as in the guide, and as in the slicer's own file, whose words are those of diffusers
+# the file of the guide, and the file of the slicer, which has diffusers names
 GUIDE = {
     "te": {
         "whitelist": ["lora_te1_text_model_encoder_layers_", "lora_te2_text_model_encoder_layers_"],
@@ -45,8 +45,8 @@ def tiny(tiny_checkpoint: Path) -> Catalogue:
         return build_catalogue(source)
 
 
-def written(path: Path, told: object) -> Path:
-    path.write_text(told if isinstance(told, str) else json.dumps(told))
+def written(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
@@ -71,7 +71,7 @@ def written(path: Path, told: object) -> Path:
         ("unet.*attn2*+unet.*attn1*", 560),
     ],
 )
-def test_the_number_of_layers_of_sdxl_by_trait(trait: str | None, count: int, full: Catalogue) -> None:
+def test_traits_select_the_known_number_of_layers(trait: str | None, count: int, full: Catalogue) -> None:
     found = trait_layers(full, trait, {})
     assert len(found) == count
     order = [layer.name for layer in full]
@@ -90,7 +90,7 @@ def test_content_and_style_are_the_two_transformers_of_b_lora(full: Catalogue) -
         }
 
 
-def test_the_guides_file_cuts_out_the_encoders(
+def test_the_traits_file_of_the_guide_selects_the_encoders(
     tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     file = written(tmp_path / "blora_traits.json", GUIDE)
@@ -102,10 +102,10 @@ def test_the_guides_file_cuts_out_the_encoders(
     assert same_tensors(load_file(report.path), kept)
 
 
-def test_alphas_stay_where_the_slicer_drops_them(
+def test_alphas_are_kept_although_the_blacklist_contains_them(
     tiny: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The slicer's lists name alpha in the blacklist, and its files are read at another strength."""
+    """The slicer's blacklist contains alpha, so its files are read at another strength."""
     file = written(tmp_path / "blora_traits.json", SLICER)
     rules = read_traits(file)
     lora = saved_lora(tmp_path / "a.safetensors", tiny, alpha=0.5)
@@ -126,7 +126,7 @@ def test_alphas_stay_where_the_slicer_drops_them(
         assert sum(key.endswith(".alpha") for key in found) == len(found) // 3 > 0
 
 
-def test_a_file_can_redefine_a_word(full: Catalogue) -> None:
+def test_a_traits_file_can_redefine_a_word(full: Catalogue) -> None:
     rules = {
         "style": TraitRule(("lora_unet_middle_block_",), ("attn",)),
         "mid": TraitRule(("lora_te1_",), ()),
@@ -142,15 +142,15 @@ def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
     for rule in (TraitRule(("lora_te1_",), (end,)), TraitRule((end,), ())):
         with pytest.raises(InputError) as caught:
             trait_layers(full, "half", {"half": rule})
-        assert caught.value.what.startswith("trait `half` names one factor of lora_")
+        assert caught.value.what.startswith("trait `half` selects one factor of lora_")
         assert caught.value.what.endswith(" without the other")
-        assert caught.value.hint == "use words that match whole layers, not lora_up or lora_down"
+        assert caught.value.hint == "use words that match complete layers, not lora_up or lora_down"
     with pytest.raises(InputError, match=first):
         trait_layers(full, "half", {"half": TraitRule(("lora_te1_",), (end,))})
 
 
 @pytest.mark.parametrize(
-    ("told", "what"),
+    ("content", "what"),
     [
         ("{", "cannot read traits from"),
         ("[1]", "is not a JSON object"),
@@ -158,12 +158,12 @@ def test_a_trait_cannot_split_a_pair(end: str, full: Catalogue) -> None:
         ({"te": {"whitelst": ["x"]}}, "has an unknown key `whitelst`; did you mean `whitelist`?"),
         ({"te": {"whitelist": "lora_te1_"}}, "whitelist of trait `te` of {path} is not a list of words"),
         ({"te": {"whitelist": ["x"], "blacklist": [1]}}, "blacklist of trait `te` of {path} is not a list"),
-        ({"te": {"whitelist": []}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
-        ({"te": {"blacklist": ["x"]}}, "trait `te` of {path} has an empty whitelist: it names no layer"),
+        ({"te": {"whitelist": []}}, "`te` of {path} has an empty whitelist: expected at least one word"),
+        ({"te": {"blacklist": ["x"]}}, "`te` of {path} has an empty whitelist: expected at least one word"),
     ],
 )  # fmt: skip
-def test_files_of_another_form_are_refused(told: object, what: str, tmp_path: Path) -> None:
-    path = written(tmp_path / "traits.json", told)
+def test_traits_files_with_another_structure_are_refused(content: object, what: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "traits.json", content)
     with pytest.raises(InputError) as caught:
         read_traits(path)
     assert what.format(path=path) in caught.value.what
@@ -174,25 +174,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_traits(tmp_path / "gone.json")
 
 
-def test_traits_that_name_nothing_are_errors(full: Catalogue) -> None:
+def test_traits_without_a_match_are_errors(full: Catalogue) -> None:
     unet = Catalogue(trait_layers(full, "unet", {}), full.unet)
     encoders = Catalogue(trait_layers(full, "te", {}), full.unet)
     rules = {"nobody": TraitRule(("lora_te3_",), ())}
     for catalogue, trait, what in (
-        (unet, "te", "trait `te` names none of 788 layers"),
-        (encoders, "style", "trait `style` names none of 264 layers"),
-        (full, "nobody", "trait `nobody` names none of 1052 layers"),
+        (unet, "te", "trait `te` selects none of 788 layers"),
+        (encoders, "style", "trait `style` selects none of 264 layers"),
+        (full, "nobody", "trait `nobody` selects none of 1052 layers"),
         (full, "styel", "no layer matches `styel`; did you mean `style`?"),
         (full, "nobdoy", "no layer matches `nobdoy`; did you mean `nobody`?"),
         (full, "te1+styel", "no layer matches `styel`; did you mean `style`?"),
-        (unet, "te1", "trait `te1` names none of 788 layers"),
+        (unet, "te1", "trait `te1` selects none of 788 layers"),
     ):
         with pytest.raises(InputError) as caught:
             trait_layers(catalogue, trait, rules)
         assert caught.value.what.startswith(what)
 
 
-def test_a_union_can_join_all_kinds_of_words(full: Catalogue) -> None:
+def test_unions_can_join_all_kinds_of_words(full: Catalogue) -> None:
     rules = {"middle": TraitRule(("lora_unet_middle_block_",), ())}
     assert len(trait_layers(full, "content+te1", rules)) == 80 + 72
     assert len(trait_layers(full, "style+content", rules)) == 160

@@ -43,7 +43,7 @@ def facts(**changes: Any) -> FolderFacts:
     return replace(nothing, **changes)
 
 
-def test_a_standard_sdxl_needs_no_entries() -> None:
+def test_a_standard_sdxl_needs_no_metadata() -> None:
     declared = facts(hints=STANDARD, schedule=Schedule("eps"), vae_scale=0.13025, vae_shift=0.0)
     assert folder_metadata({"format": "pt"}, declared, FULL, "x") == {
         "format": "pt",
@@ -53,13 +53,13 @@ def test_a_standard_sdxl_needs_no_entries() -> None:
     assert read_hints(folder_metadata({}, other, FULL, "x")) == {"te2_heads": 10}
 
 
-def test_heads_and_groups_come_from_the_configurations(folder: Path) -> None:
+def test_heads_and_groups_are_read_from_the_configurations(folder: Path) -> None:
     assert read_hints(metadata(folder)) == read_hints(hints_metadata(TINY))
     edit_json(folder / "unet/config.json", attention_head_dim=4)
     assert read_hints(metadata(folder))["unet_heads"] == [4, 4, 4]
 
 
-def test_without_configurations_there_are_no_hints(folder: Path) -> None:
+def test_a_folder_without_configurations_gives_no_hints(folder: Path) -> None:
     for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
         (folder / name / "config.json").unlink()
     assert read_hints(metadata(folder)) == {}
@@ -76,20 +76,20 @@ def test_without_configurations_there_are_no_hints(folder: Path) -> None:
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3}, Schedule("flow", 3.0)),
     ],
 )
-def test_schedules(config: dict[str, Any], schedule: Schedule) -> None:
+def test_schedules_are_read_from_scheduler_configurations(config: dict[str, Any], schedule: Schedule) -> None:
     assert read_schedule(config, "x") == schedule
 
 
-def test_a_v_prediction_folder(folder: Path) -> None:
+def test_a_v_prediction_folder_gets_metadata_and_markers(folder: Path) -> None:
     edit_json(folder / SCHEDULER, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     with open_checkpoint(folder) as source:
         assert declared_prediction(source) == "v"
-        # The markers by which other programs recognize such a single file.
+        # other programs recognize such a single file by these markers
         assert {source.load(name).numel() for name in ("v_pred", "ztsnr")} == {0}
         assert source_prediction(source) == Ddpm("v", zero_terminal_snr=True)
 
 
-def test_an_unknown_prediction(folder: Path) -> None:
+def test_an_unknown_prediction_is_refused(folder: Path) -> None:
     edit_json(folder / SCHEDULER, prediction_type="sample")
     assert message(folder) == (
         f"{folder / SCHEDULER}: prediction_type is 'sample': "
@@ -99,7 +99,7 @@ def test_an_unknown_prediction(folder: Path) -> None:
     assert message(folder) == f"{folder / SCHEDULER}: flow_shift is 0: expected a positive number"
 
 
-def test_factors_of_another_vae(folder: Path) -> None:
+def test_scale_and_shift_of_another_vae_are_read(folder: Path) -> None:
     assert "spectune.vae_scale" not in metadata(folder)
     edit_json(folder / "vae/config.json", scaling_factor=0.1406, shift_factor=-0.4743)
     found = metadata(folder)
@@ -108,13 +108,15 @@ def test_factors_of_another_vae(folder: Path) -> None:
     assert message(folder).endswith("scaling_factor is '0.1406': expected a number")
 
 
-def test_an_activation_that_sdxl_does_not_have(folder: Path) -> None:
+def test_an_activation_that_sdxl_lacks_is_refused(folder: Path) -> None:
     edit_json(folder / "text_encoder/config.json", hidden_act="gelu")
-    assert message(folder).endswith("hidden_act is 'gelu': expected 'quick_gelu', as SDXL has it")
+    assert message(folder).endswith("hidden_act is 'gelu': expected 'quick_gelu', as in SDXL")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("{", "cannot be read: "), ("[1]", "is not a JSON object")])
-def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"), [("{", "is not valid JSON: "), ("[1]", "is not a JSON object")]
+)
+def test_damaged_configurations_are_refused(text: str, expected: str, folder: Path) -> None:
     (folder / "unet/config.json").write_text(text)
     assert f"{folder / 'unet/config.json'} {expected}" in message(folder)
 
@@ -132,13 +134,15 @@ def test_damaged_configurations(text: str, expected: str, folder: Path) -> None:
         ),
     ],
 )
-def test_contradictions(header: dict[str, str], declared: dict[str, Any], expected: str) -> None:
+def test_contradictions_between_header_and_configurations_are_refused(
+    header: dict[str, str], declared: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(InputError) as caught:
         folder_metadata(header, facts(**declared), TINY, "mixed-xl")
     assert caught.value.what.startswith(f"mixed-xl contradicts itself: {expected} in its configuration files")
 
 
-def test_a_foreign_header_is_kept(folder: Path) -> None:
+def test_the_header_of_another_program_is_kept(folder: Path) -> None:
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     save_file(load_file(path), path, metadata={"format": "pt", "spectune.role": "model", "other": "1"})
     found = metadata(folder)

@@ -50,11 +50,11 @@ def rename(path: Path, change: Callable[[str], str]) -> None:
     edit_weights(path, all_names)
 
 
-def test_a_pipeline_that_diffusers_saved_is_the_single_file(folder: Path, tiny_modules: Modules) -> None:
+def test_a_folder_saved_by_diffusers_equals_the_single_file(folder: Path, tiny_modules: Modules) -> None:
     check_same(folder, tiny_modules.single_file())
 
 
-def test_one_changed_weight_is_noticed(folder: Path, tiny_modules: Modules) -> None:
+def test_one_changed_weight_is_detected(folder: Path, tiny_modules: Modules) -> None:
     def nudge(tensors: dict[str, Tensor]) -> None:
         tensors["encoder.layers.1.self_attn.v_proj.bias"][3] += 1e-6
 
@@ -63,7 +63,7 @@ def test_one_changed_weight_is_noticed(folder: Path, tiny_modules: Modules) -> N
         check_same(folder, tiny_modules.single_file())
 
 
-def test_its_layout_and_model_are_those_of_the_single_file(folder: Path, tiny_modules: Modules) -> None:
+def test_layout_and_model_equal_those_of_the_single_file(folder: Path, tiny_modules: Modules) -> None:
     with open_checkpoint(folder) as source:
         assert infer_layout(source) == TINY
         model = build_model(source)
@@ -76,14 +76,16 @@ def test_its_layout_and_model_are_those_of_the_single_file(folder: Path, tiny_mo
         assert all(same_bits(built[key], state[key]) for key in state)
 
 
-def test_its_identity_is_that_of_the_single_file(folder: Path, tiny_modules: Modules, tmp_path: Path) -> None:
+def test_the_weights_hash_equals_that_of_the_single_file(
+    folder: Path, tiny_modules: Modules, tmp_path: Path
+) -> None:
     expected = weights_hash(MemorySource(tiny_modules.single_file(), {}))
     with open_checkpoint(folder) as source:
         assert weights_hash(source) == expected
     assert split(folder, tmp_path / "split", with_residual=False).base_hash == expected
 
 
-def test_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_label_and_paths_of_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (folder, folder / "model_index.json"):
         with open_checkpoint(path) as source:
             assert (source.path, source.label) == (folder, "tiny-xl")
@@ -93,7 +95,7 @@ def test_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert source.label == "tiny-xl"
 
 
-def test_files_close_after_an_error_too(folder: Path) -> None:
+def test_files_are_closed_after_an_error(folder: Path) -> None:
     def still_open() -> list[str]:
         return [file.path for file in psutil.Process().open_files() if str(folder) in file.path]
 
@@ -105,14 +107,14 @@ def test_files_close_after_an_error_too(folder: Path) -> None:
     assert still_open() == []
 
 
-def test_every_spelling_of_the_text_encoders(folder: Path, tiny_modules: Modules) -> None:
+def test_every_spelling_of_the_text_encoders_is_read(folder: Path, tiny_modules: Modules) -> None:
     rename(folder / TE1, lambda name: f"text_model.{name}")
     check_same(folder, tiny_modules.single_file())
     rename(folder / TE2, lambda name: name.removeprefix("text_model."))
     check_same(folder, tiny_modules.single_file())
 
 
-def test_two_spellings_of_one_tensor(folder: Path) -> None:
+def test_one_tensor_in_two_spellings_is_refused(folder: Path) -> None:
     edit_weights(
         folder / TE1,
         lambda tensors: tensors.update({"text_model.final_layer_norm.bias": torch.zeros(16)}),
@@ -120,7 +122,7 @@ def test_two_spellings_of_one_tensor(folder: Path) -> None:
     assert "text_encoder/model.safetensors has final_layer_norm.bias twice" in message(folder)
 
 
-def test_counters_that_old_versions_saved(folder: Path, tiny_modules: Modules) -> None:
+def test_position_ids_of_old_versions_are_checked(folder: Path, tiny_modules: Modules) -> None:
     positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     edit_weights(folder / TE2, lambda tensors: tensors.update(positions))
     edit_weights(folder / TE1, lambda tensors: tensors.update({"embeddings.position_ids": torch.arange(77)}))
@@ -128,7 +130,7 @@ def test_counters_that_old_versions_saved(folder: Path, tiny_modules: Modules) -
     positions["text_model.embeddings.position_ids"][0, 5] = 6
     edit_weights(folder / TE2, lambda tensors: tensors.update(positions))
     assert message(folder) == (
-        "text_model.embeddings.position_ids of text_encoder_2/model.safetensors does not count 0, 1, 2, ... "
+        "text_model.embeddings.position_ids of text_encoder_2/model.safetensors is not 0, 1, 2, ... "
         "as in every SDXL"
     )
 
@@ -142,7 +144,7 @@ def test_unused_tensors_get_their_single_file_names(folder: Path) -> None:
         assert source.load("conditioner.embedders.1.model.logit_scale").item() == 4.5
 
 
-def test_the_attention_of_older_autoencoders(folder: Path, tiny_modules: Modules) -> None:
+def test_old_attention_names_of_the_vae_are_read(folder: Path, tiny_modules: Modules) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def spelled(name: str) -> str:
@@ -174,19 +176,19 @@ def test_full_weights_take_precedence_over_a_variant(folder: Path, tiny_modules:
     check_same(folder, tiny_modules.single_file())
 
 
-def test_a_variant_alone_is_read(folder: Path, tiny_modules: Modules) -> None:
+def test_a_single_variant_is_read(folder: Path, tiny_modules: Modules) -> None:
     for name in (UNET, TE1, TE2, VAE):
         as_variant(folder / name, "fp16")
     check_same(folder, tiny_modules.single_file())
     other = folder / "unet/diffusion_pytorch_model.bf16.safetensors"
     other.write_bytes((folder / "unet/diffusion_pytorch_model.fp16.safetensors").read_bytes())
     assert message(folder) == (
-        f"{folder / 'unet'} has several variants of its weights and no full ones: "
+        f"{folder / 'unet'} has several variants of its weights, but not the full weights: "
         "diffusion_pytorch_model.bf16.safetensors, diffusion_pytorch_model.fp16.safetensors"
     )
 
 
-def test_weights_twice(folder: Path) -> None:
+def test_duplicate_weights_are_refused(folder: Path) -> None:
     (folder / "text_encoder/diffusion_pytorch_model.safetensors").write_bytes((folder / TE1).read_bytes())
     assert message(folder) == (
         f"{folder / 'text_encoder'} has its weights twice: diffusion_pytorch_model.safetensors, "
@@ -195,7 +197,7 @@ def test_weights_twice(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_sharded_subfolders(variant: str | None, folder: Path, tiny_modules: Modules) -> None:
+def test_sharded_subfolders_are_read(variant: str | None, folder: Path, tiny_modules: Modules) -> None:
     (folder / UNET).unlink()
     (folder / TE2).unlink()
     tiny_modules.unet.save_pretrained(folder / "unet", max_shard_size="200KB", variant=variant)  # type: ignore[operator]
@@ -208,7 +210,7 @@ def test_sharded_subfolders(variant: str | None, folder: Path, tiny_modules: Mod
         check_same(folder, tiny_modules.single_file())
 
 
-def test_a_missing_shard(folder: Path, tiny_modules: Modules) -> None:
+def test_a_missing_shard_of_a_subfolder_is_named(folder: Path, tiny_modules: Modules) -> None:
     (folder / UNET).unlink()
     tiny_modules.unet.save_pretrained(folder / "unet", max_shard_size="200KB")  # type: ignore[operator]
     lost = sorted((folder / "unet").glob("*-of-*.safetensors"))[1]
@@ -218,21 +220,21 @@ def test_a_missing_shard(folder: Path, tiny_modules: Modules) -> None:
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:
     (folder / TE1).rename(folder / "text_encoder/pytorch_model.bin")
-    assert "it is never unpickled: pytorch_model.bin" in message(folder)
+    assert "spectune never opens pickles: pytorch_model.bin" in message(folder)
 
 
-def test_no_weights(folder: Path) -> None:
+def test_a_subfolder_without_weights_is_refused(folder: Path) -> None:
     (folder / VAE).unlink()
     assert message(folder) == f"{folder / 'vae'} has no weights: expected diffusion_pytorch_model.safetensors"
 
 
-def test_a_folder_without_vae(folder: Path, tiny_modules: Modules) -> None:
+def test_a_folder_without_a_vae_is_read(folder: Path, tiny_modules: Modules) -> None:
     (folder / "vae").rename(folder.parent / "elsewhere")
     tensors = tiny_modules.single_file()
     check_same(folder, {n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")})
 
 
-def test_a_missing_part(folder: Path) -> None:
+def test_a_missing_part_is_named(folder: Path) -> None:
     (folder / "text_encoder_2").rename(folder.parent / "elsewhere")
     edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(InputError, match=r"has no text_encoder_2/; .* declares StableDiffusionP") as caught:
@@ -241,9 +243,12 @@ def test_a_missing_part(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [UNET, TE1, TE2, VAE])
-def test_a_spare_tensor(name: str, folder: Path) -> None:
+def test_a_surplus_tensor_is_named(name: str, folder: Path) -> None:
     edit_weights(folder / name, lambda tensors: tensors.update({"adapter.0.weight": torch.zeros(1)}))
-    assert message(folder) == f"{name} has 1 tensor without a place in a single-file SDXL: adapter.0.weight"
+    assert (
+        message(folder)
+        == f"{name} has 1 tensor without a counterpart in a single-file SDXL: adapter.0.weight"
+    )
 
 
 def test_a_missing_tensor(folder: Path) -> None:
@@ -255,7 +260,7 @@ def test_a_missing_tensor(folder: Path) -> None:
     assert message(folder) == f"{UNET} is not an SDXL checkpoint: no conv_in.weight"
 
 
-def test_wrong_shapes(folder: Path) -> None:
+def test_wrong_shapes_are_refused(folder: Path) -> None:
     name = "text_model.encoder.layers.0.self_attn.k_proj.weight"
     edit_weights(folder / TE2, lambda tensors: tensors.update({name: tensors[name][:23]}))
     assert message(folder) == (
@@ -264,28 +269,28 @@ def test_wrong_shapes(folder: Path) -> None:
         "expected torch.float32 (24, 24), got torch.float32 (23, 24)"
     )
     edit_weights(folder / UNET, lambda tensors: tensors.update({"conv_in.weight": torch.zeros(16, 4)}))
-    assert message(folder).endswith("conv_in.weight has the shape (16, 4), expected 4 axes")
+    assert message(folder).endswith("conv_in.weight has shape (16, 4), expected 4 axes")
 
 
-def test_mixed_dtypes_of_a_fused_tensor(folder: Path) -> None:
+def test_mixed_dtypes_of_a_fused_tensor_are_refused(folder: Path) -> None:
     name = "text_model.encoder.layers.0.self_attn.v_proj.bias"
     edit_weights(folder / TE2, lambda tensors: tensors.update({name: tensors[name].half()}))
     assert message(folder).endswith("expected torch.float32 (24,), got torch.float16 (24,)")
 
 
-def test_uneven_levels(folder: Path) -> None:
+def test_uneven_levels_are_refused(folder: Path) -> None:
     extra = "down_blocks.1.resnets.1.conv1.weight"
     edit_weights(folder / UNET, lambda tensors: tensors.update({extra: torch.zeros(16, 16, 3, 3)}))
     assert "its levels have [1, 2, 1] resnets, expected the same number" in message(folder)
 
 
-def test_quantized_weights(folder: Path) -> None:
+def test_quantized_weights_are_refused(folder: Path) -> None:
     absmax = {"conv_in.weight.absmax": torch.zeros(1)}
     edit_weights(folder / UNET, lambda tensors: tensors.update(absmax))
     assert message(folder).startswith(f"{UNET} is quantized by bitsandbytes: 1 tensor with")
 
 
-def test_fp8_storage(folder: Path, tiny_modules: Modules) -> None:
+def test_fp8_folders_are_read(folder: Path, tiny_modules: Modules) -> None:
     def in_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for name, t in tensors.items()
@@ -296,7 +301,7 @@ def test_fp8_storage(folder: Path, tiny_modules: Modules) -> None:
     check_same(folder, in_fp8(tiny_modules.single_file()))
 
 
-def test_full_state_dicts_have_the_full_layout() -> None:
+def test_the_full_state_dicts_give_the_full_layout() -> None:
     with torch.device("meta"):
         states = build_modules(FULL).states()
     infos = {
@@ -312,16 +317,16 @@ def test_full_state_dicts_have_the_full_layout() -> None:
     assert layout_of_modules(tiny, dict.fromkeys(tiny, "tiny")) == layout_of(single)  # type: ignore[arg-type]
 
 
-def test_tensors_decide_and_not_the_pipeline_class(folder: Path, tiny_modules: Modules) -> None:
+def test_the_pipeline_class_does_not_matter(folder: Path, tiny_modules: Modules) -> None:
     edit_json(folder / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
     check_same(folder, tiny_modules.single_file())
 
 
-def test_extras_of_another_model(folder: Path) -> None:
+def test_extras_of_another_model_are_refused(folder: Path) -> None:
     extras = folder / "single_file_extras.safetensors"
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, extras)
     assert message(folder) == (
         "single_file_extras.safetensors repeats 1 tensor of a subfolder: model.diffusion_model.out.2.bias"
     )
     save_file({}, extras, metadata={"spectune.te1_root": "elsewhere."})
-    assert message(folder) == "the metadata of single_file_extras.safetensors is damaged: elsewhere."
+    assert message(folder) == "the metadata of single_file_extras.safetensors is invalid: elsewhere."

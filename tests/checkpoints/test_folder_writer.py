@@ -34,7 +34,7 @@ PARTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "vae": 
 
 
 def write(source: WeightSource, path: Path, **options: object) -> str:
-    """Write all tensors of a source in a shuffled order, and return the hash of the writer."""
+    """Write all tensors of a source in shuffled order, and return the hash of the writer."""
     with FolderWriter(path, infos_of(source), metadata=source.metadata, **options) as writer:  # type: ignore[arg-type]
         for name in sorted(source.tensors, key=lambda name: name[::-1]):
             writer.write(name, source.load(name))
@@ -42,7 +42,7 @@ def write(source: WeightSource, path: Path, **options: object) -> str:
 
 
 def check_round_trip(source: WeightSource, path: Path) -> None:
-    """Check that folder and source have the same tensors, by bits and by hash."""
+    """Check that a written folder has the tensors of the source, by bits and by hash."""
     written = write(source, path)
     with open_checkpoint(path) as again:
         assert set(again.tensors) == set(source.tensors)
@@ -55,7 +55,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_single_file_becomes_a_folder_and_the_same_file(source: MemorySource, tmp_path: Path) -> None:
+def test_a_single_file_round_trips_through_a_folder(source: MemorySource, tmp_path: Path) -> None:
     check_round_trip(source, tmp_path / "xl")
     with open_checkpoint(tmp_path / "xl") as folder:
         back = tmp_path / "back.safetensors"
@@ -66,7 +66,7 @@ def test_a_single_file_becomes_a_folder_and_the_same_file(source: MemorySource, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "xl"]
 
 
-def test_a_folder_becomes_a_single_file_and_the_same_folder(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_round_trips_through_a_single_file(tiny_folder: Path, tmp_path: Path) -> None:
     with open_checkpoint(tiny_folder) as folder:
         values = {name: folder.load(name) for name in folder.tensors}
         write(MemorySource(values, folder.metadata), tmp_path / "xl", template=tiny_folder)
@@ -87,7 +87,7 @@ def test_a_folder_becomes_a_single_file_and_the_same_folder(tiny_folder: Path, t
                 assert same_bits(old.get_tensor(key), new.get_tensor(there)), key
 
 
-def test_the_libraries_load_it_with_the_same_weights(
+def test_diffusers_and_transformers_load_the_same_weights(
     source: MemorySource, tiny_modules: Modules, tmp_path: Path
 ) -> None:
     write(source, tmp_path / "xl")
@@ -98,7 +98,7 @@ def test_the_libraries_load_it_with_the_same_weights(
         assert all(torch.equal(weights[key].float(), state[key]) for key in state), part
 
 
-def test_a_pipeline_loads_it_and_draws_the_same(
+def test_a_pipeline_of_the_written_folder_generates_the_same_image(
     tiny_folder: Path, tiny_modules: Modules, tmp_path: Path
 ) -> None:
     write(MemorySource(tiny_modules.single_file(), hints_metadata(TINY)), tmp_path / "xl")
@@ -141,7 +141,9 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_tensors_of_no_module_round_trip(change: str, source: MemorySource, tmp_path: Path) -> None:
+def test_tensors_that_belong_to_no_module_round_trip(
+    change: str, source: MemorySource, tmp_path: Path
+) -> None:
     tensors = CHANGES[change](dict(source.values))
     check_round_trip(MemorySource(tensors, source.metadata), tmp_path / "xl")
     # The markers follow from the scheduler's configuration.
@@ -150,7 +152,7 @@ def test_tensors_of_no_module_round_trip(change: str, source: MemorySource, tmp_
     loaded(tmp_path / "xl", "vae")
 
 
-def test_a_tensor_that_changes_on_the_way_is_noticed(source: MemorySource, tmp_path: Path) -> None:
+def test_a_changed_tensor_is_detected(source: MemorySource, tmp_path: Path) -> None:
     write(source, tmp_path / "xl")
     changed = {**source.values}
     name = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_bias"
@@ -162,7 +164,7 @@ def test_a_tensor_that_changes_on_the_way_is_noticed(source: MemorySource, tmp_p
     assert weights_hash(source) != weights_hash(MemorySource(changed, {}))
 
 
-def test_the_full_depth(tmp_path: Path) -> None:
+def test_a_model_of_the_full_depth_round_trips(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = build_modules(NARROW)
@@ -177,13 +179,13 @@ def test_the_full_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
-def test_other_storage_dtypes(dtype: torch.dtype, source: MemorySource, tmp_path: Path) -> None:
+def test_other_storage_dtypes_round_trip(dtype: torch.dtype, source: MemorySource, tmp_path: Path) -> None:
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in source.values.items()}
     check_round_trip(MemorySource(tensors, source.metadata), tmp_path / "xl")
     assert not (tmp_path / "xl" / EXTRAS).exists()
 
 
-def test_without_a_vae(source: MemorySource, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_vae_round_trips(source: MemorySource, tiny_folder: Path, tmp_path: Path) -> None:
     tensors = {n: t for n, t in source.values.items() if not n.startswith("first_stage_model.")}
     metadata = hints_metadata(replace(TINY, vae=None))
     check_round_trip(MemorySource(tensors, metadata), tmp_path / "xl")
@@ -201,7 +203,7 @@ def index_and_scheduler(folder: Path) -> tuple[str, dict[str, object]]:
 
 
 @pytest.mark.parametrize("with_template", [False, True])
-def test_the_prediction_goes_into_the_scheduler(
+def test_the_prediction_is_written_to_the_scheduler(
     with_template: bool, source: MemorySource, tiny_folder: Path, tmp_path: Path
 ) -> None:
     template = tiny_folder if with_template else None
@@ -214,7 +216,7 @@ def test_the_prediction_goes_into_the_scheduler(
             assert folder.metadata["spectune.prediction"] == prediction
 
 
-def test_zero_snr_comes_from_the_template_or_the_marker(
+def test_zero_snr_is_taken_from_the_template_or_the_marker(
     source: MemorySource, folder: Path, tmp_path: Path
 ) -> None:
     edit_json(folder / SCHEDULER, rescale_betas_zero_snr=True)
@@ -229,7 +231,7 @@ def test_zero_snr_comes_from_the_template_or_the_marker(
 
 
 @pytest.mark.parametrize("with_template", [False, True])
-def test_a_flow_folder_has_a_scheduler_that_follows_the_straight_path(
+def test_the_scheduler_of_a_flow_folder_follows_the_straight_path(
     with_template: bool, source: MemorySource, tiny_folder: Path, tmp_path: Path
 ) -> None:
     entries = {"spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
@@ -254,7 +256,7 @@ def test_a_flow_folder_has_a_scheduler_that_follows_the_straight_path(
     assert torch.allclose(latents, clean, atol=1e-5)
 
 
-def test_late_metadata_reaches_the_configurations(source: MemorySource, tmp_path: Path) -> None:
+def test_metadata_added_later_reaches_the_configurations(source: MemorySource, tmp_path: Path) -> None:
     with FolderWriter(tmp_path / "xl", infos_of(source), metadata=source.metadata) as writer:
         for name in source.tensors:
             writer.write(name, source.load(name))
@@ -266,7 +268,9 @@ def test_late_metadata_reaches_the_configurations(source: MemorySource, tmp_path
         assert folder.metadata["late"] == "1" * 5000
 
 
-def test_a_template_gives_its_small_files_only(source: MemorySource, folder: Path, tmp_path: Path) -> None:
+def test_only_the_small_files_of_a_template_are_copied(
+    source: MemorySource, folder: Path, tmp_path: Path
+) -> None:
     edit_json(folder / "unet/config.json", sample_size=64)
     edit_json(folder / SCHEDULER, timestep_spacing="trailing")
     (folder / "tokenizer/added.json").write_text("{}")
@@ -291,7 +295,7 @@ def test_a_template_gives_its_small_files_only(source: MemorySource, folder: Pat
     }
 
 
-def test_a_template_without_tokenizers_or_vae(source: MemorySource, folder: Path, tmp_path: Path) -> None:
+def test_missing_files_of_a_template_are_created(source: MemorySource, folder: Path, tmp_path: Path) -> None:
     for name in ("vae", "tokenizer_2", "scheduler"):
         shutil.rmtree(folder / name)
     edit_json(folder / "model_index.json", vae=[None, None], tokenizer_2=[None, None])
@@ -313,7 +317,7 @@ def test_a_template_without_tokenizers_or_vae(source: MemorySource, folder: Path
         ("vae", {"latent_channels": 16}, "latent_channels is 16, expected 4"),
     ],
 )
-def test_a_template_of_another_model(
+def test_a_template_of_another_model_is_refused(
     file: str, changes: dict[str, object], expected: str, source: MemorySource, folder: Path, tmp_path: Path
 ) -> None:
     edit_json(folder / file / "config.json", **changes)
@@ -332,7 +336,9 @@ def test_levels_without_transformers_are_not_compared(
     write(source, tmp_path / "xl", template=folder)
 
 
-def test_folders_that_are_no_template(source: MemorySource, folder: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_templates_are_refused(
+    source: MemorySource, folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"is not a diffusers folder: it has no model_index\.json"):
         write(source, tmp_path / "xl", template=tmp_path)
     edit_json(folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
@@ -356,7 +362,7 @@ def test_the_configurations_of_the_full_model() -> None:
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
 
 
-def test_a_middle_that_diffusers_cannot_describe() -> None:
+def test_a_unet_that_diffusers_cannot_describe_is_refused() -> None:
     uneven = replace(FULL, unet=replace(FULL.unet, mid_depth=4))
     with pytest.raises(InputError, match="its middle has 4 transformer blocks, its deepest level 10"):
         small_files(uneven, Schedule())
@@ -365,10 +371,10 @@ def test_a_middle_that_diffusers_cannot_describe() -> None:
     assert unet["transformer_layers_per_block"] == [1, 2, 4]
 
 
-def test_tensors_of_no_sdxl_are_refused_before_the_work(source: MemorySource, tmp_path: Path) -> None:
+def test_other_models_are_refused_before_any_work(source: MemorySource, tmp_path: Path) -> None:
     spare = "model.diffusion_model.adapter.weight"
     infos = [*infos_of(source), TensorInfo(spare, torch.float16, (1,))]
-    with pytest.raises(InputError, match=re.escape(f"without a place in the unet: {spare}")):
+    with pytest.raises(InputError, match=re.escape(f"without a counterpart in the unet: {spare}")):
         FolderWriter(tmp_path / "xl", infos, metadata=source.metadata)
     with pytest.raises(InputError, match="is not an SDXL checkpoint"):
         FolderWriter(tmp_path / "xl", [TensorInfo("a", torch.float16, (1,))])
@@ -395,7 +401,7 @@ def stop_after(writer: FolderWriter, name: str, tensor: Tensor) -> None:
     raise KeyboardInterrupt
 
 
-def test_misuse_is_an_assertion(source: MemorySource, tmp_path: Path) -> None:
+def test_wrong_use_of_the_writer_fails_an_assertion(source: MemorySource, tmp_path: Path) -> None:
     first, second = list(source.tensors)[:2]
     writer = FolderWriter(tmp_path / "xl", infos_of(source), metadata=source.metadata)
     writer.write(first, source.load(first))
@@ -409,7 +415,7 @@ def test_misuse_is_an_assertion(source: MemorySource, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder(source: MemorySource, folder: Path) -> None:
+def test_an_existing_folder_needs_force_and_must_be_a_model(source: MemorySource, folder: Path) -> None:
     before = files_of(folder)
     with pytest.raises(InputError, match=re.escape(f"{folder} exists")):
         write(source, folder)
@@ -417,7 +423,7 @@ def test_an_existing_folder(source: MemorySource, folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         write(source, folder, force=True)
     assert caught.value.what == (
-        f"{folder} holds files that are no part of a diffusers model and would be lost: "
+        f"{folder} contains files that do not belong to a diffusers model and would be deleted: "
         "sd_xl_base_1.0.safetensors"
     )
     (folder / "sd_xl_base_1.0.safetensors").unlink()
@@ -441,7 +447,7 @@ def test_a_crash_keeps_the_previous_folder(source: MemorySource, folder: Path) -
     assert [path.name for path in folder.parent.iterdir()] == ["tiny-xl"]
 
 
-def test_a_finished_folder_that_cannot_be_renamed_stays(
+def test_a_finished_folder_is_kept_if_it_cannot_be_renamed(
     source: MemorySource, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
@@ -458,12 +464,12 @@ def test_a_finished_folder_that_cannot_be_renamed_stays(
         write(source, folder, force=True)
     monkeypatch.undo()
     (left,) = (path for path in folder.parent.iterdir() if path != folder)
-    assert caught.value.hint == f"rename {left} yourself; it is complete"
+    assert caught.value.hint == f"{left} is complete: rename it yourself"
     with open_checkpoint(left) as finished, open_checkpoint(folder) as before:
         assert weights_hash(finished) == weights_hash(source) != weights_hash(before)
 
 
-def test_held_until_it_is_committed(source: MemorySource, tmp_path: Path) -> None:
+def test_a_held_folder_appears_on_commit(source: MemorySource, tmp_path: Path) -> None:
     with FolderWriter(tmp_path / "xl", infos_of(source), metadata=source.metadata, hold=True) as writer:
         for name in source.tensors:
             writer.write(name, source.load(name))
@@ -475,7 +481,7 @@ def test_held_until_it_is_committed(source: MemorySource, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["xl"]
 
 
-def test_differing_counts_tensors_of_the_single_file(source: MemorySource, tmp_path: Path) -> None:
+def test_differing_tensors_are_counted_by_single_file_names(source: MemorySource, tmp_path: Path) -> None:
     other = WeightsHasher()
     with FolderWriter(tmp_path / "xl", infos_of(source), metadata=source.metadata) as writer:
         for n, name in enumerate(source.tensors):

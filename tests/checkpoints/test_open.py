@@ -21,7 +21,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_name_chooses_the_form_and_the_weights_stay(
+def test_the_name_chooses_the_format_and_the_weights_are_equal(
     name: str, source: MemorySource, tiny_folder: Path, tmp_path: Path
 ) -> None:
     writer = open_writer(
@@ -42,7 +42,7 @@ def test_the_name_chooses_the_form_and_the_weights_stay(
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.PT", "x.bin", "x.json", "x.gguf"])
-def test_names_of_other_kinds_of_file(name: str, source: MemorySource, tmp_path: Path) -> None:
+def test_names_of_other_kinds_of_files_are_refused(name: str, source: MemorySource, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_writer(tmp_path / name, infos_of(source))
     assert caught.value.what == (
@@ -53,7 +53,7 @@ def test_names_of_other_kinds_of_file(name: str, source: MemorySource, tmp_path:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_force_and_hold_reach_every_form(name: str, source: MemorySource, tmp_path: Path) -> None:
+def test_force_and_hold_apply_to_every_format(name: str, source: MemorySource, tmp_path: Path) -> None:
     def write(*, force: bool = False, hold: bool = False) -> None:
         with open_writer(
             tmp_path / name, infos_of(source), metadata=source.metadata, force=force, hold=hold

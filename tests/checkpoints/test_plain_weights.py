@@ -24,12 +24,12 @@ def refusal(extra: dict[str, Tensor], metadata: dict[str, str] | None = None, we
     with pytest.raises(InputError) as caught:
         check_plain_weights(source)
     assert caught.value.hint is not None
-    assert "its fp8 form without scales" in caught.value.hint
+    assert "its fp8 version without scales" in caught.value.hint
     return caught.value.what
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
-def test_plain_weights_of_any_dtype_pass(dtype: torch.dtype) -> None:
+def test_plain_weights_of_any_dtype_are_accepted(dtype: torch.dtype) -> None:
     check_plain_weights(MemorySource({f"{LINEAR}.weight": torch.zeros(4, 4).to(dtype)}, {}))
 
 
@@ -69,11 +69,10 @@ def test_a_table_of_quantized_layers_is_refused() -> None:
         f"{LINEAR}.SCB",
     ],
 )
-def test_the_state_of_bitsandbytes_is_refused(name: str) -> None:
+def test_quantization_state_of_bitsandbytes_is_refused(name: str) -> None:
     message = refusal({name: ONE}, weight=torch.zeros(8, 1, dtype=torch.uint8))
     assert message == (
-        "small.safetensors is quantized by bitsandbytes: 1 tensor with the state that decodes its weights: "
-        f"{name}"
+        f"small.safetensors is quantized by bitsandbytes: 1 tensor with quantization state: {name}"
     )
 
 
@@ -95,5 +94,5 @@ def test_an_fp8_file_keeps_its_bits(tmp_path: Path) -> None:
 def test_a_gguf_file_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"GGUF" + bytes(range(200, 240)))
-    with pytest.raises(InputError, match=re.escape("it is a GGUF file, whose numbers are quantised")):
+    with pytest.raises(InputError, match=re.escape("it is a GGUF file, which is quantized")):
         open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Words of the command line."""
+"""Parsing of arguments: dtypes, sizes, models with adapters, captions."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_dtype():
 def test_size():
     assert parse_size("1024") == ImageSize(1024, 1024)
     assert parse_size("1216x832") == ImageSize(1216, 832)
-    with pytest.raises(InputError, match="unreadable size 'big'"):
+    with pytest.raises(InputError, match="cannot parse `size` 'big'"):
         parse_size("big")
 
 
@@ -48,7 +48,7 @@ def test_model_with_adapters():
     assert parse_model("plus+minus.safetensors") == ModelSpec(Path("plus+minus.safetensors"), ())
 
 
-def test_captions_from_both(tmp_path):
+def test_captions_from_arguments_and_file(tmp_path):
     file = tmp_path / "captions.txt"
     file.write_text("two\n\n  three \n", encoding="utf-8")
     assert read_captions(["one"], file) == ["one", "two", "three"]

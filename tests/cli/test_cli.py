@@ -1,4 +1,4 @@
-"""Commands end to end on a tiny SDXL, through the same function as the console script."""
+"""Test commands end to end on a tiny SDXL, through the function of the console script."""
 
 import json
 
@@ -36,15 +36,15 @@ def test_help_of_every_command_has_an_example(capfd):
         assert f"Example: spectune {command}" in shown, command
 
 
-def test_split_verify_rebuild_give_the_same_bits(files, tmp_path, capfd):
+def test_split_and_rebuild_restore_every_bit(files, tmp_path, capfd):
     model, residual, principal = files
     assert run(["verify", str(model), str(residual), str(principal), "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["exact"] is True
     assert report["bit_equal_share"] == 1.0
-    whole = tmp_path / "whole.safetensors"
-    assert run(["rebuild", str(principal), "--base", str(residual), "-o", str(whole)]) == 0
-    before, after = load_file(model), load_file(whole)
+    rebuilt = tmp_path / "rebuilt.safetensors"
+    assert run(["rebuild", str(principal), "--base", str(residual), "-o", str(rebuilt)]) == 0
+    before, after = load_file(model), load_file(rebuilt)
     assert before.keys() == after.keys()
     assert all(
         torch.equal(before[name].view(-1).view(torch.uint8), after[name].view(-1).view(torch.uint8))
@@ -52,7 +52,7 @@ def test_split_verify_rebuild_give_the_same_bits(files, tmp_path, capfd):
     )
 
 
-def test_verify_names_a_layer_whose_factor_is_off(files, tmp_path, capfd):
+def test_verify_names_a_layer_with_a_wrong_factor(files, tmp_path, capfd):
     model, residual, principal = files
     tensors = load_file(principal)
     with safe_open(principal, "pt") as file:
@@ -62,12 +62,12 @@ def test_verify_names_a_layer_whose_factor_is_off(files, tmp_path, capfd):
     wrong = tmp_path / "wrong.safetensors"
     save_file(tensors, wrong, metadata)
     assert run(["verify", str(model), str(residual), str(wrong)]) == 1
-    said = " ".join(capfd.readouterr().err.split())
-    assert "unet.middle_block.1.proj_in" in said
-    assert "the pair does NOT hold" in said
+    output = " ".join(capfd.readouterr().err.split())
+    assert "unet.middle_block.1.proj_in" in output
+    assert "FAILED: residual + principal do not restore the model" in output
 
 
-def test_verify_names_both_bases(files, tmp_path, capfd):
+def test_verify_names_the_hashes_of_both_bases(files, tmp_path, capfd):
     model, residual, _ = files
     tensors = load_file(model)
     with safe_open(model, "pt") as file:
@@ -89,13 +89,13 @@ def test_verify_names_both_bases(files, tmp_path, capfd):
 
 def test_errors_are_messages_with_exit_code_2(tmp_path, capfd):
     assert run(["split", str(tmp_path / "none.safetensors")]) == 2
-    said = capfd.readouterr()
-    assert said.err.startswith("error: no such file")
-    assert said.out == ""
+    output = capfd.readouterr()
+    assert output.err.startswith("error: no such file")
+    assert output.out == ""
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x02.")
     assert run(["inspect", str(pickle)]) == 2
-    assert "never unpickled" in capfd.readouterr().err
+    assert "never opens pickles" in capfd.readouterr().err
     assert run(["split"]) == 2
     assert run(["nonsense"]) == 2
 
@@ -121,7 +121,7 @@ def test_inspect_reads_models_and_adapters(files, capfd):
     assert "SDXL residual" in capfd.readouterr().err
 
 
-def test_inspect_says_which_program_loads_what(files, capfd):
+def test_inspect_lists_what_other_programs_load(files, capfd):
     model, residual, principal = files
     table = {}
     for path in files:
@@ -133,7 +133,7 @@ def test_inspect_says_which_program_loads_what(files, capfd):
     assert len(table[principal]) == 5
     run(["inspect", str(principal)])
     printed = capfd.readouterr().err
-    assert "which program loads what" in printed
+    assert "what other programs load" in printed
     assert all(row["loads"] in printed for row in table[principal].values())
 
 
@@ -143,7 +143,7 @@ def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pair_draws_the_same_pictures_as_the_original(files, tmp_path, capfd):
+def test_residual_and_principal_draw_the_same_pictures_as_the_original(files, tmp_path, capfd):
     model, residual, principal = files
     sheet = tmp_path / "sheet.png"
     size = ["--size", "32", "--steps", "2", "--cell", "32"]
@@ -166,17 +166,17 @@ def test_pair_draws_the_same_pictures_as_the_original(files, tmp_path, capfd):
     assert sheet.exists()
 
 
-def test_sampled_pictures_can_be_trained_on(files, tmp_path, capfd):
+def test_sample_writes_metadata_that_training_reads(files, tmp_path, capfd):
     command = ["sample", str(files[0]), "-c", "a café", "-c", "two cats", "-o", str(tmp_path / "own")]
     command += ["--size", "32", "--steps", "1", "--metadata"]
     assert run(command) == 0
-    found = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
-    assert found == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
-    assert all((tmp_path / "own" / name).is_file() for name in found)
+    captions = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
+    assert captions == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
+    assert all((tmp_path / "own" / name).is_file() for name in captions)
     (tmp_path / "own" / "000-a-café.png").unlink()
     (tmp_path / "own" / "001-two-cats.png").unlink()
-    assert run(command) == 2, "metadata.jsonl is there"
-    assert read_sidecar(tmp_path / "own" / "metadata.jsonl") == found
+    assert run(command) == 2, "metadata.jsonl exists"
+    assert read_sidecar(tmp_path / "own" / "metadata.jsonl") == captions
     assert "metadata.jsonl" in capfd.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The demo from end to end on the embedded base, with a run short enough for every test run."""
+"""Test the demo end to end on the embedded base, with two training steps."""
 
 import pytest
 from PIL import Image
@@ -11,7 +11,7 @@ from spectune.training.data.folders import scan_training
 from spectune.training.recipe.sections.data import DataSection
 
 
-def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):
+def test_the_embedded_base_has_the_pinned_hash(tmp_path):
     files = demo_files()
     check_hash(files.base, files.checksum)
     damaged = tmp_path / "base.safetensors"
@@ -22,7 +22,7 @@ def test_the_embedded_base_is_the_one_that_was_pinned(tmp_path):
         check_hash(damaged, files.checksum)
 
 
-def test_drawn_and_held_out_captions_are_not_trained_on():
+def test_drawn_captions_are_held_out():
     files = demo_files()
     folder = files.base.parent
     scans = [scan_training(DataSection(folders=(folder / name,))) for name in ("images", "validation")]
@@ -33,12 +33,14 @@ def test_drawn_and_held_out_captions_are_not_trained_on():
     assert drawn <= held_out
 
 
-def test_demo_keeps_all_its_promises(tmp_path):
-    """demo itself raises unless the pair is exact, its pictures identical and the LoRA within 45 dB."""
+def test_demo_passes_all_its_checks(tmp_path):
+    """`demo` raises unless the pair is exact, its pictures are identical and the LoRA has 45 dB."""
     report = demo(tmp_path / "demo", steps=2)
     assert report.sheet == tmp_path / "demo" / "demo.png"
     assert report.share == 1.0
-    assert report.lora_db > report.tuned_db + 6, "the LoRA draws the tuned model and not the original"
+    assert report.lora_db > report.tuned_db + 6, (
+        "pictures of the LoRA are closer to the tuned model than to the original"
+    )
     with Image.open(report.sheet) as picture:
         assert picture.width > 5 * 128
     written = {path.name for path in (tmp_path / "demo").glob("*.safetensors")}
@@ -52,7 +54,6 @@ def test_demo_keeps_all_its_promises(tmp_path):
     assert all(name.startswith("model.diffusion_model.") for name in changed), "only the UNet is tuned"
 
 
-def test_mean_psnr_would_notice(tmp_path):
-    """The bound of 45 dB is not met by pictures that differ a little."""
+def test_slightly_different_pictures_are_below_45_db():
     one, other = Image.new("RGB", (8, 8), (100, 100, 100)), Image.new("RGB", (8, 8), (103, 100, 100))
     assert mean_psnr([one], [other]) < 45

@@ -1,4 +1,4 @@
-"""The commands on files alone, over all 2515 tensors of SDXL: full depth, narrow layers."""
+"""Test the commands that work on files with all 2515 tensors of SDXL, at full depth with narrow layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pair(model):
     return folder / "full.residual.safetensors", folder / "full.principal-r4.safetensors"
 
 
-def test_split_covers_the_guides_modules_and_verify_proves_every_tensor(model, pair, capfd):
+def test_split_covers_the_modules_of_the_guide_and_every_tensor_is_exact(model, pair, capfd):
     residual, principal = pair
     assert run(["inspect", str(principal), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["layers"] == {"unet": 788, "te1": 72, "te2": 192}
@@ -60,11 +60,11 @@ def test_split_covers_the_guides_modules_and_verify_proves_every_tensor(model, p
     assert (report["tensors"], report["exact_tensors"], report["exact"]) == (2515, 2515, True)
 
 
-def test_rebuild_is_the_original_bit_for_bit(model, pair, tmp_path):
+def test_rebuild_restores_the_original_bit_for_bit(model, pair, tmp_path):
     residual, principal = pair
-    whole = tmp_path / "whole.safetensors"
-    assert run(["rebuild", str(principal), "--base", str(residual), "-o", str(whole)]) == 0
-    before, after = load_file(model), load_file(whole)
+    rebuilt = tmp_path / "rebuilt.safetensors"
+    assert run(["rebuild", str(principal), "--base", str(residual), "-o", str(rebuilt)]) == 0
+    before, after = load_file(model), load_file(rebuilt)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -1,4 +1,4 @@
-"""`spectune plan` on a tiny SDXL: tables on stderr, a recipe on stdout, and exit code 2 when nothing fits."""
+"""Test `spectune plan` on a tiny SDXL: tables on stderr, a recipe on stdout, exit code 2 if nothing fits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from spectune.training.recipe.recipe import parse_recipe
 SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
 
 
-def test_the_recipe_is_on_stdout_and_the_tables_are_not(
+def test_the_recipe_is_on_stdout_and_the_tables_are_on_stderr(
     tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["plan", str(tiny_checkpoint), "--vram", "2GB", *SMALL]) == 0
-    said = capfd.readouterr()
-    data = tomllib.loads(said.out)
+    output = capfd.readouterr()
+    data = tomllib.loads(output.out)
     assert data["model"] == {
         "base": str(tiny_checkpoint),
         "rank": 4,
@@ -32,13 +32,13 @@ def test_the_recipe_is_on_stdout_and_the_tables_are_not(
     data["run"] |= {"name": "t", "output": "out", "steps": 1}
     recipe = parse_recipe(data)
     assert (recipe.data.resolution_px, recipe.run.precision, recipe.run.batch) == (64, "bf16", 1)
-    shown = " ".join(said.err.split())
-    assert "the best that fits" in shown
-    assert "no GPU has measured it" in shown
+    shown = " ".join(output.err.split())
+    assert "best that fits" in shown
+    assert "they were not measured on a GPU" in shown
     assert "the reserve is 600.0 MB for CUDA and 5%" in shown
 
 
-def test_a_smaller_card_gets_a_cheaper_way(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_less_memory_gives_cheaper_settings(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(tiny_checkpoint), "--rank", "4", "--resolution", "64", "--json"]
     assert run([*command, "--vram", "2GB"]) == 0
     wide = json.loads(capfd.readouterr().out)
@@ -59,37 +59,37 @@ def test_a_smaller_card_gets_a_cheaper_way(tiny_checkpoint: Path, capfd: pytest.
     assert "gradient_checkpointing = true" in narrow["recipe"]
 
 
-def test_nothing_fits(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_2_if_nothing_fits(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(tiny_checkpoint), "--vram", "100MB", *SMALL]) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    shown = " ".join(said.err.split())
+    output = capfd.readouterr()
+    assert output.out == ""
+    shown = " ".join(output.err.split())
     assert "nothing fits 0.10 GB: the smallest setup, rank 4, te2, residual, nf4 base, checkpointing" in shown
     assert "takes 0.6" in shown
-    assert "at 64 px in batches of 1" in shown
-    assert "hint: a smaller --resolution" in shown
+    assert "at 64 px with batch 1" in shown
+    assert "hint: use a smaller --resolution or --batch" in shown
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--vram", "12XB"], "unknown unit 'XB' in '12XB'"),
-        (["--vram", "1GB", "--parts", "te3"], "unknown part 'te3'; did you mean"),
+        (["--vram", "1GB", "--parts", "te3"], "unknown part 'te3' in --parts; did you mean"),
         (["--vram", "1GB", "--optimizer", "adamww"], "unknown optimizer 'adamww'; did you mean `adamw`?"),
         (
             ["--vram", "1GB", "--resolution", "50"],
-            "--resolution 50: this model needs a multiple of 16 pixels",
+            "--resolution is 50: this model needs a multiple of 16 pixels",
         ),
     ],
 )
-def test_wrong_words(
+def test_wrong_options(
     tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert run(["plan", str(tiny_checkpoint), *words]) == 2
     assert message in " ".join(capfd.readouterr().err.split())
 
 
-def test_only_an_original_is_planned_with(
+def test_residuals_and_adapters_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2"]) == 0

@@ -1,4 +1,4 @@
-"""Every interface shows the same options: the records, the command line and the Python API."""
+"""Test that the command line and the Python API have the options of the records."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SHARED_FLAGS = {"json", "dry_run"}
 
 
 def click_command(command: CommandSpec) -> Any:
-    found: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     for word in command.name.split():
-        found = found.commands[word]
-    return found
+        group = group.commands[word]
+    return group
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -36,9 +36,9 @@ def test_the_command_line_has_the_options_of_the_record(command: CommandSpec) ->
     fields = {field.name: field for field in option_fields(command.options)}
     shown = {parameter.name: parameter for parameter in click_command(command).params}
     arguments = {name for name, field in fields.items() if field.argument}
-    places = {"files"} if "files" in shown else arguments
+    positional = {"files"} if "files" in shown else arguments
     old = {f"old_{name}" for name in arguments if fields[name].old_flag}
-    assert set(shown) - SHARED_FLAGS - {"help"} - old == (set(fields) - arguments) | places
+    assert set(shown) - SHARED_FLAGS - {"help"} - old == (set(fields) - arguments) | positional
     for name in set(fields) & set(shown):
         check_parameter(command, fields[name], shown[name])
 
@@ -103,16 +103,16 @@ def test_the_old_order_of_arguments_works_with_a_note(
     assert run(["rebuild", residual, principal, "-o", new]) == 0
     assert "note:" not in capfd.readouterr().err
     assert run(["rebuild", principal, "--base", residual, "-o", old]) == 0
-    assert "note: --base is no longer needed: write MODEL as the first argument" in capfd.readouterr().err
+    assert "note: --base is no longer needed: pass MODEL as the first argument" in capfd.readouterr().err
     assert run(["rebuild", principal, residual, "-o", swapped]) == 0
-    assert "the model comes first" in capfd.readouterr().err
+    assert "pass the model first: rebuild" in capfd.readouterr().err
     expected = load_file(new)
     for path in (old, swapped):
-        found = load_file(path)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        tensors = load_file(path)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_too_many_files_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["rebuild", "a.safetensors", "b.safetensors", "c.safetensors", "-o", "x.safetensors"]) == 2
-    assert "3 files given: expected MODEL ADAPTER" in capfd.readouterr().err
+    assert "got 3 files: expected MODEL ADAPTER" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Which autoencoder draws: the one on the command line, by the convention of the training."""
+"""Test which autoencoder and which latent scaling draw the pictures."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ ANZHC = KNOWN_VAES["eq-anzhc"]
 
 @pytest.fixture(scope="module")
 def vae_file(tiny_checkpoint, tmp_path_factory):
-    """The checkpoint's own autoencoder with another last bias: its pictures are brighter."""
+    """Return the checkpoint's own autoencoder with another last bias, which gives brighter pictures."""
     tensors = {name: t for name, t in load_file(tiny_checkpoint).items() if name.startswith(VAE_ROOT)}
     tensors[f"{VAE_ROOT}decoder.conv_out.bias"] += 0.25
     path = tmp_path_factory.mktemp("vae") / "bright.safetensors"
@@ -45,7 +45,7 @@ def metadata_of(path):
 
 
 def declaring(path, folder, origin):
-    """A copy of a file that also says which autoencoder its training used."""
+    """Return a copy of a file that declares the autoencoder of its training."""
     copy = folder / f"declaring-{path.name}"
     save_file(load_file(path), copy, metadata_of(path) | origin.to_metadata())
     return copy
@@ -56,7 +56,7 @@ def convention(model):
     return model.layout.vae.scale, model.layout.vae.shift, conv.padding_mode
 
 
-def test_the_option_changes_the_pictures(tiny_checkpoint, vae_file, tmp_path, capfd):
+def test_vae_options_change_the_pictures(tiny_checkpoint, vae_file, tmp_path, capfd):
     small = ["-c", "a cat", "--size", "32", "--steps", "2"]
     commands = {
         "own": [],
@@ -67,12 +67,12 @@ def test_the_option_changes_the_pictures(tiny_checkpoint, vae_file, tmp_path, ca
     for folder, options in commands.items():
         command = ["sample", str(tiny_checkpoint), *small, *options, "-o", str(tmp_path / folder)]
         assert run(command) == 0, capfd.readouterr().err
-    found = {folder: (tmp_path / folder / "000-a-cat.png").read_bytes() for folder in commands}
-    assert found["both"] == found["own"]
-    assert len({found["own"], found["other"], found["name"]}) == 3
+    pictures = {folder: (tmp_path / folder / "000-a-cat.png").read_bytes() for folder in commands}
+    assert pictures["both"] == pictures["own"]
+    assert len({pictures["own"], pictures["other"], pictures["name"]}) == 3
 
 
-def test_compare_takes_it_too_and_a_wrong_name_is_refused_at_once(tiny_checkpoint, vae_file, tmp_path, capfd):
+def test_compare_has_the_vae_options_and_refuses_a_wrong_name(tiny_checkpoint, vae_file, tmp_path, capfd):
     models = ["compare", str(tiny_checkpoint), str(tiny_checkpoint), "-o", str(tmp_path / "sheet.png")]
     small = ["-c", "a cat", "--size", "32", "--steps", "1", "--cell", "32"]
     assert run([*models, *small, "--vae", str(vae_file), "--json"]) == 0
@@ -81,35 +81,35 @@ def test_compare_takes_it_too_and_a_wrong_name_is_refused_at_once(tiny_checkpoin
     assert "unknown VAE 'eq-anzc'; did you mean `eq-anzhc`?" in capfd.readouterr().err
 
 
-def test_a_trained_adapter_declares_how_its_latents_are_scaled(pair, tmp_path):
+def test_an_adapter_declares_its_latent_scaling(pair, tmp_path):
     residual, principal = pair
-    told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, None))
+    adapter = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, None))
     plain = load_model(ModelSpec(residual, (Weighted(principal, 1.0),)))
     assert convention(plain) == (0.13025, 0.0, "zeros")
     warnings = []
-    model = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), warnings)
+    model = load_model(ModelSpec(residual, (Weighted(adapter, 1.0),)), warnings)
     assert convention(model) == (0.1406, -0.4743, "reflect")
     assert warnings == []
-    overruled = load_model(ModelSpec(residual, (Weighted(told, 1.0),)), vae_name="sdxl")
-    assert convention(overruled) == (0.13025, 0.0, "zeros")
+    overridden = load_model(ModelSpec(residual, (Weighted(adapter, 1.0),)), vae_name="sdxl")
+    assert convention(overridden) == (0.13025, 0.0, "zeros")
 
 
-def test_the_last_adapter_that_says_it_counts_and_the_base_last(pair, tiny_checkpoint, tmp_path):
+def test_the_last_declaring_adapter_overrides_the_base(pair, tiny_checkpoint, tmp_path):
     base = declaring(tiny_checkpoint, tmp_path, Provenance(vae_scale=0.5))
     assert convention(load_model(ModelSpec(base, ()))) == (0.5, 0.0, "zeros")
     first = declaring(pair[1], tmp_path, Provenance(vae_scale=0.2, vae_shift=0.1))
     last = declaring(first, tmp_path, Provenance(vae_scale=0.3))
-    silent = Weighted(pair[1], 1.0)
-    adapters = (Weighted(first, 1.0), Weighted(last, 1.0), silent)
+    plain_adapter = Weighted(pair[1], 1.0)
+    adapters = (Weighted(first, 1.0), Weighted(last, 1.0), plain_adapter)
     assert declared_vae(ModelSpec(base, adapters)).vae_scale == 0.3
-    assert declared_vae(ModelSpec(base, (silent,))).vae_scale == 0.5
-    assert declared_vae(ModelSpec(tiny_checkpoint, (silent,))).vae_scale is None
+    assert declared_vae(ModelSpec(base, (plain_adapter,))).vae_scale == 0.5
+    assert declared_vae(ModelSpec(tiny_checkpoint, (plain_adapter,))).vae_scale is None
 
 
-def test_a_missing_autoencoder_is_named_in_a_warning(pair, vae_file, tmp_path):
+def test_a_warning_names_a_missing_autoencoder(pair, vae_file, tmp_path):
     residual, principal = pair
-    told = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, vae_file))
-    spec = ModelSpec(residual, (Weighted(told, 1.0),))
+    adapter = declaring(principal, tmp_path, declare_vae(Provenance(), ANZHC, vae_file))
+    spec = ModelSpec(residual, (Weighted(adapter, 1.0),))
     warnings = []
     load_model(spec, warnings)
     (warning,) = warnings

@@ -1,4 +1,4 @@
-"""The commands on files alone, as people call them."""
+"""Test split, verify, null and rebuild through the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.pairs.rank_plan import rank_request
 from tests.sample_pairs import recast
 
 
-def test_ranks_are_chosen_in_one_way() -> None:
+def test_only_one_option_may_set_the_ranks() -> None:
     assert rank_request(None, None, None, None) == FixedRank(64)
     assert rank_request(32, 8, None, None) == FixedRank(32, 8)
     assert rank_request(None, None, 0.9, None) == EnergyRank(0.9)
@@ -40,12 +40,12 @@ def test_messages_name_fields_in_python_and_flags_on_the_command_line(
     assert "hint: leave out --conv-rank" in shown
 
 
-def test_devices_that_are_not_there_are_refused() -> None:
+def test_missing_devices_are_refused() -> None:
     assert parse_device("cpu") == "cpu"
     assert parse_residual_dtype("fp64") == torch.float64
     with pytest.raises(InputError, match="unknown device 'gpu'"):
         parse_device("gpu")
-    with pytest.raises(InputError, match="there is no cuda:99"):
+    with pytest.raises(InputError, match="no device cuda:99"):
         parse_device("cuda:99")
 
 
@@ -58,7 +58,7 @@ def test_devices_that_are_not_there_are_refused() -> None:
         (torch.float8_e4m3fn, "float32"),
     ],
 )
-def test_a_wider_residual_is_exact_for_every_type(
+def test_a_wider_residual_is_exact_for_every_dtype(
     tiny_checkpoint: Path,
     tmp_path: Path,
     model: torch.dtype,
@@ -74,9 +74,9 @@ def test_a_wider_residual_is_exact_for_every_type(
     report = json.loads(capfd.readouterr().out)
     assert (report["ok"], report["exact"]) == (True, True)
     assert report["rebuilt_hash"] == report["model_hash"] == split["base_hash"]
-    whole = tmp_path / "whole.safetensors"
-    assert run(["rebuild", split["principal"], "--base", split["residual"], "-o", str(whole)]) == 0
-    before, after = load_file(base), load_file(whole)
+    rebuilt = tmp_path / "rebuilt.safetensors"
+    assert run(["rebuild", split["principal"], "--base", split["residual"], "-o", str(rebuilt)]) == 0
+    before, after = load_file(base), load_file(rebuilt)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
@@ -84,7 +84,7 @@ def test_a_wider_residual_is_exact_for_every_type(
         assert torch.equal(tensor.view(bits), after[name].view(bits)), name
 
 
-def test_a_16_bit_share_is_what_an_independent_count_finds(
+def test_the_share_of_a_16_bit_residual_equals_an_independent_count(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "4", "--json"]) == 0
@@ -94,7 +94,7 @@ def test_a_16_bit_share_is_what_an_independent_count_finds(
     model, residual, principal = (
         load_file(path) for path in (tiny_checkpoint, split["residual"], split["principal"])
     )
-    # only what numpy and the file formats say, none of our own functions: unfused UNet layers by their names
+    # Independent of spectune: numpy and key names only, for UNet layers that are not fused.
     equal = total = 0
     for name, weight in model.items():
         stem = "lora_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(
@@ -109,31 +109,31 @@ def test_a_16_bit_share_is_what_an_independent_count_finds(
         total += same.size
         equal += int(same.sum())
         stated = report["inexact"].get(name, {"bit_equal": same.size})
-        # ours is summed in float32, whose order of summation, and so a tie here and there, is the processor's
+        # spectune sums in float32; the order depends on the processor, so a few ties may round differently
         assert stated["bit_equal"] == pytest.approx(int(same.sum()), abs=1 + 1e-4 * same.size), name
     assert 0.5 < equal / total < 1
     assert split["bit_equal_share"] == pytest.approx(equal / total, abs=0.05)
 
 
-def test_verify_says_who_loads_what(
+def test_verify_lists_what_other_programs_load(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2"]) == 0
     pair = [str(tmp_path / name) for name in ("tiny.residual.safetensors", "tiny.principal-r2.safetensors")]
     capfd.readouterr()
     assert run(["verify", str(tiny_checkpoint), *pair]) == 0
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     for word in (
-        "which program loads what from tiny.principal-r2.safetensors",
+        "what other programs load from tiny.principal-r2.safetensors",
         "ComfyUI",
         "sd-scripts",
         "sha256",
-        "the pair holds",
+        "OK: residual + principal restore the model up to rounding",
     ):
-        assert word in said
+        assert word in output
 
 
-def test_null_has_the_bytes_of_the_header_and_zeros(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_null_keeps_the_header_and_writes_zeros(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "null.safetensors"
     assert run(["null", str(tiny_checkpoint), "-o", str(out)]) == 0
     original, null = tiny_checkpoint.read_bytes(), out.read_bytes()
@@ -145,7 +145,7 @@ def test_null_has_the_bytes_of_the_header_and_zeros(tiny_checkpoint: Path, tmp_p
     assert run(["null", str(tiny_checkpoint), "-o", str(out)]) == 2
 
 
-def test_a_model_goes_through_a_diffusers_folder_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_survives_a_diffusers_folder_and_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert (
         run(["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2", "--residual-dtype", "fp32"])
         == 0
@@ -165,7 +165,7 @@ def test_a_model_goes_through_a_diffusers_folder_and_back(tiny_checkpoint: Path,
     assert run(["verify", str(index), *pair]) == 0
 
 
-def test_damaged_weights_are_named_and_counted(
+def test_split_names_and_counts_damaged_weights(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tests.sample_pairs import changed_copy
@@ -175,7 +175,7 @@ def test_damaged_weights_are_named_and_counted(
     broken.view(-1)[:3] = float("nan")
     base = changed_copy(tiny_checkpoint, tmp_path / "m.safetensors", {name: broken})
     assert run(["split", str(base), "-o", str(tmp_path / "out")]) == 2
-    said = " ".join(capfd.readouterr().err.split())
-    assert "unet.middle_block.0.in_layers.2: 3 of" in said
-    assert "values are NaN or infinite" in said
+    output = " ".join(capfd.readouterr().err.split())
+    assert "unet.middle_block.0.in_layers.2: 3 of" in output
+    assert "values are NaN or infinite" in output
     assert list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""A run of no steps changes nothing, all the way to the rebuilt file and its pictures."""
+"""Test that training for zero steps changes neither the rebuilt file nor its pictures."""
 
 import shutil
 
@@ -50,10 +50,10 @@ def same_bits(first, second):
 
 
 def test_zero_steps_rebuild_the_original(folder):
-    base, whole = folder / "base.safetensors", folder / "whole.safetensors"
+    base, rebuilt = folder / "base.safetensors", folder / "rebuilt.safetensors"
     assert run(["train", str(folder / "recipe.toml")]) == 0
-    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(whole)]) == 0
-    assert same_bits(base, whole)
+    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(rebuilt)]) == 0
+    assert same_bits(base, rebuilt)
     small = ["-c", "a cat", "--size", "32", "--steps", "2"]
     assert run(["sample", str(base), *small, "-o", str(folder / "a")]) == 0
     assert (
@@ -62,11 +62,11 @@ def test_zero_steps_rebuild_the_original(folder):
     assert (folder / "a" / "000-a-cat.png").read_bytes() == (folder / "b" / "000-a-cat.png").read_bytes()
 
 
-def test_one_step_does_change_it(folder):
-    base, whole = folder / "base.safetensors", folder / "whole.safetensors"
+def test_one_step_changes_the_model(folder):
+    base, rebuilt = folder / "base.safetensors", folder / "rebuilt.safetensors"
     assert run(["train", str(folder / "recipe.toml"), "--set", "run.steps=1"]) == 0
-    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(whole)]) == 0
-    assert not same_bits(base, whole)
+    assert run(["rebuild", str(folder / "nothing.safetensors"), "--base", str(base), "-o", str(rebuilt)]) == 0
+    assert not same_bits(base, rebuilt)
 
 
 def test_previews_are_drawn_on_request(folder):

@@ -1,4 +1,4 @@
-"""A fake ComfyUI with the tiny SDXL in its checkpoints folder and the nodes loaded."""
+"""Fixtures: a fake ComfyUI with the tiny SDXL in its checkpoints folder and the nodes loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def comfy(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="session")
 def tuned_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tuned adapter of the tiny SDXL: random changes of all default layers, for flow, shift 2.5."""
+    """Return a tuned adapter of the tiny SDXL with random changes of all default layers (flow, shift 2.5)."""
     folder = tmp_path_factory.mktemp("tuned")
     report = small_split(tiny_checkpoint, folder)
     return saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), folder / "tuned.safetensors")

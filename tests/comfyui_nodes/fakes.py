@@ -1,4 +1,4 @@
-"""Stand-ins for the parts of ComfyUI that the nodes touch, with the same contract and nothing else."""
+"""Fakes of the parts of ComfyUI that the nodes use, with the same interface."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = "spectune_nodes"  # ComfyUI names the folder after its path; only relative imports work in it
+NODES = "spectune_nodes"  # ComfyUI derives the module name from the path, so only relative imports work
 
 
 class Interrupted(Exception):
-    """What ComfyUI raises out of a node when the user stops it."""
+    """The exception that ComfyUI raises in a node when the user stops it."""
 
 
 class LoRAAdapter:
-    """ComfyUI's patch of two factors: weights are (up, down, alpha, mid, dora, reshape)."""
+    """ComfyUI's patch of two factors. `weights` is (up, down, alpha, mid, dora, reshape)."""
 
     def __init__(self, loaded_keys: set[str], weights: Sequence[Any]) -> None:
         self.loaded_keys, self.weights = loaded_keys, weights
@@ -39,7 +39,7 @@ class LoRAAdapter:
 
 
 class Patcher:
-    """A ModelPatcher: clones share the weights; patches for names that are not there are left out."""
+    """A ModelPatcher. Clones share the weights, and patches for unknown names are ignored."""
 
     def __init__(self, state: Mapping[str, Tensor], sampling: object = None) -> None:
         self.model = SimpleNamespace(state_dict=lambda: dict(state), model_config=None)
@@ -49,15 +49,15 @@ class Patcher:
 
     def clone(self) -> Patcher:
         other = copy(self)
-        other.patches = {name: list(found) for name, found in self.patches.items()}
+        other.patches = {name: list(patches) for name, patches in self.patches.items()}
         other.object_patches = dict(self.object_patches)
         return other
 
     def add_patches(self, patches: Mapping[str, LoRAAdapter], strength_patch: float = 1.0) -> list[str]:
-        taken = [name for name in patches if name in self.model.state_dict()]
-        for name in taken:
+        known = [name for name in patches if name in self.model.state_dict()]
+        for name in known:
             self.patches.setdefault(name, []).append((strength_patch, patches[name]))
-        return taken
+        return known
 
     def add_object_patch(self, name: str, patch: object) -> None:
         self.object_patches[name] = patch
@@ -67,18 +67,18 @@ class Patcher:
         return self.object_patches.get(name, self._sampling)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the model runs with: patches are added in float32, in order, and rounded once."""
-        found = self.model.state_dict()
+        """Return the patched weights: patches are added in float32, in order, and rounded once."""
+        weights = self.model.state_dict()
         for name, patches in self.patches.items():
-            weight = found[name].float()
+            weight = weights[name].float()
             for strength, patch in patches:
                 weight = patch.added(weight, strength)
-            found[name] = weight.to(found[name].dtype)
-        return found
+            weights[name] = weight.to(weights[name].dtype)
+        return weights
 
 
 class Clip:
-    """A CLIP: patches go to its patcher."""
+    """A CLIP that passes patches to its patcher."""
 
     def __init__(self, patcher: Patcher) -> None:
         self.patcher = patcher
@@ -152,8 +152,8 @@ def _clip_g(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def as_comfyui_has_it(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dicts of MODEL and CLIP out of a single file's tensors, in float32 as on a CPU."""
+def comfyui_state_dicts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the state dicts of MODEL and CLIP for the tensors of a file, in float32 as on a CPU."""
     model: dict[str, Tensor] = {}
     clip: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -169,12 +169,12 @@ def as_comfyui_has_it(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def loaded(tensors: Mapping[str, Tensor]) -> tuple[Patcher, Clip, object, None]:
-    model, clip = as_comfyui_has_it(tensors)
+    model, clip = comfyui_state_dicts(tensors)
     return Patcher(model, SampledEps()), Clip(Patcher(clip)), "vae", None
 
 
 class Comfy:
-    """The fake ComfyUI of one test: its folders, what its bars showed, and the nodes that it loaded."""
+    """The fake ComfyUI of one test: its folders, its progress bars, and the loaded nodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folders = {kind: folder / kind for kind in ("checkpoints", "loras", "embeddings")}
@@ -256,7 +256,7 @@ def _module(name: str, **contents: Any) -> ModuleType:
 
 
 def install(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the fakes where imports find them, for the length of a test."""
+    """Make the fakes importable for the duration of a test."""
     modules = comfy.modules()
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -276,5 +276,5 @@ def load_package(folder: Path, name: str) -> ModuleType:
 
 
 def forget_package(name: str) -> None:
-    for loaded_name in [found for found in sys.modules if found == name or found.startswith(f"{name}.")]:
+    for loaded_name in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
         del sys.modules[loaded_name]

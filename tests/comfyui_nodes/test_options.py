@@ -1,4 +1,4 @@
-"""Inputs of nodes agree with the options records of the library."""
+"""Test that node inputs agree with the options records of the library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTION_OF = {
     "overwrite": "force",
     "residual_type": "residual_dtype",
 }
-# settings that only ComfyUI needs: an example text, a plain default for None, JSON text in place of a file
+# settings that only ComfyUI needs: an example text, a number instead of None, JSON text instead of a file
 OWN_DEFAULT = {("SpectuneSplit", "rank"), ("SpectuneSlice", "slices"), ("SpectuneSlice", "traits")}
 
 
@@ -36,7 +36,7 @@ def test_every_input_agrees_with_its_option(comfy: Comfy, name: str) -> None:
                 continue
             compared += 1
             if (name, key) != ("SpectuneSlice", "traits"):
-                assert settings["tooltip"].removesuffix(" 0 stands for the default.") == field.help, key
+                assert settings["tooltip"].removesuffix(" 0: the default.") == field.help, key
             if field.choices and key != "residual_type":
                 assert tuple(kind) == field.choices, key
             if "default" in settings and (name, key) not in OWN_DEFAULT:
@@ -46,7 +46,7 @@ def test_every_input_agrees_with_its_option(comfy: Comfy, name: str) -> None:
     assert compared >= 4
 
 
-def test_the_default_rank_is_the_librarys(comfy: Comfy) -> None:
+def test_the_default_rank_is_that_of_the_library(comfy: Comfy) -> None:
     rank = comfy.nodes.NODE_CLASS_MAPPINGS["SpectuneSplit"].INPUT_TYPES()["required"]["rank"][1]["default"]
     field = next(field for field in option_fields(SplitOptions) if field.name == "rank")
     assert f"Default: {rank}." in field.help

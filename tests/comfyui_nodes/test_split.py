@@ -1,3 +1,5 @@
+"""Test the node Spectune Split."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,7 +28,7 @@ def run(comfy: Comfy, **changes: Any) -> tuple[str, str]:
     return comfy.run("SpectuneSplit", **{**INPUTS, **changes})
 
 
-def test_both_files_are_written_where_the_lists_look(comfy: Comfy) -> None:
+def test_both_files_appear_in_the_lists(comfy: Comfy) -> None:
     assert run(comfy) == (RESIDUAL, PRINCIPAL)
     assert comfy.files("checkpoints") == [RESIDUAL, BASE]
     assert comfy.files("loras") == [PRINCIPAL]
@@ -41,7 +43,7 @@ def test_both_files_are_written_where_the_lists_look(comfy: Comfy) -> None:
     assert report.ok
 
 
-def test_the_files_are_those_of_the_library(comfy: Comfy, tmp_path: Path) -> None:
+def test_split_writes_the_same_files_as_the_library(comfy: Comfy, tmp_path: Path) -> None:
     run(comfy, residual_type="float32", layers="all")
     made = spectune.split(
         comfy.folders["checkpoints"] / BASE,
@@ -55,7 +57,7 @@ def test_the_files_are_those_of_the_library(comfy: Comfy, tmp_path: Path) -> Non
     assert (comfy.folders["loras"] / PRINCIPAL).read_bytes() == made.principal.read_bytes()
 
 
-def test_folders_are_inside_of_comfyuis(comfy: Comfy) -> None:
+def test_folders_are_inside_the_folders_of_comfyui(comfy: Comfy) -> None:
     assert run(comfy, residual_folder="parts", principal_folder="parts\\r4") == (
         str(Path("parts") / RESIDUAL),
         str(Path("parts") / "r4" / PRINCIPAL),
@@ -64,12 +66,12 @@ def test_folders_are_inside_of_comfyuis(comfy: Comfy) -> None:
 
 
 @pytest.mark.parametrize("folder", ["../outside", "a/../../outside"])
-def test_no_folder_leads_out(comfy: Comfy, folder: str) -> None:
-    with pytest.raises(RuntimeError, match="is no name for a file in loras"):
+def test_folders_outside_are_refused(comfy: Comfy, folder: str) -> None:
+    with pytest.raises(RuntimeError, match="is not a valid file name in loras"):
         run(comfy, principal_folder=folder)
 
 
-def test_files_are_named_after_the_list_and_not_after_what_a_link_leads_to(comfy: Comfy) -> None:
+def test_files_are_named_after_a_link_and_not_its_target(comfy: Comfy) -> None:
     (comfy.folders["checkpoints"] / "linked.safetensors").symlink_to(comfy.folders["checkpoints"] / BASE)
     assert run(comfy, checkpoint="linked.safetensors") == (
         "linked.residual.safetensors",
@@ -77,9 +79,9 @@ def test_files_are_named_after_the_list_and_not_after_what_a_link_leads_to(comfy
     )
 
 
-def test_existing_files_stay_unless_told_otherwise(comfy: Comfy) -> None:
+def test_existing_files_are_kept_without_overwrite(comfy: Comfy) -> None:
     (comfy.folders["loras"] / PRINCIPAL).write_text("mine")
-    with pytest.raises(RuntimeError, match=r"is there already, in loras\nhint: turn overwrite on"):
+    with pytest.raises(RuntimeError, match=r"already exists in loras\nhint: turn overwrite on"):
         run(comfy)
     assert (comfy.folders["loras"] / PRINCIPAL).read_text() == "mine"
     assert comfy.files("checkpoints") == [BASE]
@@ -92,15 +94,17 @@ def test_the_interrupt_button_leaves_no_file(comfy: Comfy, at: int) -> None:
     comfy.stop_at = at
     with pytest.raises(Interrupted):
         run(comfy)
-    assert comfy.steps == at, "it went on after the button"
+    assert comfy.steps == at, "the node continued after the interrupt"
     assert comfy.files("checkpoints") == [BASE]
     assert comfy.files("loras") == []
     assert sorted(path.name for path in comfy.folders["checkpoints"].iterdir()) == [BASE]
 
 
-def test_errors_show_what_and_hint(comfy: Comfy) -> None:
+def test_errors_show_the_problem_and_a_hint(comfy: Comfy) -> None:
     run(comfy)
-    with pytest.raises(RuntimeError, match=r"is a residual: expected a whole model\nhint: pass the original"):
+    with pytest.raises(
+        RuntimeError, match=r"is a residual: expected a complete model\nhint: pass the original"
+    ):
         run(comfy, checkpoint=RESIDUAL)
 
 

@@ -1,4 +1,4 @@
-"""The example workflows name nodes and inputs that exist, and their two forms say the same."""
+"""Test that the example workflows name existing nodes and inputs, and that their two forms agree."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def read(name: str) -> Any:
 
 
 def inputs_of(comfy: Comfy, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sockets and widgets of a node, in order."""
+    """Return the sockets and widgets of a node, in order."""
     if kind in CORE:
         return CORE[kind]
     groups = comfy.nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
-    told = {**groups["required"], **groups.get("optional", {})}
+    inputs = {**groups["required"], **groups.get("optional", {})}
     sockets = [
         name
-        for name, (of, *options) in told.items()
+        for name, (of, *options) in inputs.items()
         if of in ("MODEL", "CLIP") or (options and options[0].get("forceInput"))
     ]
-    return tuple(sockets), tuple(name for name in told if name not in sockets)
+    return tuple(sockets), tuple(name for name in inputs if name not in sockets)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +63,7 @@ def test_nodes_inputs_and_links_exist(comfy: Comfy, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_those_of_the_nodes(comfy: Comfy, name: str) -> None:
+def test_outputs_match_the_nodes(comfy: Comfy, name: str) -> None:
     ours = [node for node in read(name)["nodes"] if node["type"] not in CORE]
     assert ours
     for node in ours:
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_the_nodes(comfy: Comfy, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_api_form_says_the_same(comfy: Comfy, name: str) -> None:
+def test_the_api_form_agrees(comfy: Comfy, name: str) -> None:
     workflow, api = read(name), read(f"{name}_api")
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     expected: dict[str, Any] = {}
@@ -85,8 +85,8 @@ def test_the_api_form_says_the_same(comfy: Comfy, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_widgets_have_values_that_the_nodes_take(comfy: Comfy, name: str) -> None:
-    """Lists of files are the user's; the others are fixed."""
+def test_widget_values_are_valid(comfy: Comfy, name: str) -> None:
+    """Check choices other than file names, which depend on the user."""
     for node in read(f"{name}_api").values():
         if node["class_type"] in CORE:
             continue

@@ -1,4 +1,4 @@
-"""Bit-equal shares, ulps and relative errors."""
+"""Shares of equal bits, ulps and relative errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_one_step_is_one_ulp(dtype: torch.dtype) -> None:
+def test_neighboring_values_are_one_ulp_apart(dtype: torch.dtype) -> None:
     one = torch.ones(4, dtype=dtype)
     near = one.clone()
     near[0] += torch.finfo(dtype).eps
@@ -61,7 +61,7 @@ def test_relative_errors() -> None:
     assert relative_error(torch.ones(2), torch.zeros(2)) == math.inf
 
 
-def test_total_shares_are_weighted_by_size() -> None:
+def test_total_share_is_weighted_by_size() -> None:
     def layer(energy: float, norm: float) -> LayerReport:
         return LayerReport("x", (2, 2), 1, energy=energy, norm=norm, largest=1.0, smallest_kept=1.0)
 

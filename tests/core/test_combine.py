@@ -105,7 +105,7 @@ def test_the_report_has_the_rounding_error(
     assert result.low_rank.alpha == alpha
 
 
-def test_layers_that_cancel_sum_to_zero() -> None:
+def test_changes_that_cancel_give_zero() -> None:
     pair = drawn((12, 9), 3, 0)
     result = sum_terms([Term(pair, 1.0), Term(pair, -1.0)], torch.float32, "layer")
     assert float(exact(result.low_rank).norm()) < 1e-6 * float(exact(pair).norm())
@@ -142,8 +142,8 @@ def test_a_common_scale_stays_in_alpha() -> None:
     assert wide.up.dtype == wide.down.dtype == torch.float32
 
 
-def test_values_that_do_not_fit_the_dtype_are_refused() -> None:
+def test_values_outside_the_range_of_the_dtype_are_refused() -> None:
     pair = drawn((12, 9), 2, 0)
     huge = replace(pair, up=1e5 * pair.up)
-    with pytest.raises(InputError, match=r"te1\.x: .* do not fit float16"):
+    with pytest.raises(InputError, match=r"te1\.x: .* exceed the range of float16"):
         sum_terms([Term(huge, 1.0)], torch.float16, "te1.x")

@@ -1,4 +1,4 @@
-"""The frames of one weight: their directions, their lengths, and the start of ordinary LoRA."""
+"""The frames of one weight: their directions, their lengths, and the initial factors of LoRA."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_minor_frame_refuses_damaged_weights_and_is_zero_for_zeros() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64, 16, 3, 3)])
-def test_a_plain_frame_is_the_start_of_lora(shape: tuple[int, ...]) -> None:
+def test_a_plain_frame_has_the_initial_factors_of_lora(shape: tuple[int, ...]) -> None:
     columns = math.prod(shape[1:])
     frame = plain_frame(shape, rank=16, generator=torch.Generator().manual_seed(1))
     again = plain_frame(shape, rank=16, generator=torch.Generator().manual_seed(1))
@@ -75,7 +75,7 @@ def test_a_plain_frame_is_the_start_of_lora(shape: tuple[int, ...]) -> None:
     assert frame.up.shape == (64, 16, *(1 for _ in shape[2:]))
     bound = 1 / math.sqrt(columns)
     oracle = torch.empty(16, *shape[1:])
-    torch.nn.init.kaiming_uniform_(oracle, a=math.sqrt(5))  # as PEFT and sd-scripts write it
+    torch.nn.init.kaiming_uniform_(oracle, a=math.sqrt(5))  # as in PEFT and sd-scripts
     assert 0.95 * bound < float(oracle.abs().max()) <= bound
     assert 0.95 * bound < float(frame.down.abs().max()) <= bound
     assert float(row_norms(to_matrix(frame.down)).mean()) == pytest.approx(1 / math.sqrt(3), rel=0.05)
@@ -87,7 +87,7 @@ def test_no_frame_has_more_than_the_full_rank() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_normalized_directions_have_one_length(shape: tuple[int, ...]) -> None:
+def test_normalized_directions_have_equal_length(shape: tuple[int, ...]) -> None:
     frame = principal_frame(weight(shape), rank=3)
     down, up = matrices(normalized(frame, 0.25))
     assert torch.allclose(row_norms(down), torch.full((3,), 0.25).double(), rtol=1e-6)
@@ -99,8 +99,8 @@ def test_normalized_directions_have_one_length(shape: tuple[int, ...]) -> None:
     assert plain.up.isfinite().all()
 
 
-def test_the_first_step_in_an_aligned_frame_is_the_best_of_twice_its_rank() -> None:
-    """dW = dB A0 + B0 dA with dB = -G A0^T and dA = -B0^T G, a step of plain gradient descent."""
+def test_the_first_step_in_an_aligned_frame_is_the_best_step_of_twice_its_rank() -> None:
+    """A step of plain gradient descent is dW = dB A0 + B0 dA with dB = -G A0^T and dA = -B0^T G."""
     gradient = torch.randn(20, 14, generator=torch.Generator().manual_seed(2)).double()
     u, s, vh = thin_svd(gradient)
     down, up = matrices(aligned_frame(u, vh, (20, 14), rank=4, length=1.0))

@@ -98,7 +98,7 @@ def test_a_change_with_nan_is_refused() -> None:
     delta.up[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"the change of te1\.x: 1 of 24 values are NaN") as caught:
         export_layer(delta, name="te1.x")
-    assert caught.value.hint == "if training diverged, export an earlier step"
+    assert caught.value.hint == "the training may have diverged: export an earlier step"
 
 
 def test_the_tuned_principal_is_frame_plus_change_and_reports_its_rounding() -> None:

@@ -1,4 +1,4 @@
-"""Low-rank factors, the weight shapes they have, and their product."""
+"""Low-rank factors, the shapes of their weights, and their product."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_float32_sums_stay_within_their_bound_and_exact_sums_are_correctly_round
     of_rows, of_columns = fast.rounding()
     allowed = (
         torch.outer(of_rows, of_columns) / 2 + expected.abs() * 2**-24
-    )  # against the truth: one sum, one rounding
+    )  # compared with the exact product: one rounding of one sum
     actual = torch.empty(40, 3000)
     for tile, values in fast.tiles():
         actual[tile] = values
     error = (actual.double() - expected).abs()
     assert float(error.max()) > 0
     assert bool((error <= allowed).all())
-    assert float((error / allowed).max()) > 1e-3  # the bound is not far too wide
+    assert float((error / allowed).max()) > 1e-3  # the bound is not much too large
     assert torch.equal(product(low_rank), expected.float())

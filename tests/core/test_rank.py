@@ -40,7 +40,7 @@ def test_invalid_ranks_are_refused() -> None:
         FixedRank(0)
     with pytest.raises(InputError, match="`conv_rank` is -1"):
         FixedRank(4, conv_rank=-1)
-    with pytest.raises(InputError, match="`energy` is 0: expected a share above 0 and up to 1"):
+    with pytest.raises(InputError, match="`energy` is 0: expected a share above 0, at most 1"):
         EnergyRank(0.0)
     with pytest.raises(InputError, match="`energy` is 90") as caught:
         EnergyRank(90.0)
@@ -127,7 +127,7 @@ def test_a_greedy_choice_without_unused_bytes_is_the_best() -> None:
         if budget in (2, 7, 9):  # densities 9/2, 16/5, 4/2: prefixes of the greedy order end here
             assert spent(ranks, costs) == budget
             assert captured(spectra, ranks) == pytest.approx(best_by_trying_all(spectra, costs, budget))
-    # energy per direction instead of per byte would start with the second layer
+    # ordering by energy per direction instead of per byte would start with the second layer
     assert best_ranks(spectra, prices(costs), 6) == (3, 0)
     assert best_ranks(spectra, prices([2, 3]), 3) == (0, 1)
 

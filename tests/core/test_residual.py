@@ -1,4 +1,4 @@
-"""A weight and residual + principal agree bit for bit, or the difference is counted."""
+"""Residual + principal equals the weight bit for bit, or differences are counted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_wider_residual_restores_every_bit(
     assert part.residual.dtype == residual
     again = add_principal(part.residual, low_rank, original, exceptions=part.exceptions, name="x")
     wrong = int((bits(again) != bits(weight)).sum())
-    # a sum cannot restore -0 of an fp32 or bf16 weight; that is an exception like any other
+    # a sum cannot restore -0 of an fp32 or bf16 weight, so -0 becomes an exception
     if part.agreement.exact:
         assert wrong == 0
     else:

@@ -1,4 +1,4 @@
-"""The sketch against the exact SVD: its bound, its estimate, and its fallback."""
+"""Compare the sketch with the exact SVD: its bound, its estimate, and its fallback."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_estimated_excess_is_close_to_the_true_one(working: torch.dtype) -> 
     assert truth > 1e-6  # the comparison is above rounding
 
 
-def test_a_tolerance_out_of_reach_gives_none() -> None:
+def test_an_unreachable_tolerance_gives_none() -> None:
     matrix, values = spectrum(640, 384, 0.3)
     energy = float(values.square().sum())
     assert leading_subspace(matrix, 32, energy=energy, tolerance=1e-13, working=torch.bfloat16) is None
@@ -79,5 +79,5 @@ def test_the_method_follows_shape_and_rank(shape: tuple[int, int], rank: int, me
     assert cheapest_method(shape, rank) == method
 
 
-def test_the_tolerance_allows_for_a_low_estimate() -> None:
+def test_the_tolerance_allows_for_an_estimate_that_is_too_low() -> None:
     assert TOLERANCE * 1.5 <= 1e-3

@@ -72,7 +72,7 @@ def test_a_zero_matrix_has_zero_values_and_share_one() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_values_whose_squares_leave_float32_are_accurate(size: float) -> None:
+def test_values_whose_squares_overflow_or_underflow_float32_are_accurate(size: float) -> None:
     matrix = with_values(power_law(600, 0.5), 600, 600).float() * size
     assert float(singular_values(matrix)[0]) == pytest.approx(size, rel=1e-4)
 
@@ -95,12 +95,12 @@ def test_the_exponent_of_a_power_law_is_found(decay: float) -> None:
     assert decay_exponent(power_law(1000, decay)) == pytest.approx(decay, abs=1e-12)
 
 
-def test_the_exponent_comes_from_the_first_256_values_only() -> None:
+def test_the_exponent_uses_only_the_first_256_values() -> None:
     values = power_law(1000, 0.4)
     values[256:] = values[255] / 2
     assert decay_exponent(values) == pytest.approx(0.4)
     assert decay_exponent(values, ranks=1000) != pytest.approx(0.4, rel=0.01)
 
 
-def test_two_values_have_no_exponent() -> None:
+def test_fewer_than_three_values_give_no_exponent() -> None:
     assert decay_exponent(torch.tensor([2.0, 1.0, 0.0])) is None

@@ -56,7 +56,7 @@ def test_the_residual_matches_the_stored_factors() -> None:
     assert low_rank.up.dtype == low_rank.down.dtype == torch.bfloat16
     exact = weight.double() - low_rank.up.double() @ low_rank.down.double()
     error = torch.linalg.norm(subtract_principal(weight, low_rank, torch.float32).residual - exact)
-    # against the unrounded factors the error would be that of bf16, 2**-9
+    # compared with the unrounded factors, the error would be that of bf16, 2**-9
     assert float(error / torch.linalg.norm(exact)) < 1e-6
 
 
@@ -105,7 +105,9 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 
 def test_factors_too_large_for_fp16_are_refused() -> None:
     weight = torch.full((4, 4), 1e10)
-    with pytest.raises(InputError, match=r"te1.x: 4 of 4 values up to 1e\+05 do not fit float16") as caught:
+    with pytest.raises(
+        InputError, match=r"te1.x: 4 of 4 values, up to 1e\+05, exceed the range of float16"
+    ) as caught:
         split_weight(weight, rank=1, name="te1.x")
     assert caught.value.hint == "store in bfloat16 or float32"
     assert split_weight(weight, rank=1, store=torch.bfloat16).low_rank.rank == 1

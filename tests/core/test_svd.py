@@ -1,4 +1,4 @@
-"""The largest singular triplets, by every method."""
+"""The largest singular triplets, computed by every method."""
 
 from __future__ import annotations
 

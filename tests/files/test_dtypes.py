@@ -26,11 +26,11 @@ from spectune.files.dtypes import (
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_a_type_has_a_long_and_a_short_name(word: str | torch.dtype, dtype: torch.dtype) -> None:
+def test_dtypes_are_parsed_from_long_and_short_names(word: str | torch.dtype, dtype: torch.dtype) -> None:
     assert parse_dtype(word) == parse_weight_dtype(word) == parse_residual_dtype(word) == dtype
 
 
-def test_eight_bits_are_for_whole_weights_only() -> None:
+def test_fp8_is_allowed_for_complete_weights_only() -> None:
     eight = {"fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
     for short, name in eight.items():
         assert parse_weight_dtype(short) == parse_weight_dtype(name) == getattr(torch, name)
@@ -50,7 +50,7 @@ def test_a_residual_may_be_float64() -> None:
         parse_weight_dtype(torch.float64)
 
 
-def test_other_words_are_refused() -> None:
+def test_unknown_dtypes_are_refused() -> None:
     with pytest.raises(InputError) as caught:
         parse_dtype("flaot16")
     assert caught.value.what == "unknown dtype 'flaot16'; did you mean `float16`?"
@@ -59,6 +59,6 @@ def test_other_words_are_refused() -> None:
     assert caught.value.hint == "use one of float16, bfloat16, float32, float8_e4m3fn, float8_e5m2"
 
 
-def test_names_are_those_of_torch() -> None:
+def test_dtype_names_are_those_of_torch() -> None:
     assert set(STORE_DTYPES) < set(WEIGHT_DTYPES_BY_NAME)
     assert all(str(dtype) == f"torch.{name}" for name, dtype in WEIGHT_DTYPES_BY_NAME.items())

@@ -36,14 +36,14 @@ def test_metadata_round_trip(provenance: Provenance) -> None:
     assert Provenance.from_metadata(provenance.to_metadata()) == provenance
 
 
-def test_metadata_are_strings_under_our_prefix() -> None:
+def test_metadata_entries_are_strings_with_the_spectune_prefix() -> None:
     assert Provenance(role=Role.PRINCIPAL, vae_shift=-0.4743).to_metadata() == {
         "spectune.role": "principal",
         "spectune.vae_shift": "-0.4743",
     }
 
 
-def test_foreign_files_say_nothing() -> None:
+def test_files_of_other_programs_have_no_provenance() -> None:
     assert Provenance.from_metadata({"format": "pt", "spectune.layout": "{}"}) == Provenance()
 
 
@@ -62,13 +62,13 @@ def test_foreign_files_say_nothing() -> None:
         ("flow_shift", "0.0", "metadata spectune.flow_shift is `0.0`: expected a positive number"),
     ],
 )  # fmt: skip
-def test_wrong_values(key: str, value: str, message: str) -> None:
+def test_invalid_metadata_values_are_refused(key: str, value: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         Provenance.from_metadata({f"spectune.{key}": value})
     assert caught.value.what == message
 
 
-def test_the_hash_is_what_its_docstring_says() -> None:
+def test_the_hash_follows_its_documented_definition() -> None:
     values = {"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3, dtype=torch.int64)}
     entries = (
         b"a\0I64\0\0" + hashlib.sha256((3).to_bytes(8, "little")).digest(),
@@ -87,7 +87,7 @@ def test_the_hash_is_what_its_docstring_says() -> None:
         {"x": torch.tensor([1.0, 2.0]), "y": torch.empty(0)},
     ],
 )
-def test_the_hash_sees_values_types_shapes_and_names(other: dict[str, torch.Tensor]) -> None:
+def test_the_hash_depends_on_values_dtypes_shapes_and_names(other: dict[str, torch.Tensor]) -> None:
     assert weights_hash(MemorySource(other, {})) != weights_hash(
         MemorySource({"x": torch.tensor([1.0, 2.0])}, {})
     )
@@ -103,7 +103,7 @@ def test_the_hash_is_independent_of_order() -> None:
     assert one.hexdigest() == two.hexdigest()
 
 
-def test_bytes_of_views() -> None:
+def test_tensor_bytes_of_views() -> None:
     square = torch.arange(4, dtype=torch.bfloat16).view(2, 2)
     assert bytes(tensor_bytes(square.T)) == bytes(tensor_bytes(square.T.contiguous()))
     assert len(tensor_bytes(torch.tensor(1.0))) == 4

@@ -49,7 +49,7 @@ def message(path: Path) -> str:
     return caught.value.what
 
 
-def test_reads_what_the_safetensors_library_writes(file: Path) -> None:
+def test_reads_files_of_the_safetensors_library(file: Path) -> None:
     with open_checkpoint(file) as source:
         assert source.tensors.keys() == TENSORS.keys()
         assert (source.label, source.path, dict(source.metadata)) == (
@@ -74,7 +74,7 @@ def test_tensors_outlive_the_file_and_do_not_change_it(file: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", SAFETENSORS_NAMES, ids=str)
-def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_dtype_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.tensor([0, 1, 1, 0]).to(dtype)
     save_file({"x": tensor}, tmp_path / "x.safetensors")
     with open_checkpoint(tmp_path / "x.safetensors") as source:
@@ -91,21 +91,22 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_pickles_are_never_opened(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{suffix}"
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="is never unpickled") as caught:
+    with pytest.raises(InputError, match="never opens pickles") as caught:
         open_checkpoint(path)
     assert caught.value.hint is not None
-    assert ".safetensors form" in caught.value.hint
+    assert ".safetensors version" in caught.value.hint
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 40, -1, -100])
-def test_a_file_cut_short(file: Path, keep: int) -> None:
+def test_a_truncated_file_is_refused(file: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     assert re.search(
-        "not a safetensors file|is cut short: expected [0-9]+ bytes by its header, got", message(file)
+        "not a safetensors file|is cut short: expected [0-9]+ bytes according to its header, got",
+        message(file),
     )
 
 
-def test_a_file_with_something_behind(file: Path) -> None:
+def test_trailing_bytes_are_refused(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"x")
     assert "is too long: expected" in message(file)
 
@@ -113,12 +114,12 @@ def test_a_file_with_something_behind(file: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "guess"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the pointer that git leaves"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a git-lfs pointer"),
         (b"<!DOCTYPE html><html>", "it is a web page"),
         (b"PK\3\4........", "a zip archive or a pickle"),
     ],
 )
-def test_other_files_under_the_name(head: bytes, guess: str, tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_recognized(head: bytes, guess: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(head)
     assert guess in message(path)
@@ -127,13 +128,13 @@ def test_other_files_under_the_name(head: bytes, guess: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        (b"{", "the header of x.safetensors cannot be read"),
-        (b"\xff\xfe{}", "the header of x.safetensors cannot be read"),
+        (b"{", "the header of x.safetensors is invalid"),
+        (b"\xff\xfe{}", "the header of x.safetensors is invalid"),
         ([1], "it is not an object"),
-        (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', "a name stands in it twice"),
-        ({"a": 1}, "wrong at tensor a"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, "wrong at tensor a"),
-        ({"a": entry(0, 4, [1], "F7")}, "a type that is not supported: F7"),
+        (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', "it contains a name twice"),
+        ({"a": 1}, "has an invalid entry for tensor a"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "has an invalid entry for tensor a"),
+        ({"a": entry(0, 4, [1], "F7")}, "the unsupported dtype F7"),
         ({"a": entry(0, 8, [1])}, "expected 4 bytes for F32 (1,), got 8"),
         ({"a": entry(0, 4, [-1])}, "expected -4 bytes"),
         ({"a": entry(4, 8, [1])}, "leaves a gap before a"),
@@ -141,7 +142,7 @@ def test_other_files_under_the_name(head: bytes, guess: str, tmp_path: Path) -> 
         ({"__metadata__": {"a": 1}}, "not a table of strings"),
     ],
 )
-def test_damaged_headers(header: object, expected: str, tmp_path: Path) -> None:
+def test_damaged_headers_are_refused(header: object, expected: str, tmp_path: Path) -> None:
     assert expected in message(raw(tmp_path / "x.safetensors", header, bytes(8)))
 
 
@@ -160,7 +161,7 @@ def test_any_damage_of_the_header_is_an_input_error_or_harmless(
             assert tuple(source.load(name).shape) == info.shape
 
 
-def test_a_file_that_shrinks_while_it_is_read(file: Path) -> None:
+def test_a_file_that_shrinks_during_reading_is_an_error(file: Path) -> None:
     save_file({"x": torch.zeros(100_000)}, file)
     with open_checkpoint(file) as source:
         file.write_bytes(file.read_bytes()[:-700])
@@ -177,7 +178,7 @@ def shards(folder: Path) -> Path:
     return index
 
 
-def test_sharded(tmp_path: Path) -> None:
+def test_shards_are_read(tmp_path: Path) -> None:
     index = shards(tmp_path)
     for path in (tmp_path, index):
         with open_checkpoint(path) as source:
@@ -186,7 +187,7 @@ def test_sharded(tmp_path: Path) -> None:
             assert all(torch.equal(source.load(name), TENSORS[name]) for name in "ab")
 
 
-def test_sharded_with_a_missing_shard(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index = shards(tmp_path)
     (tmp_path / "m-2.safetensors").unlink()
     assert message(index) == f"{index.name} lists 2 shards; 1 of them are not in its folder: m-2.safetensors"
@@ -202,42 +203,44 @@ def test_sharded_with_a_missing_shard(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "m-2.safetensors"}}', "1 tensors are not in the shard that"),
     ],
 )
-def test_a_wrong_index(text: str, expected: str, tmp_path: Path) -> None:
+def test_an_invalid_index_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     index = shards(tmp_path)
     index.write_text(text)
     assert expected in message(index)
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     index = shards(tmp_path)
     save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "m-2.safetensors")
     assert message(index) == "1 tensors of m-2.safetensors are also in m-1.safetensors: a"
 
 
-def test_folders(tmp_path: Path) -> None:
-    assert "is a folder without a *.safetensors.index.json or a model_index.json" in message(tmp_path)
+def test_ambiguous_and_incomplete_folders_are_refused(tmp_path: Path) -> None:
+    assert "is a folder without a *.safetensors.index.json and without a model_index.json" in message(
+        tmp_path
+    )
     shards(tmp_path)
     (tmp_path / "n.safetensors.index.json").write_text("{}")
-    assert "holds 2 sharded checkpoints" in message(tmp_path)
+    assert "contains 2 sharded checkpoints" in message(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     assert "has no unet/; its model_index.json declares no pipeline" in message(tmp_path)
 
 
-def test_memory_source() -> None:
+def test_a_memory_source_returns_its_tensors() -> None:
     source = MemorySource(TENSORS, {})
     assert source.tensors["a"].shape == (2, 3)
     assert source.load("a") is TENSORS["a"]
 
 
-def test_an_empty_tensor_may_follow_the_one_that_begins_where_it_does(tmp_path: Path) -> None:
-    """Markers such as `v_pred` have no bytes, and a header may list them anywhere."""
+def test_empty_tensors_may_be_listed_in_any_order(tmp_path: Path) -> None:
+    """Markers such as `v_pred` have no bytes, so a header may list them before or after another tensor."""
     header = {"x": entry(0, 4, [1]), "v_pred": entry(0, 0, [0]), "end": entry(4, 4, [0])}
     with open_checkpoint(raw(tmp_path / "x.safetensors", header, b"\0" * 4)) as source:
         assert source.load("v_pred").shape == (0,)
         assert source.load("x").shape == (1,)
 
 
-def test_a_type_that_is_no_string(tmp_path: Path) -> None:
+def test_a_dtype_that_is_not_a_string_is_refused(tmp_path: Path) -> None:
     header = {"x": {**entry(0, 4, [1]), "dtype": ["F32"]}}
     path = raw(tmp_path / "x.safetensors", header, b"\0" * 4)
-    assert message(path) == "the header of x.safetensors is wrong at tensor x"
+    assert message(path) == "the header of x.safetensors has an invalid entry for tensor x"

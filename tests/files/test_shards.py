@@ -63,7 +63,7 @@ def test_shards_of_limited_size_with_the_usual_names(tmp_path: Path) -> None:
         assert first.metadata() == {"key": "value"}
 
 
-def test_a_whole_model_round_trips(source: MemorySource, tmp_path: Path) -> None:
+def test_a_complete_model_round_trips(source: MemorySource, tmp_path: Path) -> None:
     index = tmp_path / INDEX
     written = write(source, index, max_shard_bytes=500_000)
     assert len(names(tmp_path)) > 5
@@ -78,7 +78,7 @@ def test_a_whole_model_round_trips(source: MemorySource, tmp_path: Path) -> None
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
-def test_sharing_out_keeps_order_and_limits(sizes: list[int], limit: int) -> None:
+def test_distribution_to_shards_keeps_order_and_limits(sizes: list[int], limit: int) -> None:
     infos = [TensorInfo(str(n), torch.uint8, (size,)) for n, size in enumerate(sizes)]
     shards = shared_out(infos, limit)
     assert [info for part in shards for info in part] == infos
@@ -88,7 +88,7 @@ def test_sharing_out_keeps_order_and_limits(sizes: list[int], limit: int) -> Non
         assert sum(info.nbytes for info in left) + right[0].nbytes > limit  # none is cut too early
 
 
-def test_late_metadata(tmp_path: Path) -> None:
+def test_metadata_added_later_is_written(tmp_path: Path) -> None:
     with ShardedWriter(tmp_path / INDEX, infos_of(SMALL), max_shard_bytes=400) as writer:
         for name, tensor in TENSORS.items():
             writer.write(name, tensor)
@@ -106,7 +106,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_tensor_never_written_is_our_bug(tmp_path: Path) -> None:
+def test_a_tensor_that_was_not_written_fails_an_assertion(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match=rf"4 tensors of {INDEX} were never written: b, c, d \(1 more\)"),
         ShardedWriter(tmp_path / INDEX, infos_of(SMALL)) as writer,
@@ -126,7 +126,7 @@ def test_existing_shards_need_force(tmp_path: Path) -> None:
     write(SMALL, tmp_path / INDEX, max_shard_bytes=400, force=True)
 
 
-def test_force_takes_away_the_shards_before(tmp_path: Path) -> None:
+def test_force_deletes_the_previous_shards(tmp_path: Path) -> None:
     write(SMALL, tmp_path / INDEX, max_shard_bytes=400)
     (tmp_path / "other.safetensors").write_text("precious")
     write(SMALL, tmp_path / INDEX, force=True)
@@ -137,7 +137,7 @@ def test_force_takes_away_the_shards_before(tmp_path: Path) -> None:
         assert weights_hash(source) == weights_hash(SMALL)
 
 
-def test_a_crash_leaves_the_shards_before(tmp_path: Path) -> None:
+def test_a_crash_keeps_the_previous_shards(tmp_path: Path) -> None:
     write(SMALL, tmp_path / INDEX, max_shard_bytes=400)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ZeroDivisionError), ShardedWriter(tmp_path / INDEX, infos_of(SMALL), force=True):
@@ -145,7 +145,9 @@ def test_a_crash_leaves_the_shards_before(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_finished_shards_that_cannot_be_named_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_kept_if_they_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace = Path.replace
 
     def fail(path: Path, target: Path) -> Path:
@@ -167,7 +169,7 @@ def test_finished_shards_that_cannot_be_named_stay(tmp_path: Path, monkeypatch: 
         assert weights_hash(source) == weights_hash(SMALL)
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:
+def test_a_full_disk_is_detected_before_any_work(tmp_path: Path) -> None:
     huge = [TensorInfo("x", torch.float32, (1 << 60,))]
     with pytest.raises(InputError, match=r"needs \d+\.\d\d GB: .* GB free"):
         ShardedWriter(tmp_path / INDEX, huge)

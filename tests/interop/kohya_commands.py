@@ -1,4 +1,4 @@
-"""The two commands of the guide as they are pasted, and short ones made of single flags."""
+"""The two commands of the guide as users paste them, and a short command for single flags."""
 
 from __future__ import annotations
 
@@ -116,5 +116,5 @@ def recipe(flags: str = "", *, script: str = SHORT) -> dict[str, Any]:
 
 
 def result_of(flags: str, name: str) -> str:
-    """The line about the flag `name`."""
+    """Return the line about the flag `name`."""
     return next(str(r) for r in converted(flags).results if r.flag.name == name)

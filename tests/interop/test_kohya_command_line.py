@@ -1,4 +1,4 @@
-"""Every way to paste a command, and every kind of file that contains one."""
+"""Test all ways to paste a command, and all kinds of files that contain one."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_scripts_of_every_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert base.name == "größe.safetensors", encoding
 
 
-def test_a_command_on_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_on_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(SHORT))
     assert run(["recipe", "import", "-", "-o", str(tmp_path / "r.toml")]) == 0
 
@@ -158,7 +158,7 @@ def test_a_configuration_file_with_sections(tmp_path: Path) -> None:
     assert "flip_probability" not in data["data"]
 
 
-def test_a_command_overrules_its_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_overrides_its_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("kohya.toml").write_text(CONFIG)
     assert run(["recipe", "import", "sdxl_train_network.py --config_file kohya --network_dim=8"]) == 0
@@ -215,7 +215,7 @@ def test_settings_of_the_interface_for_another_model(tmp_path: Path, capfd: Any)
     path = tmp_path / "x.json"
     path.write_text(gui_settings(sdxl=False))
     assert run(["recipe", "import", str(path)]) == 2
-    assert "x.json is for another model: its `sdxl` is off" in capfd.readouterr().err
+    assert "x.json does not train SDXL: its `sdxl` is off" in capfd.readouterr().err
     path.write_text("[]")
     assert run(["recipe", "import", str(path)]) == 2
     assert "x.json contains no settings" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Import of single flags, and consistency of the table of flags with recipes and the page."""
+"""Test the import of single flags, and that the table of flags agrees with recipes and the page."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_imported_flags(flags: str, section: str, expected: dict[str, Any]) -> None:
-    found = recipe(flags)[section]
+    settings = recipe(flags)[section]
     for key, value in expected.items():
         if isinstance(value, dict):
-            assert found[key].items() >= value.items()
+            assert settings[key].items() >= value.items()
         else:
-            assert found[key] == value
+            assert settings[key] == value
     if section == "run":
-        assert ("steps" in found) != ("epochs" in found)
+        assert ("steps" in settings) != ("epochs" in settings)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_notes_name_missing_values() -> None:
     assert unset == ("vae.path contains a variable that the text does not set: %VAE%",)
 
 
-def test_a_full_training_becomes_a_principal_of_rank_64() -> None:
+def test_full_training_is_imported_with_rank_64() -> None:
     script = "sdxl_train.py --pretrained_model_name_or_path m.safetensors --train_data_dir d --output_dir o"
     assert recipe(script=script)["model"] == {"base": "m.safetensors", "rank": 64, "parts": ["unet"]}
     data = recipe("--train_text_encoder --learning_rate=1e-5 --learning_rate_te2=0", script=script)
     assert data["model"]["parts"] == ["unet", "te1"]
 
 
-def test_pickles_and_hub_names_are_pointed_out() -> None:
+def test_pickles_and_hub_names_are_reported() -> None:
     text = "sdxl_train_network.py --train_data_dir d --output_dir o --pretrained_model_name_or_path "
     hub = import_command(parse_command(text + "stabilityai/stable-diffusion-xl-base-1.0"), folder=Path())
     assert "if this is a Hugging Face name, download it first" in str(hub.results[2])
-    with pytest.raises(InputError, match="give either `base`"):
+    with pytest.raises(InputError, match="set either `base`"):
         import_command(parse_command(text + "m.ckpt"), folder=Path())
 
 

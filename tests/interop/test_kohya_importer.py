@@ -1,4 +1,4 @@
-"""Commands of sd-scripts become recipes, and every flag has a result."""
+"""Test that commands of sd-scripts are converted to recipes, with a result for every flag."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def test_every_flag_of_the_guide_has_one_line(tmp_path: Path, capfd: Any) -> Non
     flags = re.findall(r"^--(\w+)", GUIDE_TRAINING, flags=re.MULTILINE)
     assert len(flags) == 48
     for flag in flags:
-        found = [line for line in lines if re.match(rf"--{flag}(?!\w)", line)]
+        matches = [line for line in lines if re.match(rf"--{flag}(?!\w)", line)]
         parts = {"network_args": 5, "optimizer_args": 9}.get(flag, 1)
-        assert len(found) == parts, flag
-        assert all(": imported as " in line or ": ignored: " in line for line in found)
+        assert len(matches) == parts, flag
+        assert all(": imported as " in line or ": ignored: " in line for line in matches)
     assert any("dropped text after the command: That’s it — the training starts." in line for line in lines)
 
 
-def test_step_3_of_the_guide_becomes_the_split_that_replaces_it(
+def test_step_3_of_the_guide_is_replaced_by_a_split_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_step_3_of_the_guide_becomes_the_split_that_replaces_it(
         "spectune split K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors "
         "--rank 64 -o output_dir\n"
     )
-    assert "this command trains nothing" in output.err
+    assert "This command trains nothing" in output.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,9 +138,7 @@ def test_a_command_that_trains_is_not_replaced(change: tuple[str, str]) -> None:
         (f"{SHORT} --config_file none", "--config_file none.toml does not exist"),
     ],
 )
-def test_messages(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_errors(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["recipe", "import", text]) == 2
     output = capfd.readouterr().err

@@ -10,7 +10,7 @@ from spectune.sdxl.layers import build_catalogue, layer_weight
 
 @pytest.fixture(scope="session")
 def frames(source):
-    """Frames of rank 4 of all default layers, by layer name."""
+    """Return frames of rank 4 of all default layers, by layer name."""
     return {
         layer.name: split_weight(layer_weight(source, layer), rank=4, store=torch.float32).low_rank
         for layer in build_catalogue(source)
@@ -19,7 +19,7 @@ def frames(source):
 
 @pytest.fixture(scope="session")
 def predict():
-    """A function that runs a model on two fixed latents with captions at timesteps 10 and 700."""
+    """Return a function that runs a model on two fixed latents with captions at timesteps 10 and 700."""
 
     def run(model):
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(model.unet.dtype)

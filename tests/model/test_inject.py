@@ -1,4 +1,4 @@
-"""Injected adapters: both forms compute the same function and gradients, without effect at step 0."""
+"""Injected adapters: both forms compute the same function and gradients, and nothing changes at step 0."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def double_model(source):
 
 
 def residual_source(source, frames):
-    """The source with R = W - B0 A0 in float64, so that the two forms agree beyond float32."""
+    """Return the source with R = W - B0 A0 in float64, so that the two forms agree beyond float32."""
     values = {
         name: value.double() if value.is_floating_point() else value for name, value in source.values.items()
     }
@@ -42,7 +42,7 @@ def test_the_delta_form_equals_the_original_bit_for_bit_at_step_0(source, frames
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64])
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_a_linear_layer_treats_a_transposed_input_as_the_original_does(tokens, width):
+def test_a_linear_layer_is_exact_for_transposed_inputs(tokens, width):
     """Attention blocks pass (batch, height * width, channels) as a transposed view."""
     torch.manual_seed(0)
     base = torch.nn.Linear(width, width).requires_grad_(False)  # as in training
@@ -55,7 +55,7 @@ def test_a_linear_layer_treats_a_transposed_input_as_the_original_does(tokens, w
 
 
 def test_both_forms_agree_in_outputs_gradients_and_steps(source, frames, predict):
-    # a quarter of the layers has both kinds and all parts; all layers take minutes
+    # a quarter of the layers covers both kinds and all parts; all layers would take minutes
     frames = dict(list(frames.items())[::4])
     delta_model, residual_model = double_model(source), double_model(residual_source(source, frames))
     delta = inject(delta_model, frames, form="delta", dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_a_frame_of_another_shape_is_an_error(source, frames):
         inject(build_model(source), {name: wrong})
 
 
-def test_a_frame_reduces_the_norm_of_the_rest(source, frames):
+def test_subtracting_a_frame_reduces_the_norm_of_the_weight(source, frames):
     name, frame = next(iter(frames.items()))
     layer = build_catalogue(source).by_name[name]
     weight = layer_weight(source, layer).float()

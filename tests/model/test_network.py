@@ -1,4 +1,4 @@
-"""A model built from the tensors of a checkpoint alone."""
+"""A model built from the tensors of a checkpoint, without configuration files."""
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_latents_are_shifted_and_scaled(source):
     )
 
 
-def test_the_key_ztsnr_marks_zero_terminal_snr(source):
+def test_the_tensor_ztsnr_declares_zero_terminal_snr(source):
     values = {**source.values, "ztsnr": torch.zeros(()), "v_pred": torch.zeros(())}
     metadata = {key: value for key, value in source.metadata.items() if "prediction" not in key}
     assert build_model(MemorySource(values, metadata)).prediction == Ddpm("v", zero_terminal_snr=True)

@@ -1,4 +1,4 @@
-"""Offloaded networks: modules that record their moves show where they are at each moment."""
+"""Offloaded networks: modules record the devices that they are moved to."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder(nn.Module):
-    """A module that records the devices it is moved to; there is no second device to move to."""
+    """A module that only records the devices it is moved to, because tests have no second device."""
 
     def __init__(self, device: torch.device = WORKING) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def devices(modules):
     return {name: {module.device for module in group} for name, group in modules.items()}
 
 
-def test_networks_work_until_they_are_parked(modules, offloaded):
+def test_networks_stay_on_the_working_device_until_they_are_parked(modules, offloaded):
     with offloaded.at_work():
         assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
     assert devices(modules) == {"text": {WORKING}, "vae": {WORKING}}
@@ -55,7 +55,7 @@ def test_networks_work_until_they_are_parked(modules, offloaded):
     assert devices(modules) == {"text": {CPU}, "vae": {CPU}}
 
 
-def test_only_named_networks_come_back(modules, offloaded):
+def test_only_named_networks_return_to_the_working_device(modules, offloaded):
     offloaded.park()
     with offloaded.at_work("vae"):
         assert devices(modules) == {"text": {CPU}, "vae": {WORKING}}
@@ -97,7 +97,7 @@ def test_networks_that_are_not_offloaded_are_ignored(modules):
 def test_networks_of_a_model_move_and_keep_their_outputs(source):
     model = build_model(source)
     text = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
-    # a dtype stands for the second device: `to` accepts both, and the real modules do change
+    # a dtype instead of a second device: `to` accepts both, and it really changes the modules
     offloaded = offload(model, ["text", "vae"])
     offloaded._parking = torch.float64
     offloaded.park()
@@ -116,7 +116,7 @@ def test_trained_networks_cannot_be_offloaded(source):
     model = build_model(source)
     model.te2.text_projection.weight.requires_grad_(True)
     offload(model, ["vae"])
-    with pytest.raises(InputError, match="the networks `text` are trained and cannot be offloaded"):
+    with pytest.raises(InputError, match=r"run\.offload contains `text`, but a trained network cannot be"):
         offload(model, ["text"])
 
 

@@ -45,12 +45,12 @@ def nearest_int8(weight):
 def test_weights_are_rounded_to_the_nearest_value_of_the_format(packing, by_hand):
     weight = matrix()
     packed = pack(weight, packing)
-    found = unpack(packed, packing, (64, 128), torch.float32)
-    # 1e-6: half a step is 1e-3 in int8 and 4e-3 in nf4; a weight on the border may go either way
-    wrong = (found - by_hand(weight)).abs() > 1e-6
+    result = unpack(packed, packing, (64, 128), torch.float32)
+    # half a step is 1e-3 in int8 and 4e-3 in nf4; weights half way between two values may round either way
+    wrong = (result - by_hand(weight)).abs() > 1e-6
     assert wrong.float().mean() < 1e-3
     low, high = RELATIVE[packing]
-    assert low < (found - weight).norm() / weight.norm() < high
+    assert low < (result - weight).norm() / weight.norm() < high
     assert packed.codes.nbytes == weight.numel() * {"nf4": 0.5, "int8": 1}[packing]
     assert packed.scales.dtype == torch.float32
 
@@ -60,24 +60,24 @@ def test_weights_are_rounded_to_the_nearest_value_of_the_format(packing, by_hand
 def test_zeros_stay_zeros(packing):
     weight = matrix()
     weight[:8] = 0
-    found = unpack(pack(weight, packing), packing, (64, 128), torch.float32)
-    assert torch.equal(found[:8], weight[:8])
+    result = unpack(pack(weight, packing), packing, (64, 128), torch.float32)
+    assert torch.equal(result[:8], weight[:8])
 
 
 @needs_bnb
 @pytest.mark.parametrize("packing", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_packed_layer_is_a_linear_layer_of_its_unpacked_weight(packing, dtype):
+def test_a_packed_layer_equals_a_linear_layer_with_its_unpacked_weight(packing, dtype):
     base = nn.Linear(128, 64).requires_grad_(False)
     layer = PackedLinear(base, packing)
     x = torch.randn(2, 5, 128, dtype=dtype, requires_grad=True)
     weight = layer.unpacked(dtype)
     expected = F.linear(x, weight, base.bias.to(dtype))
-    found = layer(x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected)
+    result = layer(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected)
     g = torch.randn_like(expected)
-    (gradient,) = torch.autograd.grad(found, x, g)
+    (gradient,) = torch.autograd.grad(result, x, g)
     torch.testing.assert_close(gradient, g @ weight)
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (128, 64, (64, 128))

@@ -76,8 +76,8 @@ def test_x0_follows_the_table_of_preconditioning(prediction, times, x0, noise):
     noised, output = x0, noise  # the table holds for any input and output
     for scale, close in ((1.0, True), (1.01, False)):
         expected = c_skip.view(-1, 1, 1, 1) * noised + scale * c_out.view(-1, 1, 1, 1) * output
-        found = prediction.x0(noised, output, times)
-        assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5) == close
+        result = prediction.x0(noised, output, times)
+        assert torch.allclose(result.double(), expected.double(), rtol=1e-4, atol=1e-5) == close
     assert torch.equal(prediction.timestep(times), c_noise)
 
 
@@ -100,13 +100,13 @@ def test_flow_shift_matches_the_sampler_of_diffusers():
 
 
 def test_snr_of_sdxl_schedule():
-    # SDXL's last step keeps sqrt(alpha_bar) = 0.0683, its first 0.9996 (published schedule)
+    # sqrt(alpha_bar) of SDXL's published schedule is 0.9996 at the first step and 0.0683 at the last
     snr = Ddpm().snr(torch.tensor([0, 999]))
     assert snr[0].item() == pytest.approx(0.99915 / 0.00085, rel=1e-4)
     assert snr[1].item() == pytest.approx(0.0683**2 / (1 - 0.0683**2), rel=5e-3)
 
 
-def test_validation_times_are_fixed_and_spread():
+def test_even_times_by_hand():
     assert Ddpm().even_times(4).tolist() == [125, 375, 625, 875]
     torch.testing.assert_close(Flow().even_times(2), torch.tensor([0.25, 0.75]))
 
@@ -136,11 +136,12 @@ def test_rescaled_schedule_matches_diffusers():
     oracle = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     )
-    kept = oracle.alphas_cumprod
+    alpha_squared = oracle.alphas_cumprod
+    expected = alpha_squared / (1 - alpha_squared)
     snr = Ddpm("v", zero_terminal_snr=True).snr(torch.arange(1000))
-    torch.testing.assert_close(snr[:990], (kept / (1 - kept))[:990], rtol=1e-3, atol=0)
+    torch.testing.assert_close(snr[:990], expected[:990], rtol=1e-3, atol=0)
     assert snr[999].item() == 0.0
-    assert snr[0].item() == pytest.approx(0.99915 / 0.00085, rel=1e-4)  # the first step stays
+    assert snr[0].item() == pytest.approx(0.99915 / 0.00085, rel=1e-4)  # the first step is unchanged
     assert not torch.allclose(Ddpm().snr(torch.arange(1000)), snr, rtol=0.01)
 
 
@@ -184,9 +185,9 @@ def test_checkpoints_declare_their_schedule(tensors, expected):
 def test_logit_normal_by_hand():
     levels = LogitNormal(mean=-0.5, std=2.0)
     # the median is sigmoid(mean); 84.13% of a normal distribution lie below mean + std
-    found = levels.quantiles(torch.tensor([0.5, 0.841345]))
+    result = levels.quantiles(torch.tensor([0.5, 0.841345]))
     expected = [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-1.5))]
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    assert result.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("flow", [Flow(2.5), Flow(levels=LogitNormal(-0.5, 2.0)), Flow(3.0, LogitNormal())])

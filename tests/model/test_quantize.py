@@ -1,4 +1,4 @@
-"""Quantized base layers of a whole model, and the error of their weights."""
+"""Quantized base layers of a complete model, and the error of their weights."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,10 +38,10 @@ def test_exactly_the_factored_linear_layers_are_quantized_by_default(source):
     assert linear_layers(model) == expected
     report = quantize_layers(model, None, "nf4")
     assert list(report.layers) == expected
-    found = {n for n, m in model.unet.named_modules() if isinstance(m, PackedLinear)}
-    left = {n for n, m in model.unet.named_modules() if type(m) is nn.Linear}
-    assert len(found) == sum(name.startswith("unet.") for name in expected)
-    assert left == {f"{at}.linear_{n}" for at in ("time_embedding", "add_embedding") for n in (1, 2)}
+    packed = {n for n, m in model.unet.named_modules() if isinstance(m, PackedLinear)}
+    unpacked = {n for n, m in model.unet.named_modules() if type(m) is nn.Linear}
+    assert len(packed) == sum(name.startswith("unet.") for name in expected)
+    assert unpacked == {f"{at}.linear_{n}" for at in ("time_embedding", "add_embedding") for n in (1, 2)}
     assert type(model.te2.text_projection) is nn.Linear
     assert [part.part for part in report.parts] == [Part.UNET, Part.TE1, Part.TE2]
 
@@ -101,7 +101,7 @@ def test_the_report_gives_the_relative_error_of_the_weights(source, frames, pack
     assert part.weight_error == pytest.approx(float(direct.norm() / norm), rel=1e-3)
     residual = torch.cat([(w - product(frames[n])).flatten() for n, w in weights.items()]).norm()
     assert part.residual_share == pytest.approx(float(residual / norm), rel=1e-4)
-    assert part.residual_error < part.weight_error, "the residual loses less than the weight"
+    assert part.residual_error < part.weight_error, "quantizing the residual causes a smaller error"
     assert part.bytes_before == sum(w.numel() * 4 for w in weights.values())
     assert part.bytes_after < part.bytes_before * {"nf4": 0.16, "int8": 0.3}[packing]
 
@@ -113,7 +113,7 @@ def test_without_frames_both_errors_are_equal(source):
         assert part.residual_share == 1.0
         assert part.residual_error == part.weight_error
     assert str(report.parts[1]).startswith("te1: 12 linear layers, ")
-    assert "MB, weights off by 0." in str(report.parts[1])
+    assert "MB, error of the weights 0." in str(report.parts[1])
 
 
 @needs_bnb
@@ -123,9 +123,9 @@ def test_only_named_layers_are_quantized_and_only_once(source):
     assert list(quantize_layers(model, [name], "int8").layers) == [name]
     assert isinstance(model.te1.encoder.layers[0].mlp.fc1, PackedLinear)
     assert type(model.te1.encoder.layers[0].mlp.fc2) is nn.Linear
-    with pytest.raises(InputError, match=f"{name} is quantized already"):
+    with pytest.raises(InputError, match=f"{name} is already quantized"):
         quantize_layers(model, [name], "nf4")
-    with pytest.raises(InputError, match=r"unet\.out\.2 is a Conv2d: only linear layers are quantized"):
+    with pytest.raises(InputError, match=r"unet\.out\.2 is a Conv2d: only linear layers can be quantized"):
         quantize_layers(model, ["unet.out.2"], "nf4")
 
 
@@ -143,10 +143,10 @@ def test_the_documentation_shows_the_measured_errors():
         parent, attribute = model.place(name)
         with torch.no_grad():
             getattr(parent, attribute).weight -= product(frame)
-    found = quantize_layers(model, frames, "nf4", frames=frames).parts
-    assert [part.part for part in found] == [Part.TE1, Part.TE2]
+    parts = quantize_layers(model, frames, "nf4", frames=frames).parts
+    assert [part.part for part in parts] == [Part.TE1, Part.TE2]
     page = (ROOT / "docs" / "reference" / "small-cards.md").read_text(encoding="utf-8")
-    for part in found:
+    for part in parts:
         figures = (part.residual_share, part.residual_error, part.weight_error)
         row = f"{part.part} | {figures[0]:.1%} | {figures[1]:.2%} | {figures[2]:.2%} |".replace("%", " %")
         assert row in page

@@ -1,4 +1,4 @@
-"""Autoencoders from their own files: all spellings give the same module; conventions scale and pad."""
+"""Autoencoders from their own files: every spelling gives the same module; conventions scale and pad."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_a_single_file_gives_the_module_of_the_checkpoint(source, model, pixels,
     )
 
 
-def test_the_vae_of_a_whole_checkpoint_is_loaded(source, model, tiny_checkpoint):
+def test_the_vae_of_a_complete_checkpoint_is_loaded(source, model, tiny_checkpoint):
     vae = load_vae(tiny_checkpoint, SDXL)
     assert all(torch.equal(t, model.vae.state_dict()[key]) for key, t in vae.module.state_dict().items())
 
@@ -118,22 +118,22 @@ def test_a_missing_encoder_is_an_error(source, tmp_path):
 
 def test_other_files_are_errors(source, tmp_path):
     unet = written(tmp_path / "unet.safetensors", {"model.diffusion_model.out.2.bias": torch.zeros(4)})
-    with pytest.raises(InputError, match=r"holds no VAE: found model\.diffusion_model\.out\.2\.bias"):
+    with pytest.raises(InputError, match=r"contains no VAE: found model\.diffusion_model\.out\.2\.bias"):
         load_vae(unet, SDXL)
     taesd = written(
         tmp_path / "taesd.safetensors", {"encoder.0.bias": torch.zeros(4), "decoder.1.bias": torch.ones(4)}
     )
     with pytest.raises(
-        InputError, match=r"taesd\.safetensors is not laid out like SDXL's VAE: no encoder\.down"
+        InputError, match=r"taesd\.safetensors is not laid out like SDXL's VAE: neither encoder\.down"
     ):
         load_vae(taesd, SDXL)
     pickle = tmp_path / "vae.pt"
     pickle.write_bytes(b"\x80\x02.")
-    with pytest.raises(InputError, match="never unpickled"):
+    with pytest.raises(InputError, match="never opens pickles"):
         load_vae(pickle, SDXL)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(InputError, match="never unpickled"):
+    with pytest.raises(InputError, match="never opens pickles"):
         load_vae(tmp_path / "folder", SDXL)
 
 
@@ -157,14 +157,14 @@ def test_a_wrong_shape_is_named(source, tmp_path):
 
 def test_norm_groups_that_do_not_divide_the_widths_are_an_error(source, tmp_path):
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source), metadata={})
-    with pytest.raises(InputError, match=r"widths \(8, 16, 16\) do not divide into 32 norm groups"):
+    with pytest.raises(InputError, match=r"widths \(8, 16, 16\) are no multiples of the 32 norm groups"):
         load_vae(path, SDXL)
 
 
 def test_latents_with_other_channels_are_an_error(model, tmp_path):
     wide = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=16, layers_per_block=1)
     wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(InputError, match="wide makes latents of 16 channels: the UNet takes 4"):
+    with pytest.raises(InputError, match="wide makes latents of 16 channels, but the UNet takes 4"):
         with_vae(model, load_vae(tmp_path / "wide", SDXL))
 
 
@@ -173,7 +173,7 @@ def test_latents_with_other_channels_are_an_error(model, tmp_path):
 
 def test_a_name_sets_scale_shift_and_padding():
     assert resolve_convention(None, name="eq-anzhc") == VaeConvention(0.1406, -0.4743, "reflect")
-    with pytest.raises(InputError, match="fixes scale, shift and padding"):
+    with pytest.raises(InputError, match="already sets scale, shift and padding"):
         resolve_convention(None, name="eq-anzhc", shift=0.0)
     with pytest.raises(InputError, match="unknown VAE 'eq-anzc'; did you mean `eq-anzhc`"):
         resolve_convention(None, name="eq-anzc")
@@ -190,7 +190,7 @@ def test_precedence_is_arguments_then_file_then_checkpoint(model, tmp_path):
     assert resolve_convention(None, shift=0.4, default=default) == VaeConvention(0.5, 0.4, "reflect")
 
 
-def test_metadata_of_a_file_count_like_a_config(source, tmp_path):
+def test_metadata_of_a_file_is_used_like_a_config(source, tmp_path):
     metadata = hints_metadata(TINY) | Provenance(vae_scale=0.1406, vae_padding="reflect").to_metadata()
     path = written(tmp_path / "vae.safetensors", sgm_tensors(source), metadata)
     assert resolve_convention(path) == VaeConvention(0.1406, 0.0, "reflect")
@@ -202,7 +202,7 @@ def test_a_config_value_that_is_not_a_number_is_an_error(model, tmp_path):
         resolve_convention(folder)
 
 
-def test_the_convention_of_a_training_survives_the_metadata(tmp_path):
+def test_the_convention_of_a_run_round_trips_through_metadata(tmp_path):
     origin = declare_vae(Provenance(base_name="base"), ANZHC, tmp_path / "eq.safetensors")
     back = Provenance.from_metadata(origin.to_metadata())
     assert back == Provenance(

@@ -1,4 +1,4 @@
-"""The library from Python, as its users import it."""
+"""Test the Python API as users import it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lora(tiny_checkpoint: Path, tmp_path: Path) -> str:
         return str(saved_lora(tmp_path / "lora.safetensors", build_catalogue(source), alpha=1.5))
 
 
-def test_split_verify_and_rebuild_give_the_model_back(
+def test_split_and_rebuild_restore_the_model(
     split: SplitReport, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     residual, principal = str(split.residual), str(split.principal)
@@ -53,7 +53,7 @@ def test_split_verify_and_rebuild_give_the_model_back(
     assert same_tensors(load_file(rebuilt.path), load_file(tiny_checkpoint))
 
 
-def test_words_and_types_are_those_of_the_command_line(
+def test_options_accept_the_values_of_the_command_line(
     tuned: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     base = str(tiny_checkpoint)
@@ -74,14 +74,14 @@ def test_words_and_types_are_those_of_the_command_line(
         (lambda out: spectune.rebuild(base, tuned, out, dtype="fp4"), "unknown `dtype` 'fp4'"),
         (lambda out: spectune.rebuild(base, tuned, out, strength={"vae": 1}), "unknown part 'vae'"),
         (lambda out: spectune.split(base, out, svd="fast"), "unknown `svd` 'fast'"),
-        (lambda out: spectune.slice([], out), "no files to combine"),
+        (lambda out: spectune.slice([], out), "`slices` is empty"),
     ):
         with pytest.raises(spectune.InputError, match=what):
             call(str(tmp_path / "x.safetensors"))
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_export_takes_an_adapter_or_a_checkpoint(tuned: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_export_accepts_an_adapter_or_a_checkpoint(tuned: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = str(tiny_checkpoint)
     model = spectune.rebuild(base, tuned, str(tmp_path / "m.safetensors"), dtype="float32").path
     direct = spectune.export(tuned, str(tmp_path / "a.safetensors"), base=base, dtype="fp32")
@@ -90,14 +90,12 @@ def test_export_takes_an_adapter_or_a_checkpoint(tuned: str, tiny_checkpoint: Pa
     assert one.keys() == other.keys()
     assert max(float((one[stem] - other[stem]).norm() / one[stem].norm()) for stem in one) < 1e-4
     with pytest.raises(
-        spectune.InputError, match="is a whole model: its LoRA is the difference from another"
+        spectune.InputError, match="is a checkpoint: its LoRA is the difference from another checkpoint"
     ):
         spectune.export(str(model), str(tmp_path / "c.safetensors"))
 
 
-def test_slice_takes_words_or_slices_and_knows_checkpoints(
-    lora: str, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_slice_accepts_text_slices_and_checkpoints(lora: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = str(tiny_checkpoint)
     by_word = spectune.slice([f"{lora}:te:0.5"], str(tmp_path / "a.safetensors"), base=base)
     by_slice = spectune.slice([Slice(Path(lora), "te", 0.5)], str(tmp_path / "b.safetensors"), base=base)
@@ -111,7 +109,7 @@ def test_slice_takes_words_or_slices_and_knows_checkpoints(
     assert same_tensors(load_file(swapped.path), load_file(other))
 
 
-def test_convert_takes_an_adapter_or_a_checkpoint(lora: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_convert_accepts_an_adapter_or_a_checkpoint(lora: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = str(tiny_checkpoint)
     away = spectune.convert(lora, str(tmp_path / "a.safetensors"), keys="comfyui", base=base)
     back = spectune.convert(str(away.path), str(tmp_path / "b.safetensors"), base=base)
@@ -119,11 +117,13 @@ def test_convert_takes_an_adapter_or_a_checkpoint(lora: str, tiny_checkpoint: Pa
     folder = spectune.convert(base, str(tmp_path / "folder"))
     single = spectune.convert(str(folder.path), str(tmp_path / "one.safetensors"))
     assert same_tensors(load_file(single.path), load_file(tiny_checkpoint))
-    with pytest.raises(spectune.InputError, match="is a whole model: only its kind of file can be converted"):
+    with pytest.raises(spectune.InputError, match="is a checkpoint: only its file layout can be converted"):
         spectune.convert(base, str(tmp_path / "x.safetensors"), keys="diffusers")
 
 
-def test_inspect_knows_models_from_adapters(lora: str, split: SplitReport, tiny_checkpoint: Path) -> None:
+def test_inspect_distinguishes_models_and_adapters(
+    lora: str, split: SplitReport, tiny_checkpoint: Path
+) -> None:
     model, adapter = spectune.inspect(str(tiny_checkpoint)), spectune.inspect(lora)
     assert isinstance(model, ModelSummary)
     assert (model.role, model.prediction, model.declared) == ("model", "eps", False)
@@ -134,7 +134,7 @@ def test_inspect_knows_models_from_adapters(lora: str, split: SplitReport, tiny_
     assert (principal.role, dict(principal.ranks)) == ("principal", {4: 192})
 
 
-def test_functions_stay_functions_beside_the_packages() -> None:
+def test_imported_packages_do_not_hide_the_functions() -> None:
     import spectune.pairs
     import spectune.training
 
@@ -147,12 +147,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         spectune.rebild  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_errors_are_kinds_of_one() -> None:
+def test_errors_have_one_base_class() -> None:
     assert issubclass(spectune.InputError, spectune.SpectuneError)
     assert issubclass(spectune.PairingError, spectune.SpectuneError)
 
 
-def test_importing_spectune_loads_nothing_large() -> None:
+def test_importing_spectune_does_not_import_torch() -> None:
     program = (
         "import sys, spectune; print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
     )
@@ -160,4 +160,4 @@ def test_importing_spectune_loads_nothing_large() -> None:
     assert ran.stdout.strip() == "[]"
     later = program.replace("spectune;", "spectune; spectune.rebuild;")
     ran = subprocess.run([sys.executable, "-c", later], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "['torch']"  # files need no networks
+    assert ran.stdout.strip() == "['torch']"  # rebuilding needs no networks

@@ -1,4 +1,4 @@
-"""Files written in another spelling, type or form, and nothing of them lost on the way."""
+"""Test conversion to another spelling, dtype or form, without loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 
 @pytest.mark.parametrize("key", ["diff_b", "dora_scale", "lora_mid.weight", "reg_dims"])
-def test_nothing_is_left_out_that_was_not_named(
+def test_only_named_keys_are_dropped(
     key: str, catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     stem = catalogue.by_name["unet.middle_block.1.proj_in"].kohya
@@ -48,7 +48,7 @@ def test_nothing_is_left_out_that_was_not_named(
     assert same_tensors(load_file(out), plain)
 
 
-def test_patterns_leave_out_whole_layers_or_nothing(
+def test_drop_patterns_remove_complete_layers(
     catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
@@ -64,7 +64,7 @@ def test_patterns_leave_out_whole_layers_or_nothing(
     with pytest.raises(InputError) as caught:
         convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["lora_te3_*"])
     assert caught.value.what == (
-        f"`drop` 'lora_te3_*' matches none of {3 * len(catalogue)} keys of a.safetensors"
+        f"`drop` 'lora_te3_*' matches none of the {3 * len(catalogue)} keys of a.safetensors"
     )
     with pytest.raises(InputError, match=r"has no `lora_up\.weight`"):
         convert(path, tmp_path / "c.safetensors", base=tiny_checkpoint, drop=["*.lora_up.weight"])
@@ -72,7 +72,7 @@ def test_patterns_leave_out_whole_layers_or_nothing(
 
 
 @pytest.mark.parametrize("store", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_type_costs_its_rounding_and_no_more(
+def test_the_error_is_the_rounding_of_the_dtype(
     store: torch.dtype, catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=0.5, size=1.0)
@@ -80,31 +80,29 @@ def test_a_type_costs_its_rounding_and_no_more(
     before, after = load_file(path), load_file(report.path)
     for key, tensor in before.items():
         assert same_bits(after[key], tensor if key.endswith("alpha") else tensor.to(store))
-    exact, found = products(path), products(report.path)
+    exact, actual = products(path), products(report.path)
     total = sum(float(t.square().sum()) for t in exact.values())
-    lost = sum(float((found[stem] - t).square().sum()) for stem, t in exact.items())
+    lost = sum(float((actual[stem] - t).square().sum()) for stem, t in exact.items())
     assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-12)
     assert bool(report.error) == (store != torch.float32) == bool(report.rounded)
 
 
-def test_numbers_that_do_not_fit_are_refused(
+def test_values_that_overflow_are_refused(
     catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue.layers[:3], size=1e5)
-    with pytest.raises(InputError, match=r"unet\.time_embed\.0: .* do not fit float16") as caught:
+    with pytest.raises(InputError, match=r"unet\.time_embed\.0: .* exceed the range of float16") as caught:
         convert(path, tmp_path / "b.safetensors", base=tiny_checkpoint, dtype=torch.float16)
     assert caught.value.hint == "store in bfloat16 or float32"
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_evened_alphas_are_the_ranks_and_the_products_stay(
-    catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_even_alphas_keep_the_products(catalogue: Catalogue, tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=5, alpha=3.0)
     even = convert(path, tmp_path / "b.safetensors", base=tiny_checkpoint, even_alphas=True)
-    file, exact, found = load_file(even.path), products(path), products(even.path)
+    file, exact, actual = load_file(even.path), products(path), products(even.path)
     assert {t.item() for key, t in file.items() if key.endswith("alpha")} == {5.0}
-    assert max(distance(found[stem], exact[stem]) for stem in exact) < 1e-7
+    assert max(distance(actual[stem], exact[stem]) for stem in exact) < 1e-7
     assert 0 < even.error < 1e-7
     downs = {key: t for key, t in load_file(path).items() if ".lora_down." in key}
     assert same_tensors({key: file[key] for key in downs}, downs)
@@ -113,7 +111,7 @@ def test_evened_alphas_are_the_ranks_and_the_products_stay(
     assert same_tensors(load_file(again.path), file)
 
 
-def test_an_adapter_may_have_the_layers_of_no_base(tmp_path: Path) -> None:
+def test_convert_without_a_base(tmp_path: Path) -> None:
     stem = "lora_te2_text_model_encoder_layers_31_mlp_fc1"
     tensors = {
         f"{stem}.lora_down.weight": torch.randn(2, 7),
@@ -132,7 +130,7 @@ def test_an_adapter_may_have_the_layers_of_no_base(tmp_path: Path) -> None:
 def trained(
     tiny_split: TinySplit, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Tensor]]:
-    """A principal as another program leaves it, with float32 factors and no metadata of ours."""
+    """Return a principal as another program saves it after training: float32, without spectune's metadata."""
     generator = torch.Generator().manual_seed(1)
     tensors = {
         key: t
@@ -145,7 +143,7 @@ def trained(
     return path, tensors
 
 
-def test_a_trained_principal_becomes_the_deltas_that_were_trained(
+def test_a_trained_principal_becomes_trained_deltas(
     trained: tuple[Path, dict[str, Tensor]],
     tiny_split: TinySplit,
     tiny_checkpoint: Path,
@@ -156,9 +154,9 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
     report = tiny_split(None)
     out = tmp_path / "tuned.safetensors"
     made = convert(path, out, principal=report.principal, base=tiny_checkpoint)
-    told = Provenance.from_metadata(read_metadata(out))
-    assert (told.role, told.base_hash) == (Role.TUNED, report.base_hash)
-    assert told.principal_hash == report.principal_hash
+    declared = Provenance.from_metadata(read_metadata(out))
+    assert (declared.role, declared.base_hash) == (Role.TUNED, report.base_hash)
+    assert declared.principal_hash == report.principal_hash
     assert read_metadata(out)["ss_comment"] == "kohya"
     before = load_file(report.principal)
     with open_adapter(out, catalogue) as opened:
@@ -166,22 +164,22 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
         assert made.count == len(opened.layers) == len(report.layers)
         for name in opened.layers:
             delta, stem = opened.layers[name], catalogue.by_name[name].kohya
-            for side, found, frame in (
+            for side, actual, frame in (
                 ("down", delta.down, delta.frame.down),
                 ("up", delta.up, delta.frame.up),
             ):
                 key = f"{stem}.lora_{side}.weight"
                 assert same_bits(frame, before[key])
-                assert torch.equal(found, after[key] - before[key].float())
-    # on the original it makes what the trained principal makes beside the residual
+                assert torch.equal(actual, after[key] - before[key].float())
+    # with the original it gives the same model as the trained principal with the residual
     direct = rebuild(tiny_checkpoint, out, tmp_path / "a.safetensors", dtype=torch.float32)
     exact, start = products(path), products(report.principal)
-    found, original = load_file(direct.path), load_file(tiny_checkpoint)
+    actual, original = load_file(direct.path), load_file(tiny_checkpoint)
     for layer in catalogue:
         if layer.default:
             weight = original[layer.tensor][layer.row_slice].double().flatten(1)
             expected = weight + exact[layer.kohya] - start[layer.kohya]
-            assert distance(found[layer.tensor][layer.row_slice].flatten(1), expected) < 1e-6
+            assert distance(actual[layer.tensor][layer.row_slice].flatten(1), expected) < 1e-6
     lora = export(
         path,
         tmp_path / "lora.safetensors",
@@ -197,13 +195,15 @@ def test_a_trained_principal_becomes_the_deltas_that_were_trained(
             assert distance(1.01 * added[layer.kohya], change) > 9e-3
 
 
-def test_deltas_go_into_no_other_spelling_type_or_form(
+def test_trained_deltas_refuse_other_spellings_dtypes_and_scales(
     trained: tuple[Path, dict[str, Tensor]], tiny_split: TinySplit, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
     for options in ({"keys": Spelling.DIFFUSERS}, {"dtype": torch.float16}, {"even_alphas": True}):
-        with pytest.raises(InputError, match=r"t\.safetensors holds trained deltas, which no other program"):
+        with pytest.raises(
+            InputError, match=r"t\.safetensors holds trained deltas: these have only one spelling"
+        ):
             convert(tuned, out, base=tiny_checkpoint, **options)
     principal = tiny_split(None).principal
     with pytest.raises(InputError, match=r"trained\.safetensors holds trained deltas"):
@@ -215,7 +215,7 @@ def test_deltas_go_into_no_other_spelling_type_or_form(
     assert same_tensors(load_file(same.path), load_file(tuned))
 
 
-def test_a_lora_is_no_trained_principal(
+def test_a_lora_is_not_a_trained_principal(
     tiny_split: TinySplit, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     default = [layer for layer in catalogue if layer.default]
@@ -237,31 +237,29 @@ def test_inputs_are_never_overwritten(
         convert(tiny_checkpoint, tiny_checkpoint, force=True)
 
 
-def test_a_checkpoint_keeps_every_byte_through_every_kind_of_file(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_keeps_every_bit_in_every_layout(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny_checkpoint)
-    told = read_metadata(tiny_checkpoint) | {"modelspec.author": "me", "modelspec.hash_sha256": "00"}
+    metadata = read_metadata(tiny_checkpoint) | {"modelspec.author": "me", "modelspec.hash_sha256": "00"}
     first = tmp_path / "first.safetensors"
-    save_file(tensors, first, metadata=told)
+    save_file(tensors, first, metadata=metadata)
     seen: list[tuple[int, int, str]] = []
     source = first
     for name in ("shards.safetensors.index.json", "one.safetensors", "folder", "again", "two.safetensors"):
         report = convert(source, tmp_path / name, progress=lambda *step: seen.append(step))
         source = tmp_path / name
         with open_checkpoint(source) as made:
-            found = {key: made.load(key) for key in made.tensors}
-        assert same_tensors(found, tensors), name
+            actual = {key: made.load(key) for key in made.tensors}
+        assert same_tensors(actual, tensors), name
         assert (report.count, report.error, report.dropped) == (len(tensors), 0.0, ())
     assert (tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert seen[-1] == (len(tensors), len(tensors), "")
     one = read_metadata(tmp_path / "one.safetensors")
     assert one["modelspec.author"] == "me"
-    assert "modelspec.hash_sha256" not in one  # true of the bytes of the first file only
+    assert "modelspec.hash_sha256" not in one  # valid for the first file only
     assert same_tensors(load_file(tmp_path / "two.safetensors"), tensors)
 
 
-def test_a_folder_takes_over_the_small_files_of_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_keeps_the_small_files_of_its_source(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = convert(tiny_checkpoint, tmp_path / "folder").path
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("{", '{"mine": 1,', 1))

@@ -1,4 +1,4 @@
-"""The LoRA of two checkpoints: what was added comes back, and what no LoRA holds is said."""
+"""Test the export of the difference of two checkpoints as a LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned,
 from tests.split_fixtures import TinySplit
 
 MIDDLE = "unet.middle_block"
-EXACT = 8  # twice the rank of the tuned adapters here
+EXACT = 8  # twice the rank of the tuned adapters in these tests
 U32 = 2.0**-24
 
 
@@ -37,7 +37,7 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A checkpoint in float32, made of the tiny one by a tuned adapter of rank 4 in some layers."""
+    """The tiny checkpoint in float32 with a tuned adapter of rank 4 in some layers."""
 
     path: Path
     deltas: TunedAdapter
@@ -76,7 +76,7 @@ def weight_norm(weights: dict[str, Tensor], layer: Layer) -> float:
     return float(weights[layer.tensor][layer.row_slice].double().norm())
 
 
-def test_at_twice_the_rank_the_lora_is_the_change(
+def test_at_twice_the_rank_the_lora_equals_the_change(
     make_tuned: MakeTuned,
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -93,14 +93,14 @@ def test_at_twice_the_rank_the_lora_is_the_change(
         dtype=torch.float32,
         progress=lambda *step: seen.append(step),
     )
-    found = products(report.path)
-    assert len(report.layers) == len(found) == len(catalogue)
+    actual = products(report.path)
+    assert len(report.layers) == len(actual) == len(catalogue)
     for reported in report.layers:
         layer, exact = catalogue.by_name[reported.name], tuned.exact(reported.name)
-        # one rounding of W + dW to float32, of which at most all falls on dW; factors round at their own size
+        # W + dW is rounded once to float32, at worst all in dW; factors are rounded relative to their size
         bound = U32 * weight_norm(weights, layer) / float(exact.norm()) + 1e-6
-        assert distance(found[layer.kohya], exact) < bound, layer.name
-        assert distance(1.01 * found[layer.kohya], exact) > bound
+        assert distance(actual[layer.kohya], exact) < bound, layer.name
+        assert distance(1.01 * actual[layer.kohya], exact) > bound
         assert reported.norm == pytest.approx(float(exact.norm()), rel=1e-5)
         assert reported.error < bound
         assert reported.rank == min(8, layer.full_rank)
@@ -118,29 +118,32 @@ def test_layers_that_did_not_change_are_left_out(
     assert set(report.unchanged) == set(catalogue.by_name) - set(tuned.deltas.layers)
     assert report.lost == ()
     assert set(products(report.path)) == {catalogue.by_name[name].kohya for name in tuned.deltas.layers}
-    # float16 factors; nothing else is lost
+    # only the rounding of float16 factors
     assert 1e-5 < report.error < 1e-3
     (part,) = report.parts
     assert (part.part, part.layers, part.truncated) == ("unet", len(tuned.deltas.layers), len(report.layers))
 
 
-def test_the_file_says_where_it_comes_from(
-    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_file_records_its_origin(make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path) -> None:
     tuned = make_tuned(MIDDLE)
     report = export(tuned.path, tmp_path / "lora.safetensors", base=tiny_checkpoint, rank=EXACT)
-    told = Provenance.from_metadata(read_metadata(report.path))
+    declared = Provenance.from_metadata(read_metadata(report.path))
     with open_checkpoint(tiny_checkpoint) as source:
-        assert told.base_hash == weights_hash(source)
-    assert (told.role, told.base_name, told.principal_hash) == (Role.LORA, "tiny.safetensors", None)
-    assert (told.prediction, told.flow_shift) == ("flow", 2.5)
+        assert declared.base_hash == weights_hash(source)
+    assert (declared.role, declared.base_name, declared.principal_hash) == (
+        Role.LORA,
+        "tiny.safetensors",
+        None,
+    )
+    assert (declared.prediction, declared.flow_shift) == ("flow", 2.5)
     # the tuned model predicts flow, the tiny one eps
     assert report.warnings == (
-        f"{tuned.path.name} predicts flow, tiny.safetensors eps: whoever loads the LoRA must sample for flow",
+        f"{tuned.path.name} predicts flow, tiny.safetensors predicts eps: with the LoRA, set the sampler "
+        "to flow",
     )
 
 
-def test_the_lora_makes_the_tuned_model_of_the_original(
+def test_original_and_lora_give_the_tuned_model(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -150,11 +153,11 @@ def test_the_lora_makes_the_tuned_model_of_the_original(
     again = tmp_path / "again.safetensors"
     report = rebuild(tiny_checkpoint, lora.path, again, dtype=torch.float32)
     assert report.changed_tensors == len({catalogue.by_name[name].tensor for name in tuned.deltas.layers})
-    found, expected = load_file(again), load_file(tuned.path)
-    assert max(distance(found[n], t) for n, t in expected.items() if t.is_floating_point()) < 1e-6
+    actual, expected = load_file(again), load_file(tuned.path)
+    assert max(distance(actual[n], t) for n, t in expected.items() if t.is_floating_point()) < 1e-6
 
 
-def test_a_cut_loses_the_smallest_directions(
+def test_truncation_drops_the_smallest_directions(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -168,7 +171,7 @@ def test_a_cut_loses_the_smallest_directions(
     assert {layer.rank for layer in report.layers} == {2, 3}
 
 
-def test_an_energy_is_that_of_each_layers_change(
+def test_energy_applies_to_the_change_of_each_layer(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -184,7 +187,7 @@ def test_an_energy_is_that_of_each_layers_change(
         assert layer.error**2 == pytest.approx(1 - float(held[layer.rank - 1]), abs=1e-5)
 
 
-def test_a_size_is_kept_and_what_finds_no_room_is_told_and_counted(
+def test_size_is_respected_and_lost_layers_are_counted(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned("unet")
@@ -195,13 +198,13 @@ def test_a_size_is_kept_and_what_finds_no_room_is_told_and_counted(
     assert report.path.stat().st_size <= size
     assert len(report.lost) > 5
     assert {layer.name for layer in report.layers} | set(report.lost) == set(tuned.deltas.layers)
-    whole = sum(float(tuned.exact(name).square().sum()) for name in tuned.deltas.layers)
+    total = sum(float(tuned.exact(name).square().sum()) for name in tuned.deltas.layers)
     lost = sum((layer.error * layer.norm) ** 2 for layer in report.layers)
     lost += sum(float(tuned.exact(name).square().sum()) for name in report.lost)
-    assert report.error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
 
 
-def test_biases_and_norms_are_outside_and_their_share_is_right(
+def test_changed_biases_and_norms_are_reported_with_their_share(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -218,10 +221,10 @@ def test_biases_and_norms_are_outside_and_their_share_is_right(
     missed = sum(number**2 * weights[name].numel() for name, number in added.items())
     held = sum(float(tuned.exact(name).square().sum()) for name in tuned.deltas.layers)
     assert report.outside_share == pytest.approx(missed / (missed + held), rel=1e-5)
-    assert report.error < 1e-3  # of what the LoRA is for
+    assert report.error < 1e-3  # error of the layers of the LoRA only
 
 
-def test_layers_that_are_not_named_are_no_loss(
+def test_excluded_layers_do_not_count_as_lost(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     tuned = make_tuned("")
@@ -233,12 +236,12 @@ def test_layers_that_are_not_named_are_no_loss(
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
     default = export(model, tmp_path / "y.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert set(default.outside or {}) == {end}
-    whole = export(model, tmp_path / "z.safetensors", base=tiny_checkpoint, rank=EXACT, layers=["all"])
-    assert whole.outside == {}
-    assert "lora_unet_out_2" in products(whole.path)
+    complete = export(model, tmp_path / "z.safetensors", base=tiny_checkpoint, rank=EXACT, layers=["all"])
+    assert complete.outside == {}
+    assert "lora_unet_out_2" in products(complete.path)
 
 
-def test_sixteen_bit_models_are_subtracted_in_float32(
+def test_16_bit_models_are_subtracted_in_float32(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -247,14 +250,14 @@ def test_sixteen_bit_models_are_subtracted_in_float32(
     after, before = load_file(half), load_file(tiny_checkpoint)
     with open_checkpoint(tiny_checkpoint) as source:
         layers = build_catalogue(source).by_name
-    found = products(report.path)
+    actual = products(report.path)
     for reported in report.layers:
         layer = layers[reported.name]
         exact = after[layer.tensor].double() - before[layer.tensor].double()
-        assert distance(found[layer.kohya], exact.flatten(1)) < 2e-6
+        assert distance(actual[layer.kohya], exact.flatten(1)) < 2e-6
 
 
-def test_autoencoders_that_differ_are_said(
+def test_different_autoencoders_give_a_warning(
     make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     tuned = make_tuned(MIDDLE)
@@ -263,20 +266,20 @@ def test_autoencoders_that_differ_are_said(
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
     report = export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert report.warnings[0] == (
-        "the autoencoders differ in 3 tensors, which no LoRA holds: use the one of model.safetensors beside "
-        "the LoRA"
+        "3 tensors of the autoencoders differ, and a LoRA does not hold them: use the VAE of "
+        "model.safetensors together with the LoRA"
     )
     assert report.outside == {}
 
 
-def test_what_has_no_difference_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_equal_models_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(tiny_checkpoint.read_bytes())
     with pytest.raises(InputError) as caught:
         export(copy, out, base=tiny_checkpoint)
     assert caught.value.what == "no layer of copy.safetensors differs from tiny.safetensors"
-    assert caught.value.hint == "pass the tuned model first and the one it was made from as --base"
+    assert caught.value.hint == "pass the tuned model as `tuned` and the model it was made from as `base`"
     bias = "model.diffusion_model.out.2.bias"
     model = changed_copy(copy, tmp_path / "bias.safetensors", {bias: load_file(copy)[bias] + 1})
     with pytest.raises(InputError, match=r"no layer of bias\.safetensors differs"):
@@ -284,21 +287,21 @@ def test_what_has_no_difference_is_refused(tiny_checkpoint: Path, tmp_path: Path
     assert not out.exists()
 
 
-def test_models_of_other_tensors_are_refused(
+def test_models_with_other_tensors_are_refused(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     out, metadata = tmp_path / "x.safetensors", read_metadata(tiny_checkpoint)
     norm = "model.diffusion_model.middle_block.1.norm.weight"
     fewer = tmp_path / "fewer.safetensors"
     save_file({name: t for name, t in weights.items() if name != norm}, fewer, metadata=metadata)
-    for one, other, told in (
+    for one, other, message in (
         (fewer, tiny_checkpoint, f"1 tensors of tiny.safetensors are not in fewer.safetensors: {norm}"),
         (tiny_checkpoint, fewer, f"1 tensors of tiny.safetensors are not in fewer.safetensors: {norm}"),
     ):
         with pytest.raises(InputError) as caught:
             export(one, out, base=other)
-        assert caught.value.what == told
-        assert caught.value.hint == "the difference of two checkpoints of the same kind is needed"
+        assert caught.value.what == message
+        assert caught.value.hint == "pass two checkpoints of the same architecture"
     wider = changed_copy(tiny_checkpoint, tmp_path / "wider.safetensors", {norm: torch.ones(33)})
     with pytest.raises(InputError) as caught:
         export(wider, out, base=tiny_checkpoint)
@@ -315,9 +318,7 @@ def test_models_of_other_tensors_are_refused(
         export(wider, wider, base=tiny_checkpoint, force=True)
 
 
-def test_numbers_that_are_not_finite_reach_no_lora(
-    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_non_finite_weights_are_refused(make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path) -> None:
     tuned = make_tuned(MIDDLE)
     name = "model.diffusion_model.middle_block.1.proj_in.weight"
     broken = load_file(tuned.path)[name].clone()
@@ -328,8 +329,8 @@ def test_numbers_that_are_not_finite_reach_no_lora(
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_checkpoints_in_eight_bits_are_subtracted_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """With each stored number exact in its type, the difference is what it is in any other type."""
+def test_8_bit_checkpoints_are_subtracted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # 2 * W is exact in fp8, so the difference is exactly W
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", torch.float8_e4m3fn)
     name = "model.diffusion_model.middle_block.1.proj_in.weight"
     doubled = {name: (load_file(base)[name].float() * 2).to(torch.float8_e4m3fn)}
@@ -339,7 +340,7 @@ def test_checkpoints_in_eight_bits_are_subtracted_too(tiny_checkpoint: Path, tmp
     assert report.error < 1e-3
 
 
-def test_a_file_that_is_there_stops_it_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_refused_before_reading(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "lora.safetensors"
     out.write_bytes(b"mine")
     missing = tmp_path / "not_even_read.safetensors"

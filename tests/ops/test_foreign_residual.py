@@ -1,4 +1,4 @@
-"""A residual that another program made, trained here, becomes a whole model again."""
+"""Test rebuilding from another program's residual and an adapter that spectune trained on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.split_fixtures import TinySplit
 
 @pytest.fixture
 def residual(tiny_split: TinySplit, tmp_path: Path) -> Path:
-    """A residual that says nothing of itself."""
+    """Return a residual without metadata."""
     made = tiny_split(torch.float32).residual
     assert made is not None
     path = tmp_path / "diff.safetensors"
@@ -35,40 +35,40 @@ def residual(tiny_split: TinySplit, tmp_path: Path) -> Path:
 
 
 def tuned_on(residual: Path, tuned: TunedAdapter, out: Path) -> Path:
-    """The file that a training on such a residual leaves."""
-    told = Provenance.from_metadata(tuned.metadata)
+    """Save the tuned adapter as training on such a residual does."""
+    declared = Provenance.from_metadata(tuned.metadata)
     with open_checkpoint(residual) as source:
-        found = foreign_residual_hash(weights_hash(source), told.principal_hash)
-    save_tuned(out, tuned, replace(told, base_hash=found))
+        residual_hash = foreign_residual_hash(weights_hash(source), declared.principal_hash)
+    save_tuned(out, tuned, replace(declared, base_hash=residual_hash))
     return out
 
 
-def test_the_tuned_factors_take_the_principals_place(
+def test_the_tuned_factors_replace_the_principal(
     tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
-    out = rebuild(residual, path, tmp_path / "whole.safetensors", dtype=torch.float32).path
-    with open_checkpoint(residual) as rest, open_checkpoint(out) as whole:
+    out = rebuild(residual, path, tmp_path / "rebuilt.safetensors", dtype=torch.float32).path
+    with open_checkpoint(residual) as rest, open_checkpoint(out) as rebuilt:
         for layer in build_catalogue(rest):
             expected = layer_weight(rest, layer) + product(added_to_residual(tuned.layers[layer.name]))
-            assert torch.allclose(layer_weight(whole, layer), expected, rtol=1e-6, atol=1e-7)
+            assert torch.allclose(layer_weight(rebuilt, layer), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_on_the_original_the_same_file_is_refused(
+def test_the_adapter_is_refused_for_the_original(
     tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02)
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
     with pytest.raises(PairingError, match="was trained from base"):
-        rebuild(tiny_checkpoint, path, tmp_path / "whole.safetensors")
-    assert not (tmp_path / "whole.safetensors").exists()
+        rebuild(tiny_checkpoint, path, tmp_path / "rebuilt.safetensors")
+    assert not (tmp_path / "rebuilt.safetensors").exists()
 
 
-def test_a_part_of_the_principal_is_not_enough(
+def test_an_adapter_with_a_part_of_the_principal_is_refused(
     tiny_checkpoint: Path, tiny_split: TinySplit, residual: Path, tmp_path: Path
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(torch.float32), size=0.02, only="unet.")
     path = tuned_on(residual, tuned, tmp_path / "tuned.safetensors")
     with pytest.raises(PairingError, match=r"lacks the principal of \d+ of its layers: te1"):
-        rebuild(residual, path, tmp_path / "whole.safetensors")
+        rebuild(residual, path, tmp_path / "rebuilt.safetensors")

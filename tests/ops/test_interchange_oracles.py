@@ -1,4 +1,4 @@
-"""What diffusers, PEFT and lycoris-lora make of our files, beside W + dW of our own, in float32."""
+"""Compare W + dW of diffusers, PEFT and lycoris-lora for our files with our own, in float32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 
 def pipeline(modules: Modules) -> StableDiffusionXLPipeline:
-    """Of copies of the tiny modules, without tokenizers and autoencoder."""
+    """Return a pipeline with copies of the tiny modules, without tokenizers and autoencoder."""
     parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "tokenizer_2"))
     for part, name in PARTS.items():
         parts[name] = copy.deepcopy(getattr(modules, part))
@@ -56,16 +56,16 @@ def pipeline(modules: Modules) -> StableDiffusionXLPipeline:
 
 
 def weights_in(pipe: StableDiffusionXLPipeline, catalogue: Catalogue) -> dict[str, Tensor]:
-    """W + dW as PEFT would merge it, by layer."""
-    found: dict[str, Tensor] = {}
+    """Return W + dW by layer, as PEFT would merge it."""
+    weights: dict[str, Tensor] = {}
     for layer in catalogue:
         part, path = module_path(layer.name, catalogue.unet)
         module = getattr(pipe, PARTS[part]).get_submodule(path)
         assert isinstance(module, LoraLayer), layer.name
         (active,) = module.scaling
         base = cast(nn.Module, module.get_base_layer())
-        found[layer.name] = (cast(Tensor, base.weight) + module.get_delta_weight(active)).detach()
-    return found
+        weights[layer.name] = (cast(Tensor, base.weight) + module.get_delta_weight(active)).detach()
+    return weights
 
 
 def in_diffusers(modules: Modules, path: Path, catalogue: Catalogue) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def largest_error(ours: Merged | Restored, theirs: Mapping[str, Tensor], layers:
 
 
 def changes_much(base: Path, ours: Merged | Restored, layers: Catalogue) -> bool:
-    """A thousand times more than what is allowed between the programs: who adds nothing is caught."""
+    """Return whether the change is 1000 times the tolerance, so that a missing change fails the test."""
     with open_checkpoint(base) as source:
         return all(distance(layer_weight(source, one), layer_weight(ours, one)) > 1e-3 for one in layers)
 
@@ -103,7 +103,7 @@ def test_diffusers_loads_what_export_writes(
 
 
 @pytest.mark.parametrize("spelling", Spelling)
-def test_a_scale_is_the_same_to_them_in_every_spelling(
+def test_other_programs_apply_the_same_scale_in_every_spelling(
     spelling: Spelling, tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     lora = saved_lora(tmp_path / "a.safetensors", catalogue, rank=4, alpha=3.0)
@@ -119,9 +119,9 @@ def test_a_scale_is_the_same_to_them_in_every_spelling(
 
 
 def by_state_dict_names(file: dict[str, Tensor], modules: Modules, catalogue: Catalogue) -> dict[str, Tensor]:
-    """As ComfyUI maps keys: a stem is a name in the state dict of its model, before `.weight`.
+    """Return W + dW by layer, with keys mapped as ComfyUI does: a stem plus `.weight` is a state dict name.
 
-    Its UNet has the names of the checkpoint, its encoders those of transformers with `text_model.`.
+    ComfyUI's UNet has the names of the checkpoint, its encoders those of transformers with `text_model.`.
     """
     names: dict[str, Tensor] = {}
     for name, tensor in modules.single_file().items():
@@ -131,16 +131,16 @@ def by_state_dict_names(file: dict[str, Tensor], modules: Modules, catalogue: Ca
         for name, tensor in part.state_dict().items():
             path = f"text_model.{name.removeprefix('text_model.')}"
             names[f"text_encoders.{root}.transformer.{path}".removesuffix(".weight")] = tensor
-    found: dict[str, Tensor] = {}
+    merged_weights: dict[str, Tensor] = {}
     for key, up in file.items():
         stem, end, _ = key.partition(".lora_up.weight")
         if end:
             down, alpha = file[f"{stem}.lora_down.weight"], float(file[f"{stem}.alpha"])
             change = alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1))
-            found[stem] = names[stem] + change.reshape(names[stem].shape)
-    assert len(found) == len(catalogue)
+            merged_weights[stem] = names[stem] + change.reshape(names[stem].shape)
+    assert len(merged_weights) == len(catalogue)
     ordered = {layer.name: _comfyui_stem(layer) for layer in catalogue}
-    return {name: found[stem] for name, stem in ordered.items()}
+    return {name: merged_weights[stem] for name, stem in ordered.items()}
 
 
 def _comfyui_stem(layer: Layer) -> str:
@@ -149,7 +149,7 @@ def _comfyui_stem(layer: Layer) -> str:
     return f"{roots[part]}.{rest}" if part == "unet" else f"text_encoders.{roots[part]}.transformer.{rest}"
 
 
-def test_what_diffusers_does_with_alphas_that_differ_is_why_convert_evens_them(
+def test_diffusers_needs_even_alphas(
     tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     one = {layer for layer in catalogue if layer.block == "mid"}
@@ -172,12 +172,12 @@ CONV = "unet.middle_block.0.in_layers.2"
 
 
 @dataclass(frozen=True)
-class Drawn(HasProvenance):
-    """A full-size SDXL with random tensors that are drawn on access."""
+class RandomSdxl(HasProvenance):
+    """A full-size SDXL with random tensors, which are generated when they are loaded."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    label: str = "drawn"
+    label: str = "random"
 
     def load(self, name: str) -> Tensor:
         shape = self.tensors[name].shape
@@ -186,15 +186,15 @@ class Drawn(HasProvenance):
 
 
 @pytest.mark.parametrize("spelling", [Spelling.KOHYA, Spelling.DIFFUSERS])
-def test_a_block_of_the_full_size_is_the_same_to_them(
+def test_a_full_size_block_is_the_same_in_other_programs(
     spelling: Spelling, full_infos: Mapping[str, TensorInfo], tmp_path: Path
 ) -> None:
-    base, rank = Drawn(full_infos), 16
+    base, rank = RandomSdxl(full_infos), 16
     layers = [layer for layer in build_catalogue(base) if layer.name.startswith((f"{BLOCK}.", CONV))]
     assert len(layers) == 11
     assert max(layer.shape for layer in layers) == (10240, 1280)
     path = tmp_path / "lora.safetensors"
-    pairs = {layer.name: drawn_pair(layer, rank) for layer in layers}
+    pairs = {layer.name: random_pair(layer, rank) for layer in layers}
     ranks = dict.fromkeys(pairs, rank)
     header = AdapterHeader(layers, ranks, torch.float16, Provenance(), spelling)
     with AdapterWriter(path, header) as writer:
@@ -225,19 +225,19 @@ def test_a_block_of_the_full_size_is_the_same_to_them(
         assert distance(theirs, expected[layer.name]) < 1e-6
 
 
-def drawn_pair(layer: Layer, rank: int) -> LowRank:
+def random_pair(layer: Layer, rank: int) -> LowRank:
     generator = torch.Generator().manual_seed(len(layer.name))
     down, up = (0.05 * torch.randn(s, generator=generator) for s in layer.factor_shapes(rank))
     return LowRank(down.half(), up.half(), float(rank))
 
 
-def full_block(base: Drawn, layers: list[Layer]) -> BasicTransformerBlock:
-    """A transformer block of diffusers in SDXL's sizes, filled with the weights of the layers."""
+def full_block(base: RandomSdxl, layers: list[Layer]) -> BasicTransformerBlock:
+    """Return a transformer block of diffusers in SDXL's size with the weights of the layers."""
     block = BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048, activation_fn="geglu")
-    found = dict(linears(block))
+    modules = dict(linears(block))
     ours = {layer.name.removeprefix(f"{BLOCK}."): layer for layer in layers if layer.name.startswith(BLOCK)}
-    assert found.keys() == ours.keys()
-    for name, module in found.items():
+    assert modules.keys() == ours.keys()
+    for name, module in modules.items():
         cast(nn.Linear, module).weight.data = layer_weight(base, ours[name])
     return block
 
@@ -247,7 +247,7 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def in_block(key: str) -> str:
-    """The place in the wrapped block of what stands in a pipeline."""
+    """Convert a name in a pipeline to the name in the wrapped block."""
     inside = key.replace("unet.mid_block.attentions.0.transformer_blocks.0.", "block.")
     return inside.replace("unet.mid_block.resnets.0.conv1", "conv")
 
@@ -257,7 +257,7 @@ def test_diffusers_opens_a_rebuilt_checkpoint_with_all_weights(
 ) -> None:
     tuned = saved_tuned(tuned_from(tiny_checkpoint, tiny_split(None), size=0.1), tmp_path / "t.safetensors")
     model = rebuild(tiny_checkpoint, tuned, tmp_path / "model.safetensors").path
-    # names and sizes of a model this small are in no program: the folder says them
+    # diffusers knows the configuration of SDXL only: that of the tiny model is read from the folder
     folder = convert(tiny_checkpoint, tmp_path / "folder").path
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(model), config=str(folder), local_files_only=True, torch_dtype=torch.float32
@@ -269,9 +269,9 @@ def test_diffusers_opens_a_rebuilt_checkpoint_with_all_weights(
             views = module_tensors(TINY, cast(PartName, part), source)
             state = {key.removeprefix("text_model."): t for key, t in module.state_dict().items()}
             for name, view in views.items():
-                found = state[name.removeprefix("text_model.")]
-                assert torch.equal(found, view.load(source).float()), f"{part} {name}"
-                counts[part] += not torch.equal(found, view.load(before).float())
+                loaded = state[name.removeprefix("text_model.")]
+                assert torch.equal(loaded, view.load(source).float()), f"{part} {name}"
+                counts[part] += not torch.equal(loaded, view.load(before).float())
     assert counts["vae"] == 0
     assert [counts[part] for part in PARTS] == [
         sum(

@@ -1,4 +1,4 @@
-"""A program that is killed leaves nothing that looks whole, and the next run succeeds."""
+"""Test that a killed command leaves no file that looks complete, and that the next run succeeds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from spectune.ops.split import split
 from spectune.ops.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 30  # of each command
+KILLS = 30  # per command
 
 
 @pytest.fixture(scope="module")
 def mid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 2515 tensors at a quarter of SDXL's widths, 0.47 GB."""
+    """Return a checkpoint with all 2515 tensors at a quarter of SDXL's widths, 0.47 GB."""
     path = tmp_path_factory.mktemp("mid") / "mid.safetensors"
     maker = ROOT / "benchmarks" / "make_checkpoint.py"
     subprocess.run([sys.executable, str(maker), str(path), "--size", "mid"], check=True, capture_output=True)
@@ -37,7 +37,7 @@ def seconds_of(command: list[str]) -> float:
 
 
 def kill_at_random(command: list[str], longest: float, chance: random.Random) -> bool:
-    """Start a command and kill it; whether it was still running."""
+    """Start a command, kill it, and return whether it was still running."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(chance.uniform(0, longest))
     running = process.poll() is None
@@ -54,10 +54,10 @@ def test_killed_splits_leave_no_half_pair(mid: Path, tmp_path: Path) -> None:
     names = {"mid.principal-r16.safetensors", "mid.residual.safetensors"}
     for _ in range(KILLS):
         killed += kill_at_random([*command, str(out)], longest, chance)
-        whole = {path.name for path in out.glob("*.safetensors")} if out.is_dir() else set()
-        for name in whole:
+        complete = {path.name for path in out.glob("*.safetensors")} if out.is_dir() else set()
+        for name in complete:
             open_checkpoint(out / name).close()  # complete: header and size agree
-        if whole == names:
+        if complete == names:
             assert verify(mid, out / "mid.residual.safetensors", out / "mid.principal-r16.safetensors").ok
             for name in names:
                 (out / name).unlink()
@@ -70,7 +70,7 @@ def test_killed_splits_leave_no_half_pair(mid: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_rebuilds_leave_no_half_model(mid: Path, tmp_path: Path) -> None:
     report = split(mid, tmp_path, rank=16)
-    out = tmp_path / "out" / "whole.safetensors"
+    out = tmp_path / "out" / "rebuilt.safetensors"
     out.parent.mkdir()
     command = [sys.executable, "-m", "spectune", "rebuild", str(report.principal), "-o", str(out), "--base"]
     longest = seconds_of([*command, str(report.residual)])
@@ -89,10 +89,10 @@ def test_killed_rebuilds_leave_no_half_model(mid: Path, tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
-def test_a_pair_that_was_half_named_is_taken_away(
+def test_a_half_renamed_pair_is_removed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named: list[Path] = []
@@ -108,7 +108,7 @@ def test_a_pair_that_was_half_named_is_taken_away(
         patched.setattr(StreamWriter, "commit", once)
         with pytest.raises(Killed):
             split(tiny_checkpoint, tmp_path, rank=2)
-    assert [path.exists() for path in named] == [True]  # one of two: the journal knows
+    assert [path.exists() for path in named] == [True]  # one of two is renamed, and the journal records it
     report = split(tiny_checkpoint, tmp_path, rank=2)
     assert report.residual is not None
     assert {path.name for path in tmp_path.iterdir()} == {report.principal.name, report.residual.name}
@@ -125,10 +125,10 @@ def test_a_journal_never_leaves_its_folder(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_leftovers_of_dead_processes_are_removed_and_others_stay(
+def test_only_leftovers_of_dead_processes_are_removed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "whole.safetensors"
+    out = tmp_path / "rebuilt.safetensors"
     report = split(tiny_checkpoint, tmp_path / "pair", rank=2)
     assert report.residual is not None
     ended = subprocess.Popen([sys.executable, "-c", ""])

@@ -1,3 +1,5 @@
+"""Test the zero model."""
+
 from __future__ import annotations
 
 import json
@@ -27,14 +29,14 @@ def header(path: Path) -> bytes:
 
 
 def stamped(path: Path, out: Path, **fields: object) -> Path:
-    """A copy with other provenance in its metadata."""
+    """Return a copy with other provenance in its metadata."""
     with open_checkpoint(path) as source:
         metadata = {**source.metadata, **replace(Provenance(), **fields).to_metadata()}
     save_file(load_file(path), out, metadata=metadata)
     return out
 
 
-def test_the_header_is_the_originals_and_the_numbers_are_zero(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_header_is_copied_and_the_weights_are_zero(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "null.safetensors"
     report = null(tiny_checkpoint, out)
     assert header(out) == header(tiny_checkpoint)
@@ -51,7 +53,7 @@ def test_the_header_is_the_originals_and_the_numbers_are_zero(tiny_checkpoint: P
 
 
 def test_original_minus_null_is_the_original(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """As ComfyUI's ModelSubtract and CLIPSubtract compute it: all but the two kinds of tensor they leave."""
+    """Subtract as ComfyUI's ModelSubtract and CLIPSubtract do, which skip two kinds of tensors."""
     null(tiny_checkpoint, tmp_path / "null.safetensors")
     before, zero = load_file(tiny_checkpoint), load_file(tmp_path / "null.safetensors")
     difference = {
@@ -66,18 +68,18 @@ def test_original_minus_null_is_the_original(tiny_checkpoint: Path, tmp_path: Pa
     )
 
 
-def test_bytes_lie_where_the_header_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Tensors in another order than the writer's, a header with spaces and entries of other programs."""
+def test_offsets_are_read_from_the_header(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Test tensors in another order, a header with spaces, and metadata of other programs."""
     entries = json.loads(header(tiny_checkpoint)[8:])
     entries["__metadata__"]["modelspec.title"] = "käse"
     text = json.dumps(dict(reversed(entries.items())), ensure_ascii=False).encode() + b"   "
-    odd = tmp_path / "odd.safetensors"
+    unusual = tmp_path / "unusual.safetensors"
     start = len(header(tiny_checkpoint))
-    odd.write_bytes(len(text).to_bytes(8, "little") + text + tiny_checkpoint.read_bytes()[start:])
-    null(odd, tmp_path / "null.safetensors")
-    assert header(tmp_path / "null.safetensors") == header(odd)
+    unusual.write_bytes(len(text).to_bytes(8, "little") + text + tiny_checkpoint.read_bytes()[start:])
+    null(unusual, tmp_path / "null.safetensors")
+    assert header(tmp_path / "null.safetensors") == header(unusual)
     for name, tensor in load_file(tmp_path / "null.safetensors").items():
-        assert torch.equal(tensor, load_file(odd)[name]) == (name in KEPT), name
+        assert torch.equal(tensor, load_file(unusual)[name]) == (name in KEPT), name
 
 
 def test_a_failing_write_leaves_no_file(
@@ -92,7 +94,7 @@ def test_a_failing_write_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_write_leaves_the_file_before(
+def test_a_failing_write_keeps_the_existing_file(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -107,7 +109,7 @@ def test_a_failing_write_leaves_the_file_before(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_existing_files_and_the_original_itself(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_existing_files_and_the_original_are_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "null.safetensors"
     out.write_bytes(b"precious")
     with pytest.raises(InputError, match=re.escape(f"{out} exists")):
@@ -124,7 +126,7 @@ def test_other_roles_are_refused(tiny_checkpoint: Path, tmp_path: Path, role: Ro
     model = stamped(tiny_checkpoint, tmp_path / "model.safetensors", role=role)
     with pytest.raises(InputError) as caught:
         null(model, tmp_path / "null.safetensors")
-    assert caught.value.what == (f"model.safetensors is a {role.value}: expected a whole model")
+    assert caught.value.what == (f"model.safetensors is a {role.value}: expected a complete model")
     assert caught.value.hint == "pass the original model"
     assert not (tmp_path / "null.safetensors").exists()
 
@@ -136,21 +138,21 @@ def test_a_model_of_spectune_keeps_its_metadata(tiny_checkpoint: Path, tmp_path:
         assert Provenance.from_metadata(source.metadata).prediction == "flow"
 
 
-def test_what_is_no_checkpoint_in_one_file(source: MemorySource, tmp_path: Path) -> None:
+def test_sharded_checkpoints_and_adapters_are_refused(source: MemorySource, tmp_path: Path) -> None:
     shard, rest = {}, dict(source.values)
     for name in list(rest)[:5]:
         shard[name] = rest.pop(name)
-    homes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for file, tensors in (("a.safetensors", shard), ("b.safetensors", rest)):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / file)
-        homes |= dict.fromkeys(tensors, file)
+        weight_map |= dict.fromkeys(tensors, file)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": homes}))
+    index.write_text(json.dumps({"weight_map": weight_map}))
     for path in (index, tmp_path):
         with pytest.raises(InputError) as caught:
             null(path, tmp_path / "null.safetensors")
-        assert "is stored in several files: the zero model has the layout of one" in caught.value.what
-        assert caught.value.hint == "save the model as a single .safetensors file first"
+        assert "is stored in several files: expected a single .safetensors file" in caught.value.what
+        assert caught.value.hint == "write a single file with `spectune convert` first"
     lora = tmp_path / "lora.safetensors"
     save_file({"lora_unet_out_2.lora_down.weight": torch.zeros(1, 4)}, lora)
     with pytest.raises(InputError, match=r"lora\.safetensors is not an SDXL checkpoint but an adapter"):

@@ -1,4 +1,4 @@
-"""What programs of others make of the files: W + dW of lycoris-lora and of PEFT beside ours, in float32."""
+"""Compare W + dW of lycoris-lora and PEFT for our files with our own, in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.split_fixtures import TinySplit
 
 
 def module_of(layer: Layer, weight: Tensor) -> nn.Linear | nn.Conv2d:
-    """A bare module with the layer's weight in float32."""
+    """Return a torch module with the layer's weight in float32."""
     if layer.kind is Kind.LINEAR:
         module = nn.Linear(layer.shape[1], layer.shape[0], bias=False)
     else:
@@ -35,7 +35,7 @@ def module_of(layer: Layer, weight: Tensor) -> nn.Linear | nn.Conv2d:
 
 
 def lycoris_weight(layer: Layer, weight: Tensor, file: dict[str, Tensor]) -> Tensor:
-    """W + dW by lycoris-lora, which gets the file's tensors under the file's names."""
+    """Return W + dW of lycoris-lora, which reads the tensors by their names in the file."""
     state = {key.partition(".")[2]: t for key, t in file.items() if key.partition(".")[0] == layer.kohya}
     made = LoConModule.make_module_from_state_dict(
         layer.kohya, module_of(layer, weight), *(state.get(name) for name in LoConModule.weight_list)
@@ -45,7 +45,7 @@ def lycoris_weight(layer: Layer, weight: Tensor, file: dict[str, Tensor]) -> Ten
 
 
 def peft_weight(layer: Layer, weight: Tensor, file: dict[str, Tensor]) -> Tensor:
-    """W + dW by PEFT: a LoRA layer around the module, filled with the same factors, merged."""
+    """Return W + dW of a merged PEFT layer with the same factors."""
     down, up = (file[f"{layer.kohya}.lora_{side}.weight"].float() for side in ("down", "up"))
     rank, alpha = down.shape[0], int(file[f"{layer.kohya}.alpha"])
     kind = PeftLinear if layer.kind is Kind.LINEAR else PeftConv2d
@@ -58,7 +58,7 @@ def peft_weight(layer: Layer, weight: Tensor, file: dict[str, Tensor]) -> Tensor
 
 
 def assert_same_models(base: WeightSource, ours: WeightSource, adapter: Path) -> None:
-    """Every layer, 1e-6 of its norm."""
+    """Check that every layer agrees within 1e-6 of its norm."""
     file = load_file(adapter)
     catalogue = build_catalogue(base)
     kinds = set()
@@ -74,7 +74,7 @@ def assert_same_models(base: WeightSource, ours: WeightSource, adapter: Path) ->
 
 
 @pytest.mark.parametrize("store", [torch.float16, torch.float32])
-def test_the_principal_file_means_the_same_to_them(
+def test_other_programs_apply_the_same_principal(
     tiny_checkpoint: Path, tmp_path: Path, store: torch.dtype
 ) -> None:
     report = split(tiny_checkpoint, tmp_path, rank=4, conv_rank=3, dtype=store, residual_dtype=torch.float32)
@@ -84,7 +84,7 @@ def test_the_principal_file_means_the_same_to_them(
         assert_same_models(residual, restored(residual, principal, dtype=torch.float32), report.principal)
 
 
-def test_the_exported_lora_means_the_same_to_them(
+def test_other_programs_apply_the_same_exported_lora(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(None)

@@ -1,4 +1,4 @@
-"""Whole models rebuilt: strengths by part, types, metadata, and pairs of which one file says nothing."""
+"""Test rebuild: strengths by part, dtypes, metadata, and pairs in which one file has no metadata."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 @pytest.fixture(scope="module")
 def deltas(tiny_checkpoint: Path, tiny_split: TinySplit) -> TunedAdapter:
-    """Trained layers in every part."""
+    """Return a tuned adapter with layers in every part."""
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.05)
     some = {
         name: delta
@@ -59,14 +59,16 @@ def base(tiny_checkpoint: Path) -> dict[str, Tensor]:
 
 
 def bare(path: Path, out: Path, *keep: str) -> Path:
-    """A copy without metadata, as other programs leave it; `keep` are entries that stay."""
-    told = {key: text for key, text in read_metadata(path).items() if key in keep}
-    save_file(load_file(path), out, metadata=told)
+    """Return a copy without metadata except `keep`, as other programs write it."""
+    metadata = {key: text for key, text in read_metadata(path).items() if key in keep}
+    save_file(load_file(path), out, metadata=metadata)
     return out
 
 
 def bare_model(path: Path, out: Path) -> Path:
-    return bare(path, out, "spectune.layout")  # without which the tiny heads are not known
+    return bare(
+        path, out, "spectune.layout"
+    )  # required to find the number of attention heads of the tiny model
 
 
 @pytest.mark.parametrize(
@@ -90,37 +92,37 @@ def test_each_part_has_its_strength(
 ) -> None:
     out = tmp_path / "x.safetensors"
     report = rebuild(tiny_checkpoint, tuned, out, strength=strength, dtype=torch.float32)
-    found = load_file(out)
+    actual = load_file(out)
     for name, delta in deltas.layers.items():
         layer = catalogue.by_name[name]
         factor = next(number for root, number in by_part.items() if layer.tensor.startswith(root))
         before = base[layer.tensor][layer.row_slice].double()
         exact = before + factor * change(delta).double()
-        after = found[layer.tensor][layer.row_slice].double()
+        after = actual[layer.tensor][layer.row_slice].double()
         assert distance(after, exact) < 2e-7
         if factor:
             assert distance(after, before + 1.01 * factor * change(delta).double()) > 1e-5
     for name, tensor in base.items():
         if not by_part.get(next((root for root in by_part if name.startswith(root)), ""), 0.0):
-            assert same_bits(found[name], tensor), name
+            assert same_bits(actual[name], tensor), name
     roots = tuple(root for root, factor in by_part.items() if factor)
     changed = {catalogue.by_name[name].tensor for name in deltas.layers}
     assert report.changed_tensors == sum(name.startswith(roots) for name in changed)
 
 
-def test_no_strength_at_all_is_the_base(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_zero_strength_gives_the_base(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", strength=0.0)
     assert (report.identical, report.changed_tensors) == (True, 0)
     assert same_tensors(load_file(report.path), load_file(tiny_checkpoint))
 
 
-def test_parts_that_are_not_known_are_errors(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_unknown_parts_are_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown part 'unett'; did you mean `unet`"):
         rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", strength={"unett": 1})
     assert list(tmp_path.iterdir()) == []
 
 
-TYPES = {
+UNIT_ROUNDOFFS = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
     torch.float32: 2.0**-24,
@@ -129,8 +131,8 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_changed_tensors_have_the_type_that_was_asked_for_and_one_rounding(
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFFS)
+def test_changed_tensors_have_the_requested_dtype_and_one_rounding(
     dtype: torch.dtype,
     tuned: Path,
     deltas: TunedAdapter,
@@ -141,41 +143,41 @@ def test_changed_tensors_have_the_type_that_was_asked_for_and_one_rounding(
 ) -> None:
     out = tmp_path / "x.safetensors"
     rebuild(tiny_checkpoint, tuned, out, dtype=dtype)
-    found = load_file(out)
+    actual = load_file(out)
     changed = {catalogue.by_name[name].tensor for name in deltas.layers}
     for name, tensor in base.items():
-        assert found[name].dtype == (dtype if name in changed else tensor.dtype)
-        assert name in changed or same_bits(found[name], tensor)
+        assert actual[name].dtype == (dtype if name in changed else tensor.dtype)
+        assert name in changed or same_bits(actual[name], tensor)
     for name, delta in deltas.layers.items():
         layer = catalogue.by_name[name]
         exact = base[layer.tensor][layer.row_slice].double() + change(delta).double()
-        error = (found[layer.tensor][layer.row_slice].double() - exact).abs()
+        error = (actual[layer.tensor][layer.row_slice].double() - exact).abs()
         smallest = (
             2.0**-24 if dtype == torch.float16 else 2.0**-9 if dtype == torch.float8_e4m3fn else 2.0**-16
         )
-        largest = max(TYPES[dtype], 2.0**-22)  # W + dW is itself a sum in float32
+        largest = max(UNIT_ROUNDOFFS[dtype], 2.0**-22)  # W + dW is itself a sum in float32
         assert bool((error <= 1.001 * largest * exact.abs() + smallest / 2 + 1e-7).all()), name
 
 
-def test_cast_all_reaches_everything_but_the_autoencoder(
+def test_cast_all_casts_everything_except_the_autoencoder(
     tuned: Path, tiny_checkpoint: Path, tmp_path: Path, base: dict[str, Tensor]
 ) -> None:
     out = tmp_path / "x.safetensors"
     report = rebuild(tiny_checkpoint, tuned, out, dtype=torch.bfloat16, cast_all=True)
-    found = load_file(out)
-    assert found.keys() == base.keys()
+    actual = load_file(out)
+    assert actual.keys() == base.keys()
     for name, tensor in base.items():
         if name.startswith(VAE) or not tensor.is_floating_point():
-            assert same_bits(found[name], tensor), name
+            assert same_bits(actual[name], tensor), name
         else:
-            assert found[name].dtype == torch.bfloat16, name
+            assert actual[name].dtype == torch.bfloat16, name
     norm = "model.diffusion_model.out.0.weight"
-    assert torch.equal(found[norm], base[norm].bfloat16())
+    assert torch.equal(actual[norm], base[norm].bfloat16())
     floats = [n for n, t in base.items() if t.is_floating_point() and not n.startswith(VAE)]
     assert report.changed_tensors == len(floats)
 
 
-def test_cast_all_without_a_type_is_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_cast_all_without_a_dtype_is_refused(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`cast_all` requires `dtype`"):
         rebuild(tiny_checkpoint, tuned, tmp_path / "x.safetensors", cast_all=True)
     assert list(tmp_path.iterdir()) == []
@@ -184,12 +186,16 @@ def test_cast_all_without_a_type_is_refused(tuned: Path, tiny_checkpoint: Path, 
 @pytest.mark.parametrize(
     ("dtype", "fits", "does_not"),
     [
-        (torch.float8_e4m3fn, 464.0, 465.0),  # the largest are 448 and 57344; what is nearer to them fits
+        (
+            torch.float8_e4m3fn,
+            464.0,
+            465.0,
+        ),  # the largest values are 448 and 57344; numbers that round to them fit
         (torch.float8_e4m3fn, 464.0, 9e9),
         (torch.float8_e5m2, 61439.0, 61440.0),
     ],
 )
-def test_numbers_beyond_eight_bits_are_refused_and_not_clamped(
+def test_overflow_of_8_bit_dtypes_is_refused_and_not_clamped(
     dtype: torch.dtype, fits: float, does_not: float, tuned: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     norm, adapter = "model.diffusion_model.out.0.weight", bare(tuned, tmp_path / "bare.safetensors")
@@ -204,21 +210,22 @@ def test_numbers_beyond_eight_bits_are_refused_and_not_clamped(
         else:
             with pytest.raises(InputError) as caught:
                 rebuild(model, adapter, out, dtype=dtype, cast_all=True)
-            told = f": 16 of 16 values up to {number:.3g} do not fit {str(dtype).removeprefix('torch.')}"
+            kind = str(dtype).removeprefix("torch.")
+            message = f": 16 of 16 values, up to {number:.3g}, exceed the range of {kind}"
             assert caught.value.what.startswith(norm)
-            assert caught.value.what.endswith(told)
+            assert caught.value.what.endswith(message)
     assert not out.exists()
 
 
-def test_the_file_says_what_it_is_and_what_was_added(
+def test_the_file_records_its_origin_and_adapters(
     tuned: Path, tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
-    told = {"modelspec.author": "me", "modelspec.resolution": "512x512", "modelspec.hash_sha256": "00"}
+    added = {"modelspec.author": "me", "modelspec.resolution": "512x512", "modelspec.hash_sha256": "00"}
     base = tmp_path / "base.safetensors"
-    save_file(load_file(tiny_checkpoint), base, metadata=read_metadata(tiny_checkpoint) | told)
+    save_file(load_file(tiny_checkpoint), base, metadata=read_metadata(tiny_checkpoint) | added)
     report = rebuild(base, tuned, tmp_path / "style-xl.safetensors", strength={"te": 0.5})
-    found = read_metadata(report.path)
-    assert {key: text for key, text in found.items() if key.startswith("modelspec.")} == {
+    actual = read_metadata(report.path)
+    assert {key: text for key, text in actual.items() if key.startswith("modelspec.")} == {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -226,10 +233,10 @@ def test_the_file_says_what_it_is_and_what_was_added(
         "modelspec.title": "style-xl",
         "modelspec.author": "me",
     }
-    assert json.loads(found["spectune.adapters"]) == [
+    assert json.loads(actual["spectune.adapters"]) == [
         {"file": "tuned.safetensors", "role": "tuned", "strength": "unet=1,te1=0.5,te2=0.5"}
     ]
-    origin = Provenance.from_metadata(found)
+    origin = Provenance.from_metadata(actual)
     assert (origin.role, origin.prediction, origin.flow_shift) == (Role.MODEL, "flow", 2.5)
     assert (origin.base_hash, origin.base_name) == (tiny_split(None).base_hash, "base.safetensors")
 
@@ -240,11 +247,11 @@ def test_the_report_counts_the_layers_of_each_part(
     layers = [layer for layer in catalogue if layer.block in ("mid", "te2.1")]
     lora = saved_lora(tmp_path / "lora.safetensors", layers)
     report = rebuild(tiny_checkpoint, lora, tmp_path / "x.safetensors")
-    of_all = {part: sum(layer.part.value == part for layer in catalogue) for part in ("unet", "te1", "te2")}
+    counts = {part: sum(layer.part.value == part for layer in catalogue) for part in ("unet", "te1", "te2")}
     assert report.layers == {
-        "unet": (len(layers) - 6, of_all["unet"]),
-        "te1": (0, of_all["te1"]),
-        "te2": (6, of_all["te2"]),
+        "unet": (len(layers) - 6, counts["unet"]),
+        "te1": (0, counts["te1"]),
+        "te2": (6, counts["te2"]),
     }
     assert report.warnings == ()
 
@@ -253,7 +260,7 @@ Files = Callable[[Path], tuple[Path, Path]]
 
 
 def trained_elsewhere(path: Path, out: Path, *, size: float = 0.02) -> Path:
-    """A principal as another program leaves it after training: no metadata, factors changed a bit."""
+    """Return a principal as another program saves it after training: no metadata, slightly other factors."""
     generator = torch.Generator().manual_seed(3)
     tensors = {
         key: t if key.endswith("alpha") else t * (1 + size * torch.randn(t.shape, generator=generator)).half()
@@ -263,7 +270,7 @@ def trained_elsewhere(path: Path, out: Path, *, size: float = 0.02) -> Path:
     return out
 
 
-def test_a_principal_trained_elsewhere_goes_on_its_residual(
+def test_a_principal_trained_by_another_program_works_with_its_residual(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     report = tiny_split(torch.float32)
@@ -272,20 +279,20 @@ def test_a_principal_trained_elsewhere_goes_on_its_residual(
     out = tmp_path / "x.safetensors"
     rebuilt = rebuild(report.residual, trained, out, dtype=torch.float32)
     assert rebuilt.warnings == (
-        "trained.safetensors does not declare which principal it was trained from; its values are close to a "
-        "principal, so it is taken for the principal of tiny.residual.safetensors",
+        "trained.safetensors does not declare which principal it was trained from, but its values resemble a "
+        "principal: assuming that it was trained from the principal of tiny.residual.safetensors",
     )
-    residual, added, found = load_file(report.residual), products(trained), load_file(out)
+    residual, added, actual = load_file(report.residual), products(trained), load_file(out)
     original = load_file(tiny_checkpoint)
     for layer in catalogue:
         exact = residual[layer.tensor][layer.row_slice].double().flatten(1) + added[layer.kohya]
-        assert distance(found[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
+        assert distance(actual[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
         before = original[layer.tensor][layer.row_slice].double().flatten(1)
-        assert distance(exact, before) > 1e-3  # the training is there
+        assert distance(exact, before) > 1e-3  # the trained change is included
     assert not rebuilt.identical
 
 
-def test_an_untouched_principal_without_metadata_gives_the_model_back(
+def test_an_untrained_principal_without_metadata_restores_the_model(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(torch.float32)
@@ -296,7 +303,7 @@ def test_an_untouched_principal_without_metadata_gives_the_model_back(
     assert same_tensors(load_file(rebuilt.path), load_file(tiny_checkpoint))
 
 
-def test_a_lora_without_metadata_goes_on_no_residual(
+def test_a_lora_without_metadata_is_refused_for_a_residual(
     tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     residual = tiny_split(torch.float32).residual
@@ -305,14 +312,14 @@ def test_a_lora_without_metadata_goes_on_no_residual(
     with pytest.raises(PairingError) as caught:
         rebuild(residual, lora, tmp_path / "x.safetensors")
     assert caught.value.what == (
-        "lora.safetensors is for a whole model: tiny.residual.safetensors is a residual, which lacks its "
-        "principal"
+        "lora.safetensors requires a complete model: tiny.residual.safetensors is a residual, which lacks "
+        "its principal"
     )
     assert caught.value.hint == "pass the original model as `base`"
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
+def test_a_principal_works_with_a_residual_without_metadata(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, base: dict[str, Tensor]
 ) -> None:
     report = tiny_split(None)
@@ -320,13 +327,13 @@ def test_our_principal_goes_on_a_residual_that_does_not_say_what_it_is(
     residual = bare_model(report.residual, tmp_path / "foreign.safetensors")
     rebuilt = rebuild(residual, report.principal, tmp_path / "x.safetensors")
     assert rebuilt.warnings == (
-        f"foreign.safetensors does not declare that it is a residual, but lacks the values of "
-        f"{report.principal.name}: the two are taken for a pair",
+        f"foreign.safetensors does not declare that it is a residual, but it lacks the values of "
+        f"{report.principal.name}: assuming that the two are a pair",
     )
-    found = load_file(rebuilt.path)
+    actual = load_file(rebuilt.path)
     for name, tensor in base.items():
-        # one rounding of the residual to fp16 and one of the sum
-        torch.testing.assert_close(found[name], tensor, rtol=2.0**-10, atol=2.0**-12)
+        # the residual and the sum are each rounded once to fp16
+        torch.testing.assert_close(actual[name], tensor, rtol=2.0**-10, atol=2.0**-12)
 
 
 def test_a_foreign_principal_is_not_counted_twice(
@@ -347,7 +354,7 @@ def test_a_foreign_principal_is_not_counted_twice(
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_principal_may_be_taken_away_from_the_model_that_holds_it(
+def test_a_principal_can_be_subtracted_from_its_model(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     report = tiny_split(None)
@@ -357,32 +364,32 @@ def test_a_principal_may_be_taken_away_from_the_model_that_holds_it(
     left, residual = load_file(rebuilt.path), load_file(report.residual)
     for layer in catalogue:
         one, other = left[layer.tensor], residual[layer.tensor]
-        # the same but for the order of a float32 sum, which may turn a rounding to fp16
+        # equal except that the order of a float32 sum may change a rounding to fp16
         torch.testing.assert_close(one, other, rtol=2.0**-10, atol=2.0**-23)
         assert float((one == other).float().mean()) > 0.98
 
 
-def test_a_lora_of_another_base_is_warned_of(
+def test_a_lora_of_another_base_gives_a_warning(
     tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue, base: dict[str, Tensor]
 ) -> None:
-    told = Provenance(role=Role.LORA, base_hash="ab" * 32, base_name="anime.safetensors").to_metadata()
-    lora = saved_lora(tmp_path / "lora.safetensors", catalogue, metadata=told)
+    metadata = Provenance(role=Role.LORA, base_hash="ab" * 32, base_name="anime.safetensors").to_metadata()
+    lora = saved_lora(tmp_path / "lora.safetensors", catalogue, metadata=metadata)
     rebuilt = rebuild(tiny_checkpoint, lora, tmp_path / "x.safetensors", dtype=torch.float32)
     assert rebuilt.base_hash is not None
     assert rebuilt.warnings == (
         f"lora.safetensors was made for base {'ab' * 8} (anime.safetensors), tiny.safetensors is "
         f"{rebuilt.base_hash[:16]}: quality may differ; check samples",
     )
-    added, found = products(lora), load_file(rebuilt.path)
+    added, actual = products(lora), load_file(rebuilt.path)
     for layer in catalogue:
         exact = base[layer.tensor][layer.row_slice].double().flatten(1) + added[layer.kohya]
-        assert distance(found[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
-    told = Provenance(role=Role.LORA, base_hash=rebuilt.base_hash).to_metadata()
-    own = saved_lora(tmp_path / "own.safetensors", catalogue, metadata=told)
+        assert distance(actual[layer.tensor][layer.row_slice].flatten(1), exact) < 1e-7
+    metadata = Provenance(role=Role.LORA, base_hash=rebuilt.base_hash).to_metadata()
+    own = saved_lora(tmp_path / "own.safetensors", catalogue, metadata=metadata)
     assert rebuild(tiny_checkpoint, own, tmp_path / "y.safetensors").warnings == ()
 
 
-def test_a_residual_gives_eight_bits_as_near_as_the_model_does(
+def test_an_8_bit_model_from_a_residual_is_as_close_as_a_direct_cast(
     tiny_checkpoint: Path,
     tiny_split: TinySplit,
     tmp_path: Path,
@@ -393,11 +400,11 @@ def test_a_residual_gives_eight_bits_as_near_as_the_model_does(
     assert report.residual is not None
     eight, out = torch.float8_e4m3fn, tmp_path / "x.safetensors"
     rebuild(report.residual, report.principal, out, dtype=eight, cast_all=True)
-    found, direct = load_file(out), load_file(recast(tiny_checkpoint, tmp_path / "e.safetensors", eight))
+    actual, direct = load_file(out), load_file(recast(tiny_checkpoint, tmp_path / "e.safetensors", eight))
     for layer in catalogue:
         exact = base[layer.tensor].double()
-        off, least = ((file[layer.tensor].double() - exact).abs() for file in (found, direct))
-        # ties, which numbers of 16 bits often are, may fall on the other side
+        off, least = ((file[layer.tensor].double() - exact).abs() for file in (actual, direct))
+        # 16-bit numbers are often ties, which may round the other way
         assert bool((off - least <= 1e-6).all())
-        assert float((found[layer.tensor].float() == direct[layer.tensor].float()).float().mean()) > 0.95
-    assert {t.dtype for n, t in found.items() if n.startswith(VAE)} == {torch.float16}
+        assert float((actual[layer.tensor].float() == direct[layer.tensor].float()).float().mean()) > 0.95
+    assert {t.dtype for n, t in actual.items() if n.startswith(VAE)} == {torch.float16}

@@ -1,4 +1,4 @@
-"""Whole files there and back, for any layers, ranks and types: split and rebuild, export and apply."""
+"""Test round trips of files for any layers, ranks and dtypes: split and rebuild, export and apply."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.sample_pairs import open_principal, random_delta, recast, saved_tuned
 
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 types = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
-subsets = st.integers(1, (1 << 24) - 1)  # bit n mod 24 of it: layer n takes part
+subsets = st.integers(1, (1 << 24) - 1)  # layer n is selected by bit n mod 24
 ranks = st.integers(1, 12)
-# every example reads and writes a few files of 4 MB
+# every example reads and writes several 4 MB files
 few = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -37,7 +37,7 @@ def layers_of(base: Path) -> tuple[Layer, ...]:
 
 
 def chosen(base: Path, subset: int) -> list[str]:
-    """Some of all layers, fused ones and convolutions among them, the UNet's ends too."""
+    """Return a subset of all layers, which include fused layers, convolutions and both ends of the UNet."""
     names = [layer.name for n, layer in enumerate(layers_of(base)) if subset >> (n % 24) & 1]
     return names or [layers_of(base)[0].name]
 
@@ -50,7 +50,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 @given(subset=subsets, rank=ranks, conv_rank=ranks, store=types, dtype=types)
 @few
-def test_split_and_rebuild_give_every_bit_back(
+def test_split_and_rebuild_restore_every_bit(
     tiny_checkpoint: Path, subset: int, rank: int, conv_rank: int, store: torch.dtype, dtype: torch.dtype
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -74,7 +74,7 @@ def test_split_and_rebuild_give_every_bit_back(
 
 
 def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> Path:
-    """A tuned adapter of some layers, on a principal of the model."""
+    """Return a tuned adapter for some layers, trained from a principal of the model."""
     report = split(base, folder, rank=rank, layers=chosen(base, subset), with_residual=False)
     principal = open_principal(base, report.principal)
     with principal:
@@ -82,8 +82,8 @@ def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> P
             name: random_delta(Delta(principal.layers[name], torch.empty(0), torch.empty(0)), size, seed)
             for seed, name in enumerate(principal.layers)
         }
-    told = Provenance.from_metadata(principal.metadata)
-    provenance = replace(told, principal_hash=report.principal_hash)
+    declared = Provenance.from_metadata(principal.metadata)
+    provenance = replace(declared, principal_hash=report.principal_hash)
     return saved_tuned(TunedAdapter(deltas, provenance.to_metadata(), "tuned"), folder / "tuned.safetensors")
 
 
@@ -94,7 +94,7 @@ def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> P
     store=st.sampled_from([(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)]),
 )
 @few
-def test_an_exported_lora_on_the_original_is_the_tuned_model(
+def test_original_and_exported_lora_give_the_tuned_model(
     tiny_checkpoint: Path, subset: int, rank: int, size: float, store: tuple[torch.dtype, float]
 ) -> None:
     dtype, tolerance = store
@@ -119,7 +119,7 @@ def test_an_exported_lora_on_the_original_is_the_tuned_model(
                 assert same_bits(applied, original[key])
                 continue
             change = norm(exact - original[key].float())
-            # float32 sums of weights hold 2^-24 of the weight, of which the change may be 1e-4
+            # float32 sums have an error of 2^-24 of the weight; the change may be only 1e-4 of the weight
             rounding = 2**-23 * norm(exact)
             assert norm(applied - exact) <= tolerance * change + rounding, key
         assert lora.error < tolerance

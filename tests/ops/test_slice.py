@@ -1,4 +1,4 @@
-"""Layers cut out of adapters, adapters and checkpoints put together: files in, files out."""
+"""Test slice: layers of adapters and parts of checkpoints, combined into files."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def catalogue(tiny_checkpoint: Path) -> Catalogue:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all examples of a property."""
+    """Return one folder for all examples of a property."""
     return tmp_path_factory.mktemp("slices")
 
 
-def test_the_blocks_are_all_there_are(catalogue: Catalogue) -> None:
+def test_blocks_lists_all_blocks(catalogue: Catalogue) -> None:
     assert {layer.block for layer in catalogue} == set(BLOCKS)
 
 
@@ -55,7 +55,7 @@ def test_the_blocks_are_all_there_are(catalogue: Catalogue) -> None:
     alpha=st.sampled_from([None, 1.0, 0.7]),
 )
 @settings(deadline=None, max_examples=6)
-def test_disjoint_slices_give_the_whole_bit_for_bit(
+def test_disjoint_slices_restore_the_file_bit_for_bit(
     groups: list[int],
     dtype: torch.dtype,
     alpha: float | None,
@@ -63,7 +63,7 @@ def test_disjoint_slices_give_the_whole_bit_for_bit(
     folder: Path,
     tiny_checkpoint: Path,
 ) -> None:
-    path = saved_lora(folder / "whole.safetensors", catalogue, dtype=dtype, alpha=alpha)
+    path = saved_lora(folder / "complete.safetensors", catalogue, dtype=dtype, alpha=alpha)
     words = [[block for block, at in zip(BLOCKS, groups, strict=True) if at == group] for group in range(4)]
     slices = [Slice(path, "+".join(blocks)) for blocks in words if blocks]
     report = slice(slices, folder / "again.safetensors", base=tiny_checkpoint, force=True)
@@ -95,13 +95,13 @@ def test_overlapping_layers_are_the_sum_of_their_products(
     out = folder / "sum.safetensors"
     slices = [Slice(path, None, weight) for path, weight in zip(files, weights, strict=True)]
     report = slice(slices, out, base=tiny_checkpoint, force=True)
-    one, other, found = products(files[0]), products(files[1]), products(out)
+    one, other, actual = products(files[0]), products(files[1]), products(out)
     for layer in layers:
         expected = weights[0] * one[layer.kohya] + weights[1] * other[layer.kohya]
-        # terms may cancel: float32 is measured at their size
+        # terms may cancel, so the float32 error is relative to their size
         terms = abs(weights[0]) * one[layer.kohya].norm() + abs(weights[1]) * other[layer.kohya].norm()
-        assert float((found[layer.kohya] - expected).norm() / terms) < 3e-7
-        assert distance(1.01 * found[layer.kohya], expected) > 1e-3  # what this would see
+        assert float((actual[layer.kohya] - expected).norm() / terms) < 3e-7
+        assert distance(1.01 * actual[layer.kohya], expected) > 1e-3  # a factor off by 1% fails
         down = load_file(out)[f"{layer.kohya}.lora_down.weight"]
         assert down.shape[0] == min(sum(ranks), *_sides(layer.shape))
     assert set(report.overlaps) == {layer.name for layer in layers}
@@ -113,26 +113,24 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sum_at_weight_one_concatenates_the_factors_as_they_are(
+def test_a_sum_with_weight_1_concatenates_the_factors(
     dtype: torch.dtype, catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     layers = [layer for layer in catalogue if layer.block == "mid"]
     one = saved_lora(tmp_path / "a.safetensors", layers, rank=2, dtype=dtype)
     other = saved_lora(tmp_path / "b.safetensors", layers, rank=3, dtype=dtype, seed=1)
     report = slice([Slice(one), Slice(other)], tmp_path / "c.safetensors", base=tiny_checkpoint)
-    left, right, found = load_file(one), load_file(other), load_file(report.path)
+    left, right, actual = load_file(one), load_file(other), load_file(report.path)
     for layer in layers:
         for side, dim in (("down", 0), ("up", 1)):
             key = f"{layer.kohya}.lora_{side}.weight"
-            assert same_bits(found[key], torch.cat([left[key], right[key]], dim=dim))
-        assert found[f"{layer.kohya}.alpha"].item() == 5
+            assert same_bits(actual[key], torch.cat([left[key], right[key]], dim=dim))
+        assert actual[f"{layer.kohya}.alpha"].item() == 5
     assert report.error == 0
 
 
-def test_a_sum_keeps_the_factor_that_has_the_wider_type(
-    catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
-) -> None:
-    """Some programs keep one factor in float32 and the other in 16 bits."""
+def test_a_sum_keeps_the_wider_dtype(catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Test a file with one factor in float32 and one in float16, as some programs write it."""
     layer = catalogue.by_name["unet.middle_block.1.proj_in"]
     path = saved_lora(tmp_path / "a.safetensors", [layer])
     mixed = load_file(path)
@@ -143,7 +141,7 @@ def test_a_sum_keeps_the_factor_that_has_the_wider_type(
     assert same_bits(down[:3], mixed[f"{layer.kohya}.lora_down.weight"])
 
 
-def test_overlaps_are_refused_where_they_are_not_wanted(
+def test_overlaps_are_refused_without_overlap(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
@@ -155,7 +153,7 @@ def test_overlaps_are_refused_where_they_are_not_wanted(
         "te1.text_model.encoder.layers.0.self_attn.k_proj, "
         "te1.text_model.encoder.layers.0.self_attn.v_proj (3 more)"
     )
-    assert caught.value.hint == "allow `overlap` to sum them, or narrow the traits"
+    assert caught.value.hint == "turn `overlap` on to sum them, or choose traits that do not overlap"
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     apart = [Slice(path, "te1.1"), Slice(path, "te1.0")]
     made = slice(apart, tmp_path / "b.safetensors", base=tiny_checkpoint, overlap=False)
@@ -163,25 +161,25 @@ def test_overlaps_are_refused_where_they_are_not_wanted(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_weight_counts_once_and_alpha_stays(
+def test_a_weight_is_applied_once_and_alpha_is_kept(
     dtype: torch.dtype, catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    # far from the smallest numbers of fp16, where a quarter has fewer digits
+    # large enough that a quarter is not subnormal in fp16
     path = saved_lora(tmp_path / "a.safetensors", catalogue, dtype=dtype, alpha=1.5, size=100.0)
     before = load_file(path)
     for weight, rounding in ((0.25, 0.0), (0.7, float(torch.finfo(dtype).eps))):
         out = tmp_path / f"{weight}.safetensors"
         report = slice([Slice(path, "unet", weight)], out, base=tiny_checkpoint)
-        after, found, exact = load_file(out), products(out), products(path)
+        after, actual, exact = load_file(out), products(out), products(path)
         assert report.error <= rounding
-        for stem in found:
+        for stem in actual:
             assert after[f"{stem}.alpha"].item() == 1.5
             assert same_bits(after[f"{stem}.lora_down.weight"], before[f"{stem}.lora_down.weight"])
-            assert distance(found[stem], weight * exact[stem]) <= max(rounding, 1e-14)
-        assert len(found) == sum(layer.part.value == "unet" for layer in catalogue)
+            assert distance(actual[stem], weight * exact[stem]) <= max(rounding, 1e-14)
+        assert len(actual) == sum(layer.part.value == "unet" for layer in catalogue)
 
 
-def test_a_rank_above_the_size_of_a_layer_stays(
+def test_a_rank_above_the_full_rank_is_kept(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, rank=40)
@@ -192,14 +190,12 @@ def test_a_rank_above_the_size_of_a_layer_stays(
     assert report.error == 0
     doubled = slice([Slice(path), Slice(path)], tmp_path / "c.safetensors", base=tiny_checkpoint)
     assert doubled.error < 1e-6
-    exact, found = products(path), products(doubled.path)
-    assert max(distance(found[stem], 2 * exact[stem]) for stem in exact) < 1e-6
+    exact, actual = products(path), products(doubled.path)
+    assert max(distance(actual[stem], 2 * exact[stem]) for stem in exact) < 1e-6
 
 
-def test_what_a_file_says_stays_where_it_is_still_true(
-    catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
-) -> None:
-    told = {
+def test_valid_metadata_are_kept(catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    metadata = {
         "ss_tag_frequency": '{"10_cat": {"cat": 3}}',
         "ss_network_dim": "64",
         "ss_output_name": "cats",
@@ -209,20 +205,20 @@ def test_what_a_file_says_stays_where_it_is_still_true(
         "sshs_model_hash": "00",
         "ss_network_module": "networks.lora",
     }
-    path = saved_lora(tmp_path / "cats.safetensors", catalogue, metadata=told)
+    path = saved_lora(tmp_path / "cats.safetensors", catalogue, metadata=metadata)
     dogs = saved_lora(tmp_path / "dogs.safetensors", catalogue, seed=1)
     one = slice([Slice(path, "te1")], tmp_path / "x.safetensors", base=tiny_checkpoint)
     both = slice(
         [Slice(path, "te1"), Slice(dogs, "te2", 0.5)], tmp_path / "y.safetensors", base=tiny_checkpoint
     )
     alone, together = read_metadata(one.path), read_metadata(both.path)
-    for found in (alone, together):
-        assert found["ss_tag_frequency"] == told["ss_tag_frequency"]
-        assert found["modelspec.author"] == "me"
-        assert found["ss_network_module"] == "lycoris.kohya"  # as its sizes are told
-        assert found["ss_network_dim"] == "3"
-        assert "modelspec.hash_sha256" not in found
-        assert len(found["sshs_model_hash"]) == 64
+    for actual in (alone, together):
+        assert actual["ss_tag_frequency"] == metadata["ss_tag_frequency"]
+        assert actual["modelspec.author"] == "me"
+        assert actual["ss_network_module"] == "lycoris.kohya"  # its sizes are written in this form
+        assert actual["ss_network_dim"] == "3"
+        assert "modelspec.hash_sha256" not in actual
+        assert len(actual["sshs_model_hash"]) == 64
     assert (alone["modelspec.title"], together["modelspec.title"]) == ("x", "y")
     assert alone["ss_output_name"] == "cats"
     assert "ss_output_name" not in together
@@ -230,11 +226,11 @@ def test_what_a_file_says_stays_where_it_is_still_true(
         {"file": "cats.safetensors", "trait": "te1", "weight": 1.0},
         {"file": "dogs.safetensors", "trait": "te2", "weight": 0.5},
     ]
-    # what other programs made is judged by its numbers: no role vouches for it
+    # files of other programs get no role: their values decide what they are
     assert (Provenance.from_metadata(together).role, both.role) == (None, Role.LORA)
 
 
-def test_the_report_says_what_was_taken_and_what_stayed_behind(
+def test_the_report_lists_kept_and_removed_layers(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue)
@@ -254,7 +250,7 @@ def test_the_report_says_what_was_taken_and_what_stayed_behind(
         assert len(source.tensors) == 3 * 12
 
 
-def test_other_spellings_carry_the_same_products(
+def test_other_spellings_have_the_same_products(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=1.0)
@@ -268,24 +264,24 @@ def test_other_spellings_carry_the_same_products(
         )
         with open_adapter(report.path, catalogue) as opened:
             for name in opened.layers:
-                found, stem = change(opened.layers[name]), catalogue.by_name[name].kohya
-                assert distance(found.flatten(1), 0.7 * exact[stem]) < 1e-6
+                actual, stem = change(opened.layers[name]), catalogue.by_name[name].kohya
+                assert distance(actual.flatten(1), 0.7 * exact[stem]) < 1e-6
 
 
-def test_scales_that_differ_are_said(catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_different_scales_give_a_warning(catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path) -> None:
     one = saved_lora(tmp_path / "a.safetensors", catalogue, alpha=1.5)
     other = saved_lora(tmp_path / "b.safetensors", catalogue)
     slices = [Slice(one, "te"), Slice(other, "unet")]
     report = slice(slices, tmp_path / "c.safetensors", base=tiny_checkpoint)
     (warning,) = report.warnings
     unet = sum(layer.part.value == "unet" for layer in catalogue)
-    told = f"alpha / rank differs between layers (1 in {unet} layers, 0.5 in 24 layers)"
-    assert warning.startswith(told)
+    message = f"alpha / rank differs between layers (1 in {unet} layers, 0.5 in 24 layers)"
+    assert warning.startswith(message)
     even = slice([Slice(one)], tmp_path / "d.safetensors", base=tiny_checkpoint)
     assert even.warnings == ()
 
 
-def test_models_of_different_sizes_are_told_apart(tmp_path: Path) -> None:
+def test_models_of_different_sizes_are_refused(tmp_path: Path) -> None:
     stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     for name, width in (("a", 8), ("b", 9)):
         tensors = {
@@ -300,23 +296,23 @@ def test_models_of_different_sizes_are_told_apart(tmp_path: Path) -> None:
     assert caught.value.what == (
         "te1.text_model.encoder.layers.0.mlp.fc1 is (12, 9) in b.safetensors and (12, 8) in a.safetensors"
     )
-    # each alone needs no base: the layer is one of SDXL's
+    # a single file needs no base: SDXL has this layer
     alone = slice([Slice(files[1], "te1", 2.0)], tmp_path / "c.safetensors")
     assert torch.equal(products(alone.path)[stem], torch.full((12, 9), 4.0, dtype=torch.float64))
 
 
-def test_words_that_name_nothing_are_errors(
+def test_traits_without_layers_are_refused(
     catalogue: Catalogue, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     path = saved_lora(tmp_path / "a.safetensors", [layer for layer in catalogue if layer.block == "mid"])
-    for word, told in (
-        ("te", f"trait `te` names none of {sum(layer.block == 'mid' for layer in catalogue)} layers"),
+    for word, message in (
+        ("te", f"trait `te` selects none of {sum(layer.block == 'mid' for layer in catalogue)} layers"),
         ("midd", "no layer matches `midd`; did you mean `mid`?"),
         ("down.1", "no layer matches `down.1`"),
     ):
         with pytest.raises(InputError) as caught:
             slice([Slice(path, word)], tmp_path / "b.safetensors", base=tiny_checkpoint)
-        assert caught.value.what.startswith(told)
+        assert caught.value.what.startswith(message)
     with pytest.raises(InputError, match="is one of the input files"):
         slice([Slice(path)], path, base=tiny_checkpoint, force=True)
 
@@ -329,7 +325,7 @@ def open_deltas(path: Path, catalogue: Catalogue) -> TunedAdapter:
 
 @pytest.fixture(scope="module")
 def steps(tiny_checkpoint: Path, tiny_split: TinySplit, folder: Path) -> tuple[Path, Path]:
-    """An early and a late step of one training."""
+    """Return adapters of an early and a late step of one training."""
     report = tiny_split(None)
     early, late = (
         saved_tuned(tuned_from(tiny_checkpoint, report, size=size), folder / f"{name}.safetensors")
@@ -338,7 +334,7 @@ def steps(tiny_checkpoint: Path, tiny_split: TinySplit, folder: Path) -> tuple[P
     return early, late
 
 
-def test_encoders_of_an_early_step_go_with_the_unet_of_a_late_one(
+def test_early_encoders_combine_with_a_late_unet(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     early, late = steps
@@ -358,11 +354,13 @@ def test_encoders_of_an_early_step_go_with_the_unet_of_a_late_one(
     for name, tensor in models["both"].items():
         expected = models["early" if name.startswith("conditioner.") else "late"][name]
         assert same_bits(tensor, expected), name
-    unalike = [name for name in models["late"] if not same_bits(models["late"][name], models["early"][name])]
-    assert {name.startswith("conditioner.") for name in unalike} == {True, False}
+    different = [
+        name for name in models["late"] if not same_bits(models["late"][name], models["early"][name])
+    ]
+    assert {name.startswith("conditioner.") for name in different} == {True, False}
 
 
-def test_deltas_under_a_weight_become_a_lora(
+def test_weighted_deltas_become_a_lora(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     early, late = steps
@@ -372,7 +370,7 @@ def test_deltas_under_a_weight_become_a_lora(
     assert report.role is Role.LORA
     assert "spectune.principal_hash" not in read_metadata(out)
     assert read_metadata(out)["spectune.base_hash"] == read_metadata(early)["spectune.base_hash"]
-    found = products(out)
+    actual = products(out)
     for path, weight in ((early, 0.5), (late, 1.0)):
         with open_deltas(path, catalogue) as tuned:
             names = (
@@ -382,14 +380,14 @@ def test_deltas_under_a_weight_become_a_lora(
             )
             for name in names:
                 exact = change(tuned.layers[name]).flatten(1)
-                assert distance(found[catalogue.by_name[name].kohya], weight * exact.double()) < 2e-6
+                assert distance(actual[catalogue.by_name[name].kohya], weight * exact.double()) < 2e-6
     half = slice(slices, tmp_path / "y.safetensors", base=tiny_checkpoint)
     factors = {t.dtype for key, t in load_file(half.path).items() if not key.endswith("alpha")}
     assert factors == {torch.float16}
     assert 1e-5 < half.error < 1e-3
 
 
-def test_deltas_of_two_models_become_a_lora_and_it_is_said(
+def test_deltas_of_two_models_become_a_lora_with_a_warning(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     early, _ = steps
@@ -403,25 +401,25 @@ def test_deltas_of_two_models_become_a_lora_and_it_is_said(
     )
     hashes = sorted(read_metadata(path)["spectune.base_hash"][:16] for path in (early, foreign))
     assert report.role is Role.LORA
-    told = (
-        f"the adapters were made for different models ({', '.join(hashes)}): how well they go together only "
-        "pictures tell"
+    message = (
+        f"the adapters were made for different models ({', '.join(hashes)}): quality may differ; check "
+        "samples"
     )
-    assert told in report.warnings
+    assert message in report.warnings
     assert "spectune.base_hash" not in read_metadata(report.path)
 
 
-def test_deltas_are_not_silently_written_otherwise_than_asked(
+def test_deltas_refuse_another_dtype_or_spelling(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     early, _ = steps
-    for asked in ({"dtype": torch.bfloat16}, {"keys": Spelling.DIFFUSERS}):
+    for options in ({"dtype": torch.bfloat16}, {"keys": Spelling.DIFFUSERS}):
         with pytest.raises(InputError, match="holds trained deltas"):
-            slice([Slice(early, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint, **asked)
+            slice([Slice(early, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint, **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lora_beside_deltas_is_summed_with_their_change(
+def test_a_lora_is_summed_with_trained_deltas(
     steps: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     early, _ = steps
@@ -439,7 +437,7 @@ def test_a_lora_beside_deltas_is_summed_with_their_change(
     assert distance(products(report.path)[layer.kohya], exact) < 2e-6
 
 
-def test_a_principal_goes_with_no_lora(
+def test_a_principal_cannot_be_combined_with_a_lora(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, catalogue: Catalogue
 ) -> None:
     principal = tiny_split(None).principal
@@ -448,16 +446,16 @@ def test_a_principal_goes_with_no_lora(
         with pytest.raises(PairingError) as caught:
             slice(slices, tmp_path / "x.safetensors", base=tiny_checkpoint)
         assert caught.value.what == (
-            f"{principal.name} is a principal, which goes on a residual, and lora.safetensors is not: "
-            "no model takes both"
+            f"{principal.name} is a principal, which needs a residual, and lora.safetensors is not: "
+            "they cannot be combined"
         )
-    whole = slice(
+    complete = slice(
         [Slice(principal, "unet"), Slice(principal, "te")], tmp_path / "x.safetensors", base=tiny_checkpoint
     )
-    assert (whole.role, whole.warnings) == (Role.PRINCIPAL, ())
-    assert same_tensors(load_file(whole.path), load_file(principal))
+    assert (complete.role, complete.warnings) == (Role.PRINCIPAL, ())
+    assert same_tensors(load_file(complete.path), load_file(principal))
     half = slice([Slice(principal, None, 0.5)], tmp_path / "y.safetensors", base=tiny_checkpoint)
-    assert half.warnings == ("a principal that is weighted or summed no longer fits what the residual lacks",)
+    assert half.warnings == ("a principal that is weighted or summed no longer fits its residual",)
 
 
 @pytest.mark.parametrize(
@@ -475,29 +473,29 @@ def test_a_principal_goes_with_no_lora(
         ("a.safetensors.old.safetensors:te", "a.safetensors.old.safetensors", "te", 1.0),
     ],
 )
-def test_a_slice_is_read_from_one_word(word: str, path: str, trait: str | None, weight: float) -> None:
+def test_parse_slice(word: str, path: str, trait: str | None, weight: float) -> None:
     assert parse_slice(word) == Slice(Path(path), trait, weight)
     assert parse_slice(word).path.name.lower().endswith(".safetensors")
     assert PureWindowsPath(path).suffix.lower() == ".safetensors"
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
-        ("te", "unreadable slice 'te'"),
-        ("a.safetensors:te:0.8:x", "unreadable slice 'a.safetensors:te:0.8:x'"),
+        ("te", "cannot parse slice 'te'"),
+        ("a.safetensors:te:0.8:x", "cannot parse slice 'a.safetensors:te:0.8:x'"),
         ("a.safetensors:te:strong", "the weight in 'a.safetensors:te:strong' is 'strong'"),
         ("a.safetensors:te:nan", "the weight in 'a.safetensors:te:nan' is 'nan'"),
         ("a.safetensors:te:inf", "the weight in 'a.safetensors:te:inf' is 'inf'"),
     ],
 )
-def test_slices_that_cannot_be_read(word: str, told: str) -> None:
+def test_parse_slice_refuses(word: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_slice(word)
-    assert caught.value.what.startswith(told)
+    assert caught.value.what.startswith(message)
 
 
-def test_a_slice_shows_as_it_was_written() -> None:
+def test_text_of_a_slice() -> None:
     words = ("a.safetensors", "a.safetensors:te", "a.safetensors:te:0.8", "a.safetensors:0.8")
     assert [str(parse_slice(word)) for word in words] == [
         "a.safetensors",
@@ -509,11 +507,13 @@ def test_a_slice_shows_as_it_was_written() -> None:
 
 @pytest.fixture(scope="module")
 def other_checkpoint(tiny_checkpoint: Path, folder: Path) -> Path:
-    """Another model of the same sizes, every number its own, with a latent scale of its own."""
+    """Return another model of the same size, with other weights and another latent scale."""
     path = folder / "other.safetensors"
     tensors = {name: _moved(tensor) for name, tensor in load_file(tiny_checkpoint).items()}
-    told = Provenance(role=Role.MODEL, prediction="v", vae_scale=0.2, base_hash="ab" * 32).to_metadata()
-    save_file(tensors, path, metadata=read_metadata(tiny_checkpoint) | told | {"modelspec.title": "other"})
+    declared = Provenance(role=Role.MODEL, prediction="v", vae_scale=0.2, base_hash="ab" * 32).to_metadata()
+    save_file(
+        tensors, path, metadata=read_metadata(tiny_checkpoint) | declared | {"modelspec.title": "other"}
+    )
     return path
 
 
@@ -546,14 +546,14 @@ def test_parts_of_checkpoints_are_swapped_byte_for_byte(
     tiny, other = load_file(tiny_checkpoint), load_file(other_checkpoint)
     assert same_tensors(load_file(report.path), expected_parts(tiny, other, foreign))
     assert report.parts == {piece.trait: piece.path.name for piece in slices}
-    told = Provenance.from_metadata(read_metadata(report.path))
-    assert told.prediction == ("v" if "unet" in foreign else None)
-    assert told.vae_scale == (0.2 if "vae" in foreign else None)
-    assert (told.role, told.base_hash) == (Role.MODEL, None)
+    declared = Provenance.from_metadata(read_metadata(report.path))
+    assert declared.prediction == ("v" if "unet" in foreign else None)
+    assert declared.vae_scale == (0.2 if "vae" in foreign else None)
+    assert (declared.role, declared.base_hash) == (Role.MODEL, None)
     assert read_metadata(report.path)["modelspec.title"] == "swapped"
 
 
-def test_te_stands_for_both_encoders(tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+def test_te_means_both_encoders(tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     slices = [Slice(tiny_checkpoint, "unet"), Slice(other_checkpoint, "te"), Slice(tiny_checkpoint, "vae")]
     report = slice(slices, tmp_path / "x.safetensors")
     tiny, other = load_file(tiny_checkpoint), load_file(other_checkpoint)
@@ -566,25 +566,33 @@ def test_te_stands_for_both_encoders(tiny_checkpoint: Path, other_checkpoint: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "told", "hint"),
+    ("words", "message", "hint"),
     [
-        (("unet", "te"), "no file gives the vae", "name one for each of unet, te1, te2, vae"),
-        (("te1",), "no file gives the unet and the te2 and the vae", "tiny.safetensors:unet"),
-        (("unet", "te", "te2", "vae"), "te2 is taken twice: of tiny.safetensors and of tiny.safetensors", ""),
+        (("unet", "te"), "no file is named for vae", "name a file for each of unet, te1, te2, vae"),
+        (("te1",), "no file is named for unet and te2 and vae", "tiny.safetensors:unet"),
+        (
+            ("unet", "te", "te2", "vae"),
+            "te2 is named twice: for tiny.safetensors and for tiny.safetensors",
+            "name each part once",
+        ),
         (
             ("unett", "te", "vae"),
             "tiny.safetensors is a checkpoint: expected one of its parts, got `unett`; did you mean `unet`?",
             "parts are unet, te1, te2, vae, te",
         ),
-        (("unet:0.5", "te", "vae"), "tiny.safetensors:unet x 0.5: parts of checkpoints have no weight", ""),
+        (
+            ("unet:0.5", "te", "vae"),
+            "tiny.safetensors:unet x 0.5: parts of checkpoints cannot have a weight",
+            "",
+        ),
     ],
 )
-def test_wrong_words_for_parts(
-    words: Sequence[str], told: str, hint: str, tiny_checkpoint: Path, tmp_path: Path
+def test_wrong_parts_are_refused(
+    words: Sequence[str], message: str, hint: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
         slice([parse_slice(f"{tiny_checkpoint}:{word}") for word in words], tmp_path / "x.safetensors")
-    assert caught.value.what == told
+    assert caught.value.what == message
     assert hint in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
 
@@ -595,7 +603,7 @@ def test_parts_that_do_not_fit_are_refused(
     out = tmp_path / "x.safetensors"
     residual = tiny_split(None).residual
     assert residual is not None
-    with pytest.raises(InputError, match="is a residual: expected a whole model"):
+    with pytest.raises(InputError, match="is a residual: expected a complete model"):
         slice([Slice(residual, "unet"), Slice(tiny_checkpoint, "te"), Slice(residual, "vae")], out)
     bare = {name: t for name, t in load_file(tiny_checkpoint).items() if not name.startswith("first_stage")}
     save_file(bare, tmp_path / "bare.safetensors", metadata=read_metadata(tiny_checkpoint))

@@ -1,3 +1,5 @@
+"""Test split, rebuild and export of tuned adapters."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +46,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def with_negative_zeros(base: Path, out: Path) -> Path:
-    """fp16 checkpoints have thousands of them: small negative numbers that underflowed."""
+    """Return a copy with negative zeros, which fp16 checkpoints have where negative numbers underflowed."""
     tensors = load_file(base)
     for tensor in tensors.values():
         if tensor.is_floating_point() and tensor.numel() > 8:
@@ -52,7 +54,7 @@ def with_negative_zeros(base: Path, out: Path) -> Path:
     return changed_copy(base, out, tensors)
 
 
-def test_split_names_its_files_and_says_where_they_come_from(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_split_names_its_files_and_records_their_origin(tiny_checkpoint: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     report = split(tiny_checkpoint, tmp_path / "new", rank=4, progress=lambda *step: seen.append(step))
     assert report.residual is not None
@@ -80,7 +82,7 @@ def test_split_names_its_files_and_says_where_they_come_from(tiny_checkpoint: Pa
 
 
 @pytest.mark.parametrize("store", [torch.float16, torch.bfloat16])
-def test_a_float32_residual_gives_every_byte_back(
+def test_a_float32_residual_restores_every_bit(
     tiny_checkpoint: Path, tmp_path: Path, store: torch.dtype
 ) -> None:
     base = with_negative_zeros(tiny_checkpoint, tmp_path / "base.safetensors")
@@ -103,7 +105,7 @@ def test_a_float32_residual_gives_every_byte_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_residual_of_16_bits_states_its_share(
+def test_a_16_bit_residual_reports_its_share(
     tiny_checkpoint: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", dtype)
@@ -117,7 +119,7 @@ def test_a_residual_of_16_bits_states_its_share(
     assert not verified.exact
     factored = [record.agreement for record in verified.records if record.layers]
     assert sum(a.bit_equal for a in factored) / sum(a.numel for a in factored) == report.share
-    # what is not factored is carried byte for byte
+    # tensors that are not factored are copied byte for byte
     with open_checkpoint(base) as source:
         kept = set(source.tensors) - set(build_catalogue(source).by_tensor)
     before, after = load_file(base), load_file(tmp_path / "again.safetensors")
@@ -125,7 +127,7 @@ def test_a_residual_of_16_bits_states_its_share(
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
-def test_each_tensor_returns_to_a_type_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_each_tensor_gets_its_original_dtype(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny_checkpoint)
     names = [name for name in tensors if name.endswith("to_q.weight")]
     base = changed_copy(
@@ -163,11 +165,11 @@ def test_split_without_residual_and_with_all_layers(tiny_checkpoint: Path, tmp_p
     assert 0 < report.energy < 1
 
 
-def test_split_refuses_what_is_no_whole_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_split_refuses_residuals_and_existing_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = small_split(tiny_checkpoint, tmp_path)
     assert report.residual is not None
     with pytest.raises(
-        InputError, match=r"tiny\.residual\.safetensors is a residual: expected a whole model"
+        InputError, match=r"tiny\.residual\.safetensors is a residual: expected a complete model"
     ):
         small_split(report.residual, tmp_path)
     with pytest.raises(InputError, match="exists"):
@@ -184,7 +186,7 @@ def test_damaged_weights_leave_no_files(tiny_checkpoint: Path, tmp_path: Path) -
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_zero_steps_change_no_byte(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_zero_deltas_change_no_bit(tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = with_negative_zeros(tiny_checkpoint, tmp_path / "base.safetensors")
     report = small_split(base, tmp_path)
     tuned = saved_tuned(tuned_from(base, report, size=0.0), tmp_path / "tuned.safetensors")
@@ -221,7 +223,7 @@ def test_a_tuned_model_is_one_rounding_away_from_float64(
     assert metadata.base_hash == report.base_hash
 
 
-def test_the_tuned_adapter_goes_on_the_residual_as_well(
+def test_the_tuned_adapter_works_with_the_residual_too(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(torch.float32)
@@ -229,7 +231,7 @@ def test_the_tuned_adapter_goes_on_the_residual_as_well(
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), tmp_path / "tuned.safetensors")
     rebuild(tiny_checkpoint, tuned, tmp_path / "a.safetensors")
     rebuild(report.residual, tuned, tmp_path / "b.safetensors")
-    # and so does the principal that replaces the first one
+    # and so does the tuned principal
     replaced = export(
         tuned, tmp_path / "p.safetensors", base=tiny_checkpoint, form="principal", dtype=torch.float32
     )
@@ -257,11 +259,11 @@ def test_rebuild_refuses_another_base_and_names_both_hashes(
         {"model.diffusion_model.out.2.bias": tensors["model.diffusion_model.out.2.bias"] + 1},
     )
     with open_checkpoint(other) as source:
-        found = weights_hash(source)
+        actual = weights_hash(source)
     with pytest.raises(PairingError) as caught:
         rebuild(other, tuned, tmp_path / "full.safetensors")
     assert report.base_hash[:16] in caught.value.what
-    assert found[:16] in caught.value.what
+    assert actual[:16] in caught.value.what
     assert not (tmp_path / "full.safetensors").exists()
     assert not list(tmp_path.glob("*.partial"))
     with (
@@ -271,7 +273,7 @@ def test_rebuild_refuses_another_base_and_names_both_hashes(
         pass
 
 
-def test_rebuild_refuses_roles_that_exclude_each_other(
+def test_rebuild_refuses_files_that_do_not_belong_together(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(None)
@@ -279,13 +281,13 @@ def test_rebuild_refuses_roles_that_exclude_each_other(
     out = tmp_path / "full.safetensors"
     with pytest.raises(PairingError, match="the principal part would count twice"):
         rebuild(tiny_checkpoint, report.principal, out)
-    with pytest.raises(InputError, match=r"expected its principal alone at strength 1, got 1 at 0\.5"):
+    with pytest.raises(InputError, match=r"expected only its principal at strength 1, got 1 at 0\.5"):
         rebuild(report.residual, report.principal, out, strength=0.5)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=0.05), tmp_path / "tuned.safetensors")
     lora = export(tuned, tmp_path / "lora.safetensors", base=tiny_checkpoint)
     with pytest.raises(PairingError, match="which lacks its principal"):
         rebuild(report.residual, lora.path, out)
-    with pytest.raises(PairingError, match="the principal of its model as `split` wrote it"):
+    with pytest.raises(PairingError, match="is an untrained principal of `split`: it contains no change"):
         export(report.principal, tmp_path / "lora2.safetensors", base=tiny_checkpoint)
     second = small_split(
         changed_copy(
@@ -301,7 +303,7 @@ def test_rebuild_refuses_roles_that_exclude_each_other(
     assert second.principal_hash[:16] in caught.value.what
 
 
-def test_the_exported_lora_makes_the_tuned_model(
+def test_the_exported_lora_gives_the_tuned_model(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(None)
@@ -313,8 +315,8 @@ def test_the_exported_lora_makes_the_tuned_model(
     lora = open_principal(tiny_checkpoint, exported.path)
     for layer in exported.layers:
         exact = change(tuned.layers[layer.name])
-        found = float((change(lora.layers[layer.name]) - exact).norm() / exact.norm())
-        assert found == pytest.approx(layer.error, rel=1e-3, abs=1e-7)
+        actual = float((change(lora.layers[layer.name]) - exact).norm() / exact.norm())
+        assert actual == pytest.approx(layer.error, rel=1e-3, abs=1e-7)
         assert lora.layers[layer.name].rank == layer.rank <= 8
     metadata = read_metadata(exported.path)
     assert Provenance.from_metadata(metadata).role is Role.LORA
@@ -327,11 +329,11 @@ def test_the_exported_lora_makes_the_tuned_model(
         float((left[n].float() - right[n].float()).norm()) <= 1e-3 * float(left[n].float().norm())
         for n in left
     )
-    # another model takes the LoRA without a question: that is what it is for
+    # a LoRA can be used with another model
     rebuild(tmp_path / "a.safetensors", exported.path, tmp_path / "c.safetensors", strength=0.5)
 
 
-def test_a_truncated_export_says_what_it_lost(
+def test_a_truncated_export_reports_its_error(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(None)
@@ -342,7 +344,7 @@ def test_a_truncated_export_says_what_it_lost(
     with open_checkpoint(tiny_checkpoint) as source:
         opened = open_adapter(exported.path, build_catalogue(source))
     assert isinstance(opened, Adapter)
-    with pytest.raises(InputError, match="a tuned principal keeps its rank"):
+    with pytest.raises(InputError, match="a tuned principal cannot be truncated: it keeps its rank"):
         export(tuned, tmp_path / "p.safetensors", base=tiny_checkpoint, rank=2, form="principal")
 
 
@@ -352,14 +354,14 @@ def test_a_bf16_principal_loses_most_of_a_small_change(
     report = tiny_split(None)
     tuned = saved_tuned(tuned_from(tiny_checkpoint, report, size=1e-3), tmp_path / "tuned.safetensors")
     plain = export(tuned, tmp_path / "a.safetensors", base=tiny_checkpoint, dtype=torch.bfloat16)
-    whole = export(
+    principal = export(
         tuned, tmp_path / "b.safetensors", base=tiny_checkpoint, dtype=torch.bfloat16, form="principal"
     )
     assert plain.error < 0.01
-    assert whole.error > 0.5
+    assert principal.error > 0.5
 
 
-def test_a_partial_or_unpaired_adapter_is_no_principal(
+def test_a_partial_or_unpaired_adapter_is_not_exported_as_a_principal(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     report = tiny_split(None)
@@ -371,7 +373,7 @@ def test_a_partial_or_unpaired_adapter_is_no_principal(
         InputError, match=r"a\.safetensors lacks \d+ of \d+ layers of a principal: te1"
     ) as caught:
         export(part, out, base=tiny_checkpoint, form="principal")
-    assert caught.value.hint == "leave out --form principal: a plain LoRA goes on the original model"
+    assert caught.value.hint == "leave out `form`: a plain LoRA works with the original model"
     tuned = tuned_from(tiny_checkpoint, report, size=0.01)
     save_tuned(tmp_path / "b.safetensors", tuned, Provenance(base_hash=report.base_hash))
     with pytest.raises(InputError, match="was not trained from the principal of a residual"):
@@ -381,7 +383,7 @@ def test_a_partial_or_unpaired_adapter_is_no_principal(
     assert read_metadata(tmp_path / "b.safetensors")["spectune.version"] == spectune_version()
 
 
-def test_the_report_counts_changed_bits_and_carries_warnings(
+def test_the_report_counts_changed_tensors_and_has_warnings(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0, only="unet.middle_block")
@@ -409,7 +411,7 @@ def test_inputs_are_never_overwritten(tiny_checkpoint: Path, tiny_split: TinySpl
     assert (path.read_bytes(), tiny_checkpoint.read_bytes()) == before
 
 
-def test_quantised_weights_are_refused_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused_before_writing(tiny_checkpoint: Path, tmp_path: Path) -> None:
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     small = (load_file(tiny_checkpoint)[name] > 0).to(torch.int8)
     base = changed_copy(tiny_checkpoint, tmp_path / "i8.safetensors", {name: small})

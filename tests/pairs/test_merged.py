@@ -59,7 +59,7 @@ def k_proj(base: Checkpoint) -> Layer:
     return next(layer for layer in build_catalogue(base) if layer.rows and layer.rows[0] == layer.shape[0])
 
 
-def test_strengths_and_alphas_scale_and_adapters_add(base: Checkpoint) -> None:
+def test_changes_are_scaled_by_strength_and_alpha_and_added(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     one, two = lora(base, [name], alpha=1.0), lora(base, [name], seed=9)
     layer = build_catalogue(base).by_name[name]
@@ -73,7 +73,7 @@ def test_strengths_and_alphas_scale_and_adapters_add(base: Checkpoint) -> None:
     assert source.label == f"{base.label} + lora0.safetensors + lora9.safetensors"
 
 
-def test_one_layer_of_a_fused_tensor_leaves_the_rows_of_the_others(base: Checkpoint) -> None:
+def test_changing_one_layer_of_a_fused_tensor_keeps_the_other_rows(base: Checkpoint) -> None:
     layer = k_proj(base)
     assert layer.rows is not None
     adapter = lora(base, [layer.name])
@@ -85,7 +85,7 @@ def test_one_layer_of_a_fused_tensor_leaves_the_rows_of_the_others(base: Checkpo
     assert torch.equal(after[first:last], expected)
 
 
-def test_unchanged_tensors_are_those_of_the_base(base: Checkpoint) -> None:
+def test_unchanged_tensors_equal_those_of_the_base(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     for adapters in ([], [(lora(base, [name]), 0.0)], [(lora(base, [name], size=0.0), 1.0)]):
@@ -109,7 +109,7 @@ def test_values_beyond_fp16_are_refused(base: Checkpoint) -> None:
     name = "unet.middle_block.0.in_layers.2"
     tensor = build_catalogue(base).by_name[name].tensor
     huge = lora(base, [name], size=1e3)
-    with pytest.raises(InputError, match=r"values up to .* do not fit float16") as caught:
+    with pytest.raises(InputError, match=r"values, up to .*, exceed the range of float16") as caught:
         merged(base, [(huge, 1.0)]).load(tensor)
     assert caught.value.hint == "rebuild in bfloat16 or float32, or lower the strength"
     assert merged(base, [(huge, 1.0)], dtype=torch.bfloat16).load(tensor).dtype == torch.bfloat16
@@ -123,7 +123,7 @@ def test_infinite_and_nan_changes_are_refused(base: Checkpoint, number: float) -
     adapter.layers[name].up[0, 0] = number
     with pytest.raises(InputError, match=f"the change of {name}: .* values are NaN or infinite") as caught:
         merged(base, [(adapter, 1.0)]).load(tensor)
-    assert caught.value.hint == "if the training diverged, rebuild an earlier step"
+    assert caught.value.hint == "the training may have diverged: rebuild an earlier step"
     with pytest.raises(InputError, match=r"the strength of unet is (nan|inf)"):
         merged(base, [(lora(base, [name]), number)])
 
@@ -138,15 +138,15 @@ def test_only_floating_point_tensors_are_changed(base: Checkpoint) -> None:
         merged(source, [(lora(base, [name]), 1.0)])
 
 
-@pytest.mark.parametrize(("tuned_for", "told"), [("flow", None), ("v", "v"), ("eps", "epsilon")])
+@pytest.mark.parametrize(("tuned_for", "declared"), [("flow", None), ("v", "v"), ("eps", "epsilon")])
 def test_modelspec_declares_the_new_prediction(
-    base: Checkpoint, tuned_for: PredictionName, told: str | None
+    base: Checkpoint, tuned_for: PredictionName, declared: str | None
 ) -> None:
     source = MemorySource({n: base.load(n) for n in base.tensors}, {"modelspec.prediction_type": "v"})
     adapter = replace(lora(base, ["unet.middle_block.0.in_layers.2"]), metadata={})
     assert merged(source, [(adapter, 1.0)]).metadata["modelspec.prediction_type"] == "v"
     adapter = replace(adapter, metadata=Provenance(prediction=tuned_for).to_metadata())
-    assert merged(source, [(adapter, 1.0)]).metadata.get("modelspec.prediction_type") == told
+    assert merged(source, [(adapter, 1.0)]).metadata.get("modelspec.prediction_type") == declared
 
 
 def test_unknown_layers_and_other_shapes_are_named(base: Checkpoint) -> None:
@@ -172,7 +172,7 @@ def test_restored_requires_a_residual(base: Checkpoint, tiny_checkpoint: Path, t
         assert source.metadata["spectune.role"] == "model"
 
 
-def test_tuned_changes_take_a_strength(
+def test_tuned_changes_are_scaled_by_the_strength(
     base: Checkpoint, tiny_checkpoint: Path, tiny_split: TinySplit
 ) -> None:
     report = tiny_split(torch.float16)
@@ -186,10 +186,10 @@ def test_tuned_changes_take_a_strength(
 
 @dataclass
 class Counting:
-    """A source that knows how many of its tensors are alive."""
+    """A source that counts how many of its loaded tensors are alive."""
 
     source: Checkpoint
-    alive: list[int] = field(default_factory=lambda: [0, 0])  # now, at most
+    alive: list[int] = field(default_factory=lambda: [0, 0])  # now, largest so far
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -218,7 +218,7 @@ class Counting:
         self.alive[0] -= 1
 
 
-def test_one_tensor_of_the_base_is_in_memory_at_a_time(base: Checkpoint) -> None:
+def test_only_one_tensor_of_the_base_is_in_memory_at_a_time(base: Checkpoint) -> None:
     counting = Counting(base)
     adapter = lora(base, [layer.name for layer in build_catalogue(base)][:40])
     source = merged(counting, [(adapter, 1.0)])
@@ -230,7 +230,7 @@ def test_one_tensor_of_the_base_is_in_memory_at_a_time(base: Checkpoint) -> None
 
 @dataclass(frozen=True)
 class Sketch(HasProvenance):
-    """A source of the full layout that makes its tensors when asked for them."""
+    """A source of the full layout that creates a tensor when it is loaded."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -261,7 +261,7 @@ def test_the_full_layout_is_planned_without_reading_it(full_infos: Mapping[str, 
     assert torch.equal(model.load(name), (source.load(name).float() + expected).half())
 
 
-def told_that(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
+def with_facts(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
     origin = replace(tuned.provenance, flow_shift=None, **facts)
     return replace(tuned, metadata=origin.to_metadata())
 
@@ -269,9 +269,9 @@ def told_that(tuned: TunedAdapter, **facts: Any) -> TunedAdapter:
 def test_markers_follow_the_trained_prediction(
     tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
 ) -> None:
-    """Other programs know v-prediction and its schedule by keys alone."""
+    """Other programs recognize v-prediction and its schedule only by these keys."""
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0)
-    v = merged(base, [(told_that(tuned, prediction="v", noise_schedule="zero_terminal_snr"), 1.0)])
+    v = merged(base, [(with_facts(tuned, prediction="v", noise_schedule="zero_terminal_snr"), 1.0)])
     assert set(v.tensors) - set(base.tensors) == {"v_pred", "ztsnr"}
     assert v.load("ztsnr").numel() == 0
     assert source_prediction(v) == Ddpm("v", zero_terminal_snr=True)
@@ -280,13 +280,13 @@ def test_markers_follow_the_trained_prediction(
     foreign = {key: value for key, value in v.metadata.items() if key == LAYOUT_KEY}
     as_others_write_it = MemorySource(values, foreign)
     assert source_prediction(as_others_write_it) == Ddpm("v", zero_terminal_snr=True)
-    back = told_that(tuned, prediction="eps", noise_schedule="sdxl")
+    back = with_facts(tuned, prediction="eps", noise_schedule="sdxl")
     eps = merged(as_others_write_it, [(back, 1.0)])
     assert set(eps.tensors) == set(base.tensors)
     assert source_prediction(eps) == Ddpm("eps")
 
 
-def test_a_rebuilt_model_declares_the_autoencoder_of_its_training(
+def test_a_rebuilt_model_declares_the_vae_of_its_training(
     tiny_split: TinySplit, tiny_checkpoint: Path, base: Checkpoint
 ) -> None:
     tuned = tuned_from(tiny_checkpoint, tiny_split(None), size=0.0)
@@ -297,5 +297,5 @@ def test_a_rebuilt_model_declares_the_autoencoder_of_its_training(
         "vae_name": "eq.safetensors",
     }
     origin = replace(tuned.provenance, **facts)
-    told = merged(base, [(replace(tuned, metadata=origin.to_metadata()), 1.0)]).provenance
-    assert {key: getattr(told, key) for key in facts} == facts
+    rebuilt = merged(base, [(replace(tuned, metadata=origin.to_metadata()), 1.0)]).provenance
+    assert {key: getattr(rebuilt, key) for key in facts} == facts

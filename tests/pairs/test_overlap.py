@@ -1,4 +1,4 @@
-"""A principal is distinguished from a LoRA, and a residual from a model, by their values alone."""
+"""Distinguish a principal from a LoRA, and a residual from a model, only by their values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKS = (4, 8)
 
 @dataclass(frozen=True)
 class Model:
-    """A model with spectra like those of trained ones, s_i ~ i^-0.4, and its principals and residuals."""
+    """A model with spectra like those of trained models, s_i ~ i^-0.4, with its principals and residuals."""
 
     source: MemorySource
     catalogue: Catalogue
@@ -52,7 +52,7 @@ class Model:
 
 
 def drawn(source: MemorySource, seed: int) -> Model:
-    """The tiny model with other weights; large enough layers only, as in the full one."""
+    """Return the tiny model with other weights in its default layers."""
     catalogue = build_catalogue(source)
     generator = torch.Generator().manual_seed(seed)
     values = {name: source.load(name) for name in source.tensors}
@@ -83,7 +83,7 @@ def mapped(adapter: Adapter, change: Callable[[LowRank], LowRank]) -> Adapter:
 
 
 def unbalanced(pair: LowRank) -> LowRank:
-    """U S | Vh, as extractors write it."""
+    """Return factors U S and Vh, as other extractors write them."""
     norm = to_matrix(pair.down.float()).norm(dim=1)  # (rank)
     ones = (1,) * (pair.down.ndim - 2)
     down = pair.down / norm.reshape(-1, 1, *ones)
@@ -114,9 +114,7 @@ FORMS: dict[str, Callable[[LowRank], LowRank]] = {
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_principal_is_inside_its_model_and_missing_in_its_residual(
-    rank: int, form: str, model: Model
-) -> None:
+def test_a_model_contains_its_principal_and_a_residual_lacks_it(rank: int, form: str, model: Model) -> None:
     adapter = mapped(model.principal(rank), FORMS[form])
     whole, rest = overlap(model.source, adapter), overlap(model.residual(rank), adapter)
     assert (whole.place, rest.place) == (Place.INSIDE, Place.MISSING)
@@ -126,11 +124,11 @@ def test_a_principal_is_inside_its_model_and_missing_in_its_residual(
         pairing(model.source, adapter)
     action, warning = pairing(model.residual(rank), adapter)
     assert action is Action.RESTORE
-    assert "lacks the values of p: the two are taken for a pair" in warning
+    assert "lacks the values of p: assuming that the two are a pair" in warning
     assert pairing(model.source, adapter, strengthens=False) == (Action.ADD, "")
 
 
-def test_the_size_is_the_share_of_the_norm(model: Model) -> None:
+def test_size_is_the_ratio_of_norms(model: Model) -> None:
     names = [layer.name for layer in model.catalogue if layer.full_rank == 32][:1]
     pairs = {name: model.principal(4).layers[name] for name in names}
     found = overlap(model.source, Adapter(pairs, {}, "p"))
@@ -154,13 +152,13 @@ def test_a_lora_is_unrelated_to_any_model(rank: int, size: float, model: Model) 
     for base in (model.source, model.residual(rank)):
         found = overlap(base, adapter)
         assert found.place is Place.UNRELATED
-        # on a residual, which is smaller, the same product is a larger share
+        # a residual has a smaller norm, so the same product is a larger share of it
         assert size * 0.99 < found.size < 2 * size
         if found.size < LARGE:
             assert pairing(base, adapter) == (Action.ADD, "")
 
 
-def test_the_principal_of_another_model_is_not_inside_this_one(model: Model, other: Model) -> None:
+def test_a_model_does_not_contain_the_principal_of_another_model(model: Model, other: Model) -> None:
     found = overlap(model.source, other.principal(4))
     assert found.place is not Place.INSIDE
     assert abs(found.projection) < 0.3
@@ -174,7 +172,7 @@ def test_principals_are_compared_without_a_model(model: Model, other: Model) -> 
     for form in FORMS.values():
         assert overlap_of_adapters(original, mapped(original, form)).place is Place.INSIDE
     assert overlap_of_adapters(original, other.principal(4)).place is not Place.INSIDE
-    # exactly: <W, BA> / |BA|^2 of the products
+    # the exact value of <W, BA> / |BA|^2 of the products
     name = model.catalogue.layers[0].name
     one, two = original.layers[name], trained(original.layers[name], 0.3)
     found = overlap_of_adapters(Adapter({name: one}, {}, ""), Adapter({name: two}, {}, ""))
@@ -183,7 +181,7 @@ def test_principals_are_compared_without_a_model(model: Model, other: Model) -> 
     assert found.size == pytest.approx(float(right.norm() / left.norm()), rel=1e-5)
 
 
-def test_empty_broken_and_unknown_layers_do_not_overlap(model: Model) -> None:
+def test_zero_nonfinite_and_unknown_layers_do_not_overlap(model: Model) -> None:
     principal = model.principal(4)
     zero = mapped(principal, lambda pair: replace(pair, up=torch.zeros_like(pair.up)))
     broken = mapped(principal, lambda pair: replace(pair, up=pair.up * float("nan")))
@@ -197,7 +195,7 @@ def test_empty_broken_and_unknown_layers_do_not_overlap(model: Model) -> None:
     assert overlap(model.source, replace(principal, layers={**principal.layers, **few})).place is Place.INSIDE
 
 
-def test_of_a_tuned_adapter_the_frame_is_compared(model: Model) -> None:
+def test_the_frame_of_a_tuned_adapter_is_compared(model: Model) -> None:
     principal = model.principal(4)
     deltas = {
         name: Delta(pair, torch.zeros_like(pair.down), torch.zeros_like(pair.up))
@@ -205,7 +203,7 @@ def test_of_a_tuned_adapter_the_frame_is_compared(model: Model) -> None:
     }
     tuned = TunedAdapter(deltas, {}, "tuned")
     assert overlap(model.source, tuned) == overlap(model.source, principal)
-    # without the hash of its principal it is only a change
+    # without the hash of its principal, the deltas are added as a change
     assert pairing(model.residual(4), tuned) == (Action.ADD_CHANGE, "")
     named = replace(tuned, metadata=Provenance(principal_hash="ab" * 32).to_metadata())
     assert pairing(model.residual(4), named) == (Action.REPLACE, "")

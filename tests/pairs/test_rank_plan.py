@@ -28,7 +28,7 @@ def chosen(source: MemorySource, catalogue: Catalogue, request: RankRequest) -> 
 
 
 def written_bytes(layers: tuple[Layer, ...], plan: RankPlan, store: torch.dtype, path: Path) -> int:
-    """The size of the file that the plan makes, with the longest names that a file may have."""
+    """Return the size of the file of a plan, with the longest names that a file may have."""
     kept = [layer for layer in layers if layer.name in plan.ranks]
     hashes = {"base_hash": "0" * 64, "principal_hash": "1" * 64}
     origin = Provenance(role=Role.PRINCIPAL, base_name="語" * 84, version="1.2.3", prediction="v", **hashes)
@@ -57,7 +57,7 @@ def written_bytes(layers: tuple[Layer, ...], plan: RankPlan, store: torch.dtype,
         (BudgetRank(parse_bytes("1.5GB")), "1500MB"),
     ],
 )
-def test_labels_are_fit_for_file_names(request_: RankRequest, label: str) -> None:
+def test_labels_for_file_names(request_: RankRequest, label: str) -> None:
     assert request_label(request_) == label
 
 
@@ -90,7 +90,7 @@ def test_each_layer_keeps_the_smallest_rank_that_holds_the_energy(
     assert share - 1e-9 <= plan.energy <= 1.0
 
 
-def test_a_largest_rank_caps_the_energy(source: MemorySource, catalogue: Catalogue) -> None:
+def test_max_rank_limits_the_rank_by_energy(source: MemorySource, catalogue: Catalogue) -> None:
     plan = chosen(source, catalogue, EnergyRank(0.9, max_rank=5))
     assert max(plan.ranks.values()) == 5
     assert plan.energy is not None
@@ -109,14 +109,14 @@ def test_a_layer_of_zeros_is_left_out(source: MemorySource, catalogue: Catalogue
 
 @pytest.mark.parametrize("nbytes", [70_000, 150_000, 400_000, 10**9])
 @pytest.mark.parametrize("store", [torch.float16, torch.float32])
-def test_the_file_fits_the_budget(
+def test_the_file_is_not_larger_than_the_budget(
     source: MemorySource, catalogue: Catalogue, nbytes: int, store: torch.dtype, tmp_path: Path
 ) -> None:
     plan = choose_ranks(source, catalogue.layers, BudgetRank(nbytes), store=store)
     size = written_bytes(catalogue.layers, plan, store, tmp_path)
     assert size <= plan.nbytes <= nbytes
     assert size > plan.nbytes - 20_000
-    # what is left is less than any layer's next direction, or nothing is left to take
+    # the unused bytes are fewer than any next direction costs, or no direction is left
     bigger = [
         layer
         for layer in catalogue
@@ -128,7 +128,7 @@ def test_the_file_fits_the_budget(
 
 
 @pytest.mark.parametrize("request_", [FixedRank(4), EnergyRank(0.5)])
-def test_other_requests_estimate_their_file_size(
+def test_other_requests_estimate_the_file_size(
     source: MemorySource, catalogue: Catalogue, request_: RankRequest, tmp_path: Path
 ) -> None:
     plan = chosen(source, catalogue, request_)
@@ -148,7 +148,7 @@ def test_a_budget_keeps_more_energy_than_a_fixed_rank_of_the_same_size(
     assert budget.energy > share + 0.01
 
 
-def test_more_budget_never_keeps_less_energy(source: MemorySource, catalogue: Catalogue) -> None:
+def test_a_larger_budget_never_keeps_less_energy(source: MemorySource, catalogue: Catalogue) -> None:
     shares = [
         chosen(source, catalogue, BudgetRank(nbytes)).energy or 0.0
         for nbytes in (60_000, 120_000, 240_000, 480_000)
@@ -157,7 +157,7 @@ def test_more_budget_never_keeps_less_energy(source: MemorySource, catalogue: Ca
     assert shares[0] < shares[-1]
 
 
-def test_energy_is_absolute_so_a_larger_layer_comes_first(source: MemorySource, catalogue: Catalogue) -> None:
+def test_layers_with_a_larger_norm_come_first(source: MemorySource, catalogue: Catalogue) -> None:
     layer = catalogue.layers[5]
     loud = replace(source, values={**source.values, layer.tensor: 8 * source.values[layer.tensor]})
     budget = BudgetRank(70_000)
@@ -172,8 +172,10 @@ def test_the_same_request_gives_the_same_ranks(source: MemorySource, catalogue: 
     assert first == second
 
 
-def test_too_small_a_budget_is_refused(source: MemorySource, catalogue: Catalogue) -> None:
+def test_a_budget_that_is_too_small_is_refused(source: MemorySource, catalogue: Catalogue) -> None:
     with pytest.raises(InputError) as refused:
         chosen(source, catalogue, BudgetRank(10_000))
-    assert refused.value.what == f"a budget of 10kB is too small for rank 1 in any of {len(catalogue)} layers"
+    assert (
+        refused.value.what == f"a budget of 10kB does not hold rank 1 of any of the {len(catalogue)} layers"
+    )
     assert "the smallest adapter takes 25," in (refused.value.hint or "")

@@ -1,4 +1,4 @@
-"""Models rebuilt with adapters that replace some tensors of the base whole."""
+"""Models rebuilt with adapters that replace some tensors of the base completely."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tiny_checkpoint: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def tuned(tiny_checkpoint: Path, tiny_split: TinySplit, base: dict[str, Tensor]) -> TunedAdapter:
-    """One trained layer, and four tensors with numbers of their own."""
+    """Return an adapter with one trained layer and four replaced tensors."""
     made = tuned_from(tiny_checkpoint, tiny_split(None), size=0.05, only=DELTA)
     generator = torch.Generator().manual_seed(7)
     whole = {name: torch.randn(base[name].shape, generator=generator) for name in NAMES}
@@ -100,7 +100,7 @@ def test_half_the_strength_is_the_mean(
         assert not torch.allclose(found[name].double(), off, rtol=1e-4, atol=1e-4)
 
 
-def test_each_part_has_its_strength(
+def test_replacements_use_the_strength_of_their_part(
     path: Path, tuned: TunedAdapter, tiny_checkpoint: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
@@ -113,7 +113,7 @@ def test_each_part_has_its_strength(
     assert (report.identical, report.changed_tensors) == (True, 0)
 
 
-def test_sample_and_compare_see_the_same_model(path: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_sample_and_compare_use_the_same_model(path: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     rebuilt = load_file(rebuild(tiny_checkpoint, path, tmp_path / "x.safetensors").path)
     with open_model(parse_model(f"{tiny_checkpoint}+{path}"), print) as model:
         assert all(same_bits(model.load(name), rebuilt[name]) for name in NAMES)
@@ -139,8 +139,11 @@ def test_tensors_that_do_not_fit_the_base_are_an_error(tuned: TunedAdapter, tiny
     cases = (
         ({f"{UNET}nothing.bias": bias}, "1 of 1 tensors that tuned.safetensors replaces are not in tiny"),
         ({BIAS: bias[1:]}, f"expected shape ({len(bias)},), got ({len(bias) - 1},)"),
-        ({vae: bias}, f"replaces {vae}, which is of part vae: expected tensors of unet, te1, te2"),
-        ({BIAS: bias / 0}, f"{BIAS} as tuned.safetensors replaces it: {len(bias)} of {len(bias)} values"),
+        ({vae: bias}, f"replaces {vae}, which belongs to part vae: expected tensors of unet, te1, te2"),
+        (
+            {BIAS: bias / 0},
+            f"the replacement of {BIAS} in tuned.safetensors: {len(bias)} of {len(bias)} values",
+        ),
     )
     with open_checkpoint(tiny_checkpoint) as source:
         for replaced, what in cases:
@@ -190,13 +193,13 @@ REFUSED: dict[str, Callable[[Path, Path, Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_commands_that_would_lose_them_refuse(
+def test_commands_that_would_lose_replaced_tensors_refuse_the_file(
     command: str, path: Path, tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path
 ) -> None:
     residual = tiny_split(None).residual
     assert residual is not None
     out = tmp_path / "out.safetensors"
-    with pytest.raises(InputError, match=r"replaces 4 tensors of its base whole \(first ") as caught:
+    with pytest.raises(InputError, match=r"replaces 4 tensors of its base \(first ") as caught:
         REFUSED[command](path, tiny_checkpoint, residual, out)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith(HINT)

@@ -40,7 +40,7 @@ def with_residual(report: SplitReport) -> tuple[SplitReport, Path]:
 
 @pytest.mark.parametrize("model", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_true_pair_passes_in_every_dtype(
+def test_a_matching_pair_passes_in_every_dtype(
     tiny_checkpoint: Path, tmp_path: Path, model: torch.dtype, residual: torch.dtype
 ) -> None:
     base = recast(tiny_checkpoint, tmp_path / "base.safetensors", model)
@@ -63,7 +63,7 @@ def test_a_true_pair_passes_in_every_dtype(
 
 @pytest.mark.parametrize("dtype", RESIDUALS)
 @pytest.mark.parametrize("layer", [*LAYERS, "te2.text_model.encoder.layers.1.self_attn.k_proj"])
-def test_a_factor_off_by_one_percent_is_found_and_named(
+def test_a_factor_off_by_one_percent_is_detected_and_named(
     tiny_checkpoint: Path, tiny_split: TinySplit, dtype: torch.dtype, layer: str
 ) -> None:
     report, rest = with_residual(tiny_split(dtype))
@@ -77,15 +77,15 @@ def test_a_factor_off_by_one_percent_is_found_and_named(
     assert verified.wrong_layers == (layer,)
     numbers = [problem for problem in verified.problems if "rounding explains" in problem]
     assert len(numbers) == 1
-    assert numbers[0].startswith(f"1 of {len(layers)} factored layers are off")
+    assert numbers[0].startswith(f"in 1 of {len(layers)} factored layers the error is larger")
     assert numbers[0].endswith(layer)
-    # the hash sees it too, and both are named
+    # the hashes differ too, and the message has both
     assert report.principal_hash[:16] in verified.problems[0]
     assert verified.hashes.principal[:16] in verified.problems[0]
 
 
 @pytest.mark.parametrize("dtype", RESIDUALS)
-def test_a_pair_of_two_bases_is_found_and_both_hashes_named(
+def test_files_of_two_bases_are_detected_and_both_hashes_named(
     tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     tensors = load_file(tiny_checkpoint)
@@ -102,7 +102,7 @@ def test_a_pair_of_two_bases_is_found_and_both_hashes_named(
     assert {name.rsplit(".", 1)[1] for name in verified.wrong_layers} == {"to_q"}
 
 
-def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
+def test_another_model_is_detected(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:
     report, rest = with_residual(tiny_split(torch.float16))
     name = "model.diffusion_model.out.0.bias"
     other = changed_copy(
@@ -113,7 +113,7 @@ def test_another_model_is_found(tiny_checkpoint: Path, tiny_split: TinySplit, tm
     problems = verify(other, rest, report.principal).problems
     assert f"{digest[:16]}" in problems[0]
     assert f"{report.base_hash[:16]}" in problems[0]
-    assert problems[-1] == f"1 tensor outside the factored layers with a difference: {name}"
+    assert problems[-1] == f"1 tensor outside the factored layers that changed: {name}"
 
 
 def test_files_without_metadata_are_compared_by_their_values(
@@ -147,7 +147,7 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(
     problems = "\n".join(verify(tiny_checkpoint, damaged, report.principal).problems)
     assert f"1 tensor of tiny.safetensors missing in damaged.safetensors: {gone}" in problems
     assert "1 tensor of damaged.safetensors not in tiny.safetensors: extra" in problems
-    assert f"with another shape or dtype than in tiny.safetensors: {short}" in problems
+    assert f"with a different shape or dtype in tiny.safetensors: {short}" in problems
 
 
 def test_a_tuned_adapter_is_refused(tiny_checkpoint: Path, tiny_split: TinySplit, tmp_path: Path) -> None:

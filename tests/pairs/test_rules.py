@@ -1,4 +1,4 @@
-"""The table of bases and adapters: complete, the one that the page shows, and the one that is applied."""
+"""The table of bases and adapters is complete, equals the documented one, and is the one applied."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def made(kind: AdapterKind, pairs: Adapter) -> Adapter | TunedAdapter:
 
 
 def in_place(place: Place, model: Model) -> tuple[MemorySource, Adapter]:
-    """A base and factors whose product is inside of it, missing from it, or small beside it."""
+    """Return a base, and factors whose product it contains, lacks, or is unrelated to."""
     principal = model.principal(4)
     if place is Place.MISSING:
         return model.residual(4), principal
@@ -86,7 +86,7 @@ def test_every_pair_has_a_cell() -> None:
         assert isinstance(cell, Rule) or Place.UNRELATED in cell
 
 
-def test_an_error_has_a_text_and_a_remedy() -> None:
+def test_every_error_has_a_message_and_a_hint() -> None:
     labels = {"adapter", "base", "recorded", "found", "name"}
     for rule in rules():
         assert {name for _, name, _, _ in Formatter().parse(rule.text) if name is not None} <= labels
@@ -94,7 +94,7 @@ def test_an_error_has_a_text_and_a_remedy() -> None:
         assert (rule.action is Action.REFUSE) == bool(rule.hint)
 
 
-def test_the_page_has_this_table() -> None:
+def test_the_page_shows_the_current_table() -> None:
     shown = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert shown == pairing_table(), f"refresh the page: {REFRESH}"
 
@@ -102,7 +102,7 @@ def test_the_page_has_this_table() -> None:
 @pytest.mark.parametrize("place", Place)
 @pytest.mark.parametrize("base_kind", BaseKind)
 @pytest.mark.parametrize("kind", AdapterKind)
-def test_a_pair_is_treated_as_the_table_declares(
+def test_pairing_applies_the_table(
     base_kind: BaseKind, kind: AdapterKind, place: Place, model: Model
 ) -> None:
     base, pairs = in_place(place, model)
@@ -131,7 +131,7 @@ def test_a_negative_strength_does_not_count_twice(model: Model) -> None:
     assert pairing(base, principal, strengthens=False) == (Action.ADD, "")
 
 
-def test_a_lora_that_names_its_base_is_not_compared(model: Model) -> None:
+def test_a_lora_that_records_its_base_is_not_compared_by_values(model: Model) -> None:
     lora = replace(model.principal(4), metadata=Provenance(role=Role.LORA, base_hash="ab" * 32).to_metadata())
     assert pairing(model.source, lora) == (Action.ADD, "")
 
@@ -140,7 +140,7 @@ def test_a_lora_that_names_its_base_is_not_compared(model: Model) -> None:
 def test_adapters_for_export_and_training(kind: AdapterKind, model: Model) -> None:
     adapter = made(kind, model.principal(4))
     if kind.is_principal:
-        with pytest.raises((PairingError, InputError), match=r"^p is (the|a tuned) principal"):
+        with pytest.raises((PairingError, InputError), match=r"^p is (an untrained|a trained) principal"):
             check_exportable(adapter, None)
     else:
         check_exportable(adapter, None)
@@ -149,14 +149,14 @@ def test_adapters_for_export_and_training(kind: AdapterKind, model: Model) -> No
             check_exportable(adapter, model.source)
         check_exportable(adapter, model.residual(4))
     if kind in (AdapterKind.TRAINED, AdapterKind.DELTAS):
-        with pytest.raises(InputError, match=r"^p is a (principal that was trained|tuned adapter)"):
+        with pytest.raises(InputError, match=r"^p is a (trained principal|tuned adapter)"):
             check_frame(adapter)
     else:
         check_frame(adapter)
 
 
 @pytest.mark.parametrize("kind", AdapterKind)
-def test_another_base_than_the_recorded_one(kind: AdapterKind, model: Model) -> None:
+def test_a_base_that_differs_from_the_recorded_one(kind: AdapterKind, model: Model) -> None:
     origin = replace(ADAPTERS[kind], base_hash="cd" * 32, base_name="anime.safetensors")
     adapter = replace(made(kind, model.principal(4)), metadata=origin.to_metadata())
     assert check_base_hash("cd" * 32, adapter, "base") == ""
@@ -173,11 +173,11 @@ def test_another_base_than_the_recorded_one(kind: AdapterKind, model: Model) -> 
         )
 
 
-def test_parts_of_a_model_are_not_a_whole_one(model: Model) -> None:
+def test_residuals_and_principals_are_not_complete_models(model: Model) -> None:
     check_whole_model(model.source)
     for role in (Role.RESIDUAL, Role.PRINCIPAL):
         part = replace(model.source, metadata=Provenance(role=role).to_metadata())
-        with pytest.raises(InputError, match=rf"^model\.safetensors is a {role}: expected a whole model$"):
+        with pytest.raises(InputError, match=rf"^model\.safetensors is a {role}: expected a complete model$"):
             check_whole_model(part)
 
 

@@ -23,7 +23,7 @@ from spectune.pairs.sizes import format_bytes, parse_bytes
         ("512B", 512),
     ],
 )
-def test_sizes_as_text(word: str, nbytes: int) -> None:
+def test_sizes_are_parsed(word: str, nbytes: int) -> None:
     assert parse_bytes(word) == nbytes
 
 
@@ -42,7 +42,7 @@ def test_sizes_round_trip(nbytes: int) -> None:
         (1001, "1001B"),
     ],
 )
-def test_the_largest_unit_that_divides_is_written(nbytes: int, word: str) -> None:
+def test_sizes_are_written_in_the_largest_unit_that_divides_them(nbytes: int, word: str) -> None:
     assert format_bytes(nbytes) == word
 
 

@@ -23,7 +23,7 @@ def report(source: MemorySource, catalogue: Catalogue) -> SpectrumReport:
 
 @pytest.fixture(scope="module")
 def squares(source: MemorySource, catalogue: Catalogue) -> list[torch.Tensor]:
-    """By the full SVD of every layer."""
+    """Return the squared singular values from the full SVD of every layer."""
     weights = (layer_weight(source, layer).double().flatten(1) for layer in catalogue)
     return [torch.linalg.svdvals(weight).square() for weight in weights]
 
@@ -48,7 +48,7 @@ def test_fused_query_key_value_are_three_layers(source: MemorySource, catalogue:
     assert not torch.allclose(found[0], found[1], rtol=1e-3)
 
 
-def test_the_order_is_that_of_the_given_layers(source: MemorySource, catalogue: Catalogue) -> None:
+def test_spectra_are_in_the_order_of_the_given_layers(source: MemorySource, catalogue: Catalogue) -> None:
     backwards = tuple(reversed(catalogue.layers))
     found, forwards = all_spectra(source, backwards), all_spectra(source, catalogue.layers)
     assert [len(values) for values in found] == [layer.full_rank for layer in backwards]
@@ -62,7 +62,7 @@ def test_progress_counts_layers(source: MemorySource, catalogue: Catalogue) -> N
     assert seen[-1] == (len(catalogue), len(catalogue))
 
 
-def test_groups_come_in_the_order_of_the_network_and_hold_every_layer_once(
+def test_groups_are_in_network_order_and_contain_every_layer_once(
     catalogue: Catalogue, report: SpectrumReport
 ) -> None:
     assert [part.name for part in report.parts] == ["unet", "te1", "te2"]
@@ -77,7 +77,7 @@ def test_groups_come_in_the_order_of_the_network_and_hold_every_layer_once(
         assert held / total == pytest.approx(report.total.energies[4])
 
 
-def test_the_band_is_the_range_of_the_layers(report: SpectrumReport) -> None:
+def test_lowest_and_highest_are_the_range_of_the_layers(report: SpectrumReport) -> None:
     for rank in CURVE_RANKS:
         energies = [layer.energies[rank] for layer in report.layers if layer.part == "te1"]
         te1 = report.parts[1]
@@ -85,7 +85,7 @@ def test_the_band_is_the_range_of_the_layers(report: SpectrumReport) -> None:
         assert te1.lowest[rank] <= te1.energies[rank] <= te1.highest[rank] + 1e-12
 
 
-def test_small_layers_are_whole_at_their_full_rank(report: SpectrumReport) -> None:
+def test_layers_have_all_energy_at_their_full_rank(report: SpectrumReport) -> None:
     assert len(report.smaller_than(257)) == len(report.layers)
     assert report.smaller_than(4) == ()
     for layer in report.layers:
@@ -96,7 +96,7 @@ def test_small_layers_are_whole_at_their_full_rank(report: SpectrumReport) -> No
     assert report.total.energies[256] == pytest.approx(1.0, abs=1e-12)
 
 
-def test_costs_are_those_of_the_layers_measured(source: MemorySource, catalogue: Catalogue) -> None:
+def test_costs_are_those_of_the_measured_layers(source: MemorySource, catalogue: Catalogue) -> None:
     part = replace(catalogue, layers=catalogue.layers[:5])
     report = measure_spectra(source, part)
     assert [cost.rank for cost in report.costs] == list(RANKS)
@@ -118,10 +118,12 @@ def test_a_damaged_layer_is_named(source: MemorySource, catalogue: Catalogue) ->
 
 def test_other_dtypes_are_refused_before_anything_is_read(source: MemorySource, catalogue: Catalogue) -> None:
     layer = catalogue.layers[-1]
-    odd = replace(source, values={**source.values, layer.tensor: source.values[layer.tensor].to(torch.int8)})
+    integers = replace(
+        source, values={**source.values, layer.tensor: source.values[layer.tensor].to(torch.int8)}
+    )
     seen: list[int] = []
     with pytest.raises(InputError, match=f"layer {layer.name} of .* is stored in int8"):
-        all_spectra(odd, catalogue.layers, lambda done, *_: seen.append(done))
+        all_spectra(integers, catalogue.layers, lambda done, *_: seen.append(done))
     assert seen == []
 
 

@@ -30,6 +30,6 @@ def test_fused_rows_are_three_layers_of_one_tensor(
     rebuilt = (split.residual.float() + principal).to(torch.float16)
     assert compare(rebuilt, tensor).bit_equal == split.agreement.bit_equal
     assert split.agreement.exact == (residual_dtype is torch.float32)
-    # each block is factored by itself: its energy is that of its own spectrum
+    # each block is factored separately: its energy is that of its own spectrum
     values = torch.linalg.svdvals(tensor[: layers[0].shape[0]].float()).square()
     assert split.reports[0].energy == pytest.approx(float(values[:4].sum() / values.sum()), rel=1e-5)

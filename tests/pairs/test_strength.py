@@ -40,11 +40,11 @@ def test_the_text_of_a_strength_parses_back(values: dict[str, float]) -> None:
     strength = strength_of(values)
     assert parse_strength(str(strength)) == strength
     assert strength_of(strength.by_part) == strength_of(strength) == strength
-    assert strength.whole == all(value == 1 for value in strength.by_part.values())
+    assert strength.is_one == all(value == 1 for value in strength.by_part.values())
 
 
 @given(numbers)
-def test_one_number_is_for_all_parts(value: float) -> None:
+def test_one_number_applies_to_all_parts(value: float) -> None:
     assert strength_of(value) == Strength.everywhere(value) == parse_strength(str(value))
     assert str(strength_of(value)) == f"{value:g}"
 
@@ -55,8 +55,8 @@ def test_one_number_is_for_all_parts(value: float) -> None:
         ("strong", "unreadable strength 'strong'", "write it like 0.8 or unet=0.8,te=0.5"),
         ("unet=", "unreadable strength 'unet='", "write it like"),
         ("unet=0.8,0.5", "unreadable strength 'unet=0.8,0.5'", "write it like"),
-        ("unett=1", "unknown part 'unett'; did you mean `unet`?", "unet, te1, te2, te"),
-        ("vae=1", "unknown part 'vae'", "unet, te1, te2, te"),
+        ("unett=1", "unknown part 'unett'; did you mean `unet`?", "expected one of unet, te1, te2, te"),
+        ("vae=1", "unknown part 'vae'", "expected one of unet, te1, te2, te"),
         ("nan", "the strength of unet is nan: expected a finite number", None),
         ("te2=inf", "the strength of te2 is inf: expected a finite number", None),
     ],
@@ -68,11 +68,11 @@ def test_other_text_is_refused(word: str, what: str, hint: str | None) -> None:
     assert (caught.value.hint or "").startswith(hint or "")
 
 
-def test_a_part_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(InputError, match="unet is named twice in 'unet=1,unet=0'"):
+def test_a_part_that_appears_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="unet appears twice in 'unet=1,unet=0'"):
         parse_strength("unet=1,unet=0")
 
 
-def test_numbers_that_are_not_finite_are_refused_from_python_too() -> None:
+def test_nonfinite_numbers_are_refused_in_python() -> None:
     with pytest.raises(InputError, match="the strength of te1 is inf"):
         strength_of({"te": math.inf})

@@ -1,4 +1,4 @@
-"""The deltas between a principal and the same one after training in another program."""
+"""The deltas from a principal to the same principal after training in another program."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def drawn(catalogue: Catalogue, seed: int, *, rank: int = 4, dtype: torch.dtype 
     for layer in catalogue:
         down, up = (torch.randn(shape, generator=generator).to(dtype) for shape in layer.factor_shapes(rank))
         pairs[layer.name] = LowRank(down, up, float(rank))
-    told = Provenance(role=Role.PRINCIPAL, base_hash=HASH, base_name="tiny.safetensors", prediction="eps")
-    return Adapter(pairs, told.to_metadata(), "principal.safetensors", catalogue=catalogue)
+    provenance = Provenance(
+        role=Role.PRINCIPAL, base_hash=HASH, base_name="tiny.safetensors", prediction="eps"
+    )
+    return Adapter(pairs, provenance.to_metadata(), "principal.safetensors", catalogue=catalogue)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def trained(original: Adapter, *, size: float = 0.1, **changes: object) -> Adapt
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_frame_and_delta_are_the_trained_factors_exactly(catalogue: Catalogue, dtype: torch.dtype) -> None:
+def test_frame_plus_delta_equals_the_trained_factors_exactly(
+    catalogue: Catalogue, dtype: torch.dtype
+) -> None:
     original = drawn(catalogue, 0, dtype=dtype)
     after = trained(original)
     deltas = trained_deltas(after, original)
@@ -66,7 +70,7 @@ def test_frame_and_delta_are_the_trained_factors_exactly(catalogue: Catalogue, d
             (delta.up, delta.frame.up, pair.up, before.up),
         ):
             assert torch.equal(frame, then)
-            # Sterbenz: the difference of 16-bit numbers this close is a float32 number
+            # Sterbenz: the difference of two 16-bit numbers this close to each other is a float32 number
             assert dtype == torch.float32 or torch.equal(frame.double() + found.double(), now.double())
         exact = product(pair).double() - product(before).double()
         assert float((change(delta) - exact).norm() / exact.norm()) < 1e-5
@@ -75,16 +79,20 @@ def test_frame_and_delta_are_the_trained_factors_exactly(catalogue: Catalogue, d
 
 def test_the_deltas_declare_their_provenance(original: Adapter) -> None:
     deltas = trained_deltas(trained(original), original)
-    told = deltas.provenance
-    assert (told.role, told.base_hash, told.base_name) == (Role.TUNED, HASH, "tiny.safetensors")
-    assert (told.principal_hash, told.prediction) == (adapter_hash(original), "eps")
+    provenance = deltas.provenance
+    assert (provenance.role, provenance.base_hash, provenance.base_name) == (
+        Role.TUNED,
+        HASH,
+        "tiny.safetensors",
+    )
+    assert (provenance.principal_hash, provenance.prediction) == (adapter_hash(original), "eps")
     assert deltas.metadata["ss_comment"] == "kohya"
     for_flow = Provenance(prediction="flow", flow_shift=2.5).to_metadata()
-    told = trained_deltas(trained(original, metadata=for_flow), original).provenance
-    assert (told.prediction, told.flow_shift) == ("flow", 2.5)
+    provenance = trained_deltas(trained(original, metadata=for_flow), original).provenance
+    assert (provenance.prediction, provenance.flow_shift) == ("flow", 2.5)
 
 
-def test_a_part_can_be_trained_alone(original: Adapter) -> None:
+def test_a_principal_of_one_part_can_be_trained(original: Adapter) -> None:
     after = trained(original)
     part = {name: pair for name, pair in after.layers.items() if name.startswith("te1.")}
     assert list(trained_deltas(replace(after, layers=part), original).layers) == list(part)
@@ -109,23 +117,23 @@ def test_other_ranks_are_refused(original: Adapter, catalogue: Catalogue) -> Non
         f"{len(original.layers)} layers of trained.safetensors have another rank than in "
         f"principal.safetensors: {first} has 3, expected 4"
     )
-    assert caught.value.hint == "train with the ranks of the principal: network_dim, conv_dim"
+    assert caught.value.hint == "train with the ranks of the principal: set network_dim and conv_dim to them"
 
 
 @pytest.mark.parametrize("alpha", [5.0, 2.0, 1.0, 16.0])
 def test_another_scale_is_refused(original: Adapter, alpha: float) -> None:
-    """What trainers make of a forgotten network_alpha, by little and by much."""
+    """Trainers use such a scale if network_alpha is forgotten; it may be close to 1 or far from it."""
     after = trained(original)
     rescaled = {name: replace(pair, alpha=alpha) for name, pair in after.layers.items()}
     first = next(iter(rescaled))
     with pytest.raises(InputError) as caught:
-        # no factor is read before it is asked for
+        # factors are read on access
         _ = trained_deltas(replace(after, layers=rescaled), original).layers[first]
     assert caught.value.what == (
         f"{first} has scale {alpha / 4:g} in trained.safetensors and 1 in principal.safetensors: "
         "expected the same scale"
     )
-    assert caught.value.hint == "train with alpha = rank: network_alpha, conv_alpha"
+    assert caught.value.hint == "train with alpha = rank: set network_alpha and conv_alpha to the rank"
 
 
 def test_another_principal_is_refused(original: Adapter, catalogue: Catalogue) -> None:
@@ -146,11 +154,11 @@ def test_another_principal_is_refused(original: Adapter, catalogue: Catalogue) -
     assert len(trained_deltas(trained(original, metadata=own), original).layers) == len(original.layers)
 
 
-def test_tuned_adapters_need_no_principal(original: Adapter) -> None:
+def test_tuned_adapters_are_refused(original: Adapter) -> None:
     deltas = {name: Delta(pair, pair.down.float(), pair.up.float()) for name, pair in original.layers.items()}
     tuned = TunedAdapter(deltas, {}, "tuned.safetensors")
     with pytest.raises(InputError, match=r"tuned\.safetensors is a tuned adapter: expected a trained princ"):
         trained_deltas(tuned, original)
     with pytest.raises(InputError, match="expected the principal it was trained from") as caught:
         trained_deltas(original, tuned)
-    assert caught.value.hint == "leave out `principal`: a tuned adapter holds its own"
+    assert caught.value.hint == "leave out `principal`: a tuned adapter contains its frame"

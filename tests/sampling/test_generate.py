@@ -85,7 +85,7 @@ def test_cfg_1_ignores_the_negative_prompt(models):
     model = models["eps"]
     plain = sample_latents(model, REQUESTS[:1], settings_for(model, cfg=1.0))
     guided = sample_latents(model, REQUESTS[:1], settings_for(model, cfg=1.0, negative="fog"))
-    assert torch.equal(plain, guided), "without guidance the negative prompt does nothing"
+    assert torch.equal(plain, guided), "without guidance, the negative prompt has no effect"
     assert not torch.equal(plain, sample_latents(model, REQUESTS[:1], settings_for(model, cfg=3.0)))
 
 
@@ -100,18 +100,18 @@ def test_an_invalid_size_or_sampler_is_an_error(models):
 
 
 def test_a_zero_terminal_snr_model_is_sampled_from_pure_noise(models):
-    """The result is finite and differs from the v model's, which has the same weights."""
+    """Check that the result is finite and differs from that of the v model, which has the same weights."""
     model, plain = models["ztsnr"], models["v"]
     assert model.prediction == Ddpm("v", zero_terminal_snr=True)
-    found = sample_latents(model, REQUESTS[:1], settings_for(model, steps=1, cfg=1.0))
-    assert bool(found.isfinite().all())
-    # one step from alpha = 0 and sigma = 1: x0 is minus the output, whose input is the noise itself
-    noise = torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(1))[None]
+    latents = sample_latents(model, REQUESTS[:1], settings_for(model, steps=1, cfg=1.0))
+    assert bool(latents.isfinite().all())
+    # one step from alpha = 0 and sigma = 1: the input is the noise, and x0 is minus the output
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(1))[None]
     text = model.encode_text(tokenize(["a cat"], model.layout.te1.context))
-    height, width = (side * model.pixels_per_latent for side in found.shape[-2:])
+    height, width = (side * model.pixels_per_latent for side in latents.shape[-2:])
     ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(found, -model.denoise(noise, torch.tensor([999]), text, ids))
+        torch.testing.assert_close(latents, -model.denoise(noise, torch.tensor([999]), text, ids))
     assert not torch.allclose(
-        found, sample_latents(plain, REQUESTS[:1], settings_for(plain, steps=1, cfg=1.0))
+        latents, sample_latents(plain, REQUESTS[:1], settings_for(plain, steps=1, cfg=1.0))
     )

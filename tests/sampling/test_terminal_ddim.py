@@ -40,11 +40,11 @@ def sample(scheduler, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [1, 4, 20, 50])
 def test_ddim_matches_diffusers(steps):
-    # step counts that divide 1000: for others, diffusers takes the previous step from 1000 // steps
+    # only step counts that divide 1000: for others, diffusers computes the previous step with 1000 // steps
     oracle = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **SDXL)
-    found = sample(TerminalDdim(V), steps)
-    torch.testing.assert_close(found, sample(oracle, steps), rtol=0, atol=5e-5)
-    assert not torch.allclose(found, sample(TerminalDdim(Ddpm("v")), steps), rtol=1e-2, atol=1e-2)
+    latents = sample(TerminalDdim(V), steps)
+    torch.testing.assert_close(latents, sample(oracle, steps), rtol=0, atol=5e-5)
+    assert not torch.allclose(latents, sample(TerminalDdim(Ddpm("v")), steps), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [4, 7, 30])

@@ -15,7 +15,7 @@ from spectune.sdxl.layers import Kind, Layer, build_catalogue, layer_weight
 from spectune.sdxl.names import Part
 
 
-def test_full_layout_has_the_layers_of_preset_full(full_infos: Mapping[str, TensorInfo]) -> None:
+def test_the_full_layout_has_the_layers_of_preset_full(full_infos: Mapping[str, TensorInfo]) -> None:
     catalogue = build_catalogue(full_infos)
     assert len(catalogue) == 1052
     assert Counter(layer.part for layer in catalogue) == {Part.UNET: 788, Part.TE1: 72, Part.TE2: 192}
@@ -29,7 +29,7 @@ def test_full_layout_has_the_layers_of_preset_full(full_infos: Mapping[str, Tens
     assert round(at_64 / 1e6, 1) == 254.6
 
 
-def test_full_adapter_names_are_a_bijection(full_infos: Mapping[str, TensorInfo]) -> None:
+def test_adapter_names_of_the_full_layout_are_a_bijection(full_infos: Mapping[str, TensorInfo]) -> None:
     catalogue = build_catalogue(full_infos, all_layers=True)
     assert len(catalogue.by_kohya) == len(catalogue.by_name) == len(catalogue.layers) == 1052 + 6
     assert len({layer.diffusers for layer in catalogue}) == 1058
@@ -62,11 +62,11 @@ def test_diffusers_names_and_shapes(
 
 
 def _with_text_model(name: str) -> str:
-    """Return the name in files: the table has the first encoder's names in memory."""
+    """Return a name as in files; the table has the first encoder's names in memory."""
     return re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", name)
 
 
-def test_records(full_infos: Mapping[str, TensorInfo]) -> None:
+def test_layer_records_of_the_full_layout(full_infos: Mapping[str, TensorInfo]) -> None:
     by_name = build_catalogue(full_infos).by_name
     assert by_name["unet.input_blocks.4.1.proj_in"] == Layer(
         name="unet.input_blocks.4.1.proj_in",
@@ -95,7 +95,7 @@ def test_fused_tensors_have_three_layers(full_infos: Mapping[str, TensorInfo]) -
     assert [layer.rows for layer in fused] == [(0, 1280), (1280, 2560), (2560, 3840)]
 
 
-def test_tiny_weights(tiny_checkpoint: Path) -> None:
+def test_layer_weights_are_the_rows_of_their_tensors(tiny_checkpoint: Path) -> None:
     with open_checkpoint(tiny_checkpoint) as source:
         catalogue = build_catalogue(source)
         for layer in catalogue:

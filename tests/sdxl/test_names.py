@@ -25,7 +25,7 @@ def test_the_example_of_the_module_docstring() -> None:
         assert f"`{name}" in (names_module.__doc__ or "")
 
 
-def test_kohya_stem() -> None:
+def test_kohya_stem_replaces_dots() -> None:
     assert kohya_stem("unet.input_blocks.4.1.proj_in") == "lora_unet_input_blocks_4_1_proj_in"
     assert (
         kohya_stem("te2.text_model.encoder.layers.3.self_attn.q_proj")
@@ -49,11 +49,11 @@ def test_kohya_stem() -> None:
          "text_encoder_2.text_model.encoder.layers.3.self_attn.q_proj"),
     ],
 )  # fmt: skip
-def test_diffusers_module(layer: str, module: str) -> None:
+def test_diffusers_names(layer: str, module: str) -> None:
     assert diffusers_name(layer, FULL.unet) == module
 
 
-def test_module_path_is_where_the_module_lives(tiny_modules: Modules, tiny_checkpoint: Path) -> None:
+def test_module_path_leads_to_the_module_in_memory(tiny_modules: Modules, tiny_checkpoint: Path) -> None:
     for part in ("unet", "te1", "te2"):
         module = getattr(tiny_modules, part)
         for entry in modules_of(TINY, part):

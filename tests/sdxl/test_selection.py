@@ -55,7 +55,7 @@ def test_exclusion_wins_in_any_position(full: Catalogue) -> None:
     assert len(select_layers(full, ["!te2", "all"])) == 1058 - 192
 
 
-def test_patterns_with_default_layers_add_no_others(full: Catalogue) -> None:
+def test_patterns_that_match_default_layers_select_only_these(full: Catalogue) -> None:
     assert all(layer.default for layer in select_layers(full, ["unet.*", "linear", "conv"]))
     assert not any(layer.default for layer in select_layers(full, ["unet.label_emb.*"]))
 

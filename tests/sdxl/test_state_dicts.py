@@ -23,7 +23,7 @@ def full_modules() -> Modules:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_full_tables_cover_real_modules(
+def test_the_full_tables_cover_the_modules_of_the_libraries(
     part: PartName, full_modules: Modules, full_infos: Mapping[str, TensorInfo]
 ) -> None:
     source = Infos(full_infos)
@@ -35,7 +35,7 @@ def test_full_tables_cover_real_modules(
         assert view.read(stored).shape == state[key].shape, key
 
 
-def test_full_single_file_has_the_known_names_and_shapes(
+def test_the_full_single_file_has_the_known_names_and_shapes(
     full_modules: Modules, full_infos: Mapping[str, TensorInfo]
 ) -> None:
     tensors = full_modules.single_file()
@@ -45,7 +45,7 @@ def test_full_single_file_has_the_known_names_and_shapes(
     assert len(tensors) == 2515
 
 
-def test_round_trip_through_the_file(tiny_modules: Modules, tiny_checkpoint: Path) -> None:
+def test_state_dicts_round_trip_through_the_file(tiny_modules: Modules, tiny_checkpoint: Path) -> None:
     with open_checkpoint(tiny_checkpoint) as source:
         for part, state in tiny_modules.states().items():
             views = module_tensors(TINY, part, source)
@@ -55,7 +55,7 @@ def test_round_trip_through_the_file(tiny_modules: Modules, tiny_checkpoint: Pat
 
 
 def test_fused_rows_transposition_and_reversed_levels(tiny_modules: Modules) -> None:
-    """Compare with names written by hand: an error in the table and its inverse cannot cancel."""
+    """Compare with names written by hand, so that an error in the table and its inverse cannot cancel out."""
     tensors, states = tiny_modules.single_file(), tiny_modules.states()
     te2 = "conditioner.embedders.1.model."
     fused = tensors[f"{te2}transformer.resblocks.1.attn.in_proj_weight"]
@@ -99,7 +99,8 @@ def test_missing_and_surplus_tensors_are_named(tiny_modules: Modules) -> None:
     extra = "model.diffusion_model.input_blocks.1.0.adapter.weight"
     surplus = MemorySource({**tensors, extra: torch.zeros(1)}, {}, "small.safetensors")
     with pytest.raises(
-        InputError, match=re.escape(f"small.safetensors has 1 tensor without a place in the unet: {extra}")
+        InputError,
+        match=re.escape(f"small.safetensors has 1 tensor without a counterpart in the unet: {extra}"),
     ):
         module_tensors(TINY, "unet", surplus)
 

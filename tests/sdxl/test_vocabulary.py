@@ -19,7 +19,7 @@ def test_the_vocabulary_is_that_of_clip() -> None:
 
 
 @pytest.mark.parametrize(("pad", "pad_id"), [(EOS, 49407), ("!", 0)])
-def test_transformers_loads_its_files(pad: str, pad_id: int, tmp_path: Path) -> None:
+def test_transformers_loads_the_tokenizer_files(pad: str, pad_id: int, tmp_path: Path) -> None:
     for path, raw in tokenizer_files("tokenizer", pad=pad, context=77).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(raw)

@@ -1,4 +1,4 @@
-"""A folder of small captioned pictures, and a recipe that trains the tiny SDXL on them."""
+"""A folder of small captioned images, and a recipe that trains the tiny SDXL on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectune.training.recipe.recipe import Recipe, parse_recipe
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 40), *, seed: int = 0) -> None:
-    """A smooth random picture, so that resizing keeps it alike."""
+    """Draw a smooth random image, which resizing hardly changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -22,7 +22,7 @@ def draw(path: Path, size: tuple[int, int] = (40, 40), *, seed: int = 0) -> None
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six square pictures, repeated twice, with captions of three tags."""
+    """Six square images, repeated twice, with captions of three tags; and two validation images."""
     parent = tmp_path_factory.mktemp("pictures")
     for index in range(6):
         path = parent / "2_shape" / f"{index}.png"
@@ -40,7 +40,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def make_recipe(tiny_checkpoint: Path, picture_folder: Path, tmp_path: Path) -> MakeRecipe:
-    """A recipe for the tiny SDXL in `tmp_path`; keyword arguments replace keys of its sections."""
+    """Return a function that makes a recipe for the tiny SDXL; keyword arguments replace keys of sections."""
 
     def make(**sections: dict[str, Any]) -> Recipe:
         data: dict[str, dict[str, Any]] = {

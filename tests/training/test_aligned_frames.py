@@ -1,4 +1,4 @@
-"""Frames from the first batches: streamed equals dense, exact at step 0, the same after a resume."""
+"""Frames from the first batches: equal to dense matrices, exact at step 0, the same after a resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.training.conftest import MakeRecipe
 Kind = Literal["gradient", "data"]
 KINDS: tuple[Kind, ...] = ("gradient", "data")
 CONV = "unet.input_blocks.1.0.in_layers.2"
-FEW = ("unet.*attn2*", "unet.time_embed.0", CONV)  # of each kind of layer, for short runs
+FEW = ("unet.*attn2*", "unet.time_embed.0", CONV)  # layers of each kind, for short runs
 
 
 class Toy:
@@ -55,12 +55,12 @@ class Toy:
             for name, base in (("conv", conv), ("linear", linear))
         }
         self.batches = [torch.randn(3, 4, 8, 8).double() for _ in range(3)]
-        self.looks = 0
+        self.passes = 0
 
     def losses(self) -> Iterator[Tensor]:
-        self.looks += 1
+        self.passes += 1
         for x in self.batches:
-            self.predict_with_the_base(x)  # as for a teacher: its inputs must not count
+            self.predict_with_the_base(x)  # as for a teacher; its inputs must not count
             yield self.predict(x).square().mean()
 
     @torch.no_grad()
@@ -73,25 +73,25 @@ class Toy:
         return self.layers["linear"](hidden.flatten(2).transpose(1, 2))
 
     def dense(self, kind: Kind) -> dict[str, Tensor]:
-        """The matrix M of each layer, as a dense matrix."""
+        """Return the matrix M of each layer, computed directly."""
         bases = {name: layer.base for name, layer in self.layers.items()}
         weights = {name: base.weight.detach().clone().requires_grad_() for name, base in bases.items()}
         total = torch.zeros((), dtype=torch.float64)
-        found = {name: torch.zeros(to_matrix(w).shape).double() for name, w in weights.items()}
+        products = {name: torch.zeros(to_matrix(w).shape).double() for name, w in weights.items()}
         for x in self.batches:
             patches = F.unfold(x, 3, stride=2, padding=1).transpose(1, 2).flatten(0, 1)  # (tokens, 36)
             hidden = F.conv2d(x, weights["conv"], bases["conv"].bias, 2, 1).tanh().flatten(2).transpose(1, 2)
             total = total + F.linear(hidden, weights["linear"], bases["linear"].bias).square().mean()
-            for name, seen in (("conv", patches), ("linear", hidden.detach().flatten(0, 1))):
-                found[name] += to_matrix(weights[name].detach()) @ seen.T @ seen
+            for name, inputs in (("conv", patches), ("linear", hidden.detach().flatten(0, 1))):
+                products[name] += to_matrix(weights[name].detach()) @ inputs.T @ inputs
         if kind == "data":
-            return found
+            return products
         gradients = torch.autograd.grad(total, list(weights.values()))
         return {name: to_matrix(g) for name, g in zip(weights, gradients, strict=True)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streamed_products_are_the_dense_ones(kind: Kind) -> None:
+def test_streamed_products_equal_those_of_the_dense_matrix(kind: Kind) -> None:
     toy = Toy()
     dense = toy.dense(kind)
     products = (Gradients if kind == "gradient" else Inputs)(toy.layers, toy.losses)
@@ -104,12 +104,12 @@ def test_streamed_products_are_the_dense_ones(kind: Kind) -> None:
         assert (right[name] - 1.01 * expected).norm() > 1e-3 * expected.norm()  # the test can fail
         expected = bases[name].T @ matrix
         assert (left[name] - expected).norm() < 1e-12 * expected.norm()
-    assert toy.looks == 2
+    assert toy.passes == 2
     assert all(p.grad is None for layer in toy.layers.values() for p in layer.parameters())
 
 
 def test_power_rounds_reduce_the_error_of_the_range() -> None:
-    """A spectrum that falls slowly."""
+    """Use a spectrum that decreases slowly."""
 
     class Dense:
         def __init__(self, matrix: Tensor) -> None:
@@ -125,50 +125,50 @@ def test_power_rounds_reduce_the_error_of_the_range() -> None:
     u, _, vh = thin_svd(torch.randn(120, 90, generator=generator).double())
     values = 1 / torch.arange(1, 91).double()
     products = Dense((u * values) @ vh)
-    missed: list[float] = []
+    errors: list[float] = []
     for rounds in (0, 1, 2):
         basis, core = range_of(products, {"a": (120, 90)}, {"a": 20}, seed=0, power_rounds=rounds)
         assert torch.allclose(basis["a"].T @ products.matrix, core["a"])
-        missed.append(float((u[:, :4] - basis["a"] @ (basis["a"].T @ u[:, :4])).norm()))
-    assert missed[0] > 2 * missed[1] > 4 * missed[2]
-    assert missed[1] < 0.02
+        errors.append(float((u[:, :4] - basis["a"] @ (basis["a"].T @ u[:, :4])).norm()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[1] < 0.02
 
 
 @pytest.mark.parametrize("rank", [2, 8])
-def test_a_gradient_frame_is_that_of_the_dense_gradient(rank: int) -> None:
-    """Oversampling reaches the full rank here, so that nothing is approximated."""
+def test_a_gradient_frame_equals_that_of_the_dense_gradient(rank: int) -> None:
+    """Oversampling reaches the full rank here, so the result is exact."""
     toy = Toy(rank=rank, dropout=0.5)
     before = {name: layer.frame_down.clone() for name, layer in toy.layers.items()}
-    found = align(toy.layers, "gradient", toy.losses, seed=0)
-    assert not found.unreached
+    alignment = align(toy.layers, "gradient", toy.losses, seed=0)
+    assert not alignment.unreached
     for name, matrix in toy.dense("gradient").items():
         u, _, vh = thin_svd(matrix)
-        frame, layer = found.frames[name], toy.layers[name]
+        frame, layer = alignment.frames[name], toy.layers[name]
         up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
         second = slice(rank, 2 * rank) if 2 * rank <= min(matrix.shape) else slice(0, rank)
         for basis, expected in ((up, u[:, :rank]), (down.T, vh[second].T)):
-            projector = basis @ basis.T * 3  # of unit columns 1/sqrt(3) long
+            projector = basis @ basis.T * 3  # the columns have length 1/sqrt(3)
             assert (projector - expected @ expected.T).norm() < 1e-5 * math.sqrt(rank)
         assert frame.alpha == rank
-        assert torch.equal(layer.frame_down, before[name])  # its own frame, dropout and type again
+        assert torch.equal(layer.frame_down, before[name])  # frame, dropout and dtype are restored
         assert (layer.dropout, layer.down.dtype, layer.down.grad) == (0.5, torch.float32, None)
         assert layer.down.requires_grad
         assert layer.up.requires_grad
 
 
-def test_a_data_frame_is_cordas_without_its_inverse() -> None:
+def test_a_data_frame_equals_that_of_corda_without_its_inverse() -> None:
     toy = Toy()
-    found = align(toy.layers, "data", toy.losses, seed=0)
+    alignment = align(toy.layers, "data", toy.losses, seed=0)
     for name, matrix in toy.dense("data").items():
         weight = to_matrix(toy.layers[name].base.weight.detach())
         covariance = torch.linalg.lstsq(weight, matrix, driver="gelsd").solution
         u, s, vh = thin_svd(matrix)
         expected = u[:, :2] @ u[:, :2].T @ weight
-        frame = found.frames[name]
+        frame = alignment.frames[name]
         up, down = to_matrix(frame.up).double(), to_matrix(frame.down).double()
         assert (up @ down - expected).norm() < 1e-6 * expected.norm()
         assert torch.allclose(column_norms(up), row_norms(down), rtol=1e-5)  # balanced
-        if weight.shape[0] >= weight.shape[1]:  # then lstsq has found C itself
+        if weight.shape[0] >= weight.shape[1]:  # then lstsq gives C itself
             with_inverse = torch.linalg.solve(covariance, ((u[:, :2] * s[:2]) @ vh[:2]), left=False)
             assert (up @ down - with_inverse).norm() < 1e-5 * expected.norm()
     one_length = align(toy.layers, "data", toy.losses, seed=0, length=0.5).frames["linear"]
@@ -181,10 +181,12 @@ def test_unreached_layers_are_named() -> None:
         nn.Linear(6, 5), plain_frame((5, 6), rank=2, generator=torch.Generator()), "delta", torch.float32
     )
     for kind in KINDS:
-        found = align({**toy.layers, "unused": unused}, kind, toy.losses, seed=0)
-        assert found.unreached == ("unused",)
-        assert found.warnings == ["the first batches do not reach 1 layer: unused"]
-        assert set(found.frames) == {"conv", "linear"}
+        alignment = align({**toy.layers, "unused": unused}, kind, toy.losses, seed=0)
+        assert alignment.unreached == ("unused",)
+        assert alignment.warnings == [
+            "the first batches determine no frame for 1 layer; plain frames are used: unused"
+        ]
+        assert set(alignment.frames) == {"conv", "linear"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,21 +197,21 @@ def test_values_that_are_not_finite_stop_the_run(kind: Kind) -> None:
         align(toy.layers, kind, toy.losses, seed=0)
 
 
-def test_a_frame_cannot_change_after_training_has_begun() -> None:
+def test_a_frame_cannot_change_after_training_has_started() -> None:
     layer = Toy().layers["linear"]
     frame = plain_frame((14, 10), rank=3, generator=torch.Generator())
     layer.reframe(frame)
     assert (layer.down.shape, layer.alpha, layer.scale) == ((3, 10), 3.0, 1.0)
     with torch.no_grad():
         layer.up[0, 0] = 1
-    with pytest.raises(InputError, match="training has begun"):
+    with pytest.raises(InputError, match="after training has started"):
         layer.reframe(frame)
     residual = AdaptedLayer(nn.Linear(10, 14), frame, "residual", torch.float32)
     with pytest.raises(InputError, match="the residual form cannot change its frame"):
         residual.reframe(frame)
 
 
-# ---------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------- complete runs
 
 
 def assembled(make_recipe: MakeRecipe, **sections: dict[str, Any]) -> Run:
@@ -226,10 +228,10 @@ def test_a_run_with_aligned_frames_starts_from_its_base(make_recipe: MakeRecipe,
     frames = first.frames()
     assert frames is not None
     assert all(frame.rank == 2 and frame.up.any() for name, frame in frames.items() if "te1" not in name)
-    # the last layer of the first encoder feeds nothing, so that no gradient reaches it
+    # the last layer of the first text encoder is not used, so it gets no gradient
     unreached = [name for name, frame in frames.items() if not frame.up.any()]
     assert all(name.startswith("te1.") for name in unreached)
-    warned = any("layers: te1." in warning for warning in first.warnings)
+    warned = any("plain frames are used: te1." in warning for warning in first.warnings)
     assert bool(unreached) == warned == (kind == "gradient")
     assert all(
         parameter.grad is None and not parameter.any() for parameter in first.optimization.parameters.values()
@@ -239,7 +241,7 @@ def test_a_run_with_aligned_frames_starts_from_its_base(make_recipe: MakeRecipe,
     assert again.model.trainable.frame_hash == first.model.trainable.frame_hash
 
 
-def test_bf16_runs_find_frames(make_recipe: MakeRecipe) -> None:
+def test_bf16_runs_compute_frames(make_recipe: MakeRecipe) -> None:
     first = assembled(
         make_recipe,
         model={"frame": "gradient", "frame_batches": 1, "frame_norm": 1.0, "layers": FEW},
@@ -269,14 +271,13 @@ def test_every_frame_trains_and_is_rebuilt_from_its_file(
     with open_checkpoint(whole) as file:
         rebuilt = Denoiser(build_model(file), trains_text=False)
         assert file.provenance.frame is None
-    base, expected, found = (
-        predict(it, trained) for it in (untrained.model.denoiser, trained.model.denoiser, rebuilt)
-    )
+    denoisers = (untrained.model.denoiser, trained.model.denoiser, rebuilt)
+    base, expected, merged = (predict(denoiser, trained) for denoiser in denoisers)
     assert (expected - base).norm() > 1e-3 * base.norm()
-    assert (found - expected).norm() < 1e-5 * expected.norm()
-    shown = describe_adapter(open_checkpoint(tuned)).provenance
-    assert shown.frame == frame
-    assert shown.principal_hash is None
+    assert (merged - expected).norm() < 1e-5 * expected.norm()
+    provenance = describe_adapter(open_checkpoint(tuned)).provenance
+    assert provenance.frame == frame
+    assert provenance.principal_hash is None
 
 
 @torch.no_grad()
@@ -296,7 +297,7 @@ def test_a_resumed_run_takes_its_frames_from_the_state(
     train(make_recipe(model=model, run={"output": whole, "steps": 3}))
     train(make_recipe(model=model, run={"output": parts, "steps": 2}))
     for module, name in ((setup, "align"), (trainable_model, "_make_frames")):
-        monkeypatch.setattr(module, name, None)  # no frame is computed a second time
+        monkeypatch.setattr(module, name, None)  # computing a frame again would fail
     train(make_recipe(model=model, run={"output": parts, "steps": 3}))
     one, two = load_file(whole / "t.safetensors"), load_file(parts / "t.safetensors")
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -1,4 +1,4 @@
-"""Two processes are one process that accumulates twice."""
+"""Two processes train the same as one process with accumulation 2."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train_in_two_processes(recipe: Recipe, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    # one thread each, and the processor also where there is a GPU: gloo carries the gradients
+    # one thread each; the CPU even if there is a GPU, because gloo transfers the gradients
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, *launch, str(program), json.dumps(recipe.model_dump(mode="json"))],
@@ -47,12 +47,12 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss", [{}, {"weighting": "edm2"}], ids=["plain", "edm2"])
-def test_two_processes_train_what_one_trains_with_accumulation_2(
+def test_two_processes_equal_one_with_accumulation_2(
     make_recipe: MakeRecipe, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
     def recipe(name: str, accumulation: int) -> Recipe:
         run = {"name": name, "output": tmp_path / name, "steps": 3, "batch": 2, "accumulation": accumulation}
-        # eps: AdamW's first steps are lr * g/(|g| + eps), and where g is only rounding its sign would decide
+        # AdamW's first steps are lr * g/(|g| + eps): a small eps would amplify rounding errors of g
         optimizer = {"learning_rate": 1e-3, "options": {"eps": 1e-2}}
         data = {"random_crop": True, "flip_probability": 0.5}
         return make_recipe(data=data, loss=loss, run=run, optimizer=optimizer)

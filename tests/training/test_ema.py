@@ -1,4 +1,4 @@
-"""The moving average that is saved in place of the trained tensors."""
+"""The moving average that is saved instead of the trained tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spectune.training.ema import MovingAverage
 
 
 def test_the_average_by_hand() -> None:
-    """decay 0.5; it starts at 2/11 = (1+1)/(10+1) after one step and 3/12 after two: smaller than 0.5."""
+    """The final decay is 0.5. After one step it is 2/11 = (1+1)/(10+1), after two steps 3/12."""
     tensor = nn.Parameter(torch.tensor([0.0]))
     average = MovingAverage({"t": tensor}, 0.5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Whole runs on the tiny SDXL."""
+"""Complete runs on the tiny SDXL."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Losses(Callbacks):
 
 
 class StopAt(Callbacks):
-    """Sends this process a signal after a step, as Ctrl-C or a scheduler would."""
+    """A callback that sends this process a signal after a step, like Ctrl-C or a scheduler."""
 
     def __init__(self, step: int, number: signal.Signals) -> None:
         self.step, self.number = step, number
@@ -97,15 +97,15 @@ INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_an_interrupted_run_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
-    signal_number, own = INTERRUPTED[case]
+    signal_number, overrides = INTERRUPTED[case]
     data = {
         "random_crop": True,
         "flip_probability": 0.5,
         "caption": {"shuffle": True, "dropout_probability": 0.3, "tag_dropout_probability": 0.2},
     }
-    sections = {**own, "data": data | own.get("data", {})}
+    sections = {**overrides, "data": data | overrides.get("data", {})}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run = {"steps": 5, "accumulation": 2, **own.get("run", {})}
+    run = {"steps": 5, "accumulation": 2, **overrides.get("run", {})}
     last = Random(case).randint(1, 4)
     losses, resumed = Losses(), Losses()
 
@@ -213,13 +213,13 @@ def test_a_text_cache_does_not_change_the_losses(make_recipe: MakeRecipe, tmp_pa
 def test_checkpointing_does_not_change_the_losses(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Path
 ) -> None:
-    losses, seen = [], Counter[str]()
+    losses, recomputed = [], Counter[str]()
     inner: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # pyright: ignore
 
     def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        # diffusers hands over a method of a module, transformers a partial whose first argument is one
+        # diffusers passes a method of a module, transformers a partial whose first argument is a module
         module = function.args[0] if isinstance(function, partial) else function.__self__
-        seen[type(module).__name__] += 1
+        recomputed[type(module).__name__] += 1
         return inner(function, *args, **kwargs)
 
     monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", counted)
@@ -235,9 +235,9 @@ def test_checkpointing_does_not_change_the_losses(
         train(make_recipe(run=run, data=data), callbacks=[run_losses])
         losses.append(list(run_losses.by_step.values()))
         if not checkpointing:
-            assert not seen
-    assert seen["CLIPEncoderLayer"] == 3 * 4  # steps, layers of both tiny encoders
-    assert seen["ResnetBlock2D"] >= 3
+            assert not recomputed
+    assert recomputed["CLIPEncoderLayer"] == 3 * 4  # steps, layers of both tiny encoders
+    assert recomputed["ResnetBlock2D"] >= 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -284,7 +284,7 @@ def test_results_are_not_overwritten(make_recipe: MakeRecipe) -> None:
     assert train(make_recipe(run={"steps": 1, "resume": False}), force=True).first_step == 0
 
 
-def test_a_finished_run_can_be_made_longer(make_recipe: MakeRecipe) -> None:
+def test_a_finished_run_resumes_with_more_steps(make_recipe: MakeRecipe) -> None:
     train(make_recipe(run={"steps": 1}))
     report = train(make_recipe(run={"steps": 2}))
     assert (report.first_step, report.steps) == (1, 2)
@@ -292,9 +292,9 @@ def test_a_finished_run_can_be_made_longer(make_recipe: MakeRecipe) -> None:
 
 def test_a_run_of_another_recipe_is_not_resumed(make_recipe: MakeRecipe) -> None:
     train(make_recipe(run={"steps": 1}))
-    with pytest.raises(InputError, match=r"belongs to another run: run\.batch was 2, is 3") as caught:
+    with pytest.raises(InputError, match=r"belongs to another run: run\.batch was 2 and is now 3") as caught:
         train(make_recipe(run={"steps": 2, "batch": 3}))
-    assert "run.resume=false" in (caught.value.hint or "")
+    assert "run.resume = false" in (caught.value.hint or "")
 
 
 def test_sizes_that_do_not_fit_the_model_are_refused(make_recipe: MakeRecipe) -> None:
@@ -302,7 +302,7 @@ def test_sizes_that_do_not_fit_the_model_are_refused(make_recipe: MakeRecipe) ->
         train(make_recipe(data={"resolution_px": 40}))
 
 
-def test_results_stay_when_the_run_that_replaces_them_cannot_start(
+def test_results_are_kept_if_the_run_that_replaces_them_cannot_start(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     train(make_recipe(run={"steps": 1}))
@@ -321,13 +321,13 @@ def test_a_base_is_not_replaced_as_a_result(
     shutil.copy(tiny_checkpoint, base)
     (tmp_path / "link.safetensors").symlink_to(base)
     for path in (base, tmp_path / "link.safetensors"):
-        with pytest.raises(InputError, match=r"model\.base is .*would replace as its own result t"):
+        with pytest.raises(InputError, match=r"model\.base is .*would overwrite it with its result t"):
             train(make_recipe(model={"base": path}), force=True)
     assert base.exists()
 
 
-def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) -> Path:
-    """A copy of a checkpoint with `metadata` and empty tensors named `keys`."""
+def copy_with_metadata(base: Path, target: Path, metadata: dict[str, str], *keys: str) -> Path:
+    """Copy a checkpoint and add metadata and tensors named `keys`."""
     with open_checkpoint(base) as source:
         tensors = {name: source.load(name) for name in source.tensors}
         tensors |= {key: torch.zeros(1) for key in keys}
@@ -335,24 +335,24 @@ def declaring(base: Path, target: Path, metadata: dict[str, str], *keys: str) ->
     return target
 
 
-def test_the_base_declares_what_it_predicts(
+def test_the_base_declares_its_prediction_type(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     flow = {"spectune.prediction": "flow", "spectune.flow_shift": "2.5"}
-    base = declaring(tiny_checkpoint, tmp_path / "flow.safetensors", flow)
+    base = copy_with_metadata(tiny_checkpoint, tmp_path / "flow.safetensors", flow)
     report = train(make_recipe(model={"base": base}, run={"steps": 0}))
     with open_checkpoint(tmp_path / "out" / "t.safetensors") as file:
         origin = file.provenance
     assert (origin.prediction, origin.flow_shift) == ("flow", 2.5)
     assert not any("converts" in warning for warning in report.warnings)
 
-    with pytest.raises(InputError, match="which flow does not use"):
+    with pytest.raises(InputError, match="use none or edm2 for flow"):
         train(make_recipe(model={"base": base}, loss={"weighting": "min_snr"}, run={"name": "other"}))
     converted = train(
         make_recipe(model={"base": base}, objective={"kind": "v"}, run={"name": "v", "steps": 0})
     )
     assert (
-        "flow.safetensors declares that it predicts flow, objective.kind is v: this run converts the model"
+        "flow.safetensors predicts flow, but objective.kind is v: this run converts the model"
         in converted.warnings
     )
 
@@ -360,7 +360,7 @@ def test_the_base_declares_what_it_predicts(
 def test_the_base_declares_a_zero_terminal_snr(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    base = declaring(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
+    base = copy_with_metadata(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
     recipe = trainable_model.with_resolved_objective(make_recipe(model={"base": base}))
     assert (recipe.objective.kind, recipe.objective.zero_terminal_snr) == ("v", True)
     other = trainable_model.with_resolved_objective(
@@ -388,7 +388,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(
     recipe = make_recipe(
         optimizer={"max_grad_norm": max_grad_norm}, run={"save_every_steps": 1, "tensorboard": False}
     )
-    with pytest.raises(SpectuneError, match=r"the gradient norm of step 2 is \w+: nothing of this step"):
+    with pytest.raises(SpectuneError, match=r"the gradient norm of step 2 is \w+; the step was not saved"):
         train(recipe)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "t-step00000001.safetensors",
@@ -406,7 +406,7 @@ def test_deltas_that_are_not_finite_are_not_saved(
     trained: dict[str, torch.nn.Parameter] = {}
     named = state.trained_tensors
     monkeypatch.setattr(state, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained)  # pyright: ignore
-    with pytest.raises(SpectuneError, match=r"the changes of 1 layer are not finite after step 1, nothing"):
+    with pytest.raises(SpectuneError, match=r"after step 1, the trained changes of 1 layer are not finite"):
         train(make_recipe(run={"steps": 1}), callbacks=[Break()])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -427,11 +427,11 @@ def test_a_resumed_run_keeps_its_frames(
 def test_each_part_has_its_own_step_size(make_recipe: MakeRecipe) -> None:
     class Sizes(Callbacks):
         def on_step(self, info: StepInfo) -> None:
-            found.append(set(info.step_size))
+            parts.append(set(info.step_size))
 
-    found: list[set[str]] = []
+    parts: list[set[str]] = []
     train(make_recipe(optimizer=OPTIMIZERS["prodigy_plus"], run={"steps": 1}), callbacks=[Sizes()])
-    assert found == [{"unet", "te1", "te2"}]
+    assert parts == [{"unet", "te1", "te2"}]
 
 
 def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe puts in place, and that a run's setup cannot change."""
+"""The setup of a run follows the recipe and is immutable."""
 
 from __future__ import annotations
 

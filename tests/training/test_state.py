@@ -39,7 +39,7 @@ def test_flatten_and_back(value: Any) -> None:
     assert state.unflatten(flat, {}) == value
 
 
-def test_tensors_leave_the_structure() -> None:
+def test_tensors_are_moved_out_of_the_structure() -> None:
     tensors: dict[str, torch.Tensor] = {}
     value = {0: {"step": torch.tensor(3.0), "dims": (1, 0)}}
     flat = json.loads(json.dumps(state.flatten(value, tensors, "o")))
@@ -106,7 +106,7 @@ def test_old_saves_are_removed(tmp_path: Path) -> None:
         state.save_state(output.state_folder(tmp_path, "n", step), header(step), trained, optimizer)
         output.adapter_file(tmp_path, "n", step).touch()
     output.adapter_file(tmp_path, "n").touch()
-    output.adapter_file(tmp_path, "n-step00000001x").touch()  # another run's
+    output.adapter_file(tmp_path, "n-step00000001x").touch()  # of another run
     output.keep_last(tmp_path, "n", 2)
 
     assert [path.name for path in output.saved_states(tmp_path, "n")] == [
@@ -122,7 +122,7 @@ def test_a_failed_save_keeps_the_old_state(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     folder = tmp_path / "t.state"
     state.save_state(folder, header(3), trained, optimizer)
-    optimizer.param_groups[0]["odd"] = object()
+    optimizer.param_groups[0]["invalid"] = object()
     with pytest.raises(AssertionError, match="is not plain data"):
         state.save_state(folder, header(4), trained, optimizer)
     assert state.load_state(folder).header.step == 3
@@ -144,19 +144,21 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     saved = state.load_state(tmp_path / "t.state")
 
     assert state.check_continues(saved, header(recipe={"run": {"batch": 2, "steps": 99}})) == []
-    assert "they get a new order" in state.check_continues(saved, header(data_hash="x"))[0]
-    with pytest.raises(InputError, match=r"run\.batch was 2, is 4"):
+    assert "their order changes from here on" in state.check_continues(saved, header(data_hash="x"))[0]
+    with pytest.raises(InputError, match=r"run\.batch was 2 and is now 4"):
         state.check_continues(saved, header(recipe={"run": {"batch": 4, "steps": 10}}))
-    with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb, is 0000000000000000"):
+    with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb and is now 0000000000000000"):
         state.check_continues(saved, header(base_hash="0" * 64))
-    with pytest.raises(InputError, match="frames were ffffffffffff, are 000000000000"):
+    with pytest.raises(InputError, match="frames were ffffffffffff and are now 000000000000"):
         state.check_continues(saved, header(frame_hash="0" * 64))
-    with pytest.raises(InputError, match=r"1 trained tensor and those of this run differ, first a\.up"):
+    with pytest.raises(InputError, match=r"and this run differ in 1 trained tensor, first a\.up"):
         saved.restore({"a.down": trained["a.down"]}, optimizer)
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("constant", 0), ("cosine", 1)])
-def test_a_new_length_under_a_schedule_is_a_warning(tmp_path: Path, schedule: str, count: int) -> None:
+def test_another_number_of_steps_with_a_schedule_is_a_warning(
+    tmp_path: Path, schedule: str, count: int
+) -> None:
     trained, optimizer = trained_pair("adamw")
     recipe = {"optimizer": {"schedule": schedule}}
     state.save_state(tmp_path / "t.state", header(recipe=recipe), trained, optimizer)
@@ -164,7 +166,7 @@ def test_a_new_length_under_a_schedule_is_a_warning(tmp_path: Path, schedule: st
 
     warnings = state.check_continues(saved, header(recipe=recipe, steps=20))
     assert len(warnings) == count
-    assert all(f"the run had 10 steps, now it has 20: its {schedule} schedule" in text for text in warnings)
+    assert all(f"the run had 10 steps and now has 20: its {schedule} schedule" in text for text in warnings)
     assert state.check_continues(saved, header(recipe=recipe)) == []
 
 

@@ -1,4 +1,4 @@
-"""Which files a run can start from, and that they all start the same model."""
+"""The files that a run can start from. All of them give the same model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained_parts(injection: Injection) -> set[str]:
     return {name.partition(".")[0] for name in injection.layers}
 
 
-def test_all_starts_are_the_same_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
+def test_all_files_give_the_same_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
     assert pair.residual is not None
     original = predict(trainable(tiny_checkpoint, rank=4).sdxl)  # the delta form changes nothing at step 0
     starts = [
@@ -64,7 +64,7 @@ def test_all_starts_are_the_same_model(tiny_checkpoint: Path, pair: SplitReport)
     assert trained_parts(starts[3].injection) == {"te1"}
 
 
-def test_without_its_principal_a_residual_is_another_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
+def test_a_residual_without_its_principal_is_another_model(tiny_checkpoint: Path, pair: SplitReport) -> None:
     assert pair.residual is not None
     start = trainable(pair.residual, principal=pair.principal, form="residual")
     original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
@@ -79,12 +79,12 @@ def test_a_principal_of_another_base_is_refused(
     with open_checkpoint(tiny_checkpoint) as base:
         tensors = {name: base.load(name).clone() for name in base.tensors}
         tensors["model.diffusion_model.out.2.bias"] += 1
-        found = write_tensors(other, tensors, metadata=base.metadata)
-        own = weights_hash(base)
+        other_hash = write_tensors(other, tensors, metadata=base.metadata)
+        base_hash = weights_hash(base)
     with pytest.raises(PairingError) as caught:
         trainable(other, principal=pair.principal)
-    assert found[:16] in caught.value.what
-    assert own[:16] in caught.value.what
+    assert other_hash[:16] in caught.value.what
+    assert base_hash[:16] in caught.value.what
 
 
 def test_files_of_the_wrong_kind_are_refused(tiny_checkpoint: Path, pair: SplitReport) -> None:
@@ -93,12 +93,12 @@ def test_files_of_the_wrong_kind_are_refused(tiny_checkpoint: Path, pair: SplitR
         trainable(pair.principal, rank=4)
     with pytest.raises(InputError, match="is a residual: the delta form trains on the original weights"):
         trainable(pair.residual, principal=pair.principal)
-    with pytest.raises(InputError, match="is a residual: its principal directions are in another file"):
+    with pytest.raises(InputError, match="is a residual: it can only be trained with its principal"):
         trainable(pair.residual, rank=4, form="residual")
 
 
 def without_metadata(source: Path, target: Path, *, drop: str = "") -> Path:
-    """The same tensors as another tool would have written them."""
+    """Copy a file without spectune's metadata, as if another tool had written it."""
     with open_checkpoint(source) as file:
         layout = {key: value for key, value in file.metadata.items() if key == LAYOUT_KEY}
         tensors = {name: file.load(name) for name in file.tensors if not drop or not name.endswith(drop)}
@@ -119,12 +119,12 @@ def test_a_run_can_start_from_files_of_other_tools(
     assert (predict(start.sdxl) - original).abs().max() < 1e-5 * original.abs().max()
     assert start.provenance.base_name == "diff.safetensors"
 
-    # named as the base, it is used as a whole model
+    # as model.base, it is used as a complete model
     wrong = build_trainable(ModelSection(base=residual, principal=principal, form="residual"))
     assert (predict(wrong.sdxl) - original).abs().max() > 1e-2 * original.abs().max()
 
 
-def test_the_base_hash_of_a_foreign_residual_is_neither_its_own_nor_the_originals(
+def test_the_base_hash_of_another_tools_residual_differs_from_its_hash_and_the_original(
     pair: SplitReport, tmp_path: Path
 ) -> None:
     assert pair.residual is not None
@@ -137,7 +137,7 @@ def test_the_base_hash_of_a_foreign_residual_is_neither_its_own_nor_the_original
 def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
     tiny_checkpoint: Path, pair: SplitReport
 ) -> None:
-    """The factors are rounded when training begins, and the residual is what the rounded ones leave."""
+    """The factors are rounded before training, and the residual is computed from the rounded factors."""
     assert pair.residual is not None
     original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
     for base in (tiny_checkpoint, pair.residual):
@@ -149,7 +149,7 @@ def test_bf16_parameters_of_the_residual_form_start_from_the_same_model(
         assert not any(tensor.any() for tensor in layer.trained_change())
 
 
-def test_a_whole_model_is_not_accepted_as_a_residual(
+def test_a_complete_model_is_not_accepted_as_a_residual(
     tiny_checkpoint: Path, pair: SplitReport, tmp_path: Path
 ) -> None:
     stamped = tmp_path / "model.safetensors"
@@ -158,13 +158,13 @@ def test_a_whole_model_is_not_accepted_as_a_residual(
         metadata = {**file.metadata, **Provenance(role=Role.MODEL).to_metadata()}
     write_tensors(stamped, tensors, metadata=metadata)
     section = ModelSection(residual=stamped, principal=pair.principal, form="residual")
-    with pytest.raises(InputError, match="is a whole model: model"):
+    with pytest.raises(InputError, match="is a complete model: model"):
         build_trainable(section)
 
 
 @pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
 def test_every_frame_starts_as_the_original_bit_for_bit(tiny_checkpoint: Path, frame: str) -> None:
-    """Gradient and data frames are plain ones here: the first batches are not known yet."""
+    """Gradient and data frames are still plain frames here, because no batch has been read."""
     start = trainable(tiny_checkpoint, rank=4, frame=frame, layers=("all",))
     assert "unet.time_embed.0" in start.injection.layers
     assert start.provenance.frame == frame
@@ -194,7 +194,7 @@ def test_layers_are_selected_as_in_split(tiny_checkpoint: Path) -> None:
     assert start.injection.layers
     assert all("attn2" in name for name in start.injection.layers)
     assert start.provenance.frame == "principal"
-    with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has none in unet"):
+    with pytest.raises(InputError, match=r"no layer to train: model\.layers = te1 has no layers in unet"):
         trainable(tiny_checkpoint, rank=4, layers=("te1",), parts=("unet",))
     with pytest.raises(InputError, match=r"no layer matches `atn2`"):
         trainable(tiny_checkpoint, rank=4, layers=("atn2",))

@@ -1,13 +1,13 @@
-"""Adapter files: reading and writing them in the spellings of all programs.
+"""Read and write adapter files in the key spellings of all supported programs.
 
 | module | contents |
 | --- | --- |
 | adapter | adapters in memory: a low-rank pair or a delta per layer, read on access |
-| spellings | tables from the keys of other programs to layers and back |
-| alphas | alphas from tensors and from PEFT's configuration, and warnings about them |
-| reader | opening an adapter of any program for the layers of a model |
-| writer | writing LoRAs, principals and tuned adapters |
+| spellings | map the keys of other programs to layers and back |
+| alphas | read alphas from tensors and from PEFT's configuration, and warn about them |
+| reader | open the adapter of any program for the layers of a model |
+| writer | write LoRAs, principals and tuned adapters |
 | traits | named groups of layers, for slices |
-| programs | the table of which program loads what |
-| loading | the features of a file, looked up in that table |
+| programs | the table of what each program loads |
+| loading | find the features of a file and look them up in that table |
 """

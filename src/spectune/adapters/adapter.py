@@ -1,4 +1,4 @@
-"""Adapters in memory: a low-rank matrix per layer, or a trained delta; each layer is read on access."""
+"""Adapters in memory: a low-rank matrix or a trained delta per layer; each layer is read on access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRAME_DOWN, FRAME_UP = "frame_down.weight", "frame_up.weight"
 DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
 LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)
 DELTA_SUFFIXES = (FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP, ALPHA)
-REPLACED = "replaced."  # prefix of a tensor of the base that a tuned file replaces whole
+REPLACED = "replaced."  # key prefix of tensors that replace a tensor of the base completely
 
 T = TypeVar("T")
 
@@ -31,9 +31,9 @@ class _Layers(HasProvenance, Generic[T]):
     layers: Mapping[str, T]  # by the layer's canonical name
     metadata: Mapping[str, str]
     label: str
-    warnings: tuple[str, ...] = ()  # about what the file does not declare
-    file: Checkpoint | None = None  # layers are read from it on access; closed on leaving the context
-    catalogue: Catalogue | None = None  # of the model that it was opened for
+    warnings: tuple[str, ...] = ()  # about missing declarations in the file
+    file: Checkpoint | None = None  # layers are read from it on access; leaving the context closes it
+    catalogue: Catalogue | None = None  # of the model that the adapter was opened for
 
     def __enter__(self) -> Self:
         return self
@@ -61,9 +61,9 @@ class Adapter(_Layers[LowRank]):
 
 @dataclass(frozen=True)
 class TunedAdapter(_Layers[Delta]):
-    """A trained delta per layer, and the tensors of the base that it replaces whole."""
+    """A trained delta per layer, and tensors that replace those of the base completely."""
 
-    # in float32, by their names in the single-file checkpoint; deltas come on top
+    # in float32, by their names in the single-file checkpoint; deltas are added to them
     replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def rank(self, name: str) -> int:
@@ -74,13 +74,13 @@ class TunedAdapter(_Layers[Delta]):
 
 
 class LazyLayers(Mapping[str, T], Generic[T]):
-    """Layers that are read from their file on every access; ranks and dtypes are known before."""
+    """A mapping that reads a layer from the file on every access; ranks and dtypes need no reading."""
 
     def __init__(
         self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]
     ) -> None:
         self.ranks = dict(ranks)
-        self.dtypes = dict(dtypes)  # each holds both factors
+        self.dtypes = dict(dtypes)  # each wide enough for both factors
         self._read = read
 
     def __getitem__(self, name: str) -> T:

@@ -1,4 +1,4 @@
-"""Alphas of adapters, from tensors and from PEFT's configuration: the scale of a layer is alpha / rank."""
+"""Read the alphas of adapters from tensors or PEFT's configuration. The scale of a layer is alpha / rank."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
 PEFT_FILE = "adapter_config.json"
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # written by diffusers: {"unet.r": 8, "unet.lora_alpha": 16, ...}
-LARGEST_NUMBER = 1e30  # an integer of JSON may have any number of digits
+LARGEST_NUMBER = 1e30  # a JSON integer may have any number of digits
 _PEFT_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Alpha:
-    """The alpha of one layer as it is stored in a file."""
+    """The stored alpha of one layer."""
 
     stem: str
     rank: int
-    value: float | None  # None if the file has none, nan if it is not one number
+    value: float | None  # None if the file has none, nan if the tensor has several values
     dtype: torch.dtype | None
 
     @property
     def rounded(self) -> bool:
-        """Whether it differs from the rank only because its dtype cannot hold the rank."""
+        """Whether the alpha differs from the rank only because its dtype cannot hold the rank."""
         if self.dtype is None or self.value is None or self.value == self.rank:
             return False
         return self.value == float(torch.tensor(float(self.rank)).to(self.dtype))
 
 
 def read_alphas(source: WeightSource, *, all_spellings: bool = False) -> Mapping[str, Alpha]:
-    """Read the alphas of all pairs in kohya keys, or in keys of any spelling, by stem."""
-    found: dict[str, Alpha] = {}
+    """Read the alphas of all pairs with kohya keys, or with keys of any spelling, by stem."""
+    alphas: dict[str, Alpha] = {}
     for name, info in source.tensors.items():
         stem, suffix = stem_and_factor(name) if all_spellings else split_adapter_key(name)
         if not (all_spellings or name.startswith(KOHYA_PREFIXES)):
@@ -54,18 +54,18 @@ def read_alphas(source: WeightSource, *, all_spellings: bool = False) -> Mapping
             continue
         alpha = source.tensors.get(f"{stem}.{ALPHA}")
         if alpha is None:
-            found[stem] = Alpha(stem, info.shape[0], None, None)
+            alphas[stem] = Alpha(stem, info.shape[0], None, None)
         else:
             value = float(source.load(alpha.name).item()) if alpha.numel == 1 else math.nan
-            found[stem] = Alpha(stem, info.shape[0], value, alpha.dtype)
-    return found
+            alphas[stem] = Alpha(stem, info.shape[0], value, alpha.dtype)
+    return alphas
 
 
 def alpha_problems(source: WeightSource) -> list[str]:
     """Return warnings about the alphas of an adapter.
 
-    A missing alpha, one that is not a finite number, and one whose dtype cannot hold the rank are problems of
-    any adapter; another value than the rank only of a principal or tuned adapter of spectune.
+    In any adapter, warn about an alpha that is missing, not finite, or of a dtype that cannot hold the rank.
+    In a principal or tuned adapter of spectune, also warn about an alpha different from the rank.
     """
     ours = source.provenance.role in (Role.PRINCIPAL, Role.TUNED)
     missing: list[str] = []
@@ -83,20 +83,20 @@ def alpha_problems(source: WeightSource) -> list[str]:
             )
         elif ours and alpha.value != alpha.rank:
             other.append(f"{alpha.stem} {alpha.value:g} for {alpha.rank}")
-    found = (
+    problems = (
         (missing, "without alpha: programs disagree about the scale"),
         (broken, "with an alpha that is not a finite number"),
         (rounded, "with an alpha whose dtype cannot hold the rank"),
-        (other, "with an alpha other than the rank"),
+        (other, "with alpha different from the rank"),
     )
-    return [f"{counted(len(names), 'layer')} {what}: {some_of(names)}" for names, what in found if names]
+    return [f"{counted(len(names), 'layer')} {what}: {some_of(names)}" for names, what in problems if names]
 
 
 def scale_problems(source: WeightSource) -> list[str]:
-    """Return a warning if the layers of an adapter do not all have one scale.
+    """Return a warning if the layers of an adapter differ in their scale.
 
-    Trainers take one scale for all layers from the command line. diffusers gives attention layers the most
-    frequent alpha of their part.
+    Trainers use one scale from the command line for all layers. diffusers uses the most frequent alpha of a
+    part for all its attention layers.
     """
     scales = Counter(
         alpha.value / alpha.rank
@@ -107,44 +107,44 @@ def scale_problems(source: WeightSource) -> list[str]:
         return []
     shown = ", ".join(f"{scale:g} in {counted(count, 'layer')}" for scale, count in scales.most_common(4))
     return [
-        f"alpha / rank differs between layers ({shown}): ComfyUI reads it right, trainers and diffusers do "
-        "not; `spectune convert --even-alphas` moves the scale into the factors"
+        f"alpha / rank differs between layers ({shown}): ComfyUI applies it correctly, but trainers and "
+        "diffusers do not; `spectune convert --even-alphas` moves the scale into the factors"
     ]
 
 
 @dataclass(frozen=True)
 class PeftAlphas:
-    """The alphas in PEFT's configurations; empty for a file without one."""
+    """The alphas in PEFT's configurations; empty for a file without a configuration."""
 
-    configs: Mapping[str, Mapping[str, Any]]  # by the root of the modules: unet, text_encoder, text_encoder_2
+    configs: Mapping[str, Mapping[str, Any]]  # by model: unet, text_encoder, text_encoder_2
 
     def alpha(self, diffusers: str, rank: int) -> float | None:
-        """Return the alpha of a layer by its path in a pipeline, None where no configuration covers it.
+        """Return the alpha of a layer by its path in a pipeline; None if no configuration covers it.
 
-        PEFT's scale is alpha / rank, with `use_rslora` alpha / sqrt(rank).
+        PEFT's scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
         """
         root, _, module = diffusers.partition(".")
         config = self.configs.get(root)
         if config is None:
             return None
         patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
-        own = [patterns[end] for end in _ends(module) if end in patterns]
-        stated = own[0] if own else config.get("lora_alpha")
-        alpha = float(rank if stated is None else stated)
+        matches = [patterns[key] for key in _pattern_keys(module) if key in patterns]
+        configured = matches[0] if matches else config.get("lora_alpha")
+        alpha = float(rank if configured is None else configured)
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
 def read_peft_alphas(path: Path, metadata: Mapping[str, str]) -> PeftAlphas:
-    """Read the configurations of an adapter from its metadata or from `adapter_config.json` in its folder.
+    """Read PEFT's configurations from the metadata of an adapter or from `adapter_config.json` next to it.
 
-    Raises InputError for one that cannot be read.
+    Raises InputError for an invalid configuration.
     """
     text = metadata.get(PEFT_METADATA_KEY)
     if text is not None:
         return _split_by_part(_parsed(text, f"metadata {PEFT_METADATA_KEY} of {path.name}"))
     config_path = path.with_name(PEFT_FILE)
     if path.name == "adapter_model.safetensors" and config_path.is_file():
-        # one configuration, for whatever module the file is of
+        # the file belongs to one model, but does not say to which
         config = _parsed(config_path.read_text(encoding="utf-8", errors="replace"), str(config_path))
         return PeftAlphas(dict.fromkeys(_PEFT_PARTS, config))
     return PeftAlphas({})
@@ -154,13 +154,13 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     config = parse_json(text)
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a JSON object: {text[:60]}")
-    found = cast(dict[str, Any], config)
-    for key, value in found.items():
+    settings = cast(dict[str, Any], config)
+    for key, value in settings.items():
         if value is not None and key.endswith("lora_alpha") and not _is_number(value):
             raise InputError(f"{where}: {key} is {value!r}: expected a number")
         if value is not None and key.endswith("alpha_pattern") and not _are_numbers(value):
-            raise InputError(f"{where}: {key} is {value!r}: expected numbers by name")
-    return found
+            raise InputError(f"{where}: {key} is {value!r}: expected numbers by layer name")
+    return settings
 
 
 def _is_number(value: object) -> bool:
@@ -180,10 +180,10 @@ def _split_by_part(flat: Mapping[str, Any]) -> PeftAlphas:
     return PeftAlphas(configs)
 
 
-def _ends(module: str) -> Iterator[str]:
-    """Yield the keys of alpha_pattern that mean a module: the whole path, with or without `^`, and its ends.
+def _pattern_keys(module: str) -> Iterator[str]:
+    """Yield the keys of alpha_pattern that match a module: its path, with or without `^`, and each suffix.
 
-    PEFT reads keys as regular expressions. Files are untrusted, so here the keys are plain names.
+    PEFT treats the keys as regular expressions. Here they are plain names, because files are not trusted.
     """
     yield f"^{module}"
     while module:

@@ -1,4 +1,4 @@
-"""What other programs load from a file: its features, looked up in the table of programs."""
+"""Find out what other programs load from a file: look up its features in the table of programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from spectune.sdxl.layout import (
 from spectune.sdxl.names import Part, diffusers_name, kohya_stem, modules_of
 from spectune.sdxl.state_dicts import state_views
 
-WHOLE_FILE = ""  # the name of an item that is the file itself
+WHOLE_FILE = ""  # name of the item that stands for the file itself
 
 
 class Item(NamedTuple):
@@ -39,11 +39,11 @@ class Item(NamedTuple):
 
     name: str
     features: set[Feature]
-    counted: bool  # in the number of layers or tensors that a program can load
+    counted: bool  # whether it counts as a layer or tensor that a program can load
 
 
 class Finding(NamedTuple):
-    """Layers or tensors that a program treats alike, and why."""
+    """Layers or tensors that a program treats in the same way, and why."""
 
     names: tuple[str, ...]
     reason: str
@@ -59,30 +59,30 @@ class Loading:
     """What one program loads from a file."""
 
     program: Program
-    loads: int  # layers of an adapter, tensors of a checkpoint; 0 where it refuses the file
-    of: int
+    loads: int  # number of layers (adapter) or tensors (checkpoint); 0 if it refuses the file
+    of: int  # number of all layers or tensors
     ignores: tuple[Finding, ...]
     refuses: tuple[Finding, ...]  # why it refuses the file
-    notes: tuple[Finding, ...]  # loaded, but perhaps not as it is meant
+    notes: tuple[Finding, ...]  # loaded, but possibly not as intended
 
     @property
     def complete(self) -> bool:
-        """Whether the program loads everything as it is meant."""
+        """Whether the program loads everything as intended."""
         return self.loads == self.of and not (self.ignores or self.refuses or self.notes)
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        """Short texts for a table: program, what it loads, what it ignores, notes."""
+        """Return the cells of a table row: program, what it loads, what it ignores, notes."""
         count = "refuses the file" if self.refuses else f"{self.loads} of {self.of}"
-        ignored, notes = ("; ".join(map(str, found)) for found in (self.ignores, self.refuses + self.notes))
+        ignored, notes = ("; ".join(map(str, items)) for items in (self.ignores, self.refuses + self.notes))
         return str(self.program), count, ignored, notes
 
 
 def loading_table(source: WeightSource, catalogue: Catalogue | None = None) -> tuple[Loading, ...]:
     """Return what each program loads from an adapter in any spelling or from a single-file checkpoint.
 
-    Reads the header and alphas only. `catalogue` has all layers of the model that an adapter is for; by
-    default those of SDXL. Raises InputError for a checkpoint without the UNet of an SDXL.
+    Reads only the header and the alphas. `catalogue` lists all layers of the model that an adapter is for, by
+    default those of SDXL. Raises InputError for a checkpoint without an SDXL UNet.
     """
     if is_adapter(source):
         items, programs = list(_layers(source, catalogue)), ADAPTER_PROGRAMS
@@ -92,26 +92,27 @@ def loading_table(source: WeightSource, catalogue: Catalogue | None = None) -> t
 
 
 def _loading(program: Program, items: Sequence[Item]) -> Loading:
-    found: dict[Fate, dict[str, list[str]]] = {fate: {} for fate in Fate}  # by reason: layers or tensors
-    lost: set[Feature] = set()
+    names_by_fate: dict[Fate, dict[str, list[str]]] = {fate: {} for fate in Fate}  # names by reason
+    not_loaded: set[Feature] = set()
     for feature, cell in ((row, cell) for row in Feature for cell in row.value if program in cell.programs):
         names = [item.name for item in items if feature in item.features]
         if names:
-            found[cell.fate].setdefault(cell.reason, []).extend(names)
+            names_by_fate[cell.fate].setdefault(cell.reason, []).extend(names)
         if cell.fate is not Fate.LOADS:
-            lost.add(feature)
+            not_loaded.add(feature)
     notes, ignores, refuses = (
-        tuple(Finding(tuple(dict.fromkeys(names)), reason) for reason, names in found[fate].items())
+        tuple(Finding(tuple(dict.fromkeys(names)), reason) for reason, names in names_by_fate[fate].items())
         for fate in Fate
     )
     counted = [item for item in items if item.counted]
-    loads = 0 if refuses else sum(not item.features & lost for item in counted)
+    loads = 0 if refuses else sum(not item.features & not_loaded for item in counted)
     return Loading(program, loads, len(counted), ignores, refuses, notes)
 
 
 _SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 _DIFFUSERS_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-_OTHER_KINDS = ("hada_", "lokr_", "oft_", "a1.", "a2.", "b1.", "b2.", "on_input")  # how their suffixes begin
+# Beginnings of the suffixes of LoHa, LoKr, OFT, GLoRA and (IA)^3.
+_OTHER_KINDS = ("hada_", "lokr_", "oft_", "a1.", "a2.", "b1.", "b2.", "on_input")
 _WITH_PAIR: Mapping[str, Feature] = {
     "diff": Feature.DIFF,
     "diff_b": Feature.DIFF_B,
@@ -131,7 +132,7 @@ class _Known(NamedTuple):
 
 
 def _layers(source: WeightSource, catalogue: Catalogue | None) -> Iterator[Item]:
-    """Yield each layer of an adapter, and each key that belongs to none."""
+    """Yield each layer of an adapter, and each key that belongs to no layer."""
     if catalogue is not None:
         layers = [_Known(layer.name, layer.diffusers, layer.default) for layer in catalogue]
     else:
@@ -155,11 +156,11 @@ def _layers(source: WeightSource, catalogue: Catalogue | None) -> Iterator[Item]
     usual = _usual_alphas(alphas.values())
     for stem, suffixes in kohya.items():
         layer = known.get(stem)
-        body, taken = _body(suffixes)
-        if taken:
-            features = body | _place(stem, layer, in_file) | _alpha(alphas.get(stem), usual, layer)
+        content, used = _content(suffixes)
+        if used:
+            features = content | _names(stem, layer, in_file) | _alpha(alphas.get(stem), usual, layer)
             yield Item(layer.name if layer else stem, features, counted=True)
-        for suffix in sorted(suffixes - taken):
+        for suffix in sorted(suffixes - used):
             yield Item(f"{stem}.{suffix}", {_WITH_PAIR.get(suffix, Feature.UNKNOWN_KEY)}, counted=False)
 
 
@@ -170,7 +171,7 @@ def _halves(factors: Collection[str]) -> set[Feature]:
 
 
 def _path(keys: Mapping[str, str], layer: _Known | None) -> set[Feature]:
-    """Return how a layer is spelled whose keys are paths, not stems of kohya."""
+    """Return the spelling features of a layer whose keys are paths, not kohya stems."""
     key = next(iter(keys.values()))
     old = {Feature.OLD_DIFFUSERS} if ".lora.down." in key or ".lora.up." in key else set[Feature]()
     if layer is None:
@@ -186,8 +187,8 @@ def _path(keys: Mapping[str, str], layer: _Known | None) -> set[Feature]:
     return {Feature.OTHER_SPELLING}
 
 
-def _body(suffixes: set[str]) -> tuple[set[Feature], set[str]]:
-    """Return what the suffixes of a stem make and which of them it takes; none where they make no layer."""
+def _content(suffixes: set[str]) -> tuple[set[Feature], set[str]]:
+    """Return the features of a layer with these suffixes, and the suffixes it uses; empty without a layer."""
     factors = {*LOW_RANK_SUFFIXES, *DELTA_SUFFIXES}
     if FRAME_DOWN in suffixes:
         return {Feature.DELTA}, factors
@@ -198,19 +199,19 @@ def _body(suffixes: set[str]) -> tuple[set[Feature], set[str]]:
 
 
 def _spellings_of(source: WeightSource) -> set[Feature]:
-    """Return the features of a file that mixes spellings; they count for some of its layers."""
+    """Return the features of a file that mixes spellings; they apply to some of its layers."""
     blocks = ((word in key for key in source.tensors for word in w) for w in (_SGM_BLOCKS, _DIFFUSERS_BLOCKS))
     mixed = {Feature.SGM_WITH_DIFFUSERS} if all(map(any, blocks)) else set[Feature]()
     only_kohya = all(key.startswith(KOHYA_PREFIXES) for key in source.tensors)
     return mixed if only_kohya else mixed | {Feature.KOHYA_WITH_OTHERS}
 
 
-def _place(stem: str, layer: _Known | None, in_file: set[Feature]) -> set[Feature]:
+def _names(stem: str, layer: _Known | None, in_file: set[Feature]) -> set[Feature]:
     sgm = any(word in stem for word in _SGM_BLOCKS)
     features = in_file if sgm else in_file - {Feature.SGM_WITH_DIFFUSERS}
     if layer is None:
-        known = stem.endswith("_text_projection")
-        return features | {Feature.PROJECTION if known else Feature.UNKNOWN_LAYER}
+        projection = stem.endswith("_text_projection")
+        return features | {Feature.PROJECTION if projection else Feature.UNKNOWN_LAYER}
     if not layer.default:
         return features | {Feature.EXTRA}
     return features if stem == kohya_stem(layer.name) else features | {Feature.DIFFUSERS_NAMES}
@@ -244,12 +245,12 @@ def _alpha(alpha: Alpha | None, usual: Mapping[str, float], layer: _Known | None
 
 
 def _tensors(source: WeightSource) -> Iterator[Item]:
-    """Yield each tensor of a checkpoint, and each tensor and part that it lacks."""
+    """Yield each tensor of a checkpoint, and each tensor and part that is missing."""
     missing = [part for part in PART_ROOTS if not _has(source, part)]
     layout = None if {"te1", "te2"} & {*missing} else layout_of(source.tensors, label=source.label)
     if "unet" in missing:
-        layout_of(source.tensors, label=source.label)  # raises with what the file is instead
-        raise InputError(f"{source.label} has no UNet")
+        layout_of(source.tensors, label=source.label)  # its error says what the file is instead
+        raise InputError(f"{source.label} has no UNet", hint="pass a complete SDXL checkpoint")
     expected = set[str]() if layout is None else _expected(layout, te1_root(source.tensors))
     short = te1_root(source.tensors) == TE1_SHORT_ROOT
     for name in source.tensors:
@@ -264,12 +265,12 @@ def _tensors(source: WeightSource) -> Iterator[Item]:
 
 def _whole_file(source: WeightSource) -> Item:
     prediction = declared_prediction(source)
-    found = {
+    present = {
         Feature.RESIDUAL: source.provenance.role is Role.RESIDUAL,
         Feature.FLOW: prediction == "flow",
         Feature.V_UNMARKED: prediction == "v" and V_KEY not in source.tensors,
     }
-    return Item(WHOLE_FILE, {feature for feature, holds in found.items() if holds}, counted=False)
+    return Item(WHOLE_FILE, {feature for feature, holds in present.items() if holds}, counted=False)
 
 
 def _has(source: WeightSource, part: PartName) -> bool:
@@ -293,7 +294,7 @@ def _tensor(name: str, expected: set[str], *, short_te1: bool) -> set[Feature]:
 
 
 def _sizes(layout: Layout) -> tuple[object, ...]:
-    """Return the sizes by which other programs recognize SDXL; numbers of heads follow from them."""
+    """Return the sizes by which other programs recognize SDXL; they determine the numbers of heads."""
     unet, vae = layout.unet, layout.vae
     added = unet.pooled + TIME_IDS * unet.time_id_channels
     texts = [(text.width, text.mlp, text.layers) for text in (layout.te1, layout.te2)]

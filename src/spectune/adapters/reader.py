@@ -1,4 +1,4 @@
-"""Adapter files of any program, opened for the layers of a model."""
+"""Open the adapter files of any program for the layers of a model."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
 from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
-_KINDS = "spectune reads adapters whose layers are a product of two factors: LoRA, LyCORIS locon"
+_KINDS = "spectune reads adapters whose layers are products of two factors: LoRA, LyCORIS locon"
 LARGEST_ALPHA = 1e6  # far above any intended scale
-_DROP = "; `spectune convert --drop PATTERN` leaves keys out"
+_DROP = "; `spectune convert --drop PATTERN` removes keys"
 
 
 def open_adapter(
@@ -52,12 +52,19 @@ def open_adapter(
 ) -> Adapter | TunedAdapter:
     """Open an adapter in any spelling; its layers are read on access.
 
-    `catalogue` is that of the model that the adapter is for; by default layers have the names of SDXL and the
-    shapes that follow from the factors. Keys in `without` are skipped. The adapter is a context manager that
-    closes the file. `replaced` is whether the caller uses the tensors of the base that a tuned adapter
-    replaces; a caller that would lose them gets InputError for such a file.
-    Raises InputError for layers that the model does not have, shapes that do not fit, and kinds of adapter
-    that are not a product of two factors. A missing alpha means scale 1 and adds to `warnings`.
+    The adapter is a context manager that closes the file. A missing alpha means scale 1 and adds a warning.
+
+    Args:
+        path: The file.
+        catalogue: The layers of the model that the adapter is for. By default, layers have the names of SDXL
+            and the shapes of their factors.
+        without: Keys to skip.
+        replaced: Whether the caller applies tensors that replace those of the base. If not, a file with such
+            tensors raises InputError.
+
+    Raises:
+        InputError: For layers that the model lacks, shapes that do not fit, and kinds of adapters that are
+            not products of two factors.
     """
     source = open_checkpoint(path)
     try:
@@ -71,31 +78,33 @@ def _opened(
     source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, replaced: bool
 ) -> Adapter | TunedAdapter:
     if not source.tensors:
-        raise InputError(f"{source.label} holds no layers")
+        raise InputError(f"{source.label} has no tensors: expected an adapter", hint="pass another file")
     layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
     table = sort_keys((key for key in source.tensors if key not in without), layers)
     if not (table.keys or table.foreign or table.unexpected or table.replaced):
-        raise InputError(f"{source.label} has no other keys than the {len(source.tensors)} that are left out")
+        raise InputError(
+            f"{source.label} has no keys except the {len(source.tensors)} to leave out: expected factors",
+            hint="leave out fewer keys",
+        )
     _check_keys(source, table, among_sdxl=catalogue is None)
     _check_replaced(source, table, used=replaced)
     if catalogue is None:
-        catalogue = _implied(source, table)
-    found = [layer for layer in catalogue if layer.name in table.keys]
+        catalogue = _catalogue_from_factors(source, table)
+    by_name = {layer.name: layer for layer in catalogue if layer.name in table.keys}
     reader = _Reader(source, table, read_peft_alphas(source.path, source.metadata))
-    for layer in found:
+    for layer in by_name.values():
         reader.check(layer)
-    bare = [layer.name for layer in found if reader.stored_alpha(layer) is None]
+    no_alpha = [name for name, layer in by_name.items() if reader.stored_alpha(layer) is None]
     # PEFT writes no alpha that equals the rank
     peft = any(is_peft_key(key) for key in source.tensors)
-    no_alpha = f"{counted(len(bare), 'layer')} of {source.label} without alpha, read as scale 1"
-    warnings = (f"{no_alpha}: {some_of(bare)}",) if bare and not peft else ()
-    by_name = {layer.name: layer for layer in found}
-    ranks = {layer.name: reader.rank(layer) for layer in found}
-    dtypes = {layer.name: reader.dtype(layer) for layer in found}
+    warning = f"{counted(len(no_alpha), 'layer')} of {source.label} without alpha, read as scale 1"
+    warnings = (f"{warning}: {some_of(no_alpha)}",) if no_alpha and not peft else ()
+    ranks = {name: reader.rank(layer) for name, layer in by_name.items()}
+    dtypes = {name: reader.dtype(layer) for name, layer in by_name.items()}
     if table.tuned:
         deltas = LazyLayers(ranks, dtypes, lambda name: reader.delta(by_name[name]))
-        whole = {name: source.load(f"{REPLACED}{name}") for name in table.replaced}
-        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, whole)
+        tensors = {name: source.load(f"{REPLACED}{name}") for name in table.replaced}
+        return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, tensors)
     low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
     return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
 
@@ -103,9 +112,9 @@ def _opened(
 def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> None:
     if table.foreign:
         count = len(table.keys) + len(table.foreign)
-        whose = "SDXL" if among_sdxl else "the model"
+        model = "SDXL" if among_sdxl else "the model"
         raise InputError(
-            f"{len(table.foreign)} of {count} layers of {source.label} have no counterpart in {whose}: "
+            f"{len(table.foreign)} of {count} layers of {source.label} have no counterpart in {model}: "
             f"{some_of(table.foreign)}",
             hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
         )
@@ -138,18 +147,18 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
 def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
     if not table.replaced:
         return
-    replaces = f"{counted(len(table.replaced), 'tensor')} of its base whole (first {table.replaced[0]})"
+    replaces = f"{counted(len(table.replaced), 'tensor')} of its base (first {table.replaced[0]})"
     if not table.tuned:
         raise InputError(
             f"{source.label} replaces {replaces} but is not a tuned adapter: expected {FRAME_DOWN} and the "
-            "other factors of one",
-            hint="the file is incomplete, or was merged from two",
+            "other factors of a tuned adapter",
+            hint="the file is incomplete, or was merged from two files",
         )
     if not used:
         raise InputError(
-            f"{source.label} replaces {replaces}, which no LoRA or slice can hold",
-            hint="rebuild the checkpoint with `spectune rebuild`, then make a LoRA of it: "
-            "`spectune export TUNED.safetensors --base ORIGINAL`",
+            f"{source.label} replaces {replaces}, which a LoRA or slice cannot store",
+            hint="rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
+            "`spectune export ORIGINAL REBUILT`",
         )
     for name in table.replaced:
         dtype = source.tensors[f"{REPLACED}{name}"].dtype
@@ -157,7 +166,7 @@ def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
             raise InputError(
                 f"{REPLACED}{name} of {source.label} is {SAFETENSORS_NAMES[dtype]}: "
                 f"expected {SAFETENSORS_NAMES[torch.float32]}",
-                hint="a tuned adapter stores what it replaces in float32: was the file cast?",
+                hint="replacements must stay in float32: use the file as training wrote it, without a cast",
             )
 
 
@@ -168,24 +177,24 @@ def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
         "double_blocks": "the adapter is for Flux",
         "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
         "joint_blocks": "the adapter is for SD 3",
-        "text_projection": "adapters hold text projections transposed to checkpoints" + _DROP,
+        "text_projection": "text projections are not read: adapters store them transposed" + _DROP,
     }
     for sign, text in signs.items():
         if any(_has_sign(stem, sign) for stem in foreign):
             return text
     if among_sdxl:
-        return "pass the model that the adapter is for as `base` if it does not have SDXL's size" + _DROP
-    return "expected an adapter for SDXL with keys of kohya, PEFT or ComfyUI" + _DROP
+        return "if the model does not have SDXL's size, pass it as `base`" + _DROP
+    return "expected an adapter for SDXL with kohya, PEFT or ComfyUI keys" + _DROP
 
 
 def _has_sign(stem: str, sign: str) -> bool:
-    # ComfyUI's names of SDXL's encoders have `transformer.` in the middle
+    # ComfyUI's names of SDXL's encoders contain `transformer.` in the middle
     return stem.startswith(sign) if sign == "transformer." else sign in stem
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """The factors of a file, layer by layer."""
+    """A reader of the factors of a file, layer by layer."""
 
     source: Checkpoint
     table: KeyTable
@@ -202,7 +211,7 @@ class _Reader:
         return shape[0] if shape else 0
 
     def dtype(self, layer: Layer) -> torch.dtype:
-        """Return a dtype that holds both factors."""
+        """Return a dtype wide enough for both factors."""
         suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
         dtypes = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
         for dtype in dtypes:
@@ -210,12 +219,12 @@ class _Reader:
                 raise InputError(
                     f"the factors of {layer.name} in {self.source.label} are {SAFETENSORS_NAMES[dtype]}: "
                     "expected a floating-point dtype",
-                    hint="get the adapter in fp16, bf16 or fp32",
+                    hint="use the adapter in fp16, bf16 or fp32",
                 )
         return common_dtype(dtypes)
 
     def check(self, layer: Layer) -> None:
-        """Raise InputError unless all factors fit the layer; the axes of 1x1 kernels are optional."""
+        """Raise InputError unless all factors fit the layer; axes of 1x1 kernels are optional."""
         rank = self.rank(layer)
         down, up = layer.factor_shapes(rank)
         pairs = ((FRAME_DOWN, FRAME_UP), (DELTA_DOWN, DELTA_UP)) if self.table.tuned else ((DOWN, UP),)
@@ -231,24 +240,19 @@ class _Reader:
         raise InputError(
             f"{self.key(layer, suffix)} of {self.source.label} does not fit the layer {layer.name} "
             f"{layer.shape}: expected {expected}, got {self.shape(layer, suffix)}",
-            hint="was the adapter made for another model?",
+            hint="the adapter was probably made for another model: pass that model",
         )
 
     def stored_alpha(self, layer: Layer) -> float | None:
-        """Return the alpha of the file or of PEFT's configuration; None if neither has one."""
+        """Return the alpha from the tensors or PEFT's configuration; None if neither has one."""
         if ALPHA in self.table.keys[layer.name]:
-            alpha = float(self.source.load(self.key(layer, ALPHA)).item())
-            if not abs(alpha) <= LARGEST_ALPHA:
-                raise InputError(
-                    f"the alpha of {layer.name} in {self.source.label} is {alpha}: expected a number up to "
-                    f"{LARGEST_ALPHA:g}"
-                )
-            return alpha
-        alpha = self.peft.alpha(layer.diffusers, self.rank(layer))
+            alpha, place = float(self.source.load(self.key(layer, ALPHA)).item()), ""
+        else:
+            alpha, place = self.peft.alpha(layer.diffusers, self.rank(layer)), "the configuration of "
         if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
             raise InputError(
-                f"the alpha of {layer.name} in the configuration of {self.source.label} is {alpha}: expected "
-                f"a number up to {LARGEST_ALPHA:g}"
+                f"the alpha of {layer.name} in {place}{self.source.label} is {alpha}: expected a number "
+                f"up to {LARGEST_ALPHA:g}"
             )
         return alpha
 
@@ -274,7 +278,7 @@ class _Reader:
 
 @cache
 def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
-    """Return the modules of SDXL with a factorable weight, by layer name."""
+    """Return the modules of SDXL whose weight can be factored, by layer name."""
     return {
         module.layer: (part, module)
         for part in Part
@@ -293,8 +297,8 @@ def sdxl_default_layers() -> tuple[str, ...]:
     return tuple(name for name, (_, module) in _sdxl_modules().items() if module.default)
 
 
-def _implied(source: Checkpoint, table: KeyTable) -> Catalogue:
-    """Return the layers of SDXL that a file has, with the shapes that follow from their factors."""
+def _catalogue_from_factors(source: Checkpoint, table: KeyTable) -> Catalogue:
+    """Return the layers of SDXL in a file, with the shapes of their factors."""
     suffixes = (FRAME_DOWN, FRAME_UP) if table.tuned else (DOWN, UP)
     layers: list[Layer] = []
     for name, (part, module) in _sdxl_modules().items():

@@ -1,4 +1,4 @@
-"""The spellings of adapter keys in other programs: tables from key to layer and back."""
+"""Map the adapter keys of other programs to layers and back."""
 
 from __future__ import annotations
 
@@ -22,26 +22,30 @@ from spectune.sdxl.names import COMFYUI_PARTS, comfyui_name, kohya_stem
 
 
 class Spelling(StrEnum):
-    """The spellings in which adapters are written."""
+    """The spellings of keys that spectune writes."""
 
     KOHYA = "kohya"  # lora_unet_input_blocks_4_1_proj_in.lora_down.weight: all programs read it
-    DIFFUSERS = "diffusers"  # unet.down_blocks.1.attentions.0.proj_in.lora_A.weight: also of PEFT
+    DIFFUSERS = "diffusers"  # unet.down_blocks.1.attentions.0.proj_in.lora_A.weight: also used by PEFT
     COMFYUI = "comfyui"  # diffusion_model.input_blocks.4.1.proj_in.lora_down.weight
 
 
 def parse_spelling(word: str) -> Spelling:
-    """Return a spelling by its name; `peft` means diffusers."""
+    """Return a spelling by name; `peft` means diffusers."""
     known = [spelling.value for spelling in Spelling]
     name = "diffusers" if word.lower() == "peft" else word.lower()
     if name not in known:
-        raise InputError(f"unknown spelling {word!r}{did_you_mean(name, known)}", hint=", ".join(known))
+        raise InputError(
+            f"unknown spelling {word!r}{did_you_mean(name, known)}",
+            hint=f"expected one of {', '.join(known)}",
+        )
     return Spelling(name)
 
 
 COMFYUI_ROOTS = tuple(f"{root}." for root in COMFYUI_PARTS.values())
 _PEFT_SUFFIXES: Mapping[str, str] = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 
-# All spellings of a suffix. PEFT adds the name of the adapter in memory; diffusers had others before PEFT.
+# All spellings of suffixes, and the kohya suffix of each. PEFT can add the name of the adapter ("default");
+# the last four are from diffusers before it used PEFT.
 _SUFFIXES: Mapping[str, str] = {
     **{suffix: suffix for suffix in (*LOW_RANK_SUFFIXES, FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP)},
     "lora_A.weight": DOWN,
@@ -62,7 +66,7 @@ _ROOTS: Mapping[str, str] = {
     "text_encoder_2.": "te2",
     **{f"{root}.": part for part, root in COMFYUI_PARTS.items()},
 }
-PEFT_ROOT = "base_model.model."  # of a file that PEFT saved for one model
+PEFT_ROOT = "base_model.model."  # in a file that PEFT saved for a single model
 _UNET_ROOTS = (
     "conv_in.",
     "time_embedding.",
@@ -72,12 +76,12 @@ _UNET_ROOTS = (
     "up_blocks.",
     "conv_out.",
 )
-# unet...attn1.processor.to_out_lora.down.weight, of 2023
+# unet...attn1.processor.to_out_lora.down.weight: diffusers in 2023
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 
 def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
-    """Return the stem of a layer's keys, all before the suffix; `diffusers` is its path in a pipeline."""
+    """Return the stem of a layer's keys (all before the suffix); `diffusers` is its path in a pipeline."""
     if spelling is Spelling.KOHYA:
         return kohya_stem(layer_name)
     if spelling is Spelling.DIFFUSERS:
@@ -86,7 +90,7 @@ def spelled(layer_name: str, diffusers: str, spelling: Spelling) -> str:
 
 
 def spelled_suffix(suffix: str, spelling: Spelling) -> str:
-    """Return the suffix of a factor in a spelling; `alpha` is the same in all that have one."""
+    """Return the suffix of a factor in a spelling; spellings that have an alpha all call it `alpha`."""
     return _PEFT_SUFFIXES.get(suffix, suffix) if spelling is Spelling.DIFFUSERS else suffix
 
 
@@ -95,22 +99,22 @@ def stems(layer_name: str, diffusers: str) -> Iterator[str]:
     for spelling in Spelling:
         yield spelled(layer_name, diffusers, spelling)
     if layer_name.startswith("unet."):
-        # trainers that run the UNet of diffusers join its names with underscores, as kohya does
+        # trainers that use the diffusers UNet join its names with underscores, like kohya
         yield kohya_stem(diffusers)
     else:
-        # transformers 5 spells the encoders in memory without the prefix
+        # transformers 5 names the encoders in memory without the prefix
         yield diffusers.replace(".text_model.", ".", 1)
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys of a file, sorted by layers."""
+    """The keys of a file, grouped by layer."""
 
     keys: Mapping[str, Mapping[str, str]]  # layer name -> suffix in kohya's spelling -> key
     foreign: tuple[str, ...]  # stems that match no layer of the model
-    unexpected: tuple[str, ...]  # keys of a layer that are not factors: LoHa, DoRA, differences of biases
+    unexpected: tuple[str, ...]  # keys of layers that are not factors: LoHa, DoRA, differences of biases
     duplicates: tuple[tuple[str, str], ...]  # pairs of keys of the same factor
-    replaced: tuple[str, ...] = ()  # tensors of the base that the file replaces whole, by their names there
+    replaced: tuple[str, ...] = ()  # names in the base of the tensors that the file replaces
 
     @property
     def tuned(self) -> bool:
@@ -119,7 +123,7 @@ class KeyTable:
 
 
 def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
-    """Sort the keys of a file; `layers` maps the name of each layer to its path in a pipeline."""
+    """Group the keys of a file by layer; `layers` maps layer names to paths in a pipeline."""
     known = {stem: name for name, diffusers in layers.items() for stem in stems(name, diffusers)}
     keys: dict[str, dict[str, str]] = {}
     foreign: dict[str, None] = {}
@@ -136,20 +140,20 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
             foreign[stem] = None
         elif suffix is None:
             unexpected.append(key)
-        elif suffix in (found := keys.setdefault(layer, {})):
-            duplicates.append((found[suffix], key))
+        elif suffix in (factors := keys.setdefault(layer, {})):
+            duplicates.append((factors[suffix], key))
         else:
-            found[suffix] = key
+            factors[suffix] = key
     return KeyTable(keys, tuple(foreign), tuple(unexpected), tuple(duplicates), tuple(replaced))
 
 
 def factor_of(key: str) -> str | None:
-    """Return the suffix of a key in kohya's spelling; None for a key that is not a factor or alpha."""
+    """Return the suffix of a key in kohya's spelling; None if the key is not a factor or alpha."""
     return stem_and_factor(key)[1]
 
 
 def adapter_part(key: str) -> str | None:
-    """Return unet, te1 or te2 for a key of an adapter in any spelling; None for any other key."""
+    """Return unet, te1 or te2 for an adapter key in any spelling; None for any other key."""
     stem, suffix = stem_and_factor(key)
     if suffix is None:
         return None
@@ -157,7 +161,7 @@ def adapter_part(key: str) -> str | None:
 
 
 def spelling_of(key: str) -> str:
-    """Return the spelling of a key."""
+    """Return the name of the spelling of a key."""
     if key.startswith("lora_"):
         return Spelling.KOHYA.value
     return (Spelling.COMFYUI if key.startswith(COMFYUI_ROOTS) else Spelling.DIFFUSERS).value
@@ -170,12 +174,12 @@ def split_adapter_key(key: str) -> tuple[str, str]:
 
 
 def is_peft_key(key: str) -> bool:
-    """Return whether a key of an adapter has the spelling of PEFT or diffusers."""
+    """Return whether an adapter key has the spelling of PEFT or diffusers."""
     return any(sign in key for sign in (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up."))
 
 
 def stem_and_factor(key: str) -> tuple[str, str | None]:
-    """Return the stem of a key and its suffix in kohya's spelling; None for a suffix that is not a factor."""
+    """Return the stem of a key and its suffix in kohya's spelling (None if the key is not a factor)."""
     key = _PROCESSOR.sub(_old_attention, key)
     if key.startswith("lora_"):
         stem, suffix = split_adapter_key(key)

@@ -1,4 +1,4 @@
-"""Traits: named groups of the layers of an adapter, as in slices of B-LoRA."""
+"""Traits: named groups of layers of an adapter, for slices. The term is from B-LoRA."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spectune.errors import InputError, did_you_mean
 from spectune.sdxl.layers import Catalogue, Layer
 from spectune.sdxl.selection import layers_named
 
-# B-LoRA: attention in these two transformers determines content and style
-# (Frenkel et al. 2024, arXiv 2403.14572).
+# The attention layers of these two transformers determine content and style: B-LoRA, Frenkel et al. 2024,
+# arXiv 2403.14572.
 _ATTENTION_OF: Mapping[str, str] = {
     "content": "unet.up_blocks.0.attentions.0.",
     "style": "unet.up_blocks.0.attentions.1.",
@@ -27,11 +27,12 @@ _PARTS_OF: Mapping[str, tuple[str, ...]] = {
 }
 TRAITS = (*_PARTS_OF, *_ATTENTION_OF)
 _LISTS = ("whitelist", "blacklist")
+_FORM = 'write {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}'
 
 
 @dataclass(frozen=True)
 class TraitRule:
-    """Layers by their kohya keys, which contain a word of the whitelist and none of the blacklist."""
+    """A rule that selects layers whose kohya keys contain a whitelisted word and no blacklisted one."""
 
     whitelist: tuple[str, ...]
     blacklist: tuple[str, ...]
@@ -41,49 +42,48 @@ class TraitRule:
 
 
 def read_traits(path: Path) -> dict[str, TraitRule]:
-    """Read the traits of a JSON file: {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}.
+    """Read traits from a JSON file: {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}.
 
-    Raises InputError for a file of another form.
+    Raises InputError for a file with another structure.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read traits from {path}: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object", hint=_form())
+        raise InputError(f"{path} is not a JSON object", hint=_FORM)
     return {name: _rule(name, rule, path) for name, rule in cast(dict[str, object], content).items()}
 
 
 def _rule(name: str, rule: object, path: Path) -> TraitRule:
     if not isinstance(rule, dict):
-        raise InputError(f"trait `{name}` of {path} is not an object", hint=_form())
+        raise InputError(f"trait `{name}` of {path} is not an object", hint=_FORM)
     lists = cast(dict[str, object], rule)
     for key, words in lists.items():
         if key not in _LISTS:
             raise InputError(
-                f"trait `{name}` of {path} has an unknown key `{key}`{did_you_mean(key, _LISTS)}"
+                f"trait `{name}` of {path} has an unknown key `{key}`{did_you_mean(key, _LISTS)}",
+                hint=_FORM,
             )
         if not isinstance(words, list) or not all(
             isinstance(word, str) for word in cast(list[object], words)
         ):
-            raise InputError(f"{key} of trait `{name}` of {path} is not a list of words", hint=_form())
+            raise InputError(f"{key} of trait `{name}` of {path} is not a list of words", hint=_FORM)
     white, black = (tuple(cast(list[str], lists.get(key, []))) for key in _LISTS)
     if not white:
-        raise InputError(f"trait `{name}` of {path} has an empty whitelist: it names no layer", hint=_form())
+        raise InputError(
+            f"trait `{name}` of {path} has an empty whitelist: expected at least one word", hint=_FORM
+        )
     return TraitRule(white, black)
-
-
-def _form() -> str:
-    return 'write {"te": {"whitelist": ["lora_te1_", "lora_te2_"], "blacklist": []}}'
 
 
 def trait_layers(
     catalogue: Catalogue, trait: str | None, rules: Mapping[str, TraitRule]
 ) -> tuple[Layer, ...]:
-    """Return the layers of a catalogue that a trait names, in the order of the catalogue; None names all.
+    """Return the layers of a catalogue that a trait selects, in their order; None selects all.
 
-    A trait is a name from `rules`, one of TRAITS, or a block or pattern that `layers_named` knows; several
-    are joined by `+`. Raises InputError for a word without a match.
+    A trait is a name from `rules`, one of TRAITS, or a block or pattern of `layers_named`; `+` joins several.
+    Raises InputError for a word without a match.
     """
     if trait is None:
         return catalogue.layers
@@ -97,8 +97,8 @@ def _one_trait(catalogue: Catalogue, trait: str, rules: Mapping[str, TraitRule])
         return _by_keys(catalogue, trait, rules[trait])
     if trait in _ATTENTION_OF:
         root = _ATTENTION_OF[trait]
-        found = [layer for layer in catalogue if layer.diffusers.startswith(root) and ".attn" in layer.name]
-        return _some(found, catalogue, trait)
+        layers = [layer for layer in catalogue if layer.diffusers.startswith(root) and ".attn" in layer.name]
+        return _some(layers, catalogue, trait)
     if trait in _PARTS_OF:
         parts = _PARTS_OF[trait]
         return _some([layer for layer in catalogue if layer.part.value in parts], catalogue, trait)
@@ -106,21 +106,24 @@ def _one_trait(catalogue: Catalogue, trait: str, rules: Mapping[str, TraitRule])
 
 
 def _by_keys(catalogue: Catalogue, trait: str, rule: TraitRule) -> tuple[Layer, ...]:
-    """Return layers as whole pairs; an alpha stays with its pair even if the blacklist names it."""
+    """Return the layers whose two factors match a rule; the keys of alphas are not compared."""
     chosen: list[Layer] = []
     for layer in catalogue:
         matches = {rule.holds(f"{layer.kohya}.{suffix}") for suffix in (DOWN, UP)}
         if len(matches) > 1:
             raise InputError(
-                f"trait `{trait}` names one factor of {layer.kohya} without the other",
-                hint="use words that match whole layers, not lora_up or lora_down",
+                f"trait `{trait}` selects one factor of {layer.kohya} without the other",
+                hint="use words that match complete layers, not lora_up or lora_down",
             )
         if matches.pop():
             chosen.append(layer)
     return _some(chosen, catalogue, trait)
 
 
-def _some(found: Sequence[Layer], catalogue: Catalogue, trait: str) -> tuple[Layer, ...]:
-    if not found:
-        raise InputError(f"trait `{trait}` names none of {len(catalogue)} layers")
-    return tuple(found)
+def _some(layers: Sequence[Layer], catalogue: Catalogue, trait: str) -> tuple[Layer, ...]:
+    if not layers:
+        raise InputError(
+            f"trait `{trait}` selects none of {len(catalogue)} layers",
+            hint="use a trait of layers that the file has",
+        )
+    return tuple(layers)

@@ -1,4 +1,4 @@
-"""Writing adapter files: low-rank factors for other programs, and trained deltas."""
+"""Write adapter files: low-rank factors that other programs read, and trained deltas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def adapter_infos(
     dtypes: torch.dtype | Mapping[str, torch.dtype],
     spelling: Spelling = Spelling.KOHYA,
 ) -> list[TensorInfo]:
-    """Return the tensors of an adapter file; `ranks`, and `dtypes` if they differ, are by layer name."""
+    """Return the tensors of an adapter file; `ranks` and a mapping of `dtypes` are by layer name."""
     infos: list[TensorInfo] = []
     for layer in layers:
         down, up = layer.factor_shapes(ranks[layer.name])
@@ -62,7 +62,7 @@ def _key(layer: Layer, suffix: str, spelling: Spelling) -> str | None:
 
 
 def low_rank_tensors(layer: Layer, low_rank: LowRank, spelling: Spelling) -> dict[str, Tensor]:
-    """Return the tensors of one layer; the diffusers spelling requires that alpha is the rank."""
+    """Return the tensors of one layer; the diffusers spelling requires alpha = rank."""
     assert spelling is not Spelling.DIFFUSERS or low_rank.alpha == low_rank.rank, f"alpha of {layer.name}"
     keys = ((_key(layer, suffix, spelling), t) for suffix, t in _by_suffix(low_rank).items())
     return {key: tensor for key, tensor in keys if key is not None}
@@ -74,7 +74,7 @@ def kohya_tensors(layer_name: str, low_rank: LowRank) -> dict[str, Tensor]:
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """Return the weights hash of the kohya file with exactly these factors; reads every factor once."""
+    """Return the weights hash of a kohya file with these factors; reads every factor once."""
     hasher = WeightsHasher()
     for name in adapter.layers:
         for key, tensor in kohya_tensors(name, adapter.layers[name]).items():
@@ -91,7 +91,7 @@ def _by_suffix(low_rank: LowRank) -> dict[str, Tensor]:
 
 
 def delta_tensors(stem: str, delta: Delta) -> dict[str, Tensor]:
-    """Return the tensors of one layer of a tuned file; no program takes them for a LoRA."""
+    """Return the tensors of one layer of a tuned file; no program mistakes them for a LoRA."""
     return {
         f"{stem}.{FRAME_DOWN}": delta.frame.down.contiguous(),
         f"{stem}.{FRAME_UP}": delta.frame.up.contiguous(),
@@ -103,10 +103,10 @@ def delta_tensors(stem: str, delta: Delta) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """All of an adapter file that is known before its factors."""
+    """What the writer of an adapter file needs before the factors."""
 
     layers: Sequence[Layer]  # in the order of the file
-    ranks: Mapping[str, int]  # true rank by layer name
+    ranks: Mapping[str, int]  # by layer name, at most the full rank
     dtypes: torch.dtype | Mapping[str, torch.dtype]  # of the factors: one for all, or by layer name
     provenance: Provenance
     spelling: Spelling = Spelling.KOHYA
@@ -114,7 +114,7 @@ class AdapterHeader:
 
 
 class AdapterWriter(StreamWriter):
-    """Writes a principal or LoRA layer by layer, with the metadata that other programs read."""
+    """A writer of a principal or LoRA, layer by layer, with the metadata that other programs read."""
 
     def __init__(self, path: Path, header: AdapterHeader, *, force: bool = False, hold: bool = False) -> None:
         check_adapter_name(path)
@@ -152,7 +152,7 @@ def save_tuned(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> str:
-    """Write a tuned adapter with its frame, each tensor in its own dtype, and return the weights hash.
+    """Write a tuned adapter with its frame, without casting, and return the weights hash.
 
     Tensors that replace those of the base are float32.
     """
@@ -162,15 +162,15 @@ def save_tuned(
         for name in tuned.layers
         for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items()
     ]
-    whole = {f"{REPLACED}{name}": tensor.contiguous() for name, tensor in tuned.replaced.items()}
-    infos += [TensorInfo(key, torch.float32, tuple(tensor.shape)) for key, tensor in whole.items()]
+    replaced = {f"{REPLACED}{name}": tensor.contiguous() for name, tensor in tuned.replaced.items()}
+    infos += [TensorInfo(key, torch.float32, tuple(tensor.shape)) for key, tensor in replaced.items()]
     stamped = replace(provenance, role=Role.TUNED, version=spectune_version())
     entries = {**stamped.to_metadata(), **(metadata or {})}
     with StreamWriter(path, infos, metadata=entries, force=force) as writer:
         for name in tuned.layers:
             for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items():
                 writer.write(key, tensor)
-        for key, tensor in whole.items():
+        for key, tensor in replaced.items():
             writer.write(key, tensor)
     return writer.hash
 
@@ -178,7 +178,7 @@ def save_tuned(
 def kohya_metadata(
     layers: Sequence[Layer], ranks: Mapping[str, int], provenance: Provenance, *, title: str
 ) -> dict[str, str]:
-    """Return the entries by which sd-scripts, LyCORIS and model databases recognize an adapter for SDXL."""
+    """Return the metadata by which sd-scripts, LyCORIS and model databases recognize an SDXL adapter."""
     dim = _common_rank([layer for layer in layers if not _is_spatial(layer)], ranks)
     conv_dim = _common_rank([layer for layer in layers if _is_spatial(layer)], ranks)
     entries = {
@@ -198,7 +198,7 @@ def kohya_metadata(
 def alpha_metadata(
     layers: Sequence[Layer], ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> dict[str, str]:
-    """Return the entries from which trainers take alphas other than the ranks; empty if all are the ranks."""
+    """Return the metadata with alphas for trainers; empty if all alphas equal the ranks."""
     if all(alphas[layer.name] == ranks[layer.name] for layer in layers):
         return {}
     linear, spatial = (
@@ -220,7 +220,7 @@ def check_adapter_name(path: Path) -> None:
 
 
 def _common_rank(layers: Sequence[Layer], ranks: Mapping[str, int]) -> str:
-    """Return the rank that all layers have as far as their size allows, or `Dynamic` as sd-scripts writes."""
+    """Return the common rank, apart from layers that are too small for it, or `Dynamic` like sd-scripts."""
     dim = max((ranks[layer.name] for layer in layers), default=0)
     same = all(ranks[layer.name] == min(dim, layer.full_rank) for layer in layers)
     return str(dim) if same else "Dynamic"

@@ -19,19 +19,20 @@ _NOT_WRITTEN = (*PICKLES, ".json", ".gguf", ".onnx")
 
 
 class WriterOptions(TypedDict, total=False):
-    """The options that all writers have; their defaults are those of `StreamWriter`."""
+    """The options of all writers; the defaults are those of `StreamWriter`."""
 
     metadata: Mapping[str, str] | None
-    reserve_bytes: int  # room for metadata that is added later
+    reserve_bytes: int  # space for metadata that is added later
     force: bool  # overwrite an existing target
     hold: bool  # keep the temporary name until `commit`
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.safetensors` file, a `*.index.json` with its shards, or a folder that holds one.
+    """Open a `.safetensors` file, a `*.index.json` with its shards, or a folder.
 
-    The tensors of a diffusers folder, or of its `model_index.json`, have the names of a single file.
-    Raises InputError for a file that is missing, damaged, incomplete or of another kind.
+    A folder contains either one index with its shards, or a diffusers pipeline; `model_index.json` of a
+    pipeline is accepted too. Its tensors get the names of a single file. Raises InputError for a file that is
+    missing, damaged, incomplete or of another kind.
     """
     path = Path(path)
     if path.name == MODEL_INDEX:
@@ -51,12 +52,12 @@ def _index_in(folder: Path) -> Path:
         return indices[0]
     if indices:
         raise InputError(
-            f"{folder} holds {len(indices)} sharded checkpoints: {some_of([p.name for p in indices])}",
+            f"{folder} contains {len(indices)} sharded checkpoints: {some_of([p.name for p in indices])}",
             hint=f"pass one of the *{INDEX_SUFFIX} files",
         )
     raise InputError(
-        f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX} or a {MODEL_INDEX}",
-        hint="pass the .safetensors file",
+        f"{folder} is a folder without a *.safetensors{INDEX_SUFFIX} and without a {MODEL_INDEX}",
+        hint="pass a .safetensors file",
     )
 
 
@@ -68,10 +69,10 @@ def open_writer(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **options: Unpack[WriterOptions],
 ) -> TensorWriter:
-    """Open a writer: `x.safetensors` is a file, `x.safetensors.index.json` shards, other names a folder.
+    """Open a writer: `x.safetensors` is a file, `x.safetensors.index.json` shards, any other name a folder.
 
-    A diffusers folder takes its small files from the folder `template`. `max_shard_bytes` is for shards.
-    Raises InputError for the name of another kind of file.
+    A diffusers folder takes its small files from the folder `template`. `max_shard_bytes` applies to shards.
+    Raises InputError for names of other kinds of files, such as `.ckpt`.
     """
     path = Path(path)
     name = path.name.lower()
@@ -82,6 +83,7 @@ def open_writer(
     if path.suffix.lower() in _NOT_WRITTEN:
         raise InputError(
             f"cannot write {path.name}: expected a name like x.safetensors, x.safetensors{INDEX_SUFFIX}, "
-            "or the name of a folder"
+            "or the name of a folder",
+            hint="choose another name in `out`",
         )
     return FolderWriter(path, infos, template=template, **options)

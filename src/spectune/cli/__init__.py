@@ -1,1 +1,1 @@
-"""Thin faces of the library: parse, call, print."""
+"""The command line: parse arguments, call operations, print results."""

@@ -1,4 +1,4 @@
-"""The command line: parse, call the library, print."""
+"""Entry point of the `spectune` command."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from spectune.errors import SpectuneError
 app = make_app()
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from spectune.files.provenance import spectune_version
 
         print(spectune_version())
@@ -26,19 +26,19 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line; every failure a user can mend is a message and exit code 2, without a traceback."""
+    """Run a command line and exit. An error that a user can fix prints a message and exits with code 2."""
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The exit code of a command line."""
+    """Run a command line and return its exit code."""
     use_huge_pages()
     try:
         app(args=arguments, prog_name="spectune")
@@ -46,19 +46,19 @@ def run(arguments: list[str] | None = None) -> int:
         print_error(error)
         return error.exit_code
     except RuntimeError as error:
-        # torch's class, by name: `--help` need not wait for torch
+        # Compare by name: importing torch for the class would slow down `--help`.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        short = SpectuneError(
+        memory_error = SpectuneError(
             f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-            hint="draw or train with a smaller --size, --batch, run.batch or data.resolution_px",
+            hint="lower --size or --batch, or run.batch or data.resolution_px in the recipe",
         )
-        print_error(short)
-        return short.exit_code
+        print_error(memory_error)
+        return memory_error.exit_code
     except OSError as error:
-        # A full disk, a folder without permission: the system's own words say what and where.
+        # A full disk or missing permissions: the message of the system names the file and the cause.
         print_error(SpectuneError(str(error)))
         return SpectuneError.exit_code
-    except SystemExit as finished:  # how typer ends, with its own messages for wrong arguments
+    except SystemExit as finished:  # typer exits this way, after its own messages about wrong arguments
         return finished.code if isinstance(finished.code, int) else 0
     return 0

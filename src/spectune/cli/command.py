@@ -1,4 +1,4 @@
-"""A command of the command line, made from the options record of its operation."""
+"""Build a command of the command line from the options record of its operation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from spectune.operation import OperationOptions, OptionField, flags_of, option_f
 class CommandSpec:
     """A row of the table of commands.
 
-    The operation is the function `name` in the module `operation`. The module `report` prints its result:
-    `show(report, options, seconds)`, and where they differ from the default `as_json(report, options,
-    seconds)`, `exit_code(report)` and `show_dry_run(forecast, options)`.
+    The operation is the function `name` in the module `operation`. The module `report` prints the result with
+    `show(report, options, seconds)`. It may also define `as_json(report, options, seconds)`,
+    `exit_code(report)`, `show_dry_run(forecast, options)` and `prepare(options)`.
     """
 
     name: str
@@ -35,8 +35,8 @@ class CommandSpec:
     panel: str
     example: str
     json: bool = True
-    dry_run: str | None = None  # a function of the operation's module that plans without writing
-    bar: bool = True  # whether a progress bar is shown; otherwise the operation reports by itself
+    dry_run: str | None = None  # name of a function in the operation's module that plans without writing
+    bar: bool = True  # show a progress bar; False if the operation prints its own progress
 
     @property
     def function(self) -> str:
@@ -45,14 +45,14 @@ class CommandSpec:
 
 @dataclass(frozen=True)
 class Flags:
-    """OperationOptions of every command that are no part of the operation."""
+    """Flags of the command line that are not options of the operation."""
 
     json: bool = False
     dry_run: bool = False
 
 
 def add_command(app: typer.Typer, command: CommandSpec) -> None:
-    """Register a command; torch and the operation are loaded when it runs, not for its help."""
+    """Register a command. Torch and the operation are imported when it runs, not for `--help`."""
     fields = option_fields(command.options)
 
     def run(**values: Any) -> None:
@@ -73,13 +73,13 @@ def add_command(app: typer.Typer, command: CommandSpec) -> None:
 
 
 def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> int:
-    """Run an operation and print its report; return the exit code."""
+    """Run an operation, print its report and return the exit code."""
     try:
         operations, reports = import_module(command.operation), import_module(command.report)
-        warned: list[str] = []
+        shown: list[str] = []
 
         def warn(text: str) -> None:
-            warned.append(text)
+            shown.append(text)
             print_warning(with_flags(command, text))
 
         started = time.perf_counter()
@@ -95,7 +95,7 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
             result = run_operation(getattr(operations, command.function), options)
         seconds = time.perf_counter() - started
         for text in getattr(result, "warnings", ()):
-            if text not in warned:
+            if text not in shown:
                 warn(text)
         if flags.json:
             as_json = getattr(reports, "as_json", _as_json)
@@ -105,14 +105,14 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
         exit_code = getattr(reports, "exit_code", None)
         return 0 if exit_code is None else exit_code(result)
     except SpectuneError as error:
-        # The library names fields; on the command line they are flags.
+        # The library names fields. Replace them by flags.
         error.what = with_flags(command, error.what)
         error.hint = None if error.hint is None else with_flags(command, error.hint)
         raise
 
 
 def with_flags(command: CommandSpec, text: str) -> str:
-    """Replace a field in backticks by its flag: `conv_rank` -> --conv-rank."""
+    """Replace each field in backticks by its flag: `conv_rank` -> --conv-rank."""
     spelled = {
         field.name: _placeholder(field) if field.argument else flags_of(field)[-1]
         for field in option_fields(command.options)
@@ -125,7 +125,7 @@ def _as_json(report: Any, options: OperationOptions, seconds: float) -> dict[str
     return {**asdict(cast("Any", report)), "seconds": seconds}
 
 
-# ---------------------------------------------------------------- from fields to parameters of typer
+# ---------------------------------------------------------------- fields -> parameters of typer
 
 
 def _parameters(command: CommandSpec, fields: Sequence[OptionField]) -> list[inspect.Parameter]:
@@ -136,11 +136,11 @@ def _parameters(command: CommandSpec, fields: Sequence[OptionField]) -> list[ins
         if not field.argument
     ]
     if any(field.old_flag for field in arguments):
-        places = " ".join(
+        usage = " ".join(
             f"[{_placeholder(f)}]" if not f.required else _placeholder(f) for f in _in_order(arguments)
         )
         text = " ".join(f"{_placeholder(field)}: {field.help}" for field in _in_order(arguments))
-        files = _parameter("files", list[Path], typer.Argument(metavar=places, help=text, show_default=False))
+        files = _parameter("files", list[Path], typer.Argument(metavar=usage, help=text, show_default=False))
         old = [
             _parameter(
                 f"old_{field.name}", Path | None, typer.Option(field.old_flag, hidden=True), default=None
@@ -153,7 +153,7 @@ def _parameters(command: CommandSpec, fields: Sequence[OptionField]) -> list[ins
 
 
 def _in_order(arguments: Sequence[OptionField]) -> list[OptionField]:
-    """Return the arguments in their order on the command line: an optional model comes first."""
+    """Return the arguments in command line order: the optional model comes first."""
     return sorted(arguments, key=lambda field: field.required)
 
 
@@ -205,24 +205,24 @@ def _placeholder(field: OptionField) -> str:
 
 
 def _shared_flags(command: CommandSpec) -> list[inspect.Parameter]:
-    found: list[inspect.Parameter] = []
+    flags: list[inspect.Parameter] = []
     if command.dry_run is not None:
         info = typer.Option("--dry-run", help="Print the plan and stop.")
-        found.append(_parameter("dry_run", bool, info, default=False))
+        flags.append(_parameter("dry_run", bool, info, default=False))
     if command.json:
         info = typer.Option("--json", help="Print the result as JSON on stdout.")
-        found.append(_parameter("json", bool, info, default=False))
-    return found
+        flags.append(_parameter("json", bool, info, default=False))
+    return flags
 
 
-# ---------------------------------------------------------------- from parsed words to fields
+# ---------------------------------------------------------------- parsed values -> fields
 
 
 def _record_values(fields: Sequence[OptionField], parsed: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the record; options that were not given are left to its defaults."""
+    """Return the values for the record. Options that were not passed keep its defaults."""
     values = dict(parsed)
     if "files" in values:
-        values |= _placed([field for field in fields if field.argument], values.pop("files"), values)
+        values |= _place_files([field for field in fields if field.argument], values.pop("files"), values)
     for field in fields:
         if field.off is not None:
             values[field.name] = not values[field.name]
@@ -231,22 +231,22 @@ def _record_values(fields: Sequence[OptionField], parsed: dict[str, Any]) -> dic
     return values
 
 
-def _placed(
+def _place_files(
     arguments: Sequence[OptionField], files: Sequence[Path], values: dict[str, Any]
 ) -> dict[str, Any]:
-    """Assign files to arguments by place; the model comes first, or follows its old flag."""
-    found: dict[str, Any] = {}
+    """Assign files to positional arguments. The model is the first file, or follows its old flag."""
+    placed: dict[str, Any] = {}
     for field in arguments:
-        given = values.pop(f"old_{field.name}", None)
-        if given is not None:
-            found[field.name] = given
+        value = values.pop(f"old_{field.name}", None)
+        if value is not None:
+            placed[field.name] = value
             print_note(
-                f"{field.old_flag} is no longer needed: write {_placeholder(field)} as the first argument"
+                f"{field.old_flag} is no longer needed: pass {_placeholder(field)} as the first argument"
             )
-    left = [field for field in _in_order(arguments) if field.name not in found]
-    if len(files) < len(left):
-        left = [field for field in left if field.required]
-    if len(files) != len(left):
-        names = " ".join(_placeholder(field) for field in left)
-        raise InputError(f"{counted(len(files), 'file')} given: expected {names}", hint="see --help")
-    return found | {field.name: file for field, file in zip(left, files, strict=True)}
+    missing = [field for field in _in_order(arguments) if field.name not in placed]
+    if len(files) < len(missing):
+        missing = [field for field in missing if field.required]
+    if len(files) != len(missing):
+        names = " ".join(_placeholder(field) for field in missing)
+        raise InputError(f"got {counted(len(files), 'file')}: expected {names}", hint="see --help")
+    return placed | {field.name: file for field, file in zip(missing, files, strict=True)}

@@ -1,4 +1,7 @@
-"""The table of commands. A new command is a row here, its record in ops/options, and its operation in ops."""
+"""The table of commands.
+
+A new command needs a row here, options in ops/options, an operation in ops and its output in cli/reports.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
 
 def _command(name: str, options: type, panel: str, example: str, **more: object) -> CommandSpec:
     word = name.replace(" ", "_")
-    homes = (f"spectune.ops.{word}", f"spectune.cli.reports.{word}")
-    operation, report = ("spectune.cli.demo", "spectune.cli.demo") if name == "demo" else homes
+    operation, report = f"spectune.ops.{word}", f"spectune.cli.reports.{word}"
+    if name == "demo":
+        operation = report = "spectune.cli.demo"
     return CommandSpec(name, options, operation, report, panel, example, **more)  # pyright: ignore[reportArgumentType]
 
 
@@ -90,10 +94,8 @@ COMMANDS = (
 
 
 def make_app() -> typer.Typer:
-    """Return the application with all commands."""
-    app = _typer(
-        "Fine-tune a whole SDXL checkpoint by training only its principal spectrum.", name="spectune"
-    )
+    """Return the typer application with all commands."""
+    app = _typer("Fine-tune a full SDXL checkpoint by training only its principal spectrum.", name="spectune")
     groups = {"recipe": _typer("Recipes for training.")}
     for command in COMMANDS:
         group = command.name.rpartition(" ")[0]

@@ -1,4 +1,4 @@
-"""What the commands say and how: results on stdout, everything else on stderr."""
+"""Print the output of commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -30,37 +30,41 @@ Report = Callable[[int, int, str], None]
 
 
 def print_error(error: SpectuneError) -> None:
-    """`error:` what happened, `hint:` what to do next, on stderr."""
+    """Print `error:` with what happened and `hint:` with what to do next, on stderr."""
     err.print(Text.assemble(("error: ", "bold red"), error.what), soft_wrap=True)
     if error.hint:
         err.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
 
 
 def print_warning(what: str) -> None:
+    """Print `warning:` and a message on stderr."""
     err.print(Text.assemble(("warning: ", "bold yellow"), what), soft_wrap=True)
 
 
 def print_note(what: str) -> None:
+    """Print `note:` and a message on stderr."""
     err.print(Text.assemble(("note: ", "bold"), what), soft_wrap=True)
 
 
 def print_json(record: Any) -> None:
-    """A record as JSON on stdout."""
+    """Print a record as JSON on stdout."""
     print(json.dumps(asdict(cast("Any", record)) if is_dataclass(record) else record, indent=2, default=str))
 
 
 def say(line: str = "") -> None:
-    # no markup: a path may hold square brackets
+    """Print a line on stderr."""
+    # no markup: a path may contain square brackets
     err.print(line, soft_wrap=True, markup=False)
 
 
 def heading(line: str) -> None:
+    """Print a bold line on stderr."""
     err.print(Text(line, style="bold"), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """Print a table on stderr; the first `left` columns are text, the others figures."""
-    if title:  # not as the title of the Table, which wraps at the width of the table
+    """Print a table on stderr. The first `left` columns are text, the others are numbers."""
+    if title:  # rich would wrap a Table title at the width of the table
         err.print(Text(title, style="italic"), soft_wrap=True)
     grid = Table(header_style="bold")
     for index, column in enumerate(columns):
@@ -71,7 +75,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
 
 class _Rate(ProgressColumn):
-    """Finished items a second."""
+    """Shows finished items per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -80,7 +84,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A progress bar with rate and time left; the report takes (done, total, what is being done)."""
+    """Show a progress bar with rate and remaining time; yield its update function (done, total, name)."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -104,5 +108,5 @@ def progress(title: str) -> Iterator[Report]:
 
 
 def megabytes(nbytes: int | float) -> str:
-    """A size for people: 1 MB is 1e6 bytes, as files are sold."""
+    """Format a size in MB or GB, where 1 MB is 1e6 bytes."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""The whole way on the embedded tiny SDXL, with a proof at each step and one picture of it all."""
+"""Run all steps on the tiny embedded SDXL, check the result of each, and draw a contact sheet."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from spectune.training.recipe.file import load_recipe
 RANK = 16
 SEED = 11
 PICTURES = SampleSettings(width=64, height=64, steps=25, cfg=4.0, batch=8)
-LORA_AGREES_DB = 45.0  # what 16-bit rounding of the exported factors may cost at most
+LORA_AGREES_DB = 45.0  # lowest PSNR that 16-bit rounding of the exported factors may cause
 
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """What the demo starts from."""
+    """The input files of the demo."""
 
     base: Path
-    checksum: Path  # sha256sum's format
+    checksum: Path  # in the format of sha256sum
     recipe: Path
-    captions: Path  # one a line
+    captions: Path  # one per line
 
 
 @dataclass
 class Clock:
-    """Seconds of each stage, in order."""
+    """Measures the seconds of each stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -74,20 +74,20 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo measured; PSNR in dB over all pictures of a column."""
+    """The measurements of the demo. PSNR is in dB, the mean over all pictures of a column."""
 
     sheet: Path
-    share: float  # bit-identical share of the weights that residual + principal give back
+    share: float  # share of weights that residual + principal restore bit for bit
     pair_db: float  # residual + principal against the original
     tuned_db: float  # the tuned model against the original
     lora_db: float  # original + LoRA against the tuned model
-    export_error: float  # relative, of the LoRA's change
-    loss_before: float | None  # on held-out pictures
+    export_error: float  # relative error of the exported change
+    loss_before: float | None  # validation loss, on held-out pictures
     loss_after: float | None
 
 
 def demo_files() -> DemoFiles:
-    """The embedded default: beside the package when it was installed as a wheel, else in the repository."""
+    """Return the input files: inside the package for a wheel, else in the repository."""
     here = Path(__file__).resolve()
     for folder in (here.parents[1] / "demo_files", here.parents[3] / "demo"):
         if (folder / "base.safetensors").exists():
@@ -97,43 +97,45 @@ def demo_files() -> DemoFiles:
                 recipe=folder / "demo.toml",
                 captions=folder / "captions.txt",
             )
-    raise InputError("the demo's files are not installed", hint="run it from a clone of the repository")
+    raise InputError(
+        "the files of the demo are not installed", hint="run the demo from a clone of the repository"
+    )
 
 
 def check_hash(path: Path, checksum: Path) -> str:
-    """The SHA-256 of `path`; raises InputError with both hashes when it is not the one in `checksum`."""
+    """Return the SHA-256 of `path`. Raises InputError if it differs from the one in `checksum`."""
     expected = checksum.read_text(encoding="utf-8").split()[0]
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise InputError(
             f"{path.name} is damaged: expected sha256 {expected}, got {found}",
-            hint="get it again; git-lfs is not used, a fresh clone has it",
+            hint="clone the repository again (it does not use git-lfs)",
         )
     return found
 
 
 @operation(DemoOptions)
 def demo(options: DemoOptions) -> DemoReport:
-    """Run every stage into the folder `out`, replacing the files of an earlier demo.
+    """Run all stages and write to the folder `out`, overwriting the files of an earlier demo.
 
-    Raises SpectuneError if a proof fails.
+    Raises SpectuneError if a check fails.
     """
     folder, steps = options.out, options.steps
     source, clock = demo_files(), Clock()
     folder.mkdir(parents=True, exist_ok=True)
-    with clock.stage("the embedded base is what it should be"):
+    with clock.stage("check the embedded base model"):
         digest = check_hash(source.base, source.checksum)
         say(f"   {source.base.name}, {megabytes(source.base.stat().st_size)}, sha256 {digest[:16]}...")
-    with clock.stage(f"split it at rank {RANK} into principal and residual"), progress("split") as report:
+    with clock.stage(f"split it into principal (rank {RANK}) and residual"), progress("split") as report:
         pair = split(source.base, folder, rank=RANK, residual_dtype="float32", force=True, progress=report)
-    say(f"   {len(pair.layers)} layers; the principal holds {pair.energy:.1%} of their energy")
+    say(f"   {len(pair.layers)} layers; the principal holds {pair.energy:.1%} of their energy (squared norm)")
     assert pair.residual is not None
-    with clock.stage("prove that nothing was lost"), progress("verify") as report:
+    with clock.stage("verify that residual + principal equal the base"), progress("verify") as report:
         proof = verify(source.base, pair.residual, pair.principal, progress=report)
-    _require(proof.exact, "residual + principal do not give the base back bit for bit")
-    say(f"   {proof.exact_tensors} of {len(proof.records)} tensors rebuilt bit for bit")
-    with clock.stage("tune the principal spectrum on 120 pictures in 3D style (delta form)"):
+    _require(proof.exact, "residual + principal differ from the base")
+    say(f"   {proof.exact_tensors} of {len(proof.records)} tensors are bit-identical")
+    with clock.stage("train the principal spectrum on 120 pictures in 3D style (delta form)"):
         trained = _train(source, folder, pair.principal, steps)
     tuned = folder / "emoji3d.safetensors"
     rebuilt, lora = folder / "base-emoji3d.safetensors", folder / "emoji3d-lora.safetensors"
@@ -142,7 +144,7 @@ def demo(options: DemoOptions) -> DemoReport:
     with clock.stage("export a plain LoRA"), progress("export") as report:
         exported = export(tuned, lora, base=source.base, force=True, progress=report)
     captions = [line for line in source.captions.read_text(encoding="utf-8").splitlines() if line]
-    with clock.stage("draw the same captions and seeds with each"):
+    with clock.stage("draw the same captions and seeds with each model"):
         drawn = Drawn(
             original=_draw(ModelSpec(source.base, ()), captions),
             residual=_draw(ModelSpec(pair.residual, ()), captions),
@@ -163,25 +165,26 @@ def demo(options: DemoOptions) -> DemoReport:
         loss_after=trained.validation_after,
     )
     _print_summary(clock, report, [source.base, pair.principal, pair.residual, tuned, rebuilt, lora])
-    _check_promises(report, whole_run=steps is None)
+    _check_report(report, full_run=steps is None)
     return report
 
 
-def _check_promises(report: DemoReport, *, whole_run: bool) -> None:
-    _require(math.isinf(report.pair_db), "the pair draws other pictures than the base")
+def _check_report(report: DemoReport, *, full_run: bool) -> None:
+    _require(math.isinf(report.pair_db), "residual + principal draw other pictures than the base")
     _require(
         report.lora_db >= LORA_AGREES_DB,
-        f"base + LoRA and the rebuilt model agree only to {report.lora_db:.1f} dB",
+        f"pictures of base + LoRA and of the rebuilt model have a PSNR of {report.lora_db:.1f} dB: "
+        f"expected at least {LORA_AGREES_DB} dB",
     )
-    if whole_run:  # a few steps by hand need not improve anything
+    if full_run:  # a run shortened with `steps` need not lower the loss
         before, after = report.loss_before, report.loss_after
         improved = before is not None and after is not None and after < before
-        _require(improved, "training did not lower the loss on held-out pictures")
+        _require(improved, "training did not lower the validation loss")
 
 
 def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) -> TrainReport:
     overrides = [
-        f"model.principal={json.dumps(str(principal.resolve()))}",  # JSON's strings are TOML's
+        f"model.principal={json.dumps(str(principal.resolve()))}",  # a JSON string is a TOML string
         f"run.output={json.dumps(str(folder.resolve()))}",
         "run.resume=false",
     ]
@@ -191,7 +194,7 @@ def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) 
 
 
 def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
-    # float32 on every device: the proofs are about weights, not about the rounding of 16-bit arithmetic
+    # float32 on every device, so that 16-bit arithmetic does not change the pictures
     with progress(spec.label) as report:
         options = DrawingOptions(seed=SEED, progress=report)
         return draw(spec, captions, options, PICTURES, dtype=torch.float32)
@@ -210,27 +213,27 @@ def _columns(drawn: Drawn) -> list[Column]:
 def _print_summary(clock: Clock, report: DemoReport, written: list[Path]) -> None:
     table("files", ("file", "size"), [(path.name, megabytes(path.stat().st_size)) for path in written])
     times = [(title, f"{seconds:.1f}") for title, seconds in clock.seconds.items()]
-    table("time", ("stage", "seconds"), [*times, ("all", f"{sum(clock.seconds.values()):.1f}")])
+    table("time", ("stage", "seconds"), [*times, ("total", f"{sum(clock.seconds.values()):.1f}")])
     rows = [
-        ("base = residual + principal, weights", f"{report.share:.2%} bit-identical"),
-        ("base = residual + principal, pictures", format_psnr(report.pair_db)),
-        ("tuned change = exported LoRA, weights", f"{report.export_error:.3%} off"),
-        ("rebuilt model = base + LoRA, pictures", format_psnr(report.lora_db)),
-        ("held-out loss on unseen 3D pictures, base", _loss(report.loss_before)),
-        ("held-out loss on unseen 3D pictures, tuned", _loss(report.loss_after)),
+        ("base and residual + principal: weights", f"{report.share:.2%} bit-identical"),
+        ("base and residual + principal: pictures", format_psnr(report.pair_db)),
+        ("trained change and exported LoRA: weights", f"relative error {report.export_error:.3%}"),
+        ("rebuilt model and base + LoRA: pictures", format_psnr(report.lora_db)),
+        ("validation loss of the base", _loss(report.loss_before)),
+        ("validation loss of the tuned model", _loss(report.loss_after)),
     ]
-    table("result", ("what", "measured"), rows)
+    table("results", ("comparison", "result"), rows)
 
 
 def _loss(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise SpectuneError(what, hint="this is a defect of spectune; please report it with the output above")
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise SpectuneError(problem, hint="this is a bug in spectune; please report it with the output above")
 
 
 def show(report: DemoReport, options: DemoOptions, seconds: float) -> None:
-    """Print the path of the contact sheet; the demo itself prints while it runs."""
+    """Print the path of the contact sheet. The demo prints everything else while it runs."""
     print(report.sheet)

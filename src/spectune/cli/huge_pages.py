@@ -1,4 +1,4 @@
-"""Memory in larger pieces, where the system has them."""
+"""Use huge memory pages on Linux."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def use_huge_pages() -> None:
-    """Ask torch for huge pages on Linux: a fresh tensor then costs a five hundredth of the page faults.
+    """Make torch allocate huge pages on Linux, which reduces page faults of new tensors by a factor of 500.
 
-    torch reads the wish when it allocates its first large tensor; somebody else's wish stays.
+    Call this before torch allocates its first large tensor. A value that the user has set is kept.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,4 +1,4 @@
-"""The agreement of a tensor with its expected values: bit-equal shares, ulps, relative errors."""
+"""Measure how well a tensor agrees with its expected values: equal bits, ulps, relative errors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from spectune.core.linalg import pieces, scratch, scratch_copy, square_sum
 
-# Same-width integers sort floats of one sign by value; see `_ordered`.
+# As integers of the same width, floats of one sign are ordered by value; see `_ordered`.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of a tensor with its expected values: counts of elements, ulps of its own dtype."""
+    """The agreement of a tensor with its expected values."""
 
     numel: int
-    bit_equal: int
-    max_ulp: int
+    bit_equal: int  # number of elements
+    max_ulp: int  # in ulps of the dtype of the tensor
     relative_error: float  # Frobenius norm of the difference / norm of the expected tensor
 
     @property
     def share(self) -> float:
-        """The bit-equal share, 0..1; exactly 1.0 only if every bit agrees."""
+        """Return the share of bit-equal elements, 0..1; exactly 1.0 only if every bit agrees."""
         return self.bit_equal / self.numel if self.numel else 1.0
 
     @property
@@ -35,9 +35,9 @@ class Agreement:
 
 
 class Tally:
-    """Accumulates the agreement of a tensor piece by piece.
+    """A counter of the agreement of a tensor, piece by piece.
 
-    Without `errors` it counts equal bits only, at half the cost; errors stay 0.
+    Without `errors`, it only counts equal bits, at half the cost; ulps and errors stay 0.
     """
 
     def __init__(self, *, errors: bool = True) -> None:
@@ -45,9 +45,9 @@ class Tally:
         self._numel = 0
         self._bit_equal = 0
         self._max_ulp = 0
-        self._other = False  # values of a dtype without ulps differ
-        self._error = 0.0  # sum of squares
-        self._size = 0.0
+        self._other = False  # whether values of an integer or boolean dtype differ
+        self._error = 0.0  # sum of squares of the difference
+        self._size = 0.0  # sum of squares of the expected values
 
     def add(self, actual: Tensor, expected: Tensor) -> Tensor | None:
         """Count a piece; return the mask of differing elements, or None if all bits agree.
@@ -79,7 +79,7 @@ class Tally:
         return Agreement(self._numel, self._bit_equal, self._max_ulp, error)
 
     def exact(self) -> Agreement:
-        """Return the agreement if every bit had agreed."""
+        """Return the agreement of a tensor of this size whose bits all agree."""
         return Agreement(self._numel, self._numel, 0, 0.0)
 
 
@@ -96,7 +96,7 @@ def compare(actual: Tensor, expected: Tensor) -> Agreement:
 
 
 def total_agreement(agreements: Iterable[Agreement]) -> Agreement:
-    """Return the agreement of a tensor from those of its parts; the relative error is the largest."""
+    """Return the agreement of a tensor from those of its parts; takes the largest relative error."""
     parts = list(agreements)
     return Agreement(
         numel=sum(part.numel for part in parts),
@@ -107,7 +107,7 @@ def total_agreement(agreements: Iterable[Agreement]) -> Agreement:
 
 
 def bit_pattern(tensor: Tensor) -> Tensor:
-    """Return the bits of a float tensor as integers of the same width; other tensors unchanged."""
+    """Return the bits of a float tensor as integers of the same width; return other tensors unchanged."""
     return tensor.view(_BITS[tensor.dtype.itemsize]) if tensor.is_floating_point() else tensor
 
 
@@ -119,7 +119,7 @@ def _largest_distance(actual: Tensor, expected: Tensor, unequal: Tensor) -> int:
     """Return the largest distance in ulps between two tensors of bit patterns that differ at `unequal`."""
     if actual.element_size() > 2:
         return int((_ordered(actual[unequal]) - _ordered(expected[unequal])).abs().max())
-    # converting the whole tile to 32 bits is faster than selecting elements
+    # converting all elements to 32 bits is faster than selecting some
     first = _ordered(scratch_copy("first", actual, torch.int32), actual.element_size())
     second = _ordered(scratch_copy("second", expected, torch.int32), actual.element_size())
     low, high = torch.aminmax(first.sub_(second))
@@ -127,9 +127,10 @@ def _largest_distance(actual: Tensor, expected: Tensor, unequal: Tensor) -> int:
 
 
 def _ordered(bits: Tensor, width: int = 0) -> Tensor:
-    """Return sign-magnitude patterns as integers in the order of their float values; both zeros become 0.
+    """Map bit patterns of floats to integers in the order of the float values; both zeros become 0.
 
-    Patterns of `width` bytes in wider integers are changed in place; others become int64.
+    With `width`, patterns of `width` bytes in wider integers are changed in place. Otherwise the result is
+    int64.
     """
     wide = bits if width else bits.long()
     lowest = -(1 << (8 * width - 1)) if width else torch.iinfo(bits.dtype).min
@@ -139,7 +140,7 @@ def _ordered(bits: Tensor, width: int = 0) -> Tensor:
 
 
 def total_share(agreements: Iterable[Agreement]) -> float:
-    """Return the bit-equal share over several tensors, 0..1."""
+    """Return the share of bit-equal elements over several tensors, 0..1."""
     agreements = list(agreements)
     numel = sum(agreement.numel for agreement in agreements)
     return sum(agreement.bit_equal for agreement in agreements) / numel if numel else 1.0

@@ -1,4 +1,4 @@
-"""The sum of layers of several adapters: overlapping layers add up, none is overwritten."""
+"""Sum the layers of several adapters: overlapping layers are added, none is overwritten."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Term:
 def sum_terms(terms: Sequence[Term], store: torch.dtype, name: str, *, unit_scale: bool = False) -> Exported:
     """Return the weighted sum of changes of one layer as one pair, stored as `store`.
 
-    A single layer at weight 1 keeps its factors and alpha. Otherwise weights and differing scales go into
-    `up` once, and factors are concatenated. A sum whose rank exceeds the layer's full rank, and the change of
-    a tuned layer, are factored again. With `unit_scale` the scale goes into `up` too: alpha is the rank. The
-    report has the rounding error.
+    A single layer at weight 1 keeps its factors and alpha. Otherwise, factors are concatenated, and `up` is
+    multiplied by the weights and by scales that differ. A sum whose rank exceeds the layer's full rank is
+    factored again, and so is a sum that contains the change of a tuned layer. With `unit_scale`, `up` is also
+    multiplied by the scale, so that alpha = rank. The report has the rounding error.
     """
     low_ranks = [weighted(_plain(term.layer, name), term.weight) for term in terms]
     joint = low_ranks[0] if len(low_ranks) == 1 else concatenated(low_ranks)
@@ -57,7 +57,7 @@ def sum_terms(terms: Sequence[Term], store: torch.dtype, name: str, *, unit_scal
 
 
 def concatenated(low_ranks: Sequence[LowRank]) -> LowRank:
-    """Return the sum of products as one product; in float32 if scales differ, else in the stored dtype."""
+    """Return the sum of products as one product, in float32 if scales differ, else in the stored dtype."""
     scales = {low_rank.scale for low_rank in low_ranks}
     rank = sum(low_rank.rank for low_rank in low_ranks)
     dtype = common_dtype([side.dtype for pair in low_ranks for side in (pair.down, pair.up)])

@@ -55,12 +55,12 @@ class Factors(NamedTuple):
 
 
 def stacked_down(factors: Factors, dtype: torch.dtype) -> Tensor:
-    """Return [A0+dA; dA], (2 rank, in, ...), added before the cast to `dtype`."""
+    """Return [A0+dA; dA] of shape (2 rank, in, ...); adds before the cast to `dtype`."""
     return torch.cat([(factors.A0 + factors.dA).to(dtype), factors.dA.to(dtype)])
 
 
 def stacked_up(factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return scale * [dB, B0], (out, 2 rank, ...)."""
+    """Return scale * [dB, B0] of shape (out, 2 rank, ...)."""
     stacked = torch.cat([factors.dB.to(dtype), factors.B0.to(dtype)], dim=1)
     return stacked if scale == 1 else stacked * scale
 
@@ -114,7 +114,7 @@ def join_residual(down: Tensor, up: Tensor, A: Tensor, B: Tensor, scale: float) 
 
 @dataclass(frozen=True)
 class Delta:
-    """The result of training one layer: a frame and what was added to it."""
+    """The result of training one layer: a frame, and the deltas of its factors."""
 
     frame: LowRank  # A0 and B0
     down: Tensor  # dA, same shape as frame.down
@@ -274,9 +274,9 @@ def _linear_change(*arguments: Any) -> Tensor:
 def apply_low_rank(
     x: Tensor, base: nn.Module, down: Tensor, up: Tensor, *, dropout: float = 0.0, halves: int = 1
 ) -> Tensor:
-    """Return up (down x) by plain autograd; `dropout` drops directions independently at each position.
+    """Return up (down x) with plain autograd; `dropout` drops directions independently at each position.
 
-    Stacked factors have two `halves`: a direction is dropped in both or in neither.
+    Stacked factors have two `halves`. A direction is dropped in both halves or in none.
     """
     if isinstance(base, nn.Conv2d):
         hidden = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)

@@ -1,4 +1,4 @@
-"""Frames (A0, B0) of one weight, from the weight or its shape, without data; `delta` trains in them."""
+"""Compute the frame (A0, B0) of one weight from the weight or its shape, without data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectune.core.svd import canonical_signs
 
 def principal_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
     """Return B0 = U_r sqrt(S_r) and A0 = sqrt(S_r) V_r^T of the largest singular values, float32."""
-    # float32: the tuned file holds the frame, so it need not match a 16-bit principal file
+    # float32: the tuned file stores the frame, so the frame need not equal that of a 16-bit principal file
     return split_weight(weight, rank=rank, store=torch.float32, name=name).low_rank
 
 
@@ -26,7 +26,7 @@ def minor_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
     """Return B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` smallest singular values, float32.
 
     weight is (out, in) or (out, in, kh, kw). At full rank this is the principal frame. From MiLoRA (Wang et
-    al. 2024, arXiv 2406.09044). Raises InputError as `split_weight` does.
+    al. 2024, arXiv 2406.09044). Raises InputError like `split_weight`.
     """
     shape = tuple(weight.shape)
     if rank >= full_rank(shape):
@@ -34,7 +34,7 @@ def minor_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
     check_dtype(weight.dtype, name)
     check_finite(weight, name, hint=DAMAGED)
     matrix = to_matrix(weight).double()  # (out, in*kh*kw)
-    # float64: in a float32 Gram matrix the smallest values are lost in the rounding of the largest
+    # float64: in a float32 Gram matrix, rounding of the largest values hides the smallest
     u, s, vh = _smallest(matrix, rank) if shape[0] <= matrix.shape[1] else _flipped(_smallest(matrix.T, rank))
     sign = canonical_signs(u)
     root = s.sqrt()
@@ -57,7 +57,7 @@ def _flipped(triplet: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Te
 
 
 def plain_frame(shape: tuple[int, ...], *, rank: int, generator: torch.Generator) -> LowRank:
-    """Return the start of ordinary LoRA: A0 uniform in +-1/sqrt(in*kh*kw), B0 = 0, float32.
+    """Return the initial factors of ordinary LoRA: A0 uniform in +-1/sqrt(in*kh*kw), B0 = 0, float32.
 
     The bounds are those of kaiming_uniform with a = sqrt(5), as in PEFT, sd-scripts and LyCORIS.
     """
@@ -71,9 +71,9 @@ def plain_frame(shape: tuple[int, ...], *, rank: int, generator: torch.Generator
 def aligned_frame(u: Tensor, vh: Tensor, shape: tuple[int, ...], *, rank: int, length: float) -> LowRank:
     """Return unit directions times `length`: B0 from columns 1..r of u, A0 from rows r+1..2r of vh, float32.
 
-    The first step of plain gradient descent then is the best approximation of rank 2r to a step along
-    u diag(s) vh (LoRA-GA: Wang, Yu, Li 2024, arXiv 2407.05000). If u and vh have fewer than 2r directions, A0
-    takes rows 1..r.
+    With this frame, the first step of plain gradient descent is the best approximation of rank 2r to a step
+    along u diag(s) vh (LoRA-GA: Wang, Yu, Li 2024, arXiv 2407.05000). If u and vh have fewer than 2r
+    directions, A0 is made from rows 1..r.
     """
     true_rank = min(rank, full_rank(shape))
     second = true_rank if 2 * true_rank <= full_rank(shape) else 0
@@ -82,7 +82,7 @@ def aligned_frame(u: Tensor, vh: Tensor, shape: tuple[int, ...], *, rank: int, l
 
 
 def normalized(frame: LowRank, length: float) -> LowRank:
-    """Scale every nonzero row of A0 and every nonzero column of B0 to one Euclidean length."""
+    """Scale every nonzero row of A0 and every nonzero column of B0 to the Euclidean length `length`."""
     up, down = to_matrix(frame.up), to_matrix(frame.down)
     up, down = _at_length(up.T, length).T, _at_length(down, length)
     return LowRank(

@@ -1,4 +1,4 @@
-"""Matrix functions of torch.linalg with types, which torch lacks; norms; and scratch memory."""
+"""Typed wrappers of torch.linalg functions, norms, and scratch memory."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def eigenvectors(symmetric: Tensor) -> Tensor:
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (n) ascending and eigenvectors (n, n) of a small matrix, in float64 on its device.
+    """Return eigenvalues (n), ascending, and eigenvectors (n, n) of a small matrix, in float64 on its device.
 
-    Computed on the CPU: a few hundred rows are too few for a GPU, and not every GPU has float64.
+    Runs on the CPU: a GPU is not faster for a few hundred rows, and not every GPU has float64.
     """
     small = symmetric.cpu().double()
     values, vectors = cast("tuple[Tensor, Tensor]", _linalg.eigh((small + small.T) / 2))
@@ -44,7 +44,7 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky(symmetric: Tensor) -> Tensor | None:
-    """Return the lower Cholesky factor of a small matrix in float64; None if not positive definite."""
+    """Return the lower Cholesky factor of a small matrix in float64; None if it is not positive definite."""
     lower, info = cast("tuple[Tensor, Tensor]", _linalg.cholesky_ex(symmetric.cpu().double()))
     if int(info) or not bool(torch.isfinite(lower).all()):
         return None
@@ -67,21 +67,21 @@ def column_norms(matrix: Tensor) -> Tensor:
 
 
 def largest_magnitude(tensor: Tensor) -> float:
-    """Return the largest absolute value in one pass; NaN if there is one, 0 for an empty tensor."""
+    """Return the largest absolute value in one pass; NaN if the tensor contains NaN, 0 if it is empty."""
     if not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor if tensor.dtype.itemsize >= 4 else tensor.float())
-    # max(NaN, x) depends on the order of its arguments, a sum does not
+    # a sum keeps NaN; Python's max(NaN, x) depends on the order of its arguments
     return float("nan") if bool(torch.isnan(low + high)) else max(-float(low), float(high))
 
 
 def norm(tensor: Tensor) -> float:
-    """Return the Frobenius norm; pieces are summed in float32, their sums in float64."""
+    """Return the Frobenius norm: sums each piece in float32, and the pieces in float64."""
     return math.sqrt(sum(square_sum(piece) for piece in pieces(tensor.float())))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return |actual - expected| / |expected| in Frobenius norm; 0 if both are equal."""
+    """Return |actual - expected| / |expected| in the Frobenius norm; 0 if both are equal."""
     difference, size = norm(actual.float() - expected.float()), norm(expected.float())
     if difference == 0.0:
         return 0.0
@@ -89,7 +89,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def square_sum(tensor: Tensor) -> float:
-    """Return the sum of squares in float32; for tensors of at most some 100,000 elements."""
+    """Return the sum of squares in float32; use it only for up to a few 100,000 elements."""
     flat = tensor.reshape(-1)
     return float(torch.dot(flat, flat))
 
@@ -99,21 +99,21 @@ def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tensor.reshape(-1), _PIECE) if tensor.numel() else ()
 
 
-# Allocating a megabyte costs more than filling it, as the system maps it page by page, and a checkpoint has
-# ten thousand tiles. So each thread reuses its own memory.
+# Each thread reuses its memory: allocating a megabyte costs more than filling it, because the system maps it
+# page by page, and a checkpoint has ten thousand tiles.
 _local = threading.local()
 
 
 def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor that is valid until this thread requests the same `use` again."""
-    kept: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("kept", {})
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     numel = math.prod(shape)
-    flat = kept.get((use, dtype))
+    flat = buffers.get((use, dtype))
     if flat is None or flat.numel() < numel:
-        flat = kept[use, dtype] = torch.empty(numel, dtype=dtype)
+        flat = buffers[use, dtype] = torch.empty(numel, dtype=dtype)
     return flat[:numel].view(shape)
 
 
 def scratch_copy(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy in scratch memory, in another dtype."""
+    """Return a copy of a tensor in scratch memory, as `dtype`."""
     return scratch(use, tuple(tensor.shape), dtype).copy_(tensor)

@@ -1,4 +1,4 @@
-"""The change of a layer as LoRA factors that any program can add to the original weight."""
+"""Express the change of a layer as LoRA factors that any program can add to the original weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectune.core.rounding import check_finite, rounded
 from spectune.core.svd import canonical_signs
 from spectune.errors import InputError
 
-DIVERGED = "if training diverged, export an earlier step"
+DIVERGED = "the training may have diverged: export an earlier step"
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class ExportedLayer:
 
     name: str
     rank: int
-    full_rank: int  # the rank that keeps the whole change
+    full_rank: int  # the rank that keeps the complete change
     norm: float  # of the exact change
-    error: float  # of the stored product, truncation and rounding together
+    error: float  # of the stored product, by truncation and rounding together
 
     @property
     def truncated(self) -> bool:
@@ -35,27 +35,27 @@ class ExportedLayer:
 
     @property
     def part(self) -> str:
-        """unet, te1 or te2."""
+        """Return unet, te1 or te2."""
         return self.name.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Stored factors of one layer with their report."""
+    """The stored factors of one layer, and their report."""
 
     low_rank: LowRank
     report: ExportedLayer
 
 
 def exported_rank(layer: LowRank | Delta, rank: int | None) -> int:
-    """Return the rank of an exported layer: that of its change (twice a frame's), cut to `rank`."""
+    """Return the rank of an exported layer: the rank of its change (2r for a delta), at most `rank`."""
     pair = layer.frame if isinstance(layer, Delta) else layer
     terms = 2 * pair.rank if isinstance(layer, Delta) else pair.rank
     return limited_rank(weight_shape(pair), terms, rank)
 
 
 def limited_rank(shape: tuple[int, ...], terms: int, rank: int | None) -> int:
-    """Return the rank of a sum of `terms` rank-1 products in a weight of this shape, cut to `rank`."""
+    """Return the rank of a sum of `terms` rank-1 products in a weight of this shape, at most `rank`."""
     full = min(terms, shape[0], math.prod(shape[1:]))
     if rank is not None and rank < 1:
         raise InputError(f"`rank` is {rank}: expected at least 1")
@@ -79,7 +79,7 @@ def check_factors(layer: LowRank | Delta, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """The change of a layer as left up_core diag(values) down_core right^T, without its full matrix."""
+    """The change of a layer as left up_core diag(values) down_core right^T, without the full matrix."""
 
     left: Tensor  # (out, k), orthonormal columns
     up_core: Tensor  # (k, m)
@@ -89,7 +89,7 @@ class _Spectrum:
 
 
 def _spectrum(pair: LowRank) -> _Spectrum:
-    # float64: costs little here, and the change may be 1e-3 of the product of its factors' norms
+    # float64: costs little here, and the norm of the change may be 1e-3 of the product of the factors' norms
     left, left_core = thin_qr(to_matrix(pair.up).double())  # (out, k), (k, 2r)
     right, right_core = thin_qr(to_matrix(pair.down).double().T)  # (in*kh*kw, l), (l, 2r)
     up_core, values, down_core = thin_svd(left_core @ right_core.T * pair.scale)
@@ -97,7 +97,7 @@ def _spectrum(pair: LowRank) -> _Spectrum:
 
 
 def change_singular_values(layer: LowRank | Delta, name: str) -> Tensor:
-    """Return the singular values of the change of a layer, float64 descending."""
+    """Return the singular values of the change of a layer, float64, descending."""
     return _spectrum(change_factors(layer, name)).values
 
 
@@ -108,10 +108,10 @@ def export_layer(
     store: torch.dtype = torch.float16,
     name: str = "layer",
 ) -> Exported:
-    """Return the best factors of full rank, or of the given `rank`, for the change of a layer.
+    """Return the best factors of full rank, or of `rank`, for the change of a layer.
 
     The factors of [dB, B0] [A0+dA; dA] are far larger than their product, so 16 bits would lose the change.
-    Two QRs and the SVD of the (2r x 2r) core give balanced factors, which are then rounded to `store`.
+    Two QRs and an SVD of the (2r x 2r) core give balanced factors, which are then rounded to `store`.
     """
     pair = change_factors(layer, name)
     shape = weight_shape(pair)
@@ -134,11 +134,11 @@ def export_layer(
 
 
 def _rounding_square(up: Tensor, down: Tensor, stored: LowRank) -> float:
-    """Return |stored product - up @ down|^2 from matrices of twice the rank.
+    """Return |stored product - up @ down|^2, computed with matrices of twice the rank.
 
-    The difference is [eB, B] [A'; eA] with the rounding errors eB, eA and the stored A'. Its squared norm is
-    the trace of a product of two Gram matrices, so no matrix of the weight's shape is formed. The truncated
-    part is orthogonal to it except for a product of two rounding errors.
+    The difference is [eB, B] [A'; eA], with rounding errors eB and eA and the stored A'. Its squared norm is
+    the trace of a product of two Gram matrices, so no matrix of the weight's shape is needed. The truncated
+    part is orthogonal to it, except for a product of two rounding errors.
     """
     up_error = to_matrix(stored.up).double() - up
     stored_down = to_matrix(stored.down).double()
@@ -148,9 +148,9 @@ def _rounding_square(up: Tensor, down: Tensor, stored: LowRank) -> float:
 
 
 def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: str = "layer") -> Exported:
-    """Return the tuned factors B0+dB and A0+dA, which replace the principal next to the residual.
+    """Return the tuned factors B0+dB and A0+dA, which replace the principal of a residual.
 
-    Rounding applies to the whole factors, not to the change alone, so the error of the change is large.
+    The complete factors are rounded, not only the change, so the relative error of the change is large.
     """
     change_factors(delta, name)
     factors = added_to_residual(delta)
@@ -163,9 +163,9 @@ def tuned_principal(delta: Delta, *, store: torch.dtype = torch.float16, name: s
 
 
 def with_unit_scale(low_rank: LowRank, store: torch.dtype, name: str) -> Exported:
-    """Return the same product with alpha = rank, scale 1 in every program; `up` takes the scale.
+    """Return the same product with alpha = rank, which is scale 1 in every program; scales `up` instead.
 
-    A scale that is a power of two rounds only values that become too small for the dtype.
+    A scale that is a power of two only rounds values that become too small for the dtype.
     """
     check_factors(low_rank, name)
     up = rounded(low_rank.up.float() * low_rank.scale, store, name)
@@ -174,7 +174,7 @@ def with_unit_scale(low_rank: LowRank, store: torch.dtype, name: str) -> Exporte
 
 
 def compare_products(before: LowRank, after: LowRank, name: str) -> ExportedLayer:
-    """Report how far the product of stored factors is from that of the factors of the same rank before."""
+    """Return the report of replacing factors by others of the same rank: the error of the product."""
     assert after.rank == before.rank, f"rank of {name}"
     size = _norm(before)
     up = to_matrix(before.up).double() * before.scale
@@ -189,12 +189,12 @@ def _norm(low_rank: LowRank) -> float:
 
 
 def total_error(layers: Iterable[ExportedLayer]) -> float:
-    """Return the relative error of the change of all layers together."""
+    """Return the relative error of the change over all layers."""
     layers = list(layers)
     total = sum(layer.norm**2 for layer in layers)
     return math.sqrt(sum((layer.error * layer.norm) ** 2 for layer in layers) / total) if total else 0.0
 
 
 def weighted(low_rank: LowRank, weight: float) -> LowRank:
-    """Return `weight` times the same product by its alpha, with the same factors."""
+    """Return the product times `weight`: multiplies alpha and keeps the factors."""
     return replace(low_rank, alpha=low_rank.alpha * weight)

@@ -1,4 +1,4 @@
-"""Low-rank matrices: factors, the weight shapes they stand for, and the one product that spectune uses."""
+"""Low-rank matrices: their factors, the shapes of their weights, and their product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectune.core.linalg import column_norms, row_norms, scratch, scratch_copy
 
 @dataclass(frozen=True)
 class LowRank:
-    """A matrix of low rank: scale * up @ down."""
+    """A low-rank matrix: scale * up @ down."""
 
     down: Tensor  # (rank, in) or (rank, in, kh, kw)
     up: Tensor  # (out, rank) or (out, rank, 1, 1)
@@ -35,25 +35,25 @@ def to_matrix(weight: Tensor) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the weight of the given shape; the inverse of `to_matrix`."""
+    """Return a matrix as a weight of the given shape; the inverse of `to_matrix`."""
     return matrix.reshape(shape)
 
 
 def to_factors(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return matrices (out, rank) and (rank, in*kh*kw) as factors (up, down) of a weight of the given shape.
 
-    A convolution gets down (rank, in, kh, kw) and up (out, rank, 1, 1); a linear layer keeps its matrices.
+    The factors of a convolution are up (out, rank, 1, 1) and down (rank, in, kh, kw).
     """
     ones = (1,) * (len(shape) - 2)
     return up.reshape(*up.shape, *ones).contiguous(), down.reshape(down.shape[0], *shape[1:]).contiguous()
 
 
 def weight_shape(low_rank: LowRank) -> tuple[int, ...]:
-    """Return the shape of the weight that the factors stand for."""
+    """Return the shape of the weight that the factors represent."""
     return (low_rank.up.shape[0], *low_rank.down.shape[1:])
 
 
-# A tile is 1 MiB in float32, so that it stays in the CPU cache until it is used.
+# A tile has 1 MiB in float32, so that it stays in the CPU cache.
 TILE_ROWS = 256
 TILE_COLUMNS = 1024
 
@@ -61,12 +61,13 @@ Tile = tuple[slice, slice]
 
 
 class Product:
-    """scale * up @ down of one layer, tile by tile, in float32.
+    """The product scale * up @ down of one layer, computed tile by tile, in float32.
 
-    Split, rebuild and verify all use this product: the residual is exact only if the same values are
-    subtracted and added. With `exact`, sums are in float64 and rounded once, which gives the same values on
-    every machine whatever the order of summation (except for rounding ties, one in a billion). Otherwise sums
-    are in float32, twice as fast, and other machines may differ within the bound of `rounding`.
+    Split, rebuild and verify all use this class, because a residual is exact only if the subtracted and the
+    added values are the same. With `exact`, sums are computed in float64 and rounded once. This gives the
+    same values on every machine, for any order of summation, except for rounding ties (one in a billion).
+    Otherwise sums are in float32, which is twice as fast, and other machines may differ within the bound of
+    `rounding`.
     """
 
     def __init__(self, low_rank: LowRank, *, exact: bool = True) -> None:
@@ -79,16 +80,16 @@ class Product:
         """Return vectors (out) and (in*kh*kw) whose outer product bounds the difference of two float32 sums.
 
         The error of a sum of r products is at most r u times the sum of their magnitudes (Higham 2002, eq.
-        3.5), which is at most |row of up| |column of down|; twice that for two sums.
+        3.5), which is at most |row of up| |column of down|. The difference of two sums has twice this bound.
         """
         rank = self._up.shape[1]
         up = row_norms(self._up.float()) * (2 * rank * torch.finfo(torch.float32).eps / 2)
         return up, column_norms(self._down.float())
 
     def tiles(self) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield tiles of the matrix (out, in*kh*kw), each as its place and its values.
+        """Yield tiles of the matrix (out, in*kh*kw): the slices of each tile and its values.
 
-        The values are in scratch memory: they are valid until the next tile.
+        The values are in scratch memory and only valid until the next tile.
         """
         rows, columns = self._up.shape[0], self._down.shape[1]
         for left in range(0, columns, TILE_COLUMNS):
@@ -105,16 +106,16 @@ class Product:
 
 def product(low_rank: LowRank) -> Tensor:
     """Return scale * up @ down as a float32 weight of shape (out, in) or (out, in, kh, kw), on the CPU."""
-    whole = Product(low_rank)
-    result = torch.empty(whole.shape)
+    tiled = Product(low_rank)
+    result = torch.empty(tiled.shape)
     matrix = to_matrix(result)
-    for tile, values in whole.tiles():
+    for tile, values in tiled.tiles():
         matrix[tile] = values
     return result
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """Return the narrowest dtype for values of all `dtypes`; fp8 mixed with others promotes to float32."""
+    """Return the narrowest dtype that holds values of all `dtypes`; fp8 mixed with others gives float32."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
     wide = [torch.float32 if dtype.itemsize == 1 else dtype for dtype in dtypes]

@@ -1,4 +1,4 @@
-"""The ranks of layers: a fixed rank, a share of energy, or a file size, and the mathematics of each."""
+"""Choose the ranks of layers: by a fixed rank, a share of energy, or a file size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from spectune.errors import InputError
 
-# tolerance for the rounding of the sum of energies
-_ROUNDING = 1e-12
+_ROUNDING = 1e-12  # tolerance for the rounding of sums of energies
 
 
 def full_rank(shape: tuple[int, ...]) -> int:
@@ -23,9 +22,9 @@ def full_rank(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class FixedRank:
-    """One rank for all layers; `conv_rank` for convolutions larger than 1x1, as in sd-scripts and LyCORIS.
+    """One rank for all layers, or `conv_rank` for convolutions larger than 1x1 as in sd-scripts and LyCORIS.
 
-    A layer smaller than the rank keeps its full rank; its report has `capped`.
+    A layer smaller than the rank keeps its full rank, and its report has `capped` set.
     """
 
     rank: int
@@ -36,7 +35,7 @@ class FixedRank:
         _check_rank("conv_rank", self.conv_rank)
 
     def requested(self, shape: tuple[int, ...]) -> int:
-        """Return the rank requested for a weight of this shape, which may exceed its full rank."""
+        """Return the requested rank for a weight of this shape; it may exceed the full rank."""
         large_kernel = math.prod(shape[2:]) > 1
         return self.conv_rank if large_kernel and self.conv_rank is not None else self.rank
 
@@ -47,9 +46,9 @@ class FixedRank:
 
 @dataclass(frozen=True)
 class EnergyRank:
-    """The smallest rank of each layer that holds `share` of its squared Frobenius norm, 0 < share <= 1.
+    """For each layer, the smallest rank that holds `share` of its squared Frobenius norm, 0 < share <= 1.
 
-    `max_rank` caps the ranks of layers with a flat spectrum.
+    `max_rank` limits the rank of layers with a flat spectrum.
     """
 
     share: float
@@ -62,7 +61,7 @@ class EnergyRank:
                 if 1.0 < self.share <= 100.0
                 else "0.9 keeps 90 %"
             )
-            raise InputError(f"`energy` is {self.share:g}: expected a share above 0 and up to 1", hint=hint)
+            raise InputError(f"`energy` is {self.share:g}: expected a share above 0, at most 1", hint=hint)
         _check_rank("max_rank", self.max_rank)
 
 
@@ -83,7 +82,7 @@ def _check_rank(field: str, rank: int | None) -> None:
 
 
 def rank_for_energy(values: Tensor, share: float) -> int:
-    """Return the smallest rank whose values hold `share` of the sum of squares; 0 for a zero matrix."""
+    """Return the smallest rank that holds `share` of the sum of squared singular values; 0 if all are 0."""
     captured = values.double().square().cumsum(0)
     total = float(captured[-1])
     if total == 0.0:
@@ -93,21 +92,22 @@ def rank_for_energy(values: Tensor, share: float) -> int:
 
 @dataclass(frozen=True)
 class Price:
-    """The bytes of a layer in a file: once for its entry, and for each direction."""
+    """The bytes of a layer in a file."""
 
-    entry: int
-    direction: int
+    entry: int  # once, if its rank is not 0
+    direction: int  # per rank
 
 
 def best_ranks(spectra: Sequence[Tensor], prices: Sequence[Price], budget: int) -> tuple[int, ...]:
     """Return the ranks that hold the most energy in `budget` bytes; `spectra` are descending.
 
-    Greedy: direction i of a layer adds s_i^2 for price.direction bytes, and directions are taken by falling
-    energy per byte. The gains within a layer only fall, so this solves the knapsack problem with divisible
-    directions (Dantzig 1957, doi 10.1287/opre.5.2.266): no choice of the same number of bytes holds more,
-    and the unused bytes lose less than the first direction that did not fit. Such a direction ends its layer;
-    the others continue. A layer pays its entry with its first direction; entries do not change the order.
-    Ties go to the earlier layer; directions without energy are not taken.
+    Greedy algorithm: direction i of a layer adds the energy s_i^2 and costs price.direction bytes. Directions
+    are taken in the order of energy per byte, largest first. Within a layer the energy only decreases, so
+    this solves the knapsack problem with divisible directions (Dantzig 1957, doi 10.1287/opre.5.2.266): no
+    other choice of the same number of bytes holds more energy, and the unused bytes lose less than the first
+    direction that did not fit. A layer ends at its first direction that does not fit; other layers continue.
+    The first direction of a layer also pays for its entry; entries do not change the order. Ties go to the
+    earlier layer. Directions without energy are not taken.
     """
     ranks, open_layers = [0] * len(spectra), set(range(len(spectra)))
     left = budget
@@ -126,7 +126,7 @@ def best_ranks(spectra: Sequence[Tensor], prices: Sequence[Price], budget: int) 
 
 
 def _by_density(spectra: Sequence[Tensor], prices: Sequence[Price]) -> list[int]:
-    """Return the layer of every direction that has energy, by falling energy per byte."""
+    """Return the layer of every direction with energy, sorted by energy per byte, largest first."""
     if not spectra:
         return []
     gains = torch.cat([values.double().square() for values in spectra])

@@ -1,6 +1,6 @@
-"""The residual: a weight minus its principal part, and the inverse, their sum.
+"""Subtract the principal from a weight, which gives the residual, and add it back.
 
-Both work tile by tile, so that a tile stays in the CPU cache from the product to the last comparison.
+Both functions work tile by tile, so that a tile stays in the CPU cache from the product to the comparison.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from spectune.core.low_rank import LowRank, Product, Tile, to_matrix
 from spectune.core.rounding import check_finite, round_into
 from spectune.core.spectrum import DAMAGED
 
-# A value between 0 and half of the dtype's smallest, so that it rounds to -0: in the middle, since the wider
-# dtype loses digits when a principal of ordinary size is added.
+# Negative values that round to -0, because they are below half of the smallest value of the dtype. They lie
+# in the middle of this range, because adding a principal of ordinary size loses digits.
 _UNDERFLOW = {
     torch.float16: -1.5 * 2.0**-26,
     torch.float8_e4m3fn: -1.5 * 2.0**-11,
     torch.float8_e5m2: -1.5 * 2.0**-18,
 }
-# Above this share the exceptions would be a file of their own.
+# With a larger share of exceptions, the list would become too large.
 MAX_EXCEPTIONS = 1e-3
 
 
 @dataclass(frozen=True)
 class Exceptions:
-    """The few values that residual + principal cannot restore, by their place in the weight."""
+    """The few values that residual + principal does not restore, by position in the weight."""
 
     index: Tensor  # int64 (count), in row-major order
     values: Tensor  # (count), in the dtype of the weight
@@ -44,28 +44,29 @@ class Subtracted:
     """A residual, and how well residual + principal restores the weight."""
 
     residual: Tensor
-    agreement: Agreement  # with the exceptions applied; without errors
+    agreement: Agreement  # after applying the exceptions; only counts equal bits
     exceptions: Exceptions | None
 
 
 def working_dtype(residual: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a residual of this dtype and a principal are added."""
+    """Return the dtype in which to add a residual of this dtype and a principal."""
     return torch.float64 if residual == torch.float64 else torch.float32
 
 
 def restores_every_bit(residual: torch.dtype, weight: torch.dtype) -> bool:
-    """Return whether a residual of this dtype can restore weights of that dtype bit for bit."""
+    """Return whether a residual of dtype `residual` can restore weights of dtype `weight` bit for bit."""
     return residual.itemsize > weight.itemsize
 
 
 def subtract_principal(
     weight: Tensor, low_rank: LowRank, dtype: torch.dtype, *, name: str = "weight"
 ) -> Subtracted:
-    """Return R = W - scale*B0 A0 from the stored factors, in float32 and rounded once to `dtype`.
+    """Return R = W - scale*B0 A0 from the stored factors, computed in float32 and rounded once to `dtype`.
 
-    A residual wider than the weight restores every bit (float64 for a float32 weight). Values that are too
-    small relative to their principal part become exceptions, unless they are more than a thousandth. In the
-    weight's own dtype a residual costs one rounding. Raises InputError if `dtype` cannot hold a residual.
+    A residual in a wider dtype than the weight restores every bit (a float32 weight needs float64). Values
+    that are too small relative to their principal part become exceptions, if these are at most a thousandth
+    of all values. In the dtype of the weight, the residual is rounded once, so the sum is not exact. Raises
+    InputError if `dtype` cannot hold a value of the residual.
     """
     wider = restores_every_bit(dtype, weight.dtype)
     matrix = to_matrix(weight)  # (out, in*kh*kw)
@@ -77,7 +78,7 @@ def subtract_principal(
         original = matrix[tile]
         exact = scratch_copy("weight", original, working)
         if wider and weight.dtype in _UNDERFLOW:
-            # -0 is lost in a sum; this stand-in rounds back to -0
+            # a sum turns -0 into +0; the value in the table rounds back to -0
             negative_zero = (exact == 0) & exact.signbit()
             exact.masked_fill_(negative_zero, _UNDERFLOW[weight.dtype])
         stored = left[tile]
@@ -100,9 +101,9 @@ def add_principal(
     name: str,
     hint: str = DAMAGED,
 ) -> Tensor:
-    """Return the weight in its own `dtype`; raise InputError with `hint` for NaN and infinity.
+    """Return residual + principal as a weight of `dtype`; the inverse of `subtract_principal`.
 
-    The inverse of `subtract_principal`.
+    Raises InputError with `hint` for NaN and infinity.
     """
     weight = torch.empty(residual.shape, dtype=dtype)
     matrix, left = to_matrix(weight), to_matrix(residual)
@@ -110,7 +111,7 @@ def add_principal(
     for tile, principal in Product(low_rank, exact=exact).tiles():
         wide = scratch_copy("residual", left[tile], working_dtype(residual.dtype))
         wide.add_(principal)
-        if not math.isfinite(square_sum(wide)):  # also where only the squares overflow
+        if not math.isfinite(square_sum(wide)):  # true also if only the squares overflow
             check_finite(wide, name, hint=hint)
         round_into(matrix[tile], wide, name)
     if exceptions is not None:
@@ -119,7 +120,7 @@ def add_principal(
 
 
 class _ExceptionCollector:
-    """Collects exceptions tile by tile."""
+    """A list of exceptions, collected tile by tile."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns

@@ -1,4 +1,4 @@
-"""The one step that loses digits, float32 to the dtype of a file, and the checks around it."""
+"""Round float32 to the dtype of a file, and check ranges, dtypes and finite values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from spectune.core.linalg import largest_magnitude
 from spectune.errors import InputError
 
-# No integers, which are not weights, and no float64, which would be computed in float32.
+# Without integers, which are not weights, and float64, which would be rounded to float32 for computing.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
-# This dtype has no infinity: torch clamps to its largest value, 448. 464 is halfway to the next, 480.
+# This dtype has no infinity: torch clamps to its largest value, 448. 464 is halfway to 480, the next step.
 _CLAMPED_BEYOND = {torch.float8_e4m3fn: 464.0}
 STORE_WIDER = "store in bfloat16 or float32"
 
@@ -25,11 +25,11 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_W
 
 
 def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WIDER) -> None:
-    """Write `exact` into `result`, rounded as by `rounded`."""
+    """Write `exact` into `result`, rounded as in `rounded`."""
     result.copy_(exact)
     if result.dtype.itemsize >= exact.dtype.itemsize:
         return
-    # most tensors are far from the end of the range; the slow check finds values that round up beyond it
+    # most tensors are far from the end of the range; only the others need the slow check
     if result.dtype == torch.bfloat16 or largest_magnitude(exact) <= 0.9 * torch.finfo(result.dtype).max:
         return
     limit = _CLAMPED_BEYOND.get(result.dtype)
@@ -37,19 +37,19 @@ def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WI
     if lost.any():
         largest = float(exact[lost].abs().max())
         raise InputError(
-            f"{name}: {int(lost.sum())} of {exact.numel()} values up to {largest:.3g} "
-            f"do not fit {dtype_name(result.dtype)}",
+            f"{name}: {int(lost.sum())} of {exact.numel()} values, up to {largest:.3g}, exceed the range of "
+            f"{dtype_name(result.dtype)}",
             hint=hint,
         )
 
 
 def check_dtype(dtype: torch.dtype, name: str, *, residual: bool = False) -> None:
-    """Raise InputError if `dtype` is none of the dtypes of weights; a residual may also be float64."""
+    """Raise InputError if `dtype` is not a dtype of weights; a residual may also be float64."""
     if dtype not in WEIGHT_DTYPES and not (residual and dtype == torch.float64):
         raise InputError(
             f"{name} is stored in {dtype_name(dtype)}: "
             f"expected one of {', '.join(dtype_name(known) for known in WEIGHT_DTYPES)}",
-            hint="get the fp16, bf16 or fp32 form of the model",
+            hint="use the fp16, bf16 or fp32 version of the model",
         )
 
 

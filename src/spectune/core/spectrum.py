@@ -1,4 +1,4 @@
-"""All singular values of a weight without singular vectors, and measures of their decay."""
+"""Compute all singular values of a weight, without singular vectors, and measure their decay."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from spectune.core.linalg import largest_magnitude
 from spectune.core.rounding import check_finite
 
-DAMAGED = "the checkpoint is damaged or overflowed when it was saved; download it again or use its fp32 form"
+DAMAGED = "the checkpoint is damaged or was saved with overflow: download it again or use its fp32 version"
 
-# Up to this side length the Gram matrix is summed in float64, which costs less than its eigenvalues.
+# Up to this side length, the Gram matrix is summed in float64: it costs less than the eigenvalues.
 DOUBLE_SIDE = 512
-# float32 sums over this many columns are added in float64, so that the error does not grow with the width.
+# Blocks of this many columns are summed in float32, their sums in float64, so that the error does not grow
+# with the width.
 BLOCK_COLUMNS = 1024
-# Squares below this share of the largest are rounding errors of the Gram matrix and count as 0; 1280 of them
-# together have an energy below 1e-4.
+# Squares below this share of the largest are rounding errors of the Gram matrix and count as 0. The energy of
+# 1280 of them together is below 1e-4.
 NOISE = {torch.float32: 2.0**-24, torch.float64: 2.0**-40}
 DECAY_RANKS = 256
 
@@ -27,9 +28,9 @@ _linalg: Any = torch.linalg
 def singular_values(matrix: Tensor, *, name: str = "weight") -> Tensor:
     """Return all singular values of a matrix (out, in), descending, as float64 (min(out, in)) on the CPU.
 
-    They are the roots of the eigenvalues of the smaller Gram matrix. Energies are accurate to 1e-4 at any
-    rank, single values to the rounding error of the largest: those below 3e-4 of it (1e-6 up to side 512) are
-    0. Raises InputError for NaN and infinity.
+    They are the square roots of the eigenvalues of the smaller Gram matrix. Energies are accurate to 1e-4 at
+    any rank. Single values are accurate to the rounding error of the largest: values below 3e-4 of it (1e-6
+    up to side 512) are 0. Raises InputError for NaN and infinity.
     """
     check_finite(matrix, name, hint=DAMAGED)
     side = min(matrix.shape)
@@ -44,7 +45,7 @@ def singular_values(matrix: Tensor, *, name: str = "weight") -> Tensor:
 
 
 def _gram(short: Tensor, scale: float, working: torch.dtype) -> Tensor:
-    """Return M M^T / scale^2 in float64 from products in `working`; without scale, squares overflow."""
+    """Return M M^T / scale^2 in float64 from products in `working`; without scale, squares could overflow."""
     side = short.shape[0]
     gram = torch.zeros(side, side, dtype=torch.float64)
     for left in range(0, short.shape[1], BLOCK_COLUMNS):
@@ -54,12 +55,12 @@ def _gram(short: Tensor, scale: float, working: torch.dtype) -> Tensor:
 
 
 def _eigenvalues(symmetric: Tensor) -> Tensor:
-    """Return the eigenvalues ascending, at a third of the cost of eigenvectors."""
+    """Return the eigenvalues, ascending; this takes a third of the time of eigenvectors."""
     return cast("Tensor", _linalg.eigvalsh(symmetric))
 
 
 def energy_curve(values: Tensor) -> Tensor:
-    """Return the share of the squared Frobenius norm in the first 1, 2, ... directions: (len), rising to 1.
+    """Return the share of the squared Frobenius norm in the first 1, 2, ..., n directions, rising to 1.
 
     A zero matrix has share 1 at every rank.
     """
@@ -69,14 +70,14 @@ def energy_curve(values: Tensor) -> Tensor:
 
 
 def energy_at(curve: Tensor, rank: int) -> float:
-    """Return the share at a rank; 0 at rank 0, 1 beyond the full rank."""
+    """Return the share of energy at a rank; 0 at rank 0, 1 at and above the full rank."""
     return float(curve[min(rank, len(curve)) - 1]) if rank else 0.0
 
 
 def decay_exponent(values: Tensor, ranks: int = DECAY_RANKS) -> float | None:
-    """Return a of the power law s_i ~ i^-a by least squares of log s over log i, i = 1..`ranks`.
+    """Return the exponent a of the power law s_i ~ i^-a: least squares of log s over log i, i = 1..`ranks`.
 
-    The fit uses positive values only; None with fewer than three.
+    The fit uses only positive values. The result is None with fewer than three of them.
     """
     positive = values[:ranks].double()
     positive = positive[positive > 0].log()

@@ -1,4 +1,4 @@
-"""One weight = principal factors + residual (PiSSA: Meng, Wang, Zhang 2024, arXiv 2404.02948)."""
+"""Compute the principal factors of one weight (PiSSA: Meng, Wang, Zhang 2024, arXiv 2404.02948)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from spectune.core.svd import Method, top_singular
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A factored layer; energy is the share of its squared norm in the stored directions, 0..1."""
+    """A report on a factored layer."""
 
     name: str
     shape: tuple[int, ...]
     rank: int
-    energy: float
+    energy: float  # share of the squared norm in the stored directions, 0..1
     norm: float  # Frobenius norm of the weight
     largest: float  # largest singular value
     smallest_kept: float  # singular value number `rank`
-    method: str = "exact"  # SVD method used
-    excess: float = 0.0  # estimated (residual norm / smallest possible) - 1
+    method: str = "exact"  # of the SVD
+    excess: float = 0.0  # estimate of (residual norm / smallest possible norm) - 1
 
     @property
     def capped(self) -> bool:
@@ -39,7 +39,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Split:
-    """The stored principal factors of one layer with their report."""
+    """The stored principal factors of one layer, and their report."""
 
     low_rank: LowRank
     report: LayerReport
@@ -56,19 +56,19 @@ def split_weight(
 ) -> Split:
     """Return B0 = U sqrt(S) and A0 = sqrt(S) V^T of the `rank` largest singular values, rounded to `store`.
 
-    weight is (out, in) or (out, in, kh, kw). alpha is the true rank, at most min(out, in*kh*kw). Computed on
-    `device`, returned on the CPU. Raises InputError for a dtype that is not one of weights, for NaN or
-    infinity, and if `store` cannot hold a factor.
+    weight is (out, in) or (out, in, kh, kw). The rank is at most min(out, in*kh*kw), and alpha equals it.
+    Computes on `device` and returns tensors on the CPU. Raises InputError for a dtype that weights cannot
+    have, for NaN and infinity, and if `store` cannot hold a factor.
     """
     check_dtype(weight.dtype, name)
     shape = tuple(weight.shape)
     true_rank = min(rank, full_rank(shape))
     matrix = to_matrix(weight).to(device).float()  # (out, in*kh*kw)
     size = norm(matrix)
-    if not math.isfinite(size):  # one pass in float32 saves a second one in the stored dtype
+    if not math.isfinite(size):  # only then is a second pass over the values needed
         check_finite(weight, name, hint=DAMAGED)
     triplet = top_singular(matrix, true_rank, method, size=size)
-    # sqrt on both sides: balanced factors have balanced gradients and stay inside the range of fp16
+    # sqrt on both sides: balanced factors have balanced gradients and stay within the range of fp16
     root = triplet.s.sqrt()
     up, down = to_factors((triplet.u * root).cpu(), (triplet.vh * root[:, None]).cpu(), shape)
     low_rank = LowRank(down=rounded(down, store, name), up=rounded(up, store, name), alpha=float(true_rank))
@@ -88,7 +88,7 @@ def split_weight(
 
 
 def total_energy(layers: Iterable[LayerReport]) -> float:
-    """Return the share of the squared norm of all layers together in the stored directions."""
+    """Return the share of the squared norm of all layers that is in the stored directions."""
     layers = list(layers)
     total = sum(layer.norm**2 for layer in layers)
     return sum(layer.energy * layer.norm**2 for layer in layers) / total if total else 1.0

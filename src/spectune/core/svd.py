@@ -1,4 +1,4 @@
-"""The largest singular triplets of a matrix, by the exact SVD, a Gram matrix, or a sketch."""
+"""Compute the largest singular triplets of a matrix by the exact SVD, a Gram matrix, or a sketch."""
 
 from __future__ import annotations
 
@@ -15,42 +15,40 @@ from spectune.errors import InputError, did_you_mean
 
 Method = Literal["auto", "exact", "gram", "sketch"]
 
-# Up to this many rows or columns the thin SVD takes milliseconds; faster methods save nothing.
+# Up to this many rows or columns, the thin SVD takes milliseconds, and other methods are not faster.
 SMALL_SIDE = 128
-# Up to this side length the eigenproblem is solved in float64, which costs less than reading the tensor.
+# Up to this side length, the eigenproblem is solved in float64: it costs less than reading the tensor.
 DOUBLE_SIDE = 512
-# A sketch must be this many times narrower than the matrix, or the full eigenproblem is cheaper.
+# If a sketch is not this many times narrower than the matrix, the full eigenproblem is faster.
 SKETCH_FACTOR = 2.5
-# Estimated excess at which a sketch is accepted. The estimate is up to a third too low.
+# Largest estimated excess of an accepted sketch. The estimate is up to a third too low.
 TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """u (out, rank), s (rank) descending, vh (rank, in): u diag(s) vh approximates the matrix.
+    """Singular triplets: u diag(s) vh approximates the matrix."""
 
-    `excess` is (residual norm / smallest residual norm of any matrix of this rank) - 1, an estimate.
-    `method` is the method that gave the result.
-    """
-
-    u: Tensor
-    s: Tensor
-    vh: Tensor
-    method: Method
-    excess: float = 0.0
+    u: Tensor  # (out, rank)
+    s: Tensor  # (rank), descending
+    vh: Tensor  # (rank, in)
+    method: Method  # that computed the triplets
+    excess: float = 0.0  # estimate of (residual norm / smallest residual norm at this rank) - 1
 
 
 def top_singular(matrix: Tensor, rank: int, method: Method = "auto", *, size: float | None = None) -> Triplet:
     """Return the `rank` largest singular triplets of a float32 matrix (out, in), with canonical signs.
 
-    auto uses the exact SVD for small matrices, a sketch for few directions of many, and the Gram matrix of
-    the shorter side otherwise and if the sketch misses its bound. `size` is the Frobenius norm of the matrix,
-    if known. The same matrix on the same machine gives the same triplets: the sketch has a fixed seed.
+    `auto` uses the exact SVD for small matrices, a sketch for a few of many directions, and otherwise the
+    Gram matrix of the shorter side. If a sketch misses its tolerance, the Gram matrix is used. `size` is the
+    Frobenius norm of the matrix, if known. The sketch has a fixed seed, so a machine always computes the same
+    triplets for a matrix.
     """
     if method not in get_args(Method):
         known = get_args(Method)
         raise InputError(
-            f"unknown SVD method `{method}`{did_you_mean(method, known)}", hint=f"known: {', '.join(known)}"
+            f"unknown SVD method `{method}`{did_you_mean(method, known)}",
+            hint=f"expected one of {', '.join(known)}",
         )
     assert 1 <= rank <= min(matrix.shape), f"rank {rank} of a matrix of shape {tuple(matrix.shape)}"
     matrix = matrix.float()
@@ -65,7 +63,7 @@ def top_singular(matrix: Tensor, rank: int, method: Method = "auto", *, size: fl
 
 
 def cheapest_method(shape: tuple[int, ...], rank: int) -> Method:
-    """Return the method that costs least for a matrix of this shape."""
+    """Return the fastest method for a matrix of this shape."""
     side = min(shape)
     if side <= SMALL_SIDE:
         return "exact"
@@ -85,12 +83,12 @@ def _exact(matrix: Tensor, rank: int) -> Triplet:
 def _gram(matrix: Tensor, rank: int) -> Triplet:
     """Compute u from the smaller Gram matrix, and s and vh from the matrix itself.
 
-    Squaring halves the digits of small singular values, but only the subspace comes from the square:
-    u (u^T M) is a projection of M whatever the eigenvalues are.
+    Squaring halves the number of digits of small singular values. This affects only the subspace: u (u^T M)
+    is a projection of M for any u.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return _flipped(_gram(matrix.T, rank))
-    # float32 at least: a bf16 Gram matrix loses singular values below s_max/16
+    # at least float32: a bf16 Gram matrix loses singular values below s_max/16
     small = matrix.shape[0] <= DOUBLE_SIDE and matrix.device.type != "mps"
     wide = matrix.double() if small else matrix
     vectors = eigenvectors(wide @ wide.T)  # (out, out), ascending
@@ -103,7 +101,7 @@ def _gram(matrix: Tensor, rank: int) -> Triplet:
 
 
 def _sketch(matrix: Tensor, rank: int, energy: float) -> Triplet | None:
-    """Compute triplets by subspace iteration; return None if the excess stays above the tolerance."""
+    """Compute triplets by subspace iteration; return None if it does not reach the tolerance."""
     if matrix.shape[0] < matrix.shape[1]:
         flipped = _sketch(matrix.T, rank, energy)
         return None if flipped is None else _flipped(flipped)
@@ -126,7 +124,7 @@ def _sketch(matrix: Tensor, rank: int, energy: float) -> Triplet | None:
 
 
 def _divisor(s: Tensor) -> Tensor:
-    """Return the singular values with ones for zeros, so that a zero row stays zero."""
+    """Return the singular values with zeros replaced by ones, so that a zero row stays zero."""
     return torch.where(s > 0, s, 1)
 
 
@@ -138,10 +136,10 @@ def _flipped(triplet: Triplet) -> Triplet:
 
 @cache
 def fast_dtype(device_type: str) -> torch.dtype:
-    """Return the dtype in which this device multiplies fastest: bfloat16 if the hardware has units for it."""
+    """Return the fastest dtype for products on a device: bfloat16 if the hardware supports it."""
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.10
+    if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # new in torch 2.10
         return torch.float32
     capabilities = cast("dict[str, object]", torch.cpu.get_capabilities())
     has_units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
@@ -149,7 +147,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
 
 
 def canonical_signs(u: Tensor) -> Tensor:
-    """Return signs (rank) that make the largest entry of each column positive, the first of equals."""
+    """Return signs (rank) that make the largest entry of each column positive (the first if equal)."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Several files that appear together or not at all, even if the program is killed in between."""
+"""Make several files appear together or not at all, even if the program is killed in between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol, Self, cast
 
 
 class HeldWriter(Protocol):
-    """A writer that leaves its finished file under the temporary name until `commit`."""
+    """A writer that keeps its finished file under the temporary name until `commit`."""
 
     @property
     def path(self) -> Path: ...
@@ -19,7 +19,7 @@ class HeldWriter(Protocol):
 
 
 class AtomicGroup:
-    """Renames several finished files to their final names together, or drops them all.
+    """A group of finished files that get their final names together, or are all deleted.
 
     A journal next to the files lists the names that are about to appear. If the program is killed between two
     renames, the next run finds the journal and removes the incomplete set.
@@ -42,9 +42,9 @@ class AtomicGroup:
     ) -> None:
         try:
             if kind is None:
-                # a file that existed before is not listed: a rollback must not delete it
-                fresh = [writer.path.name for writer in self._held if not writer.path.exists()]
-                self._journal.write_text(json.dumps(fresh), encoding="utf-8")
+                # only new files: a rollback must not delete a file that existed before
+                new = [writer.path.name for writer in self._held if not writer.path.exists()]
+                self._journal.write_text(json.dumps(new), encoding="utf-8")
                 for writer in self._held:
                     writer.commit()
                 self._journal.unlink()

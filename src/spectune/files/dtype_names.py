@@ -1,4 +1,4 @@
-"""The dtypes that options can name, without importing torch."""
+"""Names of the dtypes in options, without importing torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ ALIASES: Mapping[str, str] = {
 
 
 def dtype_name(word: object) -> str:
-    """Return the full name of a dtype given by any of its names or as a torch.dtype: bf16 -> bfloat16."""
+    """Return the long name of a dtype from any of its names or a torch.dtype: bf16 -> bfloat16."""
     name = str(word).removeprefix("torch.").lower()
     return ALIASES.get(name, name)

@@ -1,4 +1,4 @@
-"""Dtypes by name: torch's long names, the usual short names, and the names in safetensors headers."""
+"""Look up dtypes by name: torch's long names, the usual short names, and those of safetensors headers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ DTYPES_BY_SAFETENSORS_NAME: Mapping[str, torch.dtype] = {
 }
 
 WEIGHT_DTYPES_BY_NAME: Mapping[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
-# Eight bits are enough for whole weights, roughly, but not for factors and residuals.
+# 8 bits are roughly enough for complete weights, but not for factors and residuals.
 STORE_DTYPES: Mapping[str, torch.dtype] = {
     name: dtype for name, dtype in WEIGHT_DTYPES_BY_NAME.items() if dtype.itemsize > 1
 }
 
 
 def parse_dtype(word: str | torch.dtype, allowed: Mapping[str, torch.dtype] = STORE_DTYPES) -> torch.dtype:
-    """Return the allowed dtype with this long or short name (float16 = fp16); raise InputError for others."""
+    """Return the dtype with this long or short name (float16 = fp16); raise InputError if not allowed."""
     if isinstance(word, torch.dtype):
         word = dtype_name(word)
     name = ALIASES.get(word.lower(), word.lower())
@@ -51,12 +51,12 @@ def parse_dtype(word: str | torch.dtype, allowed: Mapping[str, torch.dtype] = ST
 
 
 def parse_residual_dtype(word: str | torch.dtype) -> torch.dtype:
-    """Return a dtype for residuals: also float64, which restores a float32 model bit for bit."""
+    """Parse a dtype for residuals: also float64, which restores a float32 model bit for bit."""
     if word == torch.float64 or (isinstance(word, str) and word.lower() in ("float64", "fp64", "double")):
         return torch.float64
     return parse_dtype(word)
 
 
 def parse_weight_dtype(word: str | torch.dtype) -> torch.dtype:
-    """Return a dtype for the weights of a whole model: also float8_e4m3fn (fp8) and float8_e5m2."""
+    """Parse a dtype for the weights of a complete model: also float8_e4m3fn (fp8) and float8_e5m2."""
     return parse_dtype(word, WEIGHT_DTYPES_BY_NAME)

@@ -1,4 +1,4 @@
-"""A pipeline over tensors: several threads read and compute, one writes, in order."""
+"""Process tensors in a pipeline: several threads read and compute, one writes, in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 Progress = Callable[[int, int, str], None]  # done, total, name of the current item
 
-# Limit for the stored bytes of all items in flight. Intermediate results take up to five times as much.
+# Limit of the stored bytes of all items in flight. Intermediate results take up to five times as much.
 IN_FLIGHT_BYTES = 1 << 27
 
 
@@ -26,11 +26,12 @@ def run_pipeline(
     *,
     size: Callable[[Item], int],
 ) -> None:
-    """Call `work` on every item in threads and `consume` on the results in this one, in the items' order.
+    """Call `work` on every item in worker threads, and `consume` on the results in this thread, in order.
 
-    There are as many threads as torch uses, and each computes with one: a matrix of SDXL is too small to be
-    worth sharing, and reading, hashing and writing run concurrently. `size` gives the bytes of an item; items
-    start while they fit into IN_FLIGHT_BYTES, at least one. The first exception ends all work and is raised.
+    The number of workers is torch's number of threads, and torch uses one thread in each worker: SDXL's
+    matrices are too small to share, and reading, hashing and writing run concurrently. `size` returns the
+    bytes of an item. Items start while they fit into IN_FLIGHT_BYTES, but at least one. The first exception
+    ends all work and is raised.
     """
     threads = max(torch.get_num_threads(), 1)
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()

@@ -1,4 +1,4 @@
-"""Where a file comes from: its role, its base, and facts about the model that its tensors do not show."""
+"""The metadata of a file: its role, its base, and facts about the model that no tensor shows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from spectune.errors import InputError, did_you_mean
 
 PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
-ADAPTERS_KEY = "spectune.adapters"  # the adapters a model was rebuilt with: files, roles, strengths
+ADAPTERS_KEY = "spectune.adapters"  # the adapters that a model was rebuilt with: files, roles, strengths
 SLICES_KEY = "spectune.slices"  # the files, traits and weights that a file was combined from
 
 PredictionName = Literal["eps", "v", "flow"]
 NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v
-# Other programs read prediction and schedule from the presence of these tensors, not from their values.
+# Marker tensors: other programs infer prediction and schedule from their presence, not from their values.
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 Padding = Literal["zeros", "reflect"]
 FrameKind = Literal["principal", "minor", "plain", "gradient", "data"]  # docs/reference/frames.md
@@ -40,30 +40,30 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Provenance:
-    """The `spectune.*` metadata of a file; None for a missing entry. Foreign files have none."""
+    """The `spectune.*` metadata of a file; None for a missing entry. Files of other programs have none."""
 
     role: Role | None = None
-    version: str | None = None  # of the spectune that wrote the file
+    version: str | None = None  # version of spectune that wrote the file
     base_hash: str | None = None  # weights hash of the original model
-    base_name: str | None = None  # its file name, for messages only
+    base_name: str | None = None  # file name of the original model, for messages only
     principal_hash: str | None = None
-    frame: FrameKind | None = None  # kind of frame, if training computed it from the base
+    frame: FrameKind | None = None  # kind of frame if training computed it from the base
     prediction: PredictionName | None = None
     flow_shift: float | None = None
     noise_schedule: NoiseSchedule | None = None
     vae_scale: float | None = None  # latents = (z - shift) * scale
     vae_shift: float | None = None
-    vae_padding: Padding | None = None  # of its convolutions
-    vae_name: str | None = None  # file of an autoencoder other than the model's own, for messages only
+    vae_padding: Padding | None = None  # of the VAE's convolutions
+    vae_name: str | None = None  # file of the VAE if it is not the model's VAE, for messages only
 
     def to_metadata(self) -> dict[str, str]:
-        """Return metadata entries `spectune.role` and so on; from_metadata is the inverse."""
+        """Return the metadata entries `spectune.role`, ...; the inverse of from_metadata."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {PREFIX + name: str(value) for name, value in values if value is not None}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Provenance:
-        """Parse metadata entries; raise InputError for a value that spectune never writes."""
+        """Parse metadata entries; raise InputError for an invalid value."""
         values: dict[str, Any] = {}
         for field in fields(cls):
             text = metadata.get(PREFIX + field.name)
@@ -73,7 +73,7 @@ class Provenance:
 
 
 class HasProvenance:
-    """Adds `provenance` to a class with `metadata`, parsed once at first use."""
+    """A mixin that adds `provenance` to a class with `metadata`; it is parsed once, on first use."""
 
     metadata: Mapping[str, str]
 
@@ -83,7 +83,7 @@ class HasProvenance:
 
     @property
     def provenance(self) -> Provenance:
-        """The provenance in the metadata; raises InputError if the metadata is damaged."""
+        """Return the provenance in the metadata; raise InputError if the metadata is invalid."""
         return self._provenance
 
 
@@ -120,15 +120,15 @@ def _number(field: str, text: str) -> float:
 
 
 def modelspec_metadata(prediction: PredictionName | None) -> dict[str, str]:
-    """Return the modelspec entry for a prediction; none for flow, for which modelspec has no word."""
+    """Return the modelspec entry for a prediction; empty for flow, which modelspec does not define."""
     words = {"eps": "epsilon", "v": "v"}
     return {MODELSPEC_PREDICTION_KEY: words[prediction]} if prediction in words else {}
 
 
 def modelspec_model(metadata: Mapping[str, str], *, title: str) -> dict[str, str]:
-    """Return modelspec entries that identify a whole SDXL checkpoint; those in `metadata` take precedence.
+    """Return modelspec entries that identify an SDXL checkpoint; entries in `metadata` take precedence.
 
-    Keys and values follow the modelspec standard 1.0.0, which has no word for the shift of flow sampling.
+    Keys and values follow the modelspec standard 1.0.0, which does not define the shift of flow sampling.
     """
     entries = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -148,7 +148,7 @@ def spectune_version() -> str:
 
 
 def parse_json(text: str) -> object:
-    """Return the value of a JSON text, or None if it is damaged: metadata may come from any program."""
+    """Parse a JSON text; return None if it is invalid, because metadata may come from any program."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # RecursionError: a thousand opening brackets

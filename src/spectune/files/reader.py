@@ -1,4 +1,4 @@
-"""Tensors by name out of safetensors files, one at a time; never a pickle."""
+"""Read tensors by name from safetensors files, one at a time. Pickles are never opened."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from spectune.files.source import TensorFile, TensorInfo
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 INDEX_SUFFIX = ".index.json"
-MODEL_INDEX = "model_index.json"  # what makes a folder one of diffusers
+MODEL_INDEX = "model_index.json"  # marks a diffusers folder
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-DOWNLOAD_AGAIN = "the file is damaged or not what its name says; download or copy it again"
+DOWNLOAD_AGAIN = "the file is damaged or has the wrong extension: download or copy it again"
 
 
 @dataclass(frozen=True)
 class _Header:
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
-    offsets: dict[str, int]  # byte of the file where the tensor begins
+    offsets: dict[str, int]  # position in the file where each tensor begins, in bytes
 
 
 class SafetensorsFile:
     """One open safetensors file.
 
-    Tensors are read into storage of their own and not mapped: the memory in use is then what the
-    caller holds, and a file that shrinks meanwhile is an error message instead of a crash.
+    Tensors are read into memory, not mapped. So memory use is what the caller holds, and a file that shrinks
+    while it is read causes an error message instead of a crash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +64,7 @@ class SafetensorsFile:
         if count != info.nbytes:
             raise InputError(
                 f"{self.path.name} ended inside tensor {name}: expected {info.nbytes} bytes, got {count}",
-                hint="was the file changed while it was being read?",
+                hint="the file was probably changed while it was read: try again",
             )
         return data.view(info.dtype).view(info.shape)
 
@@ -87,15 +87,15 @@ class Checkpoint(HasProvenance):
         self.label = path.name if label is None else label
         self.metadata = metadata
         self._files = files
-        self._home = {name: file for file in files for name in file.tensors}
+        self._file_of = {name: file for file in files for name in file.tensors}
         self.tensors: Mapping[str, TensorInfo] = {n: i for file in files for n, i in file.tensors.items()}
 
     def load(self, name: str) -> Tensor:
-        return self._home[name].load(name)
+        return self._file_of[name].load(name)
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file that it is read from; with shards their index too, of a diffusers folder itself too."""
+        """Return every file that is read, including the index of shards and the diffusers folder itself."""
         return tuple(dict.fromkeys([self.path, *(path for file in self._files for path in file.paths)]))
 
     def close(self) -> None:
@@ -112,17 +112,19 @@ class Checkpoint(HasProvenance):
 
 
 def open_file(path: Path, *, label: str | None = None) -> Checkpoint:
-    """Open one `.safetensors` file; messages call it `label`, by default its name."""
+    """Open one `.safetensors` file; messages call it `label`, by default its file name."""
     if path.suffix.lower() in PICKLES:
         raise InputError(
-            f"{path.name} is a pickle, which can run any program when it is opened; it is never unpickled",
-            hint="look for the .safetensors form of the same model, or convert it in a sandbox",
+            f"{path.name} is a pickle, which can run any program when it is opened; spectune never opens "
+            "pickles",
+            hint="use the .safetensors version of the model, or convert it in a sandbox",
         )
     file = SafetensorsFile(path)
     return Checkpoint(path, [file], file.metadata, label=label)
 
 
 def open_binary(path: Path) -> BufferedReader:
+    """Open a file for reading bytes; raise InputError if that fails."""
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -143,24 +145,24 @@ def _read_header(file: BufferedReader, path: Path) -> _Header:
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
     except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"the header of {path.name} cannot be read: {error}", hint=DOWNLOAD_AGAIN) from None
+        raise InputError(f"the header of {path.name} is invalid: {error}", hint=DOWNLOAD_AGAIN) from None
     return _parse_header(cast(dict[str, Any], header), path, start=8 + length, size=size)
 
 
 def _guess(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
-        return ": it is the pointer that git leaves when git-lfs is not installed"
+        return ": it is a git-lfs pointer; install git-lfs to get the file"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return ": it is a web page"
     if head.startswith(b"GGUF"):
-        return ": it is a GGUF file, whose numbers are quantised"
+        return ": it is a GGUF file, which is quantized"
     return ": it is a zip archive or a pickle" if head.startswith((b"PK\3\4", b"\x80")) else ""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it contains a name twice")
     return record
 
 
@@ -168,7 +170,7 @@ def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) 
     metadata = cast(object, header.pop("__metadata__", None) or {})
     if not _is_table_of_strings(metadata):
         raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
-    # an empty tensor begins where the next one does
+    # an empty tensor begins at the same byte as the next one: sort it first
     spans = sorted(
         (_span(name, entry, path) for name, entry in header.items()),
         key=lambda span: (span.begin, span.info.nbytes),
@@ -183,7 +185,7 @@ def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) 
     if start + end != size:
         raise InputError(
             f"{path.name} is {'cut short' if size < start + end else 'too long'}: "
-            f"expected {start + end} bytes by its header, got {size}",
+            f"expected {start + end} bytes according to its header, got {size}",
             hint=DOWNLOAD_AGAIN,
         )
     return _Header(
@@ -203,7 +205,7 @@ class _Span:
     begin: int  # bytes after the header
 
 
-def _whole(value: object) -> int:
+def _integer(value: object) -> int:
     if type(value) is not int:
         raise TypeError
     return value
@@ -211,16 +213,19 @@ def _whole(value: object) -> int:
 
 def _span(name: str, entry: Any, path: Path) -> _Span:
     try:
-        dtype, shape = entry["dtype"], tuple(_whole(n) for n in entry["shape"])
-        begin, end = (_whole(n) for n in entry["data_offsets"])
+        dtype, shape = entry["dtype"], tuple(_integer(n) for n in entry["shape"])
+        begin, end = (_integer(n) for n in entry["data_offsets"])
         if not isinstance(dtype, str):
             raise TypeError
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"the header of {path.name} is wrong at tensor {name}", hint=DOWNLOAD_AGAIN
+            f"the header of {path.name} has an invalid entry for tensor {name}", hint=DOWNLOAD_AGAIN
         ) from None
     if dtype not in DTYPES_BY_SAFETENSORS_NAME:
-        raise InputError(f"tensor {name} of {path.name} has a type that is not supported: {dtype}")
+        raise InputError(
+            f"tensor {name} of {path.name} has the unsupported dtype {dtype}",
+            hint=f"expected one of {', '.join(DTYPES_BY_SAFETENSORS_NAME)}",
+        )
     info = TensorInfo(name, DTYPES_BY_SAFETENSORS_NAME[dtype], shape)
     if min(shape, default=0) < 0 or end - begin != info.nbytes:
         raise InputError(

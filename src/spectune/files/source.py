@@ -1,4 +1,4 @@
-"""A source of tensors by name: what files, folders, and models computed on the fly have in common."""
+"""The interface of sources of named tensors: files, folders, and models that are computed on access."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spectune.files.provenance import (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, dtype and shape of a tensor, known before its values are read."""
+    """The name, dtype and shape of a tensor, known without reading its values."""
 
     name: str
     dtype: torch.dtype
@@ -40,33 +40,33 @@ class TensorInfo:
 
 
 class WeightSource(Protocol):
-    """Anything that yields tensors by name, lazily: a file, or a merge computed on the fly."""
+    """A source that loads tensors by name: a file, or a merge that is computed on access."""
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
 
     @property
     def provenance(self) -> Provenance:
-        """The provenance in the metadata; raises InputError if the metadata is damaged."""
+        """Return the provenance in the metadata; raise InputError if the metadata is invalid."""
         ...
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors in file order."""
+        """Return all tensors in the order of the file."""
         ...
 
     @property
     def label(self) -> str:
-        """The name used in messages: a file name."""
+        """Return the name for messages, usually a file name."""
         ...
 
     def load(self, name: str) -> Tensor:
-        """Return the tensor on the CPU; callers never change it in place."""
+        """Return a tensor on the CPU; callers must not change it in place."""
         ...
 
 
 class TensorFile(Protocol):
-    """A part of a checkpoint: an open file, or several under other names."""
+    """A part of a checkpoint: an open file, or several files with other tensor names."""
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
@@ -99,7 +99,7 @@ class MemorySource(HasProvenance):
 
 
 def declared_prediction(source: WeightSource) -> PredictionName | None:
-    """Return the prediction that our metadata, modelspec or the key `v_pred` declares, or None."""
+    """Return the prediction declared by spectune's metadata, modelspec or the tensor `v_pred`, or None."""
     if source.provenance.prediction is not None:
         return source.provenance.prediction
     modelspec = source.metadata.get(MODELSPEC_PREDICTION_KEY, "")
@@ -109,6 +109,6 @@ def declared_prediction(source: WeightSource) -> PredictionName | None:
 
 
 def declared_zero_snr(source: WeightSource) -> bool:
-    """Return whether our metadata or the key `ztsnr` declares a noise schedule that ends in pure noise."""
+    """Return whether spectune's metadata or the tensor `ztsnr` declares that the schedule ends in noise."""
     schedule = source.provenance.noise_schedule
     return ZERO_SNR_KEY in source.tensors if schedule is None else schedule == "zero_terminal_snr"

@@ -1,4 +1,4 @@
-"""The weights hash: the identity of a set of tensors, whatever the layout or metadata of their file."""
+"""The weights hash identifies a set of tensors, independent of the order and metadata of their file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 class WeightsHasher:
     """A hash of tensors by name that does not depend on their order.
 
-    sha256 over, for the names sorted, ``name NUL dtype NUL shape NUL`` and the sha256 of the tensor's bytes.
+    It is the sha256 over all tensors, sorted by name, of ``name NUL dtype NUL shape NUL`` and the sha256 of
+    the tensor's bytes.
     """
 
     def __init__(self) -> None:
@@ -36,11 +37,11 @@ class WeightsHasher:
         return name in self._entries
 
     def copy(self, name: str, other: WeightsHasher) -> None:
-        """Take the entry of a tensor from `other`, where the tensor is known to be bit-equal."""
+        """Copy the entry of a tensor from `other`, for a tensor known to be bit-equal."""
         self._entries[name] = other._entries[name]
 
     def differing(self, other: WeightsHasher) -> int:
-        """Count the tensors of this hasher that `other` does not have bit for bit."""
+        """Return the number of tensors in this hasher that are missing or different in `other`."""
         return sum(other._entries.get(name) != entry for name, entry in self._entries.items())
 
     def hexdigest(self) -> str:

@@ -1,6 +1,6 @@
-"""Injected adapters: trainable low-rank changes of the layers of a running model, in two forms.
+"""Inject adapters: trainable low-rank changes of the layers of a running model, in two forms.
 
-Both forms compute the same function; core/delta.py derives them:
+Both forms compute the same function (derived in core/delta.py):
 
 * delta:    the base layer holds W; dA and dB are trained from zero, A0 and B0 are fixed.
 * residual: the base layer holds R = W - scale*B0 A0; A = A0+dA and B = B0+dB are trained.
@@ -39,8 +39,8 @@ class AdaptedLayer(nn.Module):
     """A frozen linear layer or convolution with a trainable low-rank change.
 
     `down` is (rank, in) or (rank, in, kh, kw), `up` is (out, rank) or (out, rank, 1, 1). Both have the dtype
-    `dtype`; products run in the dtype of the input. In training, `dropout` drops directions of the change
-    (in the residual form: of the principal itself).
+    `dtype`; products use the dtype of the input. In training, `dropout` is the probability of dropping each
+    direction of the change (in the residual form: of the principal with its change).
     """
 
     frame_down: Tensor
@@ -132,8 +132,8 @@ class AdaptedLayer(nn.Module):
         return down - self.frame_down.to(down.device), up - self.frame_up.to(up.device)
 
     def delta(self) -> Delta:
-        """Return the current change, as float32 dA and dB on the CPU with their frame."""
-        # each layer goes to the CPU first: float32 copies of all layers would take another GB of the GPU
+        """Return the current change: its frame, and dA and dB in float32, on the CPU."""
+        # moved to the CPU before the cast: float32 copies of all layers would take another GB on the GPU
         frame = LowRank(down=self.frame_down.cpu(), up=self.frame_up.cpu(), alpha=self.alpha)
         down, up = self.down.detach().cpu().float(), self.up.detach().cpu().float()
         if self.form == "residual":
@@ -142,16 +142,19 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def reframe(self, frame: LowRank, *, dtype: torch.dtype | None = None) -> None:
-        """Replace the frame, by one of any rank, before training; the trainable tensors are new, in `dtype`.
+        """Replace the frame before training. The new frame may have another rank.
+
+        The trainable tensors are replaced with new ones in `dtype`.
 
         Raises:
-            InputError: The form is residual, whose base belongs to its frame, or training has begun.
+            InputError: The layer has the residual form, or training has started.
         """
         if self.form == "residual":
-            raise InputError("the residual form cannot change its frame", hint='use form = "delta"')
+            raise InputError("the residual form cannot change its frame", hint='set model.form = "delta"')
         if self.down.any() or self.up.any():
             raise InputError(
-                "the frame cannot change: training has begun", hint="start a new run with the other frame"
+                "the frame cannot change after training has started",
+                hint="start a new run with the other frame",
             )
         device, dtype = self.down.device, dtype or self.down.dtype
         self.frame_down, self.frame_up = frame.down.to(device), frame.up.to(device)
@@ -162,12 +165,13 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
-        """Continue from a trained change of the same frame; raise InputError for another frame."""
+        """Load a trained change; raise InputError if it belongs to another frame."""
         frame = delta.frame
         same = _same(frame.down, self.frame_down) and _same(frame.up, self.frame_up)
         if not same or frame.alpha != self.alpha:
             raise InputError(
-                "the trained change belongs to another frame", hint="use the principal it was trained from"
+                "the trained change belongs to another frame",
+                hint="use the principal that it was trained from",
             )
         start = delta if self.form == "delta" else added_to_residual(delta)
         self.down.copy_(start.down)
@@ -179,7 +183,7 @@ class Injection:
     """The adapted layers of a model by layer name; `eject` undoes `inject`."""
 
     layers: Mapping[str, AdaptedLayer]
-    places: Mapping[str, tuple[nn.Module, str]]  # layer name -> (parent module, attribute)
+    places: Mapping[str, tuple[nn.Module, str]]  # the parent module and attribute of each layer
     joined_factors: JoinedFactors = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,11 +205,15 @@ class Injection:
         return {name: layer.frame for name, layer in self.layers.items()}
 
     def deltas(self) -> dict[str, Delta]:
-        """Return the current changes, ready for a tuned adapter file."""
+        """Return the current change of each layer, on the CPU."""
         return {name: layer.delta() for name, layer in self.layers.items()}
 
     def load(self, deltas: Mapping[str, Delta]) -> None:
-        """Continue from `deltas`, which must cover exactly the injected layers."""
+        """Load trained changes, one for each injected layer.
+
+        Raises:
+            InputError: The layers or their frames differ from the injected ones.
+        """
         if set(deltas) != set(self.layers):
             unmatched = sorted(set(deltas) ^ set(self.layers))
             raise InputError(
@@ -218,7 +226,7 @@ class Injection:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Disable the adapters inside the block; in the delta form the model is then the original."""
+        """Disable the adapters inside the block. In the delta form, the model is then the original one."""
         for layer in self.layers.values():
             layer.enabled = False
         try:
@@ -241,9 +249,9 @@ def inject(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
 ) -> Injection:
-    """Make the layers of `frames` trainable and freeze all other parameters.
+    """Make the layers in `frames` trainable and freeze all other parameters.
 
-    The model must hold the original weights for the delta form and the residual for the residual form.
+    The model must hold the original weights for the delta form, and the residual for the residual form.
 
     Raises:
         InputError: The model lacks a layer, or a frame does not fit the shape of its layer.
@@ -263,16 +271,16 @@ def inject(
 
 
 def _same(saved: Tensor, tensor: Tensor) -> bool:
-    """Return whether `saved` is `tensor` in its own dtype."""
+    """Return whether `tensor` equals `saved` after a cast to the dtype of `saved`."""
     return torch.equal(saved, tensor.cpu().to(saved.dtype))
 
 
 def _check_fit(name: str, base: nn.Module, frame: LowRank) -> None:
     if not isinstance(base, nn.Linear | nn.Conv2d):
         raise InputError(f"{name} is a {type(base).__name__}: expected a linear layer or a convolution")
-    found = weight_shape(frame)
-    if tuple(base.weight.shape) != found:
+    shape = weight_shape(frame)
+    if tuple(base.weight.shape) != shape:
         raise InputError(
-            f"{name}: the frame is for a weight of shape {found}, the model has {tuple(base.weight.shape)}",
-            hint="the principal belongs to another checkpoint",
+            f"{name}: the frame is for a weight of shape {shape}, the model has {tuple(base.weight.shape)}",
+            hint="the principal belongs to another checkpoint: use the checkpoint that it was split from",
         )

@@ -1,4 +1,4 @@
-"""A running SDXL, built from the tensors of a checkpoint without any configuration file."""
+"""A running SDXL, built from the tensors of a checkpoint. No configuration file is needed."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Sdxl:
     def encode_text(self, ids: TokenIds) -> TextStates:
         """Encode captions.
 
-        The context joins the penultimate states of both encoders. The pooled output is the projection of the
-        second encoder's last state at the first end token.
+        The context concatenates the penultimate states of both encoders. The pooled output is the projection
+        of the second encoder's last state at the first end token.
         """
         first = self.te1(ids.te1.to(self.te1.device), output_hidden_states=True).hidden_states[-2]
         second = self.te2(ids.te2.to(self.te2.device), output_hidden_states=True)
@@ -64,14 +64,14 @@ class Sdxl:
         return TextStates(context=context, pooled=second.text_embeds)
 
     def denoise(self, noised: Tensor, timestep: Tensor, text: TextStates, time_ids: Tensor) -> Tensor:
-        """Run the UNet on latents (batch, 4, h, w) with `time_ids` (batch, 6) in pixels, float32."""
+        """Run the UNet on latents (batch, 4, h, w); `time_ids` are (batch, 6), in pixels, float32."""
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
         return self.unet(noised, timestep, text.context, added_cond_kwargs=added).sample
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode pixels (batch, 3, H, W) in -1..1 to scaled float32 latents.
 
-        With a generator, the latents are a sample of the posterior, otherwise its mode.
+        With a generator, the latents are a sample of the posterior. Otherwise they are its mode.
         """
         vae, layout = self._vae, self._vae_layout
         posterior = cast("Any", vae.encode(pixels.to(vae.dtype))).latent_dist
@@ -85,7 +85,7 @@ class Sdxl:
         return cast("Any", vae).decode(raw.to(vae.dtype)).sample.float().clamp(-1, 1)
 
     def place(self, layer_name: str) -> tuple[nn.Module, str]:
-        """Return the parent module and the attribute of a layer, given by its name in the catalogue.
+        """Return the parent module and the attribute of a layer, by its name in the catalogue.
 
         Raises:
             InputError: The model has no such layer.
@@ -115,7 +115,9 @@ class Sdxl:
 
 
 def _no_vae() -> InputError:
-    return InputError("the checkpoint has no VAE", hint="merge one into the file first")
+    return InputError(
+        "the checkpoint has no VAE", hint="add one with `spectune slice MODEL:unet MODEL:te OTHER:vae`"
+    )
 
 
 def build_model(
@@ -125,7 +127,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype = torch.float32,
 ) -> Sdxl:
-    """Build the model of a checkpoint, frozen and in eval mode.
+    """Build a model from a checkpoint, frozen and in eval mode.
 
     `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
 
@@ -148,9 +150,9 @@ def build_model(
 
 
 def source_prediction(source: WeightSource) -> Prediction:
-    """Return the prediction type that a checkpoint declares, by default eps.
+    """Return the prediction type that a checkpoint declares. The default is eps.
 
-    A tensor `ztsnr` marks a schedule with zero terminal SNR, as in ComfyUI.
+    As in ComfyUI, a tensor `ztsnr` declares a schedule with zero terminal SNR.
     """
     shift = source.provenance.flow_shift
     return make_prediction(
@@ -176,10 +178,10 @@ def _load_part(
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], *, label: str, architecture: str, hint: str) -> None:
-    """Give a module without memory its weights, freeze it and put it into eval mode.
+    """Load the weights of a module on the meta device, freeze it and set eval mode.
 
     Raises:
-        InputError: Names or shapes of `state` do not match those of the module.
+        InputError: The names or shapes in `state` do not match the module.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -187,7 +189,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], *, label: str, architec
     if wrong:
         first = wrong[0]
         raise InputError(
-            f"{label} does not match {architecture} in {counted(len(wrong), 'tensor')}; first {first}: "
+            f"{label} differs from {architecture} in {counted(len(wrong), 'tensor')}; first {first}: "
             f"expected {expected.get(first, 'nothing')}, got {found.get(first, 'nothing')}",
             hint=hint,
         )
@@ -199,7 +201,7 @@ def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
     """Return a UNet with text_time conditioning, initialized by diffusers."""
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in layout.depths)
     up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(layout.depths))
-    # diffusers annotates its tuples as having one element
+    # a dictionary, because diffusers annotates its tuples with one element
     sizes: dict[str, Any] = {
         "in_channels": layout.in_channels,
         "out_channels": layout.out_channels,

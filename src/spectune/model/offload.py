@@ -1,4 +1,4 @@
-"""Frozen networks that are parked in main memory while they are unused."""
+"""Keep frozen networks in main memory while they are not used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CPU = torch.device("cpu")
 
 
 class Offload:
-    """Networks that move between a working and a parking device. They stay at work until `park` is called.
+    """Networks that move between a working and a parking device. They do not move before `park` is called.
 
-    Call `park` once their outputs are cached. Outside of `at_work` blocks, parked networks run on the parking
-    device.
+    Call `park` once the outputs of the networks are cached. Parked networks then run on the parking device,
+    except in `at_work` blocks.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Offload:
         self._users: dict[Network, int] = dict.fromkeys(networks, 0)  # open blocks that use each network
 
     def park(self) -> None:
-        """Move the networks to the parking device; a network in use moves at the end of its block."""
+        """Move the networks to the parking device. Networks in an open block move at its end."""
         self._parked = True
         for network, users in self._users.items():
             if not users:
@@ -45,7 +45,7 @@ class Offload:
 
     @contextmanager
     def at_work(self, *names: Network) -> Iterator[None]:
-        """Hold the named networks, by default all, on the working device inside the block.
+        """Keep the named networks (by default all) on the working device inside the block.
 
         Blocks may be nested. Networks that are not offloaded are ignored.
         """
@@ -69,17 +69,17 @@ class Offload:
 
 
 def offload(model: Sdxl, names: Iterable[Network], *, parking: torch.device | str = _CPU) -> Offload:
-    """Return an offload of the named networks of a model; nothing moves before `park`.
+    """Return the named networks of a model as an Offload. No network moves before `park`.
 
     Raises:
-        InputError: A network is trained and therefore needed at every step.
+        InputError: A network is trained, so every step needs it.
     """
     networks: dict[Network, tuple[nn.Module, ...]] = {}
     for name in names:
         modules = _modules(model, name)
         if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
             raise InputError(
-                f"the networks `{name}` are trained and cannot be offloaded",
+                f"run.offload contains `{name}`, but a trained network cannot be offloaded",
                 hint=f"remove `{name}` from run.offload, or the text encoders from model.parts",
             )
         networks[name] = modules

@@ -1,7 +1,7 @@
-"""A frozen linear layer whose weight bitsandbytes has packed into 4 or 8 bits.
+"""A frozen linear layer with a weight that bitsandbytes packs into 4 or 8 bits.
 
-Only the weight is quantized: it is unpacked into the dtype of the input for each product, so inputs and
-gradients keep their precision. The backward pass unpacks it again instead of keeping it.
+Only the weight is quantized. It is unpacked to the dtype of the input for each product, so inputs and
+gradients keep their precision. The backward pass unpacks the weight again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ INT8_LARGEST = 127  # the code of the largest magnitude of a row
 class Packed:
     """A quantized matrix (out, in)."""
 
-    codes: Tensor  # nf4: uint8, two weights each, in storage order; int8: (out, in)
+    codes: Tensor  # nf4: uint8 with two weights each, in storage order; int8: (out, in)
     scales: Tensor  # float32, the largest magnitude of each block of 64 (nf4) or of each row (int8)
 
 
 def pack(weight: Tensor, packing: Packing) -> Packed:
-    """Quantize a matrix (out, in) to 4-bit normal floats or 8-bit integers; `unpack` is the inverse.
+    """Quantize a matrix (out, in) to 4-bit normal floats or 8-bit integers. Inverse: unpack.
 
     Raises:
         SpectuneError: bitsandbytes is not installed.
@@ -42,7 +42,7 @@ def pack(weight: Tensor, packing: Packing) -> Packed:
             weight, blocksize=NF4_BLOCK, quant_type=packing, compress_statistics=False
         )
         return Packed(codes, state.absmax)
-    # float16: the only dtype that the kernel takes on every device; it holds 11 bits, of which 8 are kept
+    # float16: the only dtype that the kernel supports on every device; its 11 bits are enough for int8
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
     return Packed(codes, scales)
 
@@ -54,7 +54,7 @@ def unpack(packed: Packed, packing: Packing, shape: tuple[int, int], dtype: torc
         scales = packed.scales.view(-1, 1) / INT8_LARGEST
         return torch.mul(packed.codes, scales, out=scales.new_empty(shape, dtype=dtype))
     bnb = _bitsandbytes()
-    # bitsandbytes unpacks 4 bits into 16 or 32
+    # bitsandbytes unpacks 4 bits to 16-bit or 32-bit floats
     direct = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
     state = bnb.QuantState(
         absmax=packed.scales, shape=torch.Size(shape), dtype=direct, blocksize=NF4_BLOCK, quant_type=packing
@@ -87,7 +87,7 @@ class PackedLinear(nn.Linear):
         self.packing: Packing = packing
         self.dtype = base.weight.dtype
         packed = pack(base.weight.to(device), packing)
-        # parameters, not buffers: distributed training broadcasts buffers at every step
+        # parameters, because distributed training would broadcast buffers at every step
         self.codes = nn.Parameter(packed.codes, requires_grad=False)
         self.scales = nn.Parameter(packed.scales, requires_grad=False)
         bias = None if base.bias is None else nn.Parameter(base.bias.detach().to(device), requires_grad=False)
@@ -95,7 +95,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The unpacked weight (out, in) in its original dtype; a new tensor each time."""
+        """The unpacked weight (out, in) in its original dtype, computed at each access."""
         return self.unpacked(self.dtype)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -114,19 +114,19 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         scales = self.scales.detach()
         super()._apply(fn, recurse)
-        # a change of dtype is for the bias only: scales rounded to 16 bits would stay off by up to 0.4 %
+        # scales keep float32: rounding them to 16 bits would cause an error of up to 0.4 %
         self.scales = nn.Parameter(scales.to(self.codes.device), requires_grad=False)
         return self
 
 
 class _Product(torch.autograd.Function):
-    """x (..., in) W^T + bias -> (..., out), with a gradient for x only."""
+    """The product x (..., in) W^T + bias -> (..., out), with a gradient for x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         weight, flat = layer.unpacked(x.dtype), x.reshape(-1, layer.in_features)
-        # not F.linear: its output can be a view, and adapters add to the output in place
+        # not F.linear: its output can be a view, but adapters add to the output in place
         out = x.new_empty(*x.shape[:-1], layer.out_features)
         rows = out.view(-1, layer.out_features)
         if layer.bias is None:

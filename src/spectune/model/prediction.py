@@ -1,4 +1,4 @@
-"""Prediction types: how images are noised, the target of the network, and how its output is read.
+"""Prediction types: noising, the target of the network, and the clean latents that its output implies.
 
 Training and sampling share these records. With noised latents x_t, noise n and the UNet F, in the notation
 of Karras et al. 2022 (arXiv 2206.00364, eq. 7), x0 = c_skip x_t + c_out F(c_in x_t, c_noise):
@@ -26,14 +26,14 @@ from spectune.errors import InputError
 from spectune.files.provenance import PredictionName
 
 TRAIN_STEPS = 1000
-UNSHIFTED_PIXELS = 1024 * 1024  # the area with the shift 1 by resolution
+UNSHIFTED_PIXELS = 1024 * 1024  # the image area where the shift by resolution is 1
 Shift = float | Literal["resolution"]
 
 
 class Prediction(Protocol):
-    """Noising, target and inverses of one prediction type; all arithmetic in float32.
+    """The noising, targets and inverses of one prediction type, in float32.
 
-    `pixels` is the image area, height * width. Only a flow with a shift by resolution needs it.
+    `pixels` is the image area, height * width. Only flow with a shift by resolution needs it.
     """
 
     @property
@@ -42,15 +42,15 @@ class Prediction(Protocol):
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, *, pixels: int | None = None
     ) -> Tensor:
-        """Draw training times, shape (batch,), on the CPU."""
+        """Draw random training times, shape (batch,), on the CPU."""
         ...
 
     def even_times(self, count: int, *, pixels: int | None = None) -> Tensor:
-        """Return `count` fixed times that cover the training distribution evenly, for validation."""
+        """Return `count` fixed times, spread evenly over the training distribution, for validation."""
         ...
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return the noised latents x_t, shape of `x0`."""
+        """Return the noised latents x_t, with the shape of `x0`."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ class Prediction(Protocol):
 
 @cache
 def _alphas_cumprod(zero_terminal_snr: bool) -> Tensor:
-    # SDXL's "scaled_linear" schedule; float64, because a float32 product of 1000 factors drifts
+    # SDXL's "scaled_linear" schedule; float64: a product of 1000 float32 factors loses precision
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
     alpha_squared = torch.cumprod(1 - betas, dim=0)
     if not zero_terminal_snr:
         return alpha_squared
-    # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: shift alpha to end at 0, rescale it to keep the first
+    # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: shift alpha to end at 0, rescale it to keep alpha[0]
     alpha = alpha_squared.sqrt()
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
 
@@ -100,9 +100,9 @@ class Ddpm:
     """Variance-preserving diffusion, x_t = alpha*x0 + sigma*noise, alpha^2 + sigma^2 = 1 (Ho et al. 2020).
 
     `name` is "eps" (the network predicts the noise) or "v" (alpha*noise - sigma*x0; Salimans and Ho 2022).
-    With `zero_terminal_snr`, the schedule is rescaled (Lin et al. 2023): x_999 is pure noise, where alpha and
-    snr are 0. A v prediction still determines x0 there, an eps prediction does not. Therefore eps is trained
-    and sampled on the times 0..998, and `x0` fails at 999.
+    With `zero_terminal_snr`, the schedule is rescaled (Lin et al. 2023): x_999 is pure noise, so alpha and
+    snr are 0 there. A v prediction at 999 still determines x0, but an eps prediction does not. Therefore eps
+    uses only the times 0..998, in training and sampling, and `x0` fails at 999.
     """
 
     name: Literal["eps", "v"] = "eps"
@@ -110,7 +110,7 @@ class Ddpm:
 
     @property
     def steps(self) -> int:
-        """Number of times in use, from 0."""
+        """The number of times: they are 0..steps-1."""
         return TRAIN_STEPS - 1 if self.zero_terminal_snr and self.name == "eps" else TRAIN_STEPS
 
     def sample_times(
@@ -162,7 +162,7 @@ class Ddpm:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Noise levels s = sigmoid(n) of normally distributed n (Esser et al. 2024, section 3.1)."""
+    """A distribution of noise levels s = sigmoid(n) with normal n (Esser et al. 2024, section 3.1)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -171,19 +171,19 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator))
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """Return the noise levels that have these shares (0..1) of the samples below them."""
+        """Return the noise levels below which these shares (0..1) of all samples lie."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(shares))
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Noise levels s uniform in 0..1."""
+    """A uniform distribution of noise levels s in 0..1."""
 
     def sample(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(batch, generator=generator)
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """Return the noise levels that have these shares (0..1) of the samples below them: the shares."""
+        """Return the noise levels below which these shares (0..1) of all samples lie: the shares."""
         return shares
 
 
@@ -194,9 +194,9 @@ UNIFORM = Uniform()
 class Flow:
     """Rectified flow, x_s = (1-s)*x0 + s*noise; the network predicts noise - x0 (Liu et al. 2022).
 
-    Levels are drawn from `levels`, then moved towards noise by the shift r: s <- r*s / (1 + (r-1)*s) (Esser
-    et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). The timestep input is 1000*s
-    with the exact s of x_s, as in ComfyUI's ModelSamplingSD3.
+    Noise levels are drawn from `levels`, then moved towards noise by the shift r: s <- r*s / (1 + (r-1)*s)
+    (Esser et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). The timestep input is
+    1000*s, not rounded, as in ComfyUI's ModelSamplingSD3.
     """
 
     shift: Shift = 1.0
@@ -217,7 +217,7 @@ class Flow:
         return shift * times / (1 + (shift - 1) * times)
 
     def shift_at(self, pixels: int | None) -> float:
-        """Return the shift for images of this area; raise ValueError if it depends on an area of None."""
+        """Return the shift for an image area; raise ValueError if it needs the area and `pixels` is None."""
         if self.shift != "resolution":
             return self.shift
         if pixels is None:
@@ -253,7 +253,7 @@ def make_prediction(
 ) -> Prediction:
     """Return the prediction type called `name`: "eps", "v" or "flow".
 
-    `flow_shift` and `flow_levels` are for flow, `zero_terminal_snr` for eps and v; other types ignore them.
+    Only flow uses `flow_shift` and `flow_levels`; only eps and v use `zero_terminal_snr`.
 
     Raises:
         InputError: The name is unknown, or the shift is not positive.
@@ -267,6 +267,7 @@ def make_prediction(
         raise InputError(f"unknown prediction type {name!r}: expected one of {', '.join(makers)}")
     if flow_shift != "resolution" and not flow_shift > 0:  # also NaN
         raise InputError(
-            f"flow shift {flow_shift} is not positive", hint="SDXL flow models use 1 to 12; the guide 2.5"
+            f"flow shift {flow_shift} is not positive",
+            hint="SDXL flow models use shifts of 1 to 12; the guide uses 2.5",
         )
     return makers[name]()

@@ -19,47 +19,47 @@ from spectune.sdxl.names import Part, modules_of
 
 @dataclass(frozen=True)
 class LayerError:
-    """The cost of quantizing one layer, in squared Frobenius norms, which add up over layers."""
+    """The error of quantizing one layer, in squared Frobenius norms, which can be summed over layers."""
 
     part: Part
     weight: float  # of W, the weight with its principal
-    residual: float  # of R, the quantized matrix; W itself without a principal
+    residual: float  # of R, the quantized matrix; without a principal, R = W
     residual_error: float  # of Q(R) - R
-    weight_error: float  # of Q(W) - W, had W been quantized
+    weight_error: float  # of Q(W) - W: the error if W itself were quantized
     bytes_before: int
     bytes_after: int
 
 
 @dataclass(frozen=True)
 class PartError:
-    """The cost of quantizing the layers of one part, relative to the norm of their weights W."""
+    """The error of quantizing the layers of one part, relative to the norm of their weights W."""
 
     part: Part
     layers: int
     residual_share: float  # |R| / |W|
-    residual_error: float  # |Q(R) - R| / |W|: the error of the model's weights
-    weight_error: float  # |Q(W) - W| / |W|: their error, had W been quantized
+    residual_error: float  # |Q(R) - R| / |W|: the error of the model
+    weight_error: float  # |Q(W) - W| / |W|: the error if W itself were quantized
     bytes_before: int
     bytes_after: int
 
     def __str__(self) -> str:
         return (
             f"{self.part}: {self.layers} linear layers, {_megabytes(self.bytes_before)} -> "
-            f"{_megabytes(self.bytes_after)}, weights off by {self.residual_error:.2%} "
+            f"{_megabytes(self.bytes_after)}, error of the weights {self.residual_error:.2%} "
             f"({self.weight_error:.2%} without the residual form)"
         )
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Memory saved and accuracy lost by quantizing a model."""
+    """The memory and the error of a quantized model."""
 
     packing: Packing
     layers: Mapping[str, LayerError]  # by layer name
 
     @property
     def parts(self) -> tuple[PartError, ...]:
-        """One entry per part with quantized layers: UNet, first and second text encoder."""
+        """One record for each part with quantized layers: UNet, first and second text encoder."""
         by_part = {part: [e for e in self.layers.values() if e.part is part] for part in Part}
         return tuple(_summed(part, errors) for part, errors in by_part.items() if errors)
 
@@ -74,18 +74,18 @@ def quantize_layers(
 ) -> QuantizationReport:
     """Quantize linear layers of the UNet and the text encoders in place.
 
-    The base of an adapted layer is quantized. Convolutions, norms and embeddings are not.
+    In an adapted layer, the base is quantized. Convolutions, norms and embeddings are not quantized.
 
     Args:
         model: The model to change.
         names: Layer names; None means `linear_layers`.
         packing: The format of the quantized weights.
-        frames: The principals that were subtracted from residual weights, by layer name. They serve to
-            measure the error that quantizing the whole weight would have had.
-        device: Where weights are quantized and remain; None means their current device.
+        frames: The principals that were subtracted from the weights, by layer name. They are used to measure
+            the error of quantizing the full weights instead.
+        device: The device of the quantized weights; None means their current device.
 
     Raises:
-        InputError: A named layer is not linear or is quantized already.
+        InputError: A named layer is not linear or is already quantized.
     """
     chosen = linear_layers(model) if names is None else list(names)
     frames = frames or {}
@@ -95,10 +95,10 @@ def quantize_layers(
 
 
 def linear_layers(model: Sdxl) -> list[str]:
-    """Return the linear layers that are factored by default, in catalogue order.
+    """Return the linear layers that `spectune split` factors by default, in catalogue order.
 
-    In a model with adapters, text encoders without any are excluded: they have no principal, and quantizing
-    their whole weights distorts captions far more (docs/reference/small-cards.md).
+    In a model with adapters, text encoders without adapters are excluded. They have no principal, and
+    quantizing their full weights distorts captions far more (docs/reference/small-cards.md).
     """
     adapted = _adapted_parts(model)
     parts = {*adapted, Part.UNET} if adapted else set(Part)
@@ -132,9 +132,9 @@ def _quantize_layer(
 ) -> LayerError:
     base = _base(model, name)
     if isinstance(base, PackedLinear):
-        raise InputError(f"{name} is quantized already")
+        raise InputError(f"{name} is already quantized")
     if not isinstance(base, nn.Linear):
-        raise InputError(f"{name} is a {type(base).__name__}: only linear layers are quantized")
+        raise InputError(f"{name} is a {type(base).__name__}: only linear layers can be quantized")
     packed = PackedLinear(base, packing, device)
     setattr(*_base_place(model, name), packed)
     return _measured(Part(name.partition(".")[0]), base, packed, frame)
@@ -166,7 +166,7 @@ def _square(matrix: Tensor) -> float:
 
 
 def _summed(part: Part, errors: list[LayerError]) -> PartError:
-    weight = sum(error.weight for error in errors) or 1.0  # all zeros: no error
+    weight = sum(error.weight for error in errors) or 1.0  # weights of zeros have no error
 
     def relative(squares: Iterable[float]) -> float:
         return math.sqrt(sum(squares) / weight)

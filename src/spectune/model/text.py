@@ -1,4 +1,4 @@
-"""Captions to token ids, with the CLIP vocabulary that both text encoders of SDXL share."""
+"""Convert captions to token ids, with the CLIP vocabulary that both text encoders of SDXL share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectune.sdxl.vocabulary import BOS_ID, EOS_ID, clip_vocabulary
 
 __all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "tokenize"]
 
-# OpenAI pads with the end token, OpenCLIP with id 0 ("!" before a word end).
+# OpenAI's encoder pads with the end token, OpenCLIP's with id 0 (the token "!").
 PAD_ID_TE1 = EOS_ID
 PAD_ID_TE2 = 0
 
@@ -32,16 +32,16 @@ class TokenIds:
 def clip_tokenizer() -> CLIPTokenizer:
     """Return the CLIP byte-pair tokenizer, built from the merges in the package."""
     vocabulary = clip_vocabulary()
-    # the annotation of `merges` is wrong: it takes pairs
+    # Any: the annotation of `merges` is wrong, the tokenizer takes pairs
     merges = cast("Any", list(vocabulary.merges))
     return CLIPTokenizer(vocab={word: n for n, word in enumerate(vocabulary.words)}, merges=merges)
 
 
 def tokenize(captions: Sequence[str], context: int = 77) -> TokenIds:
-    """Return the token ids of `captions` for both encoders, cut or padded to `context` tokens.
+    """Return the token ids of captions for both encoders, truncated or padded to `context` tokens.
 
-    The tokenizer itself does not pad. Declaring "!" as padding token, as some configurations of the second
-    tokenizer do, would change how it reads a "!" in a caption.
+    The tokenizer does not pad itself: with "!" as its padding token, as in some configurations of the second
+    tokenizer, it would tokenize a "!" in a caption differently.
     """
     rows = [ids[: context - 1] for ids in clip_tokenizer()(list(captions))["input_ids"]]
     rows = [ids if ids[-1] == EOS_ID else [*ids, EOS_ID] for ids in rows]

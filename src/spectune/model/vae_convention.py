@@ -1,4 +1,4 @@
-"""How an autoencoder scales its latents and pads its convolutions: known conventions and their precedence."""
+"""The scale and shift of an autoencoder's latents, and the padding of its convolutions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class VaeConvention:
-    """Scale and shift of the latents, latents = (z - shift) * scale, and the padding of convolutions."""
+    """The scale and shift of latents, latents = (z - shift) * scale, and the padding of convolutions."""
 
     scale: float
     shift: float
     padding: Padding
 
 
-# No weights file holds scale and shift: they come from the model cards.
+# From the model cards, because weight files do not contain scale and shift.
 _SDXL = VaeConvention(SDXL_VAE_SCALE, SDXL_VAE_SHIFT, "zeros")
 KNOWN_VAES: Mapping[str, VaeConvention] = {
     "sdxl": _SDXL,
-    "eq-kblueleaf": _SDXL,  # none published; the examples on its card use SDXL's
+    "eq-kblueleaf": _SDXL,  # no values are published; the examples on its card use SDXL's
     "eq-anzhc": VaeConvention(0.1406, -0.4743, "reflect"),
 }
 
@@ -43,10 +43,10 @@ def resolve_convention(
     padding: Padding | None = None,
     default: VaeConvention = _SDXL,
 ) -> VaeConvention:
-    """Return the convention of the autoencoder at `path`, or of the checkpoint's own if `path` is None.
+    """Return the convention of the autoencoder at `path`, or of the checkpoint if `path` is None.
 
-    A name sets all three values. Otherwise each value comes from the first source that has it: the arguments,
-    the config.json or spectune metadata of the file, `default` (the checkpoint's values).
+    A name sets all three values. Otherwise each value comes from the first source that has it: the arguments;
+    the config.json or spectune metadata of the file; `default` (the values of the checkpoint).
 
     Raises:
         InputError: The name is unknown, or it is combined with one of the three values.
@@ -54,8 +54,8 @@ def resolve_convention(
     if name is not None:
         if (scale, shift, padding) != (None, None, None):
             raise InputError(
-                f"the VAE's name {name!r} fixes scale, shift and padding, and some of them are given too",
-                hint="give one or the other",
+                f"the VAE name {name!r} already sets scale, shift and padding, but some of them are set too",
+                hint="set either the name or these values",
             )
         return known_convention(name)
     arguments = Provenance(vae_scale=scale, vae_shift=shift, vae_padding=padding)
@@ -67,7 +67,8 @@ def known_convention(name: str) -> VaeConvention:
     """Return the convention of a known autoencoder; raise InputError for an unknown name."""
     if name not in KNOWN_VAES:
         raise InputError(
-            f"unknown VAE {name!r}{did_you_mean(name, KNOWN_VAES)}", hint=f"one of {', '.join(KNOWN_VAES)}"
+            f"unknown VAE {name!r}{did_you_mean(name, KNOWN_VAES)}",
+            hint=f"choose one of {', '.join(KNOWN_VAES)}",
         )
     return KNOWN_VAES[name]
 
@@ -87,13 +88,16 @@ def merge_conventions(*declared: Provenance, default: VaeConvention = _SDXL) -> 
 
 
 def declares_vae(provenance: Provenance) -> bool:
-    """Return whether a file declares anything about its autoencoder."""
+    """Return whether the provenance of a file describes its autoencoder."""
     values = (provenance.vae_scale, provenance.vae_shift, provenance.vae_padding, provenance.vae_name)
     return any(value is not None for value in values)
 
 
 def declare_vae(origin: Provenance, convention: VaeConvention, path: Path | None) -> Provenance:
-    """Return `origin` with the autoencoder of a training; `path` is None for the checkpoint's own."""
+    """Return `origin` with the convention and file name of the autoencoder that a run trains with.
+
+    `path` is None for the autoencoder of the checkpoint.
+    """
     return replace(
         origin,
         vae_scale=convention.scale,
@@ -104,12 +108,12 @@ def declare_vae(origin: Provenance, convention: VaeConvention, path: Path | None
 
 
 def vae_folder(path: Path) -> Path:
-    """Return the folder of the autoencoder: `path`, or its vae/ subfolder if `path` is a pipeline."""
+    """Return the folder of the autoencoder: `path`, or its subfolder vae/ if `path` is a pipeline."""
     return path / "vae" if (path / MODEL_INDEX).is_file() else path
 
 
 def _declared_by(path: Path) -> Provenance:
-    """Read scale and shift from the file of an autoencoder; only metadata can hold the padding."""
+    """Read scale and shift from the file of an autoencoder, and the padding if its metadata has one."""
     if path.is_dir():
         where = vae_folder(path) / CONFIG
         config = read_config(where)

@@ -28,15 +28,15 @@ from spectune.sdxl.names import TensorView, vae_modules
 from spectune.sdxl.state_dicts import views_of
 
 _PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# The first convolution of the encoder. It identifies the spelling of the keys.
+# The name of the first convolution of the encoder, which identifies the spelling of the keys.
 _SGM = "encoder.down.0.block.0.conv1.weight"
 _DIFFUSERS = "encoder.down_blocks.0.resnets.0.conv1.weight"
-_NOT_A_VAE = "spectune reads the AutoencoderKL of Stable Diffusion, in sgm or diffusers spelling"
+_NOT_A_VAE = "spectune reads Stable Diffusion's AutoencoderKL, with sgm or diffusers key names"
 
 
 @dataclass(frozen=True)
 class LoadedVae:
-    """An autoencoder in memory, frozen and in eval mode; `layout` holds scale and shift."""
+    """An autoencoder in memory, frozen and in eval mode. `layout` holds scale and shift."""
 
     module: AutoencoderKL
     layout: VaeLayout
@@ -51,12 +51,12 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedVae:
-    """Load the autoencoder of a safetensors file, a diffusers folder or a whole checkpoint.
+    """Load an autoencoder from a safetensors file, a diffusers folder or a complete checkpoint.
 
     The default dtype is float32 because SDXL's own VAE overflows in float16.
 
     Raises:
-        InputError: The file is a pickle, lacks the encoder or decoder, or holds no AutoencoderKL.
+        InputError: The file is a pickle, lacks the encoder or decoder, or contains no AutoencoderKL.
     """
     with open_file(_weights_file(path), label=path.name) as source:
         check_plain_weights(source)
@@ -75,21 +75,21 @@ def with_vae(model: Sdxl, vae: LoadedVae) -> Sdxl:
     expected, found = model.layout.unet.in_channels, vae.layout.latent_channels
     if found != expected:
         raise InputError(
-            f"{vae.label} makes latents of {found} channels: the UNet takes {expected}",
-            hint="it belongs to another family of models; take one made for SDXL",
+            f"{vae.label} makes latents of {found} channels, but the UNet takes {expected}",
+            hint="the VAE is for another family of models: use one made for SDXL",
         )
     return replace(model, vae=vae.module, layout=replace(model.layout, vae=vae.layout))
 
 
 def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
-    """Return the model with its own autoencoder under another convention; the weights are shared.
+    """Return the model with another convention of its own autoencoder. The weights are shared.
 
     Raises:
         InputError: The model has no autoencoder.
     """
     if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="name the file of one")
-    # new modules, because the caller's must keep their padding; the weights are not copied
+        raise InputError("the checkpoint has no VAE", hint="give the file of a VAE")
+    # copy the modules, because the caller's must keep their padding, but not the weights
     shared = {id(tensor): tensor for tensor in model.vae.parameters()}
     module = copy.deepcopy(model.vae, shared)
     pad_convolutions(module, convention.padding)
@@ -98,7 +98,7 @@ def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
 
 
 def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdxl:
-    """Return the model with the autoencoder at `path`, or with its own if `path` is None."""
+    """Return the model with the autoencoder at `path`, or with its own one if `path` is None."""
     if path is None:
         return with_convention(model, convention)
     dtype = torch.float32 if model.vae is None else model.vae.dtype
@@ -108,7 +108,7 @@ def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdx
 def pad_convolutions(vae: nn.Module, padding: Padding) -> None:
     """Set the padding mode of every convolution that pads, in place.
 
-    The downsamplers keep their own padding: zeros on one side, outside of the convolution.
+    Downsamplers are not changed: they pad with zeros on one side, outside of their convolution.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and any(module.padding):
@@ -116,10 +116,12 @@ def pad_convolutions(vae: nn.Module, padding: Padding) -> None:
 
 
 def _weights_file(path: Path) -> Path:
-    """Return the safetensors file at `path`: itself, or the one in a folder of AutoencoderKL or a pipeline.
+    """Return the safetensors file at `path`: `path` itself, or the file in its folder.
+
+    The folder may be that of an AutoencoderKL or of a pipeline.
 
     Raises:
-        InputError: The folder has no weights, or several files and none with the standard name.
+        InputError: The folder has no weights, or several files of which none has the standard name.
     """
     if not path.is_dir():
         return path
@@ -132,14 +134,14 @@ def _weights_file(path: Path) -> Path:
         raise missing_weights(folder, "vae", hint="pass the folder of the VAE, or its file")
     if len(found) > 1:
         raise InputError(
-            f"{folder} holds {len(found)} weight files: {some_of([file.name for file in found])}",
-            hint="pass one of them itself",
+            f"{folder} contains {len(found)} weight files: {some_of([file.name for file in found])}",
+            hint="pass one of these files instead of the folder",
         )
     return found[0]
 
 
 class _VaeWeights:
-    """The tensors of an autoencoder in a file, which may hold a whole checkpoint."""
+    """The tensors of an autoencoder in a file, which may be a complete checkpoint."""
 
     def __init__(self, source: WeightSource) -> None:
         root = VAE_ROOT if any(name.startswith(VAE_ROOT) for name in source.tensors) else ""
@@ -149,10 +151,10 @@ class _VaeWeights:
         self._check_halves()
         self.is_sgm = _SGM in self.names
         if not self.is_sgm and _DIFFUSERS not in self.names:
-            raise self._unexpected(f"no {_SGM}, no {_DIFFUSERS}")
+            raise self._unexpected(f"neither {_SGM} nor {_DIFFUSERS}")
 
     def layout(self, convention: VaeConvention, norm_groups: int) -> VaeLayout:
-        """Infer the layout from the shapes; raise InputError for widths without whole norm groups."""
+        """Infer the layout from the shapes; raise InputError if a width is no multiple of `norm_groups`."""
         probe = ShapeProbe(
             self.source.tensors, self.source.label, root=self.root, kind="'s VAE", hint=_NOT_A_VAE
         )
@@ -165,13 +167,14 @@ class _VaeWeights:
         )
         if any(width % norm_groups for width in layout.channels):
             raise InputError(
-                f"{self.source.label}: widths {layout.channels} do not divide into {norm_groups} norm groups",
-                hint=f"pass the diffusers folder, whose {CONFIG} gives norm_num_groups",
+                f"{self.source.label}: widths {layout.channels} are no multiples of the {norm_groups} norm "
+                "groups",
+                hint=f"pass the diffusers folder of the VAE, whose {CONFIG} gives norm_num_groups",
             )
         return layout
 
     def state(self, layout: VaeLayout) -> dict[str, Tensor]:
-        """Read the state dict of the module; raise InputError for missing and for unknown tensors."""
+        """Read the state dict of the module; raise InputError if tensors are missing or unknown."""
         views = views_of(vae_modules(layout))
         names = self._names_by_key(views)
         missing = sorted(key for key in views if names.get(key) not in self.names)
@@ -184,7 +187,7 @@ class _VaeWeights:
         return {key: view.read(self.source.load(self.root + names[key])) for key, view in views.items()}
 
     def _names_by_key(self, views: Mapping[str, TensorView]) -> dict[str, str]:
-        """Return the name in the file of each state dict key."""
+        """Return the tensor name in the file for each state dict key."""
         if self.is_sgm:
             return {key: view.tensor.removeprefix(VAE_ROOT) for key, view in views.items()}
         return {state_key("vae", name): name for name in self.names}
@@ -197,9 +200,11 @@ class _VaeWeights:
         ]
         if len(missing) == 2:
             found = some_of(sorted(self.source.tensors)) or "no tensors"
-            raise InputError(f"{self.source.label} holds no VAE: found {found}", hint=_NOT_A_VAE)
+            raise InputError(f"{self.source.label} contains no VAE: found {found}", hint=_NOT_A_VAE)
         if missing:
-            raise InputError(f"{self.source.label} has no {missing[0]}", hint="pass the whole VAE")
+            raise InputError(
+                f"{self.source.label} has no {missing[0]}", hint="use a file with the complete VAE"
+            )
 
     def _unexpected(self, what: str) -> InputError:
         return InputError(f"{self.source.label} is not laid out like SDXL's VAE: {what}", hint=_NOT_A_VAE)
@@ -209,5 +214,5 @@ def _norm_groups(path: Path, source: WeightSource) -> int:
     config = read_config(vae_folder(path) / CONFIG) if path.is_dir() else {}
     found = config.get("norm_num_groups", read_hints(source.metadata).get("vae_norm_groups", NORM_GROUPS))
     if type(found) is not int or found < 1:
-        raise InputError(f"{path / CONFIG}: norm_num_groups is {found!r}: expected a positive whole number")
+        raise InputError(f"{path / CONFIG}: norm_num_groups is {found!r}, expected a positive integer")
     return found

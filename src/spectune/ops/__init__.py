@@ -1,1 +1,1 @@
-"""Operations on whole files. Each operation is one module."""
+"""The operations, each of them a module or a package."""

@@ -1,4 +1,4 @@
-"""Compare: the same captions and seeds with several models, on one contact sheet."""
+"""Compare several models on one contact sheet: the same captions, the same seeds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from spectune.sampling.contact_sheet import Column, contact_sheet, mean_psnr
 
 @dataclass(frozen=True)
 class CompareReport:
-    """The contact sheet, and how far each column is from the first."""
+    """The contact sheet, and the PSNR of each column against the first."""
 
     sheet: Path
-    psnr_db: tuple[tuple[str, float], ...]  # label and PSNR against the first column, the first one included
+    psnr_db: tuple[tuple[str, float], ...]  # label and PSNR of each column, the first one included
 
 
 @operation(CompareOptions)
 def compare(options: CompareOptions) -> CompareReport:
-    """Draw the same captions and seeds with several models, or read folders of pictures, into one sheet.
+    """Draw the same captions and seeds with several models and save the pictures on one contact sheet.
 
-    PSNR is the mean over the pictures of a column against the first column, in dB.
+    If all `models` are folders of pictures, the pictures are read instead. PSNR is in dB, the mean over the
+    pictures of a column, compared with the first column.
     """
     if len(options.models) < 2:
         raise InputError(f"{counted(len(options.models), 'model')} to compare: expected two or more")
@@ -38,7 +39,10 @@ def compare(options: CompareOptions) -> CompareReport:
     if all(folders):
         columns, captions = _from_folders([Path(word) for word in options.models])
     elif any(folders):
-        raise InputError("folders of pictures and models cannot be compared with each other")
+        raise InputError(
+            "folders of pictures and model files are mixed: expected only one kind",
+            hint="draw the models with `spectune sample`, then compare the folders",
+        )
     else:
         captions = read_captions(options.captions, options.captions_file)
         specs = [parse_model(word) for word in options.models]
@@ -49,17 +53,17 @@ def compare(options: CompareOptions) -> CompareReport:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, captions, cell_px=options.cell).save(options.out)
     reference = columns[0].pictures
-    found = tuple((column.label, mean_psnr(reference, column.pictures)) for column in columns)
-    return CompareReport(options.out, found)
+    psnr_db = tuple((column.label, mean_psnr(reference, column.pictures)) for column in columns)
+    return CompareReport(options.out, psnr_db)
 
 
 def _from_folders(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
     read = [read_pictures(folder, folder.name) for folder in folders]
     captions = read[0][1]
-    for folder, (_, found) in zip(folders, read, strict=True):
-        if found != captions:
+    for folder, (_, others) in zip(folders, read, strict=True):
+        if others != captions:
             raise InputError(
-                f"{folder} and {folders[0]} show different captions",
-                hint="sample both with the same captions",
+                f"{folder} and {folders[0]} have different captions",
+                hint="draw both with the same captions",
             )
     return [column for column, _ in read], captions

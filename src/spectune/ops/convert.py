@@ -1,4 +1,4 @@
-"""Convert: files in other spellings, dtypes and forms."""
+"""Convert a file to another spelling, dtype or form."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What `convert` wrote; a tensor of the input is in the file, or its key is in `dropped`."""
+    """The result of `convert`. Every input tensor is in the new file, or its key is in `dropped`."""
 
     path: Path
     hash: str
-    layers: tuple[ExportedLayer, ...]  # with what rounding cost; empty where no number changed hands
-    dropped: tuple[str, ...]  # keys that were left out as asked
+    layers: tuple[ExportedLayer, ...]  # with their rounding errors; empty if no factors were converted
+    dropped: tuple[str, ...]  # keys that matched `drop`
     count: int  # layers of an adapter, tensors of a checkpoint
     warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """Relative error of all layers together."""
+        """Return the relative error of all layers together."""
         return total_error(self.layers)
 
     @property
@@ -69,10 +69,10 @@ class ConvertReport:
 
 @operation(ConvertOptions)
 def convert(options: ConvertOptions) -> ConvertReport:
-    """Write an adapter in another spelling, dtype or form; or a checkpoint as one file, shards or a folder.
+    """Convert an adapter to another spelling, dtype or form, or a checkpoint to a file, shards or a folder.
 
-    No tensor is dropped unless `drop` names its key. `principal` turns a principal that another program
-    trained into the deltas that spectune trains.
+    A tensor is dropped only if its key matches `drop`. With `principal`, a principal that was trained by
+    another program is converted to trained deltas, spectune's own format.
     """
     if not is_checkpoint(options.source):
         return _convert_adapter(options)
@@ -80,17 +80,18 @@ def convert(options: ConvertOptions) -> ConvertReport:
     names = ("dtype", "principal", "base", "even_alphas", "drop", "keys")
     if any(getattr(options, name) != getattr(default, name) for name in names):
         raise InputError(
-            f"{options.source.name} is a whole model: only its kind of file can be converted",
-            hint="the name of the output decides: x.safetensors, x.safetensors.index.json, or a folder",
+            f"{options.source.name} is a checkpoint: only its file layout can be converted",
+            hint="leave out the other options; the file name in `out` sets the layout: x.safetensors, "
+            "x.safetensors.index.json, or a folder",
         )
     return _convert_checkpoint(options)
 
 
 def _convert_adapter(options: ConvertOptions) -> ConvertReport:
-    """Convert an adapter; the factors keep their dtype unless `dtype` names another.
+    """Convert an adapter. The factors keep their dtype unless `dtype` is set.
 
-    The spelling of diffusers has no alpha, so scales are multiplied into the factors there as with
-    `even_alphas`. A key that is neither read nor named by `drop` is an InputError. Progress counts layers.
+    The diffusers spelling has no alpha, so the scales are multiplied into the factors, as with `even_alphas`.
+    Raises InputError for a key that is not known and does not match `drop`. Progress counts layers.
     """
     out, progress = options.out, options.progress
     spelling, even = parse_spelling(options.keys), options.even_alphas
@@ -102,17 +103,17 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
         original = _open_original(options.principal, catalogue, stack)
         refuse_overwriting(out, [opened] if original is None else [opened, original])
         source = opened if original is None else trained_deltas(opened, original)
-        told = source.provenance
+        declared = source.provenance
         metadata = kept_metadata(source.metadata, one_file=True)
         if isinstance(source, TunedAdapter):
             check_stays_tuned(source, spelling, store, even=even)
-            written = save_tuned(out, source, told, metadata=metadata, force=options.force)
+            written = save_tuned(out, source, declared, metadata=metadata, force=options.force)
             return ConvertReport(out, written, (), dropped, len(source.layers), opened.warnings)
         assert source.catalogue is not None
         layers = [layer for layer in source.catalogue if layer.name in source.layers]
         ranks = {layer.name: source.rank(layer.name) for layer in layers}
         dtypes = {layer.name: store or source.dtype(layer.name) for layer in layers}
-        provenance = replace(told, version=spectune_version()) if told.role else told
+        provenance = replace(declared, version=spectune_version()) if declared.role else declared
         reports: list[ExportedLayer] = []
         header = AdapterHeader(layers, ranks, dtypes, provenance, spelling, metadata)
         with AdapterWriter(out, header, force=options.force) as writer:
@@ -157,27 +158,27 @@ def _converted(low_rank: LowRank, store: torch.dtype, name: str, *, even: bool) 
 
 
 def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
-    """The keys that patterns name; raises InputError for one that names none."""
+    """Return the keys that match the patterns. Raises InputError for a pattern without a match."""
     with open_checkpoint(path) as source:
         names = list(source.tensors)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
-                f"`drop` {pattern!r} matches none of {len(names)} keys of {path.name}",
-                hint="patterns are matched with whole keys: '*.diff_b', 'lora_te2_*'",
+                f"`drop` {pattern!r} matches none of the {len(names)} keys of {path.name}",
+                hint="a pattern must match the full key: '*.diff_b', 'lora_te2_*'",
             )
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _convert_checkpoint(options: ConvertOptions) -> ConvertReport:
-    """Write a checkpoint in the kind of file that the name of `out` decides; every tensor keeps its bits.
+    """Write a checkpoint in the layout that the name of `out` sets, without changing any tensor.
 
     Progress counts tensors.
     """
     out = options.out
     with open_checkpoint(options.source) as source:
         refuse_overwriting(out, [source])
-        build_catalogue(source)  # a file that is no SDXL is an error
+        build_catalogue(source)  # raises InputError if the file is not SDXL
         metadata = {key: value for key, value in source.metadata.items() if key not in STALE}
         infos = list(source.tensors.values())
         with open_writer(

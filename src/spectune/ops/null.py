@@ -1,4 +1,4 @@
-"""The zero model: a checkpoint with the header of another one and zeros for its numbers."""
+"""Write the zero model of a checkpoint: the same header, and zeros as weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from spectune.ops.options.model_files import NullOptions
 from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.inference import layout_of
 
-KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's nodes that merge models leave these alone
+KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's model merging nodes do not subtract these
 _CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class NullReport:
-    """A zero model and what in it is not zero."""
+    """The zero model, and the tensors that are not zero."""
 
     path: Path
     nbytes: int
     tensors: int
-    kept: tuple[str, ...]  # tensors with the numbers of the original
+    kept: tuple[str, ...]  # tensors copied from the original
 
 
 @dataclass(frozen=True)
-class _ZeroSpan:
-    """Where the bytes of a tensor lie in its file."""
+class _TensorSpan:
+    """The byte range of a tensor in its file."""
 
     name: str
     begin: int
@@ -42,15 +42,16 @@ class _ZeroSpan:
 
 @operation(NullOptions)
 def null(options: NullOptions) -> NullReport:
-    """Write the zero model of a checkpoint: the same header bytes, every tensor at the same offset, all zero.
+    """Write the zero model of a checkpoint: the same header and the same offsets, with all weights zero.
 
-    UNet, both text encoders and the VAE are zero, so that `original - null` is the original and an extract
-    from the pair is an extract of the whole model. Copied from the original are its metadata and the
-    tensors `*.position_ids` and `*.logit_scale`, which ComfyUI's merging nodes do not subtract. The model
-    draws nothing: it is for programs that take two models and work on their difference.
+    The UNet, both text encoders and the VAE are zero, so `original - null` is the original, and a LoRA
+    extracted from the two files is extracted from the full weights. Metadata and the tensors
+    `*.position_ids` and `*.logit_scale` are copied from the original, because ComfyUI's model merging nodes
+    do not subtract them. The zero model cannot generate pictures. It is for programs that work on the
+    difference of two models.
 
-    Raises InputError if `model` is not a single-file SDXL checkpoint, or is a residual or an adapter, and
-    if `out` exists without `force`, is `model` itself, or does not fit on the disk.
+    Raises InputError if `model` is not a single-file SDXL checkpoint, or is a residual or an adapter. Also
+    raises it if `out` exists without `force`, is `model` itself, or does not fit on the disk.
     """
     model, out = options.model, options.out
     with open_checkpoint(model) as source:
@@ -64,7 +65,7 @@ def null(options: NullOptions) -> NullReport:
         with model.open("rb") as original, partial.open("wb") as target:
             spans = _read_spans(original)
             kept = [span for span in spans if span.name.endswith(KEPT_SUFFIXES)]
-            # what is never written reads as zeros, and takes no room where files may have holes
+            # Bytes that are never written read as zeros. Sparse files use no disk space for them.
             target.truncate(nbytes)
             _copy(original, target, 0, min(span.begin for span in spans))
             for span in kept:
@@ -81,29 +82,32 @@ def null(options: NullOptions) -> NullReport:
 def _check_model(source: Checkpoint) -> None:
     if source.paths != (source.path,):
         raise InputError(
-            f"{source.label} is stored in several files: the zero model has the layout of one",
-            hint="save the model as a single .safetensors file first",
+            f"{source.label} is stored in several files: expected a single .safetensors file",
+            hint="write a single file with `spectune convert` first",
         )
-    layout_of(source.tensors, label=source.label)  # no adapter, no other architecture
+    layout_of(source.tensors, label=source.label)  # raises for an adapter or another architecture
     check_whole_model(source)
 
 
-def _read_spans(file: BinaryIO) -> list[_ZeroSpan]:
-    """The places of all tensors, out of a header that the reader has checked."""
+def _read_spans(file: BinaryIO) -> list[_TensorSpan]:
+    """Return the byte ranges of all tensors. The reader has checked the header before."""
     length = int.from_bytes(file.read(8), "little")
     header = cast(dict[str, Any], json.loads(file.read(length)))
     header.pop("__metadata__", None)
-    places = {name: cast(list[int], entry["data_offsets"]) for name, entry in header.items()}
-    return [_ZeroSpan(name, 8 + length + begin, end - begin) for name, (begin, end) in places.items()]
+    offsets = {name: cast(list[int], entry["data_offsets"]) for name, entry in header.items()}
+    return [_TensorSpan(name, 8 + length + begin, end - begin) for name, (begin, end) in offsets.items()]
 
 
 def _copy(original: BinaryIO, target: BinaryIO, begin: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes at `begin` to the same place."""
+    """Copy `nbytes` bytes at offset `begin` to the same offset."""
     original.seek(begin)
     target.seek(begin)
     while nbytes:
         chunk = original.read(min(nbytes, _CHUNK_BYTES))
         if not chunk:
-            raise InputError("the checkpoint ended early", hint="was it changed while it was being read?")
+            raise InputError(
+                f"the checkpoint ended {nbytes} bytes too early",
+                hint="another program may have changed it; run the command again",
+            )
         target.write(chunk)
         nbytes -= len(chunk)

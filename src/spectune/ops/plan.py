@@ -1,4 +1,4 @@
-"""Plan: which way of training fits a card, and the memory behind the answer."""
+"""Find training settings that fit into the memory of a GPU, and report the memory they need."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from spectune.training.memory.search import plan as plan_training
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName
 
-SIZES_PX, BATCHES = (512, 768, 1024), (1, 4)  # of the table of activations
+SIZES_PX, BATCHES = (512, 768, 1024), (1, 4)  # rows of the table of activations
 Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a step holds at one size in addition to the model."""
+    """Bytes of activations of one step at one picture size, in addition to the model."""
 
     resolution_px: int
     batch: int
@@ -40,23 +40,23 @@ class Activations:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The best way of training that fits, and what it was chosen from."""
+    """The best settings that fit, the alternatives, and the memory of each."""
 
     found: Plan
     weights: Mapping[str, Mapping[str, int]]  # network -> precision -> bytes
-    optimizers: Mapping[str, int | None]  # bytes of state; None where the package is not installed
+    optimizers: Mapping[str, int | None]  # bytes of state; None if the package is not installed
     activations: tuple[Activations, ...]
     recipe: str  # TOML
 
 
 @operation(PlanOptions)
 def plan(options: PlanOptions) -> PlanReport:
-    """Find the best way of training that fits a card.
+    """Find the best training settings that fit into the memory of a GPU.
 
-    Raises InputError if nothing fits.
+    Raises InputError if no settings fit.
     """
     nbytes = parse_bytes(options.vram) if isinstance(options.vram, str) else options.vram
-    notify = options.notify or _ignore
+    notify = options.notify or (lambda message: None)
     requested = Setup(
         rank=options.rank,
         parts=parse_parts(options.parts),
@@ -81,29 +81,27 @@ def plan(options: PlanOptions) -> PlanReport:
     )
 
 
-def _ignore(message: str) -> None:
-    """Drop a message that nobody listens to."""
-
-
 def parse_parts(words: str) -> tuple[PartName, ...]:
-    """Parts of the model by name, in the model's order; raises InputError for an unknown one."""
-    wanted = [word.strip() for word in words.split(",") if word.strip()]
-    for word in wanted:
-        if word not in ALL_PARTS:
+    """Return the named parts in the order of the model. Raises InputError for an unknown name."""
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    for name in names:
+        if name not in ALL_PARTS:
             raise InputError(
-                f"unknown part {word!r}{did_you_mean(word, ALL_PARTS)}",
-                hint=f"some of {', '.join(ALL_PARTS)}",
+                f"unknown part {name!r} in `parts`{did_you_mean(name, ALL_PARTS)}",
+                hint=f"the parts are {', '.join(ALL_PARTS)}",
             )
-    if not wanted:
-        raise InputError("no part to train", hint=f"some of {', '.join(ALL_PARTS)}")
-    return tuple(part for part in ALL_PARTS if part in wanted)
+    if not names:
+        raise InputError(
+            "`parts` is empty: expected at least one", hint=f"the parts are {', '.join(ALL_PARTS)}"
+        )
+    return tuple(part for part in ALL_PARTS if part in names)
 
 
 def _known_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         raise InputError(
             f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}",
-            hint=f"one of {', '.join(OPTIMIZERS)}",
+            hint=f"choose one of {', '.join(OPTIMIZERS)}",
         )
     return name
 
@@ -112,10 +110,10 @@ def _check_original(source: WeightSource) -> None:
     if is_adapter(source):
         raise InputError(
             f"{source.label} is an adapter: expected a checkpoint",
-            hint="pass the model that it was made from",
+            hint="pass the model that the adapter belongs to",
         )
     check_whole_model(
-        source, hint='plan with the original; it takes as much, and form = "residual" is tried too'
+        source, hint='pass the original model; form = "residual" is tried as well and needs as much memory'
     )
     check_plain_weights(source)
 
@@ -123,50 +121,51 @@ def _check_original(source: WeightSource) -> None:
 def _check_resolution(layout: Layout, resolution_px: int) -> None:
     if layout.vae is None:
         raise InputError(
-            "the checkpoint has no VAE", hint="add one with `spectune slice MODEL:unet MODEL:te OTHER:vae`"
+            "the checkpoint has no VAE: training needs one",
+            hint="add one with `spectune slice MODEL:unet MODEL:te OTHER:vae`",
         )
     step = 2 ** (len(layout.vae.channels) - 1) * 2 ** (len(layout.unet.channels) - 1)
     if resolution_px % step:
         raise InputError(
-            f"`resolution` {resolution_px}: this model needs a multiple of {step} pixels",
-            hint=f"{max(resolution_px // step, 1) * step} is one",
+            f"`resolution` is {resolution_px}: this model needs a multiple of {step} pixels",
+            hint=f"for example {max(resolution_px // step, 1) * step}",
         )
 
 
 def _optimizer_states(meter: MemoryMeter, setup: Setup) -> dict[str, int | None]:
-    """Bytes of state for each optimiser; None where its package is not installed."""
-    found: dict[str, int | None] = {}
+    """Return the bytes of state of each optimizer, or None if its package is not installed."""
+    states: dict[str, int | None] = {}
     for name in OPTIMIZERS:
         try:
-            found[name] = meter.measure(replace(setup, optimizer=name)).optimizer
+            states[name] = meter.measure(replace(setup, optimizer=name)).optimizer
         except SpectuneError:
-            found[name] = None
-    return found
+            states[name] = None
+    return states
 
 
 def _weights_by_precision(meter: MemoryMeter, setup: Setup) -> dict[str, dict[str, int]]:
-    """Bytes of each frozen network as fp32, bf16 and quantised from bf16."""
+    """Return the bytes of each frozen network in fp32, in bf16 and quantized from bf16."""
     plain = meter.inventory(replace(setup, precision="bf16")).weights
     wide = meter.inventory(replace(setup, precision="fp32")).weights["none"]
     columns = {"fp32": wide, "bf16": plain["none"], **{kind: plain[kind] for kind in QUANTIZED}}
     return {
         "UNet": {name: weights.unet for name, weights in columns.items()},
         "text encoders": {name: weights.encoders for name, weights in columns.items()},
-        "VAE": {"fp32": wide.vae},  # whatever the precision: it overflows in 16 bits
+        "VAE": {"fp32": wide.vae},  # always fp32: it overflows in 16 bits
     }
 
 
 def _activations(meter: MemoryMeter, setup: Setup, notify: Notify) -> tuple[Activations, ...]:
-    found: list[Activations] = []
+    rows: list[Activations] = []
     for size in SIZES_PX:
         for batch in BATCHES:
-            notify(f"measuring {size} px in batches of {batch}")
-            held = [
+            notify(f"measuring {size} px, batch size {batch}")
+            memories = [
                 meter.measure(
                     replace(setup, resolution_px=size, batch=batch, gradient_checkpointing=checkpointing)
                 )
                 for checkpointing in (False, True)
             ]
-            plain, slow = (memory.kept + memory.working for memory in held)
-            found.append(Activations(size, batch, plain, slow))
-    return tuple(found)
+            plain, checkpointed = (memory.kept + memory.working for memory in memories)
+            rows.append(Activations(size, batch, plain, checkpointed))
+    return tuple(rows)

@@ -1,4 +1,4 @@
-"""Rebuilding a full checkpoint file from a base and an adapter."""
+"""Rebuild a full checkpoint from a base and an adapter."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from spectune.sdxl.layers import Catalogue, build_catalogue
 
 @dataclass(frozen=True)
 class RebuildReport:
-    """What `rebuild` wrote; hashes are of the numbers, not of the files."""
+    """The result of `rebuild`. Hashes are computed from the weights, not from the files."""
 
     path: Path
     hash: str
-    base_hash: str | None  # of the file that was built upon; None for a residual
-    original_hash: str | None  # of the model that the files were made from, if they say so
-    changed_tensors: int  # whose bits, type or shape are not those of the base
+    base_hash: str | None  # of the base that was read; None for a residual
+    original_hash: str | None  # of the model that the adapter was made from, if recorded
+    changed_tensors: int  # tensors whose bits, dtype or shape differ from the base
     tensors: int
     warnings: tuple[str, ...] = ()  # of the adapter
     layers: Mapping[str, tuple[int, int]] = field(
         default_factory=dict[str, tuple[int, int]]
-    )  # by part: in the adapter, of all
+    )  # by part: (layers in the adapter, default layers of the model)
 
     @property
     def identical(self) -> bool:
-        """Every bit is that of the original model, or where none is recorded, of the base."""
+        """Return whether every bit equals the original model, or the base if no original is recorded."""
         return self.hash == (self.original_hash or self.base_hash)
 
 
 @operation(RebuildOptions)
 def rebuild(options: RebuildOptions) -> RebuildReport:
-    """Write the whole model: original + tuned adapter or LoRA, or residual + principal.
+    """Write the full model: original + tuned adapter or LoRA, or residual + principal.
 
-    Changed tensors keep their dtype unless `dtype` names another, and with `cast_all` so do the others of
-    the UNet and the encoders. Every other tensor is copied byte for byte. Progress counts tensors.
+    Changed tensors are cast to `dtype` if it is set. With `cast_all`, so are all other tensors of the UNet
+    and the text encoders. All remaining tensors are copied byte for byte. Progress counts tensors.
 
-    Raises PairingError, and leaves no file, if the adapter records another base than the one that was read.
+    Raises PairingError and leaves no file if the adapter was trained from another base.
     """
     options, swapped = _model_first(options)
     base, adapter, out = options.base, options.adapter, options.out
@@ -64,9 +64,9 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
     ):
         refuse_overwriting(out, [source, opened])
         check_plain_weights(source)
-        # a residual has no hash that anything refers to; the original it gives back has
+        # Adapters record the hash of the original model, never that of a residual.
         is_residual = BaseKind.of(source) is BaseKind.RESIDUAL
-        # the hash is taken of the numbers as they pass: what looks at single layers beforehand reads past it
+        # The hash is updated while tensors are written, so `merged` must read single layers from `source`.
         model = merged(source, [(opened, strength)], dtype=dtype, cast_all=options.cast_all)
         hashed = None if is_residual else Hashed(source, WeightsHasher())
         if hashed is not None:
@@ -74,7 +74,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
             model = model.over(hashed)
         metadata = {key: value for key, value in model.metadata.items() if key not in STALE}
         metadata |= modelspec_model(source.metadata, title=out.name.removesuffix(".safetensors"))
-        metadata[ADAPTERS_KEY] = _described(source.metadata, adapter, opened, strength)
+        metadata[ADAPTERS_KEY] = _adapters_entry(source.metadata, adapter, opened, strength)
         infos = list(model.tensors.values())
         warnings = [*swapped, *opened.warnings, *model.warnings]
         with open_writer(
@@ -91,7 +91,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
         hash=writer.hash,
         base_hash=base_hash,
         original_hash=opened.provenance.base_hash,
-        changed_tensors=_factored(model) if hashed is None else writer.differing(hashed.hasher),
+        changed_tensors=_count_changed(model) if hashed is None else writer.differing(hashed.hasher),
         tensors=len(model.tensors),
         warnings=tuple(warnings),
         layers=_coverage(opened, catalogue),
@@ -103,15 +103,15 @@ def _strength(value: str | float | Mapping[str, float]) -> Strength:
 
 
 def _model_first(options: RebuildOptions) -> tuple[RebuildOptions, tuple[str, ...]]:
-    """Return the options with the model and the adapter in their places, and a note where they were not."""
+    """Return the options with model and adapter in the right order, and a note if they were swapped."""
     if is_checkpoint(options.base) or not is_checkpoint(options.adapter):
         return options, ()
-    note = f"the model comes first: rebuild {options.adapter.name} {options.base.name}"
+    note = f"pass the model first: rebuild {options.adapter.name} {options.base.name}"
     return replace(options, base=options.adapter, adapter=options.base), (note,)
 
 
-def _factored(model: Merged | Restored) -> int:
-    """The tensors of a residual that the principal changes, or that have another type in the model."""
+def _count_changed(model: Merged | Restored) -> int:
+    """Count the tensors that the principal changes or that have another dtype in the model."""
     if isinstance(model, Merged):
         return len(model.changes.keys() | model.replaced.keys())
     before = model.residual.tensors
@@ -119,18 +119,19 @@ def _factored(model: Merged | Restored) -> int:
     return len(recast | model.principals.keys())
 
 
-def _described(
+def _adapters_entry(
     metadata: Mapping[str, str], path: Path, adapter: Adapter | TunedAdapter, strength: Strength
 ) -> str:
-    """What a model is made with, after what its base was made with."""
-    told = adapter.provenance
-    entry = {"file": path.name, "role": told.role or Role.LORA, "strength": str(strength)}
+    """Return the metadata entry that lists the adapters of a model, those of its base first."""
+    entry = {"file": path.name, "role": adapter.provenance.role or Role.LORA, "strength": str(strength)}
     earlier = parse_json(metadata.get(ADAPTERS_KEY, "[]"))
     return json.dumps([*(earlier if isinstance(earlier, list) else []), entry])
 
 
 def _coverage(adapter: Adapter | TunedAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
-    """How many of the default layers of each part the adapter has."""
-    of_all = Counter(layer.part.value for layer in catalogue if layer.default)
-    found = Counter(layer.part.value for layer in catalogue if layer.default and layer.name in adapter.layers)
-    return {part: (found[part], count) for part, count in of_all.items()}
+    """Return (layers in the adapter, all default layers) of each part."""
+    counts = Counter(layer.part.value for layer in catalogue if layer.default)
+    covered = Counter(
+        layer.part.value for layer in catalogue if layer.default and layer.name in adapter.layers
+    )
+    return {part: (covered[part], count) for part, count in counts.items()}

@@ -1,4 +1,4 @@
-"""Recipe import: a command of kohya's sd-scripts as a recipe."""
+"""Convert a command of kohya's sd-scripts to a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectune.ops.options.training import ImportOptions
 
 @dataclass(frozen=True)
 class ImportReport:
-    """The recipe that was written; or for a command that trains nothing, the command that replaces it."""
+    """The recipe that was written, or for a command that trains nothing, the command that replaces it."""
 
     path: Path | None
     imported: ImportedRecipe | None
@@ -26,13 +26,13 @@ class ImportReport:
 
     @property
     def understood(self) -> bool:
-        """Whether every flag has a counterpart."""
+        """Return whether every flag has a counterpart."""
         return self.imported is None or self.imported.understood
 
 
 @operation(ImportOptions)
 def recipe_import(options: ImportOptions) -> ImportReport:
-    """Write the recipe that a command of sd-scripts amounts to, with a verdict for each flag."""
+    """Write the recipe that is equivalent to a command of sd-scripts, with a verdict for each flag."""
     command = with_config_file(read_command(options.command), _folder_of(options.command))
     split = replaced_by_split(command)
     if split is not None:
@@ -46,7 +46,7 @@ def recipe_import(options: ImportOptions) -> ImportReport:
 
 
 def read_command(words: str) -> Command:
-    """Return the command itself, or the one in the file that `words` names."""
+    """Parse the command, or read it from the file that `words` names."""
     if _is_file_name(words):
         path = Path(words)
         if not path.is_file():
@@ -59,10 +59,10 @@ def _is_file_name(words: str) -> bool:
     try:
         if Path(words).is_file():
             return True
-    except OSError:  # too long for a name
+    except OSError:  # too long for a file name
         return False
-    looks_like_one = re.search(r"\.(bat|cmd|sh|ps1|txt|toml|json)$", words.strip(), re.IGNORECASE)
-    return looks_like_one is not None and "--" not in words
+    has_suffix = re.search(r"\.(bat|cmd|sh|ps1|txt|toml|json)$", words.strip(), re.IGNORECASE)
+    return has_suffix is not None and "--" not in words
 
 
 def _folder_of(words: str) -> Path:

@@ -1,4 +1,4 @@
-"""Sample: pictures of a model with any number of adapters."""
+"""Draw pictures with a model and any number of adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SampleReport:
 def sample(options: SampleOptions) -> SampleReport:
     """Draw pictures with a checkpoint and any number of adapters.
 
-    Progress counts pictures; `notify` gets warnings before the drawing begins.
+    Progress counts pictures; `notify` is called with warnings before drawing begins.
     """
     spec = ModelSpec(options.model, tuple(parse_weighted(word) for word in options.adapters))
     settings = sample_settings(options)

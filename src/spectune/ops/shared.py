@@ -1,4 +1,4 @@
-"""What the operations on files share."""
+"""Helpers that several operations on files use."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import refuse_inputs
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
-# True of the bytes of the original file only.
+# Metadata that is valid only for the bytes of the original file.
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def template_of(base: Checkpoint) -> Path | None:
-    """The diffusers folder whose small files a new one takes over; None for a base of another kind."""
+    """Return the diffusers folder whose small files are copied, or None if the base is not such a folder."""
     folder = base.path.parent if base.path.name == MODEL_INDEX else base.path
     return folder if (folder / MODEL_INDEX).is_file() else None
 
@@ -43,18 +43,18 @@ def write_all(model: WeightSource, writer: TensorWriter, progress: Progress | No
         report_progress(progress, done, len(names), name)
         done += 1
 
-    def computed(name: str) -> Tensor:
+    def compute(name: str) -> Tensor:
         tensor = model.load(name)
         writer.hash_ahead(name, tensor)
         return tensor
 
-    run_pipeline(names, computed, write, size=lambda name: model.tensors[name].nbytes)
+    run_pipeline(names, compute, write, size=lambda name: model.tensors[name].nbytes)
     report_progress(progress, done, len(names), "")
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """A source whose numbers are hashed while they pass; every tensor is loaded once."""
+    """A source that hashes each tensor when it is loaded. Every tensor must be loaded once."""
 
     source: WeightSource
     hasher: WeightsHasher
@@ -82,7 +82,7 @@ class Hashed:
 
 
 def origin_of(base: Checkpoint) -> Provenance:
-    """What every file that is made from `base` says about it."""
+    """Return the provenance that every file made from `base` records."""
     return replace(
         base.provenance,
         version=spectune_version(),
@@ -93,13 +93,13 @@ def origin_of(base: Checkpoint) -> Provenance:
 
 
 def refuse_overwriting(out: Path, sources: Sequence[Checkpoint | Adapter | TunedAdapter]) -> None:
-    """Raise InputError, before any work, when a file that is read would be written."""
+    """Raise InputError if `out` is one of the input files."""
     files = [source.file if isinstance(source, Adapter | TunedAdapter) else source for source in sources]
     refuse_inputs(out, [path for file in files if file is not None for path in file.paths])
 
 
 def catalogue_of(base: Path, out: Path) -> Catalogue:
-    """All layers of a checkpoint, whose header alone is read; InputError if `out` would overwrite it."""
+    """Return all layers of a checkpoint from its header. Raises InputError if `out` would overwrite it."""
     with open_checkpoint(base) as source:
         refuse_overwriting(out, [source])
         return build_catalogue(source, all_layers=True)
@@ -108,18 +108,18 @@ def catalogue_of(base: Path, out: Path) -> Catalogue:
 def check_stays_tuned(
     tuned: Adapter | TunedAdapter, spelling: Spelling, store: torch.dtype | None, *, even: bool = False
 ) -> None:
-    """Raise InputError when trained deltas are to be written as other programs write factors."""
+    """Raise InputError if options request a spelling, dtype or scale that trained deltas cannot have."""
     if spelling is not Spelling.KOHYA or store is not None or even:
         raise InputError(
-            f"{tuned.label} holds trained deltas, which no other program reads in any spelling",
-            hint="`spectune export` writes a plain LoRA of it, and takes --keys",
+            f"{tuned.label} holds trained deltas: these have only one spelling, dtype and scale",
+            hint="`spectune export` writes them as a plain LoRA, in any spelling (`keys`)",
         )
 
 
 def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, str]:
-    """What the metadata of an adapter say that is still true of its layers in another file.
+    """Return the metadata of an adapter that are still valid in a new file.
 
-    Hashes, the title and the sizes of the network are written anew, and so is all of `spectune.`.
+    Hashes, the title, the network sizes and all `spectune.` keys are removed: the writer sets them again.
     """
     sizes = (
         "ss_network_module",
@@ -129,12 +129,12 @@ def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, s
         "lora_adapter_metadata",
     )
     names = ("modelspec.title",) if one_file else ("modelspec.title", "ss_output_name")
-    gone = {*STALE, *sizes, *names}
-    return {key: text for key, text in metadata.items() if key not in gone and not key.startswith(PREFIX)}
+    removed = {*STALE, *sizes, *names}
+    return {key: text for key, text in metadata.items() if key not in removed and not key.startswith(PREFIX)}
 
 
 def parse_device(word: str) -> str:
-    """Return the device of a word: auto, cpu, cuda, cuda:1 or mps; auto is the GPU where there is one.
+    """Return the torch device for auto, cpu, cuda, cuda:1 or mps. auto is the GPU if there is one.
 
     Raises InputError for a device that this machine does not have.
     """
@@ -142,16 +142,16 @@ def parse_device(word: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?|mps", word)
     if match is None:
-        raise InputError(f"unknown device {word!r}", hint="auto, cpu, cuda or cuda:1")
+        raise InputError(f"unknown device {word!r}", hint="pass auto, cpu, cuda, cuda:1 or mps")
     count = torch.cuda.device_count()
     if word.startswith("cuda") and int(match[1] or 0) >= count:
-        raise InputError(f"there is no {word}: torch sees {count} CUDA devices", hint="`device` cpu works")
+        raise InputError(f"no device {word}: torch finds {count} CUDA devices", hint="pass cpu as `device`")
     if word == "mps" and not torch.backends.mps.is_available():
-        raise InputError("there is no mps device", hint="`device` cpu works")
+        raise InputError("no device mps on this machine", hint="pass cpu as `device`")
     return word
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file or folder holds a model and not an adapter."""
+    """Return whether a file or folder is a checkpoint rather than an adapter."""
     with open_checkpoint(path) as source:
         return not is_adapter(source)

@@ -1,4 +1,4 @@
-"""Splitting a checkpoint file into the files of its principal and its residual."""
+"""Split a checkpoint into a principal adapter and a residual model."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ from spectune.sdxl.selection import select_layers
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What `split` wrote and measured; agreements say how the stored pair makes each tensor again."""
+    """The files that `split` wrote, and how exactly they restore the checkpoint."""
 
     principal: Path
     residual: Path | None
     base_hash: str
     principal_hash: str
-    label: str  # what the ranks are, as in the file's name: r64
+    label: str  # the ranks, as in the file name: r64
     layers: tuple[LayerReport, ...]
-    agreements: Mapping[str, Agreement]  # by tensor, the factored ones; empty without a residual
-    exceptions: int = 0  # numbers that the residual's file keeps by themselves
+    agreements: Mapping[str, Agreement]  # of the restored factored tensors, by name; empty without a residual
+    exceptions: int = 0  # weights that the residual file lists with their exact values
 
     @property
     def energy(self) -> float:
-        """The share of the squared norm of all factored weights that the principal holds, 0..1."""
+        """Return the principal's share of the squared norm of all factored weights, 0..1."""
         return total_energy(self.layers)
 
     @property
     def share(self) -> float:
-        """The bit-equal share of the factored numbers when the pair is put together again, 0..1."""
+        """Return the share of factored weights that residual + principal restore bit for bit, 0..1."""
         return total_share(self.agreements.values())
 
     @property
@@ -67,33 +67,33 @@ class SplitReport:
 
     @property
     def excess(self) -> float:
-        """The largest estimated (norm of what is left / smallest possible) - 1 of a layer."""
+        """Return the largest estimate of (residual norm / smallest possible residual norm) - 1 of a layer."""
         return max((layer.excess for layer in self.layers), default=0.0)
 
     @property
     def capped(self) -> tuple[LayerReport, ...]:
-        """Layers that are no larger than their rank, so that all of them is in the principal."""
+        """Return the layers with a full rank up to the requested one: the principal holds them completely."""
         return tuple(layer for layer in self.layers if layer.capped)
 
 
 def principal_name(stem: str, label: str) -> str:
-    """The file name of a principal adapter: `base.principal-r64.safetensors`."""
+    """Return the file name of a principal adapter: `base.principal-r64.safetensors`."""
     return f"{stem}.principal-{label}.safetensors"
 
 
 def residual_name(stem: str) -> str:
-    """The file name of a residual model: `base.residual.safetensors`."""
+    """Return the file name of a residual model: `base.residual.safetensors`."""
     return f"{stem}.residual.safetensors"
 
 
 def checkpoint_stem(path: Path) -> str:
-    """The name of a checkpoint without its suffixes; of a folder, its own name."""
+    """Return the name of a checkpoint without its suffixes, or the name of a folder."""
     return path.resolve().name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
 
 
 @dataclass(frozen=True)
 class SplitForecast:
-    """What `split` would write."""
+    """The files that `split` would write."""
 
     principal: Path
     residual: Path | None
@@ -101,7 +101,7 @@ class SplitForecast:
 
 
 def plan_split(options: SplitOptions) -> SplitForecast:
-    """Return the files and ranks of a split without writing; an energy or a budget reads all weights."""
+    """Return the files and ranks of a split without writing. `energy` and `budget` read all weights."""
     with open_checkpoint(options.model) as base:
         chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
         ranks = _ranks(options, base, chosen)
@@ -125,9 +125,9 @@ def _targets(options: SplitOptions, ranks: RankPlan) -> tuple[Path, Path | None]
 def split(options: SplitOptions) -> SplitReport:
     """Write the principal adapter and the residual model of a checkpoint.
 
-    Both files appear together when they are complete. Progress counts tensors.
+    Both files get their final names when both are complete. Progress counts tensors.
 
-    Raises InputError if `model` is not a whole SDXL model.
+    Raises InputError if `model` is not a complete SDXL checkpoint.
     """
     force = options.force
     device = parse_device(options.device)
@@ -149,7 +149,7 @@ def split(options: SplitOptions) -> SplitReport:
         principal, residual = _targets(options, rank_plan)
         origin = origin_of(base)
         with AtomicGroup(principal) as group:
-            # both at once: a pair that is half old and half new fits nobody
+            # Check both first: a new principal with an old residual would not be a pair.
             for path in filter(None, (principal, residual)):
                 check_target(path, 0, force=force)
             with _residual_writer(residual, base, catalogue, plan, force=force) as residual_writer:
@@ -162,11 +162,11 @@ def split(options: SplitOptions) -> SplitReport:
                     hold=True,
                 ) as writer:
                     group.add(writer)
-                    passage = _TensorSplitter(
+                    splitter = _TensorSplitter(
                         base, catalogue, plan, writer, residual_writer, options.progress
                     )
-                    passage.run()
-                    origin = replace(origin, base_hash=passage.hasher.hexdigest())
+                    splitter.run()
+                    origin = replace(origin, base_hash=splitter.hasher.hexdigest())
                     writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
                 if residual_writer is not None:
                     group.add(residual_writer)
@@ -179,14 +179,14 @@ def split(options: SplitOptions) -> SplitReport:
         base_hash=origin.base_hash,
         principal_hash=writer.hash,
         label=rank_plan.label,
-        layers=tuple(passage.reports),
-        agreements=passage.agreements,
-        exceptions=passage.exceptions,
+        layers=tuple(splitter.reports),
+        agreements=splitter.agreements,
+        exceptions=splitter.exceptions,
     )
 
 
 class _TensorSplitter:
-    """All tensors of a checkpoint on their way into the files of the split."""
+    """Splits all tensors of a checkpoint and writes both files."""
 
     def __init__(
         self,
@@ -244,8 +244,8 @@ def _residual_writer(
         for name, info in base.tensors.items()
     ]
     other = {info.name: base.tensors[info.name].dtype for info in infos if info != base.tensors[info.name]}
-    kept = {key: value for key, value in base.metadata.items() if key not in STALE}
-    metadata = {**kept, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
+    copied = {key: value for key, value in base.metadata.items() if key not in STALE}
+    metadata = {**copied, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
     reserve = RESERVE_BYTES + HEADER_BYTES * len(other)
     return StreamWriter(
         path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True, hashed=False

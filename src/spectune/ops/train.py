@@ -1,4 +1,4 @@
-"""Train: a recipe to its end, or from its newest state."""
+"""Train a recipe to its end, or continue from its newest state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREVIEWS = 6  # pictures on a preview sheet
 
 
 class Previews(Callbacks):
-    """Draws a sheet of validation captions, or of training captions if there is no validation set."""
+    """Draws a preview sheet of validation captions, or of training captions if there are none."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -47,7 +47,7 @@ class Previews(Callbacks):
 def train(options: TrainOptions) -> TrainReport:
     """Train a recipe to its end, or continue from its newest state.
 
-    Overrides are like "run.steps=200". Previews are drawn where the recipe requests them.
+    An override looks like "run.steps=200". Previews are drawn if the recipe requests them.
     """
     recipe = load_recipe(options.recipe, options.overrides)
     callbacks = [*(options.callbacks or ()), Previews(recipe)]
@@ -56,7 +56,7 @@ def train(options: TrainOptions) -> TrainReport:
 
 @dataclass(frozen=True)
 class TrainForecast:
-    """The recipe as it would run: overrides applied, defaults filled in."""
+    """The recipe that would run, with overrides applied and defaults filled in."""
 
     recipe: Recipe
 

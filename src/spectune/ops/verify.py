@@ -1,4 +1,4 @@
-"""Verify: check that a residual and a principal add up to their checkpoint."""
+"""Check that a residual and a principal add up to their checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from spectune.sdxl.layers import build_catalogue
 
 @operation(VerifyOptions)
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Compare a model, tensor by tensor, with the sum of its residual and principal; see `.ok`.
+    """Compare a model with the sum of its residual and principal, tensor by tensor.
 
-    Progress counts tensors.
+    `.ok` of the report says whether they agree. Progress counts tensors.
     """
     with (
         open_checkpoint(options.model) as source,

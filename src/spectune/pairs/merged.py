@@ -1,4 +1,4 @@
-"""Base + adapters as a lazy model: each tensor is computed when it is loaded."""
+"""Lazy models of base + adapters: each tensor is computed when it is loaded."""
 
 from __future__ import annotations
 
@@ -36,19 +36,18 @@ from spectune.sdxl.layers import Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT
 
 Strengths = Sequence[tuple[Adapter | TunedAdapter, float | Strength]]
-Change = Callable[[str], LowRank]  # layer name -> product that is added to its weight
+Change = Callable[[str], LowRank]  # layer name -> product to add to its weight
 
 _ENCODERS = "conditioner."
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
-_DIVERGED = "if the training diverged, rebuild an earlier step"
+_DIVERGED = "the training may have diverged: rebuild an earlier step"
 
 
 @dataclass(frozen=True)
 class Merged(HasProvenance):
-    """A source whose tensors are W + sum of changes, each computed in float32 and rounded once.
+    """A source with the tensors W + sum of changes, each computed in float32 and rounded once.
 
-    W is a tensor of the base or its replacement. Tensors that no adapter changes are those of the base, byte
-    for byte.
+    W is a tensor of the base or its replacement. Unchanged tensors equal those of the base byte for byte.
     """
 
     base: WeightSource
@@ -60,7 +59,7 @@ class Merged(HasProvenance):
     replaced: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
 
     def over(self, base: WeightSource) -> Merged:
-        """Return the same model with the tensors of the base read through another source."""
+        """Return the same model, but read the base through another source."""
         return replace(self, base=base)
 
     def load(self, name: str) -> Tensor:
@@ -85,7 +84,7 @@ class Merged(HasProvenance):
         return self._rounded(result, dtype, name)
 
     def _add(self, weight: Tensor, layer: Layer, low_rank: LowRank) -> bool:
-        """Add a product to a weight in float32, in place; return whether it is not zero."""
+        """Add a product to a float32 weight in place; return whether the product is not zero."""
         check_fits(layer, low_rank, self.base.label)
         matrix, changed = to_matrix(weight), False
         for tile, amount in Product(low_rank).tiles():
@@ -104,12 +103,12 @@ class Merged(HasProvenance):
 
 @dataclass(frozen=True)
 class Restored(HasProvenance):
-    """A source whose tensors are residual + principal: the original or the tuned model."""
+    """A source with the tensors residual + principal: the original or the tuned model."""
 
     residual: WeightSource
     principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> principals of its layers
-    untouched: bool  # the principal is the one that was taken out: the exceptions are those of this pair
-    original: Mapping[str, torch.dtype]  # dtypes of tensors that the residual stores in another one
+    untouched: bool  # whether this is the untrained principal of the residual, so that its exceptions apply
+    original: Mapping[str, torch.dtype]  # original dtype of each tensor that the residual stores in another
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     label: str
@@ -151,12 +150,12 @@ class Restored(HasProvenance):
 
 
 def check_fits(layer: Layer, low_rank: LowRank, label: str) -> None:
-    """Raise InputError when the product of the factors has another shape than the layer."""
+    """Raise InputError if the product of the factors and the layer differ in shape."""
     if weight_shape(low_rank) != layer.shape:
         raise InputError(
             f"layer {layer.name} of {label} has shape {layer.shape}, "
             f"the adapter is made for {weight_shape(low_rank)}",
-            hint="the adapter belongs to a model of another size",
+            hint="the adapter was made for a model of another size: pass that model",
         )
 
 
@@ -167,11 +166,11 @@ def merged(
     dtype: torch.dtype | None = None,
     cast_all: bool = False,
 ) -> Merged | Restored:
-    """Return the lazy model W + strength * change for every adapter.
+    """Return the lazy model W + sum of strength * change over the adapters.
 
-    Changed tensors have `dtype`; by default that of the base, or the original dtype that a residual records.
-    With `cast_all`, all tensors of the UNet and the encoders have `dtype`. Raises PairingError when roles
-    exclude each other, InputError for layers that the base does not have.
+    Changed tensors have `dtype`; the default is the dtype of the base, or the original dtype that a residual
+    records. With `cast_all`, all tensors of the UNet and the encoders have `dtype`. Raises PairingError if
+    base and adapter cannot be combined, and InputError if an adapter has layers that the base lacks.
     """
     counted = [(adapter, strength_of(strength)) for adapter, strength in adapters]
     rules = [
@@ -179,10 +178,10 @@ def merged(
         for adapter, strength in counted
     ]
     if BaseKind.of(base) is BaseKind.RESIDUAL:
-        # a residual becomes the model again by its one principal, at full strength
-        if len(counted) != 1 or not counted[0][1].whole:
+        # only the principal at strength 1 restores the model
+        if len(counted) != 1 or not counted[0][1].is_one:
             raise InputError(
-                f"{base.label} is a residual: expected its principal alone at strength 1, "
+                f"{base.label} is a residual: expected only its principal at strength 1, "
                 f"got {len(counted)} at {'; '.join(str(strength) for _, strength in counted)}",
                 hint="rebuild the model first, then add other adapters to it",
             )
@@ -191,7 +190,7 @@ def merged(
         model = _merged(
             base,
             [
-                (_strong(adapter, strength), _change(base, adapter, strength, action))
+                (_active_layers(adapter, strength), _change(base, adapter, strength, action))
                 for (adapter, strength), (action, _) in zip(counted, rules, strict=True)
             ],
             [adapter for adapter, _ in counted],
@@ -206,13 +205,13 @@ def merged(
 def restored(
     residual: WeightSource, adapter: Adapter | TunedAdapter, *, dtype: torch.dtype | None = None
 ) -> Restored:
-    """Return the lazy model residual + principal, or residual + a trained form of that principal.
+    """Return the lazy model residual + principal; the principal may have been trained.
 
-    Raises PairingError naming both hashes when the two do not belong together.
+    Raises PairingError with both hashes if the two do not belong together.
     """
     check_none_replaced(residual, adapter)
     untouched = check_residual_pair(residual, adapter)
-    principals = _by_tensor(residual, [(list(adapter.layers), _whole(adapter))])
+    principals = _by_tensor(residual, [(list(adapter.layers), _full_factors(adapter))])
     original = read_base_dtypes(residual)
     infos = {name: info for name, info in residual.tensors.items() if not is_exceptions(name)}
     infos = _marked(infos, residual, [adapter])
@@ -228,14 +227,14 @@ def restored(
 
 
 def add(weight: Tensor, amount: Tensor) -> Tensor:
-    """Return weight + amount in float32; where the amount is 0 the weight stays, because -0 + 0 is +0."""
+    """Return weight + amount in float32; keep the weight where the amount is 0, because -0 + 0 is +0."""
     return torch.where(amount == 0, weight, weight + amount)
 
 
 def _change(
     base: WeightSource, adapter: Adapter | TunedAdapter, strength: Strength, action: Action
 ) -> Change:
-    """Return what an adapter adds to a base: its change, or the tuned factors where the frame is missing."""
+    """Return what an adapter adds to a base: its change, or the tuned factors if the base lacks the frame."""
     if not (isinstance(adapter, TunedAdapter) and action is Action.REPLACE):
         return _scaled(adapter, strength)
     missing = [layer.name for layer in build_catalogue(base) if layer.name not in adapter.layers]
@@ -243,18 +242,18 @@ def _change(
         raise PairingError(
             f"{base.label} is a residual, and {adapter.label} lacks the principal of {len(missing)} of its "
             f"layers: {some_of(missing)}",
-            hint="rebuild the original with the whole principal first and pass it as `base`",
+            hint="first rebuild the original with the complete principal, then pass it as `base`",
         )
-    if not strength.whole:
+    if not strength.is_one:
         raise InputError(
             f"{base.label} is a residual: expected its principal at strength 1, got {strength}",
             hint="rebuild the model first, then add other adapters to it",
         )
     check_none_replaced(base, adapter)
-    return _whole(adapter)
+    return _full_factors(adapter)
 
 
-def _strong(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:
+def _active_layers(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:
     """Return the layers with a strength other than 0."""
     return [name for name in adapter.layers if strength.of(name)]
 
@@ -267,8 +266,8 @@ def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
     return of
 
 
-def _whole(adapter: Adapter | TunedAdapter) -> Change:
-    """Return what is added to a residual: the principal or the tuned factors."""
+def _full_factors(adapter: Adapter | TunedAdapter) -> Change:
+    """Return what an adapter adds to a residual: the principal or the tuned factors."""
     return lambda name: added_to_residual(adapter.layers[name])
 
 
@@ -293,7 +292,7 @@ def _merged(
 def _by_tensor(
     base: WeightSource, parts: Sequence[tuple[Sequence[str], Change]]
 ) -> dict[str, tuple[tuple[Layer, Change], ...]]:
-    """Return the changes by tensor; raise InputError for layers that the base does not have."""
+    """Return the changes by tensor; raise InputError for layers that the base lacks."""
     catalogue = build_catalogue(base, all_layers=True)
     changes: dict[str, tuple[tuple[Layer, Change], ...]] = {}
     for layers, of in parts:
@@ -301,7 +300,7 @@ def _by_tensor(
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(layers)} layers are not in {base.label}: {some_of(unknown)}",
-                hint="the adapter belongs to another model",
+                hint="the adapter was made for another model: pass that model",
             )
         for name in layers:
             layer = catalogue.by_name[name]
@@ -316,7 +315,7 @@ def _typed(
     original: Mapping[str, torch.dtype],
     dtype: torch.dtype | None,
 ) -> dict[str, TensorInfo]:
-    """Give changed tensors `dtype`, or by default their original dtype."""
+    """Set the dtype of changed tensors to `dtype`, or to their original dtype if None."""
     return {
         name: replace(info, dtype=dtype or original.get(name, info.dtype)) if name in changed else info
         for name, info in tensors.items()
@@ -324,7 +323,7 @@ def _typed(
 
 
 def _all_cast(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """Give all weights of the UNet and the encoders `dtype`; an autoencoder keeps its own."""
+    """Set the dtype of all weights of the UNet and the encoders; the autoencoder keeps its dtypes."""
     return {
         name: replace(info, dtype=dtype)
         if info.dtype.is_floating_point and info.numel and name.startswith((UNET_ROOT, _ENCODERS))
@@ -336,7 +335,7 @@ def _all_cast(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str
 def _marked(
     tensors: Mapping[str, TensorInfo], base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]
 ) -> dict[str, TensorInfo]:
-    """Add or drop the marker tensors of the prediction where training has changed it."""
+    """Add or drop the marker tensors of the prediction if training changed the prediction."""
     before = _declared(base.metadata)
     after = _declared(_model_metadata(base, adapters))
     if after == before or after.prediction is None:
@@ -355,13 +354,13 @@ def _declared(metadata: Mapping[str, str]) -> Provenance:
 
 
 def _marker(name: str) -> Tensor:
-    """Return an empty tensor: only its name has a meaning."""
+    """Return an empty tensor; only its name matters."""
     assert name in (V_KEY, ZERO_SNR_KEY), f"{name} is not in the base"
     return torch.empty(0)
 
 
 def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:
-    """Return the metadata of the base with the objective and VAE settings that an adapter was trained for."""
+    """Return the metadata of the base with the objective and VAE settings of the adapters' training."""
     provenance = base.provenance
     for adapter in adapters:
         tuned_for = adapter.provenance
@@ -372,8 +371,8 @@ def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapte
                 flow_shift=tuned_for.flow_shift,
                 noise_schedule=tuned_for.noise_schedule,
             )
-        told = (tuned_for.vae_scale, tuned_for.vae_shift, tuned_for.vae_padding, tuned_for.vae_name)
-        if any(value is not None for value in told):
+        vae_settings = (tuned_for.vae_scale, tuned_for.vae_shift, tuned_for.vae_padding, tuned_for.vae_name)
+        if any(value is not None for value in vae_settings):
             provenance = replace(
                 provenance,
                 vae_scale=tuned_for.vae_scale,

@@ -1,4 +1,4 @@
-"""Whether the weights of a model contain an adapter: how a principal is recognized without metadata."""
+"""Compare an adapter with the weights of a model, to recognize a principal without metadata."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from spectune.core.low_rank import LowRank, to_matrix, weight_shape
 from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Layer, build_catalogue, layer_weight
 
-SAMPLE = 12  # layers that are compared
-# |BA| / |W|: the largest 16 directions of a trained layer hold a third of its energy or more; what a LoRA
-# adds is a few percent of it.
+SAMPLE = 12  # number of layers to compare
+# Threshold of |BA| / |W|. The largest 16 directions of a trained layer hold at least a third of its energy,
+# the change of a LoRA a few percent.
 LARGE = 0.2
 
 
 class Place(StrEnum):
-    """Where the product of an adapter is, compared with the weights of a model."""
+    """How the product of an adapter relates to the weights of a model."""
 
-    INSIDE = "if the base contains its values"  # added to them, it would count twice
+    INSIDE = "if the base contains its values"  # adding it would count it twice
     MISSING = "if the base lacks its values"  # as a residual lacks its principal
     UNRELATED = "otherwise"
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Medians over a sample of layers of W, the weight, and BA, the product of the adapter's factors."""
+    """Medians over a sample of layers; W is the weight, BA the product of the adapter's factors."""
 
     size: float  # |BA| / |W|
-    projection: float  # <W, BA> / |BA|^2: 1 where BA is the principal of W, 0 where W is its residual
+    projection: float  # <W, BA> / |BA|^2: 1 if BA is the principal of W, 0 if W is the residual without BA
 
     @property
     def place(self) -> Place:
@@ -48,7 +48,7 @@ class Overlap:
 
 
 def overlap(base: WeightSource, adapter: Adapter | TunedAdapter) -> Overlap:
-    """Compare a few layers, spread over the adapter, with the weights of a model; of deltas the frame."""
+    """Compare up to 12 layers of an adapter with the weights of a model; of deltas, compare the frame."""
     catalogue = build_catalogue(base, all_layers=True)
     names = [name for name in adapter.layers if name in catalogue.by_name]
     pairs = [_in_layer(base, catalogue.by_name[name], adapter.layers[name]) for name in _spread(names)]
@@ -56,7 +56,7 @@ def overlap(base: WeightSource, adapter: Adapter | TunedAdapter) -> Overlap:
 
 
 def overlap_of_adapters(one: Adapter, other: Adapter) -> Overlap:
-    """Compare the products of two adapters: BA is that of `other`, W that of `one`."""
+    """Compare the products of two adapters: `one` takes the place of W, `other` that of BA."""
     names = [name for name in other.layers if name in one.layers]
     pairs = [_of_products(one.layers[name], other.layers[name]) for name in _spread(names)]
     return _medians([pair for pair in pairs if pair is not None])
@@ -80,7 +80,7 @@ def _of_products(one: LowRank, other: LowRank) -> tuple[float, float] | None:
 
 
 def _factors(low_rank: LowRank) -> tuple[Tensor, Tensor]:
-    """Return B with the scale (out, rank) and A (rank, in*kh*kw) in float32."""
+    """Return scale * B (out, rank) and A (rank, in*kh*kw) in float32."""
     return to_matrix(low_rank.up).float() * low_rank.scale, to_matrix(low_rank.down).float()
 
 
@@ -94,7 +94,7 @@ def _inner(one: Tensor, other: Tensor) -> float:
 
 
 def _ratios(inner: float, square: float, size: float) -> tuple[float, float] | None:
-    """Return |BA| / |W| and <W, BA> / |BA|^2; None where a side is empty or not finite."""
+    """Return |BA| / |W| and <W, BA> / |BA|^2; None if either matrix is zero or not finite."""
     if not (square > 0 and size > 0 and math.isfinite(square) and math.isfinite(inner)):
         return None
     return math.sqrt(square) / size, inner / square

@@ -1,4 +1,4 @@
-"""Choosing the rank of every layer by a rank, an energy or a file size."""
+"""Choose the rank of every layer by a fixed rank, an energy or a file size."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ __all__ = [
 RankRequest = FixedRank | EnergyRank | BudgetRank
 DEFAULT_RANK = 64
 
-# Upper bound for length, alignment, and the metadata of kohya and spectune with the longest file names.
+# Upper bound of the header length, its alignment, and the metadata with the longest file names.
 _METADATA_BYTES = 8192
-# As many digits as the offsets in the header of any file up to 10 TB.
+# Has as many digits as the largest offset in the header of a file of up to 10 TB.
 _LONG_OFFSET = 10**12
 
 
 def rank_request(
     rank: int | None, conv_rank: int | None, energy: float | None, size: str | int | None
 ) -> RankRequest:
-    """Return the requested way to choose ranks, rank 64 by default; at most one of the three is given."""
+    """Return how to choose ranks, by default rank 64; pass at most one of rank, energy and size."""
     if energy is not None:
         return EnergyRank(energy)
     if size is not None:
@@ -60,15 +60,15 @@ def rank_request(
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The true rank of each layer of a principal, and the size of the file."""
+    """The rank of each layer of a principal, and the size of the file."""
 
-    # by layer name, at least 1, in the order of the layers; alpha is the same number
+    # by layer name, at least 1, in the order of the layers; alpha equals the rank
     ranks: Mapping[str, int]
-    left_out: tuple[str, ...]  # layers of rank 0: they stay whole in the residual
+    left_out: tuple[str, ...]  # layers of rank 0: the residual keeps their full weight
     label: str  # for file names: r64, r64-c32, e0.90, 600MB
     parameters: int
-    nbytes: int  # of the principal file, at most
-    energy: float | None  # share of the squared norm of all layers that the ranks hold; None if not measured
+    nbytes: int  # upper bound of the size of the principal file
+    energy: float | None  # share of the squared norm of all layers, 0..1; None if not measured
 
 
 def choose_ranks(
@@ -81,9 +81,9 @@ def choose_ranks(
 ) -> RankPlan:
     """Return the ranks of `layers` for a request, with factors stored as `store`.
 
-    A fixed rank needs shapes only. An energy or a budget reads every weight once; progress counts layers.
-    Energy is the sum of squares over all layers: a layer counts by its norm.
-    Raises InputError for damaged weights, and for a budget in which no direction fits.
+    A fixed rank needs only shapes. An energy or a budget reads every weight once; progress counts layers.
+    The energy of the plan is a sum over all layers, so a layer with a larger norm counts more.
+    Raises InputError for weights that are not finite, and for a budget that is too small for any direction.
     """
     if isinstance(request, FixedRank):
         ranks = [request.true_rank(layer.shape) for layer in layers]
@@ -100,7 +100,7 @@ def ranks_of_spectra(
     *,
     store: torch.dtype,
 ) -> list[int]:
-    """Return the ranks of layers with these singular values; 0 leaves a layer out."""
+    """Return the rank of each layer from its singular values; rank 0 leaves a layer out."""
     if isinstance(request, EnergyRank):
         return [_for_energy(values, request) for values in spectra]
     return _for_budget(layers, spectra, request, store)
@@ -119,7 +119,7 @@ def _for_budget(
     if not any(ranks):
         least = min((price.entry + price.direction for price in prices), default=0) + empty_file_bytes()
         raise InputError(
-            f"a budget of {format_bytes(request.nbytes)} is too small for rank 1 in any of {len(layers)} "
+            f"a budget of {format_bytes(request.nbytes)} does not hold rank 1 of any of the {len(layers)} "
             "layers",
             hint=f"the smallest adapter takes {least:,} bytes; `spectune inspect --spectrum` lists the sizes",
         )
@@ -153,7 +153,7 @@ def _captured(spectra: Sequence[Tensor], ranks: Sequence[int]) -> float:
 
 
 def request_label(request: RankRequest) -> str:
-    """Return `r64`, `r64-c32`, `e0.90`, `e0.90-r128` or `600MB`, for names of files."""
+    """Return the part of a file name for a request: `r64`, `r64-c32`, `e0.90`, `e0.90-r128` or `600MB`."""
     match request:
         case FixedRank(rank, conv_rank):
             return f"r{rank}" if conv_rank in (None, rank) else f"r{rank}-c{conv_rank}"
@@ -165,18 +165,18 @@ def request_label(request: RankRequest) -> str:
 
 
 def file_bytes(layers: Sequence[Layer], ranks: Mapping[str, int], store: torch.dtype) -> int:
-    """Return an upper bound of the size of an adapter file: a few percent above it at most."""
+    """Return an upper bound of the size of an adapter file, at most a few percent too large."""
     prices = [(layer_price(layer, store), ranks[layer.name]) for layer in layers]
     return empty_file_bytes() + sum(price.entry + rank * price.direction for price, rank in prices)
 
 
 def empty_file_bytes() -> int:
-    """Return the bytes of an adapter file before its first layer: metadata and space reserved for hashes."""
+    """Return the size of an adapter file without layers: metadata and the space reserved for hashes."""
     return RESERVE_BYTES + _METADATA_BYTES
 
 
 def layer_price(layer: Layer, store: torch.dtype) -> Price:
-    """Return the bytes of a layer: header entries and alpha once, and (in + out) * itemsize per rank."""
+    """Return the bytes of a layer: header entries and alpha once, plus (in + out) * itemsize per rank."""
     infos = adapter_infos([layer], {layer.name: layer.full_rank}, store)
     entries = sum(len(_header_entry(info)) for info in infos)
     alpha = torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""Tensors of a base that a tuned adapter replaces whole because a low-rank change is not enough."""
+"""Tensors of a base that a tuned adapter replaces completely, because a low-rank change is not enough."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Replacement:
 
     tensor: Tensor  # float32, in the shape of W
     strength: float
-    adapter: str  # the label of the adapter that replaces it
+    adapter: str  # label of the adapter
 
     def over(self, stored: Tensor) -> Tensor:
         """Return a new float32 tensor; at strength 1 it equals the replacement bit for bit."""
@@ -37,9 +37,10 @@ def replacements(
 ) -> dict[str, Replacement]:
     """Return the replacements of all adapters by tensor name; strength 0 keeps the tensor of the base.
 
-    Raises InputError for tensors that the base lacks, that do not fit, or that two adapters replace.
+    Raises InputError if the base lacks a tensor, a shape or dtype does not fit, or two adapters replace the
+    same tensor.
     """
-    found: dict[str, Replacement] = {}
+    by_name: dict[str, Replacement] = {}
     for adapter, strength in adapters:
         if not isinstance(adapter, TunedAdapter):
             continue
@@ -49,21 +50,21 @@ def replacements(
             if replacement.strength == 0:
                 continue
             _check_fits(base, name, replacement)
-            if name in found:
+            if name in by_name:
                 raise InputError(
-                    f"{found[name].adapter} and {adapter.label} both replace {name}: expected one adapter",
-                    hint="leave one of them out or set its strength to 0 in that part",
+                    f"{by_name[name].adapter} and {adapter.label} both replace {name}: expected one adapter",
+                    hint="leave one of them out, or set its strength for this part to 0",
                 )
-            found[name] = replacement
-    return found
+            by_name[name] = replacement
+    return by_name
 
 
 def check_none_replaced(residual: WeightSource, adapter: Adapter | TunedAdapter) -> None:
-    """Raise InputError when an adapter for a residual replaces tensors of its base."""
+    """Raise InputError if an adapter for a residual replaces tensors of its base."""
     if isinstance(adapter, TunedAdapter) and adapter.replaced:
         raise InputError(
             f"{residual.label} is a residual, and {adapter.label} replaces "
-            f"{counted(len(adapter.replaced), 'tensor')} of a whole model (first "
+            f"{counted(len(adapter.replaced), 'tensor')} of a complete model (first "
             f"{next(iter(adapter.replaced))}): expected the original model",
             hint="pass the original model as `base`",
         )
@@ -75,18 +76,18 @@ def _check_known(base: WeightSource, adapter: TunedAdapter) -> None:
         raise InputError(
             f"{len(unknown)} of {len(adapter.replaced)} tensors that {adapter.label} replaces are not in "
             f"{base.label}: {some_of(unknown)}",
-            hint="the adapter belongs to another model",
+            hint="the adapter was made for another model: pass that model",
         )
 
 
 def _strength(name: str, adapter: TunedAdapter, strength: Strength) -> float:
-    """Return the strength of the part that a tensor belongs to."""
+    """Return the strength for the part that contains a tensor."""
     part = part_of(name)
     if part not in strength.by_part:
         raise InputError(
-            f"{adapter.label} replaces {name}, which is of part {part}: "
+            f"{adapter.label} replaces {name}, which belongs to part {part}: "
             f"expected tensors of {', '.join(strength.by_part)}",
-            hint="other parts have no strength: replace them in the checkpoint",
+            hint="an adapter cannot replace tensors of other parts: replace them in the checkpoint",
         )
     return strength.by_part[part]
 
@@ -97,11 +98,11 @@ def _check_fits(base: WeightSource, name: str, replacement: Replacement) -> None
         raise InputError(
             f"{name} of {base.label} cannot be replaced by that of {replacement.adapter}: "
             f"expected shape {expected}, got {got}",
-            hint="the adapter belongs to a model of another size",
+            hint="the adapter was made for a model of another size: pass that model",
         )
     check_dtype(base.tensors[name].dtype, f"{name} of {base.label}", residual=True)
     check_finite(
         replacement.tensor,
-        f"{name} as {replacement.adapter} replaces it",
-        hint="the fit that made it failed: make the adapter again",
+        f"the replacement of {name} in {replacement.adapter}",
+        hint="the fit that computed it failed: train the adapter again",
     )

@@ -1,9 +1,9 @@
-"""What the file of a residual holds in addition to its weights: exceptions, original dtypes, layer count.
+"""Read and write what a residual file stores besides weights: exceptions, original dtypes, layer count.
 
-Exceptions are the few weights that a residual and its principal cannot give back. The tensor
-`spectune.exceptions.<tensor>` is uint8 (count, 4 + bytes of a weight): the position in the tensor, row by
-row, as a little-endian int32, and the weight itself. Bytes can stand at any offset of the file; programs that
-load the residual as a checkpoint skip names that they do not know.
+Exceptions are the few weights that residual + principal does not restore exactly. The tensor
+`spectune.exceptions.<tensor>` is uint8 (count, 4 + bytes of a weight): the position in the flattened tensor
+as a little-endian int32, then the weight itself. uint8 needs no alignment in the file. Programs that load the
+residual as a checkpoint skip unknown names.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from spectune.files.source import WeightSource
 
 EXCEPTIONS = f"{PREFIX}exceptions."
 BASE_DTYPES_KEY = f"{PREFIX}base_dtypes"
-LAYER_COUNT_KEY = f"{PREFIX}layers"  # how many layers a residual lacks the principal of
-HEADER_BYTES = 192  # upper bound for the header entry of one tensor of exceptions
+LAYER_COUNT_KEY = f"{PREFIX}layers"  # number of layers whose principal was taken out
+HEADER_BYTES = 192  # upper bound of the header entry of one exceptions tensor
 _SPLIT_AGAIN = "split the model again"
 
 
 def exceptions_name(tensor: str) -> str:
+    """Return the name of the tensor that holds the exceptions of `tensor`."""
     return EXCEPTIONS + tensor
 
 
 def is_exceptions(name: str) -> bool:
+    """Return whether a tensor of this name holds exceptions."""
     return name.startswith(EXCEPTIONS)
 
 
 def to_bytes(parts: Sequence[tuple[int, Exceptions]]) -> Tensor:
-    """Pack the exceptions of a tensor; each part has the position where its layer begins."""
+    """Pack the exceptions of a tensor; each part comes with the position where its layer begins."""
     index = torch.cat([part.index + start for start, part in parts])
     values = torch.cat([part.values for _, part in parts])
     places = index.to(torch.int32)[:, None].view(torch.uint8)
@@ -45,7 +47,7 @@ def to_bytes(parts: Sequence[tuple[int, Exceptions]]) -> Tensor:
 
 
 def read_exceptions(residual: WeightSource, tensor: str, dtype: torch.dtype) -> Exceptions | None:
-    """Unpack the exceptions of a tensor whose weights are `dtype`; None where the file has none."""
+    """Unpack the exceptions of a tensor with weights of `dtype`; return None if it has none."""
     name = exceptions_name(tensor)
     info = residual.tensors.get(name)
     if info is None:
@@ -59,12 +61,14 @@ def read_exceptions(residual: WeightSource, tensor: str, dtype: torch.dtype) -> 
     packed = residual.load(name)
     index = packed[:, :4].contiguous().view(torch.int32)[:, 0].long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < residual.tensors[tensor].numel:
-        raise InputError(f"{name} of {residual.label} points outside of its tensor", hint=_SPLIT_AGAIN)
+        raise InputError(
+            f"{name} of {residual.label} contains positions outside of {tensor}", hint=_SPLIT_AGAIN
+        )
     return Exceptions(index, packed[:, 4:].contiguous().view(dtype)[:, 0])
 
 
 def base_dtypes_metadata(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
-    """Return the metadata entry for tensors that are stored in another dtype than the original's."""
+    """Return the metadata entry with the original dtypes of tensors that are stored in another dtype."""
     if not dtypes:
         return {}
     names = {name: SAFETENSORS_NAMES[dtype] for name, dtype in dtypes.items()}
@@ -72,13 +76,13 @@ def base_dtypes_metadata(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
 
 
 def read_base_dtypes(source: WeightSource) -> dict[str, torch.dtype]:
-    """Read the original dtypes of tensors that are stored in another one; inverse of base_dtypes_metadata."""
+    """Read the original dtypes of tensors stored in another dtype; inverse of base_dtypes_metadata."""
     text = source.metadata.get(BASE_DTYPES_KEY, "{}")
     try:
         names = cast(dict[str, str], json.loads(text))
         return {name: DTYPES_BY_SAFETENSORS_NAME[dtype] for name, dtype in names.items()}
     except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(
-            f"metadata {BASE_DTYPES_KEY} of {source.label} cannot be read: expected dtypes by tensor name",
+            f"metadata {BASE_DTYPES_KEY} of {source.label} is invalid: expected dtypes by tensor name",
             hint=_SPLIT_AGAIN,
         ) from None

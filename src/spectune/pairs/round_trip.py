@@ -1,4 +1,4 @@
-"""Comparing residual + principal with the model that was split, tensor by tensor."""
+"""Compare residual + principal with the model that was split, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from spectune.pairs.residual_file import is_exceptions, read_base_dtypes, read_e
 from spectune.pairs.rules import short_hash
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
-# Half an ulp of a value of magnitude 1, and half of the smallest step near zero.
+# Half an ulp of a value of magnitude 1, and half of the smallest subnormal step.
 _HALF_ULP = {
     torch.float8_e4m3fn: 2.0**-4,
     torch.float8_e5m2: 2.0**-3,
@@ -38,18 +38,18 @@ _HALF_STEP = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17, torch.
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor of the model, compared with residual + principal."""
+    """The comparison of one tensor of the model with residual + principal."""
 
     name: str
-    layers: tuple[str, ...]  # its factored layers; none where it must be carried byte for byte
+    layers: tuple[str, ...]  # its factored layers; empty if the residual must store the same bytes
     agreement: Agreement
-    excess: float  # largest error / what rounding explains; 0 for no error, above 1 is wrong
+    excess: float  # largest ratio of error to rounding bound; 0 without an error, wrong above 1
     wrong_layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """Weights hashes of the model, of residual + principal, and of the principal."""
+    """The weights hashes of the model, of residual + principal, and of the principal."""
 
     model: str
     rebuilt: str
@@ -63,11 +63,11 @@ class VerifyReport:
     records: tuple[TensorRecord, ...]
     hashes: Hashes
     problems: tuple[str, ...]
-    programs: Mapping[str, Sequence[Loading]] = field(default_factory=dict)  # other programs, by file name
+    programs: Mapping[str, Sequence[Loading]] = field(default_factory=dict)  # by file name
 
     @property
     def ok(self) -> bool:
-        """Whether everything agrees as far as the dtype of the residual allows."""
+        """Whether all tensors agree within the precision of the dtype of the residual."""
         return not self.problems
 
     @property
@@ -81,7 +81,7 @@ class VerifyReport:
 
     @property
     def share(self) -> float:
-        """Return the bit-equal share of all weights, 0..1."""
+        """Return the share of weights that are bit-identical, 0..1."""
         return total_share(record.agreement for record in self.records)
 
     @property
@@ -95,7 +95,7 @@ class VerifyReport:
 
     @property
     def wrong_layers(self) -> tuple[str, ...]:
-        """Return the layers whose factors or residual are off by more than one rounding of each explains."""
+        """Return the layers with an error above the bound of one rounding of residual and factors."""
         return tuple(name for record in self.records for name in record.wrong_layers)
 
 
@@ -132,18 +132,18 @@ def compare_pair(
 
 
 def _alpha_problems(principal: Adapter) -> list[str]:
-    # a program that ignores alpha would scale these layers wrongly
+    # a program that ignores alpha would apply a wrong scale
     wrong = [name for name, layer in principal.layers.items() if layer.alpha != layer.rank]
-    return _counted_problems((wrong, "layer", f"of {principal.label} with an alpha other than the rank"))
+    return _counted_problems((wrong, "layer", f"of {principal.label} with alpha different from the rank"))
 
 
-def _counted_problems(*found: tuple[Sequence[str], str, str]) -> list[str]:
-    """Return a text for each kind of problem that has names: count, noun, what is wrong, and some names."""
-    return [f"{counted(len(names), noun)} {what}: {some_of(names)}" for names, noun, what in found if names]
+def _counted_problems(*kinds: tuple[Sequence[str], str, str]) -> list[str]:
+    """Return one line for each kind of problem (names, noun, what is wrong) that has names."""
+    return [f"{counted(len(names), noun)} {what}: {some_of(names)}" for names, noun, what in kinds if names]
 
 
 class _Comparison:
-    """Compares tensors, in several threads."""
+    """A comparison of tensors; `compare` may run in several threads."""
 
     def __init__(
         self, model: WeightSource, residual: WeightSource, principal: Adapter, catalogue: Catalogue
@@ -165,21 +165,21 @@ class _Comparison:
         name = info.name
         weight = self.model.load(name)
         self.hasher.add(name, weight)
-        found = self.residual.tensors.get(name)
-        if found is None:
+        stored_info = self.residual.tensors.get(name)
+        if stored_info is None:
             return None
         layers = self.factored.get(name, ())
-        stored_as = self.original.get(name, found.dtype) if layers else found.dtype
-        if found.shape != info.shape or stored_as != info.dtype:
+        dtype = self.original.get(name, stored_info.dtype) if layers else stored_info.dtype
+        if stored_info.shape != info.shape or dtype != info.dtype:
             self._misfits.add(name)
             return None
         stored = self.residual.load(name)
         if not layers:
-            return self._carried(name, weight, stored)
+            return self._copied(name, weight, stored)
         exceptions = read_exceptions(self.residual, name, info.dtype)
         return self._factored(name, weight, stored, layers, exceptions)
 
-    def _carried(self, name: str, weight: Tensor, stored: Tensor) -> TensorRecord:
+    def _copied(self, name: str, weight: Tensor, stored: Tensor) -> TensorRecord:
         agreement = compare(stored, weight)
         if agreement.exact:
             self.rebuilt_hasher.copy(name, self.hasher)
@@ -195,7 +195,7 @@ class _Comparison:
         layers: Sequence[Layer],
         exceptions: Exceptions | None,
     ) -> TensorRecord:
-        rebuilt = stored.to(weight.dtype, copy=True)  # rows that belong to no layer do not change
+        rebuilt = stored.to(weight.dtype, copy=True)  # rows outside of all layers do not change
         excess: dict[str, float] = {}
         for layer in layers:
             rows, low_rank = layer.row_slice, self.principal.layers[layer.name]
@@ -218,7 +218,7 @@ class _Comparison:
 
 
 def _add_principal(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank) -> float:
-    """Write residual + principal into `rebuilt`; return the largest error / what rounding explains."""
+    """Write residual + principal into `rebuilt`; return the largest ratio of error to rounding bound."""
     into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
     working = working_dtype(residual.dtype)
     worst = 0.0
@@ -231,22 +231,23 @@ def _add_principal(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: 
         exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
         into[tile].copy_(exact)
         allowed = _allowed(stored, expected, residual.dtype, weight.dtype)
-        if not exact_sum:  # the residual may come from another machine
+        if not exact_sum:  # the residual may come from another machine, with another summation order
             allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
         over = exact.sub_(expected).abs_().sub_(allowed)
-        if not float(torch.aminmax(over)[1]) <= 0:  # also where it is NaN
+        if not float(torch.aminmax(over)[1]) <= 0:  # true also for NaN
             worst = max(worst, _excess(over.add_(allowed), allowed))
     return worst
 
 
 def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: torch.dtype) -> Tensor:
-    """Return the largest |R + P - W| per element that one rounding of R explains, before R + P is rounded.
+    """Return the bound of |R + P - W| per element that rounding explains, before R + P is rounded.
 
-    R was rounded once to its dtype. P is the same float32 value on both sides except for ties of its
-    rounding, and so is their sum: two roundings of values of up to |R| + |W|. Both tensors are overwritten.
+    R was rounded once to its dtype. `split` and this check compute P and R + P in float32; the two results
+    can differ where a rounding was a tie. This adds two roundings of values of up to |R| + |W|.
+    Both tensors are overwritten.
     """
     final = 4 * _HALF_ULP[torch.float32]
-    # for an fp16 -0 another value is stored, see `subtract_principal`
+    # `subtract_principal` stores another value for an fp16 -0
     step = _HALF_STEP.get(stored, 0.0) + _HALF_STEP.get(original, 0.0)
     allowed = residual.abs_().mul_(_HALF_ULP.get(stored, 0.0) + final).add_(step)
     return allowed.add_(weight.abs(), alpha=final)
@@ -255,7 +256,7 @@ def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: to
 def _excess(error: Tensor, allowed: Tensor) -> float:
     if not bool(torch.isfinite(error).all()):
         return inf
-    return float((error / allowed).nan_to_num(0.0).max())  # 0/0: no error, and none allowed
+    return float((error / allowed).nan_to_num(0.0).max())  # 0/0: no error, with a bound of 0
 
 
 def _hash_problems(
@@ -287,16 +288,16 @@ def _name_problems(
     model: WeightSource,
     residual: WeightSource,
     principal: Adapter,
-    known_layers: Sequence[str],
+    layers: Sequence[str],
     misfits: Sequence[str],
 ) -> list[str]:
     missing = [name for name in model.tensors if name not in residual.tensors]
     surplus = [name for name in residual.tensors if name not in model.tensors and not is_exceptions(name)]
-    unknown = [name for name in principal.layers if name not in set(known_layers)]
+    unknown = [name for name in principal.layers if name not in set(layers)]
     return _counted_problems(
         (missing, "tensor", f"of {model.label} missing in {residual.label}"),
         (surplus, "tensor", f"of {residual.label} not in {model.label}"),
-        (misfits, "tensor", f"of {residual.label} with another shape or dtype than in {model.label}"),
+        (misfits, "tensor", f"of {residual.label} with a different shape or dtype in {model.label}"),
         (unknown, "layer", f"of {principal.label} not in {model.label}"),
     )
 
@@ -308,8 +309,8 @@ def _value_problems(records: Sequence[TensorRecord]) -> list[str]:
         worst = max(records, key=lambda record: record.excess if record.layers else 0.0)
         count = sum(len(record.layers) for record in records)
         problems.append(
-            f"{len(wrong)} of {count} factored layers are off by more than rounding explains "
-            f"(worst {worst.excess:.3g} times in {worst.name}): {some_of(wrong)}"
+            f"in {len(wrong)} of {count} factored layers the error is larger than rounding explains "
+            f"(worst: {worst.excess:.3g} times the bound in {worst.name}): {some_of(wrong)}"
         )
-    carried = [record.name for record in records if not record.layers and not record.agreement.exact]
-    return problems + _counted_problems((carried, "tensor", "outside the factored layers with a difference"))
+    changed = [record.name for record in records if not record.layers and not record.agreement.exact]
+    return problems + _counted_problems((changed, "tensor", "outside the factored layers that changed"))

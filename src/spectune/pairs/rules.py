@@ -1,6 +1,6 @@
-"""Which adapter goes with which base: one table, and the checks that follow it.
+"""Decide how to combine a base and an adapter: one table, and the checks that apply it.
 
-Files of spectune declare their role. Where one does not, a few of its layers are compared with the base.
+spectune's files declare their role. If a file does not, a few of its layers are compared with the base.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spectune.pairs.residual_file import LAYER_COUNT_KEY
 
 
 class BaseKind(StrEnum):
-    """What a checkpoint is, by the role that it declares."""
+    """Kinds of checkpoints, by the role in their metadata."""
 
     MODEL = "model written by spectune"
     RESIDUAL = "residual of `split`"
@@ -38,10 +38,10 @@ class BaseKind(StrEnum):
 
 
 class AdapterKind(StrEnum):
-    """What an adapter is, by its content and by the role that it declares."""
+    """Kinds of adapters, by their content and the role in their metadata."""
 
     PRINCIPAL = "principal of `split`"
-    TRAINED = "trained principal"  # of `export --form principal`
+    TRAINED = "trained principal"  # from `export --form principal`
     DELTAS = "tuned adapter"
     LORA = "LoRA of spectune"
     UNDECLARED = "adapter of another program"
@@ -61,34 +61,36 @@ class AdapterKind(StrEnum):
 
 
 class Action(StrEnum):
+    """What to do with an adapter; the values are cells of the documented table."""
+
     ADD = "adds its product, W + BA"
     ADD_CHANGE = "adds its change, W + dB (A0 + dA) + B0 dA"
-    RESTORE = "gives the original, R + B0 A0"
-    REPLACE = "gives the tuned model, R + (B0 + dB)(A0 + dA)"
+    RESTORE = "restores the original, R + B0 A0"
+    REPLACE = "builds the tuned model, R + (B0 + dB)(A0 + dA)"
     EXPORT = "writes its change"
-    CUT = "writes it at a lower rank"
-    FRAME = "is the frame"
+    CUT = "writes the adapter at a lower rank"
+    FRAME = "uses it as the frame"
     REFUSE = "error"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What to do with a pair; `text` is an error for REFUSE and otherwise a warning."""
+    """What to do with a pair; `text` is an error message for REFUSE, otherwise a warning."""
 
     action: Action
-    text: str = ""  # with {adapter}, {base}, ... for labels of files and hashes
+    text: str = ""  # a template with {adapter}, {base}, ... for labels and hashes
     hint: str = ""
     error: type[SpectuneError] = PairingError
 
     def apply(self, **labels: str) -> str:
-        """Raise the error, or return the warning, empty if there is none."""
+        """Raise the error, or return the warning (empty if there is none)."""
         text = self.text.format(**labels)
         if self.action is Action.REFUSE:
             raise self.error(text, hint=self.hint)
         return text
 
 
-Cell = Rule | Mapping[Place, Rule]  # by the comparison of values where it decides
+Cell = Rule | Mapping[Place, Rule]  # the mapping: decide by comparing values
 
 _PASS_RESIDUAL = "pass the residual that `spectune split` wrote with the principal as `base`"
 _PASS_PRINCIPAL = "pass the principal that `spectune split` wrote as `principal`"
@@ -99,23 +101,23 @@ _TWICE_BY_VALUES = Rule(
 )
 _NOT_FOR_RESIDUAL = Rule(
     Action.REFUSE,
-    "{adapter} is for a whole model: {base} is a residual, which lacks its principal",
+    "{adapter} requires a complete model: {base} is a residual, which lacks its principal",
     "pass the original model as `base`",
 )
 _TAKEN_FOR_TRAINED = Rule(
     Action.REPLACE,
-    "{adapter} does not declare which principal it was trained from; its values are close to a principal, "
-    "so it is taken for the principal of {base}",
+    "{adapter} does not declare which principal it was trained from, but its values resemble a principal: "
+    "assuming that it was trained from the principal of {base}",
 )
 _TAKEN_FOR_PAIR = (
-    "{base} does not declare that it is a residual, but lacks the values of {adapter}: the two are taken for "
-    "a pair"
+    "{base} does not declare that it is a residual, but it lacks the values of {adapter}: assuming that the "
+    "two are a pair"
 )
 _ADD, _ADD_CHANGE = Rule(Action.ADD), Rule(Action.ADD_CHANGE)
 _ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}
 _ON_ANY = {Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR), **_ON_MODEL}
 
-# What `rebuild`, `sample` and the nodes do. A strength of 0 or less takes away: then nothing counts twice.
+# Rules of `rebuild`, `sample` and the nodes. Without a strength above 0, nothing counts twice: see `pairing`.
 MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     (BaseKind.MODEL, AdapterKind.PRINCIPAL): _TWICE,
     (BaseKind.MODEL, AdapterKind.TRAINED): _TWICE,
@@ -146,13 +148,14 @@ MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     (BaseKind.UNDECLARED, AdapterKind.UNDECLARED): _ON_ANY,
 }
 
-# A base with another weights hash than the adapter records. Principals record the original, not the residual.
+# Rules for a base whose weights hash differs from the one in the adapter. Principals are not checked: they
+# record the hash of the original, not of the residual.
 OTHER_BASE: Mapping[AdapterKind, Rule] = {
     AdapterKind.DELTAS: Rule(
         Action.REFUSE,
         "{adapter} was trained from base {recorded}, {base} is {found}",
         "pass the model that the adapter was trained from as `base`; "
-        "for another model, `spectune export` a plain LoRA",
+        "for another model, write a plain LoRA with `spectune export`",
     ),
     **dict.fromkeys(
         (AdapterKind.LORA, AdapterKind.UNDECLARED),
@@ -164,16 +167,16 @@ OTHER_BASE: Mapping[AdapterKind, Rule] = {
     ),
 }
 
-# What `export` does, for any base.
+# Rules of `export`, for any base.
 EXPORT: Mapping[AdapterKind, Cell] = {
     AdapterKind.PRINCIPAL: Rule(
         Action.REFUSE,
-        "{adapter} is the principal of its model as `split` wrote it: it holds no change",
-        "on the original model it would count twice; pass a trained adapter",
+        "{adapter} is an untrained principal of `split`: it contains no change",
+        "pass a trained adapter; added to the original model, this principal would count twice",
     ),
     AdapterKind.TRAINED: Rule(
         Action.REFUSE,
-        "{adapter} is a tuned principal: its change is known only together with the untouched one",
+        "{adapter} is a trained principal: computing its change requires the untrained principal",
         _PASS_PRINCIPAL,
         InputError,
     ),
@@ -182,8 +185,8 @@ EXPORT: Mapping[AdapterKind, Cell] = {
     AdapterKind.UNDECLARED: {
         Place.INSIDE: Rule(
             Action.REFUSE,
-            "{adapter} has the values of a principal of {base}: what training changed in it is known only "
-            "together with the untouched one",
+            "{adapter} has the values of a principal of {base}: computing its change requires the untrained "
+            "principal",
             _PASS_PRINCIPAL,
             InputError,
         ),
@@ -191,19 +194,19 @@ EXPORT: Mapping[AdapterKind, Cell] = {
     },
 }
 
-# What `model.principal` of a recipe may be, for any base.
+# Rules for `model.principal` of a recipe, for any base.
 TRAIN: Mapping[AdapterKind, Rule] = {
     AdapterKind.PRINCIPAL: Rule(Action.FRAME),
     AdapterKind.TRAINED: Rule(
         Action.REFUSE,
-        "{adapter} is a principal that was trained already: its change would be lost",
-        "rebuild the tuned model and split that, or let the run continue from its state in run.output",
+        "{adapter} is a trained principal: its change would be lost",
+        "rebuild the tuned model and split that, or continue the run from its state in run.output",
         InputError,
     ),
     AdapterKind.DELTAS: Rule(
         Action.REFUSE,
         "{adapter} is a tuned adapter: expected a principal",
-        "a run continues by itself from the states in run.output",
+        "to continue a run, start it again: it reads the latest state in run.output",
         InputError,
     ),
     AdapterKind.LORA: Rule(Action.FRAME),
@@ -216,7 +219,7 @@ def pairing(
 ) -> tuple[Action, str]:
     """Return what to do with a base and an adapter, and a warning or an empty string.
 
-    `strengthens` is whether any strength is above 0. Raises PairingError where the two exclude each other.
+    `strengthens` says whether any strength is above 0. Raises PairingError if the two cannot be combined.
     Hashes are not compared: see `check_residual_pair` and `check_base_hash`.
     """
     base_kind, kind = BaseKind.of(base), AdapterKind.of(adapter)
@@ -227,28 +230,28 @@ def pairing(
 
 
 def check_exportable(adapter: Adapter | TunedAdapter, base: WeightSource | None) -> None:
-    """Raise PairingError or InputError for an adapter whose change is not known."""
+    """Raise PairingError or InputError if the change of an adapter cannot be computed from it alone."""
     rule = _chosen(EXPORT[AdapterKind.of(adapter)], base, adapter)
     rule.apply(adapter=adapter.label, base="" if base is None else base.label)
 
 
 def check_frame(adapter: Adapter | TunedAdapter) -> None:
-    """Raise InputError for an adapter that cannot be the frame of a training."""
+    """Raise InputError if an adapter cannot be the frame of a training."""
     TRAIN[AdapterKind.of(adapter)].apply(adapter=adapter.label)
 
 
 def check_whole_model(base: WeightSource, *, hint: str = "pass the original model") -> None:
-    """Raise InputError for a residual, or another file of spectune that is not a whole model."""
+    """Raise InputError if the metadata declares a residual, or another role than a complete model."""
     role = base.provenance.role
     if role not in (None, Role.MODEL):
-        raise InputError(f"{base.label} is a {role}: expected a whole model", hint=hint)
+        raise InputError(f"{base.label} is a {role}: expected a complete model", hint=hint)
 
 
 def _chosen(cell: Cell, base: WeightSource | None, adapter: Adapter | TunedAdapter) -> Rule:
     if isinstance(cell, Rule):
         return cell
     declared = adapter.provenance
-    # a slice of LoRAs of other programs is a LoRA of spectune, and names no base
+    # `slice` of other programs' LoRAs writes a LoRA of spectune without a base hash
     known = declared.role is Role.LORA and declared.base_hash is not None
     plain = isinstance(adapter, TunedAdapter) and declared.principal_hash is None
     if base is None or known or plain:
@@ -257,10 +260,10 @@ def _chosen(cell: Cell, base: WeightSource | None, adapter: Adapter | TunedAdapt
 
 
 def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
-    """Return whether `adapter` is, bit for bit, the principal that was taken out of `residual`.
+    """Return whether `adapter` is bit for bit the principal that was taken out of `residual`.
 
-    Raises PairingError, naming both hashes, unless it is that one or was trained from it. A file of another
-    program names no principal and is compared by its values.
+    Raises PairingError with both hashes unless `adapter` is this principal or was trained from it. A file of
+    another program records no principal, so its values are compared.
     """
     made_from, declared = (file.provenance for file in (residual, adapter))
     if made_from.role is not Role.RESIDUAL:
@@ -270,7 +273,8 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
         )
     found, verb = declared.principal_hash, "was trained from"
     if isinstance(adapter, Adapter):
-        # a trained principal names the one that it replaces; an untouched one is identified by its own hash
+        # a trained principal records the hash of the one it replaces; an untrained one records none and is
+        # identified by its own hash
         verb = "is" if found is None else "replaces"
     untouched = verb == "is"
     if untouched:
@@ -288,7 +292,7 @@ def check_residual_pair(residual: WeightSource, adapter: Adapter | TunedAdapter)
         raise PairingError(
             f"{residual.label} lacks the principal of {count} layers, "
             f"{adapter.label} has {len(adapter.layers)}",
-            hint="it was trained on a part of the model; pass the original model as `base`",
+            hint="the adapter was trained on some of these layers only: pass the original model as `base`",
         )
     return untouched and made_from.principal_hash == found
 
@@ -300,7 +304,7 @@ def _is_missing(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
 def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> str:
     """Return a warning, or an empty string, for a base whose weights hash is `found`.
 
-    Raises PairingError when an adapter was trained from another base and does not go on this one.
+    Raises PairingError if the adapter works only on the base it was trained from, and this is another one.
     """
     declared = adapter.provenance
     rule = OTHER_BASE.get(AdapterKind.of(adapter))
@@ -314,20 +318,20 @@ def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> 
 
 
 def foreign_residual_hash(residual_hash: str, principal_hash: str | None) -> str:
-    """Return what stands for the base hash of a model of which only another program's residual is known.
+    """Return a substitute for the base hash of a model if only another program's residual of it is known.
 
-    No file has this hash: nothing takes the residual for the original.
+    No file has this hash, so no check mistakes the residual for the original.
     """
     return hashlib.sha256(f"{residual_hash}+{principal_hash}".encode()).hexdigest()
 
 
 def short_hash(digest: str | None) -> str:
-    """Return a hash as messages show it: its first 16 digits."""
+    """Return the first 16 digits of a hash, for messages."""
     return "(none recorded)" if digest is None else digest[:16]
 
 
 def pairing_table() -> str:
-    """Return all rules as a table in Markdown."""
+    """Return all rules as a Markdown table."""
     uses: Mapping[str, Mapping[AdapterKind, Cell]] = {
         **{f"merge with a {base}": {kind: MERGE[base, kind] for kind in AdapterKind} for base in BaseKind},
         "merge with another base than recorded": OTHER_BASE,

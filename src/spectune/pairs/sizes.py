@@ -1,6 +1,6 @@
-"""File sizes as text: `600MB` is 600,000,000 bytes, `600MiB` is 629,145,600.
+"""Parse and format file sizes: `600MB` is 600,000,000 bytes, `600MiB` is 629,145,600.
 
-pydantic.ByteSize does not do: it reads 4.1 GB as 4,099,999,999 bytes and drops fractions of a byte.
+pydantic.ByteSize is not exact: it reads 4.1 GB as 4,099,999,999 bytes and drops fractions of a byte.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from decimal import Decimal
 
 from spectune.errors import InputError, did_you_mean
 
-# Largest first; format_bytes prefers a decimal unit to the binary one.
+# Largest first: format_bytes takes the first unit that divides a size.
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10, "B": 1}
 _WRITE = "write it like 600MB or 1.5GB; MB is 1,000,000 bytes, MiB 1,048,576"
 
 
 def parse_bytes(word: str) -> int:
-    """Parse a size such as `600MB`, `1.5 GB` or `512MiB` into bytes; a bare number is bytes.
+    """Parse a size such as `600MB`, `1.5 GB` or `512MiB` into bytes; a number without a unit is in bytes.
 
     Raises InputError for other text and for a fraction of a byte.
     """
@@ -27,7 +27,7 @@ def parse_bytes(word: str) -> int:
     unit = match[2].lower() or "b"
     if unit not in units:
         raise InputError(f"unknown unit {match[2]!r} in {word!r}{did_you_mean(match[2], UNITS)}", hint=_WRITE)
-    # Decimal: 0.7 GB is not a whole number of bytes in binary floats
+    # Decimal: in binary floats, 0.7 GB is not an integer number of bytes
     nbytes = Decimal(match[1]) * units[unit]
     if nbytes != int(nbytes):
         raise InputError(f"{word!r} is {nbytes} bytes: expected a whole number", hint=_WRITE)
@@ -35,6 +35,6 @@ def parse_bytes(word: str) -> int:
 
 
 def format_bytes(nbytes: int) -> str:
-    """Format a size in the largest unit that divides it, as in file names; inverse of `parse_bytes`."""
+    """Return a size in the largest unit that divides it, as in file names; inverse of `parse_bytes`."""
     unit = next(unit for unit, size in UNITS.items() if nbytes % size == 0 and nbytes >= size)
     return f"{nbytes // UNITS[unit]}{unit}"

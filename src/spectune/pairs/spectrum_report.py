@@ -1,4 +1,4 @@
-"""The singular spectra of a checkpoint by layer, block and part."""
+"""Measure the singular spectra of a checkpoint by layer, block and part."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.source import WeightSource
 from spectune.sdxl.layers import RANKS, Catalogue, Layer, RankCost, rank_cost
 
-# Two or three steps per octave, enough for a smooth curve; includes the five ranks of the tables.
+# Two steps per octave give a smooth curve; includes the five ranks of the tables.
 CURVE_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-SHOWN_ENERGY = 0.9  # `rank_90` is its rank
+SHOWN_ENERGY = 0.9  # `rank_90` is the rank that reaches it
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class LayerSpectrum:
     full_rank: int
     norm: float  # Frobenius
     largest: float  # singular value
-    energies: Mapping[int, float]  # by CURVE_RANKS; 1 at and above the full rank
-    rank_90: int  # directions that hold 90 % of the energy
-    decay: float | None  # a of s_i ~ i^-a over the first 256 values
+    energies: Mapping[int, float]  # by rank, for CURVE_RANKS; 1 at and above the full rank
+    rank_90: int  # number of directions that hold 90 % of the energy
+    decay: float | None  # exponent a of s_i ~ i^-a, fitted to the first 256 values
 
 
 @dataclass(frozen=True)
 class GroupSpectrum:
-    """The layers of a part, of a block, or all; energies are shares of the sum of their squared norms."""
+    """The spectra of a part, a block or all layers; energies are shares of the sum of squared norms."""
 
     name: str
     part: str  # empty for all layers
@@ -48,8 +48,8 @@ class GroupSpectrum:
     norm: float
     smallest_full_rank: int
     largest_full_rank: int
-    energies: Mapping[int, float]  # by CURVE_RANKS
-    lowest: Mapping[int, float]  # of any single layer
+    energies: Mapping[int, float]  # by rank, for CURVE_RANKS
+    lowest: Mapping[int, float]  # energy of the layer with the lowest one, by rank
     highest: Mapping[int, float]
     median_rank_90: float
     median_decay: float | None
@@ -57,14 +57,14 @@ class GroupSpectrum:
 
 @dataclass(frozen=True)
 class SpectrumReport:
-    """The spectra of a checkpoint; groups and layers in the order of the network."""
+    """The spectra of a checkpoint; groups and layers are in the order of the network."""
 
     label: str
     total: GroupSpectrum
     parts: tuple[GroupSpectrum, ...]
     blocks: tuple[GroupSpectrum, ...]
     layers: tuple[LayerSpectrum, ...]
-    costs: tuple[RankCost, ...]  # of principals of the ranks 16, 32, 64, 128, 256
+    costs: tuple[RankCost, ...]  # of principals of rank 16, 32, 64, 128 and 256
 
     def smaller_than(self, rank: int) -> tuple[LayerSpectrum, ...]:
         """Return the layers whose full rank is below `rank`."""
@@ -74,27 +74,27 @@ class SpectrumReport:
 def all_spectra(
     source: WeightSource, layers: Sequence[Layer], progress: Progress | None = None
 ) -> tuple[Tensor, ...]:
-    """Return the singular values (full rank) of every layer, float64 descending, in the order of `layers`.
+    """Return the singular values of every layer, in the order of `layers`: float64 (full rank), descending.
 
     Every tensor is read once; only a few are in memory at a time. Progress counts layers. Raises InputError
-    for dtypes other than those of weights, and for NaN and infinite values.
+    for dtypes that weights cannot have, and for NaN and infinite values.
     """
-    places: dict[str, list[int]] = {}  # by tensor, which q, k and v may share
-    for place, layer in enumerate(layers):
+    indices: dict[str, list[int]] = {}  # by tensor, because q, k and v may share one
+    for index, layer in enumerate(layers):
         check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
-        places.setdefault(layer.tensor, []).append(place)
-    found: dict[int, Tensor] = {}
+        indices.setdefault(layer.tensor, []).append(index)
+    spectra: dict[int, Tensor] = {}
 
     def measure(tensor_name: str) -> list[Tensor]:
         tensor = source.load(tensor_name)
-        return [_values(tensor, layers[place], source.label) for place in places[tensor_name]]
+        return [_values(tensor, layers[index], source.label) for index in indices[tensor_name]]
 
     def collect(tensor_name: str, values: list[Tensor]) -> None:
-        found.update(zip(places[tensor_name], values, strict=True))
-        report_progress(progress, len(found), len(layers), tensor_name)
+        spectra.update(zip(indices[tensor_name], values, strict=True))
+        report_progress(progress, len(spectra), len(layers), tensor_name)
 
-    run_pipeline(places, measure, collect, size=lambda name: source.tensors[name].nbytes)
-    return tuple(found[place] for place in range(len(layers)))
+    run_pipeline(indices, measure, collect, size=lambda name: source.tensors[name].nbytes)
+    return tuple(spectra[index] for index in range(len(layers)))
 
 
 def _values(tensor: Tensor, layer: Layer, label: str) -> Tensor:
@@ -104,9 +104,9 @@ def _values(tensor: Tensor, layer: Layer, label: str) -> Tensor:
 def measure_spectra(
     source: WeightSource, catalogue: Catalogue, progress: Progress | None = None
 ) -> SpectrumReport:
-    """Measure the spectrum of every layer of `catalogue`; a full SDXL takes a minute or two on two cores.
+    """Measure the spectrum of every layer of `catalogue`; SDXL takes one or two minutes on two cores.
 
-    Progress counts layers. Raises InputError as `all_spectra` does.
+    Progress counts layers. Raises InputError like `all_spectra`.
     """
     spectra = all_spectra(source, catalogue.layers, progress)
     layers = [_measured(layer, values) for layer, values in zip(catalogue, spectra, strict=True)]

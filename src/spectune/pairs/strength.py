@@ -1,4 +1,4 @@
-"""Strengths: factors on the change of an adapter, by part."""
+"""Strengths: the factors that multiply the change of an adapter, one per part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BOTH_ENCODERS = "te"
 
 @dataclass(frozen=True)
 class Strength:
-    """The factor on the change of an adapter in each part; 1 is the change as it was trained."""
+    """The factor on the change of an adapter in each part; 1 applies the change as trained."""
 
     unet: float = 1.0
     te1: float = 1.0
@@ -33,7 +33,7 @@ class Strength:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
-    def whole(self) -> bool:
+    def is_one(self) -> bool:
         """Whether all factors are 1."""
         return self == Strength()
 
@@ -48,9 +48,9 @@ class Strength:
 
 
 def parse_strength(word: str) -> Strength:
-    """Parse `0.8`, or strengths of parts: `unet=0.8,te=0`; `te` is both encoders unless one is named alone.
+    """Parse `0.8`, or strengths by part such as `unet=0.8,te=0`; `te1` or `te2` overrides `te`.
 
-    Parts that are not named have strength 1.
+    Parts without a value have strength 1.
     """
     if "=" not in word:
         return Strength.everywhere(_number(word, word))
@@ -58,24 +58,26 @@ def parse_strength(word: str) -> Strength:
     for piece in word.split(","):
         part, number = _pair(piece, word)
         if part in values:
-            raise InputError(f"{part} is named twice in {word!r}")
+            raise InputError(f"{part} appears twice in {word!r}", hint="give each part one strength")
         values[part] = number
     return strength_of(values)
 
 
 def strength_of(strength: float | Mapping[str, float] | Strength) -> Strength:
-    """Return strengths from one number or from numbers by part; raise InputError for an unknown part."""
+    """Return the Strength for one number or numbers by part; raise InputError for an unknown part."""
     if isinstance(strength, Strength):
         return strength
     if not isinstance(strength, Mapping):
         return Strength.everywhere(float(strength))
-    known = [field.name for field in fields(Strength)]
+    known = (*(field.name for field in fields(Strength)), _BOTH_ENCODERS)
     values: dict[str, float] = {}
-    # `te` first: a value for one encoder overrides it, in any order
+    # `te` first, so that a value for one encoder overrides it
     for part, value in sorted(strength.items(), key=lambda item: item[0] != _BOTH_ENCODERS):
-        if part not in (*known, _BOTH_ENCODERS):
-            words = (*known, _BOTH_ENCODERS)
-            raise InputError(f"unknown part {part!r}{did_you_mean(part, words)}", hint=f"{', '.join(words)}")
+        if part not in known:
+            raise InputError(
+                f"unknown part {part!r}{did_you_mean(part, known)}",
+                hint=f"expected one of {', '.join(known)}",
+            )
         for name in ("te1", "te2") if part == _BOTH_ENCODERS else (part,):
             values[name] = float(value)
     return Strength(**values)

@@ -1,4 +1,4 @@
-"""The deltas between a principal that another program has trained and the original one."""
+"""Compute deltas from a principal that another program trained, and the principal it started from."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from spectune.pairs.rules import short_hash
 def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAdapter) -> TunedAdapter:
     """Return dA = A - A0 and dB = B - B0 of every layer in float32, with A0 and B0 as the frame.
 
-    Exact where both are 16-bit factors close to each other (Sterbenz 1974). Raises InputError for tuned
-    adapters and for other layers, ranks, shapes or scales; PairingError where one was not trained from the
-    other.
+    The differences are exact if both factors are 16-bit and close to each other (Sterbenz 1974). Raises
+    InputError for tuned adapters and if layers, ranks, shapes or scales differ; PairingError if `trained` was
+    not trained from `original`.
     """
     for adapter, what in ((trained, "a trained principal"), (original, "the principal it was trained from")):
         if isinstance(adapter, TunedAdapter):
             raise InputError(
                 f"{adapter.label} is a tuned adapter: expected {what}",
-                hint="leave out `principal`: a tuned adapter holds its own",
+                hint="leave out `principal`: a tuned adapter contains its frame",
             )
     assert isinstance(trained, Adapter)
     assert isinstance(original, Adapter)
-    foreign = [name for name in trained.layers if name not in original.layers]
-    if foreign:
+    unknown = [name for name in trained.layers if name not in original.layers]
+    if unknown:
         raise InputError(
-            f"{len(foreign)} of {len(trained.layers)} layers of {trained.label} are not in {original.label}: "
-            f"{some_of(foreign)}",
+            f"{len(unknown)} of {len(trained.layers)} layers of {trained.label} are not in {original.label}: "
+            f"{some_of(unknown)}",
             hint="pass the principal that it was trained from as `principal`",
         )
     ranks = {name: trained.rank(name) for name in trained.layers}
@@ -45,32 +45,31 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
         raise InputError(
             f"{len(resized)} layers of {trained.label} have another rank than in {original.label}: "
             f"{name} has {ranks[name]}, expected {original.rank(name)}",
-            hint="train with the ranks of the principal: network_dim, conv_dim",
+            hint="train with the ranks of the principal: set network_dim and conv_dim to them",
         )
     for name in trained.layers:
         shapes = [_shape_of(adapter, name) for adapter in (trained, original)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"{name} is {shapes[0]} in {trained.label} and {shapes[1]} in {original.label}",
-                hint="the adapters belong to models of different sizes",
+                f"{name} has shape {shapes[0]} in {trained.label} and {shapes[1]} in {original.label}",
+                hint="the two belong to models of different sizes: pass the principal it was trained from",
             )
-    found = adapter_hash(original)
-    _check_pair(trained, original, found)
+    original_hash = adapter_hash(original)
+    _check_pair(trained, original, original_hash)
 
     def delta(name: str) -> Delta:
         before, after = original.layers[name], trained.layers[name]
         _check_scale(name, before, after, original.label, trained.label)
         return delta_between(before, after)
 
-    told = trained.provenance
-    origin = original.provenance
+    declared, origin = trained.provenance, original.provenance
     provenance = replace(
-        told,
+        declared,
         role=Role.TUNED,
         base_hash=origin.base_hash,
         base_name=origin.base_name,
-        principal_hash=found,
-        prediction=told.prediction or origin.prediction,
+        principal_hash=original_hash,
+        prediction=declared.prediction or origin.prediction,
     )
     return TunedAdapter(
         LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), delta),
@@ -88,13 +87,13 @@ def _shape_of(adapter: Adapter, name: str) -> tuple[int, ...]:
     return weight_shape(adapter.layers[name])
 
 
-def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
+def _check_pair(trained: Adapter, original: Adapter, original_hash: str) -> None:
     made_from = trained.provenance.principal_hash
-    if made_from is not None and made_from != found:
+    if made_from is not None and made_from != original_hash:
         raise PairingError(
             f"{trained.label} replaces principal {short_hash(made_from)}, "
-            f"{original.label} is {short_hash(found)}",
-            hint="pass the principal that it was trained from",
+            f"{original.label} is {short_hash(original_hash)}",
+            hint="pass the principal that it was trained from as `principal`",
         )
     overlap = overlap_of_adapters(original, trained)
     if overlap.place is not Place.INSIDE:
@@ -103,7 +102,7 @@ def _check_pair(trained: Adapter, original: Adapter, found: str) -> None:
         raise PairingError(
             f"{trained.label} does not look like {original.label} after training: it contains only "
             f"{overlap.projection:.0%} of it",
-            hint="pass the principal that it was trained from",
+            hint="pass the principal that it was trained from as `principal`",
         )
 
 
@@ -112,5 +111,5 @@ def _check_scale(name: str, before: LowRank, after: LowRank, original: str, trai
         raise InputError(
             f"{name} has scale {after.scale:g} in {trained} and {before.scale:g} in {original}: expected the "
             "same scale",
-            hint="train with alpha = rank: network_alpha, conv_alpha",
+            hint="train with alpha = rank: set network_alpha and conv_alpha to the rank",
         )

@@ -1,4 +1,4 @@
-"""Pictures from a running model.
+"""Draw pictures with a running model.
 
 * generate: text to image with the schedulers of diffusers.
 * terminal_ddim: DDIM for schedules with zero terminal SNR.

@@ -1,4 +1,4 @@
-"""Pictures side by side: a contact sheet with captions and PSNR."""
+"""Draw pictures side by side: a contact sheet with captions and PSNR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INK, _FAINT, _PAPER = (32, 32, 32), (120, 120, 120), (250, 250, 250)
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of one model, one per row."""
+    """A column of a contact sheet: the pictures of one model, one per row."""
 
     label: str
     pictures: Sequence[Image.Image]
@@ -26,20 +26,20 @@ class Column:
 
 
 def psnr(first: Image.Image, second: Image.Image) -> float:
-    """Return the peak signal-to-noise ratio of two 8-bit pictures in dB, infinite if they are identical.
+    """Return the peak signal-to-noise ratio of two 8-bit pictures in dB; infinite if they are identical.
 
     Raises:
         InputError: The sizes differ.
     """
     if first.size != second.size:
-        raise InputError(f"pictures of different sizes cannot be compared: {first.size} and {second.size}")
+        raise InputError(f"cannot compare pictures of different sizes: {first.size} and {second.size}")
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     error = float(np.mean(difference**2))
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def mean_psnr(reference: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> float:
-    """Return the PSNR in dB of the mean squared error of all pictures, infinite if they are identical."""
+    """Return the PSNR in dB of the mean squared error of all pictures; infinite if all are identical."""
     errors = [10 ** (-psnr(first, second) / 10) for first, second in zip(reference, pictures, strict=True)]
     total = sum(errors) / len(errors)
     return math.inf if total == 0 else -10 * math.log10(total)
@@ -53,10 +53,10 @@ def format_psnr(decibel: float) -> str:
 def contact_sheet(
     columns: Sequence[Column], captions: Sequence[str], *, cell_px: int = 128, numbers: bool = True
 ) -> Image.Image:
-    """Draw a sheet with a row per caption and a column per model.
+    """Draw a sheet with one row per caption and one column per model.
 
-    With `numbers`, the PSNR against the reference column is printed below each picture and its mean below the
-    label. A column that is its own reference has none.
+    With `numbers`, the PSNR against the reference column is printed below each picture, and its mean below
+    the label. A column that is its own reference has no numbers.
 
     Raises:
         InputError: A column has more or fewer pictures than there are captions.
@@ -90,7 +90,7 @@ def contact_sheet(
 
 
 def _psnr_texts(columns: Sequence[Column], number: int) -> list[str]:
-    """Return the mean PSNR of a column, then that of each picture; empty texts for a reference."""
+    """Return the mean PSNR of a column, then the PSNR of each picture; empty texts for a reference column."""
     column = columns[number]
     reference = columns[column.reference]
     if column.reference == number:

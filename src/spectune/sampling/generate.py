@@ -1,4 +1,4 @@
-"""Text to image with a running SDXL and the schedulers of diffusers."""
+"""Generate pictures from captions with a running SDXL and the schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _DDPM_SAMPLERS: Mapping[str, Callable[[Any], Any]] = {
     ),
     "dpmpp_2m": lambda kind: DPMSolverMultistepScheduler(prediction_type=kind, **_DDPM),
 }
-# From pure noise, Euler's method is computed as DDIM.
+# For zero terminal SNR, Euler's method is computed as DDIM.
 _TERMINAL_SAMPLERS: Mapping[str, Callable[[Ddpm], Any]] = {"euler": TerminalDdim, "ddim": TerminalDdim}
 _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
     "euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -50,7 +50,7 @@ _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Settings of the sampler; sizes in pixels."""
+    """The settings of the sampler. Sizes are in pixels."""
 
     width: int = 1024
     height: int = 1024
@@ -76,19 +76,19 @@ def generate(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture per request, in order; call `progress` with the number of finished ones.
+    """Generate one picture per request, in order; call `progress` with the number of finished pictures.
 
-    Up to the rounding of batched arithmetic, a picture does not depend on the others of its batch.
+    Apart from rounding, a picture does not depend on the other pictures of its batch.
 
     Raises:
-        InputError: The UNet does not accept the size, or the sampler is unknown.
+        InputError: The UNet does not support the size, or the sampler is unknown.
     """
     _check_size(model, settings)
     pictures: list[Image.Image] = []
     for start in range(0, len(requests), settings.batch):
         chunk = requests[start : start + settings.batch]
         latents = sample_latents(model, chunk, settings)
-        # one at a time: the decoder needs gigabytes for a single large picture
+        # decode one at a time: the decoder needs gigabytes for a single large picture
         pictures += [to_images(model.decode_latents(row[None]))[0] for row in latents]
         if progress is not None:
             progress(len(pictures))
@@ -97,7 +97,7 @@ def generate(
 
 @torch.no_grad()
 def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSettings) -> Tensor:
-    """Sample the latents (batch, 4, h, w), float32, of a batch of requests."""
+    """Sample the latents of a batch of requests, (batch, 4, h, w) float32."""
     flow = isinstance(model.prediction, Flow)
     scheduler = make_scheduler(model.prediction, settings.sampler, pixels=settings.width * settings.height)
     scheduler.set_timesteps(settings.steps, device=model.device)
@@ -119,19 +119,19 @@ def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSet
 def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None = None) -> Any:
     """Return a scheduler for `prediction`, from diffusers or with the same interface.
 
-    `pixels` is the image area, for flow with a shift by resolution.
+    `pixels` is the image area. Only flow with a shift by resolution needs it.
 
     Raises:
-        InputError: The prediction type has no such sampler.
+        InputError: The sampler is not available for the prediction type.
     """
     terminal = prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
     flow = isinstance(prediction, Flow)
-    known = _TERMINAL_SAMPLERS if terminal else _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
-    if sampler not in known:
+    samplers = _TERMINAL_SAMPLERS if terminal else _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
+    if sampler not in samplers:
         kind = f"zero-terminal-SNR {prediction.name}" if terminal else prediction.name
         raise InputError(
-            f"no sampler {sampler!r} for {kind} models{did_you_mean(sampler, known)}",
-            hint=f"choose one of {', '.join(known)}",
+            f"no sampler {sampler!r} for {kind} models{did_you_mean(sampler, samplers)}",
+            hint=f"choose one of {', '.join(samplers)}",
         )
     if terminal:
         return _TERMINAL_SAMPLERS[sampler](terminal)
@@ -149,12 +149,12 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def _noise(model: Sdxl, generators: Sequence[torch.Generator], settings: SampleSettings) -> Tensor:
     edge = model.pixels_per_latent
     shape = (model.layout.unet.in_channels, settings.height // edge, settings.width // edge)
-    # on the CPU: a seed gives the same picture on every device
+    # on the CPU, so that a seed gives the same picture on every device
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
 
 
 def _guided_text(model: Sdxl, captions: list[str], settings: SampleSettings) -> TextStates:
-    """Encode the negative prompts, then the captions; without guidance (cfg 1) only the captions."""
+    """Encode the negative prompts and then the captions, or only the captions without guidance (cfg 1)."""
     rows = captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
     return model.encode_text(tokenize(rows, model.layout.te1.context))
 

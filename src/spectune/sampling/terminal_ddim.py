@@ -1,4 +1,4 @@
-"""DDIM from pure noise, for schedules with zero terminal SNR."""
+"""A DDIM scheduler for schedules with zero terminal SNR."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Step:
 class TerminalDdim:
     """Deterministic DDIM (Song et al. 2021, eq. 12, eta = 0) with the interface of diffusers' schedulers.
 
-    It takes the same steps as Euler's method in x0 + (sigma/alpha)*noise but uses alpha and sigma separately,
-    because their quotient is infinite at a signal-to-noise ratio of 0. Timesteps are spaced "trailing": the
-    first is the last of the schedule (Lin et al. 2023, section 3.3).
+    The steps are those of Euler's method in x0 + (sigma/alpha)*noise. They are computed from alpha and sigma
+    separately, because sigma/alpha is infinite at a signal-to-noise ratio of 0. Timesteps are spaced
+    "trailing": the first is the last of the schedule (Lin et al. 2023, section 3.3).
     """
 
     init_noise_sigma = 1.0
@@ -33,14 +33,14 @@ class TerminalDdim:
         self._done = 0
 
     def set_timesteps(self, count: int, device: torch.device | str = "cpu") -> None:
-        """Start a run of `count` steps."""
+        """Prepare for `count` steps."""
         last = self.prediction.steps
         shares = torch.arange(count, 0, -1, dtype=torch.float64) / count
         self.timesteps = (last * shares).round().long().to(device) - 1
         self._done = 0
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Return the latents, which need no scaling."""
+        """Return the latents unchanged: DDIM needs no scaling."""
         return latents
 
     def step(self, output: Tensor, timestep: Tensor, latents: Tensor) -> Step:

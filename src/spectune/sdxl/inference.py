@@ -1,4 +1,4 @@
-"""The layout of a model, inferred from the shapes of its tensors in either spelling."""
+"""Infer the layout of a model from the shapes of its tensors, with sgm or diffusers names."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def infer_layout(source: WeightSource) -> Layout:
     """Return the layout of a single-file checkpoint.
 
     Raises:
-        InputError: It is not an SDXL, or its metadata lacks numbers of attention heads that differ from
-            SDXL's 64 channels per head.
+        InputError: It is not an SDXL, or SDXL's 64 channels per attention head do not divide its widths and
+            the metadata does not give the number of heads.
     """
     hints = read_hints(source.metadata)
     layout = layout_of(source.tensors, hints, source.provenance, label=source.label)
@@ -56,7 +56,7 @@ def layout_of(
 ) -> Layout:
     """Return the layout of the tensors of a single file.
 
-    Heads that `hints` does not give have 64 channels each; a narrower layer has one head.
+    If `hints` does not give the heads, they have 64 channels each; a narrower layer has one head.
     """
 
     def probe(root: str) -> ShapeProbe:
@@ -78,10 +78,11 @@ def layout_of_modules(
 ) -> Layout:
     """Return the layout of running modules from the shapes of their state dicts; `vae` may be absent.
 
-    Heads, norm groups and the VAE's factors are SDXL's: they are in no tensor, and no name depends on them.
+    Heads, norm groups and the VAE's factors get SDXL's values: no tensor shows them, and no name depends on
+    them.
 
     Raises:
-        InputError: A tensor that every SDXL has is missing. The message names the label of its part.
+        InputError: A tensor that every SDXL has is missing. The message contains the label of its part.
     """
     probes = {part: ShapeProbe(state, labels[part]) for part, state in states.items()}
     pooled = probes["te2"].shape("text_projection.weight", 2)[0]
@@ -97,9 +98,9 @@ def layout_of_modules(
 
 
 class ShapeProbe:
-    """Shapes of tensors by name. An absent or misshapen tensor is an InputError that names the file.
+    """The shapes of tensors by name; a missing or misshapen tensor raises InputError with the file's label.
 
-    `root` is the prefix of all names in the file; `kind` completes "is not an SDXL checkpoint".
+    `root` is the prefix of all names in the file. `kind` completes the message "is not an SDXL checkpoint".
     """
 
     def __init__(
@@ -127,26 +128,26 @@ class ShapeProbe:
             what = f"{self.label} is not an SDXL checkpoint{self.kind}: no {self.root}{name}"
             raise InputError(what, hint=self.hint)
         if len(info.shape) != axes:
-            raise self.error(f"{self.root}{name} has the shape {info.shape}, expected {axes} axes")
+            raise self.error(f"{self.root}{name} has shape {info.shape}, expected {axes} axes")
         return info.shape
 
     def count(self, template: str) -> int:
-        """Return how many tensors named `template` with 0, 1, 2, ... exist without a gap."""
+        """Return the number of existing tensors `template` with 0, 1, 2, ..., up to the first gap."""
         return sum(1 for _ in takewhile(lambda n: self.has(template.format(n)), count()))
 
     def error(self, what: str) -> InputError:
-        return InputError(f"{self.label} is not laid out like SDXL: {what}", hint=self.hint)
+        return InputError(f"{self.label} does not have SDXL's structure: {what}", hint=self.hint)
 
 
 @dataclass(frozen=True)
 class _UNetNames:
-    """The names of the tensors from which the sizes of a UNet follow."""
+    """The names of the tensors that determine the sizes of a UNet."""
 
     conv_in: str
     conv_out: str
-    embedding: str  # takes the pooled text conditioning and the time ids
+    embedding: str  # its input is the pooled text conditioning and the time ids
     middle: str  # the transformer of the middle
-    conv: str  # the first convolution of a resnet, below the resnet
+    conv: str  # the first convolution of a resnet, relative to the resnet
 
 
 _SGM = _UNetNames(
@@ -164,7 +165,7 @@ _Levels = Sequence[Sequence[tuple[str, str]]]  # per level, from full resolution
 
 
 def _sgm_unet(probe: ShapeProbe, pooled: int, hints: Mapping[str, Any]) -> UNetLayout:
-    """Cut the input blocks with a resnet into levels at the blocks that scale down."""
+    """Return the layout of a UNet with sgm names: a block that scales down begins a new level."""
     probe.shape(_SGM.conv_in, 4)
     levels: list[list[tuple[str, str]]] = [[]]
     for n in count(1):
@@ -176,7 +177,7 @@ def _sgm_unet(probe: ShapeProbe, pooled: int, hints: Mapping[str, Any]) -> UNetL
             break
     if not all(levels):
         probe.shape(f"input_blocks.1.0.{_SGM.conv}", 4)
-        raise probe.error("a level of its input_blocks has no resnet")
+        raise probe.error("a level of input_blocks has no resnet")
     return _unet(probe, _SGM, levels, pooled, hints)
 
 
@@ -201,7 +202,7 @@ def _unet(
     channels = tuple(probe.shape(f"{level[0][0]}.{names.conv}", 4)[0] for level in levels)
     embed_in = probe.shape(names.embedding, 2)[1]
     if embed_in <= pooled or (embed_in - pooled) % TIME_IDS:
-        raise probe.error(f"{names.embedding} takes {embed_in} channels, expected {pooled} + {TIME_IDS} x n")
+        raise probe.error(f"{names.embedding} has {embed_in} inputs, expected {pooled} + {TIME_IDS} x n")
     heads = cast(list[int], hints.get("unet_heads", [default_heads(n) for n in channels]))
     if len(heads) != len(channels):
         raise InputError(
@@ -225,13 +226,13 @@ def _unet(
 def _depth(probe: ShapeProbe, level: int, transformers: Sequence[str]) -> int:
     depths = {probe.count(f"{name}.transformer_blocks.{{}}.norm1.weight") for name in transformers}
     if len(depths) > 1:
-        raise probe.error(f"transformers of different depth on level {level}: {sorted(depths)}")
+        raise probe.error(f"transformers on level {level} have different depths: {sorted(depths)}")
     return depths.pop()
 
 
 @dataclass(frozen=True)
 class _TextNames:
-    """The names of the tensors from which the sizes of a text encoder follow."""
+    """The names of the tensors that determine the sizes of a text encoder."""
 
     token: str
     position: str
@@ -289,7 +290,7 @@ def vae_layout(
     scale: float = SDXL_VAE_SCALE,
     shift: float = SDXL_VAE_SHIFT,
 ) -> VaeLayout:
-    """Return the layout of a VAE in the spelling of sgm or diffusers; no shape determines the last three."""
+    """Return the layout of a VAE with sgm or diffusers names; shapes do not determine the last arguments."""
     conv = _SGM_VAE if sgm else _DIFFUSERS_VAE
     levels = probe.count(conv.format("{}", 0))
     return VaeLayout(
@@ -303,7 +304,7 @@ def vae_layout(
 
 
 def _check_heads(layout: Layout, hints: Mapping[str, Any], label: str) -> None:
-    """Raise InputError for a width that does not divide into its heads."""
+    """Raise InputError for a width that the number of heads does not divide."""
     unet, te1, te2 = layout.unet, layout.te1, layout.te2
     checked = [
         *(("unet_heads", *level) for level in zip(unet.channels, unet.heads, unet.depths, strict=True)),
@@ -314,13 +315,13 @@ def _check_heads(layout: Layout, hints: Mapping[str, Any], label: str) -> None:
         if depth and width % (heads if key in hints else HEAD_CHANNELS):
             parts = f"{heads} heads" if key in hints else f"heads of {HEAD_CHANNELS} channels"
             raise InputError(
-                f"{label}: a width of {width} does not divide into {parts}",
-                hint=f"metadata {LAYOUT_KEY} must give {key}",
+                f"{label}: a width of {width} cannot be divided into {parts}",
+                hint=f"set {key} in the metadata {LAYOUT_KEY}",
             )
 
 
 def _other_kind(tensors: Mapping[str, TensorInfo]) -> str:
-    """Return a guess at the kind of a file that is not SDXL, for the message; empty if unknown."""
+    """Guess the kind of a file that is not SDXL, for the message; empty if unknown."""
     signs = {
         "lora_": " but an adapter",
         "cond_stage_model.": " but an SD 1 or 2 checkpoint",
@@ -328,7 +329,7 @@ def _other_kind(tensors: Mapping[str, TensorInfo]) -> str:
         "double_blocks.": " but a Flux model",
         "model.diffusion_model.double_blocks.": " but a Flux model",
         "model.diffusion_model.joint_blocks.": " but an SD 3 model",
-        "down_blocks.": " but a UNet in diffusers spelling",
+        "down_blocks.": " but a UNet with diffusers names",
         "text_model.": " but a text encoder",
     }
     kinds = (kind for sign, kind in signs.items() if any(name.startswith(sign) for name in tensors))

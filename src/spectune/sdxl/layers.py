@@ -1,4 +1,4 @@
-"""The layers of a checkpoint that can be factored: one record per layer, and the catalogue of all."""
+"""The layers of a checkpoint that can be factored: one record per layer, and the catalogue of all layers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Layer:
     name: str  # canonical and unique: "unet.input_blocks.4.1.proj_in"
     part: Part
     kind: Kind
-    shape: tuple[int, ...]  # of its weight: (out, in) or (out, in, kh, kw)
-    tensor: str  # the single-file tensor with its weight
-    rows: tuple[int, int] | None  # its rows of a fused tensor: first, one past the last
+    shape: tuple[int, ...]  # of the weight: (out, in) or (out, in, kh, kw)
+    tensor: str  # the single-file tensor that contains the weight
+    rows: tuple[int, int] | None  # of a fused tensor: first row, one past the last
     block: str  # "down.1", "mid", "up.0", "embed", "te1.3"
     default: bool  # whether LyCORIS preset=full trains it
     diffusers: str  # "unet.down_blocks.1.attentions.0.proj_in"
@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Return the columns of the weight as a matrix: in, or in * kh * kw."""
+        """Return the number of columns of the weight as a matrix: in, or in * kh * kw."""
         return math.prod(self.shape[1:])
 
     @property
@@ -54,17 +54,17 @@ class Layer:
 
     @property
     def row_slice(self) -> slice:
-        """Return its rows of `tensor` as a slice."""
+        """Return the rows of `tensor` that belong to the layer."""
         return slice(None) if self.rows is None else slice(*self.rows)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of down and up as LyCORIS stores them: a 1x1 convolution keeps four axes."""
+        """Return the shapes of down and up as in LyCORIS: the factors of a 1x1 convolution have four axes."""
         ones = (1,) * (len(self.shape) - 2)
         return (rank, *self.shape[1:]), (self.out_features, rank, *ones)
 
     @property
     def kohya(self) -> str:
-        """Return the stem of its keys in kohya adapters."""
+        """Return the stem of the layer's keys in kohya adapters."""
         return kohya_stem(self.name)
 
 
@@ -85,7 +85,7 @@ class Catalogue:
 
     @cached_property
     def by_tensor(self) -> Mapping[str, tuple[Layer, ...]]:
-        """Return the layers of each tensor: one, or three where q, k, v are fused."""
+        """Return the layers of each tensor: one, or three if q, k, v are fused."""
         layers: dict[str, tuple[Layer, ...]] = {}
         for layer in self.layers:
             layers[layer.tensor] = (*layers.get(layer.tensor, ()), layer)
@@ -106,9 +106,10 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def build_catalogue(
     source: WeightSource | Mapping[str, TensorInfo], *, all_layers: bool = False
 ) -> Catalogue:
-    """Return the layers that LyCORIS preset=full trains; `all_layers` adds the UNet's embeddings and ends.
+    """Return the layers that LyCORIS preset=full trains; see `all_layers` for the others.
 
-    Raises InputError if the tensors are not those of an SDXL.
+    `all_layers` adds the embeddings and the first and last convolution of the UNet. Raises InputError if the
+    tensors are not those of an SDXL.
     """
     is_mapping = isinstance(source, Mapping)
     tensors, label = (source, "the checkpoint") if is_mapping else (source.tensors, source.label)
@@ -126,7 +127,7 @@ def build_catalogue(
 
 
 def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayout) -> Layer:
-    """Return the record of a module whose weight has this shape; its rows follow from the shape."""
+    """Return the record of a module whose weight has this shape; the shape determines its rows."""
     rows = module.weight.rows
     if rows is not None:
         index = rows[0] // (rows[1] - rows[0])
@@ -145,22 +146,22 @@ def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayou
 
 
 def _shape(module: Module, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    """Return the shape of a module's weight, which can be a block of rows of its tensor."""
+    """Return the shape of a module's weight, which may be a block of rows of a tensor."""
     view, shape = module.weight, tensors[module.weight.tensor].shape
     return shape if view.rows is None else (view.rows[1] - view.rows[0], *shape[1:])
 
 
 def layer_weight(source: WeightSource, layer: Layer) -> Tensor:
-    """Return the weight of a layer; for a fused tensor a view of its rows."""
+    """Return the weight of a layer; of a fused tensor, a view of its rows."""
     return source.load(layer.tensor)[layer.row_slice]
 
 
-RANKS = (16, 32, 64, 128, 256)  # in the tables of costs
+RANKS = (16, 32, 64, 128, 256)  # in tables of costs
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """The size of a principal of one rank."""
+    """The cost of a principal of one rank, on disk and in training memory."""
 
     rank: int
     parameters: int
@@ -169,7 +170,7 @@ class RankCost:
 
 
 def rank_cost(catalogue: Catalogue, rank: int) -> RankCost:
-    """Return the size of a principal of `rank`; a smaller layer has its full rank."""
+    """Return the cost of a principal of `rank`; a smaller layer has its full rank."""
     parameters = sum(
         min(rank, layer.full_rank) * (layer.in_features + layer.out_features) for layer in catalogue.layers
     )

@@ -1,4 +1,4 @@
-"""The sizes of an SDXL checkpoint, the prefixes of its tensors, and the metadata that completes them."""
+"""The sizes of an SDXL checkpoint, the prefixes of its tensors, and the metadata `spectune.layout`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TextLayout:
 
 @dataclass(frozen=True)
 class VaeLayout:
-    """The sizes of the VAE, and the factors of its latents: latents = (z - shift) * scale."""
+    """The sizes of the VAE, and scale and shift of its latents: latents = (z - shift) * scale."""
 
     channels: tuple[int, ...]  # per level, from full resolution downwards
     resnets: int  # per level of the encoder, one more in the decoder
@@ -80,7 +80,7 @@ class VaeLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of a checkpoint; `vae` is None where it has no VAE."""
+    """The sizes of a checkpoint; `vae` is None without a VAE."""
 
     unet: UNetLayout
     te1: TextLayout
@@ -88,7 +88,7 @@ class Layout:
     vae: VaeLayout | None
 
 
-# The original SDXL. It names the layers of adapters when no model is given.
+# The original SDXL. Adapters that are opened without a model get their layer names from it.
 SDXL = Layout(
     unet=UNetLayout(
         channels=(320, 640, 1280),
@@ -119,7 +119,7 @@ SDXL = Layout(
 
 
 def default_heads(width: int) -> int:
-    """Return SDXL's number of attention heads for `width` channels: 64 channels each, at least one head."""
+    """Return SDXL's number of attention heads for `width` channels: one per 64 channels, at least one."""
     return max(width // HEAD_CHANNELS, 1)
 
 
@@ -144,17 +144,20 @@ def read_hints(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise InputError(f"metadata {LAYOUT_KEY} is not a JSON object: {text[:80]}")
     for key, value in cast(dict[str, Any], hints).items():
         if key not in HINTS:
-            raise InputError(f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}")
+            raise InputError(
+                f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}",
+                hint=f"expected one of {', '.join(HINTS)}",
+            )
         per_level = key == "unet_heads"
         counts = cast(list[Any], value) if isinstance(value, list) else [value]
         if isinstance(value, list) != per_level or not all(type(n) is int and n > 0 for n in counts):
-            expected = "a list of positive whole numbers" if per_level else "a positive whole number"
+            expected = "a list of positive integers" if per_level else "a positive integer"
             raise InputError(f"metadata {LAYOUT_KEY}: {key} is {value!r}: expected {expected}")
     return cast(dict[str, Any], hints)
 
 
 def te1_root(tensors: Mapping[str, Any]) -> str:
-    """Return the prefix of the first encoder's tensors in this file."""
+    """Return the prefix of the first encoder's tensors in a file."""
     short = f"{TE1_SHORT_ROOT}embeddings.token_embedding.weight" in tensors
     return TE1_SHORT_ROOT if short else TE1_ROOT
 

@@ -1,6 +1,6 @@
 """The names of SDXL's modules and tensors in every program: one table per part, generated from the layout.
 
-The linear projection in front of the first transformer of level 1, in each spelling:
+As an example, the linear projection before the first transformer of level 1:
 
 | where | name |
 | --- | --- |
@@ -8,12 +8,12 @@ The linear projection in front of the first transformer of level 1, in each spel
 | single file (sgm) | `model.diffusion_model.input_blocks.4.1.proj_in.weight` |
 | diffusers module, PEFT adapter | `unet.down_blocks.1.attentions.0.proj_in` |
 | kohya, LyCORIS adapter | `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` |
-| trainer that runs diffusers' UNet | `lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight` |
+| trainer that uses diffusers' UNet | `lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight` |
 | ComfyUI adapter | `diffusion_model.input_blocks.4.1.proj_in.lora_down.weight` |
 
-`diffusers_name`, `kohya_stem` and `comfyui_name` give a layer's name in a program; `modules_of` lists all
-modules of a part with their tensors. Every other spelling is looked up in these tables, never guessed: an
-underscore of a kohya key can stand for a dot or for itself.
+`diffusers_name`, `kohya_stem` and `comfyui_name` return the name of a layer in a program. `modules_of` lists
+all modules of a part with their tensors. Names of other programs are looked up in these tables and never
+parsed, because an underscore in a kohya key can mean a dot or an underscore.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from spectune.sdxl.layout import (
     VaeLayout,
 )
 
-# The modules of a model in ComfyUI, which its own adapters name.
+# The names of the parts in ComfyUI, as in its adapters.
 COMFYUI_PARTS: Mapping[str, str] = {
     "unet": "diffusion_model",
     "te1": "text_encoders.clip_l.transformer",
@@ -58,8 +58,8 @@ class Part(StrEnum):
 class Factoring(StrEnum):
     """Whether spectune factors the weight of a module."""
 
-    DEFAULT = "default"  # yes, as LyCORIS preset=full trains it
-    ON_REQUEST = "on_request"
+    DEFAULT = "default"  # yes: LyCORIS preset=full trains it too
+    ON_REQUEST = "on_request"  # if a layer pattern selects it
     NEVER = "never"
 
 
@@ -68,9 +68,9 @@ class TensorView:
     """A parameter of a running module as a view of a tensor of the single file."""
 
     tensor: str
-    rows: tuple[int, int] | None = None  # its rows of a fused tensor: first, one past the last
+    rows: tuple[int, int] | None = None  # of a fused tensor: first row, one past the last
     transpose: bool = False
-    squeeze: bool = False  # a 1x1 convolution in the file, a matrix in the module
+    squeeze: bool = False  # whether it is a 1x1 convolution in the file and a matrix in the module
 
     def read(self, tensor: Tensor) -> Tensor:
         """Return the module's parameter as a view of the file's tensor."""
@@ -78,14 +78,14 @@ class TensorView:
             tensor = tensor[self.rows[0] : self.rows[1]]
         if self.transpose:
             tensor = tensor.T
-        # A few programs write the attention of the VAE as matrices.
+        # a few programs write the attention of the VAE as matrices
         return tensor.flatten(1) if self.squeeze and tensor.ndim > 1 else tensor
 
     def load(self, source: WeightSource) -> Tensor:
         return self.read(source.load(self.tensor))
 
     def written(self, parameter: Tensor) -> Tensor:
-        """Return the file's tensor, or its block of rows: the inverse of `read`."""
+        """Return the file's tensor, or its block of rows, from a parameter; the inverse of `read`."""
         if self.squeeze and parameter.ndim == 2:
             parameter = parameter[:, :, None, None]
         return parameter.T if self.transpose else parameter
@@ -93,7 +93,7 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Module:
-    """A module with parameters: its name in spectune, its path in the running model, its tensors."""
+    """A module with parameters: its name in spectune, its path in the running model, and its tensors."""
 
     layer: str  # "unet.input_blocks.4.1.proj_in"
     path: str  # "down_blocks.1.attentions.0.proj_in"
@@ -118,7 +118,7 @@ class Module:
 def kohya_stem(name: str) -> str:
     """Return the stem of a layer's keys in kohya adapters: `lora_unet_input_blocks_4_1_proj_in`.
 
-    `name` is that of the layer, or its diffusers name for trainers that run the UNet of diffusers.
+    `name` is the layer's name, or its diffusers name for trainers that use the diffusers UNet.
     """
     return "lora_" + name.replace(".", "_")
 
@@ -132,7 +132,7 @@ def comfyui_name(layer_name: str) -> str:
 def diffusers_name(layer_name: str, unet: UNetLayout) -> str:
     """Return the name of a layer in a diffusers pipeline: `unet.down_blocks.1.attentions.0.proj_in`.
 
-    Text encoders have `text_model.` in their names, as in files; `module_path` gives the path in memory.
+    Names of text encoders contain `text_model.`, as in files; `module_path` returns the path in memory.
     """
     part, _, rest = layer_name.partition(".")
     if part == "unet":
@@ -168,7 +168,7 @@ def modules_of(layout: Layout, part: PartName, *, te1: str = TE1_ROOT) -> tuple[
 
 
 def unet_modules(unet: UNetLayout) -> Iterator[Module]:
-    """Yield the modules of the UNet. sgm numbers all blocks in one row, diffusers per level and kind."""
+    """Yield the modules of the UNet; sgm numbers all blocks in sequence, diffusers per level and kind."""
     levels, per_level = len(unet.channels), unet.resnets + 1
     yield _unet_module("time_embed.0", "time_embedding.linear_1", "embed", factoring=Factoring.ON_REQUEST)
     yield _unet_module("time_embed.2", "time_embedding.linear_2", "embed", factoring=Factoring.ON_REQUEST)
@@ -263,7 +263,7 @@ def te1_modules(text: TextLayout, root: str = TE1_ROOT) -> Iterator[Module]:
 
 
 def te2_modules(text: TextLayout) -> Iterator[Module]:
-    """Yield the modules of the second encoder: OpenCLIP in the file, with fused q, k, v."""
+    """Yield the modules of the second encoder; the file has OpenCLIP's names and fused q, k, v."""
 
     def module(path: str, block: str, factoring: Factoring, **views: TensorView) -> Module:
         return Module(f"te2.{path}", path, block, factoring, tuple(views.items()))
@@ -294,7 +294,7 @@ def te2_modules(text: TextLayout) -> Iterator[Module]:
 
 
 def vae_modules(vae: VaeLayout) -> Iterator[Module]:
-    """Yield the modules of the VAE. The file counts the decoder's levels from the top, diffusers upwards."""
+    """Yield the modules of the VAE; sgm and diffusers number the decoder's levels in opposite order."""
     top = len(vae.channels) - 1
     yield _vae_module("encoder.conv_in", "encoder.conv_in")
     for level, channels in enumerate(vae.channels):
@@ -319,7 +319,7 @@ def vae_modules(vae: VaeLayout) -> Iterator[Module]:
 
 
 def _vae_ends(half: str) -> Iterator[Module]:
-    """Yield the middle and the output of the encoder or the decoder."""
+    """Yield the middle and the output modules of the encoder or the decoder."""
     yield from _vae_resnet(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", shortcut=False)
     attention, path = f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0"
     yield _vae_module(f"{attention}.norm", f"{path}.group_norm")

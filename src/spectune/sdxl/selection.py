@@ -1,4 +1,4 @@
-"""Layer selection: the words and patterns that name layers of a catalogue."""
+"""Select layers of a catalogue by words and patterns."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from spectune.sdxl.layers import Catalogue, Layer
 ALL, DEFAULT = "all", "default"
 _EXCLUDE = ("!", "-")
 _HINT = (
-    "name layers by `default`, `all`, a part (unet, te1, te2), a block (down.1, mid, te1.3), a kind (linear, "
-    "conv) or a pattern such as unet.*attn2*"
+    "select layers by `default`, `all`, a part (unet, te1, te2), a block (down.1, mid, te1.3), a kind "
+    "(linear, conv) or a pattern such as unet.*attn2*"
 )
 _EXCLUDE_HINT = "; a leading `!` excludes"
 
 
 def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[Layer, ...]:
-    """Return the layers that the patterns name, in the order of a catalogue of all layers.
+    """Return the layers that the patterns select, in the order of a catalogue of all layers.
 
-    Patterns are separate strings or separated by commas. Each matches whole names ("unet.*attn2*"), blocks
-    ("mid", "te1.3"), parts ("te2") or kinds ("conv"), with * ? [ ] as in file names. A leading `!` or `-`
-    excludes its matches, in any position; without other patterns it excludes them from the default layers.
-    Layers outside the default set, which other trainers do not know, are selected by `all`, or by a pattern
-    that matches no default layer (`embed`, `unet.time_embed.*`).
+    Patterns are separate strings or separated by commas. Each matches complete names ("unet.*attn2*"), blocks
+    ("mid", "te1.3"), parts ("te2") or kinds ("conv"), with * ? [ ] as in file names. A pattern with a leading
+    `!` or `-` excludes its matches, in any position. If there are only such patterns, they exclude matches
+    from the default layers. Layers outside the default set, which other trainers do not know, are selected by
+    `all`, or by a pattern that matches no default layer (`embed`, `unet.time_embed.*`).
     Raises InputError for a pattern without a match, and if no layer remains.
     """
     words = [word.strip() for pattern in patterns for word in pattern.split(",") if word.strip()]
@@ -43,16 +43,16 @@ def select_layers(catalogue: Catalogue, patterns: Sequence[str] = ()) -> tuple[L
 def layers_named(
     catalogue: Catalogue, words: Sequence[str], *, known: Sequence[str] = ()
 ) -> tuple[Layer, ...]:
-    """Return all layers that one of the words names, default or not, in the catalogue's order.
+    """Return all layers that match one of the words, default or not, in the order of the catalogue.
 
-    Raises InputError for a word without a match. The message suggests `known` words too.
+    Raises InputError for a word without a match. The message may also suggest a word in `known`.
     """
     chosen = {layer.name for word in words for layer in _matches(catalogue, word.strip(), known)}
     return tuple(layer for layer in catalogue if layer.name in chosen)
 
 
 def _included(catalogue: Catalogue, word: str) -> list[Layer]:
-    """Return the default layers among a word's matches, or all matches if none is a default layer."""
+    """Return the default layers that match a word, or all matches if none of them is a default layer."""
     matches = _matches(catalogue, word)
     default = [layer for layer in matches if layer.default]
     return matches if word == ALL or not default else default
@@ -78,6 +78,6 @@ def _names_of(layer: Layer) -> tuple[str, ...]:
 
 
 def _words(catalogue: Catalogue) -> Iterable[str]:
-    """Yield all words that name a layer, short ones first."""
+    """Yield all words that match a layer, short ones first."""
     columns = zip(*(_names_of(layer) for layer in catalogue), strict=True)
     return (name for column in columns for name in column)

@@ -1,4 +1,4 @@
-"""State dicts of SDXL's running modules as views of a single file's tensors, and back."""
+"""Map a single file's tensors to the state dicts of SDXL's running modules, and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spectune.sdxl.layout import (
 )
 from spectune.sdxl.names import Module, TensorView, modules_of
 
-LOGIT_SCALE = 4.605170185988092  # ln 100, CLIP's upper limit of its temperature; SDXL never uses it
+LOGIT_SCALE = 4.605170185988092  # ln 100, the upper limit in CLIP's training; SDXL does not use it
 
 _ROOTS: Mapping[PartName, tuple[str, ...]] = {
     "unet": (UNET_ROOT,),
@@ -37,7 +37,7 @@ _UNUSED = frozenset(
         f"{TE1_ROOT}embeddings.position_ids",
         f"{TE1_SHORT_ROOT}embeddings.position_ids",
         f"{TE2_ROOT}logit_scale",
-        # From a file with the whole CLIP; SDXL uses only the hidden states of the first encoder.
+        # Present if the file contains all of CLIP; SDXL uses only the hidden states of the first encoder.
         f"{TE1_SHORT_ROOT}logit_scale",
         f"{TE1_SHORT_ROOT}text_projection.weight",
     }
@@ -71,26 +71,26 @@ def module_tensors(layout: Layout, part: PartName, source: WeightSource) -> Mapp
     """Return the state dict of a part as views of the tensors of `source`, a single file.
 
     Raises:
-        InputError: Tensors of the part are missing, or the file has tensors that the part does not have.
+        InputError: Tensors of the part are missing, or the file has tensors that the part lacks.
     """
     views = state_views(layout, part, te1=te1_root(source.tensors))
     if not views:
-        raise InputError(f"{source.label} has no {part}")
+        raise InputError(f"{source.label} has no {part}", hint="pass a checkpoint that contains this part")
     needed = {view.tensor for view in views.values()}
     require(source.tensors, sorted(needed), source.label)
-    spare = [
+    surplus = [
         name for name in source.tensors if name.startswith(_ROOTS[part]) and name not in needed | _UNUSED
     ]
-    refuse_surplus(spare, source.label, f"the {part}")
+    refuse_surplus(surplus, source.label, f"the {part}")
     return views
 
 
-def refuse_surplus(names: Sequence[str], label: str, whole: str) -> None:
-    """Raise InputError if there are `names` of tensors that `whole` does not have."""
+def refuse_surplus(names: Sequence[str], label: str, model: str) -> None:
+    """Raise InputError if `names` is not empty: the names of tensors that `model` lacks."""
     if names:
         raise InputError(
-            f"{label} has {counted(len(names), 'tensor')} without a place in {whole}: {some_of(names)}",
-            hint="the model has parts that SDXL does not have, and would run without them",
+            f"{label} has {counted(len(names), 'tensor')} without a counterpart in {model}: {some_of(names)}",
+            hint="the model has layers that SDXL lacks, and would run without them: use a plain SDXL",
         )
 
 
@@ -101,11 +101,11 @@ def single_file_tensors(
     te2_state: Mapping[str, Tensor],
     vae_state: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """Return the tensors of a single file from the state dicts of the parts: the inverse of `module_tensors`.
+    """Return the tensors of a single file from the state dicts of the parts; inverse of `module_tensors`.
 
-    Fuses q, k, v of the second encoder. Adds `position_ids` and `logit_scale`, which no module holds.
+    Fuses q, k, v of the second encoder. Adds `position_ids` and `logit_scale`, which belong to no module.
     """
-    # Versions of transformers differ in the prefix `text_model.`.
+    # some versions of transformers add the prefix `text_model.`
     te1_state = {key.removeprefix("text_model."): tensor for key, tensor in te1_state.items()}
     states = {"unet": unet_state, "te1": te1_state, "te2": te2_state, "vae": vae_state or {}}
     tensors: dict[str, Tensor] = {}
@@ -121,17 +121,17 @@ def single_file_tensors(
 
 
 def pieces_by_tensor(part: PartName, views: Mapping[str, TensorView]) -> dict[str, tuple[Piece, ...]]:
-    """Return the pieces of each single-file tensor in row order: one, or three where q, k, v are fused."""
+    """Return the pieces of each single-file tensor in row order: one, or three if q, k, v are fused."""
     pieces: dict[str, list[Piece]] = {}
     for key, view in views.items():
         pieces.setdefault(view.tensor, []).append(Piece(part, key, view))
-    return {name: tuple(sorted(found, key=lambda piece: piece.first_row)) for name, found in pieces.items()}
+    return {name: tuple(sorted(rows, key=lambda piece: piece.first_row)) for name, rows in pieces.items()}
 
 
 def joined(pieces: Sequence[Piece], parameters: Sequence[Tensor], *, matrix: bool = False) -> Tensor:
-    """Return the single-file tensor of these parameters: the inverse of reading the views of `pieces`.
+    """Join parameters to a single-file tensor; the inverse of reading the views of `pieces`.
 
-    Works on meta tensors too. `matrix` flattens a 1x1 convolution to a matrix.
+    Also works on meta tensors. `matrix` flattens a 1x1 convolution to a matrix.
     """
     blocks = [piece.view.written(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
     if matrix:

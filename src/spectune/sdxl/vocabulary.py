@@ -1,4 +1,4 @@
-"""CLIP's vocabulary, from the merges in this package, and the files of its tokenizers."""
+"""Build CLIP's vocabulary from the merges in this package, and the files of its tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS_ID = 49407
 
 @dataclass(frozen=True)
 class ClipVocabulary:
-    """The words by token id, and the pairs that byte-pair encoding merges, in order."""
+    """The words by token id, and the pairs that byte-pair encoding merges, in their order."""
 
     words: tuple[str, ...]
     merges: tuple[tuple[str, str], ...]
@@ -24,7 +24,7 @@ class ClipVocabulary:
 
 @cache
 def clip_vocabulary() -> ClipVocabulary:
-    """Return 49,408 words: 256 byte symbols, the same with a word end, merged pairs, two special tokens."""
+    """Return 49,408 words: 256 byte symbols, the same with `</w>`, merged pairs, and two special tokens."""
     raw = files("spectune").joinpath("sdxl", "clip_merges.txt.gz").read_bytes()
     lines = gzip.decompress(raw).decode("utf-8").splitlines()[1:]
     merges = tuple((left, right) for left, right in (line.split() for line in lines if line))
@@ -35,7 +35,7 @@ def clip_vocabulary() -> ClipVocabulary:
 
 
 def tokenizer_files(folder: str, *, pad: str, context: int) -> dict[str, bytes]:
-    """Return the files of a CLIP tokenizer for transformers, by their paths in a diffusers folder.
+    """Return the files of a CLIP tokenizer for transformers, by path in a diffusers folder.
 
     `pad` fills captions up to `context` tokens: `<|endoftext|>` for OpenAI's encoder, `!` for OpenCLIP's.
     """

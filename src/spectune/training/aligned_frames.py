@@ -1,9 +1,9 @@
 """Frames from the first batches of a run: directions of their gradients or of their inputs.
 
 Both are singular directions of a matrix M of the shape of a weight: G, the sum of dL/dW, or W C with
-C = sum x x^T over the inputs x of the layer. M is never in memory. Only products with few vectors are
-computed, M Omega and Q^T M, each in one pass over the batches. A randomized range finder needs no more
-(Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). What stays in memory has the size of an adapter.
+C = sum x x^T over the inputs x of the layer. M itself is never computed. A randomized range finder (Halko,
+Martinsson, Tropp 2011, algorithms 4.4 and 5.1) needs only products with few vectors, M Omega and Q^T M, each
+in one pass over the batches. The memory needed is about that of an adapter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from spectune.model.inject import AdaptedLayer
 from spectune.training.seeds import derived_generator
 
 OVERSAMPLING = 16  # extra directions of the range finder
-POWER_ROUNDS = 1  # each reduces the error of the range once more, for two more passes
-UNIT_LENGTH = 1 / math.sqrt(3)  # that of a row of plain LoRA; gradient directions have no length of their own
+POWER_ROUNDS = 1  # each takes two more passes and reduces the error of the range
+# Gradients determine directions but no lengths. This is the length of a row in plain LoRA.
+UNIT_LENGTH = 1 / math.sqrt(3)
 
 Matrices = Mapping[str, Tensor]  # by layer
 Losses = Callable[[], Iterable[Tensor]]  # the scalar loss of each batch; the same batches at each call
@@ -50,18 +51,19 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Alignment:
-    """Frames from the first batches, and the layers that the batches do not reach."""
+    """Frames from the first batches, and the layers that got none."""
 
     frames: Mapping[str, LowRank]
-    unreached: tuple[str, ...]  # they keep their frame
+    unreached: tuple[str, ...]  # layers with M = 0, which keep their frame
 
     @property
     def warnings(self) -> list[str]:
-        """A warning that names the unreached layers."""
+        """A warning that names the unreached layers, if there are any."""
         if not self.unreached:
             return []
         count = counted(len(self.unreached), "layer")
-        return [f"the first batches do not reach {count}: {some_of(list(self.unreached))}"]
+        names = some_of(list(self.unreached))
+        return [f"the first batches determine no frame for {count}; plain frames are used: {names}"]
 
 
 def align(
@@ -73,10 +75,20 @@ def align(
     length: float | None = None,
     power_rounds: int = POWER_ROUNDS,
 ) -> Alignment:
-    """Return frames of layers in the delta form with their current ranks; float32, on the CPU.
+    """Return frames for layers in the delta form, with their current ranks; float32, on the CPU.
 
-    `length` is the length of every direction. The layers keep their frames and get new trainable tensors.
-    Raises SpectuneError if the batches give values that are not finite.
+    The layers keep their frames but get new trainable tensors.
+
+    Args:
+        layers: The layers by name.
+        kind: The matrix M: gradients, or weights times input covariance.
+        losses: Runs the batches and returns their losses.
+        seed: The seed of the range finder.
+        length: The length of every direction; None takes that of the kind.
+        power_rounds: The number of power iterations.
+
+    Raises:
+        SpectuneError: The batches give values that are not finite.
     """
     shapes = {name: tuple(layer.base.weight.shape) for name, layer in layers.items()}
     ranks = {name: layer.down.shape[0] for name, layer in layers.items()}
@@ -140,7 +152,7 @@ def _gaussian(columns: int, width: int, seed: int, name: str) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    # float64: small directions keep some digits next to large ones
+    # float64: float32 would lose small directions next to large ones
     return thin_qr(columns.double())[0].to(columns.dtype)
 
 
@@ -156,9 +168,9 @@ def _checked(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Gradients:
-    """M = G, the sum of the gradients with respect to the weight, from the gradients of the change.
+    """M = G, the sum of the gradients of the weight, from the gradients of the trained change.
 
-    At dA = dB = 0 the gradient with respect to dB is G A0^T, that with respect to dA is B0^T G.
+    At dA = dB = 0, the gradient of dB is G A0^T and the gradient of dA is B0^T G.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLayer], losses: Losses) -> None:
@@ -197,9 +209,9 @@ class Gradients:
 
 
 class Inputs:
-    """M = W C with C = sum x x^T over the inputs x of the layer, patches in a convolution.
+    """M = W C with C = sum x x^T over the inputs x of the layer; for a convolution, over its input patches.
 
-    C is symmetric: W C Omega = W (Omega^T C)^T and Q^T W C = (Q^T W) C need only products of rows with C.
+    C is symmetric, so W C Omega = W (Omega^T C)^T and Q^T W C = (Q^T W) C need only products of rows with C.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLayer], losses: Losses) -> None:
@@ -230,13 +242,16 @@ class Inputs:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: sums[name].cpu() if name in sums else torch.zeros_like(it) for name, it in rows.items()}
+        return {
+            name: sums[name].cpu() if name in sums else torch.zeros_like(matrix)
+            for name, matrix in rows.items()
+        }
 
 
 def _add_product(sums: dict[str, Tensor], name: str, rows: Tensor, layer: nn.Module, args: Any) -> None:
     assert isinstance(layer, AdaptedLayer)
     if not layer.enabled:
-        return  # the base model runs as the teacher
+        return  # this call is the teacher's
     base = layer.base
     # float32: a sum over all tokens of all batches
     x: Tensor = args[0].detach().to(working_dtype(base))
@@ -270,7 +285,7 @@ def _without_dropout(layers: Mapping[str, AdaptedLayer]) -> Iterator[None]:
 
 @contextmanager
 def _frames_restored(layers: Mapping[str, AdaptedLayer]) -> Iterator[None]:
-    """Let layers take other frames inside the block; restore their own afterwards."""
+    """Restore the frames of all layers after the block."""
     before = {name: (layer.frame, layer.down.dtype) for name, layer in layers.items()}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress bar, TensorBoard, previews, user interfaces."""
+"""Callbacks of a run: progress bar, TensorBoard, warnings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from spectune.model.network import Sdxl
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run is about to do."""
+    """The facts about a run when its training starts."""
 
     name: str
-    steps: int  # of the whole run
-    first_step: int  # finished steps at the start, above 0 when resumed
+    steps: int  # in total, including those before a resume
+    first_step: int  # finished steps at the start, above 0 after a resume
     images: int
     trained_parameters: int
 
@@ -36,7 +36,7 @@ class StepInfo:
     grad_norm: float  # before clipping
     step_size: Mapping[str, float]  # Prodigy's d of each part; empty for other optimizers
     seconds: float
-    memory_bytes: int  # peak of the GPU so far, or current main memory of this process
+    memory_bytes: int  # peak GPU memory so far, or current main memory of this process
     delta_norms: Mapping[str, float]  # of dA and dB of each part: "unet.down"; empty between logged steps
 
     @property
@@ -47,9 +47,9 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did."""
+    """The result of a run."""
 
-    steps: int  # finished steps, those before a resume included
+    steps: int  # finished steps, including those before a resume
     first_step: int  # finished steps when this process started
     seconds: float  # spent in steps
     training_loss: float | None  # mean of the last steps
@@ -61,19 +61,19 @@ class TrainReport:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Steps of this process per second; None without any."""
+        """Steps of this process per second; None if it made no step."""
         done = self.steps - self.first_step
         return done / self.seconds if done and self.seconds else None
 
 
 class Callbacks:
-    """Methods that a run calls on its main process; override some. These do nothing."""
+    """The methods that a run calls on its main process. The defaults do nothing; override what you need."""
 
     def on_message(self, text: str) -> None:
         """Receive a log line or a warning."""
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        """Receive the progress of a stage before training; it is over when `done` is `total`."""
+        """Receive the progress of a stage before the training. The stage ends when `done` is `total`."""
 
     def on_start(self, start: RunStart) -> None:
         """Handle the start of training."""
@@ -85,30 +85,30 @@ class Callbacks:
         """Receive the validation loss after `step` steps."""
 
     def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
-        """Draw a preview with `model`, which has the weights to save; return it as one image."""
+        """Return a preview as one image, drawn with `model`; its weights are those that would be saved."""
 
     def on_picture(self, step: int, sheet: Image.Image) -> None:
         """Receive a finished preview image."""
 
     def on_save(self, step: int, file: Path) -> None:
-        """Handle a complete adapter file."""
+        """Handle an adapter file that was just written."""
 
     def on_end(self, report: TrainReport) -> None:
-        """Handle the end of the run, also after an interruption or an error."""
+        """Handle the end of a run. Also called after an interruption or an error."""
 
 
 class WarningLog:
-    """Warnings, shown when they are found and kept for the report."""
+    """A list of warnings for the report. Each warning is also shown at once."""
 
     def __init__(self, callbacks: Callbacks) -> None:
         self.callbacks = callbacks
-        self.found: list[str] = []
+        self.entries: list[str] = []
 
     def add(self, warnings: Iterable[str]) -> None:
-        """Show and keep warnings."""
+        """Show warnings and keep them for the report."""
         for warning in warnings:
             self.callbacks.on_message(f"warning: {warning}")
-            self.found.append(warning)
+            self.entries.append(warning)
 
 
 class ConsoleProgress(Callbacks):
@@ -182,7 +182,7 @@ class ConsoleProgress(Callbacks):
 
 
 class TensorBoardLog(Callbacks):
-    """Scalars for TensorBoard in `folder`; a resumed run replaces entries after its first step."""
+    """A log of scalars and previews for TensorBoard; a resumed run replaces entries after its first step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -194,7 +194,8 @@ class TensorBoardLog(Callbacks):
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise SpectuneError(
-                "TensorBoard is not installed", hint="pip install tensorboard, or --set run.tensorboard=false"
+                "TensorBoard is not installed",
+                hint="pip install tensorboard, or set run.tensorboard = false in the recipe",
             ) from error
         self._writer = SummaryWriter(
             str(self.folder), purge_step=start.first_step + 1 if start.first_step else None
@@ -235,7 +236,7 @@ class TensorBoardLog(Callbacks):
 
 
 class CallbackList(Callbacks):
-    """Several callbacks as one; a preview goes to `on_picture` of all."""
+    """Several callbacks as one. A preview that one of them draws goes to `on_picture` of all."""
 
     def __init__(self, callbacks: Sequence[Callbacks]) -> None:
         self.callbacks = callbacks

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained tensors, which is saved and sampled in their place."""
+"""An exponential moving average of the trained tensors. It is saved and sampled instead of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """average <- decay * average + (1 - decay) * trained, once a step, in float32.
+    """An exponential moving average in float32, updated once per step.
 
-    The decay grows like (1 + n) / (10 + n) with the step n up to its final value. Without that, the zeros
-    that training starts from would stay in the average of a short run.
+    average <- decay * average + (1 - decay) * trained. At step n the decay is at most (1 + n) / (10 + n):
+    otherwise the zeros at the start of training would dominate the average of a short run.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -24,7 +24,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the current tensors to the average."""
+        """Update the average with the current tensors."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         current = [tensor.detach().float() for tensor in self._trained.values()]
@@ -39,8 +39,8 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the parameters the average inside the block; afterwards restore them bit for bit."""
-        kept = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
+        """Set the parameters to the average inside the block, then restore them bit for bit."""
+        trained = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
         with torch.no_grad():
             for name, tensor in self._trained.items():
                 tensor.copy_(self.average[name])
@@ -49,4 +49,4 @@ class MovingAverage:
         finally:
             with torch.no_grad():
                 for name, tensor in self._trained.items():
-                    tensor.copy_(kept[name])
+                    tensor.copy_(trained[name])

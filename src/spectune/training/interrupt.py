@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Stop after the current step on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Inside the block, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT stops at once."""
+    """A context in which the first SIGINT or SIGTERM only sets `requested`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Only the main thread can handle signals. In other threads (a user interface) nothing sends them.
+        # Python allows signal handlers in the main thread only. A user interface may train in another thread.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)

@@ -1,4 +1,4 @@
-"""Training, from a recipe to its files."""
+"""Run a recipe: train, validate, and write the files."""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ RESIDUAL_NORM_STEPS = 50  # steps between logs of the size of the change in the 
 
 
 def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = False) -> TrainReport:
-    """Run a recipe to its end, from the newest state in its output folder if there is one.
+    """Train as the recipe describes; resume from the newest state in its output folder, if there is one.
 
-    Ctrl-C and SIGTERM save the run and return a report with `interrupted`. Raises SpectuneError, and
-    InputError before any work for files that are missing, do not fit, or would be overwritten without
-    `force`.
+    Ctrl-C and SIGTERM stop after the current step and save a state. The report then has `interrupted` set.
+
+    Raises:
+        InputError: Before any work: a file is missing, does not fit, or would be overwritten without `force`.
+        SpectuneError: Training failed, for example because the loss is not finite.
     """
     accelerator = Accelerator(
         # The model has the precision of the recipe; accelerate's own configuration must not add autocast.
         mixed_precision="no",
         gradient_accumulation_steps=recipe.run.accumulation,
         dataloader_config=DataLoaderConfiguration(even_batches=False),
-        # Nothing uses the last layer of the first encoder: its adapters get no gradient.
+        # The UNet does not use the last layer of the first text encoder, so its adapters get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="te1" in recipe.model.parts)],
     )
-    listeners = CallbackList(_main_callbacks(recipe, callbacks) if accelerator.is_main_process else [])
+    main_callbacks = CallbackList(_main_callbacks(recipe, callbacks) if accelerator.is_main_process else [])
     claim = output.claim_output(recipe, force=force)
     saved = None if claim.resumed is None else state.load_state(claim.resumed)
-    run = assemble(recipe, accelerator, listeners, saved)
+    run = assemble(recipe, accelerator, main_callbacks, saved)
     progress = Progress() if saved is None else restore(run, saved)
-    accelerator.wait_for_everyone()  # all processes have seen the folder before it changes
+    accelerator.wait_for_everyone()  # every process must read the folder before it changes
     if accelerator.is_main_process:
         output.prepare_output(recipe, claim)
     return _run(run, progress)
@@ -78,21 +80,21 @@ def _run(run: Run, progress: Progress) -> TrainReport:
             _finish(run, progress)
         is_complete = progress.step >= run.steps
     finally:
-        # also after an error: a progress bar must release the terminal
+        # also after an error: the progress bar must release the terminal
         report = _report(run, progress, interrupted=not is_complete)
         run.callbacks.on_end(report)
     return report
 
 
 def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
-    """Train until the last step or a request to stop."""
+    """Train until the last step, or until a stop is requested."""
     if progress.step >= run.steps:
         return
     settings, accelerator = run.recipe.run, run.accelerator
     batches_per_step = settings.accumulation * accelerator.num_processes
     run.optimization.network.train()  # transformers checkpoints gradients in training mode only
     losses: list[Tensor] = []
-    began = time.perf_counter()
+    started = time.perf_counter()
     for batch in _batches(run, progress, batches_per_step):
         loss, grad_norm = train_batch(run, batch, step=progress.step)
         losses.append(loss)
@@ -103,7 +105,7 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         if run.optimization.average is not None:
             run.optimization.average.update()
         is_logged = _is_due(settings.log_every_steps, progress) or progress.step == run.steps
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         norms = is_logged and _logs_norms(run, progress)
         info = step_info(run, progress.step, losses, grad_norm, seconds, norms=norms)
         losses = []
@@ -114,7 +116,7 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         if _stop_requested(accelerator, stop):
             break
         _between_steps(run, progress)
-        began = time.perf_counter()
+        started = time.perf_counter()
 
 
 def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Batch]:
@@ -127,7 +129,7 @@ def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Ba
         collate_fn=cast("Any", keep_batch),
         num_workers=workers,
         persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(0),  # workers' base seed; no random choice is left to them
+        generator=torch.Generator().manual_seed(0),  # workers need a seed but draw nothing
     )
     return cast("Iterable[Batch]", run.accelerator.prepare(loader))
 
@@ -171,7 +173,7 @@ def _finish(run: Run, progress: Progress) -> None:
 
 @contextmanager
 def _evaluation(run: Run) -> Iterator[None]:
-    """Give the model the weights to save and switch training off inside the block."""
+    """Use eval mode and the weights to save inside the block."""
     run.model.denoiser.eval()
     with run.finished_weights():
         yield

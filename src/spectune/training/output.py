@@ -1,4 +1,4 @@
-"""The files of a run in its output folder: names, what is replaced, what is written."""
+"""The files of a run in its output folder: their names, and when they are written or removed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from spectune.training.run import Progress, Run
 
 
 def state_folder(output: Path, name: str, step: int) -> Path:
-    """Return the folder of the state after `step` steps."""
+    """Return the path of the state after `step` steps."""
     return output / f"{name}-step{step:08d}.state"
 
 
 def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
-    """Return the adapter file after `step` steps, or the final one for None."""
+    """Return the path of the adapter after `step` steps, or of the final adapter if `step` is None."""
     return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")
 
 
@@ -39,12 +39,12 @@ def saved_states(output: Path, name: str) -> list[Path]:
 
 
 def step_files(output: Path, name: str) -> list[Path]:
-    """Return the adapter files of single steps of the run `name`, oldest first."""
+    """Return the adapters that the run `name` saved before its end, oldest first."""
     return _numbered(output, name, ".safetensors")
 
 
 def results(output: Path, name: str) -> list[Path]:
-    """Return everything in the folder that the run `name` may have written, the final adapter last."""
+    """Return all states and adapters of the run `name`, the final adapter last."""
     paths = [*_numbered(output, name, ".state"), *step_files(output, name)]
     final = adapter_file(output, name)
     return [*paths, final] if final.exists() else paths
@@ -78,16 +78,18 @@ def remove(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run does with results in its output folder."""
+    """The decision about earlier results in the output folder."""
 
     resumed: Path | None = None  # the state to resume from
-    replaced: tuple[Path, ...] = ()  # results to remove
+    replaced: tuple[Path, ...] = ()  # results to remove before the run
 
 
 def claim_output(recipe: Recipe, *, force: bool) -> Claim:
-    """Decide what happens to the results in the output folder; change nothing.
+    """Decide whether to resume from earlier results or to replace them. Change no file.
 
-    Raises InputError if they are results of this name that the run cannot resume from, or its own input.
+    Raises:
+        InputError: There are results of this run name that can be neither resumed nor replaced, or one of
+            them is an input of this run.
     """
     output, name = recipe.run.output, recipe.run.name
     existing = results(output, name)
@@ -99,7 +101,7 @@ def claim_output(recipe: Recipe, *, force: bool) -> Claim:
         raise InputError(
             f"{output} already holds {counted(len(existing), 'result')} of a run named {name}, such as "
             f"{existing[-1].name}",
-            hint="give another run.name or run.output, or pass `force` to replace them",
+            hint="set another run.name or run.output, or set `force` to replace them",
         )
     return Claim(replaced=tuple(existing))
 
@@ -109,17 +111,17 @@ def _check_inputs_stay(recipe: Recipe, existing: Sequence[Path]) -> None:
         path: Path | None = getattr(recipe.model, key)
         if path is None or not path.exists():
             continue
-        whole = path.resolve()
+        resolved = path.resolve()
         for result in existing:
-            if result.resolve() in (whole, *whole.parents):
+            if result.resolve() in (resolved, *resolved.parents):
                 raise InputError(
-                    f"model.{key} is {path}, which this run would replace as its own result {result.name}",
-                    hint="give another run.name or run.output",
+                    f"model.{key} is {path}, but this run would overwrite it with its result {result.name}",
+                    hint="set another run.name or run.output",
                 )
 
 
 def prepare_output(recipe: Recipe, claim: Claim) -> None:
-    """Remove results that are replaced and make the output folder."""
+    """Remove the results to replace and create the output folder."""
     for path in claim.replaced:
         remove(path)
     recipe.run.output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def save_step(run: Run, progress: Progress) -> None:
 
 
 def save_final(run: Run, progress: Progress) -> None:
-    """Save the final adapter, and the state if there is none of the last step."""
+    """Save the final adapter, and the state of the last step unless it exists."""
     settings = run.recipe.run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name))
     folder = state_folder(settings.output, settings.name, progress.step)
@@ -147,12 +149,12 @@ def save_final(run: Run, progress: Progress) -> None:
 def _save_state(run: Run, progress: Progress, folder: Path) -> None:
     if not run.accelerator.is_main_process:
         return
-    it, settings = run.optimization, run.recipe.run
+    optimization, settings = run.optimization, run.recipe.run
     state.save_state(
         folder,
         run.state_header(progress),
-        it.parameters,
-        it.optimizer,
+        optimization.parameters,
+        optimization.optimizer,
         frames=run.frames(),
         extras=run.state_extras(),
     )
@@ -180,7 +182,7 @@ def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
 
 
 def _flow_shift(run: Run) -> float | None:
-    """Return the shift for sampling the trained model; one by resolution is taken at the recipe's size."""
+    """Return the flow shift for sampling; a shift by resolution becomes its value at `resolution_px`."""
     prediction = run.objective.prediction
     if not isinstance(prediction, Flow):
         return None
@@ -201,7 +203,7 @@ def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:
     ]
     if broken:
         raise SpectuneError(
-            f"the changes of {counted(len(broken), 'layer')} are not finite after step {step}, nothing is "
-            f"saved: {some_of(broken)}",
+            f"after step {step}, the trained changes of {counted(len(broken), 'layer')} are not finite: "
+            f"{some_of(broken)}; the adapter was not saved",
             hint="lower the learning rate; the run can resume from its last state",
         )

@@ -44,7 +44,7 @@ class RunData:
     hash: str  # of the training images, captions and sizes
 
     def first_batches(self, count: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the first batches of the run."""
+        """Yield the first `count` batches of the run."""
         for draws in PlannedBatches(self.plan, 0, count):
             yield self.pictures.__getitems__(draws).to(device)
 
@@ -55,11 +55,11 @@ class RunModel:
 
     trainable: TrainableModel
     denoiser: Denoiser
-    offload: Offload  # networks that wait in main memory, if the recipe names some
+    offload: Offload  # of the networks in run.offload
 
     @property
     def sdxl(self) -> Sdxl:
-        """The networks, trained changes included."""
+        """The networks, including the trained changes."""
         return self.trainable.sdxl
 
     @property
@@ -70,12 +70,12 @@ class RunModel:
 
 @dataclass(frozen=True)
 class Optimization:
-    """What steps on the trained tensors."""
+    """The optimizer of a run, with everything else that changes at each step."""
 
-    network: nn.Module  # the denoiser as accelerate wraps it
+    network: nn.Module  # the denoiser, wrapped by accelerate
     parameters: Mapping[str, nn.Parameter]  # by name, in the order of the optimizer
     optimizer: Optimizer
-    stepper: Any  # the optimizer as accelerate wraps it
+    stepper: Any  # the optimizer, wrapped by accelerate
     base_rates: tuple[float, ...]  # of each group, before the schedule
     average: MovingAverage | None = None
     weighting: WeightingTrainer | None = None  # a learned weighting of noise levels
@@ -83,7 +83,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run works with."""
+    """The setup of a run: recipe, data, model, objective and optimizer."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -92,40 +92,45 @@ class Run:
     model: RunModel
     objective: Objective
     optimization: Optimization
-    steps: int  # of the whole run
-    warnings: tuple[str, ...]  # found during setup
+    steps: int  # in total, including those before a resume
+    warnings: tuple[str, ...]  # from the setup
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
-        """The tensors that replace those of the base, by their names in a checkpoint."""
+        """The tensors that replace tensors of the base, by their names in a checkpoint."""
         conversion = self.objective.conversion
         return {} if conversion is None else conversion.swapped.tensors
 
     @property
     def preview_model(self) -> Sdxl:
-        """The model with the prediction type that it is trained for."""
+        """The model with the prediction type of the training."""
         return replace(self.model.sdxl, prediction=self.objective.prediction)
 
     def frames(self) -> dict[str, LowRank] | None:
-        """Return the frames by layer if the run split the base itself, else None."""
+        """Return the frame of each layer, or None if the frames come from a principal file."""
         return self.model.injection.frames() if self.recipe.model.rank is not None else None
 
     @contextmanager
     def finished_weights(self) -> Iterator[None]:
-        """Give the trained tensors the values to save inside the block.
+        """Set the trained tensors to the values to save, inside the block.
 
-        These are a moving average, or the averaged weights of a schedule-free optimizer.
+        These are the moving average or the average of a schedule-free optimizer, if the run has one.
         """
-        it, factors = self.optimization, self.model.injection.joined_factors
-        average = it.average
-        parameters = list(it.parameters.values())
-        with finished_weights(it.optimizer, parameters) if average is None else average.in_place():
+        optimization, factors = self.optimization, self.model.injection.joined_factors
+        average, parameters = optimization.average, list(optimization.parameters.values())
+        try:
+            with (
+                finished_weights(optimization.optimizer, parameters)
+                if average is None
+                else average.in_place()
+            ):
+                factors.refresh()
+                yield
+        finally:
             factors.refresh()
-            yield
-        factors.refresh()
 
     def state_header(self, progress: Progress) -> state.StateHeader:
-        """Return what identifies this run and its position."""
+        """Return the header of a saved state: the identity and the position of this run."""
         return state.StateHeader(
             step=progress.step,
             steps=self.steps,
@@ -139,7 +144,7 @@ class Run:
         )
 
     def state_extras(self) -> dict[str, Any]:
-        """Return what a state holds in addition to the trained tensors and the optimizer."""
+        """Return the data of a saved state that is not in its trained tensors, optimizer or frames."""
         extras: dict[str, Any] = {}
         if self.replaced:
             extras["replaced"] = dict(self.replaced)
@@ -153,14 +158,14 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0  # finished optimizer steps
     position: int = 0  # batches taken from the plan, by all processes
-    first_step: int = 0  # where this process started, above 0 when resumed
+    first_step: int = 0  # finished steps when this process started, above 0 after a resume
     validation_before: float | None = None
     validation_after: float | None = None
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     seconds: float = 0.0  # spent in steps
     files: list[Path] = field(default_factory=list[Path])
-    warnings: list[str] = field(default_factory=list[str])  # found when resuming
+    warnings: list[str] = field(default_factory=list[str])  # from resuming

@@ -1,8 +1,8 @@
-"""One seed for every random choice of a run, derived from the purpose of the choice.
+"""Derive the seed of every random choice from the seed of the run and the purpose of the choice.
 
 No random state is carried from step to step. The noise of a batch is a function of the run's seed and the
-batch's position; the caption order of an image is a function of seed, epoch and image. A resumed run
-therefore needs to know only its position.
+position of the batch; the caption order of an image is a function of seed, epoch and image. A resumed run
+therefore needs only its position.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Return a generator for one purpose; on the CPU, so a run does not depend on its device."""
+    """Return a torch generator for one purpose, on the CPU so that a run does not depend on its device."""
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
 def derived_random(seed: int, *purpose: str | int) -> Random:
-    """Return Python's generator for one purpose."""
+    """Return a Python generator for one purpose."""
     return Random(derived_seed(seed, *purpose))

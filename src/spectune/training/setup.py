@@ -1,4 +1,4 @@
-"""From a recipe to a run with everything in place for its first step."""
+"""Build a run from a recipe, ready for its first step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Optimization, Progress, Run, RunData, RunModel
 from spectune.training.trainable_model import (
-    KnownFrames,
+    SavedFrames,
     TrainableModel,
     build_trainable,
     hash_of_frames,
@@ -59,9 +59,10 @@ from spectune.training.validation import encode_validation
 def assemble(
     recipe: Recipe, accelerator: Accelerator, callbacks: Callbacks, saved: state.SavedState | None = None
 ) -> Run:
-    """Return a run that is ready for its first step, or to restore `saved`; write nothing.
+    """Build a run that is ready for its first step or, with `saved`, for `restore`. Write no files.
 
-    Raises InputError for files that are missing or do not fit the recipe.
+    Raises:
+        InputError: A file is missing or does not fit the recipe.
     """
     warnings = WarningLog(callbacks)
     warnings.add(model_warnings(recipe))
@@ -79,7 +80,7 @@ def assemble(
     if saved is None:
         model = _fit_to_first_batches(recipe, accelerator, data, model, objective, warnings)
     if recipe.run.compile:
-        model.sdxl.unet.compile()  # after the frames are in place: changing them would compile again
+        model.sdxl.unet.compile()  # after the last change of frames, which would compile again
     return Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -89,14 +90,15 @@ def assemble(
         objective=objective,
         optimization=_build_optimization(recipe, accelerator, model, weighting),
         steps=_total_steps(recipe, data.plan, accelerator.num_processes),
-        warnings=tuple(warnings.found),
+        warnings=tuple(warnings.entries),
     )
 
 
 def restore(run: Run, saved: state.SavedState) -> Progress:
-    """Put a saved state into a run that was assembled with it; return where the run continues.
+    """Load a saved state into a run that was assembled with it; return the progress to continue from.
 
-    Raises InputError if the state belongs to another run.
+    Raises:
+        InputError: The state belongs to another run.
     """
     warnings = WarningLog(run.callbacks)
     warnings.add(state.check_continues(saved, run.state_header(Progress())))
@@ -115,7 +117,7 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         position=header.position,
         first_step=header.step,
         validation_before=header.validation_before,
-        warnings=warnings.found,
+        warnings=warnings.entries,
     )
 
 
@@ -135,7 +137,7 @@ def _find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan |
 def _encode_images(
     recipe: Recipe, model: RunModel, pictures: Pictures, validation: Scan | None, warnings: WarningLog
 ) -> RunData:
-    """Encode what is encoded once, then send the networks that are no longer needed to main memory."""
+    """Encode the validation images and fill the caches, then park the offloaded networks."""
     sizes = training_sizes(recipe.data)
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
     check_sizes(model.sdxl, sizes)
@@ -156,15 +158,15 @@ def _encode_images(
 def _build_model(
     recipe: Recipe, device: torch.device, saved: state.SavedState | None, callbacks: Callbacks
 ) -> TrainableModel:
-    known = None
+    frames = None
     if saved is not None and saved.frames is not None:
-        known = KnownFrames(saved.header.base_hash, saved.frames)
+        frames = SavedFrames(saved.header.base_hash, saved.frames)
     is_quantized = recipe.model.quantize != "none"
     trainable = build_trainable(
         recipe.model,
-        known=known,
+        saved=frames,
         seed=recipe.run.seed,
-        # quantized layers move to the GPU one by one: before, the whole model would not fit there
+        # quantization moves layers to the GPU one by one: the unquantized model may not fit there
         device="cpu" if is_quantized else device,
         dtype=parse_dtype(recipe.run.precision),
         trained_dtype=parse_dtype(recipe.run.trained_precision),
@@ -242,7 +244,7 @@ def _build_weighting(recipe: Recipe, device: torch.device) -> WeightingTrainer |
     return WeightingTrainer(weighting, weighting_optimizer(weighting, learning_rate=settings.learning_rate))
 
 
-# ---------------------------------------------------------------- what the first batches determine
+# ---------------------------------------------------------------- warm start and aligned frames
 
 
 def _fit_to_first_batches(
@@ -253,7 +255,7 @@ def _fit_to_first_batches(
     objective: Objective,
     warnings: WarningLog,
 ) -> RunModel:
-    """Fit a warm start, then find aligned frames, as far as the recipe requests them."""
+    """Fit the warm start and compute aligned frames, if the recipe uses them."""
     first_batches = partial(data.first_batches, device=accelerator.device)
     if recipe.objective.start == "warm":
         images = recipe.objective.warm_images
@@ -267,14 +269,14 @@ def _fit_to_first_batches(
     if not recipe.model.aligned:
         return model
     warnings.callbacks.on_message(
-        f"finding {recipe.model.frame} frames in {recipe.model.frame_batches} batches"
+        f"computing {recipe.model.frame} frames from {recipe.model.frame_batches} batches"
     )
     frame_hash = _align_frames(recipe, objective, first_batches, warnings)
     return replace(model, trainable=replace(model.trainable, frame_hash=frame_hash))
 
 
 def _share_swapped_tensors(objective: Objective, device: torch.device) -> None:
-    """Give every process the tensors of the first one: GPUs may round differently."""
+    """Copy the tensors of the first process to all others, because GPUs may round differently."""
     assert objective.conversion is not None
     swapped = objective.conversion.swapped
     tensors = {name: _from_main(tensor, device).cpu() for name, tensor in swapped.tensors.items()}
@@ -284,7 +286,7 @@ def _share_swapped_tensors(objective: Objective, device: torch.device) -> None:
 def _align_frames(
     recipe: Recipe, objective: Objective, first_batches: FirstBatches, warnings: WarningLog
 ) -> str:
-    """Put the frames of the first batches in place; return their hash."""
+    """Replace the frames of all layers with frames from the first batches; return their hash."""
     section, layers = recipe.model, objective.injection.layers
     assert section.frame in ("gradient", "data")
     losses = partial(_first_losses, objective, first_batches, section.frame_batches)
@@ -294,7 +296,7 @@ def _align_frames(
     frames: dict[str, LowRank] = {}
     for name, layer in layers.items():
         frame = alignment.frames.get(name, layer.frame)
-        # GPUs may round differently: all train in the frames of the first process
+        # GPUs may round differently: all processes use the frames of the first one
         down, up = (_from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
         layer.reframe(LowRank(down, up, frame.alpha))
         frames[name] = LowRank(down.cpu(), up.cpu(), frame.alpha)
@@ -303,7 +305,7 @@ def _align_frames(
 
 
 def _first_losses(objective: Objective, first_batches: FirstBatches, count: int) -> Iterator[Tensor]:
-    """Yield the losses of the first batches, before a learned weighting."""
+    """Yield the loss of each of the first batches, without a learned weighting."""
     for batch in first_batches(count):
         _, costs = objective.image_costs(objective.denoiser, batch, step=0)
         yield costs.mean()
@@ -331,7 +333,7 @@ def _build_optimization(
     factors = model.injection.joined_factors
     factors.prepare(model.sdxl.unet.dtype)
     optimizer.register_step_post_hook(lambda *_: factors.refresh())  # some optimizers write through `.data`
-    # The model is on its device already, and its trainable tensors must stay those of the optimizer.
+    # The model is already on its device. The optimizer refers to its tensors, so they must not be replaced.
     network, stepper = accelerator.prepare(model.denoiser, optimizer, device_placement=[False, True])
     return Optimization(
         network=network,

@@ -1,14 +1,14 @@
-"""Saved states, from which a run continues bit for bit, as safetensors and JSON.
+"""Saved states, as safetensors and JSON. A run resumes from them bit for bit.
 
 A state is a folder `{name}-step{:08d}.state`:
 
-    trained.safetensors     the trainable tensors as the optimizer steps on them
+    trained.safetensors     the trainable tensors in their training dtype
     optimizer.safetensors   the tensors of the optimizer's state
-    frames.safetensors      the frames, if the run split the base itself: another machine rounds differently
+    frames.safetensors      the frames, if the run computed them: another machine would round differently
     extras.safetensors      moving average, learned weighting with its optimizer, replaced tensors, if any
     state.json              everything else: step, position in the data, recipe, structure of the optimizer
 
-Random generators are not included: every random choice is derived from the seed and the position.
+The states of random generators are not saved: every random choice is derived from the seed and the position.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
 
 @dataclass(frozen=True)
 class StateHeader:
-    """What identifies a run and its position; the plain part of state.json."""
+    """The identity and the position of a run, as state.json stores them."""
 
     step: int  # finished optimizer steps
-    steps: int  # of the whole run
+    steps: int  # in total
     position: int  # batches taken from the plan, by all processes
     recipe: Mapping[str, Any]
     base_hash: str | None
@@ -58,7 +58,7 @@ class StateHeader:
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """Return `value` as JSON; move its tensors to `tensors` under names that start with `name`.
+    """Return `value` as JSON data and add its tensors to `tensors`, under names that start with `name`.
 
     Inverse: unflatten.
     """
@@ -83,7 +83,7 @@ def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the nested value that `flatten` took apart."""
+    """Return the nested value that `flatten` converted to `value` and `tensors`."""
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in cast("list[Any]", value)]
     if not isinstance(value, dict):
@@ -109,9 +109,9 @@ def save_state(
     frames: Mapping[str, LowRank] | None = None,
     extras: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a state; the folder gets its name only when it is complete.
+    """Write a state to a temporary folder, then rename it: a crash leaves no incomplete state.
 
-    `extras` is plain data that may contain tensors, such as state dictionaries.
+    `extras` may hold plain data and tensors, such as state dictionaries.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -173,13 +173,14 @@ class SavedState:
     header: StateHeader
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]  # a torch optimizer's state_dict
-    frames: Mapping[str, LowRank] | None = None  # by layer, if the run split the base itself
+    frames: Mapping[str, LowRank] | None = None  # by layer, if the run computed them
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Copy trained tensors and optimizer state back, bit for bit.
+        """Restore the trained tensors and the optimizer state, bit for bit.
 
-        Raises InputError if the run trains other tensors than the state holds.
+        Raises:
+            InputError: The run trains tensors of other names or shapes.
         """
         differing = sorted(
             name
@@ -191,8 +192,8 @@ class SavedState:
         if differing:
             count = counted(len(differing), "trained tensor")
             raise InputError(
-                f"{self.folder.name}: {count} and those of this run differ, first {differing[0]}",
-                hint=_FRESH,
+                f"{self.folder.name} and this run differ in {count}, first {differing[0]}",
+                hint=_NEW_RUN_HINT,
             )
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -201,12 +202,11 @@ class SavedState:
         _restore_dtypes(optimizer, self.optimizer["state"])
 
 
-_FRESH = "set run.resume=false and another run.output to start again, or undo the change of the recipe"
+_NEW_RUN_HINT = "undo the change, or start a new run: set run.resume = false and another run.output"
 
 
 def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    # torch casts state to the dtype of its parameter; Prodigy keeps some in bf16 and would continue
-    # differently
+    # load_state_dict casts state to the dtype of its parameter, but Prodigy keeps some of its state in bf16
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, saved in state.items():
         current = optimizer.state[parameters[index]]
@@ -218,13 +218,13 @@ def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]
 
 
 def load_state(folder: Path) -> SavedState:
-    """Read a state; raise InputError if a file is missing or damaged, or another version wrote it."""
+    """Read a state; raise InputError if a file is missing or damaged, or its format is not FORMAT."""
     try:
         document = cast("dict[str, Any]", json.loads((folder / STATE).read_text(encoding="utf-8")))
         if document.get("format") != FORMAT:
             raise InputError(
-                f"{folder} has state format {document.get('format')}, this version reads {FORMAT}",
-                hint=_FRESH,
+                f"{folder} has state format {document.get('format')}, but this version reads {FORMAT}",
+                hint=_NEW_RUN_HINT,
             )
         trained = load_file(folder / TRAINED)
         tensors = load_file(folder / OPTIMIZER)
@@ -249,11 +249,11 @@ def load_state(folder: Path) -> SavedState:
 
 
 def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
-    """Raise InputError if the recipe belongs to another run than `state`."""
+    """Raise InputError if a key that must not change differs from the recipe of `state`."""
     _refuse(
         state,
         [
-            f"{key} was {before!r}, is {after!r}"
+            f"{key} was {before!r} and is now {after!r}"
             for key, before, after in _differences(state.header.recipe, recipe)
             if key not in FREE
         ],
@@ -263,39 +263,44 @@ def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
 def check_continues(state: SavedState, now: StateHeader) -> list[str]:
     """Return warnings about changes since `state` was saved.
 
-    Raises InputError if a change makes this another run.
+    Raises:
+        InputError: The base, the frames, the optimizer package or a recipe key that must not change differs.
     """
     check_recipe(state, now.recipe)
     saved = state.header
     changed: list[str] = []
     if saved.base_hash != now.base_hash:
-        changed.append(f"base was {short_hash(saved.base_hash)}, is {short_hash(now.base_hash)}")
+        changed.append(f"base was {short_hash(saved.base_hash)} and is now {short_hash(now.base_hash)}")
     if saved.frame_hash != now.frame_hash:
-        changed.append(f"frames were {saved.frame_hash[:12]}, are {now.frame_hash[:12]}")
+        changed.append(f"frames were {saved.frame_hash[:12]} and are now {now.frame_hash[:12]}")
     if saved.optimizer_package != now.optimizer_package:
-        changed.append(f"optimizer was {saved.optimizer_package}, is {now.optimizer_package}")
+        changed.append(f"optimizer was {saved.optimizer_package} and is now {now.optimizer_package}")
     _refuse(state, changed)
     warnings: list[str] = []
     schedule = now.recipe.get("optimizer", {}).get("schedule", "constant")
     if saved.steps != now.steps and schedule != "constant":
         warnings.append(
-            f"the run had {counted(saved.steps, 'step')}, now it has {now.steps}: its {schedule} schedule "
-            "covers the new length, and the learning rate jumps"
+            f"the run had {counted(saved.steps, 'step')} and now has {now.steps}: its {schedule} schedule "
+            "covers the new length, so the learning rate jumps"
         )
     if saved.data_hash != now.data_hash:
-        warnings.append(f"images or captions changed since {state.folder.name}: they get a new order")
+        warnings.append(
+            f"images or captions changed since {state.folder.name}: their order changes from here on"
+        )
     return warnings
 
 
 def _refuse(state: SavedState, changed: Sequence[str]) -> None:
     if changed:
-        raise InputError(f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_FRESH)
+        raise InputError(
+            f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_NEW_RUN_HINT
+        )
 
 
 # Recipe keys that may change when a run resumes.
 FREE = frozenset(
     {
-        "model.base",  # hashes identify the files
+        "model.base",  # files may move: their hashes identify them
         "model.residual",
         "model.principal",
         "data.folders",
@@ -324,20 +329,20 @@ Difference = tuple[str, Any, Any]  # key, before, after
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for key in sorted(was.keys() | now.keys()):
         before, after = was.get(key), now.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(
+            differences += _differences(
                 cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", after), f"{prefix}{key}."
             )
         elif before != after:
-            found.append((prefix + key, before, after))
-    return found
+            differences.append((prefix + key, before, after))
+    return differences
 
 
 def package_of(optimizer: str) -> str:
-    """Return name and version of an optimizer's package: another version may not fit the saved state."""
+    """Return the name and version of an optimizer's package. A saved state may not fit another version."""
     distribution = OPTIMIZERS[optimizer].distribution
     if distribution == "torch":
         return distribution  # its state is stable across versions, and builds change often

@@ -21,29 +21,29 @@ from spectune.training.seeds import derived_seed
 
 
 def train_batch(run: Run, batch: Batch, *, step: int) -> tuple[Tensor, Tensor | None]:
-    """Add the gradient of one batch; step the optimizer after the last batch of a step.
+    """Accumulate the gradient of one batch; step the optimizer after the last batch of a step.
 
-    `step` counts finished steps. Returns the loss, and the gradient norm after the last batch.
+    `step` is the number of finished steps. Returns the loss and, after the last batch, the gradient norm.
     """
-    accelerator, it = run.accelerator, run.optimization
-    # Other uses of the global generator (dropout, stochastic rounding) follow the position too.
+    accelerator, optimization = run.accelerator, run.optimization
+    # Dropout uses the global generator. It must depend on the position only, so that a run can resume.
     seed = run.recipe.run.seed
     torch.manual_seed(derived_seed(seed, "step", batch.position))
     grad_norm = None
-    with accelerator.accumulate(it.network):
-        noised, costs = run.objective.image_costs(it.network, batch, step=step)
+    with accelerator.accumulate(optimization.network):
+        noised, costs = run.objective.image_costs(optimization.network, batch, step=step)
         accelerator.backward(run.objective.cost.of_batch(noised, costs))
         if accelerator.sync_gradients:
             grad_norm = _clip_gradients(run, step)
             _set_learning_rates(run, step)
-            # The same on every process: stochastic rounding must not make their copies differ. The purpose is
-            # part of the seed: another spelling would change every run.
+            # The same seed on every process: stochastic rounding must give the same weights everywhere.
+            # "optimiser" is hashed into the seed: another spelling would change every run.
             torch.manual_seed(derived_seed(seed, "optimiser", step))
-        it.stepper.step()
-        it.stepper.zero_grad()
-    if accelerator.sync_gradients and it.weighting is not None:
-        it.weighting.step(lambda gradient: _mean_of_processes(run, gradient))
-    # without a learned weighting: its part depends on the weighting, not on the images
+        optimization.stepper.step()
+        optimization.stepper.zero_grad()
+    if accelerator.sync_gradients and optimization.weighting is not None:
+        optimization.weighting.step(lambda gradient: _mean_of_processes(run, gradient))
+    # The reported loss excludes a learned weighting, which changes during the run.
     return costs.detach().mean(), grad_norm
 
 
@@ -52,7 +52,7 @@ def _mean_of_processes(run: Run, tensor: Tensor) -> Tensor:
 
 
 def _clip_gradients(run: Run, step: int) -> Tensor:
-    """Clip all gradients; return their norm before. Raises SpectuneError if it is not finite."""
+    """Clip all gradients and return their norm before clipping; raise SpectuneError if it is not finite."""
     bound = run.recipe.optimizer.max_grad_norm or math.inf  # inf leaves the gradients unchanged
     parameters = list(run.optimization.parameters.values())
     norm = cast("Tensor", run.accelerator.clip_grad_norm_(parameters, bound))
@@ -63,13 +63,13 @@ def _clip_gradients(run: Run, step: int) -> Tensor:
 def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise SpectuneError(
-            f"the {name} of step {step} is {value}: nothing of this step is saved",
+            f"the {name} of step {step} is {value}; the step was not saved",
             hint="lower the learning rate; the run can resume from its last state",
         )
 
 
 def _set_learning_rates(run: Run, step: int) -> None:
-    settings, it = run.recipe.optimizer, run.optimization
+    settings, optimization = run.recipe.optimizer, run.optimization
     if settings.traits.schedule_free:
         return
     factor = rate_factor(
@@ -81,16 +81,25 @@ def _set_learning_rates(run: Run, step: int) -> None:
         power=settings.power,
         final_share=settings.final_share,
     )
-    for group, rate in zip(it.optimizer.param_groups, it.base_rates, strict=True):
+    for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
         group["lr"] = rate * factor
 
 
 def step_info(
     run: Run, step: int, losses: Sequence[Tensor], grad_norm: Tensor, seconds: float, *, norms: bool
 ) -> StepInfo:
-    """Describe a finished step; raises SpectuneError if its loss is not finite.
+    """Return the record of a finished step.
 
-    `losses` are those of its batches, `norms` requests `delta_norms`.
+    Args:
+        run: The run.
+        step: The number of the step, counted from 1.
+        losses: The loss of each batch of the step.
+        grad_norm: The gradient norm before clipping.
+        seconds: The duration of the step.
+        norms: Whether to compute `delta_norms`.
+
+    Raises:
+        SpectuneError: The loss is not finite.
     """
     loss = float(_mean_of_processes(run, torch.stack(list(losses)).mean()))
     _check_finite("loss", loss, step)
@@ -115,7 +124,7 @@ def memory_in_use(device: torch.device) -> int:
 
 @torch.no_grad()
 def delta_norms(injection: Injection) -> dict[str, float]:
-    """Return the Frobenius norm of all dA ("down") and all dB ("up") of each part, as `unet.down`."""
+    """Return the Frobenius norm of all dA (key `unet.down`) and of all dB (key `unet.up`) of each part."""
     groups: dict[str, list[Tensor]] = {}
     for name, layer in injection.layers.items():
         part = name.partition(".")[0]

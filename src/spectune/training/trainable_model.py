@@ -1,4 +1,4 @@
-"""From the files of a recipe to a model with trainable changes in place."""
+"""Build a model with trainable changes from the files of a recipe."""
 
 from __future__ import annotations
 
@@ -52,20 +52,21 @@ class TrainableModel:
 
 
 @dataclass(frozen=True)
-class KnownFrames:
-    """Frames that an earlier part of the run computed from its base."""
+class SavedFrames:
+    """Frames that the run computed from its base before it was interrupted."""
 
     base_hash: str | None
     layers: Mapping[str, LowRank]
 
 
-# ---------------------------------------------------------------- a recipe and its base
+# ---------------------------------------------------------------- recipe and base
 
 
 def with_resolved_objective(recipe: Recipe) -> Recipe:
-    """Return the recipe with objective keys that it leaves open taken from its base.
+    """Return the recipe with missing objective keys filled in from the base.
 
-    Raises InputError if the rest of the recipe does not fit the base.
+    Raises:
+        InputError: The recipe does not fit the base.
     """
     section = recipe.objective
     with open_checkpoint(recipe.model.checkpoint) as base:
@@ -74,8 +75,8 @@ def with_resolved_objective(recipe: Recipe) -> Recipe:
         if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
             raise InputError(
                 "objective.start, teacher and bridge_steps convert an EPS base to a flow model: "
-                f"{base.label} predicts {declared}, objective.kind is {kind}",
-                hint='leave them out, or set kind = "flow" and use an EPS base',
+                f"{base.label} predicts {declared} and objective.kind is {kind}",
+                hint='remove these keys, or use an EPS base and set objective.kind = "flow"',
             )
         shift, zero = section.flow_shift, section.zero_terminal_snr
         if kind == "flow" and shift is None:
@@ -92,20 +93,20 @@ def model_warnings(recipe: Recipe) -> list[str]:
     warnings: list[str] = []
     if recipe.model.residual is not None:
         warnings.append(
-            f"{recipe.model.checkpoint.name} is used as a residual: nothing shows whether it belongs to its "
-            "principal"
+            f"{recipe.model.checkpoint.name} is used as a residual, but spectune cannot check whether it "
+            "belongs to the principal"
         )
     if recipe.model.dropout_probability and recipe.model.form == "residual":
         warnings.append(
-            "model.dropout_probability drops parts of the model itself in the residual form, not only of the "
-            'trained change; form = "delta" drops the change only'
+            "in the residual form, model.dropout_probability also drops directions of the base model; "
+            'model.form = "delta" drops directions of the trained change only'
         )
     with open_checkpoint(recipe.model.checkpoint) as base:
         declared = declared_prediction(base)
         if declared is not None and recipe.objective.kind not in (None, declared):
             warnings.append(
-                f"{base.label} declares that it predicts {declared}, objective.kind is "
-                f"{recipe.objective.kind}: this run converts the model"
+                f"{base.label} predicts {declared}, but objective.kind is {recipe.objective.kind}: this run "
+                "converts the model"
             )
     return warnings
 
@@ -116,19 +117,28 @@ def model_warnings(recipe: Recipe) -> list[str]:
 def build_trainable(
     section: ModelSection,
     *,
-    known: KnownFrames | None = None,
+    saved: SavedFrames | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trained_dtype: torch.dtype = torch.float32,
     log: Log = lambda text: None,
 ) -> TrainableModel:
-    """Build the model and put frames in the layers of the chosen parts.
+    """Build the model and add trainable changes to the layers of the parts to train.
 
-    `known` is used instead of new frames if it was computed from this base. `seed` is for plain frames, which
-    also stand in for gradient and data frames until aligned_frames finds those. `dtype` is that of the frozen
-    model. Raises InputError for files of the wrong kind and PairingError for files that do not belong
-    together.
+    Args:
+        section: The [model] section of a recipe.
+        saved: Frames of a saved state. They are used instead of new ones if their base hash matches.
+        seed: The seed of plain frames. Runs with gradient or data frames start from plain frames too, until
+            aligned_frames replaces them.
+        device: The device of the model.
+        dtype: The dtype of the frozen model.
+        trained_dtype: The dtype of the trained tensors.
+        log: Receives progress messages.
+
+    Raises:
+        InputError: A file is of the wrong kind.
+        PairingError: The files do not belong together.
     """
     with open_checkpoint(section.checkpoint) as base:
         declared = base.provenance
@@ -142,16 +152,16 @@ def build_trainable(
             adapter = _open_principal(section, catalogue)
             _check_pair(section, base, base_hash, adapter)
             frames, principal_hash = adapter.layers, adapter_hash(adapter)
-        elif known is not None and known.base_hash == base_hash:
-            frames = known.layers
+        elif saved is not None and saved.base_hash == base_hash:
+            frames = saved.layers
         else:
-            verb = "splitting" if section.frame in ("principal", "minor") else "making frames for"
+            verb = "splitting" if section.frame in ("principal", "minor") else "computing frames for"
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
             frames = _make_frames(base, catalogue, section, seed)
         chosen = _choose(section, catalogue, frames)
         sdxl = build_model(base, device=device, dtype=dtype)
     if section.residual is not None or declared.role is Role.RESIDUAL:
-        # layers that are not trained get their principal back
+        # layers that are not trained get their principal added back
         _add_products(sdxl, {name: frames[name] for name in frames if name not in chosen})
         if section.form == "residual":
             chosen = _exchange_frames(sdxl, chosen, trained_dtype)
@@ -169,8 +179,8 @@ def _choose(section: ModelSection, catalogue: Catalogue, frames: Mapping[str, Lo
     if not names:
         owner = section.principal or f"model.layers = {', '.join(section.layers)}"
         raise InputError(
-            f"no layer to train: {owner} has none in {', '.join(section.parts)}",
-            hint="name other parts in model.parts",
+            f"no layer to train: {owner} has no layers in {', '.join(section.parts)}",
+            hint="choose other parts in model.parts",
         )
     return {name: frames[name] for name in names}
 
@@ -205,22 +215,23 @@ def _check_role(section: ModelSection, declared: Provenance) -> None:
     if declared.role is not None and declared.role not in (Role.MODEL, Role.RESIDUAL):
         raise InputError(
             f"{path} is a {declared.role.value} file: expected a checkpoint",
-            hint="model.base is the checkpoint, model.principal the adapter that `spectune split` made of it",
+            hint="set model.base to the checkpoint, and model.principal to the adapter that `spectune split` "
+            "made from it",
         )
     if section.residual is not None and declared.role is Role.MODEL:
         raise InputError(
-            f"{path} is a whole model: model.residual is a model without its principal",
-            hint="name it as model.base",
+            f"{path} is a complete model: model.residual must be a model without its principal",
+            hint="set model.base to this file instead",
         )
     if declared.role is Role.RESIDUAL and section.form == "delta":
         raise InputError(
             f"{path} is a residual: the delta form trains on the original weights",
-            hint='give the original as model.base, or set model.form = "residual"',
+            hint='set model.base to the original checkpoint, or set model.form = "residual"',
         )
     if declared.role is Role.RESIDUAL and section.principal is None:
         raise InputError(
-            f"{path} is a residual: its principal directions are in another file",
-            hint="name that file as model.principal instead of giving model.rank",
+            f"{path} is a residual: it can only be trained with its principal",
+            hint="remove model.rank and set model.principal to the principal of this residual",
         )
 
 
@@ -238,9 +249,9 @@ def _check_pair(section: ModelSection, base: WeightSource, base_hash: str, adapt
         check_residual_pair(base, adapter)
     elif section.residual is None and declared.base_hash not in (None, base_hash):
         raise PairingError(
-            f"{adapter.label} was split from base {short_hash(declared.base_hash)}, "
+            f"{adapter.label} was split from base {short_hash(declared.base_hash)}, but "
             f"{base.label} is {short_hash(base_hash)}",
-            hint="name the model that it was split from as model.base, or split this one",
+            hint="set model.base to the model that it was split from, or split this one",
         )
 
 
@@ -270,7 +281,7 @@ def _make_frame(base: WeightSource, layer: Layer, section: ModelSection, seed: i
 
 
 def hash_of_frames(frames: Mapping[str, LowRank]) -> str:
-    """Return the hash of frames on the CPU."""
+    """Return a hash of frames, whose tensors must be on the CPU."""
     hasher = WeightsHasher()
     for name, frame in frames.items():
         hasher.add(f"{name}.down", frame.down)
@@ -286,9 +297,9 @@ def _add_products(sdxl: Sdxl, frames: Mapping[str, LowRank]) -> None:
 
 
 def _subtract_frames(sdxl: Sdxl, frames: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
-    """Turn weights into residuals W - scale*B0 A0 of frames in `dtype`; return these frames.
+    """Turn weights into residuals W - scale*B0 A0 and return the frames in `dtype`.
 
-    Training starts from rounded factors, so the residual is what the rounded ones leave. It is rounded once.
+    The residual is computed from the rounded factors, because training starts from them. It is rounded once.
     """
     rounded = {name: _as_dtype(frame, dtype) for name, frame in frames.items()}
     for name, frame in rounded.items():
@@ -297,7 +308,7 @@ def _subtract_frames(sdxl: Sdxl, frames: Mapping[str, LowRank], dtype: torch.dty
 
 
 def _exchange_frames(sdxl: Sdxl, frames: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
-    """Turn residuals of `frames` into those of frames in `dtype`; return these frames.
+    """Turn residuals of `frames` into residuals of the frames (A, B) in `dtype`; return the latter.
 
     The residuals R + scale*(B0 A0 - B A) are rounded once.
     """
@@ -314,7 +325,7 @@ def _change_weight(sdxl: Sdxl, name: str, amount: Tensor) -> None:
     parent, attribute = sdxl.place(name)
     weight: Tensor = getattr(parent, attribute).weight
     changed = weight.float() + amount.to(weight.device)
-    # a new tensor: the old one may be mapped from the checkpoint
+    # a new tensor: the old one may be memory-mapped from the checkpoint
     getattr(parent, attribute).weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
@@ -342,7 +353,7 @@ def quantize(
 
 
 def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> TrainableModel:
-    """Return the model with the autoencoder of the recipe, declared in its provenance."""
+    """Return the model with the autoencoder of the recipe, also recorded in its provenance."""
     own = trainable.sdxl.layout.vae
     provenance = trainable.provenance
     usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")

@@ -1,4 +1,4 @@
-"""The loss on validation images, with noise and noise levels that never change."""
+"""The loss on validation images, with fixed noise and fixed noise levels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.training.objective.losses import mse, per_image
 from spectune.training.objective.noising import noise_latents
 from spectune.training.seeds import derived_generator
 
-VALIDATION_SEED = 0  # not the run's: runs with other seeds are compared on the same noise
+VALIDATION_SEED = 0  # the same in all runs, so that their validation losses can be compared
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ValidationImages:
 
 
 def encode_validation(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[ValidationImages]:
-    """Encode the images of a scan, cropped at their center, as the modes of their posteriors."""
+    """Encode the images of a scan, cropped at the center. Latents are the modes of their posteriors."""
     pictures = Pictures(scan.images, sizes, Variation(), seed=VALIDATION_SEED)
     latents = encode_pictures(model, pictures, seed=None)
     return [
@@ -93,6 +93,6 @@ def _costs(
 
 
 def _noise(group: ValidationImages, image: int, level: int) -> Tensor:
-    # the purpose is part of the seed: another spelling would change every validation loss
+    # "held out" is hashed into the seed: another spelling would change every validation loss
     generator = derived_generator(VALIDATION_SEED, "held out", group.names[image], level)
     return torch.randn(group.latents[image].shape, generator=generator)

@@ -14,9 +14,9 @@ SIZES = st.builds(Size, st.integers(20, 3000), st.integers(20, 3000))
 
 
 def test_sdxl_buckets_of_the_guide() -> None:
-    found = bucket_sizes(1024, minimum=768, maximum=1280, step=64)
+    sizes = bucket_sizes(1024, minimum=768, maximum=1280, step=64)
     tall = {Size(768, 1280), Size(832, 1216), Size(896, 1152), Size(960, 1088)}
-    assert set(found) == {Size(1024, 1024)} | tall | {Size(size.height, size.width) for size in tall}
+    assert set(sizes) == {Size(1024, 1024)} | tall | {Size(size.height, size.width) for size in tall}
 
 
 def test_the_nearest_bucket() -> None:
@@ -32,7 +32,7 @@ def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped
         placed = place(original, target, flipped=flipped, random=random)
         assert 0 <= placed.left <= placed.resized.width - target.width
         assert 0 <= placed.top <= placed.resized.height - target.height
-        # covers, and only just
+        # the resized image covers the target and is no larger than needed
         assert placed.resized.width == target.width or placed.resized.height == target.height
         height, width, top, left, target_height, target_width = placed.time_ids
         assert Size(width, height) == original
@@ -41,7 +41,7 @@ def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped
         assert top == placed.top
 
 
-def test_time_ids_count_the_crop_in_the_picture_as_seen() -> None:
+def test_time_ids_give_the_crop_after_mirroring() -> None:
     original, target = Size(20, 10), Size(8, 10)
     placed = place(original, target, flipped=True, random=Random(0))
     ramp = Image.new("RGB", (20, 10))

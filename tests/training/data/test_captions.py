@@ -12,7 +12,7 @@ from spectune.training.data.captions import draw_caption, read_caption, read_sid
 from spectune.training.recipe.sections.data import CaptionSection
 
 
-def test_the_first_line_of_the_first_file(tmp_path: Path) -> None:
+def test_the_caption_is_the_first_line_of_the_first_file(tmp_path: Path) -> None:
     image = tmp_path / "cat.png"
     assert read_caption(image, [".txt", ".caption"]) is None
     image.with_suffix(".caption").write_text("other")
@@ -27,7 +27,9 @@ def test_the_first_line_of_the_first_file(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text("abc", min_size=1), min_size=1, max_size=6), st.integers(0, 7), st.integers(0, 99))
-def test_a_shuffle_keeps_all_tags_and_the_first_in_place(tags: list[str], keep: int, seed: int) -> None:
+def test_shuffling_keeps_all_tags_and_does_not_move_the_first_ones(
+    tags: list[str], keep: int, seed: int
+) -> None:
     drawn = draw_caption(",".join(tags), CaptionSection(shuffle=True, keep_tokens=keep), Random(seed)).split(
         ", "
     )
@@ -44,7 +46,7 @@ def test_dropout() -> None:
     assert draw_caption("a", CaptionSection(dropout_probability=1.0), random) == ""
 
 
-def test_tags_are_dropped_one_by_one() -> None:
+def test_tags_are_dropped_independently() -> None:
     rules = CaptionSection(keep_tokens=1, tag_dropout_probability=0.25)
     random = Random(0)
     drawn = [draw_caption("cat, red , round,big", rules, random) for _ in range(3000)]
@@ -52,7 +54,7 @@ def test_tags_are_dropped_one_by_one() -> None:
     for tag in ("red", "round", "big"):
         assert sum(tag in caption for caption in drawn) / 3000 == pytest.approx(0.75, abs=0.03)
     both = sum("red" in caption and "big" in caption for caption in drawn)
-    assert both / 3000 == pytest.approx(0.75**2, abs=0.03)  # each by itself
+    assert both / 3000 == pytest.approx(0.75**2, abs=0.03)  # independent of each other
     assert {caption for caption in drawn if caption.count(",") == 3} == {"cat, red, round, big"}
     alone = CaptionSection(tag_dropout_probability=1.0)
     assert draw_caption("a, b", alone, random) == ""

@@ -19,7 +19,7 @@ from spectune.training.data.color import (
     to_hsv,
 )
 
-STILL = ColorChange(hue=0.0, saturation=1.0, gamma=1.0)
+UNCHANGED = ColorChange(hue=0.0, saturation=1.0, gamma=1.0)
 LEVEL = st.integers(0, 255).map(lambda level: level / 255)
 
 
@@ -34,7 +34,7 @@ def pixel(red: float, green: float, blue: float) -> Levels:
         (ColorChange(1 / 6, 1.0, 1.0), (0.8, 0.4, 0.2), (0.6, 0.8, 0.2)),
         (ColorChange(-1 / 6, 1.0, 1.0), (0.8, 0.4, 0.2), (0.8, 0.2, 0.6)),
         (ColorChange(1 / 3, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
-        # chroma 0.6 -> 0.3 below the same value, the place of green between the two stays at a third
+        # the value stays 0.8, chroma goes from 0.6 to 0.3; green stays a third of the way from blue to red
         (ColorChange(0.0, 0.5, 1.0), (0.8, 0.4, 0.2), (0.8, 0.6, 0.5)),
         (ColorChange(0.0, 2.0, 1.0), (0.8, 0.4, 0.2), (0.8, 0.8 / 3, 0.0)),
         (ColorChange(0.0, 1.0, 2.0), (0.5, 1.0, 0.1), (0.25, 1.0, 0.01)),
@@ -51,13 +51,13 @@ def test_changes_computed_by_hand(
 
 
 @given(LEVEL, LEVEL, LEVEL)
-def test_hsv_and_back(red: float, green: float, blue: float) -> None:
+def test_hsv_round_trips(red: float, green: float, blue: float) -> None:
     levels = pixel(red, green, blue)
     hsv = to_hsv(levels)
     assert (hsv >= 0).all()
     assert (hsv[0] <= 1).all()
     np.testing.assert_allclose(from_hsv(hsv), levels, atol=2e-6)
-    np.testing.assert_allclose(recolor(levels, STILL), levels, atol=2e-6)
+    np.testing.assert_allclose(recolor(levels, UNCHANGED), levels, atol=2e-6)
 
 
 def test_probability_and_range_of_changes() -> None:

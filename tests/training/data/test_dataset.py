@@ -59,9 +59,9 @@ def test_batches_do_not_depend_on_workers_or_earlier_batches(pictures: Pictures)
 
 
 def test_a_seed_always_gives_the_same_draws(pictures: Pictures) -> None:
-    """Captions and crops are pinned: a run must continue after an update of spectune."""
-    found = [(batch.captions, batch.time_ids[:, 2:4].int().tolist()) for batch in batches(pictures)[:4]]
-    assert found == [
+    """Pin captions and crops, because a run must be able to resume after an update of spectune."""
+    draws = [(batch.captions, batch.time_ids[:, 2:4].int().tolist()) for batch in batches(pictures)[:4]]
+    assert draws == [
         (("c, 2, a, b", ""), [[0, 2], [0, 0]]),
         (("", "c, b, a, 1"), [[1, 0], [3, 0]]),
         (("b, a, c, 3", "a, 3, c, b"), [[0, 0], [0, 1]]),
@@ -105,7 +105,7 @@ def test_cached_latents_replace_pixels(pictures: Pictures, tmp_path: Path) -> No
     assert len(seen) > 4  # both orientations are drawn
 
 
-def test_which_orientations_a_cache_needs() -> None:
+def test_orientations_that_are_cached() -> None:
     assert Variation().flips == (False,)
     assert Variation(flip_probability=0.5).flips == (False, True)
     assert Variation(flip_probability=1.0).flips == (True,)
@@ -121,7 +121,7 @@ ALL = Variation(
 
 @pytest.fixture(scope="module")
 def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures 40x32 whose alpha channel and mask file are the same gray levels; one has neither."""
+    """Images of 40x32 pixels whose alpha channel equals their mask file; one image has neither."""
     folder = tmp_path_factory.mktemp("masked")
     rows, columns = np.mgrid[:32, :40]
     for index in range(4):
@@ -155,9 +155,9 @@ def test_colors_and_masks_do_not_depend_on_workers(masked_folder: Path, masks: M
 
 
 @pytest.mark.parametrize("masks", ["alpha", "file"])
-def test_masks_follow_crop_and_mirror_but_not_color(masked_folder: Path, masks: MaskSource) -> None:
-    still = Variation(ALL.captions, flip_probability=0.5, random_crop=True)
-    plain = batches(masked_pictures(masked_folder, "file", still))
+def test_masks_are_cropped_and_mirrored_but_not_recolored(masked_folder: Path, masks: MaskSource) -> None:
+    without_color = Variation(ALL.captions, flip_probability=0.5, random_crop=True)
+    plain = batches(masked_pictures(masked_folder, "file", without_color))
     colored = batches(masked_pictures(masked_folder, masks))
     places = set()
     for first, second in zip(plain, colored, strict=True):
@@ -187,7 +187,7 @@ def test_no_masks_and_weights(masked_folder: Path) -> None:
         assert batch.weights.tolist() == [0.25] * len(batch)
 
 
-def test_a_batch_moves_as_a_whole(masked_folder: Path) -> None:
+def test_moving_a_batch_moves_all_of_its_tensors(masked_folder: Path) -> None:
     moved = batches(masked_pictures(masked_folder, "file"))[0].to(torch.device("meta"))
     assert moved.masks is not None
     assert moved.pixels is not None
@@ -201,7 +201,7 @@ def test_a_draw_picks_one_of_the_cached_variants(
 ) -> None:
     several = Variation(flip_probability=0.5, random_crop=True, color_probability=0.5, cached_variants=3)
     cached = masked_pictures(masked_folder, "alpha", several)
-    # what each view would be: its channels say which image, orientation and variant it is
+    # the channels of each view encode its image, orientation and variant
     cached.latents = {
         (image, flip): torch.arange(3).repeat_interleave(2)[:, None, None] + 10.0 * image + 100 * flip
         for image in range(4)
@@ -228,21 +228,21 @@ def test_a_draw_picks_one_of_the_cached_variants(
         opened.clear()
     assert {view.variant for view in seen} == {0, 1, 2}
     list(batches(cached))
-    assert opened == []  # masks are remembered
+    assert opened == []  # masks are cached
 
 
 def test_cached_views_do_not_depend_on_other_images(masked_folder: Path) -> None:
     several = Variation(flip_probability=0.5, random_crop=True, color_probability=1.0, cached_variants=4)
-    whole = masked_pictures(masked_folder, "none", several)
-    alone = Pictures(whole.images[2:], [Size(32, 32)], several, seed=7)
+    every = masked_pictures(masked_folder, "none", several)
+    alone = Pictures(every.images[2:], [Size(32, 32)], several, seed=7)
     names = [
-        whole.cached_view(2, flipped=flip, variant=variant).pixels_name
+        every.cached_view(2, flipped=flip, variant=variant).pixels_name
         for flip in (False, True)
         for variant in range(4)
     ]
     assert len(set(names)) == 8
     assert names[:4] == [alone.cached_view(0, variant=variant).pixels_name for variant in range(4)]
-    other = Pictures(whole.images, [Size(32, 32)], several, seed=8)
+    other = Pictures(every.images, [Size(32, 32)], several, seed=8)
     assert other.cached_view(2).pixels_name != names[0]
-    fixed = Pictures(whole.images, [Size(32, 32)], Variation(), seed=8)
+    fixed = Pictures(every.images, [Size(32, 32)], Variation(), seed=8)
     assert fixed.cached_view(2, flipped=True).pixels_name == "40x32+4+0-32x32-mirrored"

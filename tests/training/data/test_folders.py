@@ -24,7 +24,7 @@ def validation_of(folder: Path) -> Scan:
     return scan
 
 
-def test_repeats_captions_and_everything_skipped(tmp_path: Path) -> None:
+def test_repeats_captions_and_skipped_files(tmp_path: Path) -> None:
     draw(tmp_path / "10_red cat" / "a.png", (30, 20))
     draw(tmp_path / "10_red cat" / "b.JPG")
     draw(tmp_path / "2_dog" / "c.webp")
@@ -36,13 +36,13 @@ def test_repeats_captions_and_everything_skipped(tmp_path: Path) -> None:
 
     scan = scan_of(tmp_path)
 
-    found = {image.path.name: (image.caption, image.repeats) for image in scan.images}
-    assert found == {"a.png": ("a red cat", 10), "b.JPG": ("", 10), "c.webp": ("dog", 2)}
+    images = {image.path.name: (image.caption, image.repeats) for image in scan.images}
+    assert images == {"a.png": ("a red cat", 10), "b.JPG": ("", 10), "c.webp": ("dog", 2)}
     assert scan.images[0].size == Size(30, 20)
     assert scan.warnings() == [
         "2 folders ignored, not named `N_name`: 0_off, plain",
         "1 image skipped: torn.png is not an image that Pillow can read",
-        "1 image without a caption file, captioned by the name of the folder: c.webp",
+        "1 image without a caption file, captioned with the name of its folder: c.webp",
         "1 caption empty: b.JPG",
     ]
 
@@ -57,7 +57,7 @@ def test_an_empty_dataset_is_an_error(tmp_path: Path) -> None:
         scan_of(tmp_path / "nowhere")
 
 
-def test_validation_images_may_be_in_the_folder_itself(tmp_path: Path) -> None:
+def test_validation_images_may_be_directly_in_the_folder(tmp_path: Path) -> None:
     draw(tmp_path / "bare" / "a.png")
     draw(tmp_path / "kohya" / "1_x" / "a.png")
     assert len(validation_of(tmp_path / "bare").images) == 1
@@ -67,7 +67,7 @@ def test_validation_images_may_be_in_the_folder_itself(tmp_path: Path) -> None:
         validation_of(tmp_path / "nowhere")
 
 
-def test_sets_and_regularisation_images_are_weighted(tmp_path: Path) -> None:
+def test_sets_and_regularization_images_are_weighted(tmp_path: Path) -> None:
     for name in ("train/3_cat/a.png", "set/b.png", "keep/c.png", "class/2_animal/d.png"):
         draw(tmp_path / name)
     sets = [
@@ -82,15 +82,15 @@ def test_sets_and_regularisation_images_are_weighted(tmp_path: Path) -> None:
         regularisation_weight=0.25,
     )
 
-    found = [(image.path.name, image.caption, image.repeats, image.weight) for image in scan.images]
-    assert found == [
+    images = [(image.path.name, image.caption, image.repeats, image.weight) for image in scan.images]
+    assert images == [
         ("a.png", "cat", 3, 1.0),
         ("b.png", "given", 4, 0.5),
         ("c.png", "", 1, 0.125),
         ("d.png", "animal", 2, 0.25),
     ]
     assert scan.warnings() == [
-        "2 images without a caption file, captioned by the name of the folder: a.png, d.png",
+        "2 images without a caption file, captioned with the name of its folder: a.png, d.png",
         "1 caption empty: c.png",
     ]
 
@@ -114,7 +114,7 @@ def test_each_source_needs_a_usable_image(tmp_path: Path) -> None:
     assert "data.regularisation_folders" in (caught.value.hint or "")
 
 
-def test_a_caption_file_wins_over_the_sidecar(tmp_path: Path) -> None:
+def test_a_caption_file_has_priority_over_the_sidecar(tmp_path: Path) -> None:
     folder = tmp_path / "1_x"
     for name in ("a.png", "b.png", "c.png"):
         draw(folder / name)
@@ -138,8 +138,8 @@ def test_a_caption_file_wins_over_the_sidecar(tmp_path: Path) -> None:
     assert [image.caption for image in scan.images] == ["from its file", "sidecar b", "x"]
     assert scan.warnings() == [
         "1 image skipped: torn.png is not an image that Pillow can read",
-        "1 image without a caption file, captioned by the name of the folder: c.png",
-        "2 captions of sidecars without an image: sub/c.png, z.png",
+        "1 image without a caption file, captioned with the name of its folder: c.png",
+        "2 captions in sidecars without an image: sub/c.png, z.png",
     ]
     without = scan_of(tmp_path, sidecar="")
     assert [image.caption for image in without.images] == ["from its file", "x", "x"]
@@ -158,7 +158,7 @@ def test_mask_files_are_never_images(tmp_path: Path) -> None:
     masked = scan_of(tmp_path, mask="file")
     assert [image.mask for image in masked.images] == [folder / "a.mask.png", None]
     assert masked.warnings()[-2:] == [
-        "1 image without a mask, counted in full: b.png",
+        "1 image without a mask; the loss covers the complete image: b.png",
         "1 mask file not used: z.mask.png",
     ]
     other = scan_of(tmp_path, mask="file", mask_suffix="_m.png")
@@ -166,7 +166,7 @@ def test_mask_files_are_never_images(tmp_path: Path) -> None:
 
     draw(folder / "b.mask.png", (40, 20))
     with pytest.raises(
-        InputError, match=r"b\.mask\.png is 40x20, its picture \d+x\d+: expected the same aspect"
+        InputError, match=r"b\.mask\.png is 40x20, its image \d+x\d+: expected the same aspect"
     ):
         scan_of(tmp_path, mask="file")
 
@@ -175,7 +175,7 @@ def test_images_without_an_alpha_channel_are_counted(tmp_path: Path) -> None:
     draw(tmp_path / "1_x" / "a.png")
     Image.new("RGBA", (8, 8)).save(tmp_path / "1_x" / "b.png")
     scan = scan_of(tmp_path, mask="alpha")
-    assert scan.warnings()[-1] == "1 image without a mask, counted in full: a.png"
+    assert scan.warnings()[-1] == "1 image without a mask; the loss covers the complete image: a.png"
     assert not any("mask" in line for line in scan_of(tmp_path).warnings())
 
 

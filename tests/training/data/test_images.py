@@ -46,7 +46,7 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    exif[0x0112] = 6  # the camera was rotated by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (4, 8)
 
@@ -68,7 +68,7 @@ def test_unusable_files_raise_the_reason(tmp_path: Path) -> None:
             open_image(tmp_path / name)
 
 
-def test_the_first_picture_of_a_camera_file_counts(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_mpo_file_is_read(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (250, 0)]
     frames[0].save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "camera.jpg") as camera:
@@ -85,7 +85,7 @@ def test_render_range_and_shape() -> None:
 
 
 def deep_png(path: Path, color_type: int, levels: list[int]) -> None:
-    """A PNG of one pixel with 16-bit channels, which Pillow does not write in color."""
+    """Write a PNG of one pixel with 16-bit channels. Pillow cannot write these in color."""
     row = b"\0" + struct.pack(f">{len(levels)}H", *levels)
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, color_type, 0, 0, 0)),
@@ -145,15 +145,15 @@ def test_alpha(tmp_path: Path) -> None:
     assert color(tmp_path / "clear.png") == (255, 204, 204)
 
 
-def test_a_dot_fills_its_bucket() -> None:
+def test_an_image_of_one_pixel_fills_its_bucket() -> None:
     pixels = render(Image.new("RGB", (1, 1), (255, 0, 0)), place(Size(1, 1), Size(64, 32)))
     assert pixels.shape == (3, 32, 64)
     assert pixels.amin((1, 2)).tolist() == [1.0, -1.0, -1.0]
 
 
-def test_color_changes_apply_to_the_picture() -> None:
-    whole = place(Size(4, 4), Size(4, 4))
+def test_color_changes_apply_to_the_image() -> None:
+    placement = place(Size(4, 4), Size(4, 4))
     image = Image.new("RGB", (4, 4), (51, 255, 0))
-    pixels = render(image, whole, ColorChange(hue=0.0, saturation=1.0, gamma=2.0))
+    pixels = render(image, placement, ColorChange(hue=0.0, saturation=1.0, gamma=2.0))
     assert pixels[:, 0, 0].tolist() == pytest.approx([2 * 0.04 - 1, 1.0, -1.0], abs=1e-6)
     assert pixels.dtype == torch.float32

@@ -43,7 +43,7 @@ def model(tiny_checkpoint: Path) -> Sdxl:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures of two aspects."""
+    """Return a folder of five images with two aspects."""
     for index in range(5):
         draw(tmp_path / "images" / "1_x" / f"{index}.png", (60, 40) if index % 2 else (40, 44), seed=index)
     return tmp_path / "images"
@@ -55,7 +55,7 @@ def pictures_in(folder: Path, variation: Variation = FLIPS, *, seed: int = 3) ->
 
 @pytest.fixture
 def encoded(model: Sdxl, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of pictures in each call of the encoder."""
+    """Record the number of images in each call of the encoder."""
     counts: list[int] = []
     assert model.vae is not None
     encode: Callable[[Tensor], Any] = model.vae.encode
@@ -69,18 +69,18 @@ def same(one: dict[tuple[int, bool], Tensor], two: dict[tuple[int, bool], Tensor
 
 def test_posteriors_are_those_of_the_model(model: Sdxl) -> None:
     assert model.layout.vae is not None
-    odd = replace(model, layout=replace(model.layout, vae=replace(model.layout.vae, scale=0.5, shift=-0.3)))
+    other = replace(model, layout=replace(model.layout, vae=replace(model.layout.vae, scale=0.5, shift=-0.3)))
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        mean, deviation = encode_posteriors(odd, pixels).chunk(2, dim=1)
-        torch.testing.assert_close(mean, odd.encode_images(pixels))
+        mean, deviation = encode_posteriors(other, pixels).chunk(2, dim=1)
+        torch.testing.assert_close(mean, other.encode_images(pixels))
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
-        sample = odd.encode_images(pixels, torch.Generator().manual_seed(5))
+        sample = other.encode_images(pixels, torch.Generator().manual_seed(5))
     torch.testing.assert_close(mean + deviation * noise, sample)
     assert not torch.allclose(mean + 1.01 * deviation * noise, sample)
 
 
-def test_cached_and_uncached_runs_see_the_same(model: Sdxl, folder: Path) -> None:
+def test_cached_and_uncached_runs_get_the_same_latents(model: Sdxl, folder: Path) -> None:
     cached, uncached = pictures_in(folder), pictures_in(folder)
     cached.latents = encode_pictures(model, cached, flips=FLIPS.flips, seed=3)
     plan = BatchPlan(cached.buckets(), batch=2, seed=3)
@@ -98,27 +98,27 @@ def test_cached_and_uncached_runs_see_the_same(model: Sdxl, folder: Path) -> Non
     assert len(shapes) == 2
 
 
-def test_the_mode_is_drawn_without_a_seed(model: Sdxl, folder: Path) -> None:
+def test_latents_are_the_mode_without_a_seed(model: Sdxl, folder: Path) -> None:
     pictures = pictures_in(folder, Variation())
-    found = encode_pictures(model, pictures, seed=None)
-    assert found.keys() == {(image, False) for image in range(5)}
+    encoded_latents = encode_pictures(model, pictures, seed=None)
+    assert encoded_latents.keys() == {(image, False) for image in range(5)}
     with torch.no_grad():
         mode = model.encode_images(pictures.pixels(pictures.cached_view(4))[None])[0]
-    torch.testing.assert_close(found[4, False], mode, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded_latents[4, False], mode, rtol=1e-4, atol=1e-5)
 
 
 def test_variants_are_concatenated(model: Sdxl, folder: Path) -> None:
     pictures = pictures_in(folder, VARIED)
     reports: list[tuple[int, int]] = []
-    found = encode_pictures(
+    encoded_latents = encode_pictures(
         model, pictures, flips=VARIED.flips, seed=3, progress=lambda *done: reports.append(done)
     )
     assert reports[-1] == (30, 30)
-    channels = found[0, False].shape[0] // 3
+    channels = encoded_latents[0, False].shape[0] // 3
     for variant in range(3):
         view = pictures.cached_view(1, flipped=True, variant=variant)
         fresh = encode_drawn(model, pictures.pixels(view)[None], [view], seed=3)[0]
-        part = found[1, True][variant * channels : (variant + 1) * channels]
+        part = encoded_latents[1, True][variant * channels : (variant + 1) * channels]
         torch.testing.assert_close(part, fresh, rtol=1e-4, atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_a_second_run_encodes_nothing(
     assert same(memory, second)
 
 
-def test_a_cache_serves_runs_of_other_seeds(
+def test_a_cache_can_be_used_with_other_seeds(
     model: Sdxl, folder: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     one, two = (
@@ -180,10 +180,10 @@ def test_changed_inputs_are_encoded_again(
 
     file = store.file_of(folder / "1_x" / "0.png")
     file.write_bytes(file.read_bytes()[:-4])
-    mended, store = run()
+    repaired, store = run()
     assert sum(encoded) == 1
     assert store.damaged == {file}
-    assert all(torch.allclose(mended[key], before[key], rtol=1e-4, atol=1e-5) for key in before)
+    assert all(torch.allclose(repaired[key], before[key], rtol=1e-4, atol=1e-5) for key in before)
     run()
     assert sum(encoded) == 0
 
@@ -210,14 +210,14 @@ def test_an_interrupted_cache_continues(
     encoded.clear()
 
     store = LatentStore(tmp_path / "cache", "v")
-    found = run(store)
+    continued = run(store)
     assert sum(encoded) == (5 - 3) * 2
     assert store.damaged == set()
-    whole = encode_pictures(model, pictures_in(folder), flips=FLIPS.flips, seed=3)
-    assert all(torch.allclose(found[key], whole[key], rtol=1e-4, atol=1e-5) for key in whole)
+    uncached = encode_pictures(model, pictures_in(folder), flips=FLIPS.flips, seed=3)
+    assert all(torch.allclose(continued[key], uncached[key], rtol=1e-4, atol=1e-5) for key in uncached)
 
 
-def test_copies_of_a_picture_share_a_file(model: Sdxl, folder: Path, tmp_path: Path) -> None:
+def test_copies_of_an_image_share_a_file(model: Sdxl, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "1_x" / "0.png", folder / "1_x" / "copy.png")
     encode_pictures(model, pictures_in(folder), seed=3, store=LatentStore(tmp_path / "cache", "v"))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 5
@@ -247,8 +247,8 @@ def test_the_vae_key_changes_with_everything_that_latents_depend_on(model: Sdxl)
 def test_latents_that_are_not_finite(model: Sdxl, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"the VAE's latents of cat\.png are not finite"):
         checked_latents(torch.tensor([1.0, torch.nan]), "cat.png")
-    sound = latents.encode_posteriors
-    broken: Callable[..., Tensor] = lambda *args: sound(*args).index_fill_(0, torch.tensor([1]), torch.inf)  # noqa: E731
+    unbroken = latents.encode_posteriors
+    broken: Callable[..., Tensor] = lambda *args: unbroken(*args).index_fill_(0, torch.tensor([1]), torch.inf)  # noqa: E731
     monkeypatch.setattr(latents, "encode_posteriors", broken)
     with pytest.raises(InputError, match=r"the VAE's latents of 2\.png are not finite"):
         encode_pictures(model, pictures_in(folder), seed=3)
@@ -263,6 +263,6 @@ def test_each_view_has_its_own_noise(model: Sdxl, folder: Path, monkeypatch: pyt
     noise = encode_pictures(model, pictures, flips=VARIED.flips, seed=3)
     rows = torch.cat([variants.reshape(3, 4 * 4 * 4) for variants in noise.values()])
     assert len(rows) == 5 * 2 * 3
-    likeness = torch.corrcoef(rows) - torch.eye(len(rows))
-    assert likeness.abs().max() < 0.6
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 0.6
     assert rows.std() == pytest.approx(1, abs=0.05)

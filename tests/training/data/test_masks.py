@@ -22,15 +22,15 @@ def ramp(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mask_follows_its_picture(flipped: bool, seed: int) -> None:
+def test_a_mask_is_placed_like_its_image(flipped: bool, seed: int) -> None:
     gray = ramp(20, 12)
     placed = place(Size(20, 12), Size(8, 12), flipped=flipped, random=Random(seed))
 
     mask = render_mask(gray, placed, 4)
 
-    picture = (render(gray.convert("RGB"), placed)[:1] + 1) / 2
+    image = (render(gray.convert("RGB"), placed)[:1] + 1) / 2
     assert mask.shape == (1, 3, 2)
-    torch.testing.assert_close(mask, avg_pool2d(picture, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(mask, avg_pool2d(image, 4), rtol=0, atol=1e-6)
     other = place(Size(20, 12), Size(8, 12), flipped=not flipped, random=Random(seed))
     assert (mask - render_mask(gray, other, 4)).abs().max() > 0.05
 
@@ -39,13 +39,13 @@ def test_areas_are_averaged() -> None:
     levels = np.zeros((4, 4), dtype=np.uint8)
     levels[:2, :2] = [[255, 0], [51, 0]]
     levels[2:, 2:] = 255
-    whole = Placement(Size(4, 4), Size(4, 4), Size(4, 4), 0, 0, flipped=False)
-    mask = render_mask(Image.fromarray(levels), whole, 2)
+    placement = Placement(Size(4, 4), Size(4, 4), Size(4, 4), 0, 0, flipped=False)
+    mask = render_mask(Image.fromarray(levels), placement, 2)
     assert mask[0].flatten().tolist() == pytest.approx([0.3, 0.0, 0.0, 1.0])
     assert mask.dtype == torch.float32
 
 
-def test_a_mask_of_another_scale_is_resized_with_the_picture() -> None:
+def test_a_mask_of_another_scale_is_resized_with_its_image() -> None:
     left_half = Image.fromarray(np.repeat([[255, 255, 0, 0]], 2, axis=0).astype(np.uint8))
     placed = place(Size(40, 20), Size(32, 16), flipped=True)
     mask = render_mask(left_half, placed, 8)
@@ -53,7 +53,7 @@ def test_a_mask_of_another_scale_is_resized_with_the_picture() -> None:
     assert mask.mean() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_without_a_mask_everything_counts() -> None:
+def test_without_a_mask_all_weights_are_1() -> None:
     mask = render_mask(None, place(Size(9, 9), Size(16, 32)), 8)
     assert torch.equal(mask, torch.ones(1, 4, 2))
 
@@ -64,14 +64,14 @@ def test_names() -> None:
     assert not is_mask(Path("mask.png"), ".mask.png")
 
 
-def test_masks_that_do_not_fit(tmp_path: Path) -> None:
+def test_masks_with_another_aspect_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cat.mask.png"
     for size in ((300, 201), (100, 66), (100, 67), (600, 401), (3, 2)):
         Image.new("L", size).save(path)
         assert open_mask(path, Size(300, 201)).size == size
     for size in ((201, 300), (300, 210), (100, 70)):
         Image.new("L", size).save(path)
-        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, its picture 300x201: expected the same aspect"
+        expected = rf"cat\.mask\.png is {size[0]}x{size[1]}, its image 300x201: expected the same aspect"
         with pytest.raises(InputError, match=expected):
             open_mask(path, Size(300, 201))
     path.write_text("no mask")

@@ -16,7 +16,7 @@ def plan(batch: int = 2, seed: int = 1) -> BatchPlan:
 
 
 @given(st.integers(1, 7), st.integers(0, 5))
-def test_an_epoch_shows_every_repeat_once_and_never_mixes_sizes(batch: int, epoch: int) -> None:
+def test_an_epoch_draws_every_repeat_once_and_never_mixes_sizes(batch: int, epoch: int) -> None:
     batches = plan(batch).epoch(epoch)
     assert len(batches) == plan(batch).batches_per_epoch
     assert Counter(draw.image for drawn in batches for draw in drawn) == {0: 3, 1: 1, 2: 2, 3: 5}
@@ -28,9 +28,9 @@ def test_an_epoch_shows_every_repeat_once_and_never_mixes_sizes(batch: int, epoc
 
 @given(st.integers(0, 20), st.integers(0, 20))
 def test_a_resumed_plan_is_the_rest_of_the_plan(start: int, more: int) -> None:
-    whole = list(PlannedBatches(plan(), 0, start + more))
-    assert list(PlannedBatches(plan(), start, start + more)) == whole[start:]
-    assert [drawn[0].position for drawn in whole] == list(range(start + more))
+    batches = list(PlannedBatches(plan(), 0, start + more))
+    assert list(PlannedBatches(plan(), start, start + more)) == batches[start:]
+    assert [drawn[0].position for drawn in batches] == list(range(start + more))
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -39,10 +39,10 @@ def test_added_views_are_loaded(store: LatentStore, picture: Path, tmp_path: Pat
     store.add(file, {"b": posterior(1)})
 
     again = LatentStore(tmp_path / "cache", "vae")
-    found = again.load(again.file_of(picture), ["a", "b", "c"], SHAPE)
-    assert sorted(found) == ["a", "b"]
-    assert torch.equal(found["a"], posterior(0))
-    assert torch.equal(found["b"], posterior(1))
+    loaded = again.load(again.file_of(picture), ["a", "b", "c"], SHAPE)
+    assert sorted(loaded) == ["a", "b"]
+    assert torch.equal(loaded["a"], posterior(0))
+    assert torch.equal(loaded["b"], posterior(1))
     assert again.damaged == set()
     assert again.warnings() == []
     with safe_open(file, "pt") as opened:
@@ -85,9 +85,9 @@ def test_invalid_views_are_skipped_and_counted(store: LatentStore, picture: Path
     assert store.damaged == {file}
     assert store.warnings() == [f"1 damaged file in the latent cache, encoded again: {file.name}"]
     store.add(file, {"bad": posterior(2)})
-    found = store.load(file, ["good", "bad"], SHAPE)
-    assert torch.equal(found["bad"], posterior(2))
-    assert torch.equal(found["good"], posterior(1))
+    loaded = store.load(file, ["good", "bad"], SHAPE)
+    assert torch.equal(loaded["bad"], posterior(2))
+    assert torch.equal(loaded["good"], posterior(1))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no safetensors", None], ids=["empty", "text", "cut short"])

@@ -1,4 +1,4 @@
-"""The bridge between EPS and flow: exact algebra, checked against the schedule itself."""
+"""The bridge between EPS and flow, checked against SDXL's schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectune.training.eps_to_flow.bridge import Bridge, interpolate, of_flow_mo
 BRIDGE = Bridge()
 
 
-def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def latents_and_noise(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (count, 4, 6, 6)
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -31,15 +31,15 @@ def test_the_timestep_of_a_level_is_the_inverse_of_the_schedule() -> None:
 
 
 def test_the_network_input_is_the_image_noised_by_its_own_schedule() -> None:
-    x0, noise = pictures(4)
+    x0, noise = latents_and_noise(4)
     steps = torch.tensor([3, 200, 600, 990])
     levels = BRIDGE.levels[steps].float()
-    fed = BRIDGE.at(levels).network_input(Flow().add_noise(x0, noise, levels))
-    assert torch.allclose(fed, Ddpm("eps").add_noise(x0, noise, steps), atol=1e-5)
+    inputs = BRIDGE.at(levels).network_input(Flow().add_noise(x0, noise, levels))
+    assert torch.allclose(inputs, Ddpm("eps").add_noise(x0, noise, steps), atol=1e-5)
 
 
 def test_a_correct_eps_gives_the_correct_velocity() -> None:
-    x0, noise = pictures(6)
+    x0, noise = latents_and_noise(6)
     levels = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.9, 0.93])
     flow = Flow()
     noised = flow.add_noise(x0, noise, levels)
@@ -47,8 +47,8 @@ def test_a_correct_eps_gives_the_correct_velocity() -> None:
     assert torch.allclose(velocity, flow.target(x0, noise, levels), atol=2e-5)
 
 
-def test_an_error_of_eps_is_an_error_of_the_velocity() -> None:
-    x0, noise = pictures(1)
+def test_an_error_of_eps_causes_an_error_of_the_velocity() -> None:
+    x0, noise = latents_and_noise(1)
     levels = torch.tensor([0.5])
     noised = Flow().add_noise(x0, noise, levels)
     error = BRIDGE.at(levels).velocity(1.01 * noise, noised) - (noise - x0)
@@ -65,7 +65,7 @@ def test_the_bridge_is_continuous_at_the_end_of_the_schedule_and_finite_up_to_pu
 
 
 def test_above_the_schedule_the_velocity_follows_from_the_clean_image() -> None:
-    x0, noise = pictures(1)
+    x0, noise = latents_and_noise(1)
     level = torch.tensor([0.98])
     coefficients = BRIDGE.at(level)
     noised = Flow().add_noise(x0, noise, level)
@@ -77,7 +77,7 @@ def test_above_the_schedule_the_velocity_follows_from_the_clean_image() -> None:
 
 
 def test_a_flow_model_needs_no_scaling() -> None:
-    x0, _ = pictures(2)
+    x0, _ = latents_and_noise(2)
     levels = torch.tensor([0.2, 0.8])
     coefficients = of_flow_model(levels)
     assert torch.equal(coefficients.network_input(x0), x0)
@@ -89,7 +89,7 @@ def test_interpolate_starts_and_ends_at_its_arguments() -> None:
     levels = torch.tensor([0.1, 0.5, 0.97])
     first, second = BRIDGE.at(levels), of_flow_model(levels)
     for share, end in ((0.0, first), (1.0, second)):
-        found = interpolate(first, second, share)
+        mixed = interpolate(first, second, share)
         for name in ("c_in", "timestep", "c_out", "c_skip"):
-            assert torch.allclose(getattr(found, name), getattr(end, name))
+            assert torch.allclose(getattr(mixed, name), getattr(end, name))
     assert torch.allclose(interpolate(first, second, 0.5).c_out, (first.c_out + 1) / 2)

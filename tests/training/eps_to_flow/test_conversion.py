@@ -1,4 +1,4 @@
-"""From EPS to flow: the teacher, the warm start, the fading bridge, and the files that they write."""
+"""Conversion from EPS to flow: the teacher, the warm start, the bridge, and the written files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def predict_as_flow(run: Run, batch: Batch, noised: NoisedBatch) -> Tensor:
 
 
 def through_the_bridge(run: Run, batch: Batch, noised: NoisedBatch) -> Tensor:
-    """The velocity of the untouched base, without the code under test except the bridge."""
+    """Compute the velocity of the unchanged base. Of the tested code, this uses only the bridge."""
     assert run.recipe.model.base is not None
     with open_checkpoint(run.recipe.model.base) as source:
         base = build_model(source)
@@ -74,7 +74,7 @@ def through_the_bridge(run: Run, batch: Batch, noised: NoisedBatch) -> Tensor:
     return bridge.velocity(output, noised.latents).detach()
 
 
-def disturb(run: Run) -> None:
+def change_deltas(run: Run) -> None:
     with torch.no_grad():
         for parameter in run.optimization.parameters.values():
             parameter.add_(0.05)
@@ -83,7 +83,7 @@ def disturb(run: Run) -> None:
 @pytest.mark.parametrize("start", ["raw", "warm"])
 def test_the_teacher_does_not_depend_on_the_training(make_run: MakeRun, start: str) -> None:
     run = make_run(teacher="eps", start=start)
-    disturb(run)
+    change_deltas(run)
     batch, noised = first_batch(run)
     conversion = run.objective.conversion
     assert conversion is not None
@@ -95,7 +95,7 @@ def test_the_teacher_does_not_depend_on_the_training(make_run: MakeRun, start: s
 
 
 def noised_without_teacher(run: Run) -> NoisedBatch:
-    """The same noised batch with the target of the images."""
+    """Return the same noised batch with the target of the images."""
     recipe = run.recipe.model_copy(
         update={
             "objective": run.recipe.objective.model_copy(
@@ -106,7 +106,7 @@ def noised_without_teacher(run: Run) -> NoisedBatch:
     return first_batch(assemble(recipe, Accelerator(cpu=True), Callbacks()))[1]
 
 
-def test_the_teacher_fades_out_where_its_schedule_ends() -> None:
+def test_the_teacher_fades_out_at_the_end_of_its_schedule() -> None:
     share = Conversion().teacher_share(torch.tensor([0.0, 0.9, 0.918, 0.936, 1.0]))
     assert share.tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=2e-3)
 
@@ -150,11 +150,11 @@ def test_the_warm_start_refits_the_embedding_of_noise_levels() -> None:
 
     expected, unfitted = embedded(Bridge().timestep(levels)), embedded(1000 * levels)
     SwappedTensors().put(model, refit_time(model, Bridge(), Flow(shift=2.5).even_times(4096)))
-    found = embedded(1000 * levels)
-    assert (found - expected).norm() < 0.05 * expected.norm() < 0.2 * (unfitted - expected).norm()
+    refitted = embedded(1000 * levels)
+    assert (refitted - expected).norm() < 0.05 * expected.norm() < 0.2 * (unfitted - expected).norm()
 
 
-def test_the_teacher_has_the_tensors_of_the_base_and_training_those_of_the_warm_start(
+def test_the_teacher_uses_the_base_tensors_and_the_training_uses_the_warm_start(
     make_run: MakeRun,
 ) -> None:
     run = make_run(start="warm")
@@ -171,7 +171,7 @@ def test_the_teacher_has_the_tensors_of_the_base_and_training_those_of_the_warm_
     assert sum(not torch.equal(warm[name], stored[name]) for name in stored) == 7  # conv_in keeps its bias
 
 
-def test_the_rebuilt_model_is_the_trained_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_the_rebuilt_model_equals_the_trained_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = converting(make_recipe, {"start": "warm", "teacher": "eps"})
     report = train(recipe)
     tuned = tmp_path / "out" / "t.safetensors"
@@ -192,16 +192,17 @@ def test_the_rebuilt_model_is_the_trained_one(make_recipe: MakeRecipe, tmp_path:
         model = build_model(source)
         assert model.prediction.name == "flow"
     text = run.model.denoiser.text_states(batch.captions)
-    found = model.denoise(noised.latents, noised.timestep, text, batch.time_ids)
-    assert torch.allclose(found, predict_as_flow(run, batch, noised), atol=2e-3)  # other layers stay in fp16
+    predicted = model.denoise(noised.latents, noised.timestep, text, batch.time_ids)
+    expected = predict_as_flow(run, batch, noised)
+    assert torch.allclose(predicted, expected, atol=2e-3)  # the other layers are rounded to fp16
 
 
 class Losses(Callbacks):
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.losses: list[float] = []
 
     def on_step(self, info: StepInfo) -> None:
-        self.found.append(info.loss)
+        self.losses.append(info.loss)
 
 
 def test_a_resumed_conversion_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -213,12 +214,14 @@ def test_a_resumed_conversion_continues_bit_for_bit(make_recipe: MakeRecipe, tmp
     parts = {"output": tmp_path / "parts", "steps": 2}
     train(converting(make_recipe, objective, run=parts))
     train(converting(make_recipe, objective, run={**parts, "steps": 4}), callbacks=[rest])
-    assert rest.found == whole.found[2:]
+    assert rest.losses == whole.losses[2:]
     files = [(tmp_path / folder / "t.safetensors").read_bytes() for folder in ("whole", "parts")]
     assert files[0] == files[1]
 
 
-def test_a_gradient_frame_follows_the_warm_start(make_recipe: MakeRecipe, picture_folder: Path) -> None:
+def test_gradient_frames_are_computed_after_the_warm_start(
+    make_recipe: MakeRecipe, picture_folder: Path
+) -> None:
     recipe = converting(
         make_recipe,
         {"start": "warm", "teacher": "eps"},
@@ -236,7 +239,7 @@ def test_a_gradient_frame_follows_the_warm_start(make_recipe: MakeRecipe, pictur
     ("objective", "message"),
     [
         ({"kind": "eps", "flow_shift": ..., "teacher": "eps"}, '`teacher` needs `kind = "flow"`'),
-        ({"start": "warm", "bridge_steps": 5}, "give only one of them"),
+        ({"start": "warm", "bridge_steps": 5}, "set only one"),
         ({"warm_images": 5}, '`warm_images` does nothing without `start = "warm"`'),
     ],
 )

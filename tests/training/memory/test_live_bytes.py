@@ -6,19 +6,19 @@ import torch.nn.functional as F
 from spectune.training.memory.live_bytes import LiveBytes, attention_of_gpus
 
 
-def test_storages_count_while_they_live() -> None:
+def test_storages_are_counted_until_they_are_freed() -> None:
     x = torch.zeros(10, requires_grad=True)
-    with LiveBytes([x]) as alive:
+    with LiveBytes([x]) as counter:
         y = x.exp()
-        assert alive.live == 40
-        assert y.view(2, 5).shape == (2, 5)  # no storage of its own
-        assert alive.live == 40
+        assert counter.live == 40
+        assert y.view(2, 5).shape == (2, 5)  # a view shares the storage
+        assert counter.live == 40
         z = y + 1
-        assert (alive.live, alive.peak) == (80, 80)
+        assert (counter.live, counter.peak) == (80, 80)
         del z
-        assert (alive.live, alive.peak) == (40, 80)
+        assert (counter.live, counter.peak) == (40, 80)
         del y
-    assert (alive.live, alive.peak) == (0, 80)
+    assert (counter.live, counter.peak) == (0, 80)
 
 
 def test_attention_on_the_meta_device_keeps_no_matrix() -> None:
@@ -35,7 +35,7 @@ def test_attention_on_the_meta_device_keeps_no_matrix() -> None:
     assert kept.shape == again.shape
 
 
-def test_attention_elsewhere_is_torchs_own() -> None:
+def test_attention_on_other_devices_is_unchanged() -> None:
     q = torch.randn(1, 2, 8, 4)
     expected = F.scaled_dot_product_attention(q, q, q, is_causal=True)
     with attention_of_gpus():

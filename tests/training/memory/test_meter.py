@@ -1,4 +1,4 @@
-"""Planned bytes are those of real steps on the CPU, counted by autograd and torch's profiler."""
+"""Planned bytes equal those of real steps on the CPU, measured with autograd and torch's profiler."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def meters(checkpoints: dict[str, Path]) -> dict[str, MemoryMeter]:
 
 
 def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
-    """A model with random frames of real sizes."""
+    """Return a model with random frames of real sizes."""
     with open_checkpoint(path) as source:
         model = build_model(source, dtype=parse_dtype(setup.precision))
         frames = {
@@ -85,32 +85,32 @@ def real_loss(model: Sdxl, setup: Setup) -> Tensor:
 
 
 def saved_bytes(model: Sdxl, joined: list[Tensor], forward: Callable[[], Tensor]) -> int:
-    """Distinct storages that autograd saves in a forward pass, except parameters, frames and joined factors."""
-    own = [
+    """Return the bytes that autograd saves in a forward pass, except parameters, frames and joined factors."""
+    existing = [
         *joined,
         *model.unet.parameters(),
         *model.te1.parameters(),
         *model.te2.parameters(),
         *model.unet.buffers(),
     ]
-    own += [*model.te1.buffers(), *model.te2.buffers()]
-    places = {tensor.untyped_storage().data_ptr() for tensor in own}
-    found: dict[int, torch.UntypedStorage] = {}
+    existing += [*model.te1.buffers(), *model.te2.buffers()]
+    places = {tensor.untyped_storage().data_ptr() for tensor in existing}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in places:
-            found[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
     assert loss.requires_grad
-    return sum(storage.nbytes() for storage in found.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """The peak bytes of the CPU's allocator, from torch's profiler."""
+    """Return the peak bytes of the CPU allocator, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     results: Any = profiler.profiler
@@ -152,7 +152,7 @@ def test_planned_bytes_are_those_of_a_real_step(
     states = optimizer.state_dict()["state"].values()
     state = [value for one in states for value in one.values() if isinstance(value, Tensor)]
     assert planned.optimizer == pytest.approx(total(state), rel=1e-3)
-    # exact: the last layer of the first encoder, which feeds nothing, gets no gradient in either
+    # exact: in both, the last layer of the first text encoder is not used and gets no gradient
     assert planned.gradients == total(tensor.grad for tensor in trained.values())
     assert planned.fixed.trained == total(trained.values())
     networks = (model.unet, model.te1, model.te2, model.vae)
@@ -166,11 +166,11 @@ def test_planned_bytes_are_those_of_a_real_step(
 def test_the_planned_peak_is_that_of_the_allocator(
     checkpointing: bool, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
-    # large enough that what kernels of the CPU take for themselves does not count
+    # large enough that the workspaces of CPU kernels do not matter
     setup = replace(TINY_STEP, batch=4, resolution_px=96, gradient_checkpointing=checkpointing)
     planned = meters["tiny"].measure(setup)
     model, _ = real_model(checkpoints["tiny"], setup)
-    real_loss(model, setup).backward()  # gradients are there from now on
+    real_loss(model, setup).backward()  # gradients exist from now on
     peak = allocated_peak(lambda: real_loss(model, setup).backward())
     assert planned.kept + planned.working == pytest.approx(peak, rel=0.1)
 
@@ -189,13 +189,13 @@ def test_encoding_bytes_are_those_of_the_allocator(
     assert memory.waiting == total(model.vae.parameters())
 
 
-def test_twice_the_rank_is_twice_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:
+def test_twice_the_rank_doubles_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:
     meter = meters["demo"]
     one, two = (meter.measure(replace(DEMO_STEP, rank=rank, parts=("te2",))) for rank in (4, 8))
     doubled = {name: 2 * getattr(one.fixed, name) for name in ("frame", "joined", "trained")}
     assert two.fixed == replace(one.fixed, **doubled)
     assert two.gradients == 2 * one.gradients == two.fixed.trained
-    assert two.optimizer == pytest.approx(2 * one.optimizer, rel=1e-2)  # each tensor counts its steps
+    assert two.optimizer == pytest.approx(2 * one.optimizer, rel=1e-2)  # each tensor stores its step count
     assert one.kept < two.kept < 1.1 * one.kept
 
 
@@ -213,26 +213,26 @@ def test_bfloat16_halves_the_bytes_and_twice_the_batch_doubles_activations(
 
 
 def test_full_sdxl_by_hand(full_infos: Mapping[str, TensorInfo]) -> None:
-    """The parameter counts are those of the published model; rank 64 has 254.6 M in 1052 layers."""
+    """Check the parameter counts of the published model; rank 64 has 254.6 M parameters in 1052 layers."""
     meter = MemoryMeter(layout_of(full_infos), build_catalogue(full_infos))
-    found = meter.inventory(Setup(rank=64))
-    plain = found.weights["none"]
+    inventory = meter.inventory(Setup(rank=64))
+    plain = inventory.weights["none"]
     assert plain.unet == 2 * 2_567_463_684
     positions = 8 * 77 * 2  # two tables of int64
     assert plain.encoders == 2 * (123_060_480 + 694_659_840) + positions
     assert plain.vae == 4 * 83_653_863
-    count = sum(tensor.numel() for tensor in found.trained.values())
+    count = sum(tensor.numel() for tensor in inventory.trained.values())
     assert count == pytest.approx(254.6e6, rel=1e-3)
-    assert found.frame == 4 * count
-    assert optimizer_bytes("adamw", found.trained.values(), from_zero=True) == 8 * count + 4 * 2 * 1052
+    assert inventory.frame == 4 * count
+    assert optimizer_bytes("adamw", inventory.trained.values(), from_zero=True) == 8 * count + 4 * 2 * 1052
     linear = sum(
         layer.in_features * layer.out_features
         for layer in build_catalogue(full_infos)
         if layer.kind is Kind.LINEAR and layer.part is Part.UNET
     )
-    # of 16 bits, 4 bits and a float32 scale for 64 values remain
-    assert plain.unet - found.weights["nf4"].unet == linear * (2 - 1 / 2 - 4 / 64)
-    assert found.weights["nf4"].unpacked == 2 * 10240 * 1280
+    # 16 bits become 4 bits and a float32 scale for each 64 values
+    assert plain.unet - inventory.weights["nf4"].unet == linear * (2 - 1 / 2 - 4 / 64)
+    assert inventory.weights["nf4"].unpacked == 2 * 10240 * 1280
 
 
 def test_checkpointing_saves_activations_only(meters: dict[str, MemoryMeter]) -> None:

@@ -18,7 +18,7 @@ def test_optimizer_bytes_are_proportional_to_the_tensors(name: str) -> None:
     assert optimizer_bytes(name, [], from_zero=True) == 0
 
 
-def test_prodigy_stores_its_start_unless_it_is_zero() -> None:
+def test_prodigy_stores_the_initial_tensors_unless_they_are_zero() -> None:
     tensor = torch.zeros(64, 640, device="meta")
-    zero, elsewhere = (optimizer_bytes("prodigy", [tensor], from_zero=zero) for zero in (True, False))
-    assert elsewhere == pytest.approx(zero + tensor.nbytes, abs=64)
+    zero, nonzero = (optimizer_bytes("prodigy", [tensor], from_zero=zero) for zero in (True, False))
+    assert nonzero == pytest.approx(zero + tensor.nbytes, abs=64)

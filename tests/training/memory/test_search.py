@@ -1,4 +1,4 @@
-"""The setup that fits a card: the ladder, the choice and its recipe."""
+"""The setup that fits a GPU: the ladder, the choice and its recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def memory_of(unet: int) -> Memory:
     return Memory(Fixed(unet, 0, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def test_the_card_must_have_the_larger_phase_and_a_reserve() -> None:
+def test_the_total_is_the_larger_phase_and_a_reserve() -> None:
     memory = Memory(
         fixed=Fixed(unet=1000, encoders=200, vae=0, frame=20, joined=10, trained=30),
         gradients=30,
@@ -37,8 +37,8 @@ def test_the_card_must_have_the_larger_phase_and_a_reserve() -> None:
     assert replace(memory, encoding=340).total == 1900 + 600_000_000 + 95
 
 
-class MadeUpSizes(MemoryMeter):
-    """Setups with made-up sizes; the first on the ladder is the largest."""
+class FakeMeter(MemoryMeter):
+    """A meter with invented sizes. The first setup of the ladder is the largest."""
 
     def __init__(self, requested: Setup) -> None:
         self.setups = list(ladder(requested))
@@ -52,15 +52,15 @@ class MadeUpSizes(MemoryMeter):
         return memory_of(900_000_000 * (len(self.setups) - self.setups.index(setup))).total
 
 
-def test_the_ladder_goes_from_the_request_to_the_cheapest() -> None:
-    rungs = [described(setup) for setup in ladder(Setup(rank=16))]
+def test_the_ladder_goes_from_the_request_to_the_smallest_setup() -> None:
+    setups = [described(setup) for setup in ladder(Setup(rank=16))]
     lean = "checkpointing, text+vae offloaded"
-    assert rungs == [
+    assert setups == [
         "rank 16, unet+te1+te2, delta, bf16 base",
         *(
-            f"rank {rank}, {way}"
+            f"rank {rank}, {settings}"
             for rank in (16, 8)
-            for way in (
+            for settings in (
                 "unet+te1+te2, delta, bf16 base, checkpointing",
                 "unet+te1+te2, delta, bf16 base, checkpointing, vae offloaded",
                 f"unet, delta, bf16 base, {lean}",
@@ -75,35 +75,35 @@ def test_the_ladder_goes_from_the_request_to_the_cheapest() -> None:
     )
 
 
-def test_the_first_that_fits_is_the_best_and_two_more_are_shown() -> None:
-    meter = MadeUpSizes(Setup(rank=16))
+def test_the_first_setup_that_fits_is_the_best_and_two_more_are_returned() -> None:
+    meter = FakeMeter(Setup(rank=16))
     third = meter.measure(meter.setups[2]).total
     meter.measured.clear()
-    found = plan(meter, meter.setups[0], third)
-    assert found.best.setup == meter.setups[2]
-    assert [one.setup for one in found.too_large] == meter.setups[:2]
-    assert [one.setup for one in found.runners_up] == meter.setups[3:5]
+    result = plan(meter, meter.setups[0], third)
+    assert result.best.setup == meter.setups[2]
+    assert [candidate.setup for candidate in result.too_large] == meter.setups[:2]
+    assert [candidate.setup for candidate in result.runners_up] == meter.setups[3:5]
     assert plan(meter, meter.setups[0], third - 1).best.setup == meter.setups[3]
 
 
 def test_setups_that_are_too_large_without_activations_are_not_measured() -> None:
-    meter = MadeUpSizes(Setup(rank=16))
-    found = plan(meter, meter.setups[0], meter.least(meter.setups[4]))
+    meter = FakeMeter(Setup(rank=16))
+    result = plan(meter, meter.setups[0], meter.least(meter.setups[4]))
     assert set(meter.setups[:4]).isdisjoint(meter.measured)
-    assert [one.memory for one in found.too_large[:4]] == [None] * 4
+    assert [candidate.memory for candidate in result.too_large[:4]] == [None] * 4
 
 
 def test_the_error_names_the_smallest_setup() -> None:
-    meter = MadeUpSizes(Setup(rank=16))
+    meter = FakeMeter(Setup(rank=16))
     with pytest.raises(
         InputError, match=r"nothing fits 1\.00 GB: the smallest setup, rank 8, .* takes 1\.65 GB"
     ):
         plan(meter, meter.setups[0], 10**9)
 
 
-@pytest.mark.parametrize("place", [0, 2, 3, 5])
-def test_the_recipe_has_the_planned_setup(place: int) -> None:
-    setup = list(ladder(Setup(rank=16, batch=3, resolution_px=768)))[place]
+@pytest.mark.parametrize("index", [0, 2, 3, 5])
+def test_the_recipe_has_the_planned_setup(index: int) -> None:
+    setup = list(ladder(Setup(rank=16, batch=3, resolution_px=768)))[index]
     data = tomllib.loads(recipe_text(setup, 'models/the "best".safetensors'))
     data["data"]["folders"] = ["pictures"]
     data["run"] |= {"name": "t", "output": "out", "steps": 1}

@@ -19,7 +19,7 @@ from spectune.training.objective.edm2 import (
 
 
 def two_features() -> LearnedWeighting:
-    """Features sqrt(2) and -sqrt(2) at all timesteps, so u = sqrt(2)*(a - b)/sqrt(2) = a - b."""
+    """Return a weighting with the features sqrt(2) and -sqrt(2) at all timesteps, so u = a - b."""
     weighting = LearnedWeighting(2)
     weighting.frequency.zero_()
     weighting.phase.copy_(torch.tensor([0.0, 0.5]))
@@ -34,7 +34,7 @@ def test_importance_by_hand() -> None:
     assert importance(torch.tensor([4.0]), 4.0).item() == pytest.approx(10.0)
 
 
-def test_flow_levels_have_their_snr() -> None:
+def test_importance_of_a_flow_level() -> None:
     # ((1 - 0.75)/0.75)^2 = 1/9: 20*(1/9)/(10/9) = 2
     assert importance(Flow().snr(torch.tensor([0.75])), 1.0).item() == pytest.approx(2.0)
 
@@ -71,7 +71,7 @@ def test_gradient_of_a_feature_that_depends_on_the_timestep() -> None:
     assert weighting.weight.grad.item() == pytest.approx(6 * math.sqrt(2), rel=1e-5)
 
 
-def test_the_cost_itself_is_trained_with_the_weight_of_its_level() -> None:
+def test_the_gradient_of_a_cost_has_the_weight_of_its_level() -> None:
     weighting = two_features()
     with torch.no_grad():
         weighting.weight.copy_(torch.tensor([math.log(4.0), 0.0]))
@@ -81,7 +81,7 @@ def test_the_cost_itself_is_trained_with_the_weight_of_its_level() -> None:
     assert costs.grad.item() == pytest.approx(1 / 4)
 
 
-def test_it_learns_the_cost_over_the_importance_of_every_level() -> None:
+def test_it_learns_cost_divided_by_importance_at_every_level() -> None:
     prediction = Ddpm("eps")
     times = prediction.even_times(64)
     snr = prediction.snr(times)
@@ -119,23 +119,23 @@ def test_a_saved_weighting_continues_bit_for_bit() -> None:
             weighting(torch.tensor([0.1 + step]), level, torch.tensor([1.0 / (step + 1)])).sum().backward()
             optimizer.step()
 
-    straight, stopped = LearnedWeighting(16), LearnedWeighting(16)
-    straight_optimizer, stopped_optimizer = weighting_optimizer(straight), weighting_optimizer(stopped)
-    steps(straight, straight_optimizer, range(5))
+    uninterrupted, stopped = LearnedWeighting(16), LearnedWeighting(16)
+    stopped_optimizer = weighting_optimizer(stopped)
+    steps(uninterrupted, weighting_optimizer(uninterrupted), range(5))
     steps(stopped, stopped_optimizer, range(3))
     file = io.BytesIO()
     torch.save(WeightingTrainer(stopped, stopped_optimizer).state_dict(), file)
     file.seek(0)
     saved: dict[str, Any] = torch.load(file, weights_only=True)
-    resumed = LearnedWeighting(16, seed=9)  # the features come with the state
+    resumed = LearnedWeighting(16, seed=9)  # the state contains the features
     again = weighting_optimizer(resumed)
     WeightingTrainer(resumed, again).load_state_dict(saved)
     steps(resumed, again, range(3, 5))
-    assert torch.equal(resumed.weight, straight.weight)
+    assert torch.equal(resumed.weight, uninterrupted.weight)
     assert not torch.equal(resumed.weight, stopped.weight)
 
 
-def test_the_settings_of_the_optimizer() -> None:
+def test_the_default_settings() -> None:
     weighting = LearnedWeighting()
     group = weighting_optimizer(weighting).param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-2, (0.9, 0.99), 0.0)

@@ -31,7 +31,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def images(*rows: list[list[float]]) -> torch.Tensor:
-    """One channel each."""
+    """Return images with one channel each."""
     return torch.tensor(rows)[:, None]
 
 
@@ -136,13 +136,13 @@ def test_multiscale_of_sizes_that_are_not_multiples_of_four() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_masked_errors_cost_nothing(name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_masked_errors_do_not_change_the_loss(name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     predicted, target = pair
     mask = torch.zeros(2, 1, 6, 5)
     mask[..., :3, :] = 1
     elsewhere = predicted.clone()
     elsewhere[..., 3:, :] += 5
-    first, second = (LOSSES[name](it, target, mask=mask) for it in (predicted, elsewhere))
+    first, second = (LOSSES[name](values, target, mask=mask) for values in (predicted, elsewhere))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     inside = predicted.clone()
     inside[..., :3, :] += 5
@@ -152,14 +152,14 @@ def test_masked_errors_cost_nothing(name: str, pair: tuple[torch.Tensor, torch.T
 
 
 def test_masks_by_hand() -> None:
-    # elementwise: the mask weighs the cost, 0.5 * 4; with a transform: the latents, |0.5 * 2|
+    # elementwise, the mask multiplies the cost: 0.5 * 4; with a transform, the latents: |0.5 * 2|
     predicted, zero, half = images([[2.0]]), images([[0.0]]), torch.full((1, 1, 1, 1), 0.5)
     assert cost("mse", predicted, zero, mask=half) == [2.0]
     assert cost("fft", predicted, zero, mask=half) == [1.0]
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_float32_and_has_a_gradient_without_error(name: str) -> None:
+def test_every_loss_is_float32_and_has_a_finite_gradient_at_zero_error(name: str) -> None:
     target = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).bfloat16()
     predicted = target.clone().requires_grad_()
     costs = LOSSES[name](predicted, target)

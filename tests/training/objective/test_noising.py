@@ -40,7 +40,7 @@ def test_a_perturbation_is_only_in_the_input(name: str, target: float) -> None:
     assert noised.target.item() == pytest.approx(target)
 
 
-def test_noised_batches_are_float32_and_follow_the_generator() -> None:
+def test_noised_batches_are_float32_and_depend_on_the_generator_only() -> None:
     x0 = torch.zeros(3, 4, 2, 2, dtype=torch.bfloat16)
     noise = NoiseOptions(offset=0.1, perturbation=0.1)
     first, again, other = (
@@ -52,21 +52,21 @@ def test_noised_batches_are_float32_and_follow_the_generator() -> None:
     assert not torch.equal(first.latents, other.latents)
 
 
-def test_an_offset_moves_the_mean_of_each_channel() -> None:
+def test_an_offset_shifts_the_mean_of_each_channel() -> None:
     x0 = torch.zeros(64, 4, 8, 8)
     plain = noise_at_random(EPS, x0, derived_generator(1, "n"))
     offset = noise_at_random(EPS, x0, derived_generator(1, "n"), noise=NoiseOptions(offset=0.5))
-    moved = offset.target - plain.target
-    # one value for each image and channel, of standard deviation 0.5
-    torch.testing.assert_close(moved, moved.mean((2, 3), keepdim=True).expand_as(moved), rtol=0, atol=1e-6)
-    assert moved.mean((2, 3)).std().item() == pytest.approx(0.5, rel=0.15)
-    # in x_t as in the target: with x0 = 0, x_t is sigma * target
+    shift = offset.target - plain.target
+    # one value for each image and channel, with standard deviation 0.5
+    torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=0, atol=1e-6)
+    assert shift.mean((2, 3)).std().item() == pytest.approx(0.5, rel=0.15)
+    # the same in x_t and in the target: with x0 = 0, x_t is sigma * target
     sigma = (1 / (1 + EPS.snr(offset.times))).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(offset.latents, sigma * offset.target, rtol=1e-4, atol=1e-5)
     assert torch.equal(offset.times, plain.times)
 
 
-def test_a_random_perturbation_has_its_standard_deviation() -> None:
+def test_a_random_perturbation_has_the_given_standard_deviation() -> None:
     x0 = torch.zeros(64, 4, 8, 8)
     plain = noise_at_random(EPS, x0, derived_generator(1, "n"))
     more = noise_at_random(EPS, x0, derived_generator(1, "n"), noise=NoiseOptions(perturbation=0.1))

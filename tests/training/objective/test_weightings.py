@@ -41,7 +41,7 @@ def test_soft_min_snr_by_hand() -> None:
     # snr = 3, gamma = 1: soft minimum 3*1/(3+1) = 3/4; over snr = 1/4, over snr + 1 = 3/16
     assert weights("soft_min_snr", "eps", [3.0], min_snr_gamma=1.0) == pytest.approx([1 / 4])
     assert weights("soft_min_snr", "v", [3.0], min_snr_gamma=1.0) == pytest.approx([3 / 16])
-    assert weights("soft_min_snr", "eps", [5.0]) == pytest.approx([1 / 2])  # half the hard one at snr = gamma
+    assert weights("soft_min_snr", "eps", [5.0]) == pytest.approx([1 / 2])  # half of min_snr at snr = gamma
 
 
 def test_debiased_by_hand() -> None:
@@ -88,9 +88,9 @@ def test_weights_are_finite_from_pure_noise_to_clean_latents(name: str, predicti
     assert edges[[1, 4, 5]].tolist() == [0.0, math.inf, 0.0]
     for scaled in (False, True):
         options = WeightingOptions(prediction, scale_v_like_noise=scaled)
-        found = WEIGHTINGS[name](edges, options)
-        assert bool(found.isfinite().all())
-        assert bool((found >= 0).all())
+        values = WEIGHTINGS[name](edges, options)
+        assert bool(values.isfinite().all())
+        assert bool((values >= 0).all())
 
 
 def test_limits_of_min_snr_in_pure_noise() -> None:

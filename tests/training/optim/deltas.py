@@ -5,14 +5,14 @@ from torch import nn
 
 
 def trained(shape: tuple[int, int] = (64, 80), dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """Deltas as training finds them: zeros, of two parts."""
+    """Return deltas of two parts at the start of training, which are zeros."""
     return {
         name: nn.Parameter(torch.zeros(shape, dtype=dtype))
         for name in ("unet.a.down", "unet.a.up", "te1.b.down")
     }
 
 
-def gradients_of_noise(tensors: dict[str, nn.Parameter], seed: int) -> None:
+def set_random_gradients(tensors: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors.values():
         tensor.grad = torch.randn(tensor.shape, generator=generator)
@@ -21,5 +21,5 @@ def gradients_of_noise(tensors: dict[str, nn.Parameter], seed: int) -> None:
 
 def advance(optimizer: torch.optim.Optimizer, tensors: dict[str, nn.Parameter], seeds: range) -> None:
     for seed in seeds:
-        gradients_of_noise(tensors, seed)
+        set_random_gradients(tensors, seed)
         optimizer.step()

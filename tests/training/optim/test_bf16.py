@@ -1,4 +1,4 @@
-"""Updates of bf16 parameters that are smaller than what bf16 can tell apart."""
+"""Updates of bf16 parameters that are smaller than the spacing of bf16 numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from spectune.training.optim.kinds import OPTIMIZERS
 
 
 def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:
-    """Share that bf16 parameters lose of what float32 parameters move in 1000 steps of 1e-4 of their size."""
-    moved: list[float] = []
+    """Return the share of an update that bf16 loses, compared to float32, in 1000 steps of 1e-4."""
+    distances: list[float] = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         parameter = nn.Parameter(torch.ones(32, 40, dtype=dtype))
@@ -21,7 +21,7 @@ def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:
             [{"params": [parameter]}],
             options={
                 "d0": 1e-4,
-                "prodigy_steps": 1,  # frozen: every step is d0 times a gradient divided by its size
+                "prodigy_steps": 1,  # freezes d: every step is d0 times a gradient divided by its size
                 "betas": (0.9, 0.0),
                 "stochastic_rounding": stochastic,
                 "use_schedulefree": schedule_free,
@@ -30,9 +30,9 @@ def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:
         for _ in range(1000):
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-        moved.append(1 - parameter.detach().float().mean().item())
-    assert moved[0] > 0.05
-    return 1 - moved[1] / moved[0]
+        distances.append(1 - parameter.detach().float().mean().item())
+    assert distances[0] > 0.05
+    return 1 - distances[1] / distances[0]
 
 
 @pytest.mark.parametrize("schedule_free", [True, False])
@@ -42,17 +42,16 @@ def test_stochastic_rounding_keeps_small_updates(schedule_free: bool) -> None:
 
 
 @pytest.mark.parametrize("schedule_free", [True, False])
-def test_plain_rounding_loses_them(schedule_free: bool) -> None:
-    assert (
-        lost_in_rounding(stochastic=False, schedule_free=schedule_free) == 1.0
-    )  # a bf16 next to 1 is 0.4% away
+def test_plain_rounding_loses_small_updates(schedule_free: bool) -> None:
+    # the bf16 numbers next to 1 are 0.4% away
+    assert lost_in_rounding(stochastic=False, schedule_free=schedule_free) == 1.0
 
 
 @pytest.mark.parametrize(
     "name", [name for name, kind in OPTIMIZERS.items() if not kind.rounds_stochastically]
 )
 def test_other_optimizers_do_not_round_stochastically(name: str) -> None:
-    """Each loses every update of 1e-4 of a bf16 parameter, so that claiming otherwise would be wrong."""
+    """They lose every update of 1e-4 of a bf16 parameter."""
     parameter = nn.Parameter(torch.ones(64, 80, dtype=torch.bfloat16))
     fixed = OPTIMIZERS[name].fixed_learning_rate
     options = {} if fixed is None else {"d0": 1e-4, "growth_rate": 1.0001}

@@ -50,13 +50,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_without_its_state_differs(name: str) -> None:
-    """The test above would pass without a state if only gradients mattered."""
-    kept, forgetful = trained(), trained()
-    optimizer = build_optimizer(name, groups_by_part(kept))
-    advance(optimizer, kept, range(4))
+    """Check that the state matters, so that the test above can fail."""
+    continued, restarted = trained(), trained()
+    optimizer = build_optimizer(name, groups_by_part(continued))
+    advance(optimizer, continued, range(4))
     with torch.no_grad():
-        for key, tensor in forgetful.items():
-            tensor.copy_(kept[key])
-    advance(optimizer, kept, range(4, 6))
-    advance(build_optimizer(name, groups_by_part(forgetful)), forgetful, range(4, 6))
-    assert not torch.equal(kept["unet.a.up"], forgetful["unet.a.up"])
+        for key, tensor in restarted.items():
+            tensor.copy_(continued[key])
+    advance(optimizer, continued, range(4, 6))
+    advance(build_optimizer(name, groups_by_part(restarted)), restarted, range(4, 6))
+    assert not torch.equal(continued["unet.a.up"], restarted["unet.a.up"])

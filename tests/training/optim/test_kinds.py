@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from spectune.training.optim.groups import build_optimizer, groups_by_part, learning_rates
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.optim.modes import finished_weights
-from tests.training.optim.deltas import advance, gradients_of_noise, trained
+from tests.training.optim.deltas import advance, set_random_gradients, trained
 
 
 def one_step(name: str, gradient: Tensor, **arguments: Any) -> Tensor:
-    """Where a zero tensor stands after one step."""
+    """Return the values of a zero tensor after one step."""
     parameter = nn.Parameter(torch.zeros_like(gradient))
     parameter.grad = gradient.clone()
     build_optimizer(name, [{"params": [parameter], "part": "unet"}], **arguments).step()
     return parameter.detach()
 
 
-# where the default would need more than 30 steps to show: learning rate, options
+# learning rates and options for optimizers whose defaults need more than 30 steps
 FASTER: dict[str, tuple[float | None, dict[str, Any]]] = {
     "adamw": (1e-2, {}),
     "adamw8bit": (1e-2, {}),
@@ -55,13 +55,13 @@ def test_thirty_steps_lower_the_loss(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        # All bring the gradient to the size of its sign in the first step.
+        # All use the sign of the gradient in the first step.
         ("adamw", {}, -0.5),
         ("adamw8bit", {}, -0.5),
         ("lion", {}, -0.5),
         ("adafactor", {}, -0.5),
-        ("adafactor", {"scale_parameter": True}, -0.5 * 1e-3),  # times the least size of a parameter
-        # The average after one step is the step.
+        ("adafactor", {"scale_parameter": True}, -0.5 * 1e-3),  # times the smallest size of a parameter
+        # The average of one step is the step.
         ("adamw_schedule_free", {}, -0.5),
         ("adamw_schedule_free", {"warmup_steps": 4}, -0.5 / 4),
     ],
@@ -69,8 +69,8 @@ def test_thirty_steps_lower_the_loss(name: str) -> None:
 def test_the_first_step_by_hand(name: str, options: dict[str, Any], expected: float) -> None:
     gradient = torch.full((64, 80), 0.25)
     gradient[:, ::2] = -4.0
-    moved = one_step(name, gradient, learning_rate=0.5, options=options)
-    torch.testing.assert_close(moved, expected * gradient.sign(), rtol=1e-5, atol=0)
+    values = one_step(name, gradient, learning_rate=0.5, options=options)
+    torch.testing.assert_close(values, expected * gradient.sign(), rtol=1e-5, atol=0)
 
 
 def test_the_relative_steps_of_adafactor_follow_the_schedule() -> None:
@@ -86,7 +86,7 @@ def test_the_relative_steps_of_adafactor_follow_the_schedule() -> None:
     assert parameter.detach().max().item() == pytest.approx(-0.0125)
 
 
-def test_eight_bits_hold_the_moments_of_large_tensors_only() -> None:
+def test_only_large_tensors_have_8_bit_moments() -> None:
     small, large = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(64, 80))
     optimizer = build_optimizer("adamw8bit", [{"params": [small, large]}])
     for parameter in (small, large):
@@ -104,7 +104,7 @@ def test_eight_bits_hold_the_moments_of_large_tensors_only() -> None:
         ("adafactor", 4 * (64 + 80) / (64 * 80)),  # rows and columns
         ("lion", 4),
         ("dadapt_adam", 4 + 4 + 4),
-        ("prodigy", 4 + 4 + 4),  # where they began is a single zero
+        ("prodigy", 4 + 4 + 4),  # the initial values are a single zero
         ("adamw_schedule_free", 4 + 4),
         (
             "prodigy_plus_schedule_free",
@@ -116,21 +116,21 @@ def test_state_sizes_are_those_of_the_docs(name: str, bytes_per_number: float) -
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     advance(optimizer, tensors, range(2))
-    taken = sum(
+    state_bytes = sum(
         value.numel() * value.element_size()
         for state in optimizer.state_dict()["state"].values()
         for key, value in state.items()
         if isinstance(value, Tensor) and value.ndim and not key.startswith("qmap")
     )
-    assert taken == pytest.approx(bytes_per_number * sum(tensor.numel() for tensor in tensors.values()))
+    assert state_bytes == pytest.approx(bytes_per_number * sum(tensor.numel() for tensor in tensors.values()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_tensor_without_a_gradient_stays_and_can_get_one_later(name: str) -> None:
-    """The last layer of the first encoder feeds nothing."""
+def test_a_tensor_without_a_gradient_is_unchanged_and_can_get_one_later(name: str) -> None:
+    """The output of the last layer of the first text encoder is not used, so it gets no gradient."""
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
-    gradients_of_noise(tensors, 0)
+    set_random_gradients(tensors, 0)
     tensors["te1.b.down"].grad = None
     optimizer.step()
     assert not tensors["te1.b.down"].detach().any()
@@ -139,15 +139,15 @@ def test_a_tensor_without_a_gradient_stays_and_can_get_one_later(name: str) -> N
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_stdout_stays_clean(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    talkative = {"eps": None, "prodigy_steps": 1} if name == "prodigy_plus_schedule_free" else {}
+def test_optimizers_print_nothing_to_stdout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printing = {"eps": None, "prodigy_steps": 1} if name == "prodigy_plus_schedule_free" else {}
     decoupled = {"decouple": True} if name in ("dadapt_adam", "prodigy") else {}
     tensors = trained()
     optimizer = build_optimizer(
-        name, groups_by_part(tensors), options={"weight_decay": 0.01, **talkative, **decoupled}
+        name, groups_by_part(tensors), options={"weight_decay": 0.01, **printing, **decoupled}
     )
     advance(optimizer, tensors, range(1))
     captured = capsys.readouterr()
     assert captured.out == ""
-    if decoupled or talkative:
-        assert captured.err  # there was something to keep off it
+    if decoupled or printing:
+        assert captured.err  # the optimizer did print something

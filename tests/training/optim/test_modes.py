@@ -13,15 +13,15 @@ SCHEDULE_FREE = [name for name, kind in OPTIMIZERS.items() if kind.schedule_free
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_reading_the_finished_weights_changes_nothing(name: str) -> None:
-    looked, plain = trained(), trained()
-    optimizers = [build_optimizer(name, groups_by_part(tensors)) for tensors in (looked, plain)]
+def test_finished_weights_do_not_change_the_training(name: str) -> None:
+    switched, plain = trained(), trained()
+    optimizers = [build_optimizer(name, groups_by_part(tensors)) for tensors in (switched, plain)]
     for seed in range(4):
-        advance(optimizers[0], looked, range(seed, seed + 1))
+        advance(optimizers[0], switched, range(seed, seed + 1))
         advance(optimizers[1], plain, range(seed, seed + 1))
-        with finished_weights(optimizers[0], list(looked.values())):
+        with finished_weights(optimizers[0], list(switched.values())):
             pass
-    assert all(torch.equal(looked[key], plain[key]) for key in plain)
+    assert all(torch.equal(switched[key], plain[key]) for key in plain)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -29,14 +29,14 @@ def test_only_schedule_free_optimizers_have_averaged_weights(name: str) -> None:
     tensors = trained()
     optimizer = build_optimizer(name, groups_by_part(tensors))
     advance(optimizer, tensors, range(3))
-    stepping = {key: value.detach().clone() for key, value in tensors.items()}
+    before = {key: value.detach().clone() for key, value in tensors.items()}
     with finished_weights(optimizer, list(tensors.values())):
-        same = all(torch.equal(tensors[key], stepping[key]) for key in tensors)
+        same = all(torch.equal(tensors[key], before[key]) for key in tensors)
         assert same == (name not in SCHEDULE_FREE)
         if name in SCHEDULE_FREE:
             with pytest.raises(Exception, match=r"(Not|was not) in train mode"):
                 optimizer.step()
-    assert all(torch.equal(tensors[key], stepping[key]) for key in tensors)
+    assert all(torch.equal(tensors[key], before[key]) for key in tensors)
 
 
 def test_the_average_of_schedule_free_steps_by_hand() -> None:
@@ -46,6 +46,6 @@ def test_the_average_of_schedule_free_steps_by_hand() -> None:
         parameter.grad = torch.ones(1)
         optimizer.step()
     with finished_weights(optimizer, [parameter]):
-        # The steps reach -1/4, -2/4, -3/4, of which all weigh the same.
+        # The average of -1/4, -2/4 and -3/4, with equal weights.
         assert parameter.item() == pytest.approx(-0.5)
     assert parameter.item() == pytest.approx(0.9 * -0.5 + 0.1 * -0.75)

@@ -13,7 +13,7 @@ from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.optim.kinds import OPTIMIZERS, check_options, traits_of
 from tests.training.optim.deltas import trained
 
-# name: (class that it is built from, arguments left to spectune, defaults that differ on purpose)
+# name: (class of the library, its arguments that are not options, its defaults that differ on purpose)
 LIBRARIES: dict[str, tuple[str, set[str], dict[str, Any]]] = {
     "adamw": (
         "torch.optim.AdamW",
@@ -39,22 +39,22 @@ LIBRARIES: dict[str, tuple[str, set[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_our_defaults_are_those_of_the_library(name: str) -> None:
-    path, left_out, theirs_differ = LIBRARIES[name]
+def test_defaults_are_those_of_the_library(name: str) -> None:
+    path, not_options, differing = LIBRARIES[name]
     module, _, class_name = path.rpartition(".")
     signature = inspect.signature(getattr(importlib.import_module(module), class_name).__init__)
     theirs = {
         key: parameter.default
         for key, parameter in signature.parameters.items()
-        if key not in left_out | {"self", "params", "lr"}
+        if key not in not_options | {"self", "params", "lr"}
     }
     ours = check_options(name, {}).model_dump()
-    assert theirs == {**ours, **theirs_differ}
-    assert all(ours[key] != value for key, value in theirs_differ.items())
+    assert theirs == {**ours, **differing}
+    assert all(ours[key] != value for key, value in differing.items())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_decays_unless_asked(name: str) -> None:
+def test_weight_decay_is_off_by_default(name: str) -> None:
     assert check_options(name, {}).model_dump()["weight_decay"] == 0
 
 
@@ -84,10 +84,14 @@ def test_unknown_options_are_named_with_a_suggestion(name: str) -> None:
             {"betas": [0, 0.9]},
             "option `betas` of adamw_schedule_free: Input should be",
         ),
-        ("prodigy_plus_schedule_free", {"betas": [0, 0.9]}, "the first of `betas` is 0: schedule-free steps"),
+        (
+            "prodigy_plus_schedule_free",
+            {"betas": [0, 0.9]},
+            "the first of `betas` is 0, but schedule-free steps",
+        ),
     ],
 )
-def test_options_that_do_not_fit(name: str, options: dict[str, Any], message: str) -> None:
+def test_messages_of_invalid_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_options(name, options)
 

@@ -9,7 +9,7 @@ from spectune.training.optim.schedules import SCHEDULES, rate_factor
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "bends", "expected"),
+    ("schedule", "step", "shape", "expected"),
     [
         # 10 steps, 2 of them warm-up: progress is (step - 2) / 8
         ("constant", 0, {}, 0.5),
@@ -35,17 +35,17 @@ from spectune.training.optim.schedules import SCHEDULES, rate_factor
         ("polynomial", 6, {"power": 2.0, "final_share": 0.2}, 0.4),
     ],
 )
-def test_rates_by_hand(schedule: str, step: int, bends: dict[str, Any], expected: float) -> None:
-    factor = rate_factor(schedule, step, steps=10, warmup_steps=2, **bends)
+def test_factors_by_hand(schedule: str, step: int, shape: dict[str, Any], expected: float) -> None:
+    factor = rate_factor(schedule, step, steps=10, warmup_steps=2, **shape)
     assert factor == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "constant"])
-def test_decaying_schedules_begin_at_one_and_end_at_the_final_share(schedule: str) -> None:
-    bends: dict[str, Any] = {"cycles": 3, "power": 1.7, "final_share": 0.125}
-    factors = [rate_factor(schedule, step, steps=60, warmup_steps=0, **bends) for step in range(63)]
+def test_decaying_schedules_start_at_one_and_end_at_the_final_share(schedule: str) -> None:
+    shape: dict[str, Any] = {"cycles": 3, "power": 1.7, "final_share": 0.125}
+    factors = [rate_factor(schedule, step, steps=60, warmup_steps=0, **shape) for step in range(63)]
     assert factors[0] == 1.0
-    assert factors[60:] == [0.125] * 3  # also for a run that was made shorter
+    assert factors[60:] == [0.125] * 3  # steps after the end, if a run was resumed with fewer steps
     assert all(0.125 <= factor <= 1 for factor in factors)
 
 

@@ -36,7 +36,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_recipe_parses_and_begins_with_its_command(path: Path) -> None:
+def test_every_recipe_parses_and_starts_with_its_command(path: Path) -> None:
     command = path.read_text().splitlines()[0]
     assert command.startswith("# spectune ")
     assert f"spectune train {path.relative_to(ROOT).as_posix()}" in command
@@ -104,7 +104,7 @@ def test_overrides_are_toml_values(
         ("data.caption.keep_tokens=1", "[data.caption] `keep_tokens` does nothing without `shuffle`"),
         ('data.caption.extensions=["txt"]', "`extensions` must begin with a dot, like `.txt`; got `txt`"),
         ("loss.min_snr_gamma=5", '[loss] `min_snr_gamma` does nothing without `weighting = "min_snr"`'),
-        ('model.principal="p"', "[model] give either `principal`"),
+        ('model.principal="p"', "[model] set either `principal`"),
         ("model.parts=[]", "[model] `parts` is empty"),
         ("objective={kind='eps', flow_shift=2.5}", '`flow_shift` needs `kind = "flow"`, not "eps"'),
         (
@@ -112,7 +112,7 @@ def test_overrides_are_toml_values(
             "data.cache_text needs frozen text encoders, but model.parts trains te1, te2",
         ),
         ("run.name=../x", "[run] `name`"),
-        ("run.name.x=3", "override `run.name.x=3`: `name` is a value and not a section"),
+        ("run.name.x=3", "override `run.name.x=3`: `name` is a value, not a section"),
         ("run.steps", "override `run.steps` is not of the form section.key=value"),
     ],
 )
@@ -126,10 +126,10 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.kind=flow", "loss.weighting=min_snr"], "which flow does not use"),
+        (["objective.kind=flow", "loss.weighting=min_snr"], "use none or edm2 for flow"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.learning_rate=1e-3"], "set it to 1"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.schedule=cosine"], "is schedule-free"),
-        (["run.steps=1", "run.epochs=1"], r"\[run\] give either `steps` or `epochs`"),
+        (["run.steps=1", "run.epochs=1"], r"\[run\] set either `steps` or `epochs`"),
         (
             ["data.bucket={enabled=true, min_px=8, max_px=64, step_px=64}", "data.resolution_px=32"],
             "`bucket.step_px` 64 is larger than `resolution_px` 32: no bucket fits",
@@ -150,7 +150,9 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
         (["model.frame_norm=0"], "`frame_norm`: input should be greater than 0"),
     ],
 )
-def test_contradictions(recipe_file: Path, overrides: list[str], message: str) -> None:
+def test_messages_of_keys_that_contradict_each_other(
+    recipe_file: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(recipe_file, overrides)
 
@@ -161,12 +163,12 @@ def test_frame_keys_need_rank(tmp_path: Path, override: str) -> None:
     path.write_text(MINIMAL.replace("rank = 16", 'principal = "p.safetensors"'))
     load_recipe(path)
     with pytest.raises(
-        InputError, match=r"needs `rank`: a principal file contains its frame; give `rank` in"
+        InputError, match=r"needs `rank`, because a principal file already contains its frame"
     ):
         load_recipe(path, [f"model.{override}"])
 
 
-def test_an_override_of_the_length_replaces_the_other_unit(recipe_file: Path) -> None:
+def test_an_override_of_steps_or_epochs_replaces_the_other(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["run.epochs=2"]).run.epochs == 2
     recipe_file.write_text(MINIMAL.replace("steps = 10", "epochs = 3"))
     run = load_recipe(recipe_file, ["run.steps=500"]).run

@@ -1,4 +1,4 @@
-"""Every recipe trains for two steps on the embedded base, with few pictures and small batches."""
+"""Every recipe trains for two steps on the embedded base, with few images and small batches."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from spectune.training.recipe.recipe import Recipe
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 STEPS = 2
-PICTURES = 2
-EDGE_PX = 32  # half of what the base was made for: a quarter of the work
+IMAGES = 2
+EDGE_PX = 32  # half the resolution of the base: a quarter of the work
 
-# What needs bitsandbytes is replaced where that is not installed.
+# Overrides for recipes that need bitsandbytes, if it is not installed.
 HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 WITHOUT_BITSANDBYTES = {"emoji3d_8gb": ('model.quantize="none"', 'optimizer.name="adamw"')}
 
-# What the guide and its tips ask for: objective, loss, weighting and trained parts of each recipe.
+# Objective, loss, weighting and trained parts of each recipe, from the guide and its tips.
 UNET, ENCODERS = ("unet",), ("te1", "te2")
 CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "emoji3d_8gb": ("eps", "mse", "min_snr", UNET),
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors as small as these gain nothing from threads, and wait for them where cores are shared."""
+    """Use one thread: threads do not speed up tensors this small, and slow them down on shared cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,21 +65,21 @@ class Losses(Callbacks):
 
 
 @pytest.fixture(scope="module")
-def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Some pictures of the demo for training and some that are held out, in kohya's layout."""
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of a few training and validation images of the demo, in kohya's layout."""
     parents: dict[str, Path] = {}
     for kind, source in (("images", "10_emoji3d"), ("validation", "1_emoji3d")):
         parents[kind] = tmp_path_factory.mktemp(kind)
         folder = parents[kind] / "1_few"
         folder.mkdir()
-        for picture in sorted((ROOT / "demo" / kind / source).glob("*.webp"))[:PICTURES]:
-            shutil.copy(picture, folder)
-            shutil.copy(picture.with_suffix(".txt"), folder)
+        for image in sorted((ROOT / "demo" / kind / source).glob("*.webp"))[:IMAGES]:
+            shutil.copy(image, folder)
+            shutil.copy(image.with_suffix(".txt"), folder)
     return parents
 
 
-def short(path: Path, pictures: dict[str, Path], output: Path) -> Recipe:
-    """A recipe cut down to seconds, without changing its method."""
+def short_recipe(path: Path, images: dict[str, Path], output: Path) -> Recipe:
+    """Return a recipe that takes seconds but keeps its method."""
     overrides = [
         f"run.steps={STEPS}",
         f"run.output={output.as_posix()}",
@@ -88,8 +88,8 @@ def short(path: Path, pictures: dict[str, Path], output: Path) -> Recipe:
         "run.tensorboard=false",
         "run.validation_times=1",
         f"data.resolution_px={EDGE_PX}",
-        f"data.folders=['{pictures['images'].as_posix()}']",
-        f"data.validation_folder={pictures['validation'].as_posix()}",
+        f"data.folders=['{images['images'].as_posix()}']",
+        f"data.validation_folder={images['validation'].as_posix()}",
         *(() if HAS_BITSANDBYTES else WITHOUT_BITSANDBYTES.get(path.stem, ())),
     ]
     if load_recipe(path).optimizer.warmup_steps:
@@ -98,25 +98,25 @@ def short(path: Path, pictures: dict[str, Path], output: Path) -> Recipe:
 
 
 def test_there_is_a_recipe_for_every_case() -> None:
-    found = {path.stem: load_recipe(path) for path in RECIPES}
-    said = {
+    recipes = {path.stem: load_recipe(path) for path in RECIPES}
+    cases = {
         name: (recipe.objective.kind, recipe.loss.kind, recipe.loss.weighting, recipe.model.parts)
-        for name, recipe in found.items()
+        for name, recipe in recipes.items()
     }
-    assert said == CASES
-    assert found["emoji3d_flow"].objective.flow_shift == 2.5
-    assert found["emoji3d_flow"].optimizer.name == "prodigy_plus_schedule_free"
-    assert found["emoji3d_to_flow"].objective.start == "warm"
-    assert found["emoji3d_to_flow"].objective.teacher == "eps"
-    assert found["emoji3d_vae"].vae.name == "eq-anzhc"
-    assert found["emoji3d_8gb"].model.quantize == "nf4"
+    assert cases == CASES
+    assert recipes["emoji3d_flow"].objective.flow_shift == 2.5
+    assert recipes["emoji3d_flow"].optimizer.name == "prodigy_plus_schedule_free"
+    assert recipes["emoji3d_to_flow"].objective.start == "warm"
+    assert recipes["emoji3d_to_flow"].objective.teacher == "eps"
+    assert recipes["emoji3d_vae"].vae.name == "eq-anzhc"
+    assert recipes["emoji3d_8gb"].model.quantize == "nf4"
     launch = "accelerate launch --num_processes 2 -m spectune train recipes/emoji3d_gpus.toml"
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains(path: Path, few_pictures: dict[str, Path], tmp_path: Path) -> None:
-    recipe = short(path, few_pictures, tmp_path / "out")
+def test_every_recipe_trains(path: Path, few_images: dict[str, Path], tmp_path: Path) -> None:
+    recipe = short_recipe(path, few_images, tmp_path / "out")
     losses = Losses()
     report = train(recipe, callbacks=[losses])
     assert (report.steps, report.first_step, report.interrupted) == (STEPS, 0, False)
@@ -126,17 +126,17 @@ def test_every_recipe_trains(path: Path, few_pictures: dict[str, Path], tmp_path
     assert before is not None
     assert after is not None
     assert math.isfinite(after)
-    assert after != before, "two steps have changed nothing"
+    assert after != before, "two steps did not change the model"
     assert_trained(adapter_file(recipe.run.output, recipe.run.name), recipe)
 
 
 def assert_trained(path: Path, recipe: Recipe) -> None:
-    """All parts of the recipe and no others have moved, and the file says what the model predicts now."""
+    """Check that exactly the parts of the recipe changed, and that the file declares the new prediction."""
     with open_checkpoint(recipe.model.checkpoint) as source:
         catalogue = build_catalogue(source, all_layers=True)
     with open_adapter(path, catalogue, replaced=True) as tuned:
         assert isinstance(tuned, TunedAdapter)
         parts = {name.partition(".")[0] for name in tuned.layers}
-        moved = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}
-        assert parts == moved == set(recipe.model.parts)
+        changed = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}
+        assert parts == changed == set(recipe.model.parts)
         assert tuned.provenance.prediction == recipe.objective.kind

@@ -14,12 +14,12 @@ from spectune.training.recipe.reference import recipe_reference, type_in_words
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "recipe-keys.md"
 
 
-def sections_below(section: type[BaseModel]) -> list[type[BaseModel]]:
+def with_subsections(section: type[BaseModel]) -> list[type[BaseModel]]:
     below = [section_of(field.annotation) for field in section.model_fields.values()]
-    return [section, *(one for own in below if own is not None for one in sections_below(own))]
+    return [section, *(one for own in below if own is not None for one in with_subsections(own))]
 
 
-def test_the_page_is_what_the_sections_declare() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == recipe_reference(), (
         "the page is out of date; write it with `python dev.py docs --write`"
     )
@@ -27,10 +27,10 @@ def test_the_page_is_what_the_sections_declare() -> None:
 
 @pytest.mark.parametrize(
     "section",
-    [*sections_below(Recipe)[1:], *(kind.options for kind in OPTIMIZERS.values())],
+    [*with_subsections(Recipe)[1:], *(kind.options for kind in OPTIMIZERS.values())],
     ids=lambda section: section.__name__,
 )
-def test_every_key_has_a_help_text_of_one_or_two_sentences(section: type[BaseModel]) -> None:
+def test_every_key_has_a_help_text_of_complete_sentences(section: type[BaseModel]) -> None:
     assert section.__doc__
     for key, field in section.model_fields.items():
         if section_of(field.annotation) is None or key == "sets":

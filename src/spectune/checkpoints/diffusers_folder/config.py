@@ -1,4 +1,4 @@
-"""The facts in a diffusers folder's configurations: heads, norm groups, schedule, factors of the VAE."""
+"""Read the configurations of a diffusers folder: heads, norm groups, schedule, VAE scale and shift."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """The facts in the configurations of a folder; empty or None where they are silent."""
+    """The facts in the configurations of a folder; empty or None if not declared."""
 
-    hints: Mapping[str, Any]  # the entries of `spectune.layout`
+    hints: Mapping[str, Any]  # entries of the metadata `spectune.layout`
     schedule: Schedule
     vae_scale: float | None  # latents = (z - shift) * scale
     vae_shift: float | None
 
 
 def read_facts(folder: Path, layout: Layout) -> FolderFacts:
-    """Read the configurations of a folder whose tensors have this layout; each of them may be absent.
+    """Read the configurations of a folder whose tensors have this layout; each file may be absent.
 
-    Raises InputError for a damaged configuration and for a value that no single-file SDXL can have.
+    Raises InputError for a damaged configuration, and for a value that a single-file SDXL cannot have.
     """
     unet, vae = read_config(folder / UNET), read_config(folder / VAE) if layout.vae else {}
     hints: dict[str, Any] = {
@@ -75,16 +75,16 @@ def read_facts(folder: Path, layout: Layout) -> FolderFacts:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file, or an empty dictionary if there is no such file."""
+    """Return the JSON object in a file, or an empty dictionary if the file does not exist."""
     return parse_config(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def parse_config(raw: bytes, where: str) -> dict[str, Any]:
-    """Return a JSON object; raise InputError, naming `where`, for anything else."""
+    """Parse a JSON object; raise InputError with `where` for anything else."""
     try:
         config = json.loads(raw)
     except ValueError as error:
-        raise InputError(f"{where} cannot be read: {error}") from None
+        raise InputError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a JSON object")
     return cast(dict[str, Any], config)
@@ -98,7 +98,7 @@ def config_number(
     default: float | None = None,
     positive: bool = False,
 ) -> float | None:
-    """Return an entry of a configuration as a float, or `default`; raise InputError for anything else."""
+    """Return an entry of a configuration as a float, or `default`; raise InputError if it is no number."""
     value = config.get(key, default)
     if value is None and default is None:
         return None
@@ -109,7 +109,7 @@ def config_number(
 
 
 def read_schedule(config: Mapping[str, Any], where: str) -> Schedule:
-    """Return the schedule of a scheduler's configuration; raise InputError for an unknown prediction."""
+    """Return the schedule in a scheduler's configuration; raise InputError for an unknown prediction."""
     zero_snr = bool(config.get("rescale_betas_zero_snr", False))
     if "FlowMatch" in str(config.get("_class_name", "")):
         return Schedule("flow", config_number(config, "shift", where, default=1.0, positive=True), zero_snr)
@@ -130,23 +130,23 @@ def read_schedule(config: Mapping[str, Any], where: str) -> Schedule:
 
 
 def per_level(value: Any, levels: int) -> Any:
-    """Return one value per level; diffusers writes a single number for equal values."""
+    """Return one value per level; diffusers writes a single number if all are equal."""
     return [value] * levels if isinstance(value, int) else value
 
 
 def folder_metadata(
     header: Mapping[str, str], facts: FolderFacts, layout: Layout, label: str
 ) -> dict[str, str]:
-    """Return the metadata of the single file that a folder stands for: the UNet's header and the facts.
+    """Return the metadata of the single file that is equivalent to a folder: the UNet's header and the facts.
 
-    SDXL's own heads, groups and VAE factors are omitted, as in an SDXL without metadata. Raises InputError
-    if header and configurations contradict each other.
+    Heads, groups and VAE factors with SDXL's standard values are omitted. Raises InputError if the header and
+    the configurations contradict each other.
     """
-    written = read_hints(header)
+    in_header = read_hints(header)
     for key, value in facts.hints.items():
-        _check_same(key, written.get(key), value, label)
+        _check_same(key, in_header.get(key), value, label)
     declared = read_hints({LAYOUT_KEY: json.dumps(facts.hints)})
-    hints = written | {key: value for key, value in declared.items() if not _is_standard(key, value, layout)}
+    hints = in_header | {k: value for k, value in declared.items() if not _is_standard(k, value, layout)}
     provenance = _with_facts(Provenance.from_metadata(header), facts, label)
     layout_entry = {LAYOUT_KEY: json.dumps(hints)} if hints else {}
     return {**header, **provenance.to_metadata(), **layout_entry}
@@ -166,17 +166,17 @@ def _with_facts(provenance: Provenance, facts: FolderFacts, label: str) -> Prove
     return replace(provenance, **new)
 
 
-def _check_same(key: str, written: Any, declared: Any, label: str) -> None:
-    if written is not None and declared is not None and written != declared:
+def _check_same(key: str, in_header: Any, declared: Any, label: str) -> None:
+    if in_header is not None and declared is not None and in_header != declared:
         raise InputError(
-            f"{label} contradicts itself: {key} is {declared} in its configuration files, "
-            f"{written} in the metadata of its unet/ (`{PREFIX}*`)",
-            hint="one of them belongs to another model: replace it by the file of this model",
+            f"{label} contradicts itself: {key} is {declared} in its configuration files, but "
+            f"{in_header} in the metadata of its unet/ (`{PREFIX}*`)",
+            hint="one of the two files belongs to another model: replace it with the file of this model",
         )
 
 
 def _is_standard(key: str, value: Any, layout: Layout) -> bool:
-    """Return whether an entry of `spectune.layout` is SDXL's own and need not be written."""
+    """Return whether an entry of `spectune.layout` has SDXL's standard value and can be omitted."""
     if key in ("unet_norm_groups", "vae_norm_groups"):
         return value == NORM_GROUPS
     widths = {
@@ -190,7 +190,7 @@ def _is_standard(key: str, value: Any, layout: Layout) -> bool:
 
 def _text_heads(path: Path, activation: str) -> Any:
     config = read_config(path)
-    found = config.get("hidden_act", activation)
-    if found != activation:
-        raise InputError(f"{path}: hidden_act is {found!r}: expected {activation!r}, as SDXL has it")
+    configured = config.get("hidden_act", activation)
+    if configured != activation:
+        raise InputError(f"{path}: hidden_act is {configured!r}: expected {activation!r}, as in SDXL")
     return config.get("num_attention_heads")

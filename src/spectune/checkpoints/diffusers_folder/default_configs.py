@@ -1,4 +1,4 @@
-"""New configurations for a diffusers folder, from the layout of a model."""
+"""Build new configurations for a diffusers folder from the layout of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectune.errors import InputError
 from spectune.sdxl.layout import TIME_IDS, Layout, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.vocabulary import BOS_ID, EOS_ID
 
-DIFFUSERS_VERSION = "0.36.0"  # its form of the configurations
+DIFFUSERS_VERSION = "0.36.0"  # the version whose configuration format is written
 NO_COMPONENT = [None, None]  # the entry of model_index.json for an absent component
 PIPELINE: Mapping[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
@@ -29,9 +29,9 @@ COMPONENTS: Mapping[str, list[str]] = {
 
 
 def model_configs(layout: Layout) -> dict[str, dict[str, Any]]:
-    """Return the configurations of the modules by their paths in the folder.
+    """Return the configurations of the modules by path in the folder.
 
-    Raises InputError for a UNet that no configuration of diffusers describes.
+    Raises InputError for a UNet that diffusers cannot describe.
     """
     configs = {
         UNET: _unet_config(layout.unet),
@@ -44,12 +44,12 @@ def model_configs(layout: Layout) -> dict[str, dict[str, Any]]:
 def _unet_config(unet: UNetLayout) -> dict[str, Any]:
     if unet.depths[-1] not in (0, unet.mid_depth):
         raise InputError(
-            f"a diffusers folder cannot hold this UNet: its middle has {unet.mid_depth} transformer blocks, "
-            f"its deepest level {unet.depths[-1]}: expected the same number",
-            hint="write a .safetensors file",
+            f"diffusers cannot describe this UNet: its middle has {unet.mid_depth} transformer blocks, its "
+            f"deepest level {unet.depths[-1]}: expected the same number",
+            hint="write a .safetensors file instead",
         )
     kinds = ["CrossAttn" if depth else "" for depth in unet.depths]
-    # The last number is the depth of the middle, even if the deepest level has no transformers.
+    # The last number is also the depth of the middle, even if the deepest level has no transformers.
     depths = [*(max(depth, 1) for depth in unet.depths[:-1]), max(unet.mid_depth, 1)]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -111,7 +111,7 @@ def _vae_config(vae: VaeLayout) -> dict[str, Any]:
 
 
 def scheduler_config(schedule: Schedule) -> dict[str, Any]:
-    """Return a scheduler for SDXL's noise that StableDiffusionXLPipeline supports."""
+    """Return the configuration of a scheduler with SDXL's noise that StableDiffusionXLPipeline supports."""
     common = {
         "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": 0.012,
@@ -121,7 +121,7 @@ def scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "rescale_betas_zero_snr": schedule.zero_snr,
     }
     if schedule.prediction == "flow":
-        # EulerDiscreteScheduler has no flow; FlowMatchEulerDiscreteScheduler fails in SDXL's pipeline.
+        # EulerDiscreteScheduler does not support flow; FlowMatchEulerDiscreteScheduler fails with SDXL.
         return common | {
             "_class_name": "DPMSolverMultistepScheduler",
             "flow_shift": 1.0 if schedule.flow_shift is None else schedule.flow_shift,
@@ -132,6 +132,6 @@ def scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "_class_name": "EulerDiscreteScheduler",
         "prediction_type": "v_prediction" if schedule.prediction == "v" else "epsilon",
         "steps_offset": 1,
-        # Only trailing timesteps start at the last one, where such a model was trained on pure noise.
+        # A zero-SNR model starts from pure noise at the last timestep; only trailing spacing includes it.
         "timestep_spacing": "trailing" if schedule.zero_snr else "leading",
     }

@@ -1,4 +1,4 @@
-"""The subfolders, files and keys of a diffusers folder for the tensors of a single file."""
+"""Map the tensors of a single file to the subfolders, files and keys of a diffusers folder."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ STEMS: Mapping[PartName, str] = {
     "vae": "diffusion_pytorch_model",
 }
 
-# The tensors of a single file that are in no module and differ from `derived_tensors`.
+# Stores the tensors of a single file that belong to no module and differ from `derived_tensors`.
 EXTRAS_FILE = "single_file_extras.safetensors"
-MATRICES_KEY = "spectune.matrices"  # in its metadata: VAE attention weights that were matrices
-TE1_ROOT_KEY = "spectune.te1_root"  # in its metadata: the prefix of the first encoder's tensors
+MATRICES_KEY = "spectune.matrices"  # metadata of that file: VAE attention weights that were matrices
+TE1_ROOT_KEY = "spectune.te1_root"  # metadata of that file: the prefix of the first encoder's tensors
 
 _TEXT = "text_model."
 _POSITIONS = "embeddings.position_ids"
-# From a file with the whole CLIP; SDXL uses only the hidden states of the first encoder.
+# Present if the file contains all of CLIP; SDXL uses only the hidden states of the first encoder.
 _TE1_UNUSED = ("text_projection.weight", "logit_scale")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def file_key(part: PartName, key: str) -> str:
-    """Return the key on disk of a state-dict key: there both text encoders have the prefix `text_model.`."""
+    """Return the key on disk of a state-dict key; on disk, both encoders have the prefix `text_model.`."""
     return f"{_TEXT}{key}" if part == "te1" else key
 
 
 def state_key(part: PartName, key: str) -> str:
-    """Return the state-dict key of a key on disk, spelled by any version: the inverse of `file_key`."""
+    """Return the state-dict key of a key on disk, written by any version; the inverse of `file_key`."""
     if part == "te1":
         return key.removeprefix(_TEXT)
     if part == "te2" and key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
@@ -55,12 +55,12 @@ def state_key(part: PartName, key: str) -> str:
 
 
 def is_positions(part: PartName, key: str) -> bool:
-    """Return whether a state-dict key is the position counter that older versions of transformers save."""
+    """Return whether a state-dict key is the `position_ids` buffer that older transformers versions save."""
     return {"te1": _POSITIONS, "te2": f"{_TEXT}{_POSITIONS}"}.get(part) == key
 
 
 def loose_name(part: PartName, key: str) -> str | None:
-    """Return the single-file name of a subfolder's tensor that is in no module, or None."""
+    """Return the single-file name of a subfolder's tensor that belongs to no module, or None."""
     if part == "te1" and key in _TE1_UNUSED:
         return f"{TE1_SHORT_ROOT}{key}"
     return f"{TE2_ROOT}logit_scale" if (part, key) == ("te2", "logit_scale") else None
@@ -69,11 +69,11 @@ def loose_name(part: PartName, key: str) -> str | None:
 def derived_tensors(
     context: int, dtype: torch.dtype, *, v_prediction: bool, zero_snr: bool
 ) -> dict[str, Tensor]:
-    """Return the tensors of a single file that are in no module and follow from a folder's configurations.
+    """Return the tensors of a single file that belong to no module and follow from the configurations.
 
-    The counter of the first encoder's `context` positions and the second's temperature in `dtype` are those
-    of `single_file_tensors`. Empty markers tell other programs of v-prediction and of a schedule that ends
-    in pure noise.
+    They are the first encoder's `position_ids` (0 to `context` - 1) and the second's `logit_scale` in
+    `dtype`, both as in `single_file_tensors`, and empty tensors that mark v-prediction and a schedule that
+    ends in pure noise.
     """
     tensors = {
         f"{TE1_ROOT}{_POSITIONS}": torch.arange(context)[None],

@@ -1,4 +1,4 @@
-"""Read a diffusers folder lazily under the tensor names of a single file."""
+"""Read a diffusers folder lazily, with the tensor names of a single file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ Opened = Mapping[PartName, Subfolder]
 def open_folder(folder: Path) -> Checkpoint:
     """Open a diffusers folder as a checkpoint with the tensors of a single file.
 
-    Full weights take precedence over a variant such as fp16. The second encoder's temperature and the first's
-    position counter are in no module: they get SDXL's values or, in a folder that spectune wrote, those of
-    the single file it was written from.
-    Raises InputError if a part other than the VAE is missing, a tensor has no place in a single file, or the
-    weights are pickled or quantized.
+    Full weights take precedence over a variant such as fp16. The second encoder's `logit_scale` and the first
+    one's `position_ids` belong to no module. They get SDXL's values; in a folder that spectune wrote, the
+    values of the single file it was written from.
+    Raises InputError if a part other than the VAE is missing, a tensor has no counterpart in a single file,
+    or the weights are pickled or quantized.
     """
     label = folder.resolve().name
     with ExitStack() as stack:
@@ -73,7 +73,7 @@ class _Entry:
 
 
 class _RenamedFiles:
-    """Several files as one file with other tensor names."""
+    """Several files as one, with other tensor names."""
 
     def __init__(self, entries: Mapping[str, _Entry], files: Sequence[TensorFile]) -> None:
         self.metadata: Mapping[str, str] = {}
@@ -94,11 +94,14 @@ class _RenamedFiles:
 
 
 def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str]) -> dict[str, _Entry]:
-    """Return the tensors of modules; `spelling` is the metadata of the extras: how a single file has them."""
+    """Return the tensors of modules; `spelling` is the metadata of the extras file."""
     te1 = spelling.get(TE1_ROOT_KEY, TE1_ROOT)
     matrices = _names_in(spelling.get(MATRICES_KEY, "[]"))
     if te1 not in (TE1_ROOT, TE1_SHORT_ROOT) or matrices is None:
-        raise InputError(f"the metadata of {EXTRAS_FILE} is damaged: {some_of(list(spelling.values()))}")
+        raise InputError(
+            f"the metadata of {EXTRAS_FILE} is invalid: {some_of(list(spelling.values()))}",
+            hint="write the folder again with spectune",
+        )
     entries: dict[str, _Entry] = {}
     for part, subfolder in opened.items():
         views = state_views(layout, part, te1=te1)
@@ -116,7 +119,7 @@ def _other_entries(
     facts: FolderFacts,
     placed: Mapping[str, _Entry],
 ) -> dict[str, _Entry]:
-    """Return the tensors that are in no module: stored ones, and derived ones if there are no extras."""
+    """Return the tensors that belong to no module: stored ones, and derived ones without an extras file."""
     entries: dict[str, _Entry] = {}
     if extras is None:
         tensors = derived_tensors(
@@ -136,7 +139,7 @@ def _other_entries(
     if twice:
         raise InputError(
             f"{EXTRAS_FILE} repeats {counted(len(twice), 'tensor')} of a subfolder: {some_of(twice)}",
-            hint="it belongs to another model",
+            hint=f"{EXTRAS_FILE} belongs to another model: delete it or replace it",
         )
     return entries
 
@@ -159,15 +162,16 @@ def _joined_info(name: str, subfolder: Subfolder, pieces: Sequence[Piece], *, ma
         if (info.dtype, info.shape) != (first.dtype, expected):
             raise InputError(
                 f"{piece.key} of {subfolder.file.label} does not fit into {name}: "
-                f"expected {first.dtype} {expected}, got {info.dtype} {info.shape}"
+                f"expected {first.dtype} {expected}, got {info.dtype} {info.shape}",
+                hint="the file is damaged, or parts of it belong to another model: download it again",
             )
     empty = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
-    whole = joined(pieces, empty, matrix=matrix)
-    return TensorInfo(name, whole.dtype, tuple(whole.shape))
+    tensor = joined(pieces, empty, matrix=matrix)
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape))
 
 
 def _names_in(text: str) -> frozenset[str] | None:
-    """Return the names in a JSON list, or None if it is no such list."""
+    """Return the names in a JSON list of strings; None for any other text."""
     names = parse_json(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[object], names)):
         return None

@@ -1,4 +1,4 @@
-"""The small files of a diffusers folder, configurations and tokenizers: from a template or new."""
+"""Collect the small files of a diffusers folder (configurations, tokenizers) from a template or new."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from spectune.sdxl.vocabulary import EOS, clip_vocabulary, tokenizer_files
 
 Files = Mapping[str, bytes]  # by path in the folder, separated by `/`
 
-_LARGEST_BYTES = 20_000_000  # largest file to copy from a template; a vocabulary has 1 MB
+_LARGEST_BYTES = 20_000_000  # of a file to copy from a template; a vocabulary has 1 MB
 _WEIGHTS = frozenset({".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", *PICKLES})
 
-# These have one value per level; values of levels without transformers are never used.
+# These have one value per level; values of levels without transformers are not used.
 _LEVELS = ("attention_head_dim", "transformer_layers_per_block")
 # Entries that must match the weights.
 _SIZES = (
@@ -58,19 +58,22 @@ _SIZES = (
 
 
 def read_template(folder: Path) -> dict[str, bytes]:
-    """Return the small files of a diffusers folder: all but the weights, byte for byte.
+    """Return the files of a diffusers folder except the weights, byte for byte.
 
-    Raises InputError if it is no such folder, or if its pipeline has components that SDXL does not have.
+    Raises InputError if it is not a diffusers folder, or if its pipeline has components that SDXL lacks.
     """
     if not (folder / MODEL_INDEX).is_file():
-        raise InputError(f"{folder} is not a diffusers folder: it has no {MODEL_INDEX}")
+        raise InputError(
+            f"{folder} is not a diffusers folder: it has no {MODEL_INDEX}",
+            hint="pass the folder of an SDXL pipeline as `template`",
+        )
     files = {MODEL_INDEX: (folder / MODEL_INDEX).read_bytes()}
     index = parse_config(files[MODEL_INDEX], str(folder / MODEL_INDEX))
     others = [name for name, kind in index.items() if _is_component(kind) and name not in COMPONENTS]
     if others:
         raise InputError(
             f"{folder} has components that SDXL does not have: {some_of(others)}",
-            hint="use the folder of a plain SDXL as `template`; the new folder would lack these components",
+            hint="use the folder of a plain SDXL as `template`: the new one cannot contain these components",
         )
     for name in COMPONENTS:
         for path in sorted((folder / name).glob("*")):
@@ -82,11 +85,11 @@ def read_template(folder: Path) -> dict[str, bytes]:
 
 
 def small_files(layout: Layout, schedule: Schedule, template: Files | None = None) -> dict[str, bytes]:
-    """Return all files of a folder except its weights: those of the template, and new ones for the rest.
+    """Return all files of a folder except its weights: those of the template, and new files for the rest.
 
-    A file of the template stays byte for byte unless it contradicts the prediction, the factors or the
-    presence of the VAE; then these entries are set. Raises InputError if a configuration of the template has
-    the sizes of another model.
+    Files of the template are copied byte for byte. Only entries that contradict the prediction, the VAE's
+    factors or its presence are changed. Raises InputError if a configuration of the template has other sizes
+    than the model.
     """
     template = template or {}
     files = {name: raw for name, raw in template.items() if layout.vae or not name.startswith("vae/")}
@@ -112,7 +115,7 @@ def _is_component(kind: Any) -> bool:
 
 
 def _is_weight(path: Path) -> bool:
-    """Return whether a file holds weights, in any format, or is their index."""
+    """Return whether a file holds weights in any format, or is an index of weights."""
     large = path.stat().st_size > _LARGEST_BYTES
     return large or ".index." in path.name or path.suffix.lower() in _WEIGHTS
 
@@ -120,20 +123,20 @@ def _is_weight(path: Path) -> bool:
 def _check_sizes(name: str, template: Mapping[str, Any], expected: Mapping[str, Any], layout: Layout) -> None:
     """Raise InputError if a configuration of the template has other sizes than the weights."""
     for key in _SIZES:
-        found, value = template.get(key), expected.get(key)
-        if found is None or value is None:
+        actual, value = template.get(key), expected.get(key)
+        if actual is None or value is None:
             continue
         if key in _LEVELS:
-            found, value = _used_levels(found, layout.unet), _used_levels(value, layout.unet)
-        if found != value:
+            actual, value = _used_levels(actual, layout.unet), _used_levels(value, layout.unet)
+        if actual != value:
             raise InputError(
-                f"{name} of the template belongs to another model: {key} is {found}, expected {value}",
+                f"{name} of the template belongs to another model: {key} is {actual}, expected {value}",
                 hint="use the folder of the model that the weights come from as `template`",
             )
 
 
 def _used_levels(value: Any, unet: UNetLayout) -> Any:
-    """Return the values of the levels with transformers; the last value is for the middle too."""
+    """Return the values of the levels with transformers; the last value also applies to the middle."""
     used = [*(depth > 0 for depth in unet.depths[:-1]), True]
     entries: Any = per_level(value, len(used))
     if not isinstance(entries, list) or len(cast(list[Any], entries)) != len(used):
@@ -152,27 +155,27 @@ def _with_factors(raw: bytes, vae: VaeLayout) -> bytes:
 
 
 def _scheduler(raw: bytes | None, expected: Schedule) -> bytes:
-    """Return the template's scheduler if it fits, or adapted to the expected prediction, or a new one."""
+    """Return the template's scheduler, adapted to the expected prediction if necessary, or a new one."""
     if raw is None:
         return _json(scheduler_config(expected))
     config = parse_config(raw, f"{SCHEDULER} of the template")
-    found = read_schedule(config, f"{SCHEDULER} of the template")
+    template = read_schedule(config, f"{SCHEDULER} of the template")
     # Not every single file marks that its last timestep is pure noise.
     expected = Schedule(
-        expected.prediction or found.prediction,
-        expected.flow_shift or found.flow_shift,
-        expected.zero_snr or found.zero_snr,
+        expected.prediction or template.prediction,
+        expected.flow_shift or template.flow_shift,
+        expected.zero_snr or template.zero_snr,
     )
-    if found == expected:
+    if template == expected:
         return raw
     new = scheduler_config(expected)
-    if "flow" in (found.prediction, expected.prediction):
+    if "flow" in (template.prediction, expected.prediction):
         return _json(new)
     return _json(config | {key: new[key] for key in ("prediction_type", "rescale_betas_zero_snr")})
 
 
 def _model_index(files: Files, template: Files) -> bytes:
-    """Return the template's index, or a new one, with entries for the components in `files`."""
+    """Return the template's index, or a new one, with the components in `files`."""
     scheduler = _class_of(files[SCHEDULER])
     kinds: dict[str, Any] = {**COMPONENTS, "scheduler": ["diffusers", scheduler]}
     present = {path.partition("/")[0] for path in files}

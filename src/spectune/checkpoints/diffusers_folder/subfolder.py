@@ -1,4 +1,4 @@
-"""The weights of one subfolder of a diffusers folder: their files and their keys."""
+"""Open the weights of one subfolder of a diffusers folder: choose the file and map its keys."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _INDEX = re.compile(rf"{_STEM}\.safetensors(?:\.(?P<old>[^.]+))?\.index(?:\.(?P<
 
 
 class Subfolder:
-    """The open weights of one part, by the keys of its module's state dict."""
+    """The opened weights of one part, by the keys of its module's state dict."""
 
     def __init__(self, part: PartName, file: Checkpoint) -> None:
         self.part: PartName = part
         self.file = file
-        self.loose: dict[str, str] = {}  # tensors in no module: single-file name -> key in the file
+        self.loose: dict[str, str] = {}  # tensors of no module: single-file name -> key in the file
         self._keys: dict[str, str] = {}  # state-dict key -> key in the file
         for file_key in file.tensors:
             self._place(file_key)
@@ -43,9 +43,9 @@ class Subfolder:
         return self.file.load(self._keys[key])
 
     def check_keys(self, expected: set[str]) -> None:
-        """Raise InputError unless the keys are the expected ones of the part."""
-        spare = [file_key for key, file_key in self._keys.items() if key not in expected]
-        refuse_surplus(spare, self.file.label, "a single-file SDXL")
+        """Raise InputError if keys are missing or unexpected."""
+        unexpected = [file_key for key, file_key in self._keys.items() if key not in expected]
+        refuse_surplus(unexpected, self.file.label, "a single-file SDXL")
         require(self._keys, sorted(expected), self.file.label)
 
     def _place(self, file_key: str) -> None:
@@ -56,21 +56,24 @@ class Subfolder:
         elif is_positions(self.part, key):
             self._check_positions(file_key)
         elif key in self._keys:
-            raise InputError(f"{self.file.label} has {key} twice: {self._keys[key]}, {file_key}")
+            raise InputError(
+                f"{self.file.label} has {key} twice: {self._keys[key]}, {file_key}",
+                hint="remove one of the two tensors from the file",
+            )
         else:
             self._keys[key] = file_key
 
     def _check_positions(self, file_key: str) -> None:
-        """Check the counter that old versions saved; readers derive it, so it must be 0, 1, 2, ..."""
+        """Raise InputError unless position_ids is 0, 1, 2, ...; it is not stored but derived on reading."""
         positions = self.file.load(file_key).flatten()
         if not torch.equal(positions.double(), torch.arange(positions.numel()).double()):
-            raise InputError(f"{file_key} of {self.file.label} does not count 0, 1, 2, ... as in every SDXL")
+            raise InputError(f"{file_key} of {self.file.label} is not 0, 1, 2, ... as in every SDXL")
 
 
 def open_subfolder(folder: Path, part: PartName) -> Subfolder:
     """Open the weights of one part of a diffusers folder.
 
-    Raises InputError if there are none that can be read, or if they are quantized.
+    Raises InputError if there are no safetensors weights, or if they are quantized.
     """
     path = _find_weights(folder, part)
     label = f"{SUBFOLDERS[part]}/{path.name}"
@@ -84,31 +87,31 @@ def open_subfolder(folder: Path, part: PartName) -> Subfolder:
 
 
 def _find_weights(folder: Path, part: PartName) -> Path:
-    """Return the file of the full weights, or of the only variant."""
+    """Return the file with the full weights; without one, the file of the only variant, such as fp16."""
     subfolder = folder / SUBFOLDERS[part]
     if not subfolder.is_dir():
         kind = read_config(folder / MODEL_INDEX).get("_class_name", "no pipeline")
         raise InputError(
             f"{folder} has no {SUBFOLDERS[part]}/; its {MODEL_INDEX} declares {kind}", hint=NOT_SDXL
         )
-    found: dict[str | None, list[Path]] = {}
+    by_variant: dict[str | None, list[Path]] = {}  # None: the full weights
     for path in sorted(subfolder.iterdir()):
         match = _INDEX.fullmatch(path.name) or _FILE.fullmatch(path.name)
         if match and not _SHARD.search(path.name):
-            found.setdefault(match["variant"] or match.groupdict().get("old"), []).append(path)
-    if not found:
+            by_variant.setdefault(match["variant"] or match.groupdict().get("old"), []).append(path)
+    if not by_variant:
         raise missing_weights(subfolder, part)
-    if None not in found and len(found) > 1:
-        variants = [path.name for paths in found.values() for path in paths]
+    if None not in by_variant and len(by_variant) > 1:
+        variants = [path.name for paths in by_variant.values() for path in paths]
         raise InputError(
-            f"{subfolder} has several variants of its weights and no full ones: {some_of(variants)}",
-            hint="keep one of them in the folder",
+            f"{subfolder} has several variants of its weights, but not the full weights: {some_of(variants)}",
+            hint="keep only one of them in the folder",
         )
-    paths = found.get(None) or next(iter(found.values()))
+    paths = by_variant.get(None) or next(iter(by_variant.values()))
     if len(paths) > 1:
         raise InputError(
             f"{subfolder} has its weights twice: {some_of([path.name for path in paths])}",
-            hint="keep one of them in the folder",
+            hint="keep only one of them in the folder",
         )
     return paths[0]
 
@@ -116,12 +119,12 @@ def _find_weights(folder: Path, part: PartName) -> Path:
 def missing_weights(
     subfolder: Path, part: PartName, *, hint: str = "the download may be incomplete"
 ) -> InputError:
-    """Return the error for a folder without safetensors weights; it names pickles that lie there."""
+    """Return the error for a folder without safetensors weights; it lists pickles if there are any."""
     pickles = sorted(path.name for path in subfolder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return InputError(
             f"{subfolder} has its weights as a pickle, which can run any program when it is opened; "
-            f"it is never unpickled: {some_of(pickles)}",
-            hint="look for the .safetensors form of the same model, or convert it in a sandbox",
+            f"spectune never opens pickles: {some_of(pickles)}",
+            hint="use the .safetensors version of the model, or convert it in a sandbox",
         )
     return InputError(f"{subfolder} has no weights: expected {STEMS[part]}.safetensors", hint=hint)

@@ -1,4 +1,4 @@
-"""Write a diffusers folder tensor by tensor under the names of a single file."""
+"""Write a diffusers folder tensor by tensor; tensors have the names of a single file."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import PARTS, TE1_ROOT, TE2_ROOT, PartName, te1_root
 from spectune.sdxl.state_dicts import Piece, module_tensors, pieces_by_tensor
 
-_SMALL = 4096  # values; a position counter has 77
+_SMALL = 4096  # number of values; position_ids has 77
 _FORMAT = {"format": "pt"}  # transformers refuses a file without this entry
 
 
 class FolderWriter(MultiFileWriter):
-    """Writes a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
+    """A writer of a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
 
-    The small files come from the diffusers folder `template` or are new (`small_files`). The metadata goes
-    into the UNet's file. Tensors that are in no module go into `single_file_extras.safetensors` unless a
-    reader derives the same values: the folder reads back bit for bit. The folder gets its name when it is
-    complete; `force` then deletes the previous folder.
+    The small files come from the diffusers folder `template` or are new (`small_files`). The UNet's file gets
+    the metadata. Tensors that belong to no module go into `single_file_extras.safetensors`, unless a reader
+    derives the same values. So the folder reads back bit for bit. The folder gets its name when it is
+    complete; with `force`, the previous folder is then deleted.
     Raises InputError before any work if the tensors are not those of an SDXL, the template belongs to another
     model, the target exists without `force` or must not be replaced, or the disk has too little space.
     """
@@ -61,13 +61,13 @@ class FolderWriter(MultiFileWriter):
         hold: bool = False,
         template: Path | None = None,
     ) -> None:
-        # Resolved: the unfinished folder needs a name, and `.` has none.
+        # resolve: the temporary folder is named after the target, and `.` has no name
         super().__init__(Path(path).resolve(), infos, metadata=metadata, hold=hold)
         _check_folder(self.path, sum(info.nbytes for info in infos), force=force)
         self._template = None if template is None else read_template(template)
         source = self._announced()
         layout = infer_layout(source)
-        self._small_files()  # raises its errors before the work
+        self._small_files()  # to raise its errors before any work
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         for part in PARTS:
             if part != "vae" or layout.vae is not None:
@@ -88,20 +88,20 @@ class FolderWriter(MultiFileWriter):
     def _plan(self) -> dict[str, PlannedFile]:
         infos: dict[str, list[TensorInfo]] = {_UNET_FILE: []}
         for name, pieces in self._pieces.items():
-            whole = torch.empty(self._infos[name].shape, dtype=self._infos[name].dtype, device="meta")
+            tensor = torch.empty(self._infos[name].shape, dtype=self._infos[name].dtype, device="meta")
             for piece in pieces:
-                block = piece.view.read(whole)
+                block = piece.view.read(tensor)
                 key = file_key(piece.part, piece.key)
                 infos.setdefault(_weights_file(piece.part), []).append(
                     TensorInfo(key, block.dtype, tuple(block.shape))
                 )
-        plan = {name: PlannedFile(found, _FORMAT) for name, found in infos.items()}
+        plan = {name: PlannedFile(tensors, _FORMAT) for name, tensors in infos.items()}
         plan[_UNET_FILE] = PlannedFile(infos[_UNET_FILE], self.metadata | _FORMAT)
         return plan | {EXTRAS_FILE: PlannedFile(self._extras.infos, {})}
 
     def _put(self, name: str, tensor: Tensor) -> None:
         if name not in self._pieces:
-            self._extras.see(name, tensor)
+            self._extras.add(name, tensor)
             self._files[EXTRAS_FILE].write(name, tensor)
             return
         for piece in self._pieces[name]:
@@ -119,7 +119,7 @@ class FolderWriter(MultiFileWriter):
             path.write_bytes(raw)
 
     def _spelling(self) -> dict[str, str]:
-        """Return the metadata of the extras: unusual spellings of tensors in the single file."""
+        """Return the metadata of the extras file: unusual names and shapes in the single file."""
         root = te1_root(self._infos)
         matrices = [
             name
@@ -140,7 +140,7 @@ class FolderWriter(MultiFileWriter):
             raise
 
     def _derived(self) -> dict[str, Tensor]:
-        """Return the tensors that a reader of the finished folder derives."""
+        """Return the tensors that a reader derives from the finished folder."""
         schedule = read_schedule(read_config(self._partial / SCHEDULER), SCHEDULER)
         return derived_tensors(
             infer_layout(self._announced()).te1.context,
@@ -152,7 +152,7 @@ class FolderWriter(MultiFileWriter):
 
 @dataclass(frozen=True)
 class _Announced(HasProvenance):
-    """The announced tensors as a source of shapes only."""
+    """A source with the shapes of the announced tensors, without values."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -163,20 +163,20 @@ class _Announced(HasProvenance):
 
 
 class _Extras:
-    """The tensors that are in no module. Keeps the small ones, which a reader may derive."""
+    """The tensors that belong to no module; keeps copies of small ones, which a reader may derive."""
 
     def __init__(self, infos: Sequence[TensorInfo]) -> None:
         self.infos = infos
-        self._seen: dict[str, Tensor] = {}
+        self._small: dict[str, Tensor] = {}
 
-    def see(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
         if tensor.numel() <= _SMALL:
-            self._seen[name] = tensor.clone()
+            self._small[name] = tensor.clone()
 
     def equal(self, others: Mapping[str, Tensor]) -> bool:
-        """Return whether they are the others, bit for bit."""
+        """Return whether these tensors equal `others` bit for bit."""
         own, theirs = WeightsHasher(), WeightsHasher()
-        for hasher, tensors in ((own, self._seen), (theirs, others)):
+        for hasher, tensors in ((own, self._small), (theirs, others)):
             for name, tensor in tensors.items():
                 hasher.add(name, tensor)
         names = {info.name for info in self.infos}
@@ -191,9 +191,9 @@ _UNET_FILE = _weights_file("unet")
 
 
 def _replace_folder(target: Path, finished: Path) -> None:
-    """Give a finished folder the name of `target` and delete the previous `target`.
+    """Rename a finished folder to `target` and delete the previous `target`.
 
-    Raises InputError, and keeps both, if that fails.
+    If renaming fails, keeps both folders and raises InputError.
     """
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -208,7 +208,7 @@ def _replace_folder(target: Path, finished: Path) -> None:
     except OSError as error:
         raise InputError(
             f"cannot rename the finished folder to {target}: {error.strerror}",
-            hint=f"rename {finished} yourself; it is complete",
+            hint=f"{finished} is complete: rename it yourself",
         ) from error
     try:
         if old.exists():
@@ -221,7 +221,7 @@ def _replace_folder(target: Path, finished: Path) -> None:
 
 
 def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
-    """Raise InputError for a target that cannot be written, or with files that are not of a model."""
+    """Raise InputError for a target that cannot be written, or that contains files of something else."""
     if not path.exists() or not force:
         check_target(path, nbytes, force=force)
         return
@@ -234,7 +234,8 @@ def _check_folder(path: Path, nbytes: int, *, force: bool) -> None:
     others = [name for name in names if name not in own and not name.startswith("LICENSE")]
     if others:
         raise InputError(
-            f"{path} holds files that are no part of a diffusers model and would be lost: {some_of(others)}",
+            f"{path} contains files that do not belong to a diffusers model and would be deleted: "
+            f"{some_of(others)}",
             hint="choose another name in `out`",
         )
     check_target(path.with_name(f"{path.name}.new"), nbytes, force=True)

@@ -1,1 +1,1 @@
-"""What each command prints: one module per command with `show` and, where it differs, `as_json`."""
+"""The output of each command: one module per command. See `CommandSpec` for the functions of a module."""

@@ -1,4 +1,4 @@
-"""What `compare` prints."""
+"""Output of `compare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `convert` prints."""
+"""Output of `convert`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def as_json(result: ConvertReport, options: ConvertOptions, seconds: float) -> d
 def show(result: ConvertReport, options: ConvertOptions, seconds: float) -> None:
     say(written(result.path, seconds))
     if result.dropped:
-        say(f"{len(result.dropped)} keys were left out: {some_of(result.dropped)}")
+        say(f"{len(result.dropped)} keys were dropped: {some_of(result.dropped)}")
     if result.rounded:
         say(
-            f"{len(result.rounded)} of {result.count} layers were rounded: together they are off by "
-            f"{percent(result.error)}"
+            f"{len(result.rounded)} of {result.count} layers were rounded: relative error "
+            f"{percent(result.error)} in total"
         )
     else:
-        say(f"{result.count} layers or tensors, nothing was rounded")
+        say(f"{result.count} layers or tensors, none was rounded")

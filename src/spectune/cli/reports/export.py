@@ -1,4 +1,4 @@
-"""What `export` prints."""
+"""Output of `export`."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def show(result: ExportReport, options: ExportOptions, seconds: float) -> None:
         )
         for loss in result.parts
     ]
-    table("", ("part", "layers", "rank", "cut", "error of the change"), rows, left=1)
+    table("", ("part", "layers", "rank", "truncated", "relative error"), rows, left=1)
     say(
-        f"{len(result.layers)} layers; the change they make is off by {percent(result.error)} by rounding "
-        f"and truncation, at most {percent(result.worst.error)} in {result.worst.name}"
+        f"{len(result.layers)} layers; rounding and truncation cause a relative error of "
+        f"{percent(result.error)} in total, at most {percent(result.worst.error)} in {result.worst.name}"
     )
     if result.unchanged:
-        say(f"{len(result.unchanged)} layers did not change and are left out")
+        say(f"{len(result.unchanged)} layers are left out: they did not change")
     if result.lost:
-        say(f"{len(result.lost)} layers found no room and are lost: {some_of(result.lost)}")
+        say(f"{len(result.lost)} changed layers are left out for lack of room: {some_of(result.lost)}")
     if result.outside:
         say(
-            f"{len(result.outside)} tensors changed that the LoRA does not hold (biases, norms, embeddings): "
-            f"{result.outside_share:.2%} of the squared change"
+            f"{len(result.outside)} changed tensors do not fit into a LoRA (biases, norms, embeddings): "
+            f"{result.outside_share:.2%} of the squared change is lost"
         )
 
 

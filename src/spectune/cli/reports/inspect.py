@@ -1,4 +1,4 @@
-"""What `inspect` prints."""
+"""Output of `inspect`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def show(
         return
     if isinstance(summary, AdapterSummary):
         _print_adapter(summary)
-        loading_table("which program loads what", summary.programs)
+        loading_table("what other programs load", summary.programs)
         for problem in summary.problems:
             print_warning(problem)
     else:
         _print_model(summary)
-        single = "" if options.model.is_file() else " from this model saved as a single file"
-        loading_table(f"which program loads what{single}", summary.programs)
+        single = "" if options.model.is_file() else " if this model is saved as a single file"
+        loading_table(f"what other programs load{single}", summary.programs)
 
 
 def as_json(
@@ -61,7 +61,7 @@ def _print_model(summary: ModelSummary) -> None:
         for cost in summary.ranks
     ]
     table(
-        "what a rank costs",
+        "cost of a rank",
         ("rank", "parameters", "file (16 bit)", "deltas, gradients, AdamW"),
         costs,
         left=0,
@@ -82,7 +82,7 @@ def _print_adapter(summary: AdapterSummary) -> None:
         f"{' '.join(summary.dtypes)}"
     )
     if summary.replaced:
-        say(f"  replaced      {summary.replaced} whole tensors of the base")
+        say(f"  replaced      {summary.replaced} complete tensors of the base")
     if summary.provenance.frame:
         say(f"  frame         {summary.provenance.frame}")
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
@@ -110,14 +110,14 @@ def _spectrum_json(spectra: SpectrumReport, options: InspectOptions, seconds: fl
 
 
 def _print_spectrum(spectra: SpectrumReport, *, per_layer: bool) -> None:
-    say(f"{spectra.label}: energy (share of the squared norm) that a rank holds")
+    say(f"{spectra.label}: energy (share of the squared norm) that each rank holds")
     table("by part", _group_columns("part"), [_row(g) for g in (*spectra.parts, spectra.total)])
     table("by block", _group_columns("block"), [_row(group) for group in spectra.blocks])
     if per_layer:
         columns = ("layer", "shape", "full rank", "norm", "largest", *_AT_RANKS, "90 % at", "decay")
         table("by layer", columns, [_layer_row(layer) for layer in spectra.layers], left=2)
-    _say_small(spectra)
-    say("  90 % at: the rank that holds 90 % of a layer, decay: a of s_i ~ i^-a; medians over the layers")
+    _print_small_layers(spectra)
+    say("  90 % at: rank that holds 90 % of the energy; decay: exponent a in s_i ~ i^-a; medians over layers")
     costs = [
         (
             f"{cost.rank}",
@@ -129,16 +129,16 @@ def _print_spectrum(spectra: SpectrumReport, *, per_layer: bool) -> None:
         for cost in spectra.costs
     ]
     columns = ("rank", "energy", "parameters", "file (16 bit)", "training with AdamW")
-    table("what a rank costs", columns, costs, left=0)
+    table("cost of a rank", columns, costs, left=0)
 
 
-def _say_small(spectra: SpectrumReport) -> None:
+def _print_small_layers(spectra: SpectrumReport) -> None:
     small = spectra.smaller_than(RANKS[-1])
     if small:
         least = min(layer.full_rank for layer in small)
         say(
             f"  {len(small)} of {len(spectra.layers)} layers have a full rank below {RANKS[-1]} "
-            f"(the smallest {least}): from there on all of their energy is held, 100 %"
+            f"(the lowest is {least}); that rank holds 100 % of their energy"
         )
 
 
@@ -172,7 +172,7 @@ def _layer_row(layer: LayerSpectrum) -> tuple[str, ...]:
 
 
 def _percent(share: float) -> str:
-    """100 % only where nothing is missing but rounding."""
+    """Format a share. 100 % means complete up to float rounding."""
     return "100 %" if share > 1 - 1e-9 else f"{min(share, 0.999):.1%}"
 
 

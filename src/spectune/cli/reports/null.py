@@ -1,4 +1,4 @@
-"""What `null` prints."""
+"""Output of `null`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ from spectune.ops.options.model_files import NullOptions
 
 def show(result: NullReport, options: NullOptions, seconds: float) -> None:
     say(written(result.path, seconds))
-    kept = f", all but {', '.join(result.kept)}" if result.kept else ""
-    say(f"{result.tensors} tensors at the places of {options.model.name} are zero{kept}")
+    zeros = result.tensors - len(result.kept)
+    say(f"{zeros} of {result.tensors} tensors are zero, at the same offsets as in {options.model.name}")
+    if result.kept:
+        say(f"copied unchanged: {', '.join(result.kept)}")

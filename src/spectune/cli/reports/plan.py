@@ -1,4 +1,4 @@
-"""What `plan` prints: tables on stderr, the keys of a recipe on stdout."""
+"""Output of `plan`: tables on stderr, the keys of a recipe on stdout."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def _rows(memory: Memory) -> list[tuple[str, int, str]]:
         ("optimizer state", memory.optimizer, ""),
         ("moving average", memory.average, ""),
         ("activations kept", memory.kept, "between the forward and the backward pass"),
-        ("working memory", memory.working, "on top at the worst moment of the step"),
-        ("unpacked weight", memory.unpacked, "of the largest quantised layer"),
-        ("while it trains", memory.allocated, "sum of the above"),
-        ("while latents are made", memory.caching, "all networks and one picture in the VAE"),
+        ("working memory", memory.working, "in addition, at the peak of the step"),
+        ("unpacked weight", memory.unpacked, "of the largest quantized layer"),
+        ("total while training", memory.allocated, "sum of the above"),
+        ("total while encoding", memory.caching, "before training: all networks, one picture in the VAE"),
         ("reserve", memory.reserve, "assumed"),
-        ("the card must have", memory.total, "the larger of the two, and the reserve"),
+        ("required", memory.total, "the larger total, and the reserve"),
     ]
 
 
@@ -86,14 +86,13 @@ def _print_weights(weights: Mapping[str, Mapping[str, int]]) -> None:
 def _print_candidates(found: Plan) -> None:
     rows = [
         *((candidate, "too large") for candidate in found.too_large),
-        (found.best, "the best that fits"),
-        *((candidate, "fits too") for candidate in found.runners_up),
+        (found.best, "best that fits"),
+        *((candidate, "also fits") for candidate in found.runners_up),
     ]
-    order = "from the requested settings to cheaper ones"
     table(
-        f"{order}; the card has {megabytes(found.vram)}",
-        ("way of training", "result", "memory"),
-        [(described(one.setup), answer, _size_of(one)) for one, answer in rows],
+        f"from the requested settings to cheaper ones; the GPU has {megabytes(found.vram)}",
+        ("settings", "result", "memory"),
+        [(described(candidate.setup), result, _size_of(candidate)) for candidate, result in rows],
         left=2,
     )
 
@@ -104,7 +103,7 @@ def _size_of(candidate: Candidate) -> str:
 
 def _print_memory(memory: Memory) -> None:
     rows = [(name, note, megabytes(nbytes)) for name, nbytes, note in _rows(memory) if nbytes]
-    table("the best that fits", ("what", "", "memory"), rows, left=2)
+    table("memory of the best settings that fit", ("item", "", "memory"), rows, left=2)
 
 
 def _print_optimizers(states: Mapping[str, int | None], chosen: str) -> None:
@@ -112,7 +111,7 @@ def _print_optimizers(states: Mapping[str, int | None], chosen: str) -> None:
         (name, "" if name != chosen else "planned", "not installed" if size is None else megabytes(size))
         for name, size in states.items()
     ]
-    table("state of other optimizers", ("optimizer", "", "memory"), rows, left=2)
+    table("state of each optimizer", ("optimizer", "", "memory"), rows, left=2)
 
 
 def _print_activations(sizes: Sequence[Activations]) -> None:
@@ -120,18 +119,18 @@ def _print_activations(sizes: Sequence[Activations]) -> None:
         (f"{row.resolution_px} px", f"{row.batch}", megabytes(row.plain), megabytes(row.checkpointing))
         for row in sizes
     ]
-    table("activations, at their most", ("size", "batch", "all kept", "checkpointing"), rows)
+    table("peak memory of activations", ("size", "batch", "no checkpointing", "checkpointing"), rows)
 
 
 def _print_notes(memory: Memory) -> None:
     if memory.caching > memory.allocated:
-        say("  encoding latents before training needs the most: lower --resolution, not --rank")
+        say("  encoding latents before training needs more than training: lower --resolution, not --rank")
     say(
-        "  counted on the tensors that the training would make, with attention that keeps no matrix; "
-        "no GPU has measured it"
+        "  the sizes of all tensors of a training step are added up, for attention that stores no matrix; "
+        "they were not measured on a GPU"
     )
     say(
-        f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for lost pieces; "
+        f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for fragmentation; "
         "previews are not counted"
     )
-    say("  12GB is 12,000,000,000 bytes; a card of 12 GB that draws no desktop has about 12GiB")
+    say("  12GB is 12,000,000,000 bytes; a 12 GB card without a desktop has about 12GiB")

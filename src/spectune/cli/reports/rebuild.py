@@ -1,4 +1,4 @@
-"""What `rebuild` prints."""
+"""Output of `rebuild`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def as_json(result: RebuildReport, options: RebuildOptions, seconds: float) -> d
 
 def show(result: RebuildReport, options: RebuildOptions, seconds: float) -> None:
     say(written(result.path, seconds))
-    partly = [f"{found} of {count} {part}" for part, (found, count) in result.layers.items() if found < count]
+    partly = [f"{held} of {count} {part}" for part, (held, count) in result.layers.items() if held < count]
     if partly:
-        say(f"the adapter covers {', '.join(partly)} layers; the others stay unchanged")
+        say(f"the adapter covers {', '.join(partly)} layers; the others are unchanged")
     if result.identical:
         say(f"all {result.tensors} tensors are bit-identical to the original model")
     elif result.base_hash is None:
@@ -27,5 +27,5 @@ def show(result: RebuildReport, options: RebuildOptions, seconds: float) -> None
     else:
         say(
             f"{result.changed_tensors} of {result.tensors} tensors were changed by the adapter, "
-            "the others are byte-identical"
+            "the others are bit-identical to the base"
         )

@@ -1,4 +1,4 @@
-"""What `recipe import` prints."""
+"""Output of `recipe import`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def exit_code(report: ImportReport) -> int:
 
 def show(report: ImportReport, options: ImportOptions, seconds: float) -> None:
     if report.imported is None:
-        say("this command trains nothing: at this learning rate it only rewrites the extract with the")
-        say("keys, alpha and dtype of the trainer. `spectune split` writes these at once, together with the")
-        say("residual. No recipe was written. Instead of this command and the steps around it, run:")
+        say("This command trains nothing: with this learning rate it only rewrites the extract with the")
+        say("keys, alpha and dtype of the trainer. No recipe was written.")
+        say(
+            "`spectune split` writes the principal in that form directly, and the residual. Run this instead:"
+        )
         print(report.replaced_by)
         return
     assert report.path is not None
@@ -65,5 +67,8 @@ def _print_flags(imported: ImportedRecipe, out: Path) -> None:
     unsupported = sum(result.verdict in ("unsupported", "unknown") for result in imported.results)
     if unsupported:
         total = counted(len(imported.results), "flag")
-        say(f"{unsupported} of {total} have no counterpart in spectune; the end of the recipe lists them")
+        say(
+            f"{unsupported} of {total} have no counterpart in spectune; "
+            "they are listed at the end of the recipe"
+        )
     say(f"wrote {out}; to train, run: spectune train {out}")

@@ -1,4 +1,4 @@
-"""What `sample` prints."""
+"""Output of `sample`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines that several reports have."""
+"""Output that several commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectune.files.reader import INDEX_SUFFIX
 
 
 def written(path: Path, seconds: float) -> str:
-    """Return the line that names the written file, its size and the time it took."""
+    """Return a line with the written file, its size and the time."""
     size = megabytes(sum(part.stat().st_size for part in _files_of(path)))
     return f"wrote {path}  ({size}, {seconds:.1f} s)"
 
@@ -29,7 +29,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def percent(share: float) -> str:
-    """Return a small share as a percentage that never reads as zero."""
+    """Format a share as a percentage. A small share above zero is never shown as zero."""
     return "less than 0.001%" if 0 < share < 1e-5 else f"{share:.3%}"
 
 
@@ -42,5 +42,5 @@ def loading_table(title: str, programs: Sequence[Loading]) -> None:
 
 
 def loading_json(programs: Sequence[Loading]) -> list[dict[str, Any]]:
-    """Return the same table as records."""
+    """Return the rows of `loading_table` as JSON records."""
     return [dict(zip(_LOADING_COLUMNS, program.row, strict=True)) for program in programs]

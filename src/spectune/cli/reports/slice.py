@@ -1,4 +1,4 @@
-"""What `slice` prints."""
+"""Output of `slice`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _print_slices(result: SliceReport, seconds: float) -> None:
         if piece.removed:
             say(f"    removed  {_layers(piece.removed)}: {some_of(piece.removed)}")
     if result.overlaps:
-        say(f"{len(result.overlaps)} layers are sums of several slices: {some_of(result.overlaps)}")
+        say(f"{len(result.overlaps)} layers are the sum of several slices: {some_of(result.overlaps)}")
     if result.role == "tuned":
-        say("the file holds trained deltas, as they were: rebuild and export take it")
+        say("the trained deltas were copied unchanged; use the file with rebuild or export")
     elif result.error:
-        say(f"rounding the factors cost {percent(result.error)} of the change")
+        say(f"rounding the factors caused a relative error of {percent(result.error)}")
     else:
-        say("nothing was rounded")
+        say("no factor was rounded")
 
 
 def _layers(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What `split` prints."""
+"""Output of `split`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show_dry_run(forecast: SplitForecast, options: SplitOptions) -> None:
     plan = forecast.ranks
     say(f"would factor {len(plan.ranks)} layers of {options.model}")
     if plan.left_out:
-        say(f"             {len(plan.left_out)} more stay whole in the residual")
+        say(f"             {len(plan.left_out)} more stay completely in the residual")
     if plan.energy is not None:
         say(f"             they hold {plan.energy:.1%} of the energy")
     say(f"would write  {forecast.principal}  ({plan.parameters:,} parameters, {megabytes(plan.nbytes)})")
@@ -49,24 +49,28 @@ def _print_split(result: SplitReport) -> None:
     ranks = sorted(layer.rank for layer in result.layers)
     spread = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
     say(
-        f"           {len(result.layers)} layers of rank {spread} hold {result.energy:.1%} of the energy of "
-        "their weights"
+        f"           {len(result.layers)} layers of rank {spread} hold {result.energy:.1%} of the energy "
+        "(squared norm) of their weights"
     )
     if result.excess:
         say(
-            f"           the rest is at most {result.excess:.3%} larger than the best factors of these ranks "
-            "would leave it (estimated)"
+            f"           estimate: the residual of each layer is at most {result.excess:.3%} larger than "
+            "with an exact SVD"
         )
     if result.capped:
-        say(f"           {len(result.capped)} layers are smaller than their rank and kept their full rank")
+        say(
+            f"           {len(result.capped)} layers have a full rank below the requested one: the principal "
+            "holds all of them"
+        )
     if result.residual is None:
         return
     say(f"residual   {result.residual}  ({megabytes(result.residual.stat().st_size)})")
     if result.exact:
-        kept = f", {result.exceptions:,} of them by a list of exceptions" if result.exceptions else ""
-        say(f"           together they give every weight back bit for bit{kept}")
+        listed = f", {result.exceptions:,} of them from a list of exceptions" if result.exceptions else ""
+        say(f"           residual + principal restore every weight bit for bit{listed}")
     else:
+        share = f"{result.share:.2%}"
         say(
-            f"           together they give {result.share:.2%} of the factored weights back bit for bit, the "
-            "rest but for one rounding (--residual-dtype float32 is exact, float64 for an fp32 model)"
+            f"           residual + principal restore {share} of the factored weights bit for bit, the others"
         )
+        say("           up to one rounding (exact: --residual-dtype float32, or float64 for an fp32 model)")

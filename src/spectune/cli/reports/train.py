@@ -1,4 +1,4 @@
-"""What `train` prints."""
+"""Output of `train`."""
 
 from __future__ import annotations
 
@@ -40,4 +40,4 @@ def show(report: TrainReport, options: TrainOptions, seconds: float) -> None:
     for file in report.files:
         say(f"wrote {file}")
     if report.interrupted:
-        say("run the same command again to go on from here")
+        say("to continue from this step, run the same command again")

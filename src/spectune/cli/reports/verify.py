@@ -1,4 +1,4 @@
-"""What `verify` prints."""
+"""Output of `verify`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def show(result: VerifyReport, options: VerifyOptions, seconds: float) -> None:
         f"{result.exact_tensors} of {len(result.records)} tensors are bit-identical "
         f"({result.share:.4%} of the weights)"
     )
-    say(f"weights of the model   sha256 {result.hashes.model}")
-    say(f"weights put together   sha256 {result.hashes.rebuilt}")
+    say(f"weights of the model          sha256 {result.hashes.model}")
+    say(f"weights of the restored model sha256 {result.hashes.rebuilt}")
     if not result.exact:
         worst = sorted(result.records, key=lambda record: record.agreement.share)[:5]
         rows = [
@@ -57,9 +57,18 @@ def show(result: VerifyReport, options: VerifyOptions, seconds: float) -> None:
             )
             for r in worst
         ]
-        table("the least exact tensors", ("tensor", "bit-equal", "largest ulp", "relative error"), rows)
+        table(
+            "tensors with the largest differences", ("tensor", "bit-equal", "max ulp", "relative error"), rows
+        )
     for name, programs in result.programs.items():
-        loading_table(f"which program loads what from {name}", programs)
+        loading_table(f"what other programs load from {name}", programs)
     for problem in result.problems:
         print_warning(problem)
-    say("the pair holds" if result.ok else "the pair does NOT hold")
+    say(_verdict(result))
+
+
+def _verdict(result: VerifyReport) -> str:
+    if not result.ok:
+        return "FAILED: residual + principal do not restore the model"
+    exactly = "bit for bit" if result.exact else "up to rounding"
+    return f"OK: residual + principal restore the model {exactly}"

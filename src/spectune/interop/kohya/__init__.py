@@ -1,1 +1,1 @@
-"""Recipes from the commands and settings of kohya's sd-scripts."""
+"""Import commands and settings files of kohya's sd-scripts as recipes."""

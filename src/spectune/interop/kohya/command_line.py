@@ -1,4 +1,4 @@
-"""Parser of pasted kohya commands and of the scripts that contain them."""
+"""Parse kohya commands, pasted or in a script."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Flag:
     name: str
     values: tuple[str, ...] = ()
     parent: str | None = None  # LAUNCHER, or the flag that this is an argument of, such as network_args
-    is_default: bool = False  # missing in the command: the default of sd-scripts
+    is_default: bool = False  # a default of sd-scripts, not a flag of the command
 
     def __str__(self) -> str:
         value = "***" if self.name in SECRETS else " ".join(self.values)
@@ -47,7 +47,7 @@ class Command:
         return any(flag.name == name for flag in self.flags)
 
     def values(self, name: str) -> tuple[str, ...]:
-        """Return the values of a flag, empty if it is missing; the last occurrence counts, as in argparse."""
+        """Return the values of a flag, or () if it is missing. The last occurrence counts, as in argparse."""
         return next((flag.values for flag in reversed(self.flags) if flag.name == name), ())
 
     def value(self, name: str) -> str | None:
@@ -57,7 +57,7 @@ class Command:
 # ---------------------------------------------------------------- lines
 
 _COMMENT = re.compile(r"\s*(?:rem\b|::|#|@?echo\b)", re.IGNORECASE)
-# cmd's caret, the backslash of bash and PowerShell's backtick, at the end of a line
+# line continuations: the caret of cmd, the backslash of bash, the backtick of PowerShell
 _CONTINUED = re.compile(r"(?<!\S)[\^\\`]\s*$")
 _NAMES_SCRIPT = re.compile(r"train[\w-]*\.py", re.IGNORECASE)
 _ASSIGNED = (
@@ -82,7 +82,7 @@ def logical_lines(text: str) -> list[str]:
             continue
         assigned = None if continued else next((m for p in _ASSIGNED if (m := p.fullmatch(raw))), None)
         if assigned is not None:
-            if not assigned["value"].startswith(("[", "@(")):  # lists of PowerShell, not text
+            if not assigned["value"].startswith(("[", "@(")):  # PowerShell lists, not text
                 value = _substitute(assigned["value"], variables)
                 is_powershell = raw.lstrip().startswith("$")
                 variables[assigned["name"]] = value.replace(" ", _PROTECTED_SPACE) if is_powershell else value
@@ -128,7 +128,7 @@ def split_words(line: str) -> list[str]:
         if piece["open"]:
             raise InputError(
                 f"a quote is not closed: {line[piece.start() : piece.start() + 60]}",
-                hint="paste the whole command, or save it as a .txt file and pass that file",
+                hint="paste the complete command, or save it as a .txt file and pass that file",
             )
         if piece["space"]:
             words += [] if word is None else [word]
@@ -141,7 +141,7 @@ def split_words(line: str) -> list[str]:
 
 
 def group_flags(words: Sequence[str]) -> tuple[list[Flag], list[str]]:
-    """Return the flags in `words` with their values, and the prose that follows a trailing caret."""
+    """Return the flags in `words` with their values, and any prose after a trailing caret."""
     grouped: list[tuple[str, list[str]]] = []
     prose: list[str] = []
     in_prose = False
@@ -200,7 +200,7 @@ def _commands(text: str) -> Iterator[Command]:
 
 
 def _training_words(words: list[str]) -> list[str]:
-    """Return the command with a training script among those joined by `&&` and so on, or the last command."""
+    """Return the command with a training script among commands joined by `&&` etc., or the last command."""
     for place, word in enumerate(words):
         if word in _SHELL:
             before = words[:place]

@@ -1,4 +1,4 @@
-"""Readers of settings files: the .toml of sd-scripts and the .json of the kohya_ss interface."""
+"""Read settings files: .toml files of sd-scripts and .json files of the kohya_ss interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.interop.kohya.command_line import (
     split_words,
 )
 
-# Names of the interface for flags of sd-scripts.
+# Names in the interface -> flags of sd-scripts.
 _GUI_NAMES: Mapping[str, str] = {
     "epoch": "max_train_epochs",
     "optimizer": "optimizer_type",
@@ -56,7 +56,7 @@ _OFF = (None, "", False, 0, "0", "0.0", "None", "none", "no", [])
 
 
 def parse_toml(text: str, label: str) -> Command:
-    """Return the command with the settings of a configuration file; sd-scripts ignores its sections."""
+    """Return the command with the settings of a configuration file. sd-scripts ignores its sections."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -66,12 +66,12 @@ def parse_toml(text: str, label: str) -> Command:
         flat |= cast("dict[str, Any]", value) if isinstance(value, dict) else {key: value}
     flags = [Flag(key, _values(value)) for key, value in flat.items() if _is_on(value)]
     if not flags:
-        raise InputError(f"{label} contains no settings")
+        raise InputError(f"{label} contains no settings", hint="pass a configuration file of sd-scripts")
     return Command(SCRIPTS[0], tuple(flags))
 
 
 def parse_gui_json(text: str, label: str) -> Command:
-    """Return the command that the interface starts; a setting that is off, empty or zero becomes no flag."""
+    """Return the command that the interface starts. Settings that are off, empty or zero are left out."""
     try:
         data: Any = json.loads(text)
     except json.JSONDecodeError as error:
@@ -89,12 +89,12 @@ def parse_gui_json(text: str, label: str) -> Command:
     if percent := on.get("lr_warmup"):
         flags.append(Flag("lr_warmup_steps", (str(float(percent) / 100),)))
     if settings.get("sdxl") is False:
-        raise InputError(f"{label} is for another model: its `sdxl` is off", hint="spectune trains SDXL only")
+        raise InputError(f"{label} does not train SDXL: its `sdxl` is off", hint="spectune trains SDXL only")
     return Command(SCRIPTS[0], tuple(flags), notes=tuple(notes))
 
 
 def _gui_flag(key: str, value: Any) -> Flag:
-    if key == "xformers":  # its value is the name of the attention
+    if key == "xformers":  # the value names the attention
         return Flag(str(value))
     if key in ("optimizer_args", "network_args", "lr_scheduler_args"):
         return Flag(key, tuple(split_words(str(value))))
@@ -102,7 +102,7 @@ def _gui_flag(key: str, value: Any) -> Flag:
 
 
 def _gui_network(on: Mapping[str, Any]) -> list[Flag]:
-    """Return the network's kind and arguments, which are separate settings in the interface."""
+    """Return the network type and its arguments, which are separate settings in the interface."""
     kind = str(on.get("LoRA_type", "Standard"))
     flags = [Flag("network_module", (_GUI_TYPES.get(kind, kind),))]
     names = ["module_dropout", "rank_dropout"]
@@ -135,7 +135,7 @@ def _values(value: Any) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, in UTF-16 with a byte order mark (PowerShell), or in Windows-1252."""
+    """Read a text file in UTF-8, UTF-16 with a byte order mark (PowerShell), or Windows-1252."""
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16")
@@ -146,7 +146,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_file(path: Path) -> Command:
-    """Read the command in a file: settings if it is .toml or .json, otherwise the text of a script."""
+    """Read the command in a file: settings for .toml and .json, otherwise the text of a script."""
     text = read_text(path)
     match path.suffix.lower():
         case ".toml":
@@ -160,7 +160,7 @@ def parse_file(path: Path) -> Command:
 def with_config_file(command: Command, folder: Path) -> Command:
     """Return `command` with the flags of its --config_file added.
 
-    Flags of the command override those of the file, as in sd-scripts. Its path is relative to `folder`.
+    Flags of the command override those of the file, as in sd-scripts. The path is relative to `folder`.
 
     Raises:
         InputError: The file is missing or is not valid.

@@ -1,4 +1,4 @@
-"""Converters of flags whose meaning depends on other flags; flags.py lists them."""
+"""Converters of flags that depend on other flags. flags.py lists them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pretrained_model(flag: Flag, command: Command) -> Results:
 
 def network_weights(flag: Flag, command: Command) -> Results:
     settings = {"model.principal": path(only_value(flag)), "model.form": "residual"}
-    return taken(flag, settings, "both files must be a pair; missing layers are an error, not zeros")
+    return taken(flag, settings, "the two files must be a pair; a missing layer is an error, not zero")
 
 
 def network_dim(flag: Flag, command: Command) -> Results:
@@ -155,7 +155,7 @@ def flow_shift(flag: Flag, command: Command) -> Results:
 
 
 def eps_and_v_only(key: str, value: object = None) -> FlagRule:
-    """Return the rule of a setting that flow does not use; with `value` the flag is a switch."""
+    """Return the rule of a setting that flow does not use. With `value` the flag is a switch."""
 
     def convert(flag: Flag, command: Command) -> Results:
         if derived.objective_of(command) == "flow":

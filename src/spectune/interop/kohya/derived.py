@@ -1,4 +1,4 @@
-"""Values that follow from several flags of a command: objective, optimizer, trained parts and their rates."""
+"""Derive values from several flags of a command: objective, optimizer, trained parts and learning rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectune.training.recipe.sections.run import OptimizerSection
 
 Objective = Literal["eps", "v", "flow"]
 
-# Names of sd-scripts in lower case; of an import path, the last word.
+# Names in sd-scripts, in lower case, without the import path -> names in spectune.
 OPTIMIZER_NAMES: Mapping[str, str] = {
     "adamw": "adamw",
     "pagedadamw": "adamw",
@@ -49,12 +49,12 @@ def kohya_optimizer(command: Command) -> str:
 
 
 def optimizer_name(kohya_name: str) -> str | None:
-    """Return spectune's name of an optimizer of sd-scripts, None if spectune does not have it."""
+    """Return spectune's name of an optimizer of sd-scripts, or None if spectune does not have it."""
     name = OPTIMIZER_NAMES.get(kohya_name.rpartition(".")[2].lower())
     return name if name in OPTIMIZERS else None
 
 
-# Defaults of sd-scripts for an optimizer's arguments that differ from spectune's defaults.
+# Default optimizer arguments of sd-scripts that differ from those of spectune.
 DEFAULT_OPTIONS: Mapping[str, Mapping[str, Any]] = {"adafactor": {"relative_step": True}}
 
 
@@ -109,7 +109,7 @@ def network_argument(command: Command, name: str) -> str | None:
 
 
 def rates_of(command: Command) -> dict[PartName, float | None]:
-    """Return the learning rate of each part in sd-scripts; None if it is missing or is not a number."""
+    """Return the learning rate of each part in sd-scripts, or None if it is missing or not a number."""
     both = _rates(command.values("text_encoder_lr")) or _rates(command.values("learning_rate_te"))
     base = _rates(command.values("learning_rate"))
     first = _rates(command.values("text_encoder_lr1")) or _rates(command.values("learning_rate_te1"))

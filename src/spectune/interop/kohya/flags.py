@@ -1,11 +1,11 @@
-"""The table of all known flags of sd-scripts: one row per flag.
+"""The table of all known flags of sd-scripts, one row per flag.
 
-docs/reference/kohya-flags.md is generated from it. The kinds of rows:
+docs/reference/kohya-flags.md is generated from this table. The kinds of rows:
 
 - `takes(key, parse)`: the flag's value becomes the value of a recipe key.
 - `switches(key, value)`: the flag sets a recipe key to `value`.
 - `ignores(why)`: the flag changes nothing in spectune.
-- `refuses(why)`: spectune has no counterpart; a value in `unless` has no effect and is ignored.
+- `refuses(why)`: spectune has no counterpart; the values in `unless` have no effect and are ignored.
 - `custom(summary, convert)`: the result depends on other flags; see the converters.
 - `custom_switch(summary, convert)`: the same for a flag without value.
 """
@@ -358,7 +358,7 @@ DEFAULTS: Mapping[str, str] = {
 
 
 def convert_flag(flag: Flag, command: Command) -> Results:
-    """Return the results of a flag; for an unknown flag, suggest the nearest known one."""
+    """Return the results of a flag. For an unknown flag, suggest the closest known one."""
     rule = RULES.get(flag.name)
     if rule is None:
         return (FlagResult(flag, "unknown", did_you_mean(flag.name, RULES)),)

@@ -1,4 +1,4 @@
-"""Conversion of a kohya command into a recipe, with a result for each flag."""
+"""Convert a kohya command to a recipe, with a result for each flag."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from spectune.training.objective.losses import HUBER_LOSSES
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.recipe.sections.model import ALL_PARTS
 
-# A step this small changes no weight: step 3 of the guide uses 1e-24.
+# A learning rate this small changes no weight. Step 3 of the guide uses 1e-24.
 TRAINS_NOTHING = 1e-12
 RANK_OF_FULL_TRAINING = "64"  # for sdxl_train.py, which has no rank
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the recipe with its value, and the flag or other reason that it comes from."""
+    """A key of the recipe with its value and its source, a flag or another reason."""
 
     key: str  # with its section: `data.bucket.min_px`
     value: Any
@@ -42,12 +42,12 @@ class ImportedRecipe:
 
     @property
     def understood(self) -> bool:
-        """Whether every flag was imported or has no effect in spectune."""
+        """Return whether every flag was imported or has no effect in spectune."""
         return all(result.verdict in ("taken", "ignored") for result in self.results)
 
 
 def import_command(command: Command, *, folder: Path) -> ImportedRecipe:
-    """Convert a command into the recipe of a file in `folder`; paths are rebased to `folder`.
+    """Convert a command to a recipe for a file in `folder`. Relative paths are rebased to `folder`.
 
     Raises:
         InputError: The command names no model, or its values do not form a valid recipe.
@@ -107,7 +107,7 @@ def _results(command: Command) -> Iterator[FlagResult]:
 
 
 def _without_conflicts(results: Iterator[FlagResult]) -> tuple[FlagResult, ...]:
-    """Return the results; if two flags set a key differently, the first wins."""
+    """Return the results. If two flags set a key to different values, the first one is used."""
     owners: dict[str, tuple[Any, Flag]] = {}
     resolved: list[FlagResult] = []
     for result in results:
@@ -122,7 +122,7 @@ def _without_conflicts(results: Iterator[FlagResult]) -> tuple[FlagResult, ...]:
     return tuple(resolved)
 
 
-_LAUNCH = "a flag of accelerate; accelerate launch ... -m spectune train works too"
+_LAUNCH = "a flag of accelerate; use it as in: accelerate launch ... -m spectune train"
 
 
 def _launcher_results(command: Command) -> Iterator[FlagResult]:
@@ -160,7 +160,7 @@ def _unset_variables(settings: Sequence[Setting]) -> Iterator[str]:
 
 
 def nested(settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return the settings as nested dictionaries, from which a recipe is parsed."""
+    """Return the settings as nested dictionaries, the input of `parse_recipe`."""
     data: dict[str, Any] = {}
     for setting in settings:
         *sections, key = setting.key.split(".")
@@ -188,10 +188,10 @@ def rebased(value: Any, folder: Path) -> Any:
 
 
 def replaced_by_split(command: Command) -> str | None:
-    """Return the `spectune split` that replaces a command which only rewrites an extract, else None.
+    """Return the `spectune split` command that replaces a command that trains nothing, else None.
 
-    Step 3 of the guide trains an extract for one step at a rate of 1e-24. This changes no weight: the trainer
-    only rewrites the file with its own keys, alpha and dtype. `split` writes these at once.
+    Step 3 of the guide trains an extract for one step with a learning rate of 1e-24. This changes no weight:
+    the trainer only rewrites the file with its own keys, alpha and dtype. `split` writes them directly.
     """
     rates = [rate for rate in derived.rates_of(command).values() if rate is not None]
     model = command.value("pretrained_model_name_or_path")

@@ -1,4 +1,4 @@
-"""Converters of the flags for optimizer, learning rates and schedule; flags.py lists them."""
+"""Converters of flags for optimizer, learning rates and schedule. flags.py lists them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ RATE_FLAGS: dict[str, tuple[PartName, ...]] = {
 
 
 def learning_rate(flag: Flag, command: Command) -> Results:
-    """Convert a learning rate of all parts or of some; zero freezes these parts."""
+    """Convert a learning rate of some or all parts. Zero freezes these parts."""
     number(only_value(flag))
     named = RATE_FLAGS.get(flag.name, ALL_PARTS)
     trained = derived.parts_of(command)

@@ -1,4 +1,4 @@
-"""Text of an imported recipe: TOML with a comment that names the source of each value."""
+"""Write an imported recipe as TOML, with a comment that names the source of each value."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from spectune.interop.kohya.rules import toml_item
 from spectune.training.recipe.recipe import Recipe
 
 _RESIDUAL = """\
-The pair of the guide: its diff model and its extract, which is the principal. To make training exact from
-the start, train on the original instead of the diff model:
+The pair of the guide: the diff model is the residual, the extract is the principal. To train without the
+rounding of the pair, use the original instead of the diff model:
   base = "original.safetensors"     (and no `residual`)
-  form = "delta"                    (`principal` stays)"""
+  form = "delta"                    (keep `principal`)"""
 _BASE = """\
-The frame is computed from the base when training starts. `spectune split` computes it once, into a file:
+The frame is computed from the base when training starts. To compute it only once, run `spectune split`:
   principal = "base.principal-r64.safetensors"     (and no `rank`)"""
 _VAE = """\
-No file declares how its latents are scaled. For a known VAE add name = "eq-kblueleaf" or "eq-anzhc", for
-any other add scale, shift and padding."""
+A VAE file does not declare the scaling of its latents. For a known VAE add name = "eq-kblueleaf" or
+"eq-anzhc"; for any other add scale, shift and padding."""
 
 
 def recipe_text(imported: ImportedRecipe, *, command: str) -> str:
-    """Return the text of the recipe; its first line is `command`, which runs it."""
+    """Return the text of the recipe. Its first line is `command`, which runs it."""
     document = tomlkit.document()
     _add_comment(
-        document, f"{command}\nWritten by `spectune recipe import`; each comment names the flag of a value."
+        document, f"{command}\nWritten by `spectune recipe import`. The comment of each value names its flag."
     )
     for section, settings in _by_section(imported.settings):
         table = tomlkit.table()
@@ -65,7 +65,7 @@ def _one_line(text: str) -> str:
 
 
 def _by_section(settings: Sequence[Setting]) -> Iterator[tuple[str, list[Setting]]]:
-    """Yield the settings of each table of the file; tables and keys are in the order of a recipe."""
+    """Yield the settings of each table. Tables and keys are in the order of a recipe."""
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
         groups.setdefault(setting.key.rpartition(".")[0], []).append(setting)
@@ -76,7 +76,7 @@ def _by_section(settings: Sequence[Setting]) -> Iterator[tuple[str, list[Setting
 
 
 def _fields_of(section: str) -> list[str]:
-    """Return the keys of a table in the order of a recipe; none if any key is allowed, as in the options."""
+    """Return the keys of a table in the order of a recipe, or [] if it allows any key, as the options do."""
     kind: type[BaseModel] = Recipe
     for name in section.split("."):
         annotation = kind.model_fields[name].annotation

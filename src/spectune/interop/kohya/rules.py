@@ -1,4 +1,4 @@
-"""The result of importing one flag, and the kinds of rules that produce it."""
+"""Define the result of importing one flag, and the rules that produce it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Convert = Callable[[Flag, Command], Results]
 
 @dataclass(frozen=True)
 class FlagRule:
-    """How to import a flag; `summary` is its line in docs/reference/kohya-flags.md."""
+    """The rule to import a flag. `summary` is its row in docs/reference/kohya-flags.md."""
 
     summary: str
     convert: Convert
@@ -54,7 +54,7 @@ class FlagRule:
 
 
 class PathText(str):
-    """A path as written, for any operating system; relative to the folder in which the command runs."""
+    """A path as written, for any operating system, relative to the folder in which the command runs."""
 
     __slots__ = ()
 
@@ -106,7 +106,7 @@ def ignores(why: str) -> FlagRule:
 
 
 def refuses(why: str, *, unless: tuple[str, ...] = ()) -> FlagRule:
-    """Return the rule of a flag without counterpart; a value in `unless` has no effect and is ignored."""
+    """Return the rule of a flag without counterpart. A value in `unless` has no effect and is ignored."""
 
     def convert(flag: Flag, command: Command) -> Results:
         value = " ".join(flag.values)
@@ -117,7 +117,7 @@ def refuses(why: str, *, unless: tuple[str, ...] = ()) -> FlagRule:
 
 
 def custom(summary: str, convert: Convert, *, max_values: int | None = 1) -> FlagRule:
-    """Return a rule with its own `convert`; a ValueError that it raises makes the flag unsupported."""
+    """Return a rule with its own `convert`. If `convert` raises ValueError, the flag is unsupported."""
 
     def guarded(flag: Flag, command: Command) -> Results:
         try:
@@ -137,7 +137,7 @@ def custom_switch(summary: str, convert: Convert) -> FlagRule:
 
 
 def only_value(flag: Flag) -> str:
-    """Return the first value of a flag; raise ValueError if it has none."""
+    """Return the first value of a flag. Raises ValueError if it has none."""
     if not flag.values:
         raise ValueError("it has no value")
     return flag.values[0]
@@ -179,7 +179,7 @@ def literal(text: str) -> Any:
 
 
 def toml_item(value: Any) -> Item:
-    """Return `value` as a TOML item; a Windows path becomes a literal string, which needs no escapes."""
+    """Return `value` as a TOML item. A Windows path becomes a literal string, which needs no escapes."""
     if isinstance(value, list | tuple):
         array = tomlkit.array()
         for element in value:

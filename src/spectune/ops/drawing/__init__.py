@@ -1,6 +1,6 @@
-"""What the operations that draw have in common.
+"""Helpers of the operations that draw.
 
-specs      models with adapters as words: FILE+ADAPTER:STRENGTH
+specs      parse a model with adapters: FILE+ADAPTER:STRENGTH
 models     load such a model and draw with it
-pictures   picture files and their captions
+pictures   read and write picture files and their captions
 """

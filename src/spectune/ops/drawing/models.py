@@ -1,4 +1,4 @@
-"""Load a model that is given as files, and draw with it."""
+"""Load a model with adapters from files, and draw with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Notify = Callable[[str], None]
 
 @contextmanager
 def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
-    """Open the weights of a model with its adapters applied; they are computed on access."""
+    """Open the weights of a model with its adapters applied. Tensors are computed when they are read."""
     with open_checkpoint(spec.model) as base:
         if not spec.adapters:
             yield base
@@ -53,30 +53,30 @@ def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
 
 
 def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
-    """Raise PairingError for a tuned adapter of another base; hash the base only if one is recorded."""
+    """Raise PairingError if a tuned adapter records another base. Hashes the base only if one is recorded."""
     if BaseKind.of(base) is BaseKind.RESIDUAL:
         return
     recorded = [
         adapter for adapter in adapters if isinstance(adapter, TunedAdapter) and adapter.provenance.base_hash
     ]
     if recorded:
-        found = weights_hash(base)
+        base_hash = weights_hash(base)
         for adapter in recorded:
-            check_base_hash(found, adapter, base.label)
+            check_base_hash(base_hash, adapter, base.label)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device and the dtype that suits it."""
+    """A device and its preferred dtype."""
 
     name: str
     dtype: torch.dtype
 
 
 def best_device() -> Device:
-    """Return a GPU in 16 bits where there is one, otherwise the CPU in float32."""
+    """Return the GPU with a 16-bit dtype if there is one, otherwise the CPU with float32."""
     if torch.cuda.is_available():
-        # older cards only emulate bf16, slowly
+        # older GPUs emulate bf16 slowly
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device("cuda", torch.bfloat16 if native else torch.float16)
     if torch.backends.mps.is_available():
@@ -85,15 +85,15 @@ def best_device() -> Device:
 
 
 def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:
-    """Load a model; prediction, flow shift and VAE of the options override what its files declare."""
+    """Load a model. Prediction, flow shift and VAE of the options override what its files declare."""
     device, notify = best_device(), options.notify or _warn
     prediction, flow_shift = options.prediction, options.flow_shift
     declared = declared_vae(spec)
     convention = _vae_settings(options, declared)
     if options.vae is None and declared.vae_name is not None:
         notify(
-            f"{spec.label} was trained with the autoencoder {declared.vae_name} and is drawn with the one of "
-            f"{spec.model.name}: pass `vae`"
+            f"{spec.label} was trained with the autoencoder {declared.vae_name}, but is drawn with the one "
+            f"in {spec.model.name}; pass `vae` to change that"
         )
     with open_model(spec, notify) as source:
         model = build_model(source, device=device.name, dtype=dtype or device.dtype)
@@ -107,7 +107,7 @@ def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype |
 
 
 def declared_vae(spec: ModelSpec) -> Provenance:
-    """Return the declared VAE that the model was trained with; the last adapter comes first."""
+    """Return the provenance that declares the VAE of the training; the last adapter takes precedence."""
     for path in [*(adapter.path for adapter in reversed(spec.adapters)), spec.model]:
         with open_checkpoint(path) as file:
             declared = file.provenance
@@ -117,7 +117,7 @@ def declared_vae(spec: ModelSpec) -> Provenance:
 
 
 def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConvention:
-    """Return the named settings, otherwise those of the training, otherwise the autoencoder's own."""
+    """Return the named convention, otherwise that of the training, otherwise the autoencoder's own."""
     if options.vae_name is not None:
         return resolve_convention(options.vae, name=options.vae_name)
     return resolve_convention(
@@ -126,14 +126,14 @@ def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConventio
 
 
 def _warn(text: str) -> None:
-    """Pass a warning to Python callers that gave no `notify`."""
+    """Issue a Python warning for callers that passed no `notify`."""
     warnings.warn(text, stacklevel=2)
 
 
 def sample_settings(options: DrawingOptions) -> SampleSettings:
     """Return the settings of the sampler.
 
-    Raises InputError, before any file is read, for an unreadable size or an unknown autoencoder name.
+    Raises InputError for an invalid size or an unknown autoencoder name, before any file is read.
     """
     if options.vae_name is not None:
         known_convention(options.vae_name)
@@ -157,7 +157,7 @@ def draw(
     *,
     dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
-    """Draw one picture per caption, with seeds counting up from `options.seed`."""
+    """Draw one picture per caption. The seeds count up from `options.seed`."""
     model = load_model(spec, options, dtype=dtype)
     requests = [Request(caption, options.seed + number) for number, caption in enumerate(captions)]
 

@@ -1,4 +1,4 @@
-"""Picture files and their captions."""
+"""Read and write picture files and their captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDECAR = "metadata.jsonl"  # the default of data.caption.sidecar
 
 
 def file_name(number: int, caption: str) -> str:
-    """Return `003-a-red-balloon.png`: sortable, and legal on every system."""
+    """Return a sortable file name that is valid on every system: `003-a-red-balloon.png`."""
     words = re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:60].strip("-")
     return f"{number:03d}-{words}.png" if words else f"{number:03d}.png"
 
@@ -28,7 +28,7 @@ def picture_files(folder: Path, captions: Sequence[str]) -> list[Path]:
 
 
 def refuse_existing(targets: Sequence[Path], *, force: bool) -> None:
-    """Raise InputError, before any work, when a file would be overwritten without `force`."""
+    """Raise InputError if a file exists and `force` is off."""
     existing = [target for target in targets if target.exists()]
     if existing and not force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
@@ -38,7 +38,7 @@ def refuse_existing(targets: Sequence[Path], *, force: bool) -> None:
 
 
 def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Sequence[Image.Image]) -> None:
-    """Write PNG files with their captions as text chunks."""
+    """Write PNG files, each with its caption as a text chunk."""
     for target, caption, picture in zip(targets, captions, pictures, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
@@ -47,7 +47,7 @@ def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Se
 
 
 def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]) -> None:
-    """Write the captions by file name, one JSON object per line, as training reads them."""
+    """Write the captions by file name, one JSON object per line, in the format that training reads."""
     rows = (
         {"file_name": picture.name, "text": caption}
         for picture, caption in zip(pictures, captions, strict=True)
@@ -57,11 +57,11 @@ def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]
 
 
 def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:
-    """Read the PNG files of a folder in the order of their names, with their captions."""
+    """Read the PNG files of a folder and their captions, sorted by file name."""
     files = sorted(folder.glob("*.png"))
     if not files:
         raise InputError(
-            f"{folder} has no .png pictures", hint="make them with `spectune sample ... -o FOLDER`"
+            f"{folder} has no .png pictures", hint="draw them with `spectune sample ... -o FOLDER`"
         )
     pictures: list[Image.Image] = []
     captions: list[str] = []
@@ -73,22 +73,22 @@ def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:
 
 
 def check_sheet_name(path: Path) -> None:
-    """Raise InputError, before anything is drawn, if the name of a sheet is not that of a picture."""
+    """Raise InputError if the file name of a sheet has no suffix of a picture format."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(
-            f"{path} is not a picture: expected .png, .jpg or .webp", hint="name it like sheet.png"
+            f"{path} is not a picture: expected .png, .jpg or .webp", hint="for example sheet.png"
         )
 
 
 def read_captions(captions: Sequence[str], file: Path | None) -> list[str]:
-    """Return the captions given one by one and those of a text file, one per line; at least one."""
+    """Return `captions` and the lines of a text file. Raises InputError if there are none."""
     lines: list[str] = []
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read captions from {file}: {error}") from error
-    everything = [*captions, *(line.strip() for line in lines if line.strip())]
-    if not everything:
+    result = [*captions, *(line.strip() for line in lines if line.strip())]
+    if not result:
         raise InputError("no captions", hint="pass `captions`, or a text file as `captions_file`")
-    return everything
+    return result

@@ -1,4 +1,4 @@
-"""Models with adapters as words: `base.safetensors+style.safetensors:0.8`."""
+"""Parse models with adapters: `base.safetensors+style.safetensors:0.8`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class ImageSize:
 
 
 def parse_size(word: str) -> ImageSize:
-    """Read `1024` or `1216x832` (width x height)."""
+    """Parse `1024` or `1216x832` (width x height)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", word.strip().lower())
     if match is None:
-        raise InputError(f"unreadable size {word!r}", hint="write it like 1024 or 1216x832, in pixels")
+        raise InputError(
+            f"cannot parse `size` {word!r}: expected pixels", hint="for example 1024 or 1216x832"
+        )
     width = int(match[1])
     return ImageSize(width=width, height=int(match[2] or width))
 
@@ -40,7 +42,7 @@ class Weighted:
 
 
 def parse_weighted(word: str) -> Weighted:
-    """Read `style.safetensors` or `style.safetensors:0.8`; the colon of a drive letter is no strength."""
+    """Parse `style.safetensors` or `style.safetensors:0.8`. A path may begin with a drive letter."""
     path, colon, number = word.rpartition(":")
     if colon and path and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
         return Weighted(Path(path), float(number))
@@ -60,7 +62,7 @@ class ModelSpec:
 
 
 def parse_model(word: str) -> ModelSpec:
-    """Read `base.safetensors+style.safetensors:0.8`; the name of a file that exists may hold a plus."""
+    """Parse `base.safetensors+style.safetensors:0.8`. The name of an existing file may contain a plus."""
     if Path(word).exists():
         return ModelSpec(Path(word), ())
     pieces = re.split(r"(?<=\.safetensors)\+|(?<=\d)\+(?=.*\.safetensors)", word)
@@ -68,7 +70,7 @@ def parse_model(word: str) -> ModelSpec:
 
 
 def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:
-    """Return a label for each model, with its folder where two files have the same name."""
+    """Return a label for each model, with the folder if two labels would be equal."""
     plain = [spec.label for spec in specs]
     return [
         label if plain.count(label) == 1 else f"{spec.model.resolve().parent.name}/{label}"

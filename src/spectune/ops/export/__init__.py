@@ -1,4 +1,4 @@
-"""Export: an adapter, or the difference of two checkpoints, as a plain LoRA file."""
+"""Export an adapter, or the difference of two checkpoints, as a plain LoRA file."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from spectune.ops.shared import is_checkpoint
 def export(options: ExportOptions) -> ExportReport:
     """Write a plain LoRA of a tuned adapter, a LoRA, a trained principal, or a tuned checkpoint.
 
-    A checkpoint needs `base`, the model it was made from, and takes rank 64 by default; adapters keep their
-    full rank.
+    For a checkpoint, `base` is required and the default rank is 64. Adapters keep their full rank by default.
 
-    Raises InputError and PairingError for files of which no LoRA can be made.
+    Raises InputError or PairingError for files that cannot be exported as a LoRA.
     """
     name = options.tuned.name
     check_target(options.out, 0, force=options.force)  # before any file is read
     if not is_checkpoint(options.tuned):
         if options.layers is not None:
             raise InputError(
-                f"`layers` is for checkpoints, {name} is an adapter",
-                hint="`spectune slice` takes layers of an adapter",
+                f"`layers` works with checkpoints only: {name} is an adapter",
+                hint="select layers of an adapter with `spectune slice`",
             )
         return export_adapter(options)
     if options.base is None:
         raise InputError(
-            f"{name} is a whole model: its LoRA is the difference from another model",
+            f"{name} is a checkpoint: its LoRA is the difference from another checkpoint",
             hint="pass the model it was made from as `base`",
         )
     if options.form != "lora" or options.principal is not None:
         raise InputError(
-            f"{name} is a whole model, whose difference is a plain LoRA",
+            f"{name} is a checkpoint: only a plain LoRA can be exported",
             hint="leave out `form` and `principal`",
         )
     return export_difference(options, options.base)

@@ -1,11 +1,11 @@
-"""Exporting an adapter, or the difference of two checkpoints, as a plain LoRA file."""
+"""Export an adapter as a plain LoRA file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,20 +39,20 @@ from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, Layer
 
 ExportForm = Literal["lora", "principal"]
-_ALL = 1 << 30  # a rank that cuts nothing
+_ALL = 1 << 30  # a rank that truncates nothing
 
-_PLAIN_LORA = "leave out --form principal: a plain LoRA goes on the original model"
+_PLAIN_LORA = "leave out `form`: a plain LoRA works with the original model"
 
 
 def export_adapter(options: ExportOptions) -> ExportReport:
     """Write an adapter in a form that other programs load.
 
-    lora: a plain LoRA for the original model and its relatives, of the full rank (2r for a tuned adapter)
-    or cut by a rank, an energy for each layer, or a size of the file. A LoRA becomes smaller.
+    lora: a plain LoRA for the original model and models derived from it. It has the full rank (2r for a tuned
+    adapter), or is truncated by a rank, an energy per layer, or a file size.
     principal: the tuned factors, which replace the principal of a residual.
 
-    Only names and shapes of `base` are read, and a few layers where the adapter does not declare its role;
-    without a base, layers are looked up among SDXL's. Progress counts layers.
+    Only names and shapes of `base` are read, and a few layers if the adapter does not declare its role.
+    Without `base`, the layers are those of SDXL. Progress counts layers.
     """
     out, base, form, force = options.out, options.base, options.form, options.force
     store, rank, progress = parse_dtype(options.dtype), _request(options), options.progress
@@ -60,25 +60,27 @@ def export_adapter(options: ExportOptions) -> ExportReport:
     catalogue = None if base is None else catalogue_of(base, out)
     with (
         open_adapter(options.tuned, catalogue) as opened,
-        _Original(options.principal, catalogue) as original,
+        nullcontext()
+        if options.principal is None
+        else open_adapter(options.principal, catalogue) as original,
     ):
         inputs = [opened] if original is None else [opened, original]
         refuse_overwriting(out, inputs)
-        check_target(out, 0, force=force)  # before the factors are looked at for an energy or a size
+        check_target(out, 0, force=force)  # before an energy or a size reads the factors
         source = _source(opened, original)
         if base is not None and original is None:
             with open_checkpoint(base) as weights:
                 check_exportable(opened, weights)
         assert opened.catalogue is not None
         if form == "principal":
-            _check_whole_principal(source, opened.catalogue, rank, whole=base is not None)
+            _check_complete_principal(source, opened.catalogue, rank, has_base=base is not None)
         layers = [opened.catalogue.by_name[name] for name in source.layers]
         ranks, left_out = _ranks(source, layers, rank, store, form, progress)
         kept = [layer for layer in layers if ranks[layer.name]]
         if not kept:
             raise InputError(
-                f"{opened.label} changes nothing: all of its {len(layers)} layers are zero",
-                hint="was it saved before it was trained?",
+                f"{opened.label} changes nothing: all its {len(layers)} layers are zero",
+                hint="it may have been saved before training; pass a trained adapter",
             )
         made_from = source.provenance
         if form == "lora":
@@ -113,34 +115,20 @@ def export_adapter(options: ExportOptions) -> ExportReport:
 
 
 def _request(options: ExportOptions) -> RankRequest | None:
-    """Return the requested cut; None keeps all."""
-    given = (options.rank, options.conv_rank, options.energy, options.size)
-    if all(value is None for value in given):
+    """Return the requested truncation, or None if no option requests one."""
+    requested = (options.rank, options.conv_rank, options.energy, options.size)
+    if all(value is None for value in requested):
         return None
     if options.conv_rank is not None and options.rank is None:
-        # an adapter has a rank of its own, which a rank for convolutions alone leaves to the other layers
+        # `conv_rank` alone truncates convolutions only: the other layers keep the rank of the adapter
         return FixedRank(_ALL, options.conv_rank)
-    return rank_request(*given)
-
-
-class _Original:
-    """The untouched principal, where one is given."""
-
-    def __init__(self, path: Path | None, catalogue: Catalogue | None) -> None:
-        self._opened = None if path is None else open_adapter(path, catalogue)
-
-    def __enter__(self) -> Adapter | TunedAdapter | None:
-        return self._opened
-
-    def __exit__(self, *error: object) -> None:
-        if self._opened is not None and self._opened.file is not None:
-            self._opened.file.close()
+    return rank_request(*requested)
 
 
 def _source(
     opened: Adapter | TunedAdapter, original: Adapter | TunedAdapter | None
 ) -> Adapter | TunedAdapter:
-    """What holds the change: a tuned adapter, a LoRA, or a trained principal minus the original one."""
+    """Return the change to export: a tuned adapter, a LoRA, or a trained principal minus the original one."""
     if original is not None:
         return trained_deltas(opened, original)
     check_exportable(opened, None)
@@ -148,34 +136,43 @@ def _source(
 
 
 def _role(source: Adapter | TunedAdapter, form: ExportForm) -> Role | None:
-    """What the new file is; what another program made stays without a role, and is judged by its numbers."""
+    """Return the role of the new file, or None for a file of another program.
+
+    Without a role, the values of the file decide what it is (pairs/rules.py).
+    """
     if form == "principal":
         return Role.PRINCIPAL
-    known = isinstance(source, TunedAdapter) or source.provenance.role is not None
-    return Role.LORA if known else None
+    declared = isinstance(source, TunedAdapter) or source.provenance.role is not None
+    return Role.LORA if declared else None
 
 
-def _check_whole_principal(
-    source: Adapter | TunedAdapter, catalogue: Catalogue, rank: RankRequest | None, *, whole: bool
+def _check_complete_principal(
+    source: Adapter | TunedAdapter, catalogue: Catalogue, rank: RankRequest | None, *, has_base: bool
 ) -> None:
-    """Raise InputError unless the tuned factors can take the place of all of a residual's principal."""
+    """Raise InputError unless the tuned factors can replace the complete principal of a residual."""
     if not isinstance(source, TunedAdapter):
         raise InputError(
-            f"{source.label} is a LoRA: only a tuned adapter has a principal", hint="leave out --form"
+            f"{source.label} is a LoRA: only a tuned adapter has a principal", hint="leave out `form`"
         )
     if rank is not None:
-        raise InputError("a tuned principal keeps its rank", hint="leave out --rank, or export a plain LoRA")
+        raise InputError(
+            "a tuned principal cannot be truncated: it keeps its rank",
+            hint="leave out the rank, energy or size, or leave out `form` to export a plain LoRA",
+        )
     if source.provenance.principal_hash is None:
         raise InputError(
-            f"{source.label} was not trained from the principal of a residual: there is none that it fits",
+            f"{source.label} was not trained from the principal of a residual: it fits no residual",
             hint=_PLAIN_LORA,
         )
-    wanted = [layer.name for layer in catalogue if layer.default] if whole else list(sdxl_default_layers())
-    missing = [name for name in wanted if name not in source.layers]
+    expected = (
+        [layer.name for layer in catalogue if layer.default] if has_base else list(sdxl_default_layers())
+    )
+    missing = [name for name in expected if name not in source.layers]
     if missing:
         raise InputError(
-            f"{source.label} lacks {len(missing)} of {len(wanted)} layers of a principal: {some_of(missing)}",
-            hint=_PLAIN_LORA if whole else "pass the model as --base if it is not of SDXL's size",
+            f"{source.label} lacks {len(missing)} of {len(expected)} layers of a principal: "
+            f"{some_of(missing)}",
+            hint=_PLAIN_LORA if has_base else "pass the model as `base` if it does not have the size of SDXL",
         )
 
 
@@ -187,15 +184,15 @@ def _ranks(
     form: ExportForm,
     progress: Progress | None,
 ) -> tuple[dict[str, int], tuple[ExportedLayer, ...]]:
-    """The rank of every layer, 0 for those that are left out, and what is to be said of these."""
+    """Return the rank of every layer (0 if it is left out), and reports of the layers that are left out."""
     if form == "principal":
         return {layer.name: source.rank(layer.name) for layer in layers}, ()
     if request is None or isinstance(request, FixedRank):
         return {layer.name: _fixed(source, layer, request) for layer in layers}, ()
     values: list[Tensor] = []
 
-    def collect(layer: Layer, found: Tensor) -> None:
-        values.append(found)
+    def collect(layer: Layer, singular_values: Tensor) -> None:
+        values.append(singular_values)
         report_progress(progress, len(values), len(layers), layer.name)
 
     run_pipeline(
@@ -206,7 +203,9 @@ def _ranks(
     )
     ranks = ranks_of_spectra(layers, values, request, store=store)
     left_out = [
-        _left_out(layer, found) for layer, rank, found in zip(layers, ranks, values, strict=True) if not rank
+        _left_out(layer, spectrum)
+        for layer, rank, spectrum in zip(layers, ranks, values, strict=True)
+        if not rank
     ]
     return {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)}, tuple(left_out)
 
@@ -217,11 +216,11 @@ def _left_out(layer: Layer, values: Tensor) -> ExportedLayer:
 
 
 def _fixed(source: Adapter | TunedAdapter, layer: Layer, request: FixedRank | None) -> int:
-    wanted = None if request is None else request.requested(layer.shape)
+    requested = None if request is None else request.requested(layer.shape)
     terms = source.rank(layer.name) * (2 if isinstance(source, TunedAdapter) else 1)
-    return limited_rank(layer.shape, terms, wanted)
+    return limited_rank(layer.shape, terms, requested)
 
 
 def _working_bytes(layer: Layer, rank: int) -> int:
-    """Of the factors in float64 with their working copies, as `stream` counts what is on its way."""
+    """Return the bytes of the factors in float64 with their working copies, for `run_pipeline`."""
     return math.ceil(2 * rank * (layer.in_features + layer.out_features) * 8)

@@ -1,4 +1,4 @@
-"""Exporting the difference of two checkpoints as a LoRA: the best factors of tuned minus original."""
+"""Export the difference of two checkpoints as a LoRA: the best factors of tuned - original."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from spectune.sdxl.layout import UNET_ROOT, VAE_ROOT
 from spectune.sdxl.selection import select_layers
 
 _ENCODERS = "conditioner."
-# what no network computes with
+# constants, not trained weights
 _NO_WEIGHTS = ("position_ids", "logit_scale")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """tuned - original, tensor by tensor in float32; a source of weights like any checkpoint."""
+    """A source of the tensors tuned - original, in float32."""
 
     tuned: WeightSource
     original: WeightSource
-    hasher: WeightsHasher  # of the original, as its tensors pass
+    hasher: WeightsHasher  # hashes each tensor of the original when it is loaded
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
@@ -71,17 +71,17 @@ class Difference:
     def load(self, name: str) -> Tensor:
         original = self.original.load(name)
         self.hasher.add(name, original)
-        # one copy in float32, not three; torch subtracts no eight bits from it
-        taken = original.float() if original.dtype.itemsize == 1 else original
-        return self.tuned.load(name).to(torch.float32, copy=True).sub_(taken)
+        # In place: one float32 copy instead of three. torch cannot subtract 8-bit floats from float32.
+        subtrahend = original.float() if original.dtype.itemsize == 1 else original
+        return self.tuned.load(name).to(torch.float32, copy=True).sub_(subtrahend)
 
 
 def export_difference(options: ExportOptions, base: Path) -> ExportReport:
-    """Write the LoRA that turns `base` into `tuned`, as far as a LoRA of these ranks can.
+    """Write the LoRA of the requested ranks that is closest to the difference `tuned` - `base`.
 
-    Both are whole checkpoints. The rank is 64 for every layer if none is given; nothing is clamped. The
-    report holds the loss of each layer, the tensors that changed and that no LoRA holds, and the layers
-    that did not change. Progress counts tensors.
+    Both are complete checkpoints. The default rank is 64 for every layer. Values are not clamped. The report
+    contains the error of each layer, the changed tensors that a LoRA cannot hold, and the unchanged layers.
+    Progress counts tensors.
 
     Raises InputError if the checkpoints do not have the same tensors.
     """
@@ -104,32 +104,34 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
                 check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
         plan = choose_ranks(difference, chosen, ranks, store=store, progress=progress)
         kept = Catalogue(chosen, catalogue.unet)
-        # what `layers` leaves out by name is no loss to speak of
-        unwanted = {layer.tensor for layer in catalogue if layer.default} - kept.by_tensor.keys()
-        compared = [name for name in compared if name not in unwanted]
+        # Layers that `layers` excludes do not count as lost.
+        excluded = {layer.tensor for layer in catalogue if layer.default} - kept.by_tensor.keys()
+        compared = [name for name in compared if name not in excluded]
         factors: dict[str, LowRank] = {}
-        passage = _DifferenceFactorizer(difference, kept, plan.ranks, store, device, factors)
+        factorizer = _DifferenceFactorizer(difference, kept, plan.ranks, store, device, factors)
         done = 0
 
-        def consume(name: str, found: _Found) -> None:
+        def consume(name: str, result: _FactoredTensor) -> None:
             nonlocal done
-            passage.take(name, found)
+            factorizer.take(name, result)
             report_progress(progress, done, len(compared), name)
             done += 1
 
-        run_pipeline(compared, passage.work, consume, size=lambda name: 3 * difference.tensors[name].nbytes)
-        # factors are small beside the model; which layers changed at all is known only now
+        run_pipeline(
+            compared, factorizer.work, consume, size=lambda name: 3 * difference.tensors[name].nbytes
+        )
+        # The factors stay in memory: they are small, and only now is it known which layers changed.
         changed = [layer for layer in kept if layer.name in factors]
         if not changed:
             raise InputError(
                 f"no layer of {after.label} differs from {before.label}",
-                hint="pass the tuned model first and the one it was made from as --base",
+                hint="pass the tuned model as `tuned` and the model it was made from as `base`",
             )
         provenance = replace(
             after.provenance,
             role=Role.LORA,
             version=spectune_version(),
-            base_hash=passage.base_hash(before),
+            base_hash=factorizer.base_hash(before),
             base_name=before.label,
             principal_hash=None,
             prediction=declared_prediction(after),
@@ -143,23 +145,25 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
     return ExportReport(
         path=out,
         hash=writer.hash,
-        layers=tuple(passage.reports[layer.name] for layer in changed),
-        left_out=tuple(passage.left_out),
-        outside=passage.outside,
+        layers=tuple(factorizer.reports[layer.name] for layer in changed),
+        left_out=tuple(factorizer.left_out),
+        outside=factorizer.outside,
         warnings=(*warnings, *_prediction_warning(after, before)),
     )
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What became of one tensor of the difference."""
+class _FactoredTensor:
+    """The factors of one tensor of the difference."""
 
-    layers: tuple[tuple[Layer, Exported | ExportedLayer], ...]  # factors, or a layer that is left out
-    outside: float  # norm of what no layer holds
+    layers: tuple[
+        tuple[Layer, Exported | ExportedLayer], ...
+    ]  # factors, or the report of a layer that is left out
+    outside: float  # norm of the change outside of all layers
 
 
 class _DifferenceFactorizer:
-    """All tensors of two checkpoints on their way into a LoRA."""
+    """Factors all tensors of a difference and collects factors and reports."""
 
     def __init__(
         self,
@@ -176,49 +180,49 @@ class _DifferenceFactorizer:
         self.left_out: list[ExportedLayer] = []
         self.outside: dict[str, float] = {}
 
-    def work(self, name: str) -> _Found:
+    def work(self, name: str) -> _FactoredTensor:
         change = self.difference.load(name)
         layers = self.catalogue.by_tensor.get(name, ())
-        found = tuple((layer, self._factored(layer, change[layer.row_slice])) for layer in layers)
+        exported = tuple((layer, self._factored(layer, change[layer.row_slice])) for layer in layers)
         if not layers:
-            return _Found((), norm(change))
-        held = sum(layer.out_features for layer in layers)
-        if held == change.shape[0]:
-            return _Found(found, 0.0)
+            return _FactoredTensor((), norm(change))
+        rows = sum(layer.out_features for layer in layers)
+        if rows == change.shape[0]:
+            return _FactoredTensor(exported, 0.0)
         rest = torch.ones(change.shape[0], dtype=torch.bool)
         for layer in layers:
             rest[layer.row_slice] = False
-        return _Found(found, norm(change[rest]))
+        return _FactoredTensor(exported, norm(change[rest]))
 
     def _factored(self, layer: Layer, change: Tensor) -> Exported | ExportedLayer:
-        """The factors of the change, or what is to be said of a layer that is left out."""
+        """Return the factors of the change, or the report of a layer that is left out."""
         if not bool(change.any()):
             return ExportedLayer(layer.name, 0, layer.full_rank, 0.0, 0.0)
         rank = self.ranks.get(layer.name, 0)
         if not rank:
             return ExportedLayer(layer.name, 0, layer.full_rank, norm(change), 1.0)
         split = split_weight(change, rank=rank, store=self.store, device=self.device, name=layer.name)
-        left = to_matrix(change)  # computed here, so that it may be changed in place
+        error = to_matrix(change)  # `change` is not used again: subtract in place
         for tile, numbers in Product(split.low_rank, exact=False).tiles():
-            left[tile] -= numbers
+            error[tile] -= numbers
         size = split.report.norm
         report = ExportedLayer(
-            layer.name, split.report.rank, layer.full_rank, size, norm(left) / size if size else 0.0
+            layer.name, split.report.rank, layer.full_rank, size, norm(error) / size if size else 0.0
         )
         return Exported(split.low_rank, report)
 
-    def take(self, name: str, found: _Found) -> None:
-        for layer, exported in found.layers:
+    def take(self, name: str, result: _FactoredTensor) -> None:
+        for layer, exported in result.layers:
             if isinstance(exported, ExportedLayer):
                 self.left_out.append(exported)
             else:
                 self.factors[layer.name] = exported.low_rank
                 self.reports[layer.name] = exported.report
-        if found.outside:
-            self.outside[name] = found.outside
+        if result.outside:
+            self.outside[name] = result.outside
 
     def base_hash(self, before: WeightSource) -> str:
-        """Of the original, with the tensors that were not compared."""
+        """Return the weights hash of the original, including the tensors that were not compared."""
         for name in before.tensors:
             if name not in self.difference.hasher:
                 self.difference.hasher.add(name, before.load(name))
@@ -226,7 +230,10 @@ class _DifferenceFactorizer:
 
 
 def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tuple[str, ...]]:
-    """The tensors to compare; raises InputError when the UNets or encoders do not have the same ones."""
+    """Return the tensors to compare, and warnings.
+
+    Raises InputError if the UNets or text encoders do not have the same tensors.
+    """
     names = [name for name in before.tensors if _is_weight(before.tensors[name])]
     ours = [name for name in names if name.startswith((UNET_ROOT, _ENCODERS))]
     missing = [name for name in ours if name not in after.tensors]
@@ -235,11 +242,11 @@ def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tup
         for name, info in after.tensors.items()
         if name.startswith((UNET_ROOT, _ENCODERS)) and _is_weight(info) and name not in before.tensors
     ]
-    for found, one, other in ((missing, before, after), (extra, after, before)):
-        if found:
+    for absent, one, other in ((missing, before, after), (extra, after, before)):
+        if absent:
             raise InputError(
-                f"{len(found)} tensors of {one.label} are not in {other.label}: {some_of(found)}",
-                hint="the difference of two checkpoints of the same kind is needed",
+                f"{len(absent)} tensors of {one.label} are not in {other.label}: {some_of(absent)}",
+                hint="pass two checkpoints of the same architecture",
             )
     misfits = [name for name in ours if after.tensors[name].shape != before.tensors[name].shape]
     if misfits:
@@ -247,15 +254,15 @@ def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tup
         raise InputError(
             f"{len(misfits)} tensors of {after.label} have another shape than in {before.label}: {name} is "
             f"{after.tensors[name].shape}, expected {before.tensors[name].shape}",
-            hint="the two are models of different sizes",
+            hint="pass two checkpoints of the same size",
         )
     vae = [name for name in names if name.startswith(VAE_ROOT)]
     other_vae = [name for name in vae if not _same_bits(after, before, name)]
     if not other_vae:
         return ours, ()
     return ours, (
-        f"the autoencoders differ in {len(other_vae)} tensors, which no LoRA holds: "
-        f"use the one of {after.label} beside the LoRA",
+        f"{len(other_vae)} tensors of the autoencoders differ, and a LoRA does not hold them: use the VAE of "
+        f"{after.label} together with the LoRA",
     )
 
 
@@ -270,9 +277,10 @@ def _same_bits(after: WeightSource, before: WeightSource, name: str) -> bool:
 
 
 def _prediction_warning(after: WeightSource, before: WeightSource) -> tuple[str, ...]:
-    now, then = declared_prediction(after) or "eps", declared_prediction(before) or "eps"
-    if now == then:
+    tuned, original = declared_prediction(after) or "eps", declared_prediction(before) or "eps"
+    if tuned == original:
         return ()
     return (
-        f"{after.label} predicts {now}, {before.label} {then}: whoever loads the LoRA must sample for {now}",
+        f"{after.label} predicts {tuned}, {before.label} predicts {original}: with the LoRA, set the sampler "
+        f"to {tuned}",
     )

@@ -1,4 +1,4 @@
-"""What an export wrote, and what it lost."""
+"""The result of an export, with its errors."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from spectune.core.lora import ExportedLayer, total_error
 
 @dataclass(frozen=True)
 class PartLoss:
-    """The layers of one part: how many, their ranks, and the relative error of their change together."""
+    """The layers of one part: count, ranks, and the relative error of their change together."""
 
     part: str
     layers: int
     lowest_rank: int
     highest_rank: int
-    truncated: int  # layers of which directions were cut off
+    truncated: int  # layers that lost singular directions
     error: float
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` wrote, with the loss of each layer."""
+    """The result of `export`, with the error of each layer."""
 
     path: Path
     hash: str
     layers: tuple[ExportedLayer, ...]
-    left_out: tuple[ExportedLayer, ...] = ()  # layers of which nothing is in the file: no change, or no room
-    outside: Mapping[str, float] | None = None  # of two checkpoints: tensors that no LoRA holds -> |change|
+    left_out: tuple[
+        ExportedLayer, ...
+    ] = ()  # layers that are not in the file: unchanged, or without room in `size`
+    outside: Mapping[str, float] | None = None  # |change| of changed tensors that a LoRA cannot hold
     warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """Relative error of the change of all layers together, those that are left out among them."""
+        """Return the relative error of the change of all layers together, including those left out."""
         return total_error((*self.layers, *self.left_out))
 
     @property
@@ -43,7 +45,7 @@ class ExportReport:
 
     @property
     def parts(self) -> tuple[PartLoss, ...]:
-        """The loss part by part, in the order of the file; what is left out counts as lost."""
+        """Return the loss of each part, in the order of the file. Layers left out count as lost."""
         layers = (*self.layers, *(layer for layer in self.left_out if layer.norm))
         return tuple(
             _part_loss(part, [layer for layer in layers if layer.part == part])
@@ -52,17 +54,17 @@ class ExportReport:
 
     @property
     def unchanged(self) -> tuple[str, ...]:
-        """Layers that the adapter or the tuned model does not change."""
+        """Return the layers that the adapter or the tuned model does not change."""
         return tuple(layer.name for layer in self.left_out if not layer.norm)
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Layers whose change did not find room."""
+        """Return the changed layers that did not fit into the requested size or energy."""
         return tuple(layer.name for layer in self.left_out if layer.norm)
 
     @property
     def outside_share(self) -> float:
-        """The share of the squared norm of all changes that lies in tensors which no LoRA holds, 0..1."""
+        """Return the share of the squared change in tensors that a LoRA cannot hold, 0..1."""
         missed = sum(norm**2 for norm in (self.outside or {}).values())
         total = missed + sum(layer.norm**2 for layer in (*self.layers, *self.left_out))
         return missed / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Inspect: what a file is, what a rank costs, and where the energy of a model lies."""
+"""Describe a file: its content, the cost of a rank, and the spectrum of its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.sdxl.selection import select_layers
 
 @operation(InspectOptions)
 def inspect(options: InspectOptions) -> ModelSummary | AdapterSummary | SpectrumReport:
-    """Return what a file is, from its header alone; with `spectrum` the energy that ranks hold.
+    """Describe a file from its header. With `spectrum`, measure the energy that each rank holds instead.
 
     Raises InputError if the file is neither a model nor an adapter.
     """
@@ -36,15 +36,15 @@ def _spectrum(options: InspectOptions) -> SpectrumReport:
     with open_checkpoint(options.model) as source:
         if is_adapter(source):
             raise InputError(
-                f"{source.label} is an adapter: expected a model, whose weights have a spectrum",
-                hint="pass the checkpoint that it was made from",
+                f"{source.label} is an adapter: expected a checkpoint",
+                hint="the spectrum is that of a model; pass the one that the adapter belongs to",
             )
         check_plain_weights(source)
         catalogue = build_catalogue(source, all_layers=True)
         selected = replace(catalogue, layers=select_layers(catalogue, options.layers))
         spectra = measure_spectra(source, selected, options.progress)
     if options.plot is not None:
-        from spectune.ops.inspect.plot import draw_spectrum  # matplotlib takes half a second to load
+        from spectune.ops.inspect.plot import draw_spectrum  # matplotlib takes 0.5 s to import
 
         draw_spectrum(spectra, options.plot)
     return spectra

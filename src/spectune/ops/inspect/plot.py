@@ -1,7 +1,7 @@
-"""Plots as PNG files: the only place that knows matplotlib."""
+"""Draw the spectrum as a PNG file. No other module imports matplotlib."""
 
 # pyright: standard
-# matplotlib has no complete types.
+# The type stubs of matplotlib are incomplete.
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from spectune.pairs.spectrum_report import CURVE_RANKS, GroupSpectrum, SpectrumReport
 from spectune.sdxl.layers import RANKS
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = {"unet": "#0072B2", "te1": "#D55E00", "te2": "#009E73"}
+# Okabe and Ito's palette, which color-blind people can tell apart.
+_COLORS = {"unet": "#0072B2", "te1": "#D55E00", "te2": "#009E73"}
 _PARTS = {"unet": "UNet", "te1": "text encoder 1", "te2": "text encoder 2"}
 _INK, _GREY, _GRID = "#222222", "#8a8a8a", "#dddddd"
 _FAINT = 0.35
@@ -30,8 +30,8 @@ _MAX_LABELLED_BARS = 24
 
 
 def draw_spectrum(spectra: SpectrumReport, target: Path) -> None:
-    """Energy over rank, energy by block and the size of the file by rank, as a PNG; replaces `target`."""
-    # a Figure of its own, without pyplot: no global state and no window system
+    """Plot energy by rank, energy by block, and file size by rank. Overwrites `target`."""
+    # Without pyplot, which has global state and needs a window system.
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
@@ -58,10 +58,10 @@ def draw_spectrum(spectra: SpectrumReport, target: Path) -> None:
 
 def _draw_curves(axes: Axes, spectra: SpectrumReport) -> None:
     for part in spectra.parts:
-        colour = _COLOURS[part.name]
+        color = _COLORS[part.name]
         low, high, together = (_values(line) for line in (part.lowest, part.highest, part.energies))
-        axes.fill_between(CURVE_RANKS, low, high, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(CURVE_RANKS, together, color=colour, linewidth=2.4, label=_PARTS[part.name])
+        axes.fill_between(CURVE_RANKS, low, high, color=color, alpha=0.13, linewidth=0)
+        axes.plot(CURVE_RANKS, together, color=color, linewidth=2.4, label=_PARTS[part.name])
     _style(axes, "Energy held by the first r directions (band: lowest to highest layer)")
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, CURVE_RANKS[-1])
@@ -80,7 +80,7 @@ def _draw_costs(axes: Axes, spectra: SpectrumReport) -> None:
         for size, cost in zip(sizes, spectra.costs, strict=True)
     ]
     axes.bar_label(bars, labels=labels, padding=3, fontsize=_TEXT_PT, color=_INK)
-    _style(axes, "Size of a 16-bit file, energy it holds")
+    _style(axes, "Size of a 16-bit file, and the energy it holds")
     axes.grid(visible=False)
     axes.set_xticks(list(places), [f"{cost.rank}" for cost in spectra.costs])
     axes.set_xlabel("rank r", fontsize=_TEXT_PT, color=_INK)
@@ -95,17 +95,17 @@ def _draw_blocks(axes: Axes, blocks: Sequence[GroupSpectrum]) -> None:
         [line[_BLOCK_RANK] for line in lines]
         for lines in zip(*((block.energies, block.lowest, block.highest) for block in blocks), strict=True)
     )
-    bars = axes.bar(places, energies, width=0.74, color=[_colour(block) for block in blocks])
+    bars = axes.bar(places, energies, width=0.74, color=[_color(block) for block in blocks])
     axes.vlines(places, lowest, highest, color=_INK, linewidth=1.1)
     if not crowded:
         labels = [
-            f"{_percent(energy)}\nfull rank" if _is_whole(block) else _percent(energy)
+            f"{_percent(energy)}\nfull rank" if _has_full_rank(block) else _percent(energy)
             for energy, block in zip(energies, blocks, strict=True)
         ]
         texts = axes.bar_label(bars, labels=labels, label_type="center", fontsize=_TEXT_PT)
         for text, block in zip(texts, blocks, strict=True):
-            text.set_color(_INK if _is_whole(block) else "white")
-    pale = "; pale: no layer is larger than that" if any(map(_is_whole, blocks)) else ""
+            text.set_color(_INK if _has_full_rank(block) else "white")
+    pale = "; pale: the full rank of every layer" if any(map(_has_full_rank, blocks)) else ""
     heading = f"Energy at rank {_BLOCK_RANK} by block, in the order of the network"
     _style(axes, f"{heading} (line: lowest to highest layer{pale})")
     axes.set_xticks(list(places), [block.name for block in blocks], rotation=90 if crowded else 0)
@@ -113,14 +113,16 @@ def _draw_blocks(axes: Axes, blocks: Sequence[GroupSpectrum]) -> None:
     _percent_axis(axes)
 
 
-def _is_whole(block: GroupSpectrum) -> bool:
-    """Rank 64 is the full rank of every layer: there is nothing to choose."""
+def _has_full_rank(block: GroupSpectrum) -> bool:
+    """Return whether rank 64 is the full rank of every layer of a block."""
     return block.largest_full_rank <= _BLOCK_RANK
 
 
-def _colour(block: GroupSpectrum) -> tuple[float, ...]:
-    strength = _FAINT if _is_whole(block) else 1.0  # no transparency: the grid would show through
-    return tuple(1 - strength * (1 - channel) for channel in to_rgb(_COLOURS[block.part]))
+def _color(block: GroupSpectrum) -> tuple[float, ...]:
+    strength = (
+        _FAINT if _has_full_rank(block) else 1.0
+    )  # mixed with white, because the grid would show through transparency
+    return tuple(1 - strength * (1 - channel) for channel in to_rgb(_COLORS[block.part]))
 
 
 def _percent_axis(axes: Axes) -> None:
@@ -151,7 +153,7 @@ def _values(energies: Mapping[int, float]) -> list[float]:
 
 
 def _percent(share: float) -> str:
-    """Without decimals; 100 % only where nothing is missing but rounding."""
+    """Format without decimals. 100% means complete up to float rounding."""
     return "100%" if share > 1 - 1e-9 else f"{min(share, 0.99):.0%}"
 
 

@@ -1,4 +1,4 @@
-"""What a file is and what a rank costs, from its header alone."""
+"""Summarize a file and the cost of a rank, from its header only."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ class PartSummary:
     tensors: int
     parameters: int
     nbytes: int
-    dtypes: tuple[str, ...]  # the most frequent first
-    layers: int  # that can be factored by default
+    dtypes: tuple[str, ...]  # most frequent first
+    layers: int  # layers that are factored by default
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What the header of a checkpoint says."""
+    """The content of a checkpoint, from its header."""
 
     label: str
     role: str
     prediction: str
-    declared: bool  # whether the file itself says what it predicts
+    declared: bool  # whether the file declares its prediction type
     provenance: Provenance
     layout: Layout
     parts: tuple[PartSummary, ...]
     ranks: tuple[RankCost, ...]
-    programs: tuple[Loading, ...]  # what each loads from it as a single file
+    programs: tuple[Loading, ...]  # what each program loads from it, saved as a single file
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What the header of an adapter says."""
+    """The content of an adapter, from its header."""
 
     label: str
     role: str
     spelling: str  # kohya, diffusers, comfyui
     provenance: Provenance
-    layers: Mapping[str, int]  # by part
-    ranks: Mapping[int, int]  # how many layers have a rank
-    scales: Mapping[float, int]  # how many have alpha / rank; empty where no alphas are written
+    layers: Mapping[str, int]  # part -> layers
+    ranks: Mapping[int, int]  # rank -> layers
+    scales: Mapping[float, int]  # alpha / rank -> layers; empty if the file has no alphas
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
-    problems: tuple[str, ...]  # of its alphas, in words
-    programs: tuple[Loading, ...]  # what each loads from it, on SDXL
-    replaced: int = 0  # tensors of the base that it holds whole; not among layers and parameters
+    problems: tuple[str, ...]  # with its alphas
+    programs: tuple[Loading, ...]  # what each program loads from it, on SDXL
+    replaced: int = 0  # full tensors that replace those of the base; not counted in layers and parameters
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
-    """Return the parts, layers and costs of a checkpoint; raise InputError if it is not SDXL."""
+    """Return the parts, layers and costs of a checkpoint. Raises InputError if it is not SDXL."""
     provenance = source.provenance
     catalogue = build_catalogue(source)
     prediction = declared_prediction(source)
@@ -84,7 +84,7 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
 
 
 def describe_adapter(source: WeightSource) -> AdapterSummary:
-    """Return layers, ranks and scales of an adapter in any spelling; raise InputError if it has no layers."""
+    """Return the layers, ranks and scales of an adapter in any spelling. Raises InputError if it has none."""
     downs = [
         info
         for name, info in source.tensors.items()
@@ -92,8 +92,9 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
     ]
     if not downs:
         raise InputError(
-            f"{source.label} holds no pairs of low-rank factors",
-            hint="keys like lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight are expected",
+            f"{source.label} holds no pairs of low-rank factors: expected keys such as "
+            "lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight",
+            hint="pass a LoRA, a principal or a tuned adapter",
         )
     provenance = source.provenance
     parts = Counter(str(adapter_part(info.name) or "other") for info in downs)

@@ -1,8 +1,8 @@
 """The options of every operation, one frozen record each.
 
-Nothing here imports torch, so that interfaces show help texts and check values without loading it.
+Nothing here imports torch: interfaces can show help texts and check values without loading it.
 
-    values            types that several records use
+    values            types and help texts that several records use
     model_files       inspect, null, split, verify
     adapter_files     rebuild, export, slice, convert
     pictures          sample, compare

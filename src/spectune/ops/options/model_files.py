@@ -1,4 +1,4 @@
-"""OperationOptions of the operations on whole models: inspect, null, split, verify."""
+"""Options of the operations on full models: inspect, null, split, verify."""
 
 from __future__ import annotations
 
@@ -22,35 +22,33 @@ from spectune.ops.options.values import (
 
 @record
 class InspectOptions(OperationOptions):
-    """Show what a file is: parts, sizes, prediction type, factored layers and what a rank costs."""
+    """Show the content of a file: parts, sizes, prediction type, factored layers and cost of each rank."""
 
     model: Path = argument(help="A checkpoint, diffusers folder or adapter.")
     _: KW_ONLY
     spectrum: bool = option(
-        default=False, help="Also measure how much energy ranks hold, by part and block (minutes)."
+        default=False, help="Measure the energy that each rank holds, by part and block (takes minutes)."
     )
     layers: tuple[str, ...] = option(default=("default",), help=f"With `spectrum`. {LAYERS_HELP}")
-    per_layer: bool = option(default=False, help="With `spectrum`: also every layer.")
+    per_layer: bool = option(default=False, help="With `spectrum`: also list every layer.")
     plot: Path | None = option(default=None, help="With `spectrum`: write a plot to this .png file.")
     force: bool = option(default=False, help=FORCE_HELP)
 
     @model_validator(mode="after")
     def _check_plot(self) -> Self:
         if self.plot is not None and self.plot.suffix.lower() != ".png":
-            raise InputError(
-                f"{self.plot} is not a .png file: the plot is a PNG picture", hint="name it spectrum.png"
-            )
+            raise InputError(f"`plot` {self.plot}: expected a .png file", hint="for example spectrum.png")
         return self
 
     @property
     def measures(self) -> bool:
-        """Whether the spectrum is measured."""
+        """Return whether the options require the spectrum."""
         return self.spectrum or self.per_layer or self.plot is not None
 
 
 @record
 class NullOptions(OperationOptions):
-    """Write the zero model of a checkpoint, for tools that extract from the difference of two models."""
+    """Write a checkpoint of zeros, for programs that extract a LoRA from the difference of two models."""
 
     model: Path = argument(help="A single-file checkpoint.")
     out: Path = option(help="The file to write.", flag="-o")
@@ -66,7 +64,9 @@ class SplitOptions(OperationOptions):
     out: Path = option(default=Path(), flag="-o", help="Folder for the two files.")
     _: KW_ONLY
     rank: int | None = option(default=None, ge=1, help="Singular directions kept per layer. Default: 64.")
-    conv_rank: int | None = option(default=None, ge=1, help="Another rank for convolutions larger than 1x1.")
+    conv_rank: int | None = option(
+        default=None, ge=1, help="A different rank for convolutions larger than 1x1."
+    )
     energy: float | None = option(
         default=None, help="Instead of a rank: the share of each layer's energy to keep, such as 0.9."
     )
@@ -76,8 +76,8 @@ class SplitOptions(OperationOptions):
     dtype: FactorDtype = option(default="float16", help="Dtype of the stored factors.")
     residual_dtype: ResidualDtype | None = option(
         default=None,
-        help="Dtype of the residual; float32 makes the pair exact, float64 for an fp32 model. "
-        "Default: the model's own.",
+        help="Dtype of the residual. float32 makes the pair exact; an fp32 model needs float64. "
+        "Default: as in the model.",
     )
     with_residual: bool = option(
         default=True,
@@ -87,7 +87,7 @@ class SplitOptions(OperationOptions):
     layers: tuple[str, ...] = option(default=("default",), help=LAYERS_HELP)
     svd: Literal["auto", "exact", "gram", "sketch"] = option(
         default="auto",
-        help="SVD method; auto takes a subspace sketch with an estimated bound where it is faster.",
+        help="SVD method. auto uses a subspace sketch, with an estimated error bound, if that is faster.",
     )
     device: str = option(default="auto", help=DEVICE_HELP)
     force: bool = option(default=False, help=FORCE_HELP)
@@ -100,7 +100,7 @@ class SplitOptions(OperationOptions):
 
 @record
 class VerifyOptions(OperationOptions):
-    """Prove that residual and principal give the original back."""
+    """Check that residual + principal restore the original checkpoint."""
 
     model: Path = argument(help="The original checkpoint.")
     residual: Path = argument(help="The residual model.")

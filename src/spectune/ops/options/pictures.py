@@ -1,4 +1,4 @@
-"""OperationOptions of the operations that draw: sample, compare."""
+"""Options of the operations that draw: sample, compare."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from spectune.ops.options.values import FORCE_HELP
 
 @record
 class DrawingOptions(OperationOptions):
-    """What drawing needs beside the models."""
+    """The options of drawing that do not depend on the models."""
 
     _: KW_ONLY
     captions: tuple[str, ...] = option(default=(), flag="-c/--caption", help="A caption to draw.")
     captions_file: Path | None = option(
         default=None, flag="--captions", help="A text file with one caption per line."
     )
-    seed: int = option(default=0, help="Seed of the first picture; each further picture takes the next one.")
+    seed: int = option(
+        default=0, help="Seed of the first picture. It increases by 1 for each further picture."
+    )
     size: str = option(default="1024", help="Pixels: 1024 or 1216x832 (width x height).")
     steps: int = option(default=25, ge=1, le=1000, help="Sampling steps.")
     cfg: float = option(default=5.0, help="Guidance scale; 1 turns guidance off.")
@@ -29,18 +31,18 @@ class DrawingOptions(OperationOptions):
     negative: str = option(default="", help="Negative prompt.")
     batch: int = option(default=4, ge=1, help="Pictures drawn at once.")
     prediction: Literal["eps", "v", "flow"] | None = option(
-        default=None, help="Prediction type, where the file does not declare it."
+        default=None, help="Prediction type, if the file does not declare it."
     )
     flow_shift: float | None = option(
-        default=None, help="Shift of flow sampling, where the file does not declare it."
+        default=None, help="Shift of flow sampling, if the file does not declare it."
     )
     vae: Path | None = option(
         default=None, help="Another autoencoder: a .safetensors file or a diffusers folder."
     )
     vae_name: str | None = option(
         default=None,
-        help="Scaling of its latents by name: sdxl, eq-kblueleaf, eq-anzhc. Default: as in training, "
-        "otherwise as its files declare.",
+        help="Name of the latent scaling: sdxl, eq-kblueleaf, eq-anzhc. Default: that of the training, "
+        "otherwise the one that the files declare.",
     )
 
 
@@ -48,30 +50,30 @@ class DrawingOptions(OperationOptions):
 class SampleOptions(DrawingOptions):
     """Draw pictures with a checkpoint and any number of adapters."""
 
-    model: Path = argument(help="A checkpoint, or a residual with its principal as adapter.")
+    model: Path = argument(help="A checkpoint; or a residual, with its principal as the adapter.")
     adapters: tuple[str, ...] = argument(
         default=(), metavar="ADAPTER[:STRENGTH]...", help="Adapters to apply."
     )
     _: KW_ONLY
     out: Path = option(default=Path("pictures"), flag="-o", help="Folder for the pictures.")
     sheet: Path | None = option(
-        default=None, help="Also write all pictures with their captions on one sheet."
+        default=None, help="Also write one sheet with all pictures and their captions."
     )
     metadata: bool = option(
-        default=False, help="Also write metadata.jsonl, so that the folder can be trained on."
+        default=False, help="Also write metadata.jsonl, so that the folder can be used as a dataset."
     )
     force: bool = option(default=False, help=FORCE_HELP)
 
 
 @record
 class CompareOptions(DrawingOptions):
-    """Draw the same captions and seeds with several models: a contact sheet, and PSNR against the first."""
+    """Draw the same captions and seeds with several models; write a contact sheet and print the PSNR."""
 
     models: tuple[str, ...] = argument(
         metavar="MODEL[+ADAPTER[:STRENGTH]]...",
-        help="Models, each with any adapters; or folders of pictures.",
+        help="Models, each with any number of adapters; or folders of pictures.",
     )
     _: KW_ONLY
     out: Path = option(default=Path("compare.png"), flag="-o", help="The contact sheet to write.")
-    cell: int = option(default=256, ge=32, help="Width of a picture on the sheet, in pixels.")
+    cell: int = option(default=256, ge=32, help="Width of each picture on the sheet, in pixels.")
     force: bool = option(default=False, help=FORCE_HELP)

@@ -1,4 +1,4 @@
-"""OperationOptions of the operations around training: train, plan, recipe import."""
+"""Options of the operations around training: train, plan, recipe import, demo."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from spectune.ops.options.values import FORCE_HELP
 
 @record
 class TrainOptions(OperationOptions):
-    """Train a recipe, or continue it where it stopped; Ctrl-C saves first."""
+    """Train a recipe, or continue from the last saved state. Ctrl-C saves the state and stops."""
 
     recipe: Path = argument(help="A training recipe in TOML.")
     _: KW_ONLY
-    overrides: tuple[str, ...] = option(default=(), flag="--set", help="Override a key: section.key=value.")
+    overrides: tuple[str, ...] = option(
+        default=(), flag="--set", help="Override a key of the recipe: section.key=value."
+    )
     force: bool = option(default=False, help=FORCE_HELP)
     callbacks: tuple[Any, ...] | None = hook(
         default=None, help="Instances of spectune.training.callbacks.Callbacks."
@@ -25,31 +27,35 @@ class TrainOptions(OperationOptions):
 
 @record
 class PlanOptions(OperationOptions):
-    """Find the rank, form, precision and checkpointing that fit a card; the recipe goes to stdout."""
+    """Find the rank, form, precision and checkpointing that fit a GPU. The recipe is printed on stdout."""
 
     model: Path = argument(help="The original checkpoint.")
     _: KW_ONLY
-    vram: str | int = option(help="Memory of the card: 12GB, or 11.5GiB where a desktop takes some of it.")
+    vram: str | int = option(
+        help="Memory of the GPU: 12GB; or less, such as 11.5GiB, if a desktop uses some of it."
+    )
     rank: int = option(default=64, ge=1, help="Singular directions trained per layer.")
     parts: str = option(default="unet,te1,te2", help="The parts to train, separated by commas.")
     resolution: int = option(default=1024, ge=16, help="Side of a square picture in pixels.")
     batch: int = option(default=1, ge=1, help="Pictures per forward pass.")
-    optimizer: str = option(default="adamw", help="Optimizer by its name in recipes.")
+    optimizer: str = option(default="adamw", help="Name of the optimizer, as in recipes.")
     ema: bool = option(default=False, help="Keep a moving average of the trained tensors.")
-    activations: bool = option(default=False, help="Also tabulate other sizes and batches (a minute or two).")
+    activations: bool = option(
+        default=False, help="Also list the activations of other sizes and batches (takes a minute or two)."
+    )
 
 
 @record
 class ImportOptions(OperationOptions):
-    """Turn a command of kohya's sd-scripts into a recipe, and report what becomes of each flag.
+    """Convert a command of kohya's sd-scripts to a recipe, and report the result for each flag.
 
-    The exit code is 1 when a flag is unknown or has no counterpart.
+    The exit code is 1 if a flag is unknown or has no counterpart.
     """
 
     command: str = argument(
         metavar="TEXT_OR_FILE",
-        help="The command in quotes; a .bat, .sh, .ps1 or .txt file that holds it; a configuration in .toml; "
-        "kohya_ss settings in .json; or - for standard input.",
+        help="The command in quotes; a .bat, .sh, .ps1 or .txt file with the command; a .toml configuration; "
+        "a .json file of kohya_ss settings; or - for standard input.",
     )
     out: Path = option(default=Path("recipe.toml"), flag="-o", help="The recipe to write.")
     _: KW_ONLY
@@ -58,8 +64,10 @@ class ImportOptions(OperationOptions):
 
 @record
 class DemoOptions(OperationOptions):
-    """Run everything on the embedded tiny SDXL: split, verify, train, rebuild, export, compare."""
+    """Run all steps on a tiny embedded SDXL: split, verify, train, rebuild, export, compare."""
 
     out: Path = option(default=Path("spectune-demo"), flag="-o", help="Folder for the files of the demo.")
     _: KW_ONLY
-    steps: int | None = option(default=None, ge=0, help="Training steps. Default: as in the demo's recipe.")
+    steps: int | None = option(
+        default=None, ge=0, help="Training steps. Default: as in the recipe of the demo."
+    )

@@ -1,4 +1,4 @@
-"""Types of options that several records use."""
+"""Types and help texts that several records use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from spectune.errors import InputError
 from spectune.files.dtype_names import dtype_name
 
-# Eight bits hold a whole weight, roughly; for factors and residuals they are too few.
+# 8-bit types are precise enough for full weights, but not for factors and residuals.
 FactorDtype = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(dtype_name)]
 ResidualDtype = Annotated[Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(dtype_name)]
 WeightDtype = Annotated[
@@ -22,7 +22,7 @@ WeightDtype = Annotated[
 
 
 def _spelling_name(word: object) -> str:
-    """Return the name of a spelling; PEFT is another name for that of diffusers."""
+    """Return the name of a spelling. PEFT is another name for the diffusers spelling."""
     name = str(word).lower()
     return "diffusers" if name == "peft" else name
 
@@ -31,12 +31,14 @@ Keys = Annotated[Literal["kohya", "diffusers", "comfyui"], BeforeValidator(_spel
 
 
 LAYERS_HELP = (
-    "The layers: default (LyCORIS preset=full), all, or names, parts, blocks and patterns, separated by "
-    "commas: 'unet,!conv', 'te1.*', 'down.1'."
+    "The layers: default (LyCORIS preset=full), all, or a comma-separated list of names, parts, blocks and "
+    "patterns: 'unet,!conv', 'te1.*', 'down.1'."
 )
-KEYS_HELP = "Spelling of the keys: kohya (loads everywhere), diffusers (PEFT), comfyui (diffusion_model.)."
-BASE_HELP = "The model that the adapters are for. Required where it does not have SDXL's size."
-DEVICE_HELP = "Where to factor: auto, cpu, cuda or cuda:1."
+KEYS_HELP = (
+    "Spelling of the keys: kohya (all programs load it), diffusers (PEFT), comfyui (diffusion_model.)."
+)
+BASE_HELP = "The model of the adapters. Required if it does not have the size of SDXL."
+DEVICE_HELP = "Device for the SVD: auto, cpu, cuda or cuda:1."
 FORCE_HELP = "Overwrite existing files."
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -44,7 +46,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Slice:
-    """A file, the trait that selects its layers (None selects all), and the weight of these layers."""
+    """A file, the trait that selects its layers (None selects all), and the weight of the layers."""
 
     path: Path
     trait: str | None = None
@@ -56,10 +58,10 @@ class Slice:
 
 
 def parse_slice(word: str | Path | Slice) -> Slice:
-    """Read `FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`.
+    """Parse `FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`.
 
-    The colon of a drive letter belongs to the file. A file or folder that exists under a longer name is
-    that file.
+    The colon of a drive letter belongs to the file. If a file or folder whose name contains a colon exists,
+    the longest such name is used.
     """
     if isinstance(word, Slice):
         return word
@@ -83,7 +85,8 @@ def _split_slice(word: str) -> tuple[str, str | None, str | None]:
     match = re.fullmatch(r"(.*?\.safetensors)(?::([^:]*))?(?::([^:]*))?", word, re.IGNORECASE)
     if match is None:
         raise InputError(
-            f"unreadable slice {word!r}", hint="write it like style.safetensors:te or x.safetensors:unet:0.8"
+            f"cannot parse slice {word!r}: expected FILE[:TRAIT[:WEIGHT]]",
+            hint="for example style.safetensors:te or style.safetensors:unet:0.8",
         )
     return match[1], match[2] or None, match[3]
 
@@ -92,10 +95,10 @@ ParsedSlice = Annotated[Slice, BeforeValidator(parse_slice)]
 
 
 def check_one_rank(rank: object, conv_rank: object, energy: object, size: object, *, size_name: str) -> None:
-    """Raise InputError when ranks are chosen in two ways at once."""
+    """Raise InputError if more than one option sets the ranks."""
     values = {"rank": rank, "energy": energy, size_name: size}
-    given = [f"`{name}`" for name, value in values.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other", hint="choose one of them")
-    if conv_rank is not None and given not in ([], ["`rank`"]):
-        raise InputError(f"`conv_rank` and {given[0]} exclude each other", hint="leave out `conv_rank`")
+    passed = [f"`{name}`" for name, value in values.items() if value is not None]
+    if len(passed) > 1:
+        raise InputError(f"{' and '.join(passed)} exclude each other", hint="pass only one of them")
+    if conv_rank is not None and passed not in ([], ["`rank`"]):
+        raise InputError(f"`conv_rank` and {passed[0]} exclude each other", hint="leave out `conv_rank`")

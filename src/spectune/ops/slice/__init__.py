@@ -1,4 +1,4 @@
-"""Slice: parts of adapters, or of checkpoints, combined into one file."""
+"""Combine layers of adapters, or parts of checkpoints, into one file."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from spectune.ops.slice.parts import SwapReport, swap_parts
 
 @operation(SliceOptions)
 def slice(options: SliceOptions) -> SliceReport | SwapReport:
-    """Combine parts of files: "style.safetensors:unet:0.8", "face.safetensors:te".
+    """Combine parts of files, such as "style.safetensors:unet:0.8" and "face.safetensors:te".
 
-    Of adapters, layers by trait (te, unet, content, style, a block, a pattern, a name in the JSON file
-    `traits`), summed where they overlap. Of checkpoints, whole parts (unet, te1, te2, vae).
+    From adapters it takes layers by trait: te, unet, content, style, a block, a pattern, or a name in the
+    JSON file `traits`. Layers that several slices contain are summed. From checkpoints it takes complete
+    parts: unet, te1, te2, vae.
     """
     if not options.slices:
-        raise InputError("no files to combine", hint="name files like style.safetensors:te")
-    whole = {path: is_checkpoint(path) for path in dict.fromkeys(piece.path for piece in options.slices)}
-    if len(set(whole.values())) > 1:
-        model, adapter = (next(path.name for path in whole if whole[path] is kind) for kind in (True, False))
         raise InputError(
-            f"{model} is a checkpoint and {adapter} an adapter: expected files of one kind",
-            hint="`spectune rebuild` puts an adapter into a checkpoint",
+            "`slices` is empty: expected at least one file", hint="for example style.safetensors:te"
         )
-    if not all(whole.values()):
+    checkpoints = {
+        path: is_checkpoint(path) for path in dict.fromkeys(piece.path for piece in options.slices)
+    }
+    if len(set(checkpoints.values())) > 1:
+        model, adapter = (
+            next(path.name for path in checkpoints if checkpoints[path] is kind) for kind in (True, False)
+        )
+        raise InputError(
+            f"{model} is a checkpoint and {adapter} is an adapter: expected files of one kind",
+            hint="to merge an adapter into a checkpoint, use `spectune rebuild`",
+        )
+    if not all(checkpoints.values()):
         return slice_adapters(options)
     default = SliceOptions(options.slices, options.out)
     names = ("traits", "base", "keys", "dtype", "overlap")
-    given = [f"`{name}`" for name in names if getattr(options, name) != getattr(default, name)]
-    if given:
+    extra = [f"`{name}`" for name in names if getattr(options, name) != getattr(default, name)]
+    if extra:
         raise InputError(
-            f"parts of checkpoints are copied unchanged: {', '.join(given)} cannot apply",
-            hint=f"leave out {', '.join(given)}",
+            f"parts of checkpoints are copied unchanged: {', '.join(extra)} cannot apply",
+            hint=f"leave out {', '.join(extra)}",
         )
     return swap_parts(options)

@@ -1,4 +1,4 @@
-"""Cutting layers out of adapter files and putting those of several together."""
+"""Combine layers of one or several adapter files."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ from spectune.sdxl.layers import Layer
 
 @dataclass(frozen=True)
 class SliceReport:
-    """What `slice` wrote."""
+    """The result of `slice` for adapters."""
 
     path: Path
     hash: str
     role: Role  # lora, tuned or principal
     slices: tuple[SliceResult, ...]
-    layers: tuple[ExportedLayer, ...]  # with what rounding cost; none for tuned
-    overlaps: tuple[str, ...]  # layers that are sums
+    layers: tuple[ExportedLayer, ...]  # with their rounding errors; empty for the role tuned
+    overlaps: tuple[str, ...]  # layers that are sums of several slices
     warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """Relative error of all layers together."""
+        """Return the relative error of all layers together."""
         return total_error(self.layers)
 
 
 def slice_adapters(options: SliceOptions) -> SliceReport:
-    """Put layers of one or several adapters into a new one.
+    """Write an adapter that combines layers of one or several adapters.
 
-    A layer that several slices have is their exact sum, or with `overlap` off an InputError. Weights count
-    once; alphas stay. Tuned adapters of one model give a tuned adapter where every layer comes from one of
-    them at weight 1; otherwise, and together with LoRAs, a LoRA. The factors keep the dtype of the files;
-    those from tuned adapters are float16. Progress counts layers.
+    A layer that several slices contain becomes their exact sum; if `overlap` is off, it is an InputError.
+    Alphas are kept, and a weight is applied once. Tuned adapters of one model give a tuned adapter if each
+    layer comes from one of them with weight 1; otherwise, or together with LoRAs, they become a LoRA. The
+    factors keep the dtype of the files; factors from tuned adapters are float16. Progress counts layers.
 
-    Raises PairingError for files that no single adapter can hold.
+    Raises PairingError for files that cannot be combined into one adapter.
     """
     slices, out, force, progress = options.slices, options.out, options.force, options.progress
     spelling = parse_spelling(options.keys)
@@ -84,15 +84,18 @@ def slice_adapters(options: SliceOptions) -> SliceReport:
         if plan.overlaps and not options.overlap:
             raise InputError(
                 f"{len(plan.overlaps)} layers are in more than one slice: {some_of(plan.overlaps)}",
-                hint="allow `overlap` to sum them, or narrow the traits",
+                hint="turn `overlap` on to sum them, or choose traits that do not overlap",
             )
         role, warnings = role_of(plan, opened)
-        known = any(isinstance(adapter, TunedAdapter) or _has_role(adapter) for adapter in opened.values())
+        declared = any(
+            isinstance(adapter, TunedAdapter) or adapter.provenance.role is not None
+            for adapter in opened.values()
+        )
         provenance = provenance_of(plan, opened, role)
-        # what other programs made stays without a role, and is judged by its numbers
-        provenance = replace(provenance, role=role if known else None, version=spectune_version())
-        kept = kept_metadata(opened[plan.leading].metadata, one_file=len(opened) == 1)
-        metadata = {**kept, **slices_metadata(slices)}
+        # A file of other programs stays without a role: its values decide what it is (pairs/rules.py).
+        provenance = replace(provenance, role=role if declared else None, version=spectune_version())
+        metadata = kept_metadata(opened[plan.leading].metadata, one_file=len(opened) == 1)
+        metadata |= slices_metadata(slices)
         warnings = (*(text for adapter in opened.values() for text in adapter.warnings), *warnings)
         if role is Role.TUNED:
             check_stays_tuned(opened[slices[0].path], spelling, store)
@@ -105,10 +108,6 @@ def slice_adapters(options: SliceOptions) -> SliceReport:
             with open_checkpoint(out) as made:
                 warnings = (*warnings, *scale_problems(made))
     return SliceReport(out, written, role, plan.results, tuple(reports), plan.overlaps, warnings)
-
-
-def _has_role(adapter: Adapter | TunedAdapter) -> bool:
-    return adapter.provenance.role is not None
 
 
 def _write_tuned(
@@ -175,17 +174,17 @@ def _rank(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAd
     terms = sum(
         adapter.rank(layer.name) * (2 if isinstance(adapter, TunedAdapter) else 1) for adapter in adapters
     )
-    # a layer that is not summed keeps even a rank above its own size
+    # a layer that is not summed keeps its rank, even above the full rank
     return terms if len(adapters) == 1 and isinstance(adapters[0], Adapter) else limited_rank(
         layer.shape, terms, None
     )  # fmt: skip
 
 
 def _dtype(layer: Layer, plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> torch.dtype:
-    """The type that holds the factors of all files: theirs, float16 for deltas, which are re-factored."""
+    """Return the common dtype of the factors; float16 for trained deltas, which are factored again."""
     adapters = [opened[piece.path] for piece in plan.sources[layer.name]]
-    found = [
+    dtypes = [
         torch.float16 if isinstance(adapter, TunedAdapter) else adapter.dtype(layer.name)
         for adapter in adapters
     ]
-    return common_dtype(found)
+    return common_dtype(dtypes)

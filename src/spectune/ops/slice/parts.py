@@ -1,4 +1,4 @@
-"""A checkpoint put together from whole parts of others: the UNet of one, the encoders of another."""
+"""Combine complete parts of checkpoints, such as the UNet of one and the text encoders of another."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import PARTS, part_of
 
-_WORDS: Mapping[str, tuple[str, ...]] = {**{part: (part,) for part in PARTS}, "te": ("te1", "te2")}
+_PARTS_BY_WORD: Mapping[str, tuple[str, ...]] = {**{part: (part,) for part in PARTS}, "te": ("te1", "te2")}
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """Tensors from the files of several checkpoints, each part from one; what is in no part, as the UNet."""
+    """A source with each part from one of several checkpoints. Tensors outside the parts follow the UNet."""
 
     sources: Mapping[str, WeightSource]  # by part
     tensors: Mapping[str, TensorInfo]
@@ -44,7 +44,7 @@ class Swapped:
             name: info
             for part, source in sources.items()
             for name, info in source.tensors.items()
-            if _home(name) == part
+            if _part_source(name) == part
         }
         return cls(sources, tensors)
 
@@ -61,26 +61,26 @@ class Swapped:
         return " + ".join(f"{part} of {source.label}" for part, source in self.sources.items())
 
     def load(self, name: str) -> Tensor:
-        return self.sources[_home(name)].load(name)
+        return self.sources[_part_source(name)].load(name)
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What was written: of which file each part is."""
+    """The result of `slice` for checkpoints, with the file that each part comes from."""
 
     path: Path
     hash: str
-    parts: Mapping[str, str]
+    parts: Mapping[str, str]  # part -> file name
     tensors: int
 
 
 def swap_parts(options: SliceOptions) -> SwapReport:
-    """Write a checkpoint of parts (unet, te1, te2 or te for both, vae) that are copied byte for byte.
+    """Write a checkpoint of parts (unet, vae, te1 and te2, or te for both) that are copied byte for byte.
 
-    Every part must be named once. The prediction, and everything outside of the parts, come from the UNet's
-    file; the scale and shift of latents from the VAE's. Progress counts tensors.
+    Every part must be named exactly once. The prediction type and all tensors outside the parts come from the
+    file of the UNet, the scale and shift of the latents from the file of the VAE. Progress counts tensors.
 
-    Raises InputError for checkpoints whose parts do not fit each other.
+    Raises InputError if the parts do not fit together.
     """
     slices, out = options.slices, options.out
     chosen = _chosen(slices)
@@ -90,11 +90,11 @@ def swap_parts(options: SliceOptions) -> SwapReport:
             check_whole_model(source)
         refuse_overwriting(out, list(opened.values()))
         model = Swapped.of({part: opened[chosen[part]] for part in PARTS})
-        missing = [part for part in PARTS if not any(_home(name) == part for name in model.tensors)]
+        missing = [part for part in PARTS if not any(_part_source(name) == part for name in model.tensors)]
         if missing:
             label = model.sources[missing[0]].label
-            raise InputError(f"{label} has no {missing[0]}", hint="take that part from another file")
-        # the UNet is built for one width of text conditioning, which the encoders must have
+            raise InputError(f"{label} has no {missing[0]}", hint="take this part from another file")
+        # raises InputError if the encoders do not have the width that the UNet was built for
         build_catalogue(model)
         infos = list(model.tensors.values())
         template = template_of(opened[chosen["unet"]])
@@ -105,41 +105,45 @@ def swap_parts(options: SliceOptions) -> SwapReport:
 
 
 def _chosen(slices: Sequence[Slice]) -> dict[str, Path]:
-    """The file of each part."""
+    """Return the file of each part."""
     chosen: dict[str, Path] = {}
     for piece in slices:
         if piece.weight != 1:
-            raise InputError(f"{piece}: parts of checkpoints have no weight", hint="leave it out")
+            raise InputError(
+                f"{piece}: parts of checkpoints cannot have a weight", hint="leave out the weight"
+            )
         word = piece.trait or ""
-        if word not in _WORDS:
+        if word not in _PARTS_BY_WORD:
             raise InputError(
                 f"{piece.path.name} is a checkpoint: expected one of its parts"
-                + (f", got `{word}`{did_you_mean(word, _WORDS)}" if word else ""),
-                hint=f"write {piece.path.name}:unet; parts are {', '.join(_WORDS)}",
+                + (f", got `{word}`{did_you_mean(word, _PARTS_BY_WORD)}" if word else ""),
+                hint=f"write {piece.path.name}:unet; parts are {', '.join(_PARTS_BY_WORD)}",
             )
-        for part in _WORDS[word]:
+        for part in _PARTS_BY_WORD[word]:
             if part in chosen:
-                raise InputError(f"{part} is taken twice: of {chosen[part].name} and of {piece.path.name}")
+                raise InputError(
+                    f"{part} is named twice: for {chosen[part].name} and for {piece.path.name}",
+                    hint="name each part once",
+                )
             chosen[part] = piece.path
     missing = [part for part in PARTS if part not in chosen]
     if missing:
         raise InputError(
-            f"no file gives the {' and the '.join(missing)}",
-            hint=f"name one for each of {', '.join(PARTS)}, such as {slices[0].path.name}:{missing[0]}",
+            f"no file is named for {' and '.join(missing)}",
+            hint=f"name a file for each of {', '.join(PARTS)}, such as {slices[0].path.name}:{missing[0]}",
         )
     return chosen
 
 
-def _home(name: str) -> str:
+def _part_source(name: str) -> str:
     part = part_of(name)
     return part if part in PARTS else "unet"
 
 
 def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[str, str]:
-    told = model.provenance
     vae = model.sources["vae"].provenance
     provenance = replace(
-        told,
+        model.provenance,
         role=Role.MODEL,
         version=spectune_version(),
         base_hash=None,
@@ -150,7 +154,7 @@ def _metadata(model: Swapped, slices: Sequence[Slice], *, title: str) -> dict[st
         vae_padding=vae.vae_padding,
         vae_name=vae.vae_name,
     )
-    # what the UNet's file was rebuilt with is not true of the other parts
+    # the adapters that the UNet's file was rebuilt with do not apply to the other parts
     ours = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {ADAPTERS_KEY}
     kept = {key: text for key, text in model.metadata.items() if key not in ours and key not in STALE}
     return kept | modelspec_model(kept, title=title) | provenance.to_metadata() | slices_metadata(slices)

@@ -1,4 +1,4 @@
-"""What a new adapter takes of which files: the plan behind `slice`."""
+"""Plan which layers a sliced adapter takes from which files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spectune.sdxl.layers import Catalogue, Layer, squeezed
 
 @dataclass(frozen=True)
 class SliceResult:
-    """What one slice took and what of its file stayed behind; layers by name."""
+    """The names of the layers that one slice takes from its file, and of those that it leaves out."""
 
     slice: Slice
     kept: tuple[str, ...]
@@ -29,7 +29,7 @@ class SliceResult:
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Which slices each layer of the new adapter is the sum of."""
+    """The slices that are summed for each layer of the new adapter."""
 
     layers: tuple[Layer, ...]
     sources: Mapping[str, tuple[Slice, ...]]  # by layer
@@ -42,7 +42,7 @@ class SlicePlan:
         opened: Mapping[Path, Adapter | TunedAdapter],
         traits: Mapping[str, TraitRule],
     ) -> SlicePlan:
-        found: dict[str, Layer] = {}
+        layers: dict[str, Layer] = {}
         sources: dict[str, tuple[Slice, ...]] = {}
         results: list[SliceResult] = []
         for piece in slices:
@@ -50,20 +50,20 @@ class SlicePlan:
             catalogue = _own_layers(adapter)
             kept = trait_layers(catalogue, piece.trait, traits)
             for layer in kept:
-                first = found.setdefault(layer.name, layer)
+                first = layers.setdefault(layer.name, layer)
                 if squeezed(first.shape) != squeezed(layer.shape):
                     raise InputError(
                         f"{layer.name} is {layer.shape} in {adapter.label} and {first.shape} in "
                         f"{sources[layer.name][0].path.name}",
-                        hint="the adapters belong to models of different sizes",
+                        hint="combine adapters for models of the same size",
                     )
                 sources[layer.name] = (*sources.get(layer.name, ()), piece)
             names = {layer.name for layer in kept}
-            left = tuple(layer.name for layer in catalogue if layer.name not in names)
-            results.append(SliceResult(piece, tuple(layer.name for layer in kept), left))
+            removed = tuple(layer.name for layer in catalogue if layer.name not in names)
+            results.append(SliceResult(piece, tuple(layer.name for layer in kept), removed))
         order = {name: place for place, name in enumerate(_order(opened.values()))}
-        layers = tuple(sorted(found.values(), key=lambda layer: order[layer.name]))
-        return cls(layers, sources, tuple(results))
+        in_order = tuple(sorted(layers.values(), key=lambda layer: order[layer.name]))
+        return cls(in_order, sources, tuple(results))
 
     @property
     def overlaps(self) -> tuple[str, ...]:
@@ -71,14 +71,14 @@ class SlicePlan:
 
     @property
     def leading(self) -> Path:
-        """The file of which the most UNet layers are; the first one if there are none."""
+        """Return the file with the most UNet layers, or the first file if there are no UNet layers."""
         of_unet = [pieces for name, pieces in self.sources.items() if name.startswith("unet.")]
         counted = Counter(piece.path for pieces in of_unet for piece in pieces)
         return counted.most_common(1)[0][0] if counted else self.results[0].slice.path
 
     @property
-    def untouched(self) -> bool:
-        """Every layer is one of a file as it is."""
+    def unchanged(self) -> bool:
+        """Return whether every layer is an unchanged layer of one file."""
         return not self.overlaps and all(
             piece.weight == 1 for pieces in self.sources.values() for piece in pieces
         )
@@ -91,52 +91,54 @@ def _own_layers(adapter: Adapter | TunedAdapter) -> Catalogue:
 
 
 def _order(adapters: Iterable[Adapter | TunedAdapter]) -> list[str]:
-    """All layers in the order of the network: each file has its own in that order."""
+    """Return all layers in the order of the network. Each file has its layers in that order."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
     parts = ("unet.", "te1.", "te2.")
     return [name for part in parts for name in names if name.startswith(part)]
 
 
 def role_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]) -> tuple[Role, tuple[str, ...]]:
-    """What the new file is, and what is to be said about it."""
-    told = {path: adapter.provenance for path, adapter in opened.items()}
+    """Return the role of the new file, and warnings."""
+    declared = {path: adapter.provenance for path, adapter in opened.items()}
     principals = [path for path, adapter in opened.items() if AdapterKind.of(adapter).is_principal]
-    bases = {told[path].base_hash for path in opened}
-    known = {base for base in bases if base is not None}
+    bases = {declared[path].base_hash for path in opened}
+    recorded = {base for base in bases if base is not None}
     if principals and len(principals) < len(opened):
         other = next(path for path in opened if path not in principals)
         raise PairingError(
-            f"{principals[0].name} is a principal, which goes on a residual, and {other.name} is not: no "
-            "model takes both",
-            hint="export a plain LoRA of the trained principal first",
+            f"{principals[0].name} is a principal, which needs a residual, and {other.name} is not: they "
+            "cannot be combined",
+            hint="export the trained principal as a plain LoRA first",
         )
     warnings: list[str] = []
     if principals:
-        if not plan.untouched:
-            warnings.append("a principal that is weighted or summed no longer fits what the residual lacks")
-        if len(known) > 1:
+        if not plan.unchanged:
+            warnings.append("a principal that is weighted or summed no longer fits its residual")
+        if len(recorded) > 1:
             warnings.append(
-                f"the principals are of different models ({_hashes(known)}): on the residual of one of them "
-                "the other's layers are approximate"
+                f"the principals belong to different models ({_hashes(recorded)}): with the residual of one, "
+                "layers of the other are only approximate"
             )
         return Role.PRINCIPAL, tuple(warnings)
     tuned = [isinstance(adapter, TunedAdapter) for adapter in opened.values()]
-    if all(tuned) and plan.untouched and len(bases) == 1:
+    if all(tuned) and plan.unchanged and len(bases) == 1:
         return Role.TUNED, ()
     if any(tuned):
         warnings.append(
-            "trained deltas that are weighted, summed or put beside others become a plain LoRA: it goes on "
-            "the original, and not beside a residual"
+            "trained deltas that are weighted, summed or combined with other adapters become a plain LoRA: "
+            "use it with the original model, not with a residual"
         )
-    if len(known) > 1:
+    if len(recorded) > 1:
         warnings.append(
-            f"the adapters were made for different models ({_hashes(known)}): how well they go together only "
-            "pictures tell"
+            f"the adapters were made for different models ({_hashes(recorded)}): quality may differ; check "
+            "samples"
         )
-    unet = {told[piece.path].prediction for layer in plan.layers for piece in plan.sources[layer.name]
+    unet = {declared[piece.path].prediction for layer in plan.layers for piece in plan.sources[layer.name]
             if layer.part.value == "unet"} - {None}  # fmt: skip
     if len(unet) > 1:
-        warnings.append(f"UNet layers trained for {' and '.join(sorted(map(str, unet)))} are summed")
+        warnings.append(
+            f"UNet layers trained for different predictions are summed: {', '.join(sorted(map(str, unet)))}"
+        )
     return Role.LORA, tuple(warnings)
 
 
@@ -145,14 +147,14 @@ def _hashes(bases: set[str]) -> str:
 
 
 def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter], role: Role) -> Provenance:
-    """What the new file says: where it comes from if all agree, what it predicts as the UNet's layers do."""
-    told = [adapter.provenance for adapter in opened.values()]
+    """Return the provenance of the new file: the base if all agree, the prediction of the UNet layers."""
+    declared = [adapter.provenance for adapter in opened.values()]
     result = opened[plan.leading].provenance
-    if len({one.base_hash for one in told}) > 1:
+    if len({one.base_hash for one in declared}) > 1:
         result = replace(result, base_hash=None, base_name=None)
     principals = {_principal_hash(adapter) for adapter in opened.values()}
-    # weighted or summed it is no longer what a residual lacks
-    fits = plan.untouched and len(principals) == 1 and any(one.principal_hash for one in told)
+    # a weighted or summed principal no longer fits its residual
+    fits = plan.unchanged and len(principals) == 1 and any(one.principal_hash for one in declared)
     result = replace(result, principal_hash=principals.pop() if fits else None)
     if role is Role.LORA:
         result = replace(result, principal_hash=None)
@@ -160,15 +162,14 @@ def provenance_of(plan: SlicePlan, opened: Mapping[Path, Adapter | TunedAdapter]
 
 
 def _principal_hash(adapter: Adapter | TunedAdapter) -> str | None:
-    """The principal that an adapter was trained from; an untouched one is its own."""
-    told = adapter.provenance
+    """Return the hash of the principal that an adapter was trained from, or its own if it is untrained."""
     if AdapterKind.of(adapter) is AdapterKind.PRINCIPAL:
         assert isinstance(adapter, Adapter)
         return adapter_hash(adapter)
-    return told.principal_hash
+    return adapter.provenance.principal_hash
 
 
 def slices_metadata(slices: Sequence[Slice]) -> dict[str, str]:
-    """The metadata entry that says what was put together."""
-    told = [{"file": piece.path.name, "trait": piece.trait, "weight": piece.weight} for piece in slices]
-    return {SLICES_KEY: json.dumps(told)}
+    """Return the metadata entry that lists the slices."""
+    entries = [{"file": piece.path.name, "trait": piece.trait, "weight": piece.weight} for piece in slices]
+    return {SLICES_KEY: json.dumps(entries)}

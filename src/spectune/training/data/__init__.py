@@ -1,13 +1,13 @@
-"""From folders of captioned images to batches that depend on a seed only.
+"""Make batches from folders of captioned images. Batches depend on a seed only.
 
 folders: the folders of a recipe.
-scan: what one folder contains.
+scan: the contents of one folder.
 images, masks, captions: read one file.
-buckets: training sizes, and how an image is placed in one.
+buckets: training sizes, and the placement of an image in one of them.
 color: random changes of color.
-views: how one draw uses an image.
-plan: which images form which batch.
+views: crop, orientation and color of an image in one draw.
+plan: the images of each batch.
 dataset: batches.
 latents, store: encode images, and keep latents on disk.
-gather: the pictures of a run.
+gather: checks, warnings and caches for the images of a run.
 """

@@ -1,4 +1,4 @@
-"""Bucket sizes, and how an image is placed in one of them."""
+"""Bucket sizes, and the placement of an image in one of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Size:
 
 
 def bucket_sizes(resolution: int, *, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
-    """Return sizes of at most `resolution`² pixels, sides multiples of `step` in minimum..maximum.
+    """Return sizes of at most `resolution`² pixels whose sides are multiples of `step` in minimum..maximum.
 
-    1024 with 768..1280 in steps of 64 gives 768x1280, 832x1216, 896x1152, 960x1088, 1024x1024 and
-    their transposes, like kohya's make_bucket_resolutions.
+    Resolution 1024 with sides 768..1280 in steps of 64 gives 768x1280, 832x1216, 896x1152, 960x1088,
+    1024x1024 and their transposes, like kohya's make_bucket_resolutions.
     """
     side = resolution // step * step
     sizes = {Size(side, side)}
@@ -37,13 +37,13 @@ def bucket_sizes(resolution: int, *, minimum: int, maximum: int, step: int) -> t
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket of the nearest aspect; ratios treat portrait and landscape alike."""
+    """Return the bucket with the nearest aspect, by the ratio of aspects: a transpose gives a transpose."""
     return min(buckets, key=lambda bucket: (abs(math.log(bucket.aspect / size.aspect)), bucket))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image becomes a training picture: resized to cover the target, cropped, mirrored. In pixels."""
+    """The resizing, cropping and mirroring that fit an image to a training size, in pixels."""
 
     original: Size
     resized: Size
@@ -56,7 +56,7 @@ class Placement:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's size conditioning: original height, width; crop top, left; target height, width.
 
-        The crop counts in the mirrored picture, where a left margin is a right one.
+        In a mirrored image, the left margin of the crop is measured after the mirroring.
         """
         left = self.resized.width - self.left - self.target.width if self.flipped else self.left
         return (
@@ -70,7 +70,7 @@ class Placement:
 
 
 def place(original: Size, target: Size, *, flipped: bool = False, random: Random | None = None) -> Placement:
-    """Return the placement of an image in a bucket, cropped at the center, or anywhere with `random`."""
+    """Return the placement of an image in a bucket, cropped at the center, or randomly with `random`."""
     scale = max(target.width / original.width, target.height / original.height)
     resized = Size(
         max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale))

@@ -1,4 +1,4 @@
-"""Captions: read them from files, shuffle and drop tags, drop whole captions."""
+"""Read captions from files; shuffle and drop tags; drop complete captions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_sidecar(path: Path) -> dict[str, str]:
     """Return the captions in a JSONL file by file name; each line is an object with `file_name` and `text`.
 
     Raises:
-        InputError: A line is not such an object or repeats a file name. The message has its number.
+        InputError: A line is not such an object or repeats a file name. The message gives the line number.
     """
     captions: dict[str, str] = {}
     for number, line in enumerate(_text(path).split("\n"), start=1):
@@ -40,7 +40,7 @@ def read_sidecar(path: Path) -> dict[str, str]:
             continue
         name, text = _entry(line, f"{path} line {number}")
         if name in captions:
-            raise InputError(f"{path} line {number} repeats {name}", hint="keep only one entry of a file")
+            raise InputError(f"{path} line {number} repeats {name}", hint="keep one entry per file")
         captions[name] = text.strip()
     return captions
 
@@ -67,7 +67,7 @@ def _text(path: Path) -> str:
 
 
 def draw_caption(caption: str, rules: CaptionSection, random: Random) -> str:
-    """Return the caption of one draw: "" if it is dropped, else with tags dropped and shuffled."""
+    """Return the caption of one draw: with tags dropped and shuffled, or "" if it is dropped."""
     if random.random() < rules.dropout_probability:
         return ""
     if not rules.shuffle and not rules.tag_dropout_probability:

@@ -1,4 +1,4 @@
-"""Small random changes of hue, saturation and gamma, on levels in 0..1."""
+"""Small random changes of hue, saturation and gamma. Levels are in 0..1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GAMMA = 0.05
 
 @dataclass(frozen=True)
 class ColorChange:
-    """A change of every pixel of a picture: first hue and saturation, then gamma."""
+    """A change of every pixel of an image: first hue and saturation, then gamma."""
 
     hue: float  # added, in turns of the color wheel
     saturation: float  # factor
@@ -27,7 +27,7 @@ class ColorChange:
 
 def draw_color(probability: float, random: Random) -> ColorChange | None:
     """Return a random change, or None for unchanged colors."""
-    # At 0 nothing is drawn: other random choices must not depend on a key that is off.
+    # At 0, do not draw a number: it would change the random choices that follow.
     if probability == 0 or random.random() >= probability:
         return None
     return ColorChange(
@@ -40,13 +40,14 @@ def draw_color(probability: float, random: Random) -> ColorChange | None:
 def recolor(levels: Levels, change: ColorChange) -> Levels:
     """Return the changed levels; saturation is clipped at 1.
 
-    In numpy: the last bit of torch's power depends on its number of threads, which differs in workers.
+    This uses numpy, because the last bit of torch's power depends on the number of threads, which differs in
+    workers.
     """
     hsv = to_hsv(levels)
     hsv[0] += change.hue
     hsv[0] -= np.floor(hsv[0])
     hsv[1] = (hsv[1] * change.saturation).clip(0, 1)
-    # Gamma on 0..1: on 0..255, as in kohya, it scales all levels by 255^(gamma - 1).
+    # Gamma applies to levels in 0..1. On 0..255, as in kohya, it would scale all levels by 255^(gamma - 1).
     return from_hsv(hsv).clip(0, 1) ** np.float32(change.gamma)
 
 

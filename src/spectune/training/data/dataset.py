@@ -1,4 +1,4 @@
-"""Batches of drawn images: pixels or cached latents, masks, captions and size conditioning."""
+"""Batches of images: pixels or cached latents, masks, captions and size conditioning."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CacheKey = tuple[int, bool]  # image, flipped
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size with their conditioning. Either `pixels` or `latents` is given."""
+    """Images of one size with their conditioning. Either `pixels` or `latents` is None."""
 
     pixels: Tensor | None  # (batch, 3, height, width) float32 in -1..1
     latents: Tensor | None  # (batch, channels, h, w) float32, scaled
     captions: tuple[str, ...]
-    time_ids: Tensor  # (batch, 6) float32: 16-bit floats cannot hold sizes in pixels
-    weights: Tensor  # (batch,) float32, of the loss of each picture
-    masks: Tensor | None  # (batch, 1, h, w) float32 in 0..1, how much each latent counts; None: in full
+    time_ids: Tensor  # (batch, 6) float32, because bfloat16 cannot hold sizes in pixels
+    weights: Tensor  # (batch,) float32, loss weight of each image
+    masks: Tensor | None  # (batch, 1, h, w) float32 in 0..1, loss weight of each latent; None: all 1
     views: tuple[View, ...]
     position: int
 
@@ -46,7 +46,7 @@ class Batch:
         return len(self.captions)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """Return the batch on another device. accelerate calls this."""
+        """Return the batch on another device (called by accelerate)."""
         tensors = {"pixels": self.pixels, "latents": self.latents, "masks": self.masks}
         tensors |= {"time_ids": self.time_ids, "weights": self.weights}
         moved = {k: t.to(device, non_blocking=non_blocking) for k, t in tensors.items() if t is not None}
@@ -55,17 +55,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Variation:
-    """What differs from draw to draw; by default nothing."""
+    """The random variation between draws of an image. The defaults turn all of it off."""
 
     captions: CaptionSection = field(default_factory=CaptionSection)
     flip_probability: float = 0.0
     random_crop: bool = False
     color_probability: float = 0.0
-    cached_variants: int = 1  # crops and colors of each orientation in a cache
+    cached_variants: int = 1  # number of crops and colors of each orientation in the cache
 
     @classmethod
     def of(cls, data: DataSection) -> Self:
-        """Return the variation that a recipe declares."""
+        """Return the variation of a recipe."""
         return cls(
             captions=data.caption,
             flip_probability=data.flip_probability,
@@ -83,10 +83,10 @@ class Variation:
 
 
 class Pictures(Dataset[Batch]):
-    """The images of a run. A list of draws as index returns their batch.
+    """The images of a run. Indexing with a list of draws returns their batch.
 
-    With `latents` set, draws use the views that `cached_view` returns. `pixels_per_latent` is the edge length
-    of a latent, which masks are averaged over.
+    With `latents` set, draws use the views that `cached_view` returns. Masks are averaged over squares with
+    the edge length `pixels_per_latent`.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Pictures(Dataset[Batch]):
         self.pixels_per_latent = pixels_per_latent
         # (variants * channels, h, w): the variants are concatenated
         self.latents: Mapping[CacheKey, Tensor] | None = None
-        self._known_masks: dict[tuple[int, Placement], Tensor] = {}
+        self._cached_masks: dict[tuple[int, Placement], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def buckets(self) -> dict[Size, list[tuple[int, int]]]:
-        """Return size -> (image, repeats), the input of the batch plan."""
+        """Return the (image, repeats) of each size, the input of the batch plan."""
         buckets: dict[Size, list[tuple[int, int]]] = defaultdict(list)
         for index, (image, target) in enumerate(zip(self.images, self.targets, strict=True)):
             buckets[target].append((index, image.repeats))
@@ -134,7 +134,7 @@ class Pictures(Dataset[Batch]):
             return render(open_image(path), view.placement, view.color)
 
     def mask(self, view: View) -> Tensor:
-        """Return how much each latent of a view counts, float32 (1, h, w) in 0..1."""
+        """Return the loss weight of each latent of a view, float32 (1, h, w) in 0..1."""
         image, mask = self.images[view.image], None
         if self.masks == "alpha":
             with self._readable(view.image) as path:
@@ -149,16 +149,18 @@ class Pictures(Dataset[Batch]):
         try:
             yield path
         except UnusableImage as error:
-            raise InputError(f"{path} {error}", hint="it was readable when the run started") from error
+            raise InputError(
+                f"{path} {error}", hint="the file was valid when the run started: restore it and resume"
+            ) from error
 
     def centered(self, image: int, *, flipped: bool = False) -> Placement:
-        """Return the placement of an image with a fixed crop."""
+        """Return the placement of an image with a centered crop."""
         return place(self.images[image].size, self.targets[image], flipped=flipped)
 
     def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:
-        """Return one of the views of an image in a cache.
+        """Return a view of an image for the cache.
 
-        Its crop and color depend on seed, file name, orientation and variant only, not on other images.
+        Its crop and color depend only on seed, file name, orientation and variant, not on other images.
         """
         name = self.images[image].path.name
         random = derived_random(self.seed, "view", name, flipped, variant)
@@ -167,10 +169,12 @@ class Pictures(Dataset[Batch]):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         random = [derived_random(self.seed, "draw", draw.epoch, draw.image, draw.repeat) for draw in draws]
         captions = tuple(
-            draw_caption(self.images[draw.image].caption, self.variation.captions, own)
-            for draw, own in zip(draws, random, strict=True)
+            draw_caption(self.images[draw.image].caption, self.variation.captions, choices)
+            for draw, choices in zip(draws, random, strict=True)
         )
-        views = tuple(self._drawn(draw.image, own) for draw, own in zip(draws, random, strict=True))
+        views = tuple(
+            self._drawn_view(draw.image, choices) for draw, choices in zip(draws, random, strict=True)
+        )
         cached = self.latents is not None
         return Batch(
             pixels=None if cached else torch.stack([self.pixels(view) for view in views]),
@@ -183,7 +187,7 @@ class Pictures(Dataset[Batch]):
             position=draws[0].position,
         )
 
-    def _drawn(self, image: int, random: Random) -> View:
+    def _drawn_view(self, image: int, random: Random) -> View:
         flipped = random.random() < self.variation.flip_probability
         if self.latents is None:
             return self._view(image, flipped, random)
@@ -204,13 +208,13 @@ class Pictures(Dataset[Batch]):
     def _drawn_mask(self, view: View) -> Tensor:
         if self.latents is None:
             return self.mask(view)
-        # A cache has few views: each mask is read once, and no picture is opened again.
+        # A cache has few views, so their masks fit in memory and no file is opened again.
         key = (view.image, view.placement)
-        if key not in self._known_masks:
-            self._known_masks[key] = self.mask(view)
-        return self._known_masks[key]
+        if key not in self._cached_masks:
+            self._cached_masks[key] = self.mask(view)
+        return self._cached_masks[key]
 
 
 def keep_batch(batch: Batch) -> Batch:
-    """Return `batch`: a collate function for batches that the dataset has already assembled."""
+    """Return `batch` unchanged: a collate function for batches that the dataset has assembled."""
     return batch

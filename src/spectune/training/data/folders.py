@@ -1,4 +1,4 @@
-"""The folders of a recipe: kohya's `N_name` folders, and folders listed one by one."""
+"""Scan the folders of a recipe: kohya's `N_name` folders, and folders with their own settings."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from spectune.training.data.scan import ImageFolder, Scan, scan_folder
 from spectune.training.recipe.sections.data import DataSection, ImageSetSection
 
 _NAME = re.compile(r"(\d+)_(.*)")
-_PARENT_HINT = "put images into folders named `N_name` (N = repeats) and name their parent in {}"
-_SET_HINT = "[[data.sets]] path names a folder that contains the images themselves"
+_PARENT_HINT = "put images into folders named `N_name` (N = repeats) and list their parent in {}"
+_SET_HINT = "set the path of [[data.sets]] to a folder that contains the images directly"
 
 
 def scan_training(data: DataSection) -> Scan:
     """Return the usable images of `folders`, `sets` and `regularisation_folders`.
 
     Raises:
-        InputError: A sidecar or a mask is damaged, or one of the three is given and has no usable image;
-            this includes each single set.
+        InputError: A sidecar or a mask is damaged; or `folders`, a set or `regularisation_folders` is given
+            but has no usable image.
     """
     scans: list[Scan] = []
     if data.folders:
@@ -35,16 +35,16 @@ def scan_training(data: DataSection) -> Scan:
 
 
 def scan_validation(data: DataSection) -> Scan | None:
-    """Return the usable images of `validation_folder`, which contains `N_name` folders or the images.
+    """Return the usable images of `validation_folder`, which contains `N_name` folders or images.
 
-    Masks are not used: the whole picture counts.
+    Masks are not used: all of an image counts.
     """
     folder = data.validation_folder
     if folder is None:
         return None
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a folder", hint="data.validation_folder contains images that are not trained on"
+            f"{folder} is not a folder", hint="set data.validation_folder to a folder of validation images"
         )
     folders, ignored = find_folders(folder)
     if not folders:
@@ -54,14 +54,14 @@ def scan_validation(data: DataSection) -> Scan | None:
 
 
 def find_folders(parent: Path) -> tuple[list[ImageFolder], list[Path]]:
-    """Return the `N_name` folders in `parent`, and the folders that have other names.
+    """Return the `N_name` folders in `parent`, and the folders with other names.
 
     Raises:
         InputError: `parent` is not a folder.
     """
     if not parent.is_dir():
         raise InputError(
-            f"{parent} is not a folder", hint="data.folders names the parents of `N_name` folders"
+            f"{parent} is not a folder", hint="list the parents of `N_name` folders in data.folders"
         )
     folders: list[ImageFolder] = []
     ignored: list[Path] = []

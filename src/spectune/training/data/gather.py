@@ -1,4 +1,4 @@
-"""The pictures of a run: their sizes, warnings about them, and what is encoded before the training."""
+"""The images of a run: their sizes, warnings about them, and the caches that are filled before training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spectune.training.validation import ValidationImages
 
 
 def training_sizes(data: DataSection) -> tuple[Size, ...]:
-    """Return the sizes in pixels that images are trained at."""
+    """Return the training sizes in pixels."""
     bucket = data.bucket
     if not bucket.enabled:
         return (Size(data.resolution_px, data.resolution_px),)
@@ -40,7 +40,7 @@ def check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:
 
 
 def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> list[str]:
-    """Return one line for each kind of finding in the images that may be a mistake."""
+    """Return one line for each kind of possible mistake in the images."""
     warnings = scan.warnings()
     if validation is not None:
         warnings += [f"validation: {warning}" for warning in validation.warnings()]
@@ -48,7 +48,7 @@ def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> li
         if shared := trained & validated:
             warnings.append(
                 f"{counted(len(shared), 'validation image')} also used for training: "
-                "the validation loss does not measure how new images do"
+                "the validation loss does not tell how well the model predicts new images"
             )
     if enlarged := pictures.enlarged():
         warnings.append(f"{counted(len(enlarged), 'image')} enlarged to the training size")
@@ -63,7 +63,7 @@ def fill_caches(
     validation: Sequence[ValidationImages],
     callbacks: Callbacks,
 ) -> list[str]:
-    """Encode the images and captions that the recipe caches. Return warnings."""
+    """Encode the images and captions that the recipe caches; return warnings."""
     warnings: list[str] = []
     if recipe.caches_latents:
         callbacks.on_message(f"encoding {counted(len(pictures), 'image')}")

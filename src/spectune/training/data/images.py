@@ -1,4 +1,4 @@
-"""Image files as upright pictures in RGB with 8 bits, and pictures as tensors."""
+"""Read image files as upright 8-bit RGB images, and turn them into tensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
 
 
 class UnusableImage(Exception):
-    """An image that cannot be trained on; the message says why."""
+    """An image that cannot be trained on; the message gives the reason."""
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a picture in RGB, upright by its EXIF data, on white where it is transparent.
+    """Read an image as RGB, rotated by its EXIF data, with white behind transparent pixels.
 
     Raises:
         UnusableImage: The file is damaged, truncated or animated.
@@ -31,14 +31,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read the only picture in a file, upright by its EXIF data, in the mode of the file.
+    """Read the only image in a file, rotated by its EXIF data, in the mode of the file.
 
     Raises:
         UnusableImage: The file is damaged, truncated or animated.
     """
     with _reasons(), Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
-        # MPO: a JPEG whose first frame is the picture; others are previews or the other eye's view
+        # MPO is a JPEG with more frames: the first is the image, others are previews or a second view
         if frames > 1 and image.format != "MPO":
             raise UnusableImage(f"is animated ({frames} frames)")
         image.load()
@@ -47,18 +47,18 @@ def load_image(path: Path) -> Image.Image:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn what Pillow raises for a file into UnusableImage."""
+    """Turn the errors of Pillow into UnusableImage."""
     try:
         yield
     except UnidentifiedImageError as error:
         raise UnusableImage("is not an image that Pillow can read") from error
-    # Pillow's decoders report damage by any of these.
+    # Pillow's decoders raise any of these for damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnusableImage(f"is damaged: {error}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture to RGB, on white where it is transparent.
+    """Convert a loaded image to RGB, with white behind transparent pixels.
 
     Raises:
         UnusableImage: The levels are floating-point numbers of unknown range.
@@ -75,12 +75,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
-    """Return the alpha channel of a loaded picture as an 8-bit gray image, None if it has none."""
+    """Return the alpha channel of a loaded image as an 8-bit gray image, or None if it has none."""
     return image.convert("RGBA").getchannel("A") if has_alpha(image) else None
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Return whether a loaded picture has transparency."""
+    """Return whether a loaded image has transparency."""
     # Pillow cannot convert 16-bit gray to RGBA
     return not image.mode.startswith("I") and (
         "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La")
@@ -104,7 +104,7 @@ def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling
 
 
 def render(image: Image.Image, placement: Placement, color: ColorChange | None = None) -> Tensor:
-    """Return the placed and recolored picture, float32 (3, height, width) in -1..1."""
+    """Return the placed and recolored image, float32 (3, height, width) in -1..1."""
     levels = np.array(cut_out(image, placement, Image.Resampling.LANCZOS))  # (height, width, 3), uint8
     if color is not None:
         planes = levels.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)

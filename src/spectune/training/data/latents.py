@@ -1,4 +1,4 @@
-"""Latents of pictures: encoded once and cached, or encoded when drawn, with the same noise."""
+"""Encode images to latents, once for a cache or at each draw, with the same noise."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from spectune.training.data.store import LatentStore
 from spectune.training.data.views import View
 from spectune.training.seeds import derived_generator
 
-# Pixels per call of the encoder, which takes 2.7 GB per million of them in float32.
+# Pixels per call of the encoder, which needs 2.7 GB per million pixels in float32.
 ENCODE_PIXELS = 1024 * 1024
-ENCODE_BATCH = 8  # most pictures per call
+ENCODE_BATCH = 8  # largest number of images per call
 
 
 @torch.no_grad()
@@ -40,8 +40,13 @@ def encode_pictures(
     """Return the latents of the cached views of all images, (variants * channels, h, w) float32 on the CPU.
 
     Args:
-        seed: Seed of a sample of each posterior, which depends on the view only; None takes the mode.
-        store: Only views that are missing in it are encoded.
+        model: A model with an autoencoder.
+        pictures: The images.
+        flips: The orientations to encode.
+        seed: The seed for a sample of each posterior, whose noise depends on the view only; None takes the
+            mode.
+        progress: Called with the number of encoded views and their total.
+        store: A cache on disk. Only views that are missing there are encoded.
 
     Raises:
         InputError: Latents are not finite.
@@ -62,7 +67,7 @@ def encode_pictures(
             done += 1
             progress(done, total)
         for key, group in groupby(views, key=lambda view: (view.image, view.placement.flipped)):
-            # removed from `encoded`: variants are in memory only once
+            # pop: each variant must be in memory only once
             rows = [encoded.pop(view) for view in group]
             latents[key] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return latents
@@ -70,9 +75,9 @@ def encode_pictures(
 
 @torch.no_grad()
 def encode_drawn(model: Sdxl, pixels: Tensor, views: Sequence[View], *, seed: int) -> Tensor:
-    """Return latents (batch, channels, h, w) of pixels (batch, 3, height, width) in -1..1 without a cache.
+    """Return latents (batch, channels, h, w) of pixels (batch, 3, height, width) in -1..1, without a cache.
 
-    Fixed views get the same noise as in `encode_pictures`.
+    A view gets the same noise as in `encode_pictures`.
 
     Raises:
         InputError: Latents are not finite.
@@ -82,7 +87,7 @@ def encode_drawn(model: Sdxl, pixels: Tensor, views: Sequence[View], *, seed: in
 
 
 def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
-    """Return mean and standard deviation of scaled latents, (batch, 2 * channels, h, w) float32.
+    """Return the mean and the standard deviation of scaled latents, (batch, 2 * channels, h, w) float32.
 
     Args:
         model: A model with an autoencoder.
@@ -97,12 +102,12 @@ def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
 
 def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
     if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="name the file of one in vae.path")
+        raise InputError("the checkpoint has no VAE", hint="set vae.path to the file of a VAE")
     return model.vae, model.layout.vae
 
 
 def checked_latents(latents: Tensor, what: str) -> Tensor:
-    """Return `latents`; raise InputError if they are not finite. Never train on a broken VAE."""
+    """Return `latents`; raise InputError if they are not finite."""
     if not bool(torch.isfinite(latents).all()):
         raise InputError(
             f"the VAE's latents of {what} are not finite",
@@ -112,7 +117,7 @@ def checked_latents(latents: Tensor, what: str) -> Tensor:
 
 
 def vae_key(model: Sdxl) -> str:
-    """Return a hash of the autoencoder: its weights, scale, shift and padding."""
+    """Return a hash of the weights, scale, shift and padding of the autoencoder."""
     vae, layout = _vae_of(model)
     hasher = WeightsHasher()
     for name, tensor in vae.state_dict().items():
@@ -123,7 +128,7 @@ def vae_key(model: Sdxl) -> str:
 
 
 def _sample(posterior: Tensor, view: View, seed: int | None) -> Tensor:
-    """Return latents (channels, h, w) of a view: the mode, or a sample with the view's own noise."""
+    """Return the latents of a view, (channels, h, w): the mode, or a sample whose noise the view seeds."""
     mean, deviation = posterior.chunk(2)
     if seed is None:
         return mean.clone()
@@ -136,18 +141,21 @@ def _sample(posterior: Tensor, view: View, seed: int | None) -> Tensor:
 def _posteriors(
     model: Sdxl, pictures: Pictures, views: Sequence[View], store: LatentStore | None
 ) -> Iterator[tuple[View, Tensor]]:
-    """Yield the posterior (2 * channels, h, w) of each view of pictures of one size, stored or computed."""
+    """Yield the posterior (2 * channels, h, w) of each view, from the store or the encoder.
+
+    All views must have the same size.
+    """
     missing: list[View] = list(views)
     files: dict[int, Path] = {}
     if store is not None:
         missing = []
         shape = _posterior_shape(model, pictures.targets[views[0].image])
         for image, group in groupby(views, key=lambda view: view.image):
-            own = list(group)
+            members = list(group)
             files[image] = store.file_of(pictures.images[image].path)
-            stored = store.load(files[image], [view.pixels_name for view in own], shape)
-            yield from ((view, stored[view.pixels_name]) for view in own if view.pixels_name in stored)
-            missing += [view for view in own if view.pixels_name not in stored]
+            stored = store.load(files[image], [view.pixels_name for view in members], shape)
+            yield from ((view, stored[view.pixels_name]) for view in members if view.pixels_name in stored)
+            missing += [view for view in members if view.pixels_name not in stored]
     size = pictures.targets[views[0].image]
     count = min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
     for start in range(0, len(missing), count):

@@ -1,4 +1,4 @@
-"""The order of a run: which images form its batches, a function of seed and position only."""
+"""The order of a run: the images of each batch, as a function of seed and position only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Draw:
 
 
 class BatchPlan:
-    """Batches of one size each; every epoch shuffles images and batches again.
+    """A plan of batches of one size each. Every epoch shuffles images and batches again.
 
     The last batch of a bucket may be smaller: no image is dropped or repeated to fill it.
     """
@@ -58,7 +58,7 @@ class BatchPlan:
 class PlannedBatches(Sampler[list[Draw]]):
     """The batches at positions start..stop-1 of a plan."""
 
-    batch_size = None  # accelerate: sizes differ, do not wait for full ones
+    batch_size = None  # tells accelerate that batch sizes differ
     drop_last = False
 
     def __init__(self, plan: BatchPlan, start: int, stop: int) -> None:

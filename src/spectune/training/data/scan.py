@@ -1,4 +1,4 @@
-"""What one folder of images contains: usable images, their captions and masks, and everything else."""
+"""Scan a folder of images: usable images with captions and masks, and everything that may be a mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectune.training.data.images import SUFFIXES, UnusableImage, as_rgb, has_a
 from spectune.training.data.masks import is_mask, mask_file, open_mask
 from spectune.training.recipe.sections.data import DataSection
 
-# Resized to cover its bucket, a strip 1 pixel wide would fill gigabytes.
+# A strip 1 pixel wide would take gigabytes when it is resized to cover its bucket.
 LONGEST_ASPECT = 32
 
 
@@ -27,9 +27,9 @@ class ImageFolder:
 
     path: Path
     repeats: int
-    caption: str  # of images that have none
+    caption: str  # of images without a caption
     weight: float = 1.0  # of the loss
-    caption_is_name: bool = True  # the caption comes from the folder's name, not from the recipe
+    caption_is_name: bool = True  # `caption` is from the folder's name, not from the recipe
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Scan:
-    """The images of some folders, and everything that was skipped or filled in."""
+    """The images of some folders, and the findings that may be mistakes."""
 
     images: tuple[CaptionedImage, ...]
     ignored_folders: tuple[Path, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()  # image, reason
-    without_caption: tuple[Path, ...] = ()  # captioned by their folder's name
+    without_caption: tuple[Path, ...] = ()  # captioned with the name of their folder
     empty_caption: tuple[Path, ...] = ()
     without_image: tuple[str, ...] = ()  # entries of sidecars
-    without_mask: tuple[Path, ...] = ()  # where the recipe uses masks
+    without_mask: tuple[Path, ...] = ()  # if the recipe uses masks
     unused_masks: tuple[Path, ...] = ()
 
     @classmethod
@@ -67,15 +67,15 @@ class Scan:
         return cls(**parts)
 
     def warnings(self) -> list[str]:
-        """Return one line for each kind of finding that may be a mistake."""
+        """Return one line for each kind of finding."""
         skipped = [f"{path.name} {reason}" for path, reason in self.skipped]
         findings: list[tuple[Sequence[Path | str], str, str]] = [
             (self.ignored_folders, "folder", "ignored, not named `N_name`"),
             (skipped, "image", "skipped"),
-            (self.without_caption, "image", "without a caption file, captioned by the name of the folder"),
+            (self.without_caption, "image", "without a caption file, captioned with the name of its folder"),
             (self.empty_caption, "caption", "empty"),
-            (self.without_image, "caption", "of sidecars without an image"),
-            (self.without_mask, "image", "without a mask, counted in full"),
+            (self.without_image, "caption", "in sidecars without an image"),
+            (self.without_mask, "image", "without a mask; the loss covers the complete image"),
             (self.unused_masks, "mask file", "not used"),
         ]
         return [
@@ -101,7 +101,7 @@ def scan_folder(folder: ImageFolder, data: DataSection) -> Scan:
     """
     masks, files = _masks_and_images(folder.path, data.mask_suffix)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        # Decoded once in full: a truncated file is found now and not after an hour of training.
+        # Decode each image completely, to find truncated files now and not after an hour of training.
         results = list(pool.map(lambda path: _facts_or_reason(path, data), files))
     pairs = list(zip(files, results, strict=True))
     usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]

@@ -1,4 +1,4 @@
-"""Encoded pictures on disk, found by the hash of the picture and of the autoencoder."""
+"""Encoded images on disk, in files named by hashes of the image and of the autoencoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import PREFIX, spectune_version
 from spectune.files.writer import write_tensors
 
-_FORMAT = "1"  # raise it when pictures are rendered differently
+_FORMAT = "1"  # raise it when a change affects the pixels of a view
 
 
 class LatentStore:
-    """A folder with one safetensors file for each picture and autoencoder; its tensors are views.
+    """A folder with one safetensors file for each image and autoencoder, with one tensor for each view.
 
-    The file name contains the sha256 of the picture's bytes and a hash of the autoencoder's key: a changed
-    picture or another autoencoder gets another file. A posterior is (2 * channels, h, w) float32, the mean
-    and then the standard deviation of scaled latents. Every tensor is checked: a file with anything else is
-    added to `damaged`, and its views are encoded again.
+    The file name contains the sha256 of the image file and a hash of the autoencoder's key, so a changed
+    image or another autoencoder gets another file. A tensor is a posterior, (2 * channels, h, w) float32: the
+    mean and the standard deviation of scaled latents. Every tensor is checked. If one is invalid, its file is
+    added to `damaged` and its view is encoded again.
     """
 
     def __init__(self, folder: Path, vae_key: str) -> None:
@@ -39,14 +39,14 @@ class LatentStore:
         self._vae = hashlib.sha256(f"{_FORMAT} {vae_key}".encode()).hexdigest()[:16]
         _create(folder)
 
-    def file_of(self, picture: Path) -> Path:
-        """Return the file for the views of a picture. This reads the picture."""
-        with picture.open("rb") as file:
+    def file_of(self, image: Path) -> Path:
+        """Return the path of the file with the views of an image. This reads the image file to hash it."""
+        with image.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return self.folder / digest[:2] / f"{digest}-{self._vae}.safetensors"
 
     def load(self, file: Path, names: Iterable[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return the valid posteriors among `names` in a file; the file need not exist."""
+        """Return the valid posteriors in a file that are in `names`. The file need not exist."""
         stored = self._read(file)
         present = {name: stored[name] for name in names if name in stored}
         valid = {name: tensor for name, tensor in present.items() if _is_posterior(tensor, shape)}
@@ -69,7 +69,7 @@ class LatentStore:
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
-            # Not memory-mapped: Windows does not replace a mapped file.
+            # Not memory-mapped: Windows cannot replace a mapped file.
             return load(file.read_bytes())
         except FileNotFoundError:
             return {}
@@ -90,5 +90,5 @@ def _create(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"data.cache_folder cannot be created: {folder}: {error.strerror}", hint="name another folder"
+            f"data.cache_folder cannot be created: {folder}: {error.strerror}", hint="choose another folder"
         ) from error

@@ -1,4 +1,4 @@
-"""How one draw uses an image: its crop, orientation, color and cached variant."""
+"""A view of an image: its crop, orientation, color and cached variant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectune.training.data.color import ColorChange
 
 @dataclass(frozen=True)
 class View:
-    """An image with a placement and a color; `variant` is its number among the views in a cache."""
+    """An image with a placement and a color. `variant` is the number of the view in the cache."""
 
     image: int  # index into the dataset
     placement: Placement
@@ -19,7 +19,7 @@ class View:
 
     @property
     def pixels_name(self) -> str:
-        """A name of the view's pixels, the same in every run: `1100x1024+38+0-1024x1024-mirrored`."""
+        """A name for the pixels of the view, such as `1100x1024+38+0-1024x1024-mirrored`."""
         at = self.placement
         name = (
             f"{at.resized.width}x{at.resized.height}+{at.left}+{at.top}-{at.target.width}x{at.target.height}"

@@ -1,6 +1,6 @@
 """Turn an EPS model into a flow model.
 
-* bridge:     exact algebra that reads an EPS model as a flow model
-* conversion: teacher, fading bridge and replaced tensors of one run
-* warm_start: closed-form fit of the few layers that depend on the noise level
+* bridge:     the velocity of an EPS model, by exact algebra
+* conversion: how a run uses teacher, bridge and replaced tensors
+* warm_start: a closed-form fit of the layers that depend on the noise level
 """

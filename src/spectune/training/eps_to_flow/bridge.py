@@ -1,16 +1,16 @@
-"""An EPS model read as a flow model: exact algebra, no training.
+"""The bridge: use an EPS model as a flow model, by exact algebra and without training.
 
-With x_flow = (1-s) x0 + s n and x_ddpm = alpha x0 + sigma n, alpha^2 + sigma^2 = 1, both are the same image
-at s = sigma/(alpha+sigma), x_ddpm = (alpha+sigma) x_flow. There eps_hat = net(x_ddpm, t) and x0_hat = (x_ddpm
-- sigma eps_hat)/alpha, which gives the velocity n - x0 as
+Let x_flow = (1-s) x0 + s n and x_ddpm = alpha x0 + sigma n with alpha^2 + sigma^2 = 1. At
+s = sigma/(alpha+sigma), both are the same image up to a factor: x_ddpm = (alpha+sigma) x_flow. The network
+gives eps_hat = net(x_ddpm, t) and x0_hat = (x_ddpm - sigma eps_hat)/alpha. The velocity n - x0 follows:
 
-    v_hat = eps_hat - x0_hat = (eps_hat - x_flow)/(1-s),       as alpha/(alpha+sigma) = 1-s.
+    v_hat = eps_hat - x0_hat = (eps_hat - x_flow)/(1-s),       because alpha/(alpha+sigma) = 1-s.
 
-SDXL's schedule covers s from 0.0283 to 0.936. Beyond its ends the network gets the first or last timestep.
-Above, where x_flow is almost pure noise, the velocity is (x_flow - x0_hat)/s, which stays finite.
+SDXL's schedule covers s from 0.0283 to 0.936. Outside of this range, the network gets the first or the last
+timestep. Above it, x_flow is almost pure noise, and the velocity is computed as (x_flow - x0_hat)/s, which
+stays finite.
 
-Prior art: Diff2Flow (arXiv 2506.02221) aligns timesteps and inputs of diffusion and flow models in the same
-way.
+Diff2Flow (arXiv 2506.02221) aligns timesteps and inputs of diffusion and flow models in the same way.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from spectune.model.prediction import TRAIN_STEPS, alphas_cumprod
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """How a network predicts the velocity at some noise levels; all (batch,) float32.
+    """The coefficients that turn a network into a predictor of the velocity; all (batch,) float32.
 
-    velocity = c_out * net(c_in * x_flow, timestep) + c_skip * x_flow (the c of Karras et al. 2022, table 1).
+    velocity = c_out * net(c_in * x_flow, timestep) + c_skip * x_flow (names: Karras et al. 2022, table 1)
     """
 
     c_in: Tensor
@@ -41,7 +41,7 @@ class Preconditioning:
         return x_flow * _per_image(self.c_in, x_flow)
 
     def velocity(self, output: Tensor, x_flow: Tensor) -> Tensor:
-        """Return the velocity of the network's output for `network_input(x_flow)`, shape of `x_flow`."""
+        """Return the velocity, with the shape of `x_flow`, from the output for `network_input(x_flow)`."""
         return output * _per_image(self.c_out, x_flow) + x_flow * _per_image(self.c_skip, x_flow)
 
 
@@ -51,26 +51,26 @@ class Bridge:
 
     @cached_property
     def levels(self) -> Tensor:
-        """s of each timestep 0..999, rising, float64."""
+        """The noise level s of each timestep 0..999, increasing, float64."""
         alpha, sigma = alphas_cumprod().sqrt(), (1 - alphas_cumprod()).sqrt()
         return sigma / (alpha + sigma)
 
     @property
     def lowest(self) -> float:
-        """s of the first timestep."""
+        """The noise level s of the first timestep."""
         return float(self.levels[0])
 
     @property
     def highest(self) -> float:
-        """s of the last timestep."""
+        """The noise level s of the last timestep."""
         return float(self.levels[-1])
 
     def timestep(self, levels: Tensor) -> Tensor:
-        """Return t(s) with a fraction, clamped to the first and last step; float32, (batch,)."""
-        known = self.levels
-        s = levels.detach().cpu().double().clamp(known[0], known[-1])
-        above = torch.searchsorted(known, s).clamp(1, TRAIN_STEPS - 1)
-        share = (s - known[above - 1]) / (known[above] - known[above - 1])
+        """Return t(s), interpolated and clamped to the first and last timestep; float32, (batch,)."""
+        schedule = self.levels
+        s = levels.detach().cpu().double().clamp(schedule[0], schedule[-1])
+        above = torch.searchsorted(schedule, s).clamp(1, TRAIN_STEPS - 1)
+        share = (s - schedule[above - 1]) / (schedule[above] - schedule[above - 1])
         return (above - 1 + share).to(device=levels.device, dtype=torch.float32)
 
     def at(self, levels: Tensor) -> Preconditioning:
@@ -89,13 +89,13 @@ class Bridge:
 
 
 def of_flow_model(levels: Tensor) -> Preconditioning:
-    """Return the preconditioning of a flow model: x_flow and 1000 s in, the velocity out."""
+    """Return the preconditioning of a flow model: inputs x_flow and 1000 s, output the velocity."""
     one = torch.ones_like(levels, dtype=torch.float32)
     return Preconditioning(one, levels.float() * TRAIN_STEPS, one, torch.zeros_like(one))
 
 
 def interpolate(first: Preconditioning, second: Preconditioning, share: float) -> Preconditioning:
-    """Return the linear interpolation of all coefficients: `first` at share 0, `second` at share 1."""
+    """Interpolate all coefficients linearly: `first` at share 0, `second` at share 1."""
     return Preconditioning(
         c_in=torch.lerp(first.c_in, second.c_in, share),
         timestep=torch.lerp(first.timestep, second.timestep, share),

@@ -1,6 +1,6 @@
-"""How a run converts an EPS model to a flow model: teacher, fading bridge, replaced tensors.
+"""The conversion of an EPS model to a flow model in a run: teacher, bridge and replaced tensors.
 
-The teacher is the network with its trained changes switched off, so it costs no memory.
+The teacher is the trained network with its changes switched off, so it needs no extra memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spectune.training.data.dataset import Batch
 from spectune.training.eps_to_flow.bridge import Bridge, Preconditioning, interpolate, of_flow_model
 from spectune.training.objective.noising import NoisedBatch
 
-# Towards the end of its schedule, s = 0.936, the teacher's prediction carries less and less information.
+# The teacher's prediction carries less and less information towards the end of its schedule, s = 0.936.
 TEACHER_FADES_FROM = 0.9
 # Modules of the UNet that a warm start replaces.
 REPLACED_MODULES = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
@@ -29,7 +29,7 @@ Network = Callable[[Tensor, Tensor, Sequence[str], Tensor], Tensor]  # noised, t
 
 @dataclass
 class SwappedTensors:
-    """UNet tensors that replace those of the base, by their names in a checkpoint."""
+    """UNet tensors that replace tensors of the base, by their names in a checkpoint."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # float32, on the CPU
     _swapped: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(
@@ -37,7 +37,7 @@ class SwappedTensors:
     )  # parameter, its values in the base, its replacement
 
     def put(self, model: Sdxl, tensors: Mapping[str, Tensor]) -> None:
-        """Replace tensors of the model; they take its dtype and device."""
+        """Replace tensors of the model. They are cast to its dtype and moved to its device."""
         for name, parameter in replaceable_parameters(model).items():
             if name in tensors:
                 before = self._swapped[name][1] if name in self._swapped else parameter.data
@@ -48,7 +48,7 @@ class SwappedTensors:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Give the model the tensors of its base inside the block."""
+        """Restore the tensors of the base inside the block."""
         for parameter, before, _ in self._swapped.values():
             parameter.data = before
         try:
@@ -59,7 +59,7 @@ class SwappedTensors:
 
 
 def replaceable_parameters(model: Sdxl) -> dict[str, nn.Parameter]:
-    """Return the parameters that a warm start replaces, by their names in a checkpoint."""
+    """Return the parameters that a warm start may replace, by their names in a checkpoint."""
     names = {key: view.tensor for key, view in state_views(model.layout, "unet").items()}
     return {
         names[f"{path}.{kind}"]: getattr(base_module(model, path), kind)
@@ -69,7 +69,7 @@ def replaceable_parameters(model: Sdxl) -> dict[str, nn.Parameter]:
 
 
 def base_module(model: Sdxl, path: str) -> nn.Linear | nn.Conv2d:
-    """Return the module at a path of the UNet, without its adapter if it has one."""
+    """Return the module at a path in the UNet, without its adapter if it has one."""
     module = model.unet.get_submodule(path)
     if isinstance(module, AdaptedLayer):
         return module.base
@@ -79,11 +79,11 @@ def base_module(model: Sdxl, path: str) -> nn.Linear | nn.Conv2d:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a run converts its base.
+    """The methods that a run uses to convert its base.
 
-    With `has_teacher`, the target is the velocity of the EPS base. For `bridge_steps` steps the
-    preconditioning moves linearly from the bridge to that of a flow model. `swapped` holds the tensors of a
-    warm start.
+    With `has_teacher`, the target is the velocity of the EPS base. Over `bridge_steps` steps, the
+    preconditioning moves linearly from that of the bridge to that of a flow model. `swapped` holds the
+    tensors of a warm start.
     """
 
     has_teacher: bool = False
@@ -105,24 +105,25 @@ class Conversion:
     def with_teacher(
         self, noised: NoisedBatch, batch: Batch, network: Network, injection: Injection
     ) -> NoisedBatch:
-        """Replace the target with the teacher's velocity, by its share at each noise level."""
+        """Mix the teacher's velocity into the target, by `teacher_share` at each noise level."""
         share = self.teacher_share(noised.times).to(noised.target).view(-1, 1, 1, 1)
         with torch.no_grad(), self.base_weights(injection):
             velocity = _velocity(network, noised, batch, self.bridge.at(noised.times))
         return replace(noised, target=torch.lerp(noised.target, velocity, share))
 
     def teacher_share(self, levels: Tensor) -> Tensor:
-        """Return 1 up to TEACHER_FADES_FROM, 0 from the end of the schedule, linear between them."""
+        """Return 1 up to TEACHER_FADES_FROM, 0 beyond the end of the schedule, and linear values between."""
         end = self.bridge.highest
         return ((end - levels) / (end - TEACHER_FADES_FROM)).clamp(0, 1)
 
     @contextmanager
     def base_weights(self, injection: Injection) -> Iterator[None]:
-        """Make the network the base model inside the block."""
+        """Turn the network into the base model inside the block."""
         with injection.switched_off(), self.swapped.undone():
             yield
 
 
-def _velocity(network: Network, noised: NoisedBatch, batch: Batch, how: Preconditioning) -> Tensor:
-    inputs = how.network_input(noised.latents)
-    return how.velocity(network(inputs, how.timestep, batch.captions, batch.time_ids), noised.latents)
+def _velocity(network: Network, noised: NoisedBatch, batch: Batch, coefficients: Preconditioning) -> Tensor:
+    inputs = coefficients.network_input(noised.latents)
+    output = network(inputs, coefficients.timestep, batch.captions, batch.time_ids)
+    return coefficients.velocity(output, noised.latents)

@@ -1,14 +1,15 @@
-"""A closed-form start for a flow model: refit the few UNet layers that depend on the noise level.
+"""The warm start: refit the few UNet layers that depend on the noise level, in closed form.
 
 The network of an EPS model expects (alpha+sigma) x_flow and the timestep t(s), and predicts eps. A flow model
-gets x_flow and 1000 s and predicts the velocity. Linear least squares approximate that before any training:
+gets x_flow and 1000 s and predicts the velocity. Linear least squares approximate this before any training:
 
-* time_embed: the first layer is refit to give, for 1000 s, the hidden values that t(s) gave; the second is
-  refit to give the same embedding;
-* conv_in takes the mean of (alpha+sigma) into its weight (the norms behind it compensate the rest);
-* conv_out is refit from its input features to the velocity of the exact bridge.
+* time_embed: the first layer is refit to map 1000 s to the hidden values that it had for t(s), and the second
+  layer is refit to give the same embedding.
+* conv_in: its weight is multiplied by the mean of alpha+sigma. The norms after it compensate the rest.
+* conv_out: it is refit from its input features to the velocity of the exact bridge.
 
-These layers have biases and full ranks, which no low-rank change holds. The trained file stores them whole.
+A low-rank change cannot hold these changes of biases and full-rank weights. The trained file stores the
+complete tensors.
 """
 
 from __future__ import annotations
@@ -31,19 +32,25 @@ from spectune.training.objective.objective import Objective
 
 TIME_GRID = 4096  # noise levels that the embedding is fitted at
 MEASURED_BATCHES = 4
-# Ridge terms, relative to the mean squared feature: directions that the data hardly contains keep their
-# weights. conv_out needs a large one. Refit freely it starts lower, but gets large weights and then learns
-# slowly (experiments/LOG.md, 2026-11-25).
+# Ridge terms, relative to the mean squared feature. They keep the weights of directions that the data hardly
+# contains. conv_out needs a large one: with a small one, the loss starts lower, but the weights get large and
+# the layer learns slowly (experiments/LOG.md, 2026-11-25).
 TIME_RIDGE, OUTPUT_RIDGE = 1e-4, 1.0
 
-FirstBatches = Callable[[int], Iterable[Batch]]  # the first batches of the run, drawn again at each call
+FirstBatches = Callable[
+    [int], Iterable[Batch]
+]  # count -> the first batches of the run, the same at each call
 
 
 @torch.no_grad()
 def fit_warm_start(objective: Objective, first_batches: FirstBatches, *, batches: int, pixels: int) -> str:
-    """Refit the model in place on the first `batches` of the run.
+    """Refit the model in place and return a log line with its error against the exact bridge.
 
-    `pixels` is the area of a training image. Returns a log line with the error against the exact bridge.
+    Args:
+        objective: The objective of the run, with a conversion.
+        first_batches: Returns the first batches of the run.
+        batches: The number of batches that conv_out is fitted on.
+        pixels: The area of a training image.
     """
     conversion, model = objective.conversion, objective.denoiser.model
     assert conversion is not None
@@ -57,15 +64,15 @@ def fit_warm_start(objective: Objective, first_batches: FirstBatches, *, batches
     conversion.swapped.put(model, refit_output(model, pairs))
     after = _relative_error(objective, first_batches)
     return (
-        f"error of the velocity against the exact bridge: {before:.2f} at the start, {between:.2f} with the "
-        f"time embedding and conv_in refit, {after:.2f} with conv_out refit too"
+        f"error of the velocity against the exact bridge: {before:.2f} before the warm start, {between:.2f} "
+        f"after refitting the time embedding and conv_in, {after:.2f} after refitting conv_out"
     )
 
 
 def _output_and_target(
     objective: Objective, batches: Iterable[Batch]
 ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
-    """Yield a call of the network and the teacher's velocity for each batch."""
+    """Yield, for each batch, a function that runs the network and the teacher's velocity."""
     for batch in batches:
         noised = objective.noised(batch)
         target = objective.with_teacher(noised, batch).target
@@ -77,7 +84,7 @@ def _predict_as_flow(objective: Objective, noised: NoisedBatch, batch: Batch) ->
 
 
 def _relative_error(objective: Objective, first_batches: FirstBatches) -> float:
-    """Return the squared error of the velocities against the teacher's, relative to the teacher's squares."""
+    """Return the squared error against the teacher's velocity, relative to its squared norm."""
     error = size = 0.0
     for predict, target in _output_and_target(objective, first_batches(MEASURED_BATCHES)):
         error += float((predict() - target).square().sum())
@@ -86,9 +93,9 @@ def _relative_error(objective: Objective, first_batches: FirstBatches) -> float:
 
 
 def refit_time(model: Sdxl, bridge: Bridge, levels: Tensor) -> dict[str, Tensor]:
-    """Return both layers of time_embed, fitted to give for 1000 s what t(s) gave at levels (count,).
+    """Return both layers of time_embed, fitted so that 1000 s gives the embedding of t(s).
 
-    The fit weighs noise levels by their density in `levels`. It is computed in float64.
+    `levels` (count,) are the noise levels s to fit at. The fit is computed in float64.
     """
     first, second = (base_module(model, path) for path in REPLACED_MODULES[:2])
     (w1, b1), (w2, b2) = (_weight_and_bias(layer) for layer in (first, second))
@@ -102,15 +109,15 @@ def refit_time(model: Sdxl, bridge: Bridge, levels: Tensor) -> dict[str, Tensor]
 
 
 def rescale_input(model: Sdxl, bridge: Bridge, levels: Tensor) -> dict[str, Tensor]:
-    """Return conv_in with the mean of c_in = alpha + sigma over the noise levels (count,) in its weight."""
+    """Return conv_in with its weight times the mean of c_in = alpha + sigma over `levels` (count,)."""
     weight, bias = _weight_and_bias(base_module(model, "conv_in"))
     return _named(model, {"conv_in": (weight * float(bridge.at(levels).c_in.double().mean()), bias)})
 
 
 def refit_output(model: Sdxl, pairs: Iterable[tuple[Callable[[], Tensor], Tensor]]) -> dict[str, Tensor]:
-    """Return conv_out fitted to give the velocities from its input features, near its current weights.
+    """Return conv_out fitted to the velocities by ridge regression towards its current weights.
 
-    Each pair is a call of the network on a batch and the velocity (batch, channels, h, w) to fit.
+    Each pair is a function that runs the network on a batch, and the velocity (batch, channels, h, w) to fit.
     """
     layer = base_module(model, "conv_out")
     assert isinstance(layer, nn.Conv2d)
@@ -135,7 +142,7 @@ def refit_output(model: Sdxl, pairs: Iterable[tuple[Callable[[], Tensor], Tensor
 
 
 def _refit(inputs: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias that map inputs (count, in) to outputs (count, out), near the given ones."""
+    """Return weight and bias near the given ones that map inputs (count, in) to outputs (count, out)."""
     rows = _with_ones(inputs)
     before = torch.cat([weight, bias[:, None]], dim=1).T
     fitted = (before + _ridge(rows.T @ rows, rows.T @ (outputs - rows @ before), TIME_RIDGE)).T
@@ -143,7 +150,7 @@ def _refit(inputs: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor) -> tup
 
 
 def _ridge(gram: Tensor, cross: Tensor, share: float) -> Tensor:
-    """Return (gram + share * mean of its diagonal)^-1 cross, float64."""
+    """Return (gram + share * mean(diagonal) * I)^-1 cross, float64."""
     return torch.linalg.solve(gram + share * gram.diagonal().mean() * torch.eye(len(gram)).double(), cross)
 
 

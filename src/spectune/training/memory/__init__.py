@@ -1,10 +1,10 @@
-"""GPU memory that a run needs, and the settings that fit a card.
+"""Estimate the GPU memory of a run, and find settings that fit a GPU.
 
-account: the settings and the resulting bytes, as records.
+account: records of the settings and of the bytes that they need.
 meter: measure the memory of given settings.
-step: a training step on the meta device.
+step: run a training step on the meta device.
 meta_model: models and frames on the meta device.
-live_bytes: count the bytes that are alive at once.
-optimizer_state: bytes of an optimizer's state.
-search: choose the settings that fit a card.
+live_bytes: count the bytes that are allocated at once.
+optimizer_state: measure an optimizer's state.
+search: find settings that fit a GPU.
 """

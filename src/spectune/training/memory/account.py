@@ -1,4 +1,4 @@
-"""Records: the settings that decide the memory of a run, and the bytes that it needs."""
+"""Records of the settings that determine the memory of a run, and of the bytes that it needs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from spectune.model.inject import Form
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName, Quantization
 from spectune.training.recipe.sections.run import Offloaded, Precision
 
-# Assumed, not measured: a CUDA context with the kernels of torch, cuBLAS and cuDNN and their workspaces, and
-# the share of the rest that the allocator loses to fragments.
+# Assumed, not measured: the CUDA context with kernels and workspaces of torch, cuBLAS and cuDNN, and the
+# share of all other bytes that the allocator loses to fragmentation.
 CONTEXT_BYTES = 600_000_000
 FRAGMENTED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings of a run that decide its memory, named as in a recipe."""
+    """The settings of a run that determine its memory, named as in a recipe."""
 
     rank: int
     parts: tuple[PartName, ...] = ALL_PARTS
@@ -39,7 +39,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Bytes that are on the card all the time; networks without their trained tensors."""
+    """The bytes that are on the GPU all the time. Networks are counted without their trained tensors."""
 
     unet: int
     encoders: int
@@ -50,7 +50,7 @@ class Fixed:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all fields."""
         return sum(asdict(self).values())
 
 
@@ -63,28 +63,28 @@ class Memory:
     optimizer: int
     average: int  # the moving average of the trained tensors
     kept: int  # activations between the forward and the backward pass
-    working: int  # in addition at the peak of a step
-    unpacked: int  # the largest quantized weight, unpacked for its product
+    working: int  # further activations at the peak of a step
+    unpacked: int  # the largest quantized weight, when it is unpacked for a product
     waiting: int  # networks that are offloaded during the training
-    encoding: int  # the autoencoder's activations for one picture, before the training
+    encoding: int  # the autoencoder's activations for one image, before the training
 
     @property
     def allocated(self) -> int:
-        """The most bytes in tensors at once during the training."""
+        """The peak bytes of tensors during the training."""
         step = self.gradients + self.optimizer + self.average + self.kept + self.working + self.unpacked
         return self.fixed.total + step
 
     @property
     def caching(self) -> int:
-        """The bytes while latents are encoded: all networks, but no gradients and no optimizer state."""
+        """The bytes of tensors while latents are encoded: all networks, no gradients, no optimizer state."""
         return self.fixed.total + self.waiting + self.encoding
 
     @property
     def reserve(self) -> int:
-        """The assumed bytes of CUDA itself and of fragments."""
+        """The assumed bytes of the CUDA context and of fragmentation."""
         return CONTEXT_BYTES + round(FRAGMENTED_SHARE * max(self.allocated, self.caching))
 
     @property
     def total(self) -> int:
-        """The bytes that the card must have."""
+        """The bytes that the GPU must have."""
         return max(self.allocated, self.caching) + self.reserve

@@ -1,4 +1,4 @@
-"""Count the bytes that are alive while operations run on the meta device."""
+"""Count the bytes that are allocated while operations run on the meta device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations create, until they are freed.
+    """A counter of the storages that operations create, until they are freed.
 
-    Saved tensors alone are not enough: torch's checkpointing keeps the inputs of a block outside the graph.
-    The storages of `own` exist before and are not counted.
+    Counting saved tensors would not be enough: torch's checkpointing keeps the inputs of a block outside the
+    graph. The storages of `existing` are not counted.
     """
 
-    def __init__(self, own: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in own}
+        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,11 +53,11 @@ _plain_attention = F.scaled_dot_product_attention
 
 @contextmanager
 def attention_of_gpus() -> Iterator[None]:
-    """Make attention on the meta device keep query, key, value, output and one float32 per row.
+    """Make attention on the meta device keep the same tensors as the fused kernels on CUDA and the CPU.
 
-    The flash and memory-efficient kernels on CUDA, and the kernel on the CPU, keep the same. torch itself
-    would use the plain formula on the meta device, which keeps a matrix of tokens x tokens for each head.
-    This replaces the function: a mode is off while the backward pass recomputes a checkpointed block.
+    They keep query, key, value, output and one float32 per row. On the meta device, torch would use the plain
+    formula instead, which keeps a matrix of tokens x tokens for each head. This replaces the function: a
+    dispatch mode would be off while the backward pass recomputes a checkpointed block.
     """
     F.scaled_dot_product_attention = _fused_attention
     try:

@@ -1,4 +1,4 @@
-"""A model and frames on torch's meta device: shapes and dtypes without values or memory."""
+"""Models and frames on torch's meta device, with shapes and dtypes but without values or memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ META = torch.device("meta")
 
 
 def empty_model(layout: Layout, dtype: torch.dtype) -> Sdxl:
-    """Return the model of a layout on the meta device, with the dtypes that `build_model` uses."""
+    """Return a model with the layout on the meta device, with the dtypes of `build_model`."""
     with init_empty_weights(include_buffers=False):
         unet = new_unet(layout.unet)
         te1 = CLIPTextModel(text_config(layout.te1))
@@ -25,7 +25,7 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> Sdxl:
         vae = None if layout.vae is None else new_vae(layout.vae)
     modules: tuple[nn.Module, ...] = (unet, te1, te2)
     for module in modules:
-        # diffusers' own `to` warns of every cast
+        # the `to` of diffusers would warn about each cast
         nn.Module.to(module, device=META, dtype=dtype).requires_grad_(False).eval()
     if vae is not None:
         nn.Module.to(vae, META).requires_grad_(False).eval()  # float32, as in build_model

@@ -1,4 +1,4 @@
-"""Measure the memory of a run on the meta device, with the modules that a run would build."""
+"""Measure the memory of a run on the meta device, with the modules of a real run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from spectune.training.state import trained_tensors
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the frozen networks, without frames and trained tensors."""
+    """The bytes of the frozen networks, without frames and trained tensors."""
 
     unet: int
     encoders: int
     vae: int
-    unpacked: int  # the largest of the quantized weights, unpacked for its product
+    unpacked: int  # the largest quantized weight, when it is unpacked for a product
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Inventory:
 
 
 class MemoryMeter:
-    """Measures setups for one checkpoint; what setups share is measured once."""
+    """A meter of setups for one checkpoint. Parts that setups share are measured once."""
 
     def __init__(self, layout: Layout, layers: Iterable[Layer]) -> None:
         self._layout = layout
@@ -56,7 +56,7 @@ class MemoryMeter:
         self._encodings: dict[int, int] = {}
 
     def measure(self, setup: Setup) -> Memory:
-        """Return the memory of a setup.
+        """Measure the memory of a setup.
 
         Raises:
             SpectuneError: The package of the optimizer is not installed.
@@ -66,12 +66,12 @@ class MemoryMeter:
         return replace(memory, kept=step.kept, working=step.peak - step.kept)
 
     def least(self, setup: Setup) -> int:
-        """Return a lower bound of a setup's bytes, without measuring a step."""
+        """Return a lower bound of the bytes of a setup, without measuring a step."""
         reached = (step.reached for other, step in self._steps.items() if other.parts == setup.parts)
         return self._without_step(setup, next(reached, frozenset())).total
 
     def inventory(self, setup: Setup) -> Inventory:
-        """Return the tensors of a run."""
+        """Return the tensors of a setup."""
         key = replace(_step_key(setup), resolution_px=1024, batch=1, gradient_checkpointing=False)
         if key not in self._inventories:
             self._inventories[key] = _inventory(*self._built(setup))
@@ -137,9 +137,9 @@ class MemoryMeter:
 
 
 def _step_key(setup: Setup) -> Setup:
-    """Return `setup` without what activations do not depend on.
+    """Return `setup` with default values of the settings that do not change activations.
 
-    A quantized layer keeps as few activations as a frozen one.
+    Quantization is one of them: a quantized layer keeps the same activations as a frozen one.
     """
     return replace(setup, quantize="none", offload=(), optimizer="adamw", ema=False)
 
@@ -180,7 +180,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _linear_weights(model: Sdxl) -> list[Tensor]:
-    """Return the weights that quantization replaces, adapted or not."""
+    """Return the weights that quantization replaces, with and without adapters."""
     weights: list[Tensor] = []
     for name in linear_layers(model):
         parent, attribute = model.place(name)

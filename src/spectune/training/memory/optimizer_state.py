@@ -1,4 +1,4 @@
-"""The bytes of an optimizer's state, counted on a real optimizer."""
+"""Measure the bytes of an optimizer's state on a real optimizer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def optimizer_bytes(name: str, trained: Iterable[Tensor], *, from_zero: bool) ->
 
     Args:
         name: An optimizer of a recipe.
-        trained: The tensors to train; the meta device is enough.
-        from_zero: The tensors start at zero. Some optimizers then store no copy of the start.
+        trained: The tensors to train; they may be on the meta device.
+        from_zero: Whether the tensors start at zero. Some optimizers then store no copy of the start values.
 
     Raises:
         SpectuneError: The package of the optimizer is not installed.
@@ -37,7 +37,7 @@ def optimizer_bytes(name: str, trained: Iterable[Tensor], *, from_zero: bool) ->
 def _state_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, from_zero: bool) -> int:
     sample = nn.Parameter((torch.zeros if from_zero else torch.ones)(shape, dtype=dtype))
     sample.grad = torch.full_like(sample, 1e-3)
-    with redirect_stderr(StringIO()):  # some optimizers print a remark about few tensors
+    with redirect_stderr(StringIO()):  # some optimizers print notes about small models
         optimizer = build_optimizer(name, [{"params": [sample], "part": "unet"}])
         optimizer.step()
     leaves = tree_leaves(optimizer.state_dict()["state"])

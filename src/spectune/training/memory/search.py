@@ -1,4 +1,4 @@
-"""The setup that fits a card: from the requested one down to cheaper ones."""
+"""Find a setup that fits a GPU: try the requested one, then ones that need less memory."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ QUANTIZED: tuple[Quantization, ...] = ("int8", "nf4")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setup that was considered."""
+    """A setup with its memory."""
 
     setup: Setup
-    memory: Memory | None  # None: too large even without activations
-    least: int  # its bytes, or a lower bound where `memory` is None
+    memory: Memory | None  # None if not measured, because it is too large even without activations
+    least: int  # the total bytes, or a lower bound if `memory` is None
 
     def fits(self, vram: int) -> bool:
-        """Return whether a card of `vram` bytes is enough."""
+        """Return whether the setup fits a GPU with `vram` bytes."""
         return self.memory is not None and self.memory.total <= vram
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The best setup that fits, with those that were too large and the next cheaper ones."""
+    """The first setup that fits, the setups that were too large, and the next smaller ones."""
 
     vram: int
     too_large: tuple[Candidate, ...]
@@ -48,10 +48,11 @@ class Plan:
 
 
 def ladder(requested: Setup) -> Iterator[Setup]:
-    """Yield setups from the requested one to the cheapest.
+    """Yield setups from the requested one to the smallest.
 
-    Each saves more than the one before: first activations, which costs only time; then idle networks; then
-    the training of the text encoders; then the precision of the frozen weights; last the rank, by halves.
+    Each saves more than the one before. First checkpointing saves activations, which costs only time. Then
+    unused networks are offloaded, the text encoders are frozen, and the frozen weights are quantized. At last
+    the rank is halved, and these steps repeat.
     """
     if not requested.gradient_checkpointing:
         yield requested
@@ -80,10 +81,10 @@ def _at_rank(setup: Setup) -> Iterator[Setup]:
 def plan(
     meter: MemoryMeter, requested: Setup, vram: int, notify: Callable[[str], None] = lambda text: None
 ) -> Plan:
-    """Return the first setup of the ladder that fits in `vram` bytes; `notify` gets progress messages.
+    """Find the first setup of the ladder that fits in `vram` bytes; `notify` gets progress messages.
 
     Raises:
-        InputError: None fits; the message has the bytes of the smallest.
+        InputError: No setup fits. The message gives the bytes of the smallest.
     """
     too_large: list[Candidate] = []
     fitting: list[Candidate] = []
@@ -111,8 +112,8 @@ def _nothing_fits(meter: MemoryMeter, setup: Setup, vram: int) -> InputError:
     total = meter.measure(setup).total
     return InputError(
         f"nothing fits {vram / 1e9:.2f} GB: the smallest setup, {described(setup)}, takes "
-        f"{total / 1e9:.2f} GB at {setup.resolution_px} px in batches of {setup.batch}",
-        hint="a smaller `resolution` or `batch`, or another `optimizer`, takes less",
+        f"{total / 1e9:.2f} GB at {setup.resolution_px} px with batch {setup.batch}",
+        hint="use a smaller `resolution` or `batch`, or another `optimizer`",
     )
 
 

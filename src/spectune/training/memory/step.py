@@ -1,7 +1,7 @@
-"""A training step on the meta device: the bytes that are alive at once.
+"""Run a training step on the meta device and count the bytes that are allocated at once.
 
-Modules, adapters and checkpointing are those of a real run; only the device differs. Shapes and dtypes of
-everything that a step creates are then known, and each storage lives as long as in a real step.
+Modules, adapters and checkpointing are those of a real run; only the device differs. All tensors have the
+shapes, dtypes and lifetimes of a real step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from spectune.training.memory.meta_model import META
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a forward and a backward pass add to a model whose gradients already exist."""
+    """The bytes that a forward and a backward pass add to a model whose gradients already exist."""
 
-    kept: int  # alive between the passes, for the backward pass
-    peak: int  # the most alive at once
-    reached: frozenset[str]  # the trained tensors that get a gradient
+    kept: int  # between the passes, for the backward pass
+    peak: int
+    reached: frozenset[str]  # names of the trained tensors that get a gradient
 
 
 def measure_step(
@@ -38,7 +38,7 @@ def measure_step(
     batch: int,
     resolution_px: int,
 ) -> StepBytes:
-    """Run a step on square pictures and count. `model` stays in training mode, with checkpointing if set.
+    """Measure a step on square images. `model` stays in training mode, with checkpointing if it is set.
 
     `joined` are the joined factors, which exist before the step.
     """
@@ -49,31 +49,31 @@ def measure_step(
     denoiser.train()
     for tensor in trained.values():
         tensor.grad = torch.zeros_like(tensor)
-    own = [
+    existing = [
         *denoiser.parameters(),
         *denoiser.buffers(),
         *joined,
         *(tensor.grad for tensor in trained.values() if tensor.grad is not None),
     ]
-    with attention_of_gpus(), LiveBytes(own) as alive:
+    with attention_of_gpus(), LiveBytes(existing) as counter:
         loss = _loss(model, batch, resolution_px, trains_text=trains_text)
-        kept = alive.live
+        kept = counter.live
         loss.backward()
-    # adding to a gradient raises its version
+    # adding to a gradient increases its version
     reached = {name for name, tensor in trained.items() if tensor.grad is not None and tensor.grad._version}
     for tensor in trained.values():
         tensor.grad = None
-    return StepBytes(kept=kept, peak=alive.peak, reached=frozenset(reached))
+    return StepBytes(kept=kept, peak=counter.peak, reached=frozenset(reached))
 
 
 def encoding_bytes(model: Sdxl, resolution_px: int) -> int:
-    """Return the peak bytes of the autoencoder while it encodes one picture; 0 without an autoencoder."""
+    """Return the peak bytes of the autoencoder while it encodes one image; 0 without an autoencoder."""
     if model.vae is None:
         return 0
     pixels = torch.empty((1, 3, resolution_px, resolution_px), device=META)
-    with torch.no_grad(), attention_of_gpus(), LiveBytes(model.vae.parameters()) as alive:
+    with torch.no_grad(), attention_of_gpus(), LiveBytes(model.vae.parameters()) as counter:
         model.encode_images(pixels)
-    return alive.peak
+    return counter.peak
 
 
 def _loss(model: Sdxl, batch: int, resolution_px: int, *, trains_text: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a prediction costs: loss, mask, image weight and noise level weight combined."""
+"""The cost of a prediction: the product of loss, mask, image weight and noise level weight."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ CONSTANT_THRESHOLD = HuberThreshold()
 
 @dataclass(frozen=True)
 class Cost:
-    """In this order: cost of each element, mask, mean of each image, image weight, noise level weight.
+    """The cost of predictions.
 
-    `learned` maps (costs, timesteps, snr), all (batch,), to the costs to train on: edm2.LearnedWeighting.
+    The loss of each element is multiplied by the mask and averaged over each image, then multiplied by the
+    weights of the image and of the noise level. `learned` (edm2.LearnedWeighting) maps these costs, timesteps
+    and signal-to-noise ratios, all (batch,), to the costs to train on.
     """
 
     loss: Loss
@@ -35,11 +37,11 @@ class Cost:
         image_weights: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the training loss, a scalar; arguments as in `images`."""
+        """Return the training loss, a scalar. The arguments are those of `images`."""
         return self.of_batch(noised, self.images(predicted, noised, image_weights=image_weights, mask=mask))
 
     def of_batch(self, noised: NoisedBatch, costs: Tensor) -> Tensor:
-        """Return the training loss of image costs, a scalar; it may be negative with a learned weighting."""
+        """Return the training loss from image costs, a scalar; a learned weighting can make it negative."""
         if self.learned is not None:
             costs = self.learned(costs, noised.timestep, noised.snr)
         return costs.mean()
@@ -52,9 +54,9 @@ class Cost:
         image_weights: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the cost of each image, shape (batch,), before a learned weighting.
+        """Return the cost of each image, shape (batch,), without a learned weighting.
 
-        `image_weights` is (batch,). `mask` is (batch, 1, h, w), float32 in 0..1: how much each latent counts.
+        `image_weights` is (batch,). `mask` is the weight of each latent, (batch, 1, h, w), float32 in 0..1.
         """
         threshold = self.threshold.at(noised.snr)
         costs = per_image(self.loss(predicted, noised.target, mask=mask, huber_c=threshold))

@@ -1,7 +1,7 @@
 """A learned weighting of noise levels (Karras et al. 2024, EDM2).
 
 The cost of each image is divided by exp(u). u is a function of the timestep that learns the logarithm of the
-expected cost there. All noise levels then count alike, however large their costs are.
+expected cost. All noise levels then have about the same weight, however large their costs are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from spectune.model.prediction import TRAIN_STEPS
 
 
 class LearnedWeighting(nn.Module):
-    """Costs to weighted costs: cost/exp(u) + w*u, w the importance of the noise level.
+    """A module that maps costs to cost/exp(u) + w*u, where w is the importance of the noise level.
 
-    u = weight . features / sqrt(number of features), features sqrt(2) cos(2 pi (f*t + phase)) of the timestep
-    scaled to t in -1..1, with fixed random f ~ N(0, 1) and phases. `weight` starts at 0, and so does u.
+    u = weight . features / sqrt(number of features). The features are sqrt(2) cos(2 pi (f*t + phase)), where
+    t is the timestep scaled to -1..1, and f ~ N(0, 1) and phase are random and fixed. `weight` and u start
+    at 0.
     """
 
     frequency: Tensor  # (features,)
@@ -37,9 +38,9 @@ class LearnedWeighting(nn.Module):
         self.weight = nn.Parameter(torch.zeros(features))
 
     def forward(self, costs: Tensor, timestep: Tensor, snr: Tensor) -> Tensor:
-        """Return weighted costs of images, which may be negative.
+        """Return the weighted costs of images, which may be negative.
 
-        All tensors are (batch,); `timestep` is the UNet's input.
+        All tensors are (batch,). `timestep` is the timestep input of the UNet.
         """
         u = self.log_cost(timestep)
         return costs.float() / u.exp() + importance(snr.float(), self.importance_gamma) * u
@@ -55,14 +56,14 @@ class LearnedWeighting(nn.Module):
 def importance(snr: Tensor, gamma: float) -> Tensor:
     """Return w = 10 (1 + 1/gamma) min(snr, gamma)/(snr + 1), at least 1.
 
-    The middle of the noise levels counts most: w is 10 at its peak, snr = gamma. Where training settles,
-    cost/exp(u) is w.
+    Medium noise levels have the largest weight: w peaks at 10 for snr = gamma. When u has converged,
+    cost/exp(u) equals w on average.
     """
     return (10 * (1 + 1 / gamma) * snr.clamp(max=gamma) / (snr + 1)).clamp(min=1)
 
 
 def weighting_optimizer(weighting: nn.Module, *, learning_rate: float = 2e-2) -> AdamW:
-    """Return the optimizer of a LearnedWeighting; no weight decay, which would pull u to 0."""
+    """Return the optimizer of a LearnedWeighting. It has no weight decay, which would pull u to 0."""
     return AdamW(weighting.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
 
@@ -74,7 +75,7 @@ class WeightingTrainer:
     optimizer: AdamW
 
     def step(self, mean_of_processes: Callable[[Tensor], Tensor]) -> None:
-        """Step on the gradients that the training loss left, averaged over all processes."""
+        """Update the weighting with the gradients of the training loss, averaged over all processes."""
         for parameter in self.weighting.parameters():
             assert parameter.grad is not None
             parameter.grad = mean_of_processes(parameter.grad)
@@ -86,6 +87,6 @@ class WeightingTrainer:
         return {"weighting": dict(self.weighting.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved weighting, features included."""
+        """Restore a saved weighting, its features and its optimizer state."""
         self.weighting.load_state_dict(saved["weighting"])
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -1,7 +1,7 @@
 """Loss functions by name.
 
-A loss maps (predicted, target), both (batch, channels, h, w), to costs with the same leading axis. The mean
-over all other axes is the cost of an image. To add a loss, write the function and add a line to `LOSSES`.
+A loss maps (predicted, target), both (batch, channels, h, w), to costs with the same leading axis. The cost
+of an image is the mean over all other axes. To add a loss, write the function and add a row to `LOSSES`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 HUBER_C = 0.1  # the default of the papers and of kohya
-HIGH_GAIN = 4.0  # an error at the Nyquist frequency weighs 1 + HIGH_GAIN times as much as one of the mean
-POOLINGS = (1, 2, 4)  # edge lengths in latents that `multiscale` averages over
+# an error at the Nyquist frequency has 1 + HIGH_GAIN times the weight of an error of the mean
+HIGH_GAIN = 4.0
+POOLINGS = (1, 2, 4)  # edge lengths, in latents, of the squares that `multiscale` averages over
 HuberSchedule = Literal["constant", "snr"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function and what the recipe and the documentation need to know about it.
+    """A loss function with the facts that the recipe and the documentation need.
 
-    A mask (batch, 1, h, w) in 0..1 multiplies the cost of each element. A loss that mixes elements (a Fourier
-    transform, an average) gets masked predictions and targets instead, because its costs have no position.
+    A mask (batch, 1, h, w) in 0..1 multiplies the cost of each element. If a loss mixes elements (a Fourier
+    transform, an average), its costs have no position. It then gets masked predictions and targets instead.
     """
 
     cost: Callable[..., Tensor]
@@ -71,7 +72,7 @@ def huber(predicted: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
 def smooth_l1(predicted: Tensor, target: Tensor, c: float | Tensor) -> Tensor:
     """Return 2 (sqrt(d^2 + c^2) - c) per element: about d^2/c near 0, about 2|d| beyond c."""
     squared, c = (predicted - target).square(), _per_element(c, predicted)
-    # the same value without the difference of two close values, which float32 rounds to 0 for small d
+    # the same value, but without a difference of close values, which float32 rounds to 0 for small d
     return 2 * squared / ((squared + c.square()).sqrt() + c)
 
 
@@ -83,7 +84,7 @@ class HuberThreshold:
     schedule: HuberSchedule = "constant"
 
     def at(self, snr: Tensor) -> Tensor:
-        """Return c for each image, shape of `snr`.
+        """Return c for each image, with the shape of `snr`.
 
         The schedule "snr" is (1-c)/(1+sigma)^2 + c with sigma = 1/sqrt(snr): 1 for clean latents, `c` for
         pure noise (Khrapov et al. 2024, "Improving diffusion models's data-corruption resistance", schedule
@@ -100,28 +101,28 @@ def _per_element(c: float | Tensor, like: Tensor) -> Tensor:
 
 
 def fft_l1(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return |F(d)| per frequency, F the orthonormal 2-D Fourier transform.
+    """Return |F(d)| per frequency, where F is the orthonormal 2-D Fourier transform.
 
-    The mean of its square would be mse (Parseval). The absolute value gives few large coefficients less
-    weight.
+    The mean of its square would equal mse (Parseval). The absolute value gives less weight to a few large
+    coefficients.
     """
     return _spectrum(predicted - target).abs()
 
 
 def fft_amp(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return ||F(predicted)| - |F(target)|| per frequency; positions in the image do not count."""
+    """Return ||F(predicted)| - |F(target)|| per frequency, which ignores positions in the image."""
     return (_spectrum(predicted).abs() - _spectrum(target).abs()).abs()
 
 
 def fft_high(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return fft_l1 times weights that grow with the radial frequency and have mean 1."""
+    """Return fft_l1 times weights that grow with the radial frequency. Their mean is 1."""
     return radial_weights(*predicted.shape[-2:], device=predicted.device) * fft_l1(predicted, target)
 
 
 def radial_weights(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
     """Return weights (height, width) proportional to 1 + HIGH_GAIN * f / 0.5, with mean 1.
 
-    f is the radial frequency in 1/latent.
+    f is the radial frequency in cycles per latent.
     """
     down, across = torch.fft.fftfreq(height, device=device), torch.fft.fftfreq(width, device=device)
     weights = 1 + HIGH_GAIN * torch.hypot(down[:, None], across[None, :]) / 0.5
@@ -131,11 +132,11 @@ def radial_weights(height: int, width: int, *, device: torch.device | None = Non
 def multiscale(predicted: Tensor, target: Tensor) -> Tensor:
     """Return mse at full resolution and after averaging over 2x2 and 4x4 latents, shape (batch, 3).
 
-    An average at the edge covers only the latents that exist.
+    A square that extends beyond the edge averages the latents inside the image.
     """
     difference = predicted - target
     pooled = (functional.avg_pool2d(difference, edge, ceil_mode=True) for edge in POOLINGS)
-    return torch.stack([per_image(it.square()) for it in pooled], dim=1)
+    return torch.stack([per_image(average.square()) for average in pooled], dim=1)
 
 
 def _spectrum(latents: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def per_image(costs: Tensor) -> Tensor:
 
 _FFT_L1 = Loss(
     fft_l1,
-    help="all frequencies count alike; few large coefficients count less than in mse",
+    help="all frequencies have the same weight; a few large coefficients weigh less than in mse",
     formula="|F(d)|",
     source='the frequency term of Cho et al. 2021, "Rethinking coarse-to-fine approach"',
     mixes_elements=True,
@@ -159,23 +160,23 @@ LOSSES: dict[str, Loss] = {
     "l1": Loss(l1, help="absolute error", formula="|d|", source="standard"),
     "huber": Loss(
         huber,
-        help="squared near 0, linear beyond `huber_c`; in the scale of mse",
+        help="squared near 0, linear beyond `huber_c`; scaled like mse",
         formula="2c (sqrt(d^2 + c^2) - c)",
-        source="pseudo-Huber (Charbonnier et al. 1997) in the scale of kohya-ss/sd-scripts",
+        source="pseudo-Huber (Charbonnier et al. 1997), scaled as in kohya-ss/sd-scripts",
         takes_huber_c=True,
     ),
     "smooth_l1": Loss(
         smooth_l1,
-        help="squared near 0, linear beyond `huber_c`; in the scale of l1",
+        help="squared near 0, linear beyond `huber_c`; scaled like l1",
         formula="2 (sqrt(d^2 + c^2) - c)",
-        source="pseudo-Huber (Charbonnier et al. 1997) in the scale of kohya-ss/sd-scripts",
+        source="pseudo-Huber (Charbonnier et al. 1997), scaled as in kohya-ss/sd-scripts",
         takes_huber_c=True,
     ),
     "fft": _FFT_L1,
     "fft_l1": _FFT_L1,
     "fft_amp": Loss(
         fft_amp,
-        help="amplitudes of frequencies only; positions in the image do not count",
+        help="compares the amplitudes of frequencies and ignores positions in the image",
         formula="||F(predicted)| - |F(target)||",
         source="this project",
         mixes_elements=True,
@@ -183,13 +184,13 @@ LOSSES: dict[str, Loss] = {
     "fft_high": Loss(
         fft_high,
         help="fft_l1 with more weight on high frequencies",
-        formula=f"w |F(d)|, w ~ 1 + {HIGH_GAIN:g} f / 0.5 with mean 1, f the radial frequency in 1/latent",
+        formula=f"w |F(d)|, w ~ 1 + {HIGH_GAIN:g} f / 0.5 with mean 1, f the radial frequency",
         source="this project",
         mixes_elements=True,
     ),
     "multiscale": Loss(
         multiscale,
-        help="mse at full resolution and of 2x2 and 4x4 averages",
+        help="mean of mse at full resolution and mse of 2x2 and 4x4 averages",
         formula="mean over p = 1, 2, 4 of mean(pool_p(d)^2)",
         source="this project",
         mixes_elements=True,

@@ -1,4 +1,4 @@
-"""From clean latents to noised latents with the target of the prediction."""
+"""Add noise to clean latents and compute the target of the prediction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SDXL_PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """How training noise differs from white noise."""
+    """The options that make training noise differ from white noise."""
 
     offset: float = 0.0  # standard deviation of a shift of each channel's mean
     perturbation: float = 0.0  # standard deviation of extra noise in the network's input only
@@ -25,23 +25,23 @@ WHITE = NoiseOptions()
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """What the network gets and what it should predict; float32 tensors with leading axis batch."""
+    """The inputs and targets of the network, float32."""
 
     latents: Tensor  # noised, (batch, channels, h, w)
     timestep: Tensor  # the UNet's input, (batch,)
     target: Tensor  # (batch, channels, h, w)
-    times: Tensor  # in the unit of the prediction type, (batch,)
+    times: Tensor  # timesteps or noise levels, as the prediction type defines them, (batch,)
     snr: Tensor  # signal-to-noise ratio, (batch,)
 
 
 def noise_latents(
     prediction: Prediction, x0: Tensor, noise: Tensor, times: Tensor, *, perturbation: Tensor | None = None
 ) -> NoisedBatch:
-    """Return clean latents `x0` noised with `noise` at `times`.
+    """Add `noise` to clean latents `x0` at `times`.
 
-    `perturbation` is added to the noise in x_t but not in the target (Ning et al. 2023, alg. 1).
+    `perturbation` is added to the noise in x_t, but not to the target (Ning et al. 2023, alg. 1).
     """
-    # float32: noise, x_t and target lose their small differences in 16 bits
+    # float32: 16-bit values would lose the small differences between noise, x_t and target
     x0, noise = x0.float(), noise.float()
     input_noise = noise if perturbation is None else noise + perturbation.float()
     return NoisedBatch(
@@ -61,7 +61,7 @@ def noise_at_random(
     noise: NoiseOptions = WHITE,
     pixels_per_latent: int = SDXL_PIXELS_PER_LATENT,
 ) -> NoisedBatch:
-    """Return `x0` (batch, channels, h, w) with random noise at random times; the same on every device.
+    """Add random noise to `x0` (batch, channels, h, w) at random times; the same on every device.
 
     `pixels_per_latent` is the edge length of a latent in pixels. Noise with an offset is
     eps + offset*randn(batch, channels, 1, 1) (Guttenberg 2023, "Diffusion with offset noise").

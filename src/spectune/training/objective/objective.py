@@ -1,4 +1,4 @@
-"""The objective of one run: its batches noised, predicted and scored."""
+"""The objective of one run: noise its batches, predict, and compute costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectune.training.seeds import derived_generator
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run trains its network to predict, and what an error costs.
+    """The training objective of a run.
 
     The noise of a batch is a function of `seed` and of the position of the batch.
     """
@@ -30,10 +30,10 @@ class Objective:
     noise: NoiseOptions
     cost: Cost
     seed: int
-    conversion: Conversion | None = None  # of an EPS base to flow
+    conversion: Conversion | None = None  # if the run converts an EPS base to flow
 
     def noised(self, batch: Batch) -> NoisedBatch:
-        """Return a batch with noise; with a teacher, its velocity is the target."""
+        """Add noise to a batch. With a teacher, the target is the teacher's velocity."""
         model, latents = self.denoiser.model, batch.latents
         if latents is None:
             assert batch.pixels is not None
@@ -61,7 +61,7 @@ class Objective:
         return self.conversion.predict(network, noised, batch, step=step)
 
     def image_costs(self, network: Network, batch: Batch, *, step: int) -> tuple[NoisedBatch, Tensor]:
-        """Return the noised batch and the cost of each image, (batch,), before a learned weighting."""
+        """Return the noised batch and the cost of each image, (batch,), without a learned weighting."""
         noised = self.noised(batch)
         predicted = self.predict(network, noised, batch, step=step)
         return noised, self.cost.images(predicted, noised, image_weights=batch.weights, mask=batch.masks)

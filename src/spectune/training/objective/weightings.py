@@ -1,8 +1,8 @@
 """Weights of noise levels by name.
 
-A weighting maps signal-to-noise ratios (batch,) to weights (batch,). An SNR is 0 for pure noise and infinite
-for clean latents; every weight is finite, its limit at both ends. To add a weighting, write the function and
-add a line to `WEIGHTINGS`.
+A weighting maps signal-to-noise ratios (batch,) to weights (batch,). The SNR is 0 for pure noise and infinite
+for clean latents; a weight must be finite at both ends. To add a weighting, write the function and add a row
+to `WEIGHTINGS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEBIASED_SNR = 1000.0
 
 @dataclass(frozen=True)
 class WeightingOptions:
-    """What weightings depend on, apart from the signal-to-noise ratio."""
+    """The inputs of a weighting other than the signal-to-noise ratio."""
 
     prediction: PredictionName
     min_snr_gamma: float = 5.0
@@ -29,7 +29,7 @@ class WeightingOptions:
 
 @dataclass(frozen=True)
 class Weighting:
-    """A weighting and what the recipe and the documentation need to know about it."""
+    """A weighting with the facts that the recipe and the documentation need."""
 
     weights: Callable[[Tensor, WeightingOptions], Tensor]
     help: str
@@ -38,7 +38,7 @@ class Weighting:
     uses_gamma: bool = False  # depends on `min_snr_gamma`
 
     def __call__(self, snr: Tensor, options: WeightingOptions) -> Tensor:
-        """Return weights (batch,), times `like_noise` with `scale_v_like_noise`."""
+        """Return weights (batch,); with `scale_v_like_noise`, they are multiplied by `like_noise`."""
         weights = self.weights(snr, options)
         return weights * like_noise(snr) if options.scale_v_like_noise else weights
 
@@ -46,8 +46,8 @@ class Weighting:
 def like_noise(snr: Tensor) -> Tensor:
     """Return snr/(snr + 1), which turns a v loss into the eps loss of the same network.
 
-    With x_t = alpha x0 + sigma eps, eps = alpha v + sigma x_t: an error of v is alpha times as large in eps,
-    and alpha^2 = snr/(snr + 1) (Salimans and Ho 2022; kohya's scale_v_pred_loss_like_noise_pred).
+    eps = alpha v + sigma x_t, so an error of v causes alpha times this error in eps, and
+    alpha^2 = snr/(snr + 1) (Salimans and Ho 2022; kohya's scale_v_pred_loss_like_noise_pred).
     """
     return 1 / (1 + 1 / snr)
 
@@ -66,7 +66,7 @@ def min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
 
 
 def soft_min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
-    """Return min_snr with snr*gamma/(snr + gamma) in place of min(snr, gamma)."""
+    """Return min_snr with snr*gamma/(snr + gamma) instead of min(snr, gamma)."""
     gamma = options.min_snr_gamma
     weights = gamma / (snr + gamma)
     return weights * like_noise(snr) if options.prediction == "v" else weights
@@ -75,8 +75,9 @@ def soft_min_snr(snr: Tensor, options: WeightingOptions) -> Tensor:
 def debiased(snr: Tensor, options: WeightingOptions) -> Tensor:
     """Return 1/sqrt(snr) for eps, 1/(snr + 1) for v.
 
-    For eps the SNR is clamped to 1/1000..1000: above as in kohya-ss/sd-scripts, below because a schedule that
-    ends in pure noise has no other bound. SDXL's own schedule, 0.0047 to 1175, reaches only the upper bound.
+    For eps, the SNR is clamped to 1/1000..1000. The upper bound is that of kohya-ss/sd-scripts. The lower
+    bound keeps weights finite where a schedule ends in pure noise. SDXL's schedule, 0.0047 to 1175, reaches
+    only the upper bound.
     """
     if options.prediction == "v":
         return 1 / (snr + 1)
@@ -85,25 +86,25 @@ def debiased(snr: Tensor, options: WeightingOptions) -> Tensor:
 
 WEIGHTINGS: dict[str, Weighting] = {
     "none": Weighting(
-        none, help="every noise level counts alike", formula="1", source="Ho et al. 2020, eq. 14"
+        none, help="all noise levels have the same weight", formula="1", source="Ho et al. 2020, eq. 14"
     ),
     "min_snr": Weighting(
         min_snr,
-        help="low noise levels count less",
+        help="low noise levels have less weight",
         formula="eps: min(snr, gamma)/snr; v: min(snr, gamma)/(snr + 1)",
         source="Hang et al. 2023, section 3.4",
         uses_gamma=True,
     ),
     "soft_min_snr": Weighting(
         soft_min_snr,
-        help="min_snr without its corner",
+        help="min_snr as a smooth function of the SNR",
         formula="eps: gamma/(snr + gamma); v: times snr/(snr + 1)",
         source="Crowson et al. 2024",
         uses_gamma=True,
     ),
     "debiased": Weighting(
         debiased,
-        help="high noise levels count more",
+        help="high noise levels have more weight",
         formula="eps: 1/sqrt(snr), snr clamped to 1/1000..1000; v: 1/(snr + 1)",
         source='Yu et al. 2023, "Debias the training of diffusion models"',
     ),

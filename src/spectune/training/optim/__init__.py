@@ -3,7 +3,7 @@
 kinds: the table of optimizers. Add a new optimizer there.
 options: the options of each optimizer.
 groups: build an optimizer over the parts of the model.
-modes: the average of schedule-free optimizers.
+modes: switch between the two sets of weights of schedule-free optimizers.
 schedules: learning rates as functions of progress.
-adafactor, eight_bit: adapted classes.
+adafactor, eight_bit: changed versions of library classes.
 """

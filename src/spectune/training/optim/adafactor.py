@@ -1,4 +1,4 @@
-"""Adafactor whose relative steps follow a schedule."""
+"""Adafactor with relative steps that follow a schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor
 class PacedAdafactor(Adafactor):
     """Adafactor that multiplies its relative steps by the learning rate of their group.
 
-    transformers' own class ignores the rate there, and with it every schedule.
+    With relative steps, the class of transformers ignores the learning rate and therefore every schedule.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Parameter groups, one for each part of the model: their learning rates and estimated step sizes."""
+"""Parameter groups, one for each part of the model, with their learning rates and step size estimates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectune.training.optim.modes import set_mode
 
 
 def groups_by_part(trained: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Return a parameter group for each part, in the order of the tensors."""
+    """Return one parameter group for each part, in the order of the tensors."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         groups.setdefault(name.partition(".")[0], []).append(parameter)
@@ -31,19 +31,19 @@ def build_optimizer(
     part_learning_rates: Mapping[str, float] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """Return the optimizer `name` over parameter groups, in training mode.
+    """Build the optimizer `name` for parameter groups, in training mode.
 
     Args:
         name: A key of OPTIMIZERS.
         groups: Parameter groups with their `part`.
-        learning_rate: The rate of all groups; None is the optimizer's default.
-        part_learning_rates: Rates that replace it in single parts.
+        learning_rate: The learning rate of all groups; None means the default of the optimizer.
+        part_learning_rates: Learning rates of single parts, which replace `learning_rate`.
         options: Options of the optimizer.
 
     Raises:
-        ValueError: An option does not fit.
-        InputError: The optimizer does not work with a rate, or a part has no group.
-        SpectuneError: Its package is not installed.
+        ValueError: An option is invalid.
+        InputError: The optimizer requires another learning rate, or a part has no group.
+        SpectuneError: The package of the optimizer is not installed.
     """
     kind = OPTIMIZERS[name]
     checked = check_options(name, options or {})
@@ -54,10 +54,10 @@ def build_optimizer(
     wrong = [group["lr"] for group in rated if fixed is not None and group["lr"] != fixed]
     if wrong:
         raise InputError(
-            f"{name} finds its own step size, but has a learning rate of {wrong[0]:g}",
-            hint=f"leave the learning rate out or set it to {fixed:g}",
+            f"{name} computes its own step size and needs a learning rate of {fixed:g}, got {wrong[0]:g}",
+            hint=f"remove optimizer.learning_rate or set it to {fixed:g}",
         )
-    with redirect_stdout(sys.stderr):  # some print, and stdout is for pipes
+    with redirect_stdout(sys.stderr):  # some optimizers print, but stdout is for pipes
         optimizer = kind.build(rated, common, checked.model_dump())
     set_mode(optimizer, training=True)
     return optimizer
@@ -68,7 +68,7 @@ def _with_rates(groups: Groups, common: float, of_parts: Mapping[str, float]) ->
     for part in of_parts:
         if part not in parts:
             raise InputError(
-                f"optimizer.part_learning_rates names {part}, but no tensor of it is trained",
+                f"optimizer.part_learning_rates names {part}, but this part is not trained",
                 hint=f"trained parts: {', '.join(parts)}",
             )
     return [{**group, "lr": of_parts.get(part, common)} for part, group in zip(parts, groups, strict=True)]

@@ -1,4 +1,4 @@
-"""The optimizers that a recipe can name: their options, their class, and what they do."""
+"""The table of optimizers: their options, classes and traits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _fused(arguments: Arguments) -> Arguments:
 
 
 def _own_rate(arguments: Arguments) -> Arguments:
-    # Adafactor refuses a rate together with relative steps; each group has one anyway
+    # Adafactor refuses a learning rate together with relative steps; each group has its rate anyway
     return {**arguments, "lr": None} if arguments["relative_step"] else arguments
 
 
@@ -54,19 +54,19 @@ class OptimizerKind:
 
     options: type[Options]
     class_path: str  # module:class, imported when the optimizer is built
-    learning_rate: float  # if the recipe has none
-    distribution: str = "torch"  # its version decides whether a saved state fits
-    install: str = ""  # what pip installs; empty: the distribution
+    learning_rate: float  # if the recipe sets none
+    distribution: str = "torch"  # the package; its version decides whether a saved state fits
+    install: str = ""  # the argument of `pip install`; empty: the distribution
     arguments: Callable[[Arguments], Arguments] = _unchanged
     fixed_learning_rate: float | None = None
     schedule_free: bool = False
     rounds_stochastically: bool = False  # updates of bf16 parameters are not lost in rounding
 
     def build(self, groups: Groups, learning_rate: float, options: Mapping[str, Any]) -> Optimizer:
-        """Return the optimizer over parameter groups.
+        """Build the optimizer for parameter groups.
 
         Raises:
-            SpectuneError: Its package is not installed.
+            SpectuneError: The package of the optimizer is not installed.
         """
         module, _, name = self.class_path.partition(":")
         try:
@@ -78,7 +78,7 @@ class OptimizerKind:
             ) from error
         optimizer = optimizer_class(list(groups), **self.arguments({"lr": learning_rate, **options}))
         if hasattr(optimizer, "log"):
-            optimizer.log = _print_to_stderr  # ProdigyPlus prints with it, and stdout is for pipes
+            optimizer.log = _print_to_stderr  # ProdigyPlus prints with it, but stdout is for pipes
         return optimizer
 
 
@@ -87,10 +87,10 @@ def _print_to_stderr(message: str) -> None:
 
 
 # The packages are by the authors of the methods, except for Lion. pytorch-optimizer 4.1.0 has four of them in
-# one wheel but cannot replace them. It takes 3 s to import instead of 0.02 s and has no ProdigyPlus. In 200
-# steps its weights differ by up to 4e-4 for Lion (signs flip), 6e-5 for Prodigy (which stores a third more
-# state and has no `slice_p`), 3e-6 for D-Adaptation, 1.5e-3 for schedule-free AdamW (which adds 1e-15 under
-# the root).
+# one wheel but is no replacement: it has no ProdigyPlus, and its import takes 3 s instead of 0.02 s. After
+# 200 steps its weights differ by up to 4e-4 for Lion (signs flip), 6e-5 for Prodigy (which stores a third
+# more state and has no `slice_p`), 3e-6 for D-Adaptation, and 1.5e-3 for schedule-free AdamW (which adds
+# 1e-15 under the root).
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(AdamWOptions, "torch.optim:AdamW", learning_rate=3e-4, arguments=_fused),
     "adamw8bit": OptimizerKind(
@@ -107,7 +107,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         distribution="transformers",
         arguments=_own_rate,
     ),
-    # Chen et al. 2023, section 5: a rate 3 to 10 times smaller than AdamW's
+    # Chen et al. 2023, section 5: a learning rate 3 to 10 times smaller than that of AdamW
     "lion": OptimizerKind(LionOptions, "lion_pytorch:Lion", learning_rate=5e-5, distribution="lion-pytorch"),
     "dadapt_adam": OptimizerKind(
         DAdaptAdamOptions,
@@ -147,10 +147,10 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Options:
-    """Return the options of the optimizer `name`, complete with defaults.
+    """Return the options of the optimizer `name`, with defaults filled in.
 
     Raises:
-        ValueError: An option is unknown or does not fit; the message names the first.
+        ValueError: An option is unknown or invalid. The message names the first one.
     """
     kind = OPTIMIZERS[name].options
     try:
@@ -169,9 +169,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> Options:
 
 @dataclass(frozen=True)
 class Traits:
-    """What an optimizer does with given options. An option can turn off what its kind promises."""
+    """The properties of an optimizer with given options. An option can turn off a property of its kind."""
 
-    fixed_learning_rate: float | None  # the only rate that works; None: the recipe chooses
+    fixed_learning_rate: float | None  # the only learning rate that works; None: any
     schedule_free: bool
     rounds_stochastically: bool
 

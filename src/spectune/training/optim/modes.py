@@ -1,4 +1,4 @@
-"""The two sets of weights of a schedule-free optimizer: the trained ones and their average."""
+"""Switch between the two sets of weights of a schedule-free optimizer: the trained ones and their average."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
-    """Put the weights that a schedule-free optimizer trains into the parameters, or their average."""
+    """Set the parameters of a schedule-free optimizer to the trained weights or to their average."""
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
@@ -19,20 +19,20 @@ def set_mode(optimizer: Optimizer, *, training: bool) -> None:
 
 @contextmanager
 def finished_weights(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Put the weights to save, sample and validate into the parameters for the duration of the block.
+    """Set the parameters to the weights to save, sample and validate, inside the block.
 
-    Schedule-free optimizers cannot restore the training weights exactly in floating point. They are restored
-    from a copy: a look at a run does not change it.
+    Schedule-free optimizers compute the trained weights from the average, with rounding errors. They are
+    restored from a copy instead, so that a preview does not change the run.
     """
     if not hasattr(optimizer, "eval"):
         yield
         return
-    kept = [parameter.detach().clone() for parameter in parameters]
+    trained = [parameter.detach().clone() for parameter in parameters]
     set_mode(optimizer, training=False)
     try:
         yield
     finally:
         set_mode(optimizer, training=True)
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
+            for parameter, value in zip(parameters, trained, strict=True):
                 parameter.copy_(value)

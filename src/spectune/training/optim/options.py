@@ -1,6 +1,6 @@
-"""The options of each optimizer: names, ranges and help, with the defaults of the library it comes from.
+"""The options of each optimizer: names, ranges and help. Defaults are those of the library it comes from.
 
-Weight decay is 0 everywhere: the deltas start at zero, and decay would pull them back to the base.
+Only weight decay is 0 everywhere: the deltas start at zero, and decay would pull them back to the base.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Betas = Annotated[
     tuple[Beta, Beta], Field(description="Decay rates of the averages of the gradient and of its square.")
 ]
 Epsilon = Annotated[
-    float, Field(gt=0, description="Added to the root of the average square, which a step is divided by.")
+    float, Field(gt=0, description="Added to the root of the average square, the divisor of a step.")
 ]
 WeightDecay = Annotated[
-    float, Field(ge=0, description="Pull of what is trained towards 0, which in the delta form is the base.")
+    float, Field(ge=0, description="Pulls the trained tensors towards 0; in the delta form, 0 is the base.")
 ]
 Beta3 = Annotated[
     Beta | None,
@@ -29,7 +29,7 @@ Beta3 = Annotated[
 ]
 FirstDistance = Annotated[float, Field(gt=0, description="First estimate of the distance d to the solution.")]
 DistanceFactor = Annotated[
-    float, Field(gt=0, description="Factor of the estimate of d. Larger values train more boldly.")
+    float, Field(gt=0, description="Factor of the estimate of d. Larger values make larger steps.")
 ]
 GrowthRate = Annotated[
     float | None, Field(gt=1, description="Largest growth of d from one step to the next. None: no limit.")
@@ -55,7 +55,7 @@ class AdamWOptions(Options):
 
 
 class AdamW8bitOptions(AdamWOptions):
-    """Dettmers et al. 2022, arXiv:2110.02861: AdamW with 8-bit averages; as in bitsandbytes."""
+    """AdamW with 8-bit averages, Dettmers et al. 2022, arXiv:2110.02861; as in bitsandbytes."""
 
     min_8bit_size: int = Field(
         default=4096, ge=1, description="Tensors with fewer values keep their averages in float32."
@@ -65,8 +65,9 @@ class AdamW8bitOptions(AdamWOptions):
 class AdafactorOptions(Options):
     """Shazeer and Stern 2018, arXiv:1804.04235; arguments as in transformers.
 
-    Two defaults differ from transformers: `scale_parameter` multiplies a step by the size of what is trained,
-    which is zero at first, and `relative_step` leaves no learning rate to the recipe.
+    Two options that transformers turns on are off by default. `scale_parameter` would multiply a step by the
+    size of the trained tensors, which start at zero. `relative_step` would replace the
+    learning rate.
     """
 
     eps: tuple[Positive, Positive] = Field(
@@ -83,8 +84,10 @@ class AdafactorOptions(Options):
     scale_parameter: bool = Field(
         default=False, description="Multiply steps by the root mean square of the parameter."
     )
-    relative_step: bool = Field(default=False, description="Steps of `min(0.01, 1 / sqrt(step))`.")
-    warmup_init: bool = Field(default=False, description="Steps of `relative_step` begin at `1e-6 * step`.")
+    relative_step: bool = Field(default=False, description="Use steps of `min(0.01, 1 / sqrt(step))`.")
+    warmup_init: bool = Field(
+        default=False, description="Limit the steps of `relative_step` to `1e-6 * step`."
+    )
 
     @model_validator(mode="after")
     def _warmup_needs_relative_step(self) -> Self:
@@ -99,7 +102,7 @@ class LionOptions(Options):
     betas: Betas = (0.9, 0.99)
     weight_decay: WeightDecay = 0.0
     decoupled_weight_decay: bool = Field(
-        default=False, description="The decay of a step does not grow with the learning rate."
+        default=False, description="Make the decay of a step independent of the learning rate."
     )
 
 
@@ -130,7 +133,7 @@ class ProdigyOptions(DAdaptAdamOptions):
 class AdamWScheduleFreeOptions(Options):
     """Defazio et al. 2024, arXiv:2405.15682; as in schedulefree."""
 
-    # Reading the average divides by the first of them.
+    # Computing the average divides by the first of `betas`.
     betas: Annotated[
         tuple[DividingBeta, Beta],
         Field(description="Weight of the average in the steps; decay rate of the average square."),
@@ -140,15 +143,15 @@ class AdamWScheduleFreeOptions(Options):
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which the learning rate rises to its full value."
     )
-    r: NotNegative = Field(default=0.0, description="A step has the weight `step ** r` in the average.")
+    r: NotNegative = Field(default=0.0, description="The average weights each step by `step ** r`.")
     weight_lr_power: NotNegative = Field(
         default=2.0,
-        description="That weight is multiplied by this power of the largest learning rate so far.",
+        description="This weight is multiplied by this power of the largest learning rate so far.",
     )
 
 
 class ProdigyPlusOptions(Options):
-    """Arguments of ProdigyPlusScheduleFree 2.0.1 with its defaults."""
+    """The arguments of ProdigyPlusScheduleFree 2.0.1, with its defaults."""
 
     betas: Betas = (0.9, 0.99)
     beta3: Beta3 = None
@@ -171,7 +174,7 @@ class ProdigyPlusOptions(Options):
     )
     split_groups: bool = Field(default=True, description="Estimate d for each part of the model separately.")
     split_groups_mean: bool = Field(
-        default=False, description="All parts use the harmonic mean of their d; needs `split_groups`."
+        default=False, description="Use the harmonic mean of d for all parts; needs `split_groups`."
     )
     factored: bool = Field(
         default=True, description="Store the average square as a product of rows and columns."
@@ -182,7 +185,7 @@ class ProdigyPlusOptions(Options):
     )
     use_stableadamw: bool = Field(default=True, description="Divide updates by their root mean square.")
     use_schedulefree: bool = Field(
-        default=True, description="Average steps. Off: a Prodigy that takes a schedule."
+        default=True, description="Average steps. Off: Prodigy with a learning rate schedule."
     )
     use_speed: bool = Field(
         default=False, description="Estimate d from the direction of progress; experimental."
@@ -203,5 +206,5 @@ class ProdigyPlusOptions(Options):
     @model_validator(mode="after")
     def _average_is_readable(self) -> Self:
         if self.use_schedulefree and self.betas[0] == 0:
-            raise ValueError("the first of `betas` is 0: schedule-free steps divide by it")
+            raise ValueError("the first of `betas` is 0, but schedule-free steps divide by it")
         return self

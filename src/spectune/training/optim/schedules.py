@@ -1,11 +1,11 @@
-"""Learning rate schedules as functions of progress."""
+"""The table of learning rate schedules, as functions of progress."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-# (share of the run done in 0..1, cycles, power) -> 1 at the start, 0 at the end
+# (finished share of the run in 0..1, cycles, power) -> factor of the learning rate, from 1 down to 0
 Schedule = Callable[[float, int, float], float]
 
 

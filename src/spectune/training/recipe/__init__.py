@@ -1,7 +1,7 @@
 """A training run as a TOML file.
 
 sections: the keys of each section, with types, defaults and help.
-recipe: the whole recipe, and the rules between sections.
-file: the TOML file, relative paths and overrides.
-reference: the page docs/reference/recipe-keys.md.
+recipe: all sections together, and the rules between them.
+file: read a TOML file; relative paths and overrides.
+reference: generate docs/reference/recipe-keys.md.
 """

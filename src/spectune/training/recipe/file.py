@@ -1,6 +1,6 @@
-"""A recipe as a TOML file, with overrides from the command line.
+"""Read a recipe from a TOML file, with overrides.
 
-Relative paths in a recipe are relative to its folder, those in overrides to the working directory.
+Relative paths in a recipe are relative to the folder of the recipe; in an override, to the working directory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from spectune.training.recipe.recipe import EXAMPLES_HINT, Recipe, parse_recipe,
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in a TOML file, with `section.key=value` overrides applied.
+    """Return the recipe in a TOML file, with overrides of the form `section.key=value` applied.
 
     Raises:
-        InputError: The file cannot be read, a key is unknown, or a value does not fit.
+        InputError: The file cannot be read, a key is unknown, or a value is invalid.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def with_absolute_paths(
     data: Mapping[str, Any], folder: Path, *, section: type[BaseModel] = Recipe
 ) -> dict[str, Any]:
-    """Return `data` with the relative paths of all path fields resolved from `folder`."""
+    """Return `data` with all relative paths made absolute. They are relative to `folder`."""
     return {
         key: _absolute(value, folder, section.model_fields[key].annotation)
         if key in section.model_fields
@@ -60,7 +60,7 @@ def _absolute(value: Any, folder: Path, annotation: Any) -> Any:
 
 
 def _without_replaced_length(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `data` without the length of the run that an override gives in the other unit."""
+    """Return `data` without run.steps if an override sets run.epochs, and the other way around."""
     keys = {text.partition("=")[0].replace(" ", "") for text in overrides}
     run = data.get("run")
     if not isinstance(run, dict) or {"run.steps", "run.epochs"} <= keys:
@@ -75,7 +75,7 @@ def _overridden(data: dict[str, Any], text: str) -> dict[str, Any]:
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
         raise InputError(
-            f"override `{text}` is not of the form section.key=value", hint="--set run.steps=200"
+            f"override `{text}` is not of the form section.key=value", hint="an example: run.steps=200"
         )
     change: Any = _parsed_value(value.strip())
     for name in reversed(names):
@@ -99,7 +99,7 @@ def _merged(base: dict[str, Any], change: dict[str, Any], text: str) -> dict[str
             result[key] = _merged(below, value, text)
         elif isinstance(value, dict) and below is not None:
             raise InputError(
-                f"override `{text}`: `{key}` is a value and not a section",
+                f"override `{text}`: `{key}` is a value, not a section",
                 hint=EXAMPLES_HINT,
             )
         else:

@@ -1,4 +1,4 @@
-"""The whole recipe: its sections, the rules between them, and errors in plain words."""
+"""The recipe: its sections, the rules between them, and readable errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES_HINT = "recipes/ contains examples of every section"
 
 
 class Recipe(Section):
-    """A training run: what is trained, on which data, and how."""
+    """The complete description of a training run."""
 
     model: ModelSection
     vae: VaeSection = VaeSection()
@@ -40,12 +40,12 @@ class Recipe(Section):
         kind = self.objective.kind
         if kind == "flow" and self.loss.weighting not in ("none", "edm2"):
             raise ValueError(
-                f'loss.weighting = "{self.loss.weighting}" depends on the signal-to-noise ratio, '
-                "which flow does not use"
+                f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow'
             )
         if self.objective.converts and self.model.form != "delta":
             raise ValueError(
-                'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base'
+                'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base '
+                "weights"
             )
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             raise ValueError(f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"')
@@ -58,18 +58,20 @@ class Recipe(Section):
                 f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train"
             )
         if self.run.ema_decay is not None and traits.schedule_free:
-            raise ValueError(f"run.ema_decay: {name} already saves an average of its steps")
+            raise ValueError(f"run.ema_decay: {name} already averages its steps; remove run.ema_decay")
         if self.run.trained_precision == "bf16" and not traits.rounds_stochastically:
-            good = [other for other, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
+            stochastic = [other for other, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
             raise ValueError(
-                'run.trained_precision = "bf16" needs an optimizer that rounds stochastically, or small '
-                f"updates are lost; {name} with these options does not, {', '.join(good)} can"
+                'run.trained_precision = "bf16" needs an optimizer with stochastic rounding, because plain '
+                f"rounding loses small updates; {name} with these options has none, use "
+                f"{', '.join(stochastic)}"
             )
 
     def _check_caches(self) -> None:
         if "text" in self.run.offload and not self.caches_text:
             raise ValueError(
-                'run.offload = ["text"] needs cached captions: freeze the encoders and keep captions fixed'
+                'run.offload = ["text"] needs cached captions: freeze the text encoders, and turn caption '
+                "shuffling and tag dropout off"
             )
         if "vae" in self.run.offload and not self.data.caches_latents:
             raise ValueError('run.offload = ["vae"] needs cached latents')
@@ -81,22 +83,22 @@ class Recipe(Section):
 
     @property
     def caches_latents(self) -> bool:
-        """Whether images are encoded once, before the training."""
+        """Whether each image is encoded once, before the training."""
         return self.data.caches_latents
 
     @property
     def caches_text(self) -> bool:
-        """Whether captions are encoded once, before the training."""
+        """Whether each caption is encoded once, before the training."""
         if self.data.cache_text is not None:
             return self.data.cache_text
         return self.model.parts == ("unet",) and not self.data.caption.varies
 
 
 def parse_recipe(data: Mapping[str, Any], *, label: str = "recipe") -> Recipe:
-    """Return a checked recipe from nested mappings; `label` names it in messages.
+    """Return a validated recipe from nested mappings; `label` names it in error messages.
 
     Raises:
-        InputError: A key is unknown or missing, or a value does not fit.
+        InputError: A key is unknown or missing, or a value is invalid.
     """
     try:
         return Recipe.model_validate(data)

@@ -1,6 +1,6 @@
-"""The reference of all recipe keys, from the sections and the optimizer options.
+"""Generate the reference of all recipe keys from the sections and the optimizer options.
 
-`python dev.py docs --write` writes it to docs/reference/recipe-keys.md. As a module, this file prints it.
+`python dev.py docs --write` writes it to docs/reference/recipe-keys.md. Running this module prints it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORDS: dict[Any, str] = {
 
 
 def recipe_reference() -> str:
-    """Return the page: a Markdown table of the keys of each section, and of each optimizer's options."""
+    """Return the page: Markdown tables of the keys of each section and of the options of each optimizer."""
     parts = [INTRODUCTION]
     for name, field in Recipe.model_fields.items():
         parts += _section_tables(name, field)
@@ -55,7 +55,7 @@ def recipe_reference() -> str:
 
 
 def _section_tables(name: str, field: FieldInfo) -> Iterator[str]:
-    """Yield the heading, description and table of a section, then those of the sections in it."""
+    """Yield the heading, description and table of a section, then those of its subsections."""
     section = section_of(field.annotation)
     assert section is not None, f"{name} is not a section"
     heading = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
@@ -80,7 +80,7 @@ def _table(keys: Iterable[tuple[str, FieldInfo]]) -> str:
 
 
 def type_in_words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """Return a type as a reader of TOML knows it, with its range: `integer ≥ 1`, `list: path`."""
+    """Describe a type in TOML terms, with its range: `integer ≥ 1`, `list: path`."""
     if get_origin(annotation) is Annotated:
         annotation, *inner = get_args(annotation)
         own = [item for one in inner for item in (one.metadata if isinstance(one, FieldInfo) else [one])]
@@ -108,7 +108,7 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 def _range(constraints: Iterable[Any]) -> str:
-    """Return the bounds of a number: ` ≥ 1`, ` 0 to 1`, or nothing."""
+    """Return the bounds of a number, such as ` ≥ 1` or ` 0 to 1`, or an empty string."""
     signs: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
     bounds = {
         signs[type(one)][1]: getattr(one, signs[type(one)][0]) for one in constraints if type(one) in signs

@@ -1,6 +1,6 @@
-"""The sections of a recipe: typed, frozen, with units in the names; unknown keys are errors.
+"""The sections of a recipe: typed, frozen, with units in the names. Unknown keys are errors.
 
-base: what all sections share.
+base: the base class of all sections.
 model: [model] and [vae].
 data: [data], [data.bucket], [data.caption] and [[data.sets]].
 objective: [objective], [loss] and [loss.edm2].

@@ -1,4 +1,4 @@
-"""What all sections of a recipe share."""
+"""The base class of all sections of a recipe, and a validator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def differs(self, key: str) -> bool:
-        """Return whether `key` has another value than its default."""
+        """Return whether the value of `key` differs from its default."""
         return getattr(self, key) != type(self).model_fields[key].default
 
 
@@ -27,7 +27,7 @@ class OneOf:
         self.names = tuple(names)
 
     def __call__(self, name: str) -> str:
-        """Return `name`; raise an error with a suggestion if the registry does not contain it."""
+        """Return `name`; raise PydanticCustomError with a suggestion if the registry does not contain it."""
         if name not in self.names:
             raise PydanticCustomError(
                 "unknown_name",

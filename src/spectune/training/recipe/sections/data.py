@@ -1,4 +1,4 @@
-"""[data]: folders of images, and how an image becomes a training example."""
+"""[data]: folders of images, and the options for images, captions and caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class BucketSection(Section):
     """Aspect buckets: sizes of about `resolution_px`² pixels."""
 
     enabled: bool = Field(
-        default=False, description="Train each image near its own aspect. Off: every image becomes a square."
+        default=False,
+        description="Train each image near its own aspect. Off: crop every image to a square.",
     )
     min_px: int = Field(default=256, ge=8, description="Shortest side in pixels.")
     max_px: int = Field(default=1024, ge=8, description="Longest side in pixels.")
@@ -24,7 +25,7 @@ class BucketSection(Section):
 
 
 class CaptionSection(Section):
-    """How captions are read, and how they vary from draw to draw."""
+    """Where captions are read from, and how they vary between draws."""
 
     extensions: tuple[str, ...] = Field(
         default=(".txt", ".caption"),
@@ -33,14 +34,14 @@ class CaptionSection(Section):
     sidecar: str = Field(
         default="metadata.jsonl",
         description='Name of a JSONL file in a folder of images, with `{"file_name": ..., "text": ...}` '
-        "on each line. Empty: no sidecar is read.",
+        "on each line. Empty: read no sidecar.",
     )
-    shuffle: bool = Field(default=False, description="Shuffle the comma separated tags.")
+    shuffle: bool = Field(default=False, description="Shuffle the comma-separated tags.")
     keep_tokens: int = Field(
-        default=0, ge=0, description="Leading tags that keep their place and are never dropped."
+        default=0, ge=0, description="Number of leading tags that are never shuffled or dropped."
     )
     dropout_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that the whole caption becomes empty."
+        default=0.0, ge=0, le=1, description="Probability that the caption is replaced with an empty one."
     )
     tag_dropout_probability: float = Field(
         default=0.0, ge=0, le=1, description="Probability that a tag is dropped, for each tag separately."
@@ -53,14 +54,14 @@ class CaptionSection(Section):
                 raise ValueError(f"`extensions` must begin with a dot, like `.txt`; got `{extension}`")
         if self.keep_tokens and not self.varies:
             raise ValueError(
-                "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`; "
-                "turn one of them on or leave it out"
+                "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`: "
+                "turn one of them on, or remove `keep_tokens`"
             )
         return self
 
     @property
     def varies(self) -> bool:
-        """Whether one image has more captions than its own and the empty one."""
+        """Whether tags are shuffled or dropped, so that captions cannot be cached."""
         return self.shuffle or self.tag_dropout_probability > 0
 
 
@@ -68,33 +69,36 @@ class ImageSetSection(Section):
     """One folder of images with its own settings."""
 
     path: Path = Field(description="The folder that contains the images.")
-    repeats: int = Field(default=1, ge=1, description="How often each image is drawn in an epoch.")
-    caption: str = Field(default="", description="Caption of images that have none.")
+    repeats: int = Field(default=1, ge=1, description="Number of draws of each image in an epoch.")
+    caption: str = Field(default="", description="Caption of images that have no caption.")
     loss_weight: float = Field(default=1.0, gt=0, description="Factor of the loss of these images.")
     regularisation: bool = Field(
         default=False,
-        description="These images show a class that the model should keep. "
+        description="Regularization images show a class that the model should keep. "
         "Their loss is also multiplied by `data.regularisation_weight`.",
     )
 
 
 class DataSection(Section):
-    """Images, captions and masks, and what varies from draw to draw."""
+    """Images, captions and masks, and how they vary between draws."""
 
     folders: tuple[Path, ...] = Field(
         default=(), description="Parents of `N_name` folders. Each epoch draws their images N times."
     )
     sets: tuple[ImageSetSection, ...] = Field(
-        default=(), description="Folders of images, each a table [[data.sets]] with its own settings."
+        default=(), description="Folders of images with their own settings, each a table [[data.sets]]."
     )
     regularisation_folders: tuple[Path, ...] = Field(
-        default=(), description="Like `folders`, for images of a class that the model should keep."
+        default=(),
+        description="Like `folders`, for regularization images, which show a class that the model must keep.",
     )
     regularisation_weight: float = Field(
-        default=1.0, gt=0, description="Factor of the loss of regularisation images."
+        default=1.0, gt=0, description="Factor of the loss of regularization images."
     )
     resolution_px: int = Field(
-        default=1024, ge=16, description="Side in pixels of the square whose area images are trained at."
+        default=1024,
+        ge=16,
+        description="Training resolution: images are scaled to the area of a square with this side.",
     )
     bucket: BucketSection = BucketSection()
     caption: CaptionSection = CaptionSection()
@@ -110,33 +114,33 @@ class DataSection(Section):
     )
     mask: MaskSource = Field(
         default="none",
-        description="Where the loss counts. `alpha`: the alpha channel. "
-        "`file`: a gray image in the folder of its picture.",
+        description="Source of the masks, which weight the loss. `alpha`: the alpha channel. "
+        "`file`: a gray image next to each image.",
     )
     mask_suffix: str = Field(
         default=".mask.png",
-        description="End of the names of mask files: `cat.mask.png` is the mask of `cat.webp`. "
+        description="Suffix of mask files: `cat.mask.png` is the mask of `cat.webp`. "
         "Such files are never training images.",
     )
     cache_latents: bool | None = Field(
         default=None,
         description="Encode each image once, before the training. "
-        "None: where crops and colors are fixed or `cache_variants` is above 1.",
+        "None: on if crops and colors are fixed or `cache_variants` is above 1.",
     )
     cache_variants: int = Field(
-        default=1, ge=1, description="Crops and colors of each image and orientation in the cache."
+        default=1, ge=1, description="Number of crops and colors of each image and orientation in the cache."
     )
     cache_folder: Path | None = Field(
-        default=None, description="Folder that keeps latents between runs. None: in memory only."
+        default=None, description="Folder that keeps latents between runs. None: keep them in memory only."
     )
     cache_text: bool | None = Field(
         default=None,
         description="Encode each caption once, before the training. "
-        "None: where the text encoders are frozen and the captions fixed.",
+        "None: on if the text encoders are frozen and the captions fixed.",
     )
     validation_folder: Path | None = Field(
         default=None,
-        description="Images that are not trained on, in `N_name` folders or directly.",
+        description="Folder of validation images, which are not trained on: images or `N_name` folders.",
     )
     workers: int = Field(
         default=0, ge=0, description="Processes that prepare batches. 0: the training process prepares them."
@@ -145,7 +149,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.folders and not self.sets:
-            raise ValueError("no images: give `folders` (parents of `N_name` folders) or [[data.sets]]")
+            raise ValueError("no images: set `folders` (parents of `N_name` folders) or add [[data.sets]]")
         if not self.mask_suffix:
             raise ValueError("`mask_suffix` is empty: every file would be a mask")
         self._check_caches()
@@ -160,11 +164,11 @@ class DataSection(Section):
             )
         if not self.caches_latents and (self.cache_variants > 1 or self.cache_folder is not None):
             raise ValueError(
-                "`cache_variants` and `cache_folder` do nothing where latents are not cached: turn "
-                "`cache_latents` on, and raise `cache_variants` where crops or colors vary"
+                "`cache_variants` and `cache_folder` do nothing if latents are not cached: turn "
+                "`cache_latents` on, and raise `cache_variants` if crops or colors vary"
             )
         if self.cache_variants > 1 and not self.varies:
-            raise ValueError("`cache_variants` does nothing where crops and colors are fixed")
+            raise ValueError("`cache_variants` does nothing if crops and colors are fixed: remove it")
         if self.cache_text and self.caption.varies:
             raise ValueError(
                 "`cache_text` needs fixed captions: turn `caption.shuffle` and "
@@ -186,12 +190,12 @@ class DataSection(Section):
 
     @property
     def varies(self) -> bool:
-        """Whether the pixels of one image differ from draw to draw, mirroring aside."""
+        """Whether crops or colors of an image differ between draws."""
         return self.random_crop or self.color_probability > 0
 
     @property
     def caches_latents(self) -> bool:
-        """Whether images are encoded once, before the training."""
+        """Whether each image is encoded once, before the training."""
         if self.cache_latents is not None:
             return self.cache_latents
         return not self.varies or self.cache_variants > 1

@@ -1,4 +1,4 @@
-"""[model] and [vae]: what is trained, and which autoencoder makes latents."""
+"""[model] and [vae]: the base, the trained directions, and the autoencoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 
 class ModelSection(Section):
-    """The base checkpoint, and the frame whose directions are trained."""
+    """The base checkpoint, and the frame: the directions that are trained."""
 
     base: Path | None = Field(
         default=None,
@@ -27,7 +27,7 @@ class ModelSection(Section):
     residual: Path | None = Field(
         default=None,
         description="A residual that another tool wrote, such as the guide's diff model. "
-        'Needs its `principal` and `form = "residual"`.',
+        'It needs its `principal` and `form = "residual"`.',
     )
     principal: Path | None = Field(
         default=None,
@@ -42,19 +42,19 @@ class ModelSection(Section):
     )
     layers: tuple[str, ...] = Field(
         default=("default",),
-        description="Layers that `rank` applies to, in the words of `spectune split --layers`.",
+        description="Layers that `rank` applies to, named as in `spectune split --layers`.",
     )
     frame: FrameKind = Field(
-        default="principal", description="The frame that `rank` makes: which directions are trained."
+        default="principal", description="Directions that are trained, if `rank` is set."
     )
     frame_norm: float | None = Field(
         default=None,
         gt=0,
         description="Euclidean length of each row of A0 and each column of B0. "
-        "None: the frame's own lengths.",
+        "None: the lengths that the frame defines.",
     )
     frame_batches: int = Field(
-        default=4, ge=1, description="Batches that `gradient` and `data` frames are computed from."
+        default=4, ge=1, description="Number of batches that `gradient` and `data` frames are computed from."
     )
     form: Literal["delta", "residual"] = Field(
         default="delta",
@@ -74,9 +74,9 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_frame(self) -> Self:
         if (self.base is None) == (self.residual is None):
-            raise ValueError("give either `base` (the original checkpoint) or `residual`")
+            raise ValueError("set either `base` (the original checkpoint) or `residual`")
         if (self.principal is None) == (self.rank is None):
-            raise ValueError("give either `principal` (a file made by `spectune split`) or `rank`")
+            raise ValueError("set either `principal` (a file made by `spectune split`) or `rank`")
         if self.residual is not None and (self.principal is None or self.form != "residual"):
             raise ValueError('`residual` needs its `principal` and `form = "residual"`')
         if self.conv_rank is not None and self.rank is None:
@@ -84,23 +84,23 @@ class ModelSection(Section):
         self._check_frame()
         if self.quantize != "none" and self.form != "residual":
             raise ValueError(
-                '`quantize` needs `form = "residual"`: the residual loses least when it is quantized'
+                '`quantize` needs `form = "residual"`: quantizing the residual causes the smallest error'
             )
         if not self.parts:
-            raise ValueError(f"`parts` is empty; give at least one of {', '.join(ALL_PARTS)}")
+            raise ValueError(f"`parts` is empty: list at least one of {', '.join(ALL_PARTS)}")
         return self
 
     def _check_frame(self) -> None:
         for key in ("frame", "frame_norm", "layers"):
             if self.rank is None and self.differs(key):
                 raise ValueError(
-                    f"`{key}` needs `rank`: a principal file contains its frame; "
-                    "give `rank` instead of `principal`"
+                    f"`{key}` needs `rank`, because a principal file already contains its frame: "
+                    "set `rank` instead of `principal`"
                 )
         if self.aligned and self.form != "delta":
             raise ValueError(
                 f'`frame = "{self.frame}"` needs `form = "delta"`: it is computed with the original weights, '
-                "and the residual form has replaced them by then"
+                "which the residual form does not keep"
             )
         if not self.aligned and self.differs("frame_batches"):
             raise ValueError('`frame_batches` does nothing without `frame = "gradient"` or "data"')
@@ -112,17 +112,17 @@ class ModelSection(Section):
 
     @property
     def checkpoint(self) -> Path:
-        """The file that the model is built from."""
+        """The checkpoint that the model is built from."""
         path = self.base or self.residual
         assert path is not None
         return path
 
 
 class VaeSection(Section):
-    """The autoencoder that makes latents of pictures: latents = (z - shift) * scale.
+    """The autoencoder that encodes images to latents = (z - shift) * scale.
 
-    A value that the recipe leaves out comes from the autoencoder's file, else from the checkpoint, else it is
-    SDXL's.
+    A value that the recipe does not set comes from the file of the autoencoder, else from the checkpoint.
+    Without either, it is that of SDXL.
     """
 
     path: Path | None = Field(
@@ -141,6 +141,6 @@ class VaeSection(Section):
     def _name_or_values(self) -> Self:
         if self.name is not None and (self.scale, self.shift, self.padding) != (None, None, None):
             raise ValueError(
-                f'`name = "{self.name}"` sets `scale`, `shift` and `padding`: give either the name or these'
+                f'`name = "{self.name}"` sets `scale`, `shift` and `padding`: set either the name or these'
             )
         return self

@@ -1,4 +1,4 @@
-"""[objective] and [loss]: what the network is trained to predict, and what an error costs."""
+"""[objective] and [loss]: the target of the network and the cost of its errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *C
 
 
 class ObjectiveSection(Section):
-    """What the network predicts, and at which noise levels."""
+    """The prediction type and the noise levels of the training."""
 
     kind: Annotated[str, AfterValidator(OneOf(get_args(PredictionName)))] | None = Field(
         default=None, description="Prediction type. None: the type that the base declares, else `eps`."
     )
     flow_shift: float | Literal["resolution"] | None = Field(
         default=None,
-        description="Shift of noise levels, above 0; flow only. `resolution`: from the area of each batch. "
+        description="Shift of noise levels, above 0; flow only. `resolution`: computed from the image area. "
         "None: the shift that a flow base declares, else 1.",
     )
     flow_times: Literal["uniform", "logit_normal"] = Field(
@@ -38,22 +38,24 @@ class ObjectiveSection(Section):
     )
     start: Literal["raw", "warm"] = Field(
         default="raw",
-        description="`warm` refits the layers of an EPS base that depend on the noise level, "
-        "before a run that trains flow.",
+        description="`warm`: before the training, refit the layers of an EPS base that depend on the noise "
+        "level; flow only.",
     )
-    warm_images: int = Field(default=256, ge=1, description="Images that the warm start is fitted on.")
+    warm_images: int = Field(
+        default=256, ge=1, description="Number of images that the warm start is fitted on."
+    )
     teacher: Literal["none", "eps"] = Field(
         default="none",
-        description="`eps`: the target is the velocity of the EPS base, not that of the images; flow only.",
+        description="`eps`: train on the velocity of the EPS base, not on that of the images; flow only.",
     )
     bridge_steps: int = Field(
         default=0,
         ge=0,
-        description="Steps over which the prediction of an EPS base changes from EPS to velocity; flow only.",
+        description="Steps over which the prediction of an EPS base moves from EPS to velocity; flow only.",
     )
     zero_terminal_snr: bool | None = Field(
         default=None,
-        description="Rescale the noise schedule to end in pure noise; eps and v only. "
+        description="Rescale the noise schedule so that it ends in pure noise; eps and v only. "
         "None: as the base declares.",
     )
     noise_offset: float = Field(
@@ -74,20 +76,19 @@ class ObjectiveSection(Section):
             raise ValueError(f'`flow_shift` is {self.flow_shift}: expected a positive number or "resolution"')
         if self.start == "warm" and self.bridge_steps:
             raise ValueError(
-                '`bridge_steps` starts from the unchanged base, `start = "warm"` from a refitted one: '
-                "give only one of them"
+                '`bridge_steps` needs the unchanged base, but `start = "warm"` refits it: set only one'
             )
         if self.start != "warm" and self.differs("warm_images"):
             raise ValueError('`warm_images` does nothing without `start = "warm"`')
         if self.kind == "flow" and self.zero_terminal_snr:
-            raise ValueError("`zero_terminal_snr` is for eps and v: flow always reaches pure noise")
+            raise ValueError("`zero_terminal_snr` is for eps and v only: flow always ends in pure noise")
         if self.kind == "flow" and self.input_perturbation:
-            raise ValueError("`input_perturbation` is for eps and v")
+            raise ValueError("`input_perturbation` is for eps and v only")
         return self
 
     @property
     def converts(self) -> bool:
-        """Whether the run uses help to convert an EPS base into a flow model."""
+        """Whether the run uses one of CONVERSION_KEYS to convert an EPS base to a flow model."""
         return any(self.differs(key) for key in CONVERSION_KEYS)
 
 
@@ -96,7 +97,9 @@ class Edm2Section(Section):
 
     learning_rate: float = Field(default=2e-2, gt=0, description="Learning rate of the weighting.")
     fourier_features: int = Field(
-        default=128, ge=2, description="Number of features of the noise level, the input of the weighting."
+        default=128,
+        ge=2,
+        description="Number of Fourier features of the noise level that the weighting uses.",
     )
     importance_gamma: float = Field(
         default=1.0,
@@ -106,15 +109,13 @@ class Edm2Section(Section):
 
 
 class LossSection(Section):
-    """The cost of an error, and the weight of each noise level."""
+    """The loss function and the weight of each noise level."""
 
-    kind: Annotated[str, AfterValidator(OneOf(LOSSES))] = Field(
-        default="mse", description="Cost of the difference between prediction and target."
-    )
+    kind: Annotated[str, AfterValidator(OneOf(LOSSES))] = Field(default="mse", description="Loss function.")
     huber_c: float | None = Field(
         default=None,
         gt=0,
-        description="Difference at which `huber` and `smooth_l1` turn from quadratic to linear. "
+        description="Error at which `huber` and `smooth_l1` change from quadratic to linear. "
         f"None: {HUBER_C}.",
     )
     huber_schedule: Literal["constant", "snr"] = Field(
@@ -122,12 +123,12 @@ class LossSection(Section):
     )
     weighting: Annotated[str, AfterValidator(OneOf(WEIGHTINGS))] = Field(
         default="none",
-        description="Weight of each noise level. Flow takes `none` and `edm2` only.",
+        description="Weighting of noise levels. Flow supports `none` and `edm2` only.",
     )
     min_snr_gamma: float | None = Field(
         default=None,
         gt=0,
-        description="Signal-to-noise ratio g of `min_snr` and `soft_min_snr`. None: 5, as in the paper.",
+        description="Signal-to-noise ratio gamma of `min_snr` and `soft_min_snr`. None: 5, as in the paper.",
     )
     scale_v_like_noise: bool = Field(
         default=False, description="Weight the loss of a v model like the eps loss of the same network."
@@ -139,7 +140,7 @@ class LossSection(Section):
         if self.min_snr_gamma is not None and self.weighting not in GAMMA_WEIGHTINGS:
             raise ValueError('`min_snr_gamma` does nothing without `weighting = "min_snr"` or "soft_min_snr"')
         if self.kind not in HUBER_LOSSES and (self.huber_c is not None or self.differs("huber_schedule")):
-            raise ValueError(f"`huber_c` and `huber_schedule` are for {' and '.join(HUBER_LOSSES)}")
+            raise ValueError(f"`huber_c` and `huber_schedule` need `kind` {' or '.join(HUBER_LOSSES)}")
         if self.weighting != "edm2" and self.differs("edm2"):
             raise ValueError('[loss.edm2] does nothing without `weighting = "edm2"`')
         return self

@@ -1,4 +1,4 @@
-"""[optimizer] and [run]: how long and how fast to train, in which precision, and what is written."""
+"""[optimizer] and [run]: learning rates, length, precision, memory, saving and logging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OptimizerSection(Section):
         description="Learning rates of single parts, above 0. They replace `learning_rate` there.",
     )
     schedule: Annotated[str, AfterValidator(OneOf(SCHEDULES))] = Field(
-        default="constant", description="Shape of the learning rate over the run, after the warm-up."
+        default="constant", description="Learning rate schedule after the warm-up."
     )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which the learning rate rises linearly to its full value."
@@ -36,20 +36,20 @@ class OptimizerSection(Section):
     cycles: int = Field(default=1, ge=1, description="Number of cycles of `cosine_restarts`.")
     power: float = Field(default=1.0, gt=0, description="Exponent of `polynomial`.")
     final_share: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the learning rate that decaying schedules end at."
+        default=0.0, ge=0, le=1, description="Share of the learning rate at the end of a decaying schedule."
     )
     max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Largest norm of all gradients together; 0 turns clipping off."
+        default=1.0, ge=0, description="Gradients are clipped to this total norm; 0 turns clipping off."
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the optimizer, listed below for each of them."
+        default_factory=dict, description="Options of the optimizer, listed below for each optimizer."
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         traits = self.traits
         if traits.schedule_free and (self.schedule != "constant" or self.warmup_steps):
-            raise ValueError(f"{self.name} is schedule-free: leave `schedule` and `warmup_steps` out")
+            raise ValueError(f"{self.name} is schedule-free: remove `schedule` and `warmup_steps`")
         if self.cycles != 1 and self.schedule != "cosine_restarts":
             raise ValueError('`cycles` needs `schedule = "cosine_restarts"`')
         if self.power != 1 and self.schedule != "polynomial":
@@ -60,19 +60,19 @@ class OptimizerSection(Section):
             if not rate > 0:
                 raise ValueError(
                     f"the learning rate of {part} is {rate}: expected a positive number; "
-                    "to freeze the part, leave it out of model.parts"
+                    "to freeze the part, remove it from model.parts"
                 )
         fixed = traits.fixed_learning_rate
         rates = [self.learning_rate, *self.part_learning_rates.values()]
         if fixed is not None and any(rate not in (None, fixed) for rate in rates):
             raise ValueError(
-                f"{self.name} finds its own step size: leave `learning_rate` out or set it to {fixed:g}"
+                f"{self.name} computes its own step size: remove `learning_rate` or set it to {fixed:g}"
             )
         return self
 
     @property
     def traits(self) -> Traits:
-        """What the optimizer does with these options."""
+        """The traits of the optimizer with these options."""
         return traits_of(self.name, check_options(self.name, self.options))
 
 
@@ -81,13 +81,13 @@ class RunSection(Section):
 
     name: str = Field(
         pattern=r"^[\w.-]+$",
-        description="Stem of the files that the run writes: letters, digits, `_`, `-` and `.`.",
+        description="Start of the names of all files of the run: letters, digits, `_`, `-` and `.`.",
     )
     output: Path = Field(description="Folder for adapters, previews, logs and states.")
     steps: int | None = Field(
-        default=None, ge=0, description="Optimizer steps. Give either `steps` or `epochs`."
+        default=None, ge=0, description="Number of optimizer steps. Set either `steps` or `epochs`."
     )
-    epochs: int | None = Field(default=None, ge=1, description="Passes over all images.")
+    epochs: int | None = Field(default=None, ge=1, description="Number of passes over all images.")
     batch: int = Field(default=1, ge=1, description="Images per process and forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
     precision: Precision = Field(default="fp32", description="Dtype of the frozen model.")
@@ -104,44 +104,46 @@ class RunSection(Section):
     offload: tuple[Offloaded, ...] = Field(
         default=(),
         description="Frozen networks that stay in main memory during the training. "
-        "They need cached captions or cached latents.",
+        "`text` needs cached captions, `vae` needs cached latents.",
     )
     ema_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Decay per step of a moving average of the deltas, which is then saved and sampled. "
-        "None: no average.",
+        description="Decay per step of a moving average of the deltas, which is saved and sampled instead of "
+        "them. None: no average.",
     )
     seed: int = Field(default=1, ge=0, description="Seed of all random choices of the run.")
     save_every_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between saves. None: at the end only."
+        default=None, ge=1, description="Optimizer steps between saves. None: save at the end only."
     )
-    keep_last: int = Field(default=3, ge=1, description="Number of saved states that stay on disk.")
+    keep_last: int = Field(default=3, ge=1, description="Number of states and step adapters to keep.")
     validate_every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Optimizer steps between validations. None: before and after the training only.",
+        description="Optimizer steps between validations. None: validate before and after the training only.",
     )
-    validation_times: int = Field(default=4, ge=1, description="Noise levels per validation image.")
+    validation_times: int = Field(
+        default=4, ge=1, description="Number of noise levels for each validation image."
+    )
     preview_every_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps between preview images. None: no previews."
     )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between log entries.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard logs.")
     resume: bool = Field(
-        default=True, description="Continue from the newest state in `output`, if there is one."
+        default=True, description="Resume from the newest state in `output`, if there is one."
     )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
+            raise ValueError("set either `steps` or `epochs`")
         return self
 
     @field_validator("name")
     @classmethod
     def _no_leading_dot(cls, name: str) -> str:
         if name.startswith("."):
-            raise ValueError("the name starts with a dot")
+            raise ValueError("`name` must not start with a dot")
         return name
