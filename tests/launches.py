@@ -23,8 +23,8 @@ _FREE = {
     "set_",
     "_reshape_alias",
 }
-# Limits of multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): tensors per launch by the number of lists,
-# blocks per launch, values per block.
+# Limits of multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): tensors per launch by the number of
+# lists, blocks per launch, values per block.
 _TENSORS, _BLOCKS, _CHUNK = (110, 64, 48, 36, 30), 320, 65536
 
 

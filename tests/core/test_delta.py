@@ -96,7 +96,7 @@ def factors(out: int, inside: tuple[int, ...], rank: int, dtype: torch.dtype = t
 
 
 def joined(four: Factors, scale: float, dtype: torch.dtype) -> Joined:
-    """The joined factors of one layer."""
+    """Return the joined factors of one layer."""
     out, rank = four.dB.shape[:2]
     down = torch.empty((1, 2 * rank, *four.dA.shape[1:]), dtype=dtype)
     up = torch.empty((1, out, 3 * rank), dtype=dtype)
@@ -105,7 +105,7 @@ def joined(four: Factors, scale: float, dtype: torch.dtype) -> Joined:
 
 
 def with_change(x: Tensor, base: nn.Module, scale: float, four: Factors) -> Tensor:
-    """W x with the change of a linear layer, the change alone of a convolution."""
+    """Return W x with the change of a linear layer, or the change alone of a convolution."""
     call: Callable[..., Tensor] = delta_linear if isinstance(base, nn.Linear) else delta_conv
     return call(x, base, scale, joined(four, scale, x.dtype), (four.dA, four.dB))
 

@@ -33,7 +33,7 @@ def adapted(form: Form = "delta") -> list[AdaptedLayer]:
 
 
 def expected(layer: AdaptedLayer, x: Tensor) -> Tensor:
-    """The output by the definition, from the current tensors."""
+    """Return the output by the definition, from the current tensors."""
     A, B = layer.down.detach(), layer.up.detach()
     if layer.form == "delta":
         A0, B0 = layer.frame_down, layer.frame_up

@@ -37,7 +37,7 @@ def adapted(layers: list[Layer], form: Form) -> tuple[Sdxl, Injection]:
 
 
 def with_peft(layers: list[Layer]) -> Sdxl:
-    """The same layers with PEFT's LoRA, its factors in bf16."""
+    """Return a model with PEFT's LoRA in the same layers, its factors in bf16."""
     model = empty_model(SDXL, torch.bfloat16)
     names = [layer.diffusers.removeprefix("unet.") for layer in layers]
     model.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK // 2, target_modules=names))

@@ -58,8 +58,8 @@ class JoinedFactors:
     def refresh(self) -> None:
         """Compute the factors of all layers from their current tensors.
 
-        Layers call this when a version counter shows a change. Call it after writes through `.data`, which the
-        counters do not show: some optimizers write so.
+        Layers call this when a version counter shows a change. Call it after writes through `.data`, which
+        the counters do not show: some optimizers write so.
         """
         if not self._stacks or not all(stack.is_intact() for stack in self._stacks):
             self._stacks = _stack(self._layers)
@@ -145,8 +145,8 @@ def _stack(layers: Sequence[TrainedLayer]) -> list[_Stack]:
     for layer in layers:
         kinds.setdefault((*map(_like, _tensors(layer)), layer.scale, layer.form), []).append(layer)
     in_order = [layer for alike in kinds.values() for layer in alike]
-    # Tensors of one shape share their storage even if their layers are not alike: an optimizer can then work on
-    # all of them at once.
+    # Tensors of one shape share their storage even if their layers are not alike: an optimizer can then work
+    # on all of them at once.
     for name in _names("delta"):
         _make_adjacent([layer for layer in in_order if name in _names(layer.form)], name)
     stacks: list[_Stack] = []

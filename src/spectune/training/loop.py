@@ -157,10 +157,10 @@ def _between_steps(run: Run, progress: Progress) -> None:
     is_last = progress.step == run.steps
     if _is_due(settings.validate_every_steps, progress) and not is_last:
         _validate(run, progress)
-    if _is_due(settings.preview_every_steps, progress):
-        _preview(run, progress)
     if _is_due(settings.save_every_steps, progress) and not is_last:
         output.save_step(run, progress)
+    if _is_due(settings.preview_every_steps, progress):
+        _preview(run, progress)
 
 
 def _finish(run: Run, progress: Progress) -> None:
@@ -175,9 +175,11 @@ def _finish(run: Run, progress: Progress) -> None:
 def _evaluation(run: Run) -> Iterator[None]:
     """Use eval mode and the weights to save inside the block."""
     run.model.denoiser.eval()
-    with run.finished_weights():
-        yield
-    run.optimization.network.train()
+    try:
+        with run.finished_weights():
+            yield
+    finally:
+        run.optimization.network.train()
 
 
 def _validate(run: Run, progress: Progress) -> float | None:
@@ -197,10 +199,19 @@ def _validate(run: Run, progress: Progress) -> float | None:
 
 
 def _preview(run: Run, progress: Progress) -> None:
+    """Draw a preview. If that fails, for example because memory runs out, warn and continue the run."""
     if not run.accelerator.is_main_process:
         return
-    with _evaluation(run), run.model.offload.at_work(), torch.no_grad():
-        run.callbacks.on_preview(progress.step, run.preview_model)
+    try:
+        with _evaluation(run), run.model.offload.at_work(), torch.no_grad():
+            run.callbacks.on_preview(progress.step, run.preview_model)
+    except Exception as error:  # whatever a callback raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warning = f"no preview of step {progress.step}: {reason}"
+        progress.warnings.append(warning)
+        run.callbacks.on_message(f"warning: {warning}")
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _report(run: Run, progress: Progress, *, interrupted: bool) -> TrainReport:

@@ -117,13 +117,12 @@ class Run:
         These are the moving average or the average of a schedule-free optimizer, if the run has one.
         """
         optimization, factors = self.optimization, self.model.injection.joined_factors
-        average, parameters = optimization.average, list(optimization.parameters.values())
+        if optimization.average is not None:
+            swapped = optimization.average.in_place()
+        else:
+            swapped = finished_weights(optimization.optimizer, list(optimization.parameters.values()))
         try:
-            with (
-                finished_weights(optimization.optimizer, parameters)
-                if average is None
-                else average.in_place()
-            ):
+            with swapped:
                 factors.refresh()
                 yield
         finally:

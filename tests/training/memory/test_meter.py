@@ -85,7 +85,7 @@ def real_loss(model: Sdxl, setup: Setup) -> Tensor:
 
 
 def saved_bytes(model: Sdxl, joined: list[Tensor], forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd saves in a forward pass, except parameters, frames and joined factors."""
+    """Return the bytes that autograd saves in a forward pass, without those of the model and `joined`."""
     existing = [
         *joined,
         *model.unet.parameters(),

@@ -1,9 +1,9 @@
 """ProdigyPlusScheduleFree that steps on many tensors of one shape at once.
 
 The library loops over the tensors. For the 2,104 trained tensors of SDXL that is 48,400 kernel launches per
-step, more than the forward and backward passes together. Here tensors of one shape that follow each other in
-memory (see model/joined_factors.py) form a stack (N, ...), and the library's code runs on the stacks. Most of it
-works element by element and needs no change. What reduces a matrix to a number reduces each of the N instead.
+step, more than the forward and backward passes together. Here tensors of one shape that follow each other
+in memory (see model/joined_factors.py) form a stack (N, ...), and the library's code runs on the stacks. Most
+of it works element by element and needs no change. Reductions of a matrix to a number reduce each of the N.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ State = dict[str, Any]
 class StackedProdigyPlus(ProdigyPlusScheduleFree):
     """ProdigyPlusScheduleFree with its arguments, results and saved state, in far fewer kernel launches.
 
-    Results differ from the library's by the order of sums over tensors. A tensor without a gradient takes part
-    from the step in which it first has one; a later step without one counts as a gradient of zero.
+    Results differ from the library's by the order of sums over tensors. A tensor takes part from the step in
+    which it first has a gradient; in a later step, a missing gradient counts as zero.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
