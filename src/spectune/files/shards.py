@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.errors import InputError, some_of
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
 from spectune.files.reader import INDEX_SUFFIX, Checkpoint, SafetensorsFile, open_binary
+from spectune.files.rename import rename
 from spectune.files.source import TensorInfo
 from spectune.files.writer import RESERVE_BYTES, check_target
 
@@ -77,7 +78,7 @@ class ShardedWriter(MultiFileWriter):
         try:
             self.path.unlink(missing_ok=True)
             for name in (*self._files, self.path.name):
-                (self._partial / name).replace(folder / name)
+                rename(self._partial / name, folder / name)
             for name in self._old - self._files.keys():
                 (folder / name).unlink(missing_ok=True)
             self._partial.rmdir()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
+from spectune.files.rename import rename
 from spectune.files.source import TensorInfo
 from spectune.files.tensor_writer import TensorWriter
 from spectune.files.weights_hash import tensor_bytes
@@ -99,7 +100,7 @@ class StreamWriter(TensorWriter):
 
     def commit(self) -> None:
         try:
-            self._partial.replace(self.path)
+            rename(self._partial, self.path)
         except OSError as error:
             self._keep = True
             raise InputError(

@@ -1,15 +1,22 @@
-"""Stop after the current step on Ctrl-C or SIGTERM."""
+"""Stop after the current step on Ctrl-C, SIGTERM or a closed terminal."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+# SIGHUP: the terminal or the ssh session was closed. SIGBREAK: the same for a console window on Windows.
+_CLOSED = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
+
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM only sets `requested`; a second SIGINT stops at once."""
+    """A context in which the first signal only sets `requested`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -18,7 +25,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only. A user interface may train in another thread.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *_CLOSED):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -32,3 +39,21 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if number in _CLOSED:
+            _drop_output()
+
+
+def _drop_output() -> None:
+    """Discard further output: writing to a closed terminal is an error, which would prevent the save."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Let a data worker ignore Ctrl-C, which a terminal sends to all processes.
+
+    The training process stops its workers after it has saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

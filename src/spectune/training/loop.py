@@ -17,7 +17,7 @@ from spectune.training import output, state
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
-from spectune.training.interrupt import StopRequest
+from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Progress, Run
 from spectune.training.setup import assemble, restore
@@ -128,6 +128,7 @@ def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Ba
         batch_sampler=PlannedBatches(run.data.plan, progress.position, stop),
         collate_fn=cast("Any", keep_batch),
         num_workers=workers,
+        worker_init_fn=ignore_interrupts,
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # workers need a seed but draw nothing
     )

@@ -58,11 +58,19 @@ def _numbered(output: Path, name: str, ending: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def keep_last(output: Path, name: str, count: int) -> None:
-    """Remove all but the newest `count` states and step files of the run `name`."""
+def keep_last(output: Path, name: str, count: int) -> list[str]:
+    """Remove all but the newest `count` states and step files of the run `name`; return warnings.
+
+    Windows refuses to remove a file that another program has open. The next save tries again.
+    """
+    warnings: list[str] = []
     for paths in (saved_states(output, name), step_files(output, name)):
         for path in paths[:-count]:
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:
+                warnings.append(f"cannot remove the old save {path.name}: {error.strerror}")
+    return warnings
 
 
 def remove(path: Path) -> None:
@@ -159,7 +167,10 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
         extras=run.state_extras(),
     )
     progress.files.append(folder)
-    keep_last(settings.output, settings.name, settings.keep_last)
+    for warning in keep_last(settings.output, settings.name, settings.keep_last):
+        if warning not in progress.warnings:
+            progress.warnings.append(warning)
+            run.callbacks.on_message(f"warning: {warning}")
 
 
 def _save_adapter(run: Run, progress: Progress, path: Path) -> None:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError, counted
+from spectune.files.rename import rename
 from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS
 
@@ -140,7 +141,7 @@ def save_state(
                 os.fsync(written.fileno())
         if folder.exists():
             shutil.rmtree(folder)
-        partial.rename(folder)
+        rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -217,6 +218,11 @@ def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]
                 current[key] = value
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    """Read tensors into memory. Mapped ones would keep the file open, and Windows could not delete it."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def load_state(folder: Path) -> SavedState:
     """Read a state; raise InputError if a file is missing or damaged, or its format is not FORMAT."""
     try:
@@ -226,13 +232,13 @@ def load_state(folder: Path) -> SavedState:
                 f"{folder} has state format {document.get('format')}, but this version reads {FORMAT}",
                 hint=_NEW_RUN_HINT,
             )
-        trained = load_file(folder / TRAINED)
-        tensors = load_file(folder / OPTIMIZER)
+        trained = _load(folder / TRAINED)
+        tensors = _load(folder / OPTIMIZER)
         structure = unflatten(document.pop("optimizer"), tensors)
-        extras = unflatten(document.pop("extras"), load_file(folder / EXTRAS))
+        extras = unflatten(document.pop("extras"), _load(folder / EXTRAS))
         order = document.pop("trained")
         layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
-        frames = _frames_of(load_file(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
+        frames = _frames_of(_load(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
         return SavedState(
             folder,
             StateHeader(**document),

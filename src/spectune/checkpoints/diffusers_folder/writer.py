@@ -28,6 +28,7 @@ from spectune.errors import InputError, some_of
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
 from spectune.files.provenance import ZERO_SNR_KEY, HasProvenance
 from spectune.files.reader import MODEL_INDEX
+from spectune.files.rename import rename
 from spectune.files.source import TensorInfo, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, check_target
@@ -198,12 +199,12 @@ def _replace_folder(target: Path, finished: Path) -> None:
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         if target.exists():
-            target.rename(old)
+            rename(target, old)
         try:
-            finished.rename(target)
+            rename(finished, target)
         except OSError:
             if old.exists():
-                old.rename(target)
+                rename(old, target)
             raise
     except OSError as error:
         raise InputError(

@@ -5,6 +5,8 @@ Relative paths in a recipe are relative to the folder of the recipe; in an overr
 
 from __future__ import annotations
 
+import codecs
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from pydantic import BaseModel
 from spectune.errors import InputError
 from spectune.training.recipe.recipe import EXAMPLES_HINT, Recipe, parse_recipe, section_of
 
+_PATH_HINT = "write paths with / or in single quotes: 'C:\\models\\base.safetensors'"
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a TOML file, with overrides of the form `section.key=value` applied.
@@ -22,19 +26,44 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value is invalid.
     """
+    text = _read_text(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", hint="recipes/ contains examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from error
+        hint = _backslash_hint(text, str(error))
+        raise InputError(f"{path} is not valid TOML: {error}", hint=hint) from error
     data = with_absolute_paths(data, path.parent.resolve())
     data = _without_replaced_length(data, overrides)
     for text in overrides:
         data = _overridden(data, text)
     return parse_recipe(data, label=path.name)
+
+
+def _read_text(path: Path) -> str:
+    """Read UTF-8 with or without a byte order mark, or UTF-16, which PowerShell writes with `>`."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist", hint="recipes/ contains examples") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return raw.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not {encoding.removesuffix('-sig').upper()} text: line {line} has the byte "
+            f"0x{raw[error.start]:02x}",
+            hint="save the recipe as UTF-8",
+        ) from error
+
+
+def _backslash_hint(text: str, error: str) -> str | None:
+    """Return a hint if the wrong line has a backslash in double quotes, as in a path of Windows."""
+    match = re.search(r"at line (\d+)", error)
+    line = text.splitlines()[int(match[1]) - 1] if match else ""
+    return _PATH_HINT if re.search(r'"[^"]*\\', line) else None
 
 
 def with_absolute_paths(
@@ -56,7 +85,11 @@ def _absolute(value: Any, folder: Path, annotation: Any) -> Any:
     if below is not None:
         return with_absolute_paths(value, folder, section=below) if isinstance(value, Mapping) else value
     is_path = annotation is Path or Path in get_args(annotation)
-    return str(folder / value) if is_path and isinstance(value, str) else value
+    if not is_path or not isinstance(value, str):
+        return value
+    if any(character < " " for character in value):  # TOML reads "C:\new" with a line break
+        raise InputError(f"the path {value!r} contains a control character", hint=_PATH_HINT)
+    return str(folder / value)
 
 
 def _without_replaced_length(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

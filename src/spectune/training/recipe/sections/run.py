@@ -15,6 +15,9 @@ from spectune.training.recipe.sections.model import PartName
 Precision = Literal["fp32", "bf16"]
 Offloaded = Literal["text", "vae"]
 
+_PORTS = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
+_WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | _PORTS
+
 
 class OptimizerSection(Section):
     """The optimizer, its learning rates and their schedule."""
@@ -143,7 +146,9 @@ class RunSection(Section):
 
     @field_validator("name")
     @classmethod
-    def _no_leading_dot(cls, name: str) -> str:
+    def _is_a_file_name(cls, name: str) -> str:
         if name.startswith("."):
             raise ValueError("`name` must not start with a dot")
+        if name.endswith(".") or name.split(".")[0].lower() in _WINDOWS_DEVICES:
+            raise ValueError("Windows reserves this name; choose another `name`")
         return name
