@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from spectune.cli.command import CommandSpec, with_flags
+from spectune.cli.command import CommandSpec, placeholder, usage_of, with_flags
 from spectune.cli.commands import COMMANDS
 from spectune.operation import OptionField, flags_of, option_fields
 
@@ -31,9 +31,8 @@ def commands_page() -> str:
     sections: list[str] = []
     for command in COMMANDS:
         fields = option_fields(command.options)
-        usage = " ".join(
-            ["spectune", command.name, *(_placeholder(field) for field in fields if field.argument)]
-        )
+        arguments = usage_of([field for field in fields if field.argument])
+        usage = " ".join(["spectune", command.name, *([arguments] if arguments else [])])
         summary = textwrap.fill(
             _line(with_flags(command, command.options.__doc__ or "")), WIDTH, break_on_hyphens=False
         )
@@ -50,7 +49,7 @@ def commands_page() -> str:
 
 
 def _row(command: CommandSpec, field: OptionField) -> str:
-    name = _placeholder(field) if field.argument else ", ".join(flags_of(field))
+    name = placeholder(field) if field.argument else ", ".join(flags_of(field))
     text = field.off[1] if field.off is not None else field.help
     cells = [
         f"`{name}`",
@@ -79,10 +78,6 @@ def _default(field: OptionField) -> str:
         return ""
     values = field.default if field.many else [field.default]
     return ", ".join(f"`{value}`" for value in values)
-
-
-def _placeholder(field: OptionField) -> str:
-    return field.metavar or field.name.upper()
 
 
 def _line(text: str) -> str:

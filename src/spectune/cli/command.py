@@ -114,7 +114,7 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
 def with_flags(command: CommandSpec, text: str) -> str:
     """Replace each field in backticks by its flag: `conv_rank` -> --conv-rank."""
     spelled = {
-        field.name: _placeholder(field) if field.argument else flags_of(field)[-1]
+        field.name: placeholder(field) if field.argument else flags_of(field)[-1]
         for field in option_fields(command.options)
     }
     return re.sub(r"`(\w+)`", lambda match: spelled.get(match[1], match[0]), text)
@@ -136,10 +136,8 @@ def _parameters(command: CommandSpec, fields: Sequence[OptionField]) -> list[ins
         if not field.argument
     ]
     if any(field.old_flag for field in arguments):
-        usage = " ".join(
-            f"[{_placeholder(f)}]" if not f.required else _placeholder(f) for f in _in_order(arguments)
-        )
-        text = " ".join(f"{_placeholder(field)}: {field.help}" for field in _in_order(arguments))
+        usage = usage_of(arguments)
+        text = " ".join(f"{placeholder(field)}: {field.help}" for field in _in_order(arguments))
         files = _parameter("files", list[Path], typer.Argument(metavar=usage, help=text, show_default=False))
         old = [
             _parameter(
@@ -159,7 +157,7 @@ def _in_order(arguments: Sequence[OptionField]) -> list[OptionField]:
 
 def _argument(command: CommandSpec, field: OptionField) -> inspect.Parameter:
     info = typer.Argument(
-        help=with_flags(command, field.help), metavar=_placeholder(field), show_default=False
+        help=with_flags(command, field.help), metavar=placeholder(field), show_default=False
     )
     if field.required:
         return _parameter(field.name, _type(field), info)
@@ -200,8 +198,15 @@ def _type(field: OptionField) -> Any:
     )
 
 
-def _placeholder(field: OptionField) -> str:
+def placeholder(field: OptionField) -> str:
+    """Return the name of an argument or of an option's value in help texts."""
     return field.metavar or field.name.upper()
+
+
+def usage_of(arguments: Sequence[OptionField]) -> str:
+    """Return the arguments as in a usage line: `[MODEL] TUNED`."""
+    in_order = _in_order(arguments) if any(field.old_flag for field in arguments) else arguments
+    return " ".join(placeholder(field) if field.required else f"[{placeholder(field)}]" for field in in_order)
 
 
 def _shared_flags(command: CommandSpec) -> list[inspect.Parameter]:
@@ -241,12 +246,12 @@ def _place_files(
         if value is not None:
             placed[field.name] = value
             print_note(
-                f"{field.old_flag} is no longer needed: pass {_placeholder(field)} as the first argument"
+                f"{field.old_flag} is no longer needed: pass {placeholder(field)} as the first argument"
             )
     missing = [field for field in _in_order(arguments) if field.name not in placed]
     if len(files) < len(missing):
         missing = [field for field in missing if field.required]
     if len(files) != len(missing):
-        names = " ".join(_placeholder(field) for field in missing)
+        names = " ".join(placeholder(field) for field in missing)
         raise InputError(f"got {counted(len(files), 'file')}: expected {names}", hint="see --help")
     return placed | {field.name: file for field, file in zip(missing, files, strict=True)}

@@ -49,6 +49,10 @@ class PlanReport:
     recipe: str  # TOML
 
 
+def _ignore(message: str) -> None:
+    """Drop a progress message."""
+
+
 @operation(PlanOptions)
 def plan(options: PlanOptions) -> PlanReport:
     """Find the best training settings that fit into the memory of a GPU.
@@ -56,7 +60,7 @@ def plan(options: PlanOptions) -> PlanReport:
     Raises InputError if no settings fit.
     """
     nbytes = parse_bytes(options.vram) if isinstance(options.vram, str) else options.vram
-    notify = options.notify or (lambda message: None)
+    notify = options.notify or _ignore
     requested = Setup(
         rank=options.rank,
         parts=parse_parts(options.parts),

@@ -63,7 +63,7 @@ class VerifyReport:
     records: tuple[TensorRecord, ...]
     hashes: Hashes
     problems: tuple[str, ...]
-    programs: Mapping[str, Sequence[Loading]] = field(default_factory=dict)  # by file name
+    programs: Mapping[str, Sequence[Loading]] = field(default_factory=dict[str, Sequence[Loading]])
 
     @property
     def ok(self) -> bool:
