@@ -126,7 +126,8 @@ class _Stack:
         if self._form == "delta":
             join_delta(down, up, Factors(*self._factors), self._scale)
         else:
-            join_residual(down, up, *self._factors, self._scale)
+            A, B = self._factors
+            join_residual(down, up, A, B, self._scale)
 
 
 def _names(form: Form) -> tuple[str, ...]:
@@ -176,5 +177,4 @@ def _like(tensor: Tensor) -> object:
 
 def _extended(first: Tensor, count: int) -> Tensor:
     """Return a view, (count, ...), of `first` and the tensors of its shape that follow it in memory."""
-    storage, begin = first.untyped_storage(), first.storage_offset()
-    return first.detach().new_empty(0).set_(storage, begin, (count, *first.shape))
+    return first.detach().as_strided((count, *first.shape), (first.numel(), *first.stride()))

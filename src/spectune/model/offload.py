@@ -36,6 +36,9 @@ class Offload:
         self._parked = False
         self._users: dict[Network, int] = dict.fromkeys(networks, 0)  # open blocks that use each network
 
+    def __contains__(self, network: Network) -> bool:
+        return network in self._networks
+
     def park(self) -> None:
         """Move the networks to the parking device. Networks in an open block move at its end."""
         self._parked = True
@@ -68,25 +71,34 @@ class Offload:
             module.to(device)
 
 
-def offload(model: Sdxl, names: Iterable[Network], *, parking: torch.device | str = _CPU) -> Offload:
+def offload(
+    model: Sdxl,
+    names: Iterable[Network],
+    *,
+    working: torch.device | None = None,
+    parking: torch.device | str = _CPU,
+) -> Offload:
     """Return the named networks of a model as an Offload. No network moves before `park`.
+
+    `working` is by default the device of the UNet.
 
     Raises:
         InputError: A network is trained, so every step needs it.
     """
     networks: dict[Network, tuple[nn.Module, ...]] = {}
     for name in names:
-        modules = _modules(model, name)
+        modules = modules_of(model, name)
         if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
             raise InputError(
                 f"run.offload contains `{name}`, but a trained network cannot be offloaded",
                 hint=f"remove `{name}` from run.offload, or the text encoders from model.parts",
             )
         networks[name] = modules
-    return Offload(networks, working=model.device, parking=torch.device(parking))
+    return Offload(networks, working=working or model.device, parking=torch.device(parking))
 
 
-def _modules(model: Sdxl, name: Network) -> tuple[nn.Module, ...]:
+def modules_of(model: Sdxl, name: Network) -> tuple[nn.Module, ...]:
+    """Return the modules of a network; none if the model has no autoencoder."""
     if name == "text":
         return (model.te1, model.te2)
     return () if model.vae is None else (model.vae,)

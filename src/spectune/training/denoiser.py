@@ -20,8 +20,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.te1, self.te2 = model.unet, model.te1, model.te2
         self.model = model
-        # cached: diffusers searches all modules at each access
-        self.dtype, self.device = model.unet.dtype, model.device
+        self.dtype = model.unet.dtype  # cached: diffusers searches all modules at each access
         self.trains_text = trains_text
         self.text: Mapping[str, TextStates] | None = None  # by caption, if all captions are cached
 
@@ -34,8 +33,9 @@ class Denoiser(nn.Module):
         """Return the encoded captions, cached or computed."""
         if self.text is not None:
             states = [self.text[caption] for caption in captions]
-            context = torch.stack([state.context for state in states]).to(self.device)
-            return TextStates(context, torch.stack([state.pooled for state in states]).to(self.device))
+            device = next(self.unet.parameters()).device
+            context = torch.stack([state.context for state in states]).to(device)
+            return TextStates(context, torch.stack([state.pooled for state in states]).to(device))
         with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
             return self.model.encode_text(tokenize(captions, self.model.layout.te1.context))
 

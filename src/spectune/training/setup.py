@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
-from spectune.model.offload import offload
+from spectune.model.offload import Network, modules_of, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
 from spectune.training import state
 from spectune.training.aligned_frames import align
@@ -22,10 +22,11 @@ from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
+    cache_captions,
+    cache_latents,
     check_sizes,
     data_hash,
     data_warnings,
-    fill_caches,
     training_sizes,
 )
 from spectune.training.data.plan import BatchPlan
@@ -70,11 +71,12 @@ def assemble(
     if saved is not None:
         state.check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = _find_images(recipe, warnings)
-    trainable = _build_model(recipe, accelerator.device, saved, callbacks)
-    model = RunModel(
-        trainable, _build_denoiser(recipe, trainable), offload(trainable.sdxl, recipe.run.offload)
-    )
-    data = _encode_images(recipe, model, pictures, validation, warnings)
+    device = accelerator.device
+    trainable = _build_model(recipe, device, saved, callbacks)
+    offloaded = offload(trainable.sdxl, recipe.run.offload, working=device)
+    model = RunModel(trainable, _build_denoiser(recipe, trainable), offloaded)
+    data = _encode_images(recipe, model, device, pictures, validation, warnings)
+    model.sdxl.unet.to(device)  # last: the encoding needs memory that the UNet would take
     weighting = _build_weighting(recipe, accelerator.device)
     objective = _build_objective(recipe, model, weighting)
     if saved is None:
@@ -135,21 +137,41 @@ def _find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan |
 
 
 def _encode_images(
-    recipe: Recipe, model: RunModel, pictures: Pictures, validation: Scan | None, warnings: WarningLog
+    recipe: Recipe,
+    model: RunModel,
+    device: torch.device,
+    pictures: Pictures,
+    validation: Scan | None,
+    warnings: WarningLog,
 ) -> RunData:
-    """Encode the validation images and fill the caches, then park the offloaded networks."""
+    """Encode the validation images and fill the caches, with one network at a time on the device.
+
+    Networks that are not offloaded stay there.
+    """
     sizes = training_sizes(recipe.data)
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
     check_sizes(model.sdxl, sizes)
-    groups = [] if validation is None else encode_validation(model.sdxl, validation, sizes)
-    warnings.add(fill_caches(recipe, model.sdxl, model.denoiser, pictures, groups, warnings.callbacks))
     model.offload.park()
+    _place(model, "vae", device)
+    with model.offload.at_work("vae"):
+        groups = [] if validation is None else encode_validation(model.sdxl, validation, sizes)
+        warnings.add(cache_latents(recipe, model.sdxl, pictures, warnings.callbacks))
+    _place(model, "text", device)
+    with model.offload.at_work("text"):
+        cache_captions(recipe, model.denoiser, pictures, groups)
     return RunData(
         pictures=pictures,
         plan=BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed),
         validation=tuple(groups),
         hash=data_hash(pictures),
     )
+
+
+def _place(model: RunModel, network: Network, device: torch.device) -> None:
+    """Move a network to the device unless it is offloaded."""
+    if network not in model.offload:
+        for module in modules_of(model.sdxl, network):
+            module.to(device)
 
 
 # ---------------------------------------------------------------- model
@@ -161,13 +183,10 @@ def _build_model(
     frames = None
     if saved is not None and saved.frames is not None:
         frames = SavedFrames(saved.header.base_hash, saved.frames)
-    is_quantized = recipe.model.quantize != "none"
-    trainable = build_trainable(
+    trainable = build_trainable(  # in main memory
         recipe.model,
         saved=frames,
         seed=recipe.run.seed,
-        # quantization moves layers to the GPU one by one: the unquantized model may not fit there
-        device="cpu" if is_quantized else device,
         dtype=parse_dtype(recipe.run.precision),
         trained_dtype=parse_dtype(recipe.run.trained_precision),
         log=callbacks.on_message,

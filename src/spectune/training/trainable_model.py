@@ -341,15 +341,17 @@ def _as_dtype(frame: LowRank, dtype: torch.dtype) -> LowRank:
 def quantize(
     trainable: TrainableModel, kind: Literal["nf4", "int8"], device: torch.device, *, log: Log
 ) -> None:
-    """Quantize the linear layers of the base in place, log the error, and move the model to `device`."""
-    sdxl = trainable.sdxl
+    """Quantize the linear layers of the base in place, each on `device`, and log the error.
+
+    The networks are in main memory afterwards.
+    """
     frames = trainable.injection.frames()
-    for part in quantize_layers(sdxl, None, kind, frames=frames, device=device).parts:
+    for part in quantize_layers(trainable.sdxl, None, kind, frames=frames, device=device).parts:
         log(f"{kind} {part}")
-    modules: list[nn.Module | None] = [sdxl.unet, sdxl.te1, sdxl.te2, sdxl.vae]
-    for module in modules:
-        if module is not None:
-            module.to(device)
+    sdxl = trainable.sdxl
+    networks: list[nn.Module] = [sdxl.unet, sdxl.te1, sdxl.te2]
+    for network in networks:
+        network.to("cpu")
 
 
 def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> TrainableModel:

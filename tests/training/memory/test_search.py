@@ -28,13 +28,14 @@ def test_the_total_is_the_larger_phase_and_a_reserve() -> None:
         kept=400,
         working=50,
         unpacked=0,
-        waiting=300,
-        encoding=200,
+        encoding=1760,
+        encoding_text=300,
     )
     assert memory.allocated == 1800
     assert memory.caching == 1760
     assert memory.total == 1800 + 600_000_000 + 90
-    assert replace(memory, encoding=340).total == 1900 + 600_000_000 + 95
+    assert replace(memory, encoding_text=1900).caching == 1900
+    assert replace(memory, encoding=1900).total == 1900 + 600_000_000 + 95
 
 
 class FakeMeter(MemoryMeter):

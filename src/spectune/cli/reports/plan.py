@@ -59,7 +59,11 @@ def _rows(memory: Memory) -> list[tuple[str, int, str]]:
         ("working memory", memory.working, "in addition, at the peak of the step"),
         ("unpacked weight", memory.unpacked, "of the largest quantized layer"),
         ("total while training", memory.allocated, "sum of the above"),
-        ("total while encoding", memory.caching, "before training: all networks, one picture in the VAE"),
+        (
+            "total while encoding",
+            memory.caching,
+            "before training: one network and one image at a time",
+        ),
         ("reserve", memory.reserve, "assumed"),
         ("required", memory.total, "the larger total, and the reserve"),
     ]

@@ -55,37 +55,36 @@ def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> li
     return warnings
 
 
-def fill_caches(
-    recipe: Recipe,
-    model: Sdxl,
-    denoiser: Denoiser,
-    pictures: Pictures,
-    validation: Sequence[ValidationImages],
-    callbacks: Callbacks,
-) -> list[str]:
-    """Encode the images and captions that the recipe caches; return warnings."""
-    warnings: list[str] = []
-    if recipe.caches_latents:
-        callbacks.on_message(f"encoding {counted(len(pictures), 'image')}")
-        stage, folder = "encoding images", recipe.data.cache_folder
-        store = None if folder is None else LatentStore(folder, vae_key(model))
-        try:
-            pictures.latents = encode_pictures(
-                model,
-                pictures,
-                flips=pictures.variation.flips,
-                seed=recipe.run.seed,
-                progress=partial(callbacks.on_progress, stage),
-                store=store,
-            )
-        finally:
-            # also after an error: the progress bar must release the terminal
-            callbacks.on_progress(stage, 1, 1)
-        warnings = [] if store is None else store.warnings()
+def cache_latents(recipe: Recipe, model: Sdxl, pictures: Pictures, callbacks: Callbacks) -> list[str]:
+    """Encode the images if the recipe caches latents; return warnings."""
+    if not recipe.caches_latents:
+        return []
+    callbacks.on_message(f"encoding {counted(len(pictures), 'image')}")
+    stage, folder = "encoding images", recipe.data.cache_folder
+    store = None if folder is None else LatentStore(folder, vae_key(model))
+    try:
+        pictures.latents = encode_pictures(
+            model,
+            pictures,
+            flips=pictures.variation.flips,
+            seed=recipe.run.seed,
+            progress=partial(callbacks.on_progress, stage),
+            store=store,
+        )
+    finally:
+        # also after an error: the progress bar must release the terminal
+        callbacks.on_progress(stage, 1, 1)
+    return [] if store is None else store.warnings()
+
+
+def cache_captions(
+    recipe: Recipe, denoiser: Denoiser, pictures: Pictures, validation: Sequence[ValidationImages]
+) -> None:
+    """Encode the captions if the recipe caches them."""
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
-        denoiser.text = encode_captions(model, captions.union(*(group.captions for group in validation)))
-    return warnings
+        captions = captions.union(*(group.captions for group in validation))
+        denoiser.text = encode_captions(denoiser.model, captions)
 
 
 def data_hash(pictures: Pictures) -> str:

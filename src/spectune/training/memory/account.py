@@ -65,8 +65,8 @@ class Memory:
     kept: int  # activations between the forward and the backward pass
     working: int  # further activations at the peak of a step
     unpacked: int  # the largest quantized weight, when it is unpacked for a product
-    waiting: int  # networks that are offloaded during the training
-    encoding: int  # the autoencoder's activations for one image, before the training
+    encoding: int  # before the training: the autoencoder with its activations for one image
+    encoding_text: int  # before the training: the encoders, and the autoencoder if it stays on the GPU
 
     @property
     def allocated(self) -> int:
@@ -76,8 +76,8 @@ class Memory:
 
     @property
     def caching(self) -> int:
-        """The bytes of tensors while latents are encoded: all networks, no gradients, no optimizer state."""
-        return self.fixed.total + self.waiting + self.encoding
+        """The peak bytes of tensors while images and captions are encoded, one network at a time."""
+        return max(self.encoding, self.encoding_text)
 
     @property
     def reserve(self) -> int:

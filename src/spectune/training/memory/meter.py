@@ -98,8 +98,8 @@ class MemoryMeter:
             kept=0,
             working=0,
             unpacked=weights.unpacked,
-            waiting=(weights.encoders if text else 0) + (weights.vae if vae else 0),
-            encoding=self._encoding(setup.resolution_px),
+            encoding=weights.vae + self._encoding(setup.resolution_px),
+            encoding_text=weights.encoders + (0 if vae else weights.vae),
         )
 
     def _built(self, setup: Setup) -> tuple[Sdxl, Injection]:

@@ -121,7 +121,7 @@ class StackedProdigyPlus(ProdigyPlusScheduleFree):
         for group in self.param_groups:
             stacks = dict.fromkeys(stack_of[p] for p in group["params"] if p in stack_of)
             group["params"] = list(stacks) or group["params"]
-        self.state = self._stack_state
+        self.state = self._stack_state  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
@@ -148,12 +148,7 @@ class StackedProdigyPlus(ProdigyPlusScheduleFree):
         for group in self.param_groups:
             for run in self._runs(group):
                 first = run[0].detach()
-                stack = first.new_empty(0).set_(
-                    first.untyped_storage(),
-                    first.storage_offset(),
-                    (len(run), *first.shape),
-                    (first.numel(), *first.stride()),
-                )
+                stack = first.as_strided((len(run), *first.shape), (first.numel(), *first.stride()))
                 self._members[nn.Parameter(stack)] = run
         for stack, members in self._members.items():
             states = [self.state.pop(member, {}) for member in members]
