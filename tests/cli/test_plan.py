@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spectune.cli.app import run
+from spectune.errors import InputError
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.recipe import parse_recipe
 
@@ -106,3 +107,20 @@ def test_help_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--help"]) == 0
     shown = " ".join(capfd.readouterr().out.split())
     assert "Example: spectune plan model.safetensors --vram 12GB" in shown
+
+
+def test_the_size_may_be_a_bare_number_or_that_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectune.ops import plan as module
+
+    assert [module._vram(size) for size in ("12", " 8.5 ", "12GB", "12GiB", 10)] == [
+        12 * 10**9,
+        85 * 10**8,
+        12 * 10**9,
+        12 * 2**30,
+        10,
+    ]
+    monkeypatch.setattr(module, "total_memory", lambda: 8 * 2**30)
+    assert module._vram(None) == 8 * 2**30
+    monkeypatch.setattr(module, "total_memory", lambda: None)
+    with pytest.raises(InputError, match="`vram` is missing: this machine has no CUDA card"):
+        module._vram(None)

@@ -13,8 +13,8 @@ from spectune.cli.app import run
 from spectune.core.rank import BudgetRank, EnergyRank, FixedRank
 from spectune.errors import InputError
 from spectune.files.dtypes import parse_residual_dtype
+from spectune.model.device import parse_device
 from spectune.ops.options.model_files import SplitOptions
-from spectune.ops.shared import parse_device
 from spectune.pairs.rank_plan import rank_request
 from tests.sample_pairs import recast
 

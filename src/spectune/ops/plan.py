@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, SpectuneError, did_you_mean
 from spectune.files.source import WeightSource
+from spectune.model.device import total_memory
 from spectune.operation import operation
 from spectune.ops.options.training import PlanOptions
 from spectune.pairs.rules import check_whole_model
@@ -49,6 +51,18 @@ class PlanReport:
     recipe: str  # TOML
 
 
+def _vram(size: str | int | None) -> int:
+    """Return the memory of the GPU in bytes; of this machine's card if no size is given."""
+    if size is None:
+        size = total_memory()
+        if size is None:
+            raise InputError("`vram` is missing: this machine has no CUDA card", hint="an example: 12GB")
+    if isinstance(size, int):
+        return size
+    # A bare 12 means 12 GB: nobody plans for 12 bytes.
+    return parse_bytes(f"{size}GB" if re.fullmatch(r"\s*\d{1,3}(\.\d+)?\s*", size) else size)
+
+
 def _ignore(message: str) -> None:
     """Drop a progress message."""
 
@@ -59,7 +73,7 @@ def plan(options: PlanOptions) -> PlanReport:
 
     Raises InputError if no settings fit.
     """
-    nbytes = parse_bytes(options.vram) if isinstance(options.vram, str) else options.vram
+    nbytes = _vram(options.vram)
     notify = options.notify or _ignore
     requested = Setup(
         rank=options.rank,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,24 +130,6 @@ def kept_metadata(metadata: Mapping[str, str], *, one_file: bool) -> dict[str, s
     names = ("modelspec.title",) if one_file else ("modelspec.title", "ss_output_name")
     removed = {*STALE, *sizes, *names}
     return {key: text for key, text in metadata.items() if key not in removed and not key.startswith(PREFIX)}
-
-
-def parse_device(word: str) -> str:
-    """Return the torch device for auto, cpu, cuda, cuda:1 or mps. auto is the GPU if there is one.
-
-    Raises InputError for a device that this machine does not have.
-    """
-    if word == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?|mps", word)
-    if match is None:
-        raise InputError(f"unknown device {word!r}", hint="pass auto, cpu, cuda, cuda:1 or mps")
-    count = torch.cuda.device_count()
-    if word.startswith("cuda") and int(match[1] or 0) >= count:
-        raise InputError(f"no device {word}: torch finds {count} CUDA devices", hint="pass cpu as `device`")
-    if word == "mps" and not torch.backends.mps.is_available():
-        raise InputError("no device mps on this machine", hint="pass cpu as `device`")
-    return word
 
 
 def is_checkpoint(path: Path) -> bool:

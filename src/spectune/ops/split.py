@@ -21,9 +21,10 @@ from spectune.files.reader import INDEX_SUFFIX
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
+from spectune.model.device import parse_device
 from spectune.operation import operation
 from spectune.ops.options.model_files import SplitOptions
-from spectune.ops.shared import STALE, origin_of, parse_device
+from spectune.ops.shared import STALE, origin_of
 from spectune.pairs.rank_plan import RankPlan, choose_ranks, rank_request
 from spectune.pairs.residual_file import (
     HEADER_BYTES,

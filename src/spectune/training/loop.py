@@ -13,6 +13,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spectune.model.device import describe_device, parse_device
 from spectune.training import output, state
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
 from spectune.training.data.dataset import Batch, keep_batch
@@ -36,7 +37,11 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         InputError: Before any work: a file is missing, does not fit, or would be overwritten without `force`.
         SpectuneError: Training failed, for example because the loss is not finite.
     """
+    device = parse_device(recipe.run.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     accelerator = Accelerator(
+        cpu=recipe.run.device == "cpu",
         # The model has the precision of the recipe; accelerate's own configuration must not add autocast.
         mixed_precision="no",
         gradient_accumulation_steps=recipe.run.accumulation,
@@ -46,6 +51,10 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     )
     main_callbacks = CallbackList(_main_callbacks(recipe, callbacks) if accelerator.is_main_process else [])
     claim = output.claim_output(recipe, force=force)
+    main_callbacks.on_message(
+        f"training on {describe_device(accelerator.device)}, {recipe.run.precision} model, "
+        f"{recipe.run.trained_precision} trained tensors"
+    )
     saved = None if claim.resumed is None else state.load_state(claim.resumed)
     run = assemble(recipe, accelerator, main_callbacks, saved)
     progress = Progress() if saved is None else restore(run, saved)

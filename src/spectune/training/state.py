@@ -322,6 +322,7 @@ FREE = frozenset(
         "run.validation_times",
         "run.preview_every_steps",
         "run.log_every_steps",
+        "run.device",
         "run.gradient_checkpointing",
         "run.compile",
         "run.offload",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from spectune.files.pipeline import report_progress
 from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource
 from spectune.files.weights_hash import weights_hash
+from spectune.model.device import best_device
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
 from spectune.model.vae_convention import VaeConvention, declares_vae, known_convention, resolve_convention
@@ -63,25 +64,6 @@ def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter])
         base_hash = weights_hash(base)
         for adapter in recorded:
             check_base_hash(base_hash, adapter, base.label)
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device and its preferred dtype."""
-
-    name: str
-    dtype: torch.dtype
-
-
-def best_device() -> Device:
-    """Return the GPU with a 16-bit dtype if there is one, otherwise the CPU with float32."""
-    if torch.cuda.is_available():
-        # older GPUs emulate bf16 slowly
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device("cuda", torch.bfloat16 if native else torch.float16)
-    if torch.backends.mps.is_available():
-        return Device("mps", torch.float16)
-    return Device("cpu", torch.float32)
 
 
 def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:

@@ -25,9 +25,10 @@ from spectune.files.provenance import Provenance, Role, spectune_version
 from spectune.files.source import TensorInfo, WeightSource, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import check_target
+from spectune.model.device import parse_device
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions
-from spectune.ops.shared import parse_device, refuse_overwriting
+from spectune.ops.shared import refuse_overwriting
 from spectune.pairs.rank_plan import choose_ranks, rank_request
 from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue

@@ -31,8 +31,10 @@ class PlanOptions(OperationOptions):
 
     model: Path = argument(help="The original checkpoint.")
     _: KW_ONLY
-    vram: str | int = option(
-        help="Memory of the GPU: 12GB; or less, such as 11.5GiB, if a desktop uses some of it."
+    vram: str | int | None = option(
+        default=None,
+        help="Memory of the GPU: 12GB; or less, such as 11.5GiB, if a desktop uses some of it. "
+        "Default: that of this machine's card.",
     )
     rank: int = option(default=64, ge=1, help="Singular directions trained per layer.")
     parts: str = option(default="unet,te1,te2", help="The parts to train, separated by commas.")

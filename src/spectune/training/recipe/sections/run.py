@@ -93,6 +93,11 @@ class RunSection(Section):
     epochs: int | None = Field(default=None, ge=1, description="Number of passes over all images.")
     batch: int = Field(default=1, ge=1, description="Images per process and forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="Device: auto, cpu, cuda, cuda:1 or mps. `auto` is the GPU if there is one.",
+    )
     precision: Precision = Field(default="fp32", description="Dtype of the frozen model.")
     trained_precision: Precision = Field(
         default="fp32",
