@@ -55,7 +55,7 @@ FILES = {
     "-o energy_lora.safetensors",
     "export size": "export encoders/encoders.safetensors --size 1MB --base {base} --keys comfyui "
     "-o size_lora.safetensors",
-    "export principal": "export delta/delta.safetensors --form principal --base {base} "
+    "export principal": "export encoders/encoders.safetensors --form principal --base {base} "
     "-o tuned_principal.safetensors",
     "export difference": "export tuned.safetensors --base {base} --rank 8 -o difference.safetensors",
     "slice tuned": "slice encoders/encoders.safetensors:te delta/delta.safetensors:unet "
@@ -119,7 +119,7 @@ def read_file(path: Path) -> Header:
 
 def run_commands(checkout: Path, output: Path, base: Path, images: Path, only: str) -> list[str]:
     """Run the commands in folder `output`, with the source tree of `checkout`; return the failures."""
-    output.mkdir(parents=True)
+    (output / "shards").mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "NO_COLOR": "1", "PYTHONUTF8": "1"}
     failures: list[str] = []
     for name, text in (SPLIT | TRAIN | FILES).items():
