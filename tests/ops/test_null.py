@@ -78,8 +78,9 @@ def test_offsets_are_read_from_the_header(tiny_checkpoint: Path, tmp_path: Path)
     unusual.write_bytes(len(text).to_bytes(8, "little") + text + tiny_checkpoint.read_bytes()[start:])
     null(unusual, tmp_path / "null.safetensors")
     assert header(tmp_path / "null.safetensors") == header(unusual)
+    original = load_file(unusual)
     for name, tensor in load_file(tmp_path / "null.safetensors").items():
-        assert torch.equal(tensor, load_file(unusual)[name]) == (name in KEPT), name
+        assert torch.equal(tensor, original[name]) == (name in KEPT), name
 
 
 def test_a_failing_write_leaves_no_file(
