@@ -28,7 +28,7 @@ types = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 subsets = st.integers(1, (1 << 24) - 1)  # layer n is selected by bit n mod 24
 ranks = st.integers(1, 12)
 # every example reads and writes several 4 MB files
-few = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def layers_of(base: Path) -> tuple[Layer, ...]:

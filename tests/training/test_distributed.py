@@ -46,7 +46,10 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(path).items() if "delta_" in name}
 
 
-@pytest.mark.parametrize("loss", [{}, {"weighting": "edm2"}], ids=["plain", "edm2"])
+EDM2 = pytest.param({"weighting": "edm2"}, marks=pytest.mark.slow, id="edm2")
+
+
+@pytest.mark.parametrize("loss", [pytest.param({}, id="plain"), EDM2])
 def test_two_processes_equal_one_with_accumulation_2(
     make_recipe: MakeRecipe, tmp_path: Path, loss: dict[str, Any]
 ) -> None:

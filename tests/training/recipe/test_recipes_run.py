@@ -94,6 +94,8 @@ def short_recipe(path: Path, images: dict[str, Path], output: Path) -> Recipe:
     ]
     if load_recipe(path).optimizer.warmup_steps:
         overrides.append("optimizer.warmup_steps=1")
+    if load_recipe(path).objective.start == "warm":
+        overrides.append("objective.warm_images=8")
     return load_recipe(path, overrides)
 
 
