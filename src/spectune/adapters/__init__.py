@@ -3,6 +3,7 @@
 | module | contents |
 | --- | --- |
 | adapter | adapters in memory: a low-rank pair or a delta per layer, read on access |
+| detect | tell adapters from checkpoints |
 | spellings | map the keys of other programs to layers and back |
 | alphas | read alphas from tensors and from PEFT's configuration, and warn about them |
 | reader | open the adapter of any program for the layers of a model |

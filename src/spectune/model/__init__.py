@@ -6,7 +6,9 @@
 * vae_convention: scale, shift and padding of a VAE, from several sources.
 * vae_loading: load a VAE from its own file.
 * inject: trainable low-rank changes of layers, in the delta or residual form.
+* joined_factors: the factors of all changes in the dtype of the activations, made once per step.
 * packed_linear: a linear layer in 4 or 8 bits.
 * quantize: quantize the layers of a model and report the error.
 * offload: keep unused networks in main memory.
+* device: the devices of this machine.
 """

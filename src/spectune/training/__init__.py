@@ -15,6 +15,6 @@
 * output:          the files of a run in its output folder
 * state:           saved states; a run resumes from them bit for bit
 * callbacks:       progress bar, TensorBoard, previews
-* interrupt:       stop on Ctrl-C and SIGTERM
+* interrupt:       stop on Ctrl-C, SIGTERM and a closed terminal
 * seeds:           derive every random choice from one seed
 """
