@@ -450,14 +450,14 @@ def test_a_crash_keeps_the_previous_folder(source: MemorySource, folder: Path) -
 def test_a_finished_folder_is_kept_if_it_cannot_be_renamed(
     source: MemorySource, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name.endswith(".partial"):
+        if path.is_dir() and path.name.endswith(".partial"):
             raise PermissionError(13, "Permission denied", str(target))
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(
         InputError, match=r"cannot rename the finished folder .*: Permission denied"
     ) as caught:
