@@ -192,6 +192,8 @@ def demo(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     # One process per core with one thread each: small tensors gain nothing from more threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Workers print warnings of transformers about torchvision after the summary of pytest.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return run(
         ensure(DEV_LOCK), "-m", "pytest", "-m", "not slow", "-n", "logical", "--dist", "worksteal", *args
     )

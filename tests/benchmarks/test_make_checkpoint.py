@@ -83,6 +83,7 @@ def test_its_layout_can_be_read(narrow: Path) -> None:
         assert float(source.load("model.diffusion_model.out.2.bias").abs().max()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_same_seed_gives_the_same_bytes(narrow: Path, tmp_path: Path, seed: int) -> None:
     again = tmp_path / "again.safetensors"
@@ -91,6 +92,7 @@ def test_the_same_seed_gives_the_same_bytes(narrow: Path, tmp_path: Path, seed: 
     assert (digests[0] == digests[1]) == (seed == 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "other.safetensors"

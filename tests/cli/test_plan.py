@@ -39,6 +39,7 @@ def test_the_recipe_is_on_stdout_and_the_tables_are_on_stderr(
     assert "the reserve is 600.0 MB for CUDA and 5%" in shown
 
 
+@pytest.mark.slow
 def test_less_memory_gives_cheaper_settings(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(tiny_checkpoint), "--rank", "4", "--resolution", "64", "--json"]
     assert run([*command, "--vram", "2GB"]) == 0

@@ -95,7 +95,12 @@ INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", INTERRUPTED)
+SLOW = ("adamw", "prodigy_plus")  # other cases have these optimizers too
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in INTERRUPTED]
+)
 def test_an_interrupted_run_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path, case: str) -> None:
     signal_number, overrides = INTERRUPTED[case]
     data = {

@@ -129,7 +129,11 @@ def total(tensors: Iterable[Tensor | None]) -> int:
 
 CASES = [
     ("tiny", TINY_STEP),
-    ("tiny", replace(TINY_STEP, precision="bf16", parts=("te2",), optimizer="adafactor")),
+    pytest.param(
+        "tiny",
+        replace(TINY_STEP, precision="bf16", parts=("te2",), optimizer="adafactor"),
+        marks=pytest.mark.slow,
+    ),
     ("demo", replace(DEMO_STEP, precision="bf16", optimizer="prodigy_plus_schedule_free")),
     ("demo", replace(DEMO_STEP, form="residual", optimizer="prodigy", parts=("unet", "te1"))),
 ]
