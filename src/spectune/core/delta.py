@@ -41,8 +41,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spectune.core.low_rank import LowRank, product
 
-# Devices whose torch.mm returns float32 for bf16 and fp16 factors (torch 2.8).
-_MIXED_PRODUCTS = ("cuda", "meta") if hasattr(torch.ops.aten.mm, "dtype") else ()
+# Devices whose torch.mm returns float32 for bf16 and fp16 factors: NVIDIA cards, with torch 2.8.
+_HAS_MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
+_MIXED_PRODUCTS = ("cuda", "meta") if _HAS_MIXED_PRODUCTS else ()
 
 
 class Factors(NamedTuple):
@@ -114,7 +115,7 @@ def join_residual(down: Tensor, up: Tensor, A: Tensor, B: Tensor, scale: float) 
 
 @dataclass(frozen=True)
 class Delta:
-    """The result of training one layer: a frame, and the deltas of its factors."""
+    """The result of training one layer: the frame (A0, B0), and the trained deltas dA and dB."""
 
     frame: LowRank  # A0 and B0
     down: Tensor  # dA, same shape as frame.down

@@ -1,7 +1,8 @@
-"""Compute leading eigenvectors of a Gram matrix without forming it, by filtered subspace iteration.
+"""Find the largest singular vectors of a matrix by subspace iteration, faster than a full SVD.
 
-Random start and Rayleigh-Ritz projection: Halko, Martinsson, Tropp 2011, alg. 4.4. Between two projections,
-a Chebyshev polynomial damps the spectrum below the smallest Ritz value (Zhou, Saad 2006,
+They are the leading eigenvectors of the Gram matrix, which is only multiplied with and never computed. Random
+start and Rayleigh-Ritz projection: Halko, Martinsson, Tropp 2011, alg. 4.4. Between two projections, a
+Chebyshev polynomial damps the spectrum below the smallest Ritz value (Zhou, Saad 2006,
 doi 10.1137/050630404). On the flat spectra of trained weights, this needs half the products of plain powers.
 """
 

@@ -201,7 +201,7 @@ class Injection:
         return {name: (layer.down, layer.up) for name, layer in self.layers.items()}
 
     def frames(self) -> dict[str, LowRank]:
-        """Return the frame of each layer, on the layer's device."""
+        """Return the frame of each layer; see `AdaptedLayer.frame` for its device."""
         return {name: layer.frame for name, layer in self.layers.items()}
 
     def deltas(self) -> dict[str, Delta]:

@@ -92,16 +92,13 @@ class _Stack:
         self.layers = layers
         self.joined: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # (J, U) by dtype
         self._scale, self._form, self._factors = layers[0].scale, layers[0].form, factors
+        self._identities = [_identities(layer) for layer in layers]
         for layer in layers:
             layer.joined = {}
 
     def is_intact(self) -> bool:
         """Return whether the tensors of the layers still are views of the stack."""
-        return all(
-            own.shape == view.shape and own.dtype == view.dtype and own.data_ptr() == view.data_ptr()
-            for index, layer in enumerate(self.layers)
-            for own, view in zip(_tensors(layer), (tensor[index] for tensor in self._factors), strict=True)
-        )
+        return self._identities == [_identities(layer) for layer in self.layers]
 
     def refresh(self) -> None:
         """Compute the joined factors from the current values, in every dtype in use."""
@@ -138,6 +135,11 @@ def _names(form: Form) -> tuple[str, ...]:
 def _tensors(layer: TrainedLayer) -> list[Tensor]:
     """Return the tensors of `_names`."""
     return [getattr(layer, name) for name in _names(layer.form)]
+
+
+def _identities(layer: TrainedLayer) -> list[tuple[int, torch.Size, torch.dtype]]:
+    """Return address, shape and dtype of the tensors of a layer."""
+    return [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in _tensors(layer)]
 
 
 def _stack(layers: Sequence[TrainedLayer]) -> list[_Stack]:

@@ -21,7 +21,7 @@ INT8_LARGEST = 127  # the code of the largest magnitude of a row
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix (out, in)."""
+    """A matrix of shape (out, in) stored as integer codes of 4 or 8 bits, with their scales."""
 
     codes: Tensor  # nf4: uint8 with two weights each, in storage order; int8: (out, in)
     scales: Tensor  # float32, the largest magnitude of each block of 64 (nf4) or of each row (int8)

@@ -52,7 +52,7 @@ class PlanReport:
 
 
 def _vram(size: str | int | None) -> int:
-    """Return the memory of the GPU in bytes; of this machine's card if no size is given."""
+    """Return `size` in bytes. If it is None, return the memory of this machine's card."""
     if size is None:
         size = total_memory()
         if size is None:

@@ -103,7 +103,10 @@ class Merged(HasProvenance):
 
 @dataclass(frozen=True)
 class Restored(HasProvenance):
-    """A source with the tensors residual + principal: the original or the tuned model."""
+    """A lazy model that adds the principal to the residual when a tensor is loaded.
+
+    The result is the original model, or the tuned model if the principal was trained.
+    """
 
     residual: WeightSource
     principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> principals of its layers
@@ -292,7 +295,10 @@ def _merged(
 def _by_tensor(
     base: WeightSource, parts: Sequence[tuple[Sequence[str], Change]]
 ) -> dict[str, tuple[tuple[Layer, Change], ...]]:
-    """Return the changes by tensor; raise InputError for layers that the base lacks."""
+    """Map the name of each changed tensor to its layers and their changes.
+
+    Raises InputError if an adapter has layers that the base does not have.
+    """
     catalogue = build_catalogue(base, all_layers=True)
     changes: dict[str, tuple[tuple[Layer, Change], ...]] = {}
     for layers, of in parts:

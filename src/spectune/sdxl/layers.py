@@ -152,7 +152,7 @@ def _shape(module: Module, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]
 
 
 def layer_weight(source: WeightSource, layer: Layer) -> Tensor:
-    """Return the weight of a layer; of a fused tensor, a view of its rows."""
+    """Return the weight of a layer. If several layers share one tensor, return a view of the layer's rows."""
     return source.load(layer.tensor)[layer.row_slice]
 
 

@@ -31,7 +31,8 @@ RESIDUAL_NORM_STEPS = 50  # steps between logs of the size of the change in the 
 def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = False) -> TrainReport:
     """Train as the recipe describes; resume from the newest state in its output folder, if there is one.
 
-    Ctrl-C and SIGTERM stop after the current step and save a state. The report then has `interrupted` set.
+    Ctrl-C, SIGTERM and a closed terminal stop after the current step and save a state. The report then has
+    `interrupted` set.
 
     Raises:
         InputError: Before any work: a file is missing, does not fit, or would be overwritten without `force`.

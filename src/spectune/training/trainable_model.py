@@ -119,19 +119,17 @@ def build_trainable(
     *,
     saved: SavedFrames | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trained_dtype: torch.dtype = torch.float32,
     log: Log = lambda text: None,
 ) -> TrainableModel:
-    """Build the model and add trainable changes to the layers of the parts to train.
+    """Build the model in main memory and add trainable changes to the layers of the parts to train.
 
     Args:
         section: The [model] section of a recipe.
         saved: Frames of a saved state. They are used instead of new ones if their base hash matches.
         seed: The seed of plain frames. Runs with gradient or data frames start from plain frames too, until
             aligned_frames replaces them.
-        device: The device of the model.
         dtype: The dtype of the frozen model.
         trained_dtype: The dtype of the trained tensors.
         log: Receives progress messages.
@@ -159,7 +157,7 @@ def build_trainable(
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
             frames = _make_frames(base, catalogue, section, seed)
         chosen = _choose(section, catalogue, frames)
-        sdxl = build_model(base, device=device, dtype=dtype)
+        sdxl = build_model(base, dtype=dtype)
     if section.residual is not None or declared.role is Role.RESIDUAL:
         # layers that are not trained get their principal added back
         _add_products(sdxl, {name: frames[name] for name in frames if name not in chosen})

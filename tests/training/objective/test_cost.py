@@ -26,12 +26,16 @@ def noised_batch(prediction: Prediction, target: torch.Tensor, times: torch.Tens
     return NoisedBatch(torch.zeros_like(target), times, target, times, prediction.snr(times))
 
 
+def loss_of(cost: Cost, predicted: torch.Tensor, noised: NoisedBatch, **images: torch.Tensor) -> torch.Tensor:
+    return cost.of_batch(noised, cost.images(predicted, noised, **images))
+
+
 def test_the_weighting_multiplies_each_image() -> None:
     times = torch.tensor([0, 999])
     weights = EPS.snr(times).clamp(max=5) / EPS.snr(times)
     predicted = torch.tensor([1.0, 1.0, 2.0, 2.0]).view(2, 1, 1, 2)
     cost = Cost(LOSSES["mse"], WEIGHTINGS["min_snr"], WeightingOptions("eps"))
-    value = cost(predicted, noised_batch(EPS, torch.zeros_like(predicted), times))
+    value = loss_of(cost, predicted, noised_batch(EPS, torch.zeros_like(predicted), times))
     assert value.item() == pytest.approx((weights[0].item() * 1 + weights[1].item() * 4) / 2)
 
 
@@ -43,15 +47,15 @@ def test_masks_and_image_weights_by_hand() -> None:
     # images: (1*1 + 0*9)/2 = 1/2 and (0.5*4 + 1*16)/2 = 9; weighted 1 and 4.5
     images = PLAIN.images(predicted, noised, image_weights=weights, mask=mask)
     assert images.tolist() == [1.0, 4.5]
-    assert PLAIN(predicted, noised, image_weights=weights, mask=mask).item() == 2.75
-    assert PLAIN(predicted, noised).item() == (5 + 10) / 2
+    assert loss_of(PLAIN, predicted, noised, image_weights=weights, mask=mask).item() == 2.75
+    assert loss_of(PLAIN, predicted, noised).item() == (5 + 10) / 2
 
 
 def test_a_v_loss_can_be_weighted_like_an_eps_loss() -> None:
     v, times = Ddpm("v"), torch.tensor([300])
     cost = Cost(LOSSES["mse"], WEIGHTINGS["none"], WeightingOptions("v", scale_v_like_noise=True))
     snr = v.snr(times).item()
-    value = cost(pixel(3.0), noised_batch(v, pixel(0.0), times))
+    value = loss_of(cost, pixel(3.0), noised_batch(v, pixel(0.0), times))
     assert value.item() == pytest.approx(9 * snr / (snr + 1))
 
 
@@ -63,7 +67,7 @@ def test_the_huber_threshold_follows_the_noise(prediction: Ddpm | Flow) -> None:
     # flow at s = 3/4: sigma = s/(1-s) = 3
     sigma = 3.0 if prediction.name == "flow" else prediction.snr(times).item() ** -0.5
     c = 0.9 / (1 + sigma) ** 2 + 0.1
-    assert cost(pixel(2.0), noised).item() == pytest.approx(2 * c * ((4 + c * c) ** 0.5 - c))
+    assert loss_of(cost, pixel(2.0), noised).item() == pytest.approx(2 * c * ((4 + c * c) ** 0.5 - c))
 
 
 def test_a_learned_weighting_comes_after_all_others() -> None:
@@ -73,10 +77,10 @@ def test_a_learned_weighting_comes_after_all_others() -> None:
     cost = Cost(LOSSES["mse"], WEIGHTINGS["edm2"], WeightingOptions("eps"), learned=learned)
     # snr 1/9 at s = 3/4 has the importance 2
     noised = noised_batch(Flow(), pixel(0.0), torch.tensor([0.75]))
-    assert cost(pixel(2.0), noised).item() == 4.0
+    assert loss_of(cost, pixel(2.0), noised).item() == 4.0
     with torch.no_grad():
         learned.weight.fill_(0.5)
-    weighted = cost(pixel(2.0), noised, image_weights=torch.tensor([3.0]))
+    weighted = loss_of(cost, pixel(2.0), noised, image_weights=torch.tensor([3.0]))
     assert weighted.item() == pytest.approx(12 / math.e + 2 * 1)
     assert cost.images(pixel(2.0), noised).item() == 4.0
 

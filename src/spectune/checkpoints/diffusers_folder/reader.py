@@ -94,7 +94,10 @@ class _RenamedFiles:
 
 
 def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str]) -> dict[str, _Entry]:
-    """Return the tensors of modules; `spelling` is the metadata of the extras file."""
+    """Map the single-file name of each tensor of a network to its place in the folder.
+
+    `spelling` is the metadata of the extras file: it records unusual names and shapes of the single file.
+    """
     te1 = spelling.get(TE1_ROOT_KEY, TE1_ROOT)
     matrices = _names_in(spelling.get(MATRICES_KEY, "[]"))
     if te1 not in (TE1_ROOT, TE1_SHORT_ROOT) or matrices is None:

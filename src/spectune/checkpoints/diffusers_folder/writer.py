@@ -141,7 +141,7 @@ class FolderWriter(MultiFileWriter):
             raise
 
     def _derived(self) -> dict[str, Tensor]:
-        """Return the tensors that a reader derives from the finished folder."""
+        """Return the tensors that are not stored: a reader computes them from the folder's configuration."""
         schedule = read_schedule(read_config(self._partial / SCHEDULER), SCHEDULER)
         return derived_tensors(
             infer_layout(self._announced()).te1.context,

@@ -164,7 +164,10 @@ class _FactoredTensor:
 
 
 class _DifferenceFactorizer:
-    """Factors all tensors of a difference and collects factors and reports."""
+    """Computes the LoRA of the difference of two checkpoints, tensor by tensor.
+
+    `factors` gets the factors of each layer; `reports` and `left_out` describe the layers.
+    """
 
     def __init__(
         self,

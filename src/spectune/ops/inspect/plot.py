@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
+from spectune.files.rename import rename
 from spectune.pairs.spectrum_report import CURVE_RANKS, GroupSpectrum, SpectrumReport
 from spectune.sdxl.layers import RANKS
 
@@ -51,7 +52,7 @@ def draw_spectrum(spectra: SpectrumReport, target: Path) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format="png", metadata={"Title": f"Spectrum of {spectra.label}"})
-        partial.replace(target)
+        rename(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -29,17 +29,6 @@ class Cost:
     threshold: HuberThreshold = CONSTANT_THRESHOLD
     learned: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
-    def __call__(
-        self,
-        predicted: Tensor,
-        noised: NoisedBatch,
-        *,
-        image_weights: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the training loss, a scalar. The arguments are those of `images`."""
-        return self.of_batch(noised, self.images(predicted, noised, image_weights=image_weights, mask=mask))
-
     def of_batch(self, noised: NoisedBatch, costs: Tensor) -> Tensor:
         """Return the training loss from image costs, a scalar; a learned weighting can make it negative."""
         if self.learned is not None:

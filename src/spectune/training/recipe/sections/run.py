@@ -137,7 +137,12 @@ class RunSection(Section):
     preview_every_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps between preview images. None: no previews."
     )
-    log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between log entries.")
+    log_every_steps: int = Field(
+        default=1,
+        ge=1,
+        description="Optimizer steps between log entries. The residual form logs the norms of the change "
+        "every 50 steps.",
+    )
     tensorboard: bool = Field(default=True, description="Write TensorBoard logs.")
     resume: bool = Field(
         default=True, description="Resume from the newest state in `output`, if there is one."
