@@ -69,7 +69,7 @@ SIZES: dict[str, Callable[[], Size]] = {"tiny": tiny, "mid": mid}
 
 
 def unet_layers(layout: Layout) -> list[Layer]:
-    catalogue = build_catalogue(tensors_of(layout, torch.float32))
+    catalogue = build_catalogue({info.name: info for info in tensors_of(layout, torch.float32)})
     return [layer for layer in catalogue if layer.part is Part.UNET]
 
 
