@@ -23,7 +23,6 @@ from split import EMBEDDED, Timing, default_rank, move, watched
 
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.reader import open_adapter
-from spectune.adapters.spellings import Spelling
 from spectune.adapters.writer import save_tuned
 from spectune.cli.huge_pages import use_huge_pages
 from spectune.core.delta import Delta, added_to_residual, change
@@ -70,7 +69,7 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
     """Return the stages by title."""
 
     def slices(*words: str) -> Callable[[Path], object]:
-        return lambda out: slice([parse_slice(word) for word in words], out)
+        return lambda out: slice(tuple(parse_slice(word) for word in words), out)
 
     return {
         "export, rank 2r": (lambda out: export(tuned, out), (tuned,)),
@@ -79,7 +78,7 @@ def stages(model: Path, tuned: Path, lora: Path, rebuilt: Path, rank: int) -> di
         "slice, LoRA at 0.8": (slices(f"{lora}:te", f"{lora}:unet:0.8"), (lora,)),
         "slice, LoRA summed with itself": (slices(f"{lora}", f"{lora}:unet:0.5"), (lora,)),
         "convert to ComfyUI's keys": (
-            lambda out: convert(lora, out, keys=Spelling.COMFYUI),
+            lambda out: convert(lora, out, keys="comfyui"),
             (lora,),
         ),
         "rebuild": (lambda out: rebuild(model, tuned, out), (model,)),

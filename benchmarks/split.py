@@ -34,6 +34,7 @@ from spectune.cli.huge_pages import use_huge_pages
 from spectune.core.low_rank import to_matrix
 from spectune.core.svd import top_singular
 from spectune.files.reader import Checkpoint
+from spectune.ops.options.values import ResidualDtype
 from spectune.ops.rebuild import rebuild
 from spectune.ops.split import SplitReport, split
 from spectune.ops.verify import verify
@@ -100,7 +101,7 @@ def watched(timing: Timing) -> Iterator[None]:
 
 
 def stages(
-    model: Path, folder: Path, rank: int, dtype: torch.dtype | None
+    model: Path, folder: Path, rank: int, dtype: ResidualDtype | None
 ) -> dict[str, Callable[[], object]]:
     """Return the stages by title; each stage reads the output of earlier stages."""
     principal = folder / f"{model.stem}.principal-r{rank}.safetensors"
@@ -113,7 +114,7 @@ def stages(
 
 
 def measure(
-    model: Path, rank: int, runs: int, dtype: torch.dtype | None
+    model: Path, rank: int, runs: int, dtype: ResidualDtype | None
 ) -> tuple[dict[str, Timing], SplitReport]:
     timings: dict[str, Timing] = {}
     report: SplitReport | None = None
@@ -146,7 +147,10 @@ def lycoris(weight: Tensor, rank: int) -> Tensor:
     from lycoris.utils import extract_conv, extract_linear
 
     extract = extract_linear if weight.ndim == 2 else extract_conv
-    (down, up, _), _ = extract(weight, "fixed", rank, device="cpu")
+    factors, kind = extract(weight, "fixed", rank, device="cpu")
+    if kind == "full":  # from half of the full rank on, LyCORIS keeps the whole weight
+        return to_matrix(weight)
+    down, up, _ = factors
     return to_matrix(up) @ to_matrix(down)
 
 
@@ -178,7 +182,7 @@ PEERS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def factored(method: Callable[[Tensor, int], Tensor], weight: Tensor, rank: int, runs: int) -> Factored:
-    seconds: list[float] = []
+    seconds, product = [], weight
     for _ in range(runs):
         started = time.perf_counter()
         product = method(weight, rank)
@@ -233,7 +237,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time the SVDs of other libraries")
     args = parser.parse_args()
     rank = args.rank or default_rank(args.model)
-    dtype = torch.float32 if args.exact else None
+    dtype: ResidualDtype | None = "float32" if args.exact else None
     timings, report = measure(args.model, rank, args.runs, dtype)
     moved = timings["moving the bytes"].median
     size = args.model.stat().st_size / 1e9

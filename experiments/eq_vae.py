@@ -57,9 +57,10 @@ def transformed(latents: Tensor, pixels: Tensor, generator: torch.Generator) -> 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> Tensor:
     posterior = cast("Any", vae.encode(pixels)).latent_dist
     latents = posterior.sample(generator)
+    decoder = cast("Any", vae)
     loss = 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
     for z, x in ((latents, pixels), transformed(latents, pixels, generator)):
-        out = cast("Any", vae.decode(z)).sample
+        out = decoder.decode(z).sample
         loss = loss + F.l1_loss(out, x) + F.mse_loss(out, x)
     return loss
 

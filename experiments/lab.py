@@ -125,7 +125,7 @@ def train_full(
     run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks())
     run.model.injection.eject()
     unet = run.model.sdxl.unet
-    parameters = [weight.requires_grad_(True) for weight in unet.parameters()]
+    parameters = list(unet.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=trial.rate or 1e-4, weight_decay=0.0)
     curve = [(0, validation_loss(run))]
     for step, draws in enumerate(PlannedBatches(run.data.plan, 0, trial.steps), start=1):
@@ -152,7 +152,7 @@ def full_step(
         pixels_per_latent=run.model.sdxl.pixels_per_latent,
     )
     predicted = run.model.denoiser(noised.latents, noised.timestep, batch.captions, batch.time_ids)
-    run.objective.cost(predicted, noised).backward()
+    run.objective.cost.images(predicted, noised).mean().backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = run.optimization.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))

@@ -39,12 +39,18 @@ def small(data: bytes) -> bytes:
     return target.getvalue()
 
 
+def read(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)
+    assert file is not None, name
+    return file.read()
+
+
 def pick(archive: Path, order: list[str], target: Path) -> None:
     with tarfile.open(archive) as tar, tarfile.open(target, "w") as out:
         members = {Path(name).name: name for name in tar.getnames()}
         for number, subject in enumerate(order):
             folder = "train" if number < TRAIN else "held_out"
-            picture, caption = (tar.extractfile(members[subject + end]).read() for end in (".webp", ".txt"))
+            picture, caption = (read(tar, members[subject + end]) for end in (".webp", ".txt"))
             add(out, f"{folder}/{subject}.webp", small(picture))
             add(out, f"{folder}/{subject}.txt", caption)
 
