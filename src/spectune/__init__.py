@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spectune.errors import InputError, PairingError, SpectuneError
     from spectune.ops.compare import compare
     from spectune.ops.convert import convert
+    from spectune.ops.doctor import doctor
     from spectune.ops.export import export
     from spectune.ops.inspect import inspect
     from spectune.ops.null import null
@@ -35,6 +36,7 @@ __all__ = [
     "SpectuneError",
     "compare",
     "convert",
+    "doctor",
     "export",
     "inspect",
     "null",

@@ -40,3 +40,9 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """Return a count with its noun: ``1 folder``, ``1,052 layers``; `plural` for irregular nouns."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """Return foreign text for one line of output: control characters are replaced, a long text is cut."""
+    line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
+    return line if len(line) <= longest else line[: longest - 3] + "..."

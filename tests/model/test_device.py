@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from spectune.errors import InputError
 from spectune.model import device
-from spectune.model.device import build_warning, describe_device, parse_device
+from spectune.model.device import (
+    build_warning,
+    describe_device,
+    find_cards,
+    find_nvidia_driver,
+    install_line,
+    parse_device,
+)
 
 
 def with_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -44,3 +56,87 @@ def test_a_cpu_build_beside_an_nvidia_card_is_a_warning(
     warning = build_warning()
     assert (warning is not None) == warns
     assert warning is None or "install a CUDA build of torch" in warning
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "has_kernels"),
+    [
+        ((8, 6), ["sm_80", "sm_90"], True),
+        ((6, 1), ["sm_75", "sm_80", "compute_90"], False),
+        ((12, 0), ["sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90", "sm_120a"], True),
+        ((7, 5), [], True),
+    ],
+)
+def test_a_card_without_kernels_is_found(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built_for: list[str], has_kernels: bool
+) -> None:
+    with_cards(monkeypatch, 1)
+    properties = SimpleNamespace(name="GeForce\x1b[31m", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    (card,) = find_cards()
+    assert card.has_kernels is has_kernels
+    assert (card.device, card.architecture, card.bf16) == ("cuda:0", "sm_{}{}".format(*capability), False)
+    assert "\x1b" not in card.name
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "version", "cards", "failure"),
+    [
+        (
+            0,
+            "580.95, NVIDIA GeForce RTX 3060\n580.95, NVIDIA T4\n",
+            "580.95",
+            ("NVIDIA GeForce RTX 3060", "NVIDIA T4"),
+            "",
+        ),
+        (9, "NVIDIA-SMI has failed\x1b[2J because\nmore", "", (), "NVIDIA-SMI has failed\ufffd[2J because"),
+        (0, "No devices were found\n", "", (), "No devices were found"),
+        (3, "", "", (), "exit code 3"),
+    ],
+)
+def test_the_driver_is_read_from_nvidia_smi(
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    output: str,
+    version: str,
+    cards: tuple[str, ...],
+    failure: str,
+) -> None:
+    monkeypatch.setattr(device.shutil, "which", lambda name: "nvidia-smi")
+    done = subprocess.CompletedProcess([], code, stdout=output, stderr="")
+    monkeypatch.setattr(device.subprocess, "run", lambda *command, **options: done)
+    driver = find_nvidia_driver()
+    assert driver is not None
+    assert (driver.version, driver.cards, driver.failure) == (version, cards, failure)
+    assert driver.major == (580 if version else 0)
+
+
+def test_a_driver_program_that_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*command: object, **options: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(device.shutil, "which", lambda name: "nvidia-smi")
+    monkeypatch.setattr(device.subprocess, "run", hang)
+    driver = find_nvidia_driver()
+    assert driver is not None
+    assert "timed out after 20 seconds" in driver.failure
+
+
+@pytest.mark.parametrize(
+    ("executable", "start"),
+    [
+        ("C:\\spectune\\.venv\\Scripts\\python.exe", "C:\\spectune\\.venv\\Scripts\\python.exe -m pip"),
+        ("C:\\Program Files\\python.exe", "python -m pip"),  # cmd and PowerShell quote it differently
+    ],
+)
+def test_install_lines_use_this_python(monkeypatch: pytest.MonkeyPatch, executable: str, start: str) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    line = install_line("cu130")
+    assert line.startswith(start)
+    assert line.endswith("--index-url https://download.pytorch.org/whl/cu130")

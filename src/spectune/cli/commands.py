@@ -11,7 +11,7 @@ from spectune.cli.command import CommandSpec, add_command
 from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, RebuildOptions, SliceOptions
 from spectune.ops.options.model_files import InspectOptions, NullOptions, SplitOptions, VerifyOptions
 from spectune.ops.options.pictures import CompareOptions, SampleOptions
-from spectune.ops.options.training import DemoOptions, ImportOptions, PlanOptions, TrainOptions
+from spectune.ops.options.training import DemoOptions, DoctorOptions, ImportOptions, PlanOptions, TrainOptions
 
 START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
 
@@ -26,6 +26,7 @@ def _command(name: str, options: type, panel: str, example: str, **more: object)
 
 COMMANDS = (
     _command("demo", DemoOptions, START, "spectune demo", json=False, bar=False),
+    _command("doctor", DoctorOptions, START, "spectune doctor", bar=False),
     _command("inspect", InspectOptions, START, "spectune inspect model.safetensors"),
     _command("plan", PlanOptions, TRAIN, "spectune plan model.safetensors --vram 12GB", bar=False),
     _command(

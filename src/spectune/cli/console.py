@@ -70,7 +70,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # no markup: a path may contain square brackets
     err.print(grid)
 
 

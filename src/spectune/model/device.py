@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from spectune.errors import InputError
+from spectune.errors import InputError, printable
 
-_INSTALL = "https://pytorch.org/get-started/locally"
+# Builds of torch for NVIDIA cards, as download.pytorch.org names them. CUDA 13 needs driver 580 and a card of
+# compute capability 7.5; CUDA 12.6 also runs on older ones, but not on capability 10 and above.
+CUDA_BUILD, LEGACY_CUDA_BUILD = "cu130", "cu126"
+CUDA_13_DRIVER = 580
+_QUERY_SECONDS = 20
 
 
 def parse_device(word: str) -> str:
@@ -69,10 +75,126 @@ def build_warning() -> str | None:
         return None
     return (
         f"torch {torch.__version__} cannot use the NVIDIA card of this machine: install a CUDA build of "
-        f"torch, see {_INSTALL}"
+        f"torch: {install_line(CUDA_BUILD)}"
     )
 
 
 def total_memory() -> int | None:
     """Return the bytes of the first CUDA card, None if there is none."""
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+# ---------------------------------------------------------------- cards, builds and drivers
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU that torch finds."""
+
+    device: str  # cuda:0
+    name: str
+    architecture: str  # sm_86, gfx1100
+    bf16: bool  # in hardware
+    has_kernels: bool  # this build of torch has kernels for its architecture
+    free_bytes: int
+    total_bytes: int
+
+
+def find_cards() -> tuple[Card, ...]:
+    """Return all GPUs that torch finds with CUDA or ROCm."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(_card(index) for index in range(count))
+
+
+def _card(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    capability = (properties.major, properties.minor)
+    rocm = torch.version.hip is not None
+    with torch.cuda.device(index):  # the next question is about the current device
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Card(
+        device=f"cuda:{index}",
+        name=printable(properties.name),
+        architecture=printable(properties.gcnArchName) if rocm else "sm_{}{}".format(*capability),
+        bf16=bf16,
+        has_kernels=rocm or _has_kernels(capability, torch.cuda.get_arch_list()),
+        free_bytes=free,
+        total_bytes=total,
+    )
+
+
+def _has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Return whether a list like sm_75, sm_86, compute_90 serves a card.
+
+    Machine code (sm) serves the same major version from its minor version on. PTX (compute) serves all newer
+    cards.
+    """
+    for word in built_for:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", word)
+        if match is None:
+            continue
+        target = (int(match[2]), int(match[3]))
+        if target <= capability and (match[1] == "compute" or target[0] == capability[0]):
+            return True
+    return not built_for  # an empty list is no information
+
+
+def build_target() -> str:
+    """Return what this build of torch computes on: CUDA 13.0, ROCm 7.2, Metal, or CPU only."""
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    if torch.version.cuda is not None:
+        return f"CUDA {torch.version.cuda}"
+    return "Metal" if torch.backends.mps.is_built() else "CPU only"
+
+
+def install_line(build: str) -> str:
+    """Return the command that installs a build of torch in the place of the present one."""
+    return f"{pip_install()} --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+
+
+def pip_install() -> str:
+    """Return the start of a command that installs packages for this Python, in every shell."""
+    # PowerShell does not run a quoted path without an operator that cmd does not know.
+    python = "python" if re.search(r"[\s'\"&()]", sys.executable) else sys.executable or "python"
+    return f"{python} -m pip install"
+
+
+@dataclass(frozen=True)
+class NvidiaDriver:
+    """What nvidia-smi reports."""
+
+    version: str  # empty if nvidia-smi fails
+    cards: tuple[str, ...] = ()
+    failure: str = ""  # the first line of its message
+
+    @property
+    def major(self) -> int:
+        """The number that CUDA's requirements name; 0 if it is unknown."""
+        match = re.match(r"\d+", self.version)
+        return int(match[0]) if match else 0
+
+
+def find_nvidia_driver() -> NvidiaDriver | None:
+    """Return the NVIDIA driver, or None if nvidia-smi is not installed."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_QUERY_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return NvidiaDriver("", failure=printable(str(error)))
+    rows = [line.partition(", ") for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode != 0 or not rows or not all(comma for _, comma, _ in rows):
+        lines = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+        return NvidiaDriver("", failure=printable(lines[0]))
+    return NvidiaDriver(printable(rows[0][0]), tuple(printable(name) for _, _, name in rows))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.cli.console import say, table
-from spectune.cli.reports.shared import percent, written
+from spectune.cli.report_parts import percent, written
 from spectune.errors import some_of
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions

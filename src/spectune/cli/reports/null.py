@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectune.cli.console import say
-from spectune.cli.reports.shared import written
+from spectune.cli.report_parts import written
 from spectune.ops.null import NullReport
 from spectune.ops.options.model_files import NullOptions
 

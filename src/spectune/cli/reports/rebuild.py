@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.cli.console import say
-from spectune.cli.reports.shared import written
+from spectune.cli.report_parts import written
 from spectune.ops.options.adapter_files import RebuildOptions
 from spectune.ops.rebuild import RebuildReport
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.cli.console import say
-from spectune.cli.reports.shared import percent, written
+from spectune.cli.report_parts import percent, written
 from spectune.errors import some_of
 from spectune.ops.options.adapter_files import SliceOptions
 from spectune.ops.slice.adapters import SliceReport

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.cli.console import print_warning, say, table
-from spectune.cli.reports.shared import loading_json, loading_table
+from spectune.cli.report_parts import loading_json, loading_table
 from spectune.ops.options.model_files import VerifyOptions
 from spectune.pairs.round_trip import VerifyReport
 

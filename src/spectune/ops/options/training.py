@@ -1,4 +1,4 @@
-"""Options of the operations around training: train, plan, recipe import, demo."""
+"""Options of the operations around training: train, plan, recipe import, demo, doctor."""
 
 from __future__ import annotations
 
@@ -72,4 +72,17 @@ class DemoOptions(OperationOptions):
     _: KW_ONLY
     steps: int | None = option(
         default=None, ge=0, help="Training steps. Default: as in the recipe of the demo."
+    )
+
+
+@record
+class DoctorOptions(OperationOptions):
+    """Check this machine: Python, torch, cards, memory, optional packages, disk speed, accelerate's file.
+
+    Each problem is a warning with its remedy. The exit code is 0 with warnings too.
+    """
+
+    folder: Path = option(
+        default=Path(),
+        help="Folder whose disk is measured, with a temporary file of 64 MB. Default: this folder.",
     )
