@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from spectune.cli.app import run
 from spectune.core.rank import BudgetRank, EnergyRank, FixedRank
 from spectune.errors import InputError
 from spectune.files.dtypes import parse_residual_dtype
+from spectune.model import device
 from spectune.model.device import parse_device
 from spectune.ops.options.model_files import SplitOptions
 from spectune.pairs.rank_plan import rank_request
@@ -38,6 +40,25 @@ def test_messages_name_fields_in_python_and_flags_on_the_command_line(
     shown = capfd.readouterr().err
     assert "error: --conv-rank and --budget exclude each other" in shown
     assert "hint: leave out --conv-rank" in shown
+
+
+def test_split_names_the_device_and_warns_of_an_unused_card(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(device.shutil, "which", lambda name: "nvidia-smi")
+    words = ["split", str(tiny_checkpoint), "-o", str(tmp_path), "--rank", "2", "--no-residual", "--force"]
+    assert run(words) == 0
+    first, second, *_ = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"splitting on cpu, .* GB free, torch {re.escape(torch.__version__)}", first)
+    assert second.startswith("warning: ")
+    assert "cannot use the NVIDIA card of this machine" in second
+    assert run([*words, "--device", "cpu"]) == 0  # the CPU was requested
+    assert "warning: " not in capfd.readouterr().err
 
 
 def test_missing_devices_are_refused() -> None:

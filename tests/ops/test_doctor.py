@@ -224,6 +224,9 @@ def test_the_command_reports_this_machine(
     assert f"torch {torch.__version__}" in " ".join(text.replace("│", " ").split())
     assert "\x1b[31m" not in text
     assert "[bold]" in text
+    monkeypatch.setattr(packages, "_installed", lambda name: None)
+    assert run(["doctor", "--folder", str(folder)]) == 0
+    assert '-m pip install "bitsandbytes>=0.50"\n' in capfd.readouterr().err
     assert run(["doctor", "--json", "--folder", str(folder)]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["machine"]["versions"]["torch"] == torch.__version__

@@ -74,7 +74,7 @@ def build_warning() -> str | None:
     if torch.version.cuda is not None or torch.version.hip is not None or shutil.which("nvidia-smi") is None:
         return None
     return (
-        f"torch {torch.__version__} cannot use the NVIDIA card of this machine: install a CUDA build of "
+        f"torch {torch.__version__} cannot use the NVIDIA card of this machine; install a CUDA build of "
         f"torch: {install_line(CUDA_BUILD)}"
     )
 

@@ -21,7 +21,7 @@ from spectune.files.reader import INDEX_SUFFIX
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
-from spectune.model.device import parse_device
+from spectune.model.device import build_warning, parse_device
 from spectune.operation import operation
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.shared import STALE, origin_of
@@ -126,12 +126,14 @@ def _targets(options: SplitOptions, ranks: RankPlan) -> tuple[Path, Path | None]
 def split(options: SplitOptions) -> SplitReport:
     """Write the principal adapter and the residual model of a checkpoint.
 
-    Both files get their final names when both are complete. Progress counts tensors.
+    Both files get their final names when both are complete. Progress counts tensors; `notify` is called
+    before the work begins if torch cannot use the GPU of this machine.
 
     Raises InputError if `model` is not a complete SDXL checkpoint.
     """
     force = options.force
     device = parse_device(options.device)
+    _warn_of_unused_card(options)
     with open_checkpoint(options.model) as base:
         check_whole_model(base)
         check_plain_weights(base)
@@ -184,6 +186,12 @@ def split(options: SplitOptions) -> SplitReport:
         agreements=splitter.agreements,
         exceptions=splitter.exceptions,
     )
+
+
+def _warn_of_unused_card(options: SplitOptions) -> None:
+    warning = build_warning() if options.device == "auto" else None
+    if warning is not None and options.notify is not None:
+        options.notify(warning)
 
 
 class _TensorSplitter:

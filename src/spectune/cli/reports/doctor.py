@@ -15,17 +15,13 @@ from spectune.ops.options.training import DoctorOptions
 
 def show(result: DoctorReport, options: DoctorOptions, seconds: float) -> None:
     table("this machine", ("", "found"), list(_rows(result.machine)), left=2)
-    packages = [
-        (
-            package.name,
-            package.version or "missing",
-            package.purpose,
-            "" if package.version else package.install,
-        )
-        for package in result.machine.packages
-    ]
+    packages = result.machine.packages
     if packages:
-        table("optional packages", ("package", "version", "for", "install with"), packages, left=4)
+        rows = [(package.name, package.version or "missing", package.purpose) for package in packages]
+        table("optional packages", ("package", "version", "for"), rows, left=3)
+    for package in packages:
+        if package.version is None:  # not in the table, which would break the command into lines
+            say(f"to install {package.name}: {package.install}")
     for note in result.notes:
         print_note(note)
     for problem in result.problems:
@@ -40,7 +36,7 @@ def _rows(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "spectune", versions.spectune
     yield "torch", f"{versions.torch}, built for {versions.torch_target}"
     if driver is not None:
-        yield "NVIDIA driver", driver.version or "unknown"
+        yield "NVIDIA driver", ", ".join([driver.version or "unknown", *driver.cards])
     for card in machine.cards:
         yield card.device, _card(card)
     if machine.mps:
@@ -55,8 +51,11 @@ def _rows(machine: Machine) -> Iterator[tuple[str, str]]:
     if file is None:
         yield "accelerate", "no configuration file, none is needed"
     else:
-        read = f"mixed_precision {file.mixed_precision}, num_processes {file.processes}, {file.kind}"
-        yield "accelerate", f"{file.path}: {file.failure or read}"
+        found = (
+            f"mixed_precision {file.mixed_precision}, num_processes {file.processes}, "
+            f"distributed_type {file.kind}"
+        )
+        yield "accelerate", f"{file.path}: {file.failure or found}"
 
 
 def _card(card: Card) -> str:

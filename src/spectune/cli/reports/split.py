@@ -6,8 +6,14 @@ from collections import Counter
 from typing import Any
 
 from spectune.cli.console import megabytes, say
+from spectune.model.device import describe_device, parse_device
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.split import SplitForecast, SplitReport
+
+
+def prepare(options: SplitOptions) -> SplitOptions:
+    say(f"splitting on {describe_device(parse_device(options.device))}")
+    return options
 
 
 def show(result: SplitReport, options: SplitOptions, seconds: float) -> None:
