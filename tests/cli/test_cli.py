@@ -168,8 +168,10 @@ def test_residual_and_principal_draw_the_same_pictures_as_the_original(files, tm
 
 def test_sample_writes_metadata_that_training_reads(files, tmp_path, capfd):
     command = ["sample", str(files[0]), "-c", "a café", "-c", "two cats", "-o", str(tmp_path / "own")]
+    command += ["--device", "cpu"]
     command += ["--size", "32", "--steps", "1", "--metadata"]
     assert run(command) == 0
+    assert capfd.readouterr().err.startswith("drawing on cpu, ")
     captions = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
     assert captions == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
     assert all((tmp_path / "own" / name).is_file() for name in captions)
@@ -198,6 +200,7 @@ def test_sample_writes_pictures_and_compare_reads_them(files, tmp_path, capfd):
         assert run(command) == 0
     assert (tmp_path / "a" / "000-a-cat.png").exists()
     sheet = tmp_path / "sheet.png"
-    assert run(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(sheet), "--json"]) == 0
     capfd.readouterr()
+    assert run(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(sheet), "--json"]) == 0
+    assert "drawing on" not in capfd.readouterr().err, "folders are only read"
     assert (tmp_path / "a" / "000-a-cat.png").read_bytes() == (tmp_path / "b" / "000-a-cat.png").read_bytes()

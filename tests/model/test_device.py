@@ -14,7 +14,9 @@ from spectune.errors import InputError
 from spectune.model import device
 from spectune.model.device import (
     build_warning,
+    cpu_warnings,
     describe_device,
+    drawing_dtype,
     find_cards,
     find_nvidia_driver,
     install_line,
@@ -56,6 +58,27 @@ def test_a_cpu_build_beside_an_nvidia_card_is_a_warning(
     warning = build_warning()
     assert (warning is not None) == warns
     assert warning is None or "install a CUDA build of torch" in warning
+
+
+def test_pictures_are_drawn_in_16_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cards(monkeypatch, 2)
+    asked: list[str] = []
+
+    def current(device: str) -> nullcontext[None]:
+        asked.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked[-1] == "cuda:1")
+    dtypes = [drawing_dtype(device) for device in ("cuda:1", "cuda:0", "mps", "cpu")]
+    assert dtypes == [torch.bfloat16, torch.float16, torch.float16, torch.float32]
+
+
+def test_a_large_model_on_a_cpu_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "build_warning", lambda: "install CUDA")
+    assert cpu_warnings("cpu", 20_000_000) == ["install CUDA"]
+    assert cpu_warnings("cpu", 2_567_463_684)[1].startswith("the model is of SDXL's size")
+    assert cpu_warnings("cuda", 2_567_463_684) == []
 
 
 @pytest.mark.parametrize(

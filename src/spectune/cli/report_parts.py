@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from spectune.adapters.loading import Loading
-from spectune.cli.console import megabytes, table
+from spectune.cli.console import megabytes, say, table
 from spectune.files.reader import INDEX_SUFFIX
+from spectune.model.device import describe_device, drawing_dtype, parse_device
+from spectune.ops.options.pictures import DrawingOptions
+
+
+def say_device(options: DrawingOptions) -> None:
+    """Print the device of an operation that draws, its memory, the build of torch and the dtype."""
+    device = parse_device(options.device)
+    dtype = str(drawing_dtype(device)).removeprefix("torch.")
+    say(f"drawing on {describe_device(device)}, {dtype} model")
 
 
 def written(path: Path, seconds: float) -> str:

@@ -17,6 +17,7 @@ from spectune.errors import InputError, printable
 # compute capability 7.5; CUDA 12.6 also runs on older ones, but not on capability 10 and above.
 CUDA_BUILD, LEGACY_CUDA_BUILD = "cu130", "cu126"
 CUDA_13_DRIVER = 580
+LARGE_UNET = 1_000_000_000  # parameters; SDXL's UNet has 2.6 billion
 _QUERY_SECONDS = 20
 
 
@@ -26,7 +27,7 @@ def parse_device(word: str) -> str:
     Raises InputError for a device that this machine does not have.
     """
     if word == "auto":
-        return best_device().name
+        return best_device()
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?|mps", word)
     if match is None:
         raise InputError(f"unknown device {word!r}", hint="pass auto, cpu, cuda, cuda:1 or mps")
@@ -39,23 +40,20 @@ def parse_device(word: str) -> str:
     return word
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device and its preferred dtype."""
-
-    name: str
-    dtype: torch.dtype
-
-
-def best_device() -> Device:
-    """Return the GPU with a 16-bit dtype if there is one, otherwise the CPU with float32."""
+def best_device() -> str:
+    """Return the GPU if there is one, otherwise the CPU."""
     if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def drawing_dtype(device: str) -> torch.dtype:
+    """Return the dtype to draw with: 16 bits on a GPU, float32 on the CPU."""
+    if not device.startswith("cuda"):
+        return torch.float16 if device == "mps" else torch.float32
+    with torch.cuda.device(device):  # the next question is about the current device
         # older GPUs emulate bf16 slowly
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device("cuda", torch.bfloat16 if native else torch.float16)
-    if torch.backends.mps.is_available():
-        return Device("mps", torch.float16)
-    return Device("cpu", torch.float32)
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def describe_device(device: torch.device | str) -> str:
@@ -77,6 +75,16 @@ def build_warning() -> str | None:
         f"torch {torch.__version__} cannot use the NVIDIA card of this machine; install a CUDA build of "
         f"torch: {install_line(CUDA_BUILD)}"
     )
+
+
+def cpu_warnings(device: torch.device | str, unet_parameters: int) -> list[str]:
+    """Return warnings if a GPU stays unused, or if a model is too large for a CPU."""
+    if torch.device(device).type != "cpu":
+        return []
+    warnings = [warning for warning in [build_warning()] if warning is not None]
+    if unet_parameters > LARGE_UNET:
+        warnings.append("the model is of SDXL's size and no GPU is used: expect minutes per step")
+    return warnings
 
 
 def total_memory() -> int | None:

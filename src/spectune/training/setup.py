@@ -14,8 +14,7 @@ from torch import Tensor
 
 from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
-from spectune.model.device import build_warning
-from spectune.model.network import Sdxl
+from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
 from spectune.training import state
@@ -58,8 +57,6 @@ from spectune.training.trainable_model import (
 )
 from spectune.training.validation import encode_validation
 
-LARGE_UNET = 1_000_000_000  # parameters; SDXL's UNet has 2.6 billion
-
 
 def assemble(
     recipe: Recipe, accelerator: Accelerator, callbacks: Callbacks, saved: state.SavedState | None = None
@@ -77,7 +74,8 @@ def assemble(
     pictures, validation = _find_images(recipe, warnings)
     device = accelerator.device
     trainable = _build_model(recipe, device, saved, callbacks)
-    warnings.add(_device_warnings(device, trainable.sdxl))
+    parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
+    warnings.add(cpu_warnings(device, parameters))
     offloaded = offload(trainable.sdxl, recipe.run.offload, working=device)
     model = RunModel(trainable, _build_denoiser(recipe, trainable), offloaded)
     data = _encode_images(recipe, model, device, pictures, validation, warnings)
@@ -126,16 +124,6 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         validation_before=header.validation_before,
         warnings=warnings.entries,
     )
-
-
-def _device_warnings(device: torch.device, model: Sdxl) -> list[str]:
-    """Return warnings if a GPU stays unused, or if a model is too large for a CPU."""
-    if device.type != "cpu":
-        return []
-    warnings = [warning for warning in [build_warning()] if warning is not None]
-    if sum(parameter.numel() for parameter in model.unet.parameters()) > LARGE_UNET:
-        warnings.append("the model is of SDXL's size and no GPU is used: expect minutes per step")
-    return warnings
 
 
 # ---------------------------------------------------------------- data

@@ -17,7 +17,7 @@ from spectune.files.pipeline import report_progress
 from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource
 from spectune.files.weights_hash import weights_hash
-from spectune.model.device import best_device
+from spectune.model.device import cpu_warnings, drawing_dtype, parse_device
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
 from spectune.model.vae_convention import VaeConvention, declares_vae, known_convention, resolve_convention
@@ -68,7 +68,7 @@ def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter])
 
 def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:
     """Load a model. Prediction, flow shift and VAE of the options override what its files declare."""
-    device, notify = best_device(), options.notify or _warn
+    device, notify = parse_device(options.device), options.notify or _warn
     prediction, flow_shift = options.prediction, options.flow_shift
     declared = declared_vae(spec)
     convention = _vae_settings(options, declared)
@@ -78,7 +78,9 @@ def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype |
             f"in {spec.model.name}; pass `vae` to change that"
         )
     with open_model(spec, notify) as source:
-        model = build_model(source, device=device.name, dtype=dtype or device.dtype)
+        model = build_model(source, device=device, dtype=dtype or drawing_dtype(device))
+    for warning in cpu_warnings(device, sum(weight.numel() for weight in model.unet.parameters())):
+        notify(warning)
     model = choose_vae(model, options.vae, convention)
     if prediction is None and flow_shift is None:
         return model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from spectune.operation import OperationOptions, argument, option, record
-from spectune.ops.options.values import FORCE_HELP
+from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP
 
 
 @record
@@ -30,6 +30,7 @@ class DrawingOptions(OperationOptions):
     )
     negative: str = option(default="", help="Negative prompt.")
     batch: int = option(default=4, ge=1, help="Pictures drawn at once.")
+    device: str = option(default="auto", help=DRAWING_DEVICE_HELP)
     prediction: Literal["eps", "v", "flow"] | None = option(
         default=None, help="Prediction type, if the file does not declare it."
     )

@@ -39,6 +39,7 @@ KEYS_HELP = (
 )
 BASE_HELP = "The model of the adapters. Required if it does not have the size of SDXL."
 DEVICE_HELP = "Device for the SVD: auto, cpu, cuda or cuda:1."
+DRAWING_DEVICE_HELP = "Device: auto, cpu, cuda, cuda:1 or mps. auto is the GPU if there is one."
 FORCE_HELP = "Overwrite existing files."
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
