@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
 from spectune.files.provenance import Provenance
-from spectune.model.vae_convention import KNOWN_VAES, declare_vae
+from spectune.model.vae.convention import KNOWN_VAES, declare_vae
 from spectune.ops.drawing.models import declared_vae
 from spectune.ops.drawing.models import load_model as load
 from spectune.ops.drawing.specs import ModelSpec, Weighted

@@ -3,8 +3,7 @@
 * network: the UNet, text encoders and VAE, built from a checkpoint's tensors.
 * prediction: noising, targets and x0 for eps, v and flow, shared by training and sampling.
 * text: convert captions to token ids.
-* vae_convention: scale, shift and padding of a VAE, from several sources.
-* vae_loading: load a VAE from its own file.
+* vae: scale, shift and padding of a VAE, and loading one from its own file.
 * inject: trainable low-rank changes of layers, in the delta or residual form.
 * joined_factors: the factors of all changes in the dtype of the activations, made once per step.
 * packed_linear: a linear layer in 4 or 8 bits.

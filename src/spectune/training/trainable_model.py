@@ -23,14 +23,14 @@ from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantize_layers
-from spectune.model.vae_convention import (
+from spectune.model.vae.convention import (
     KNOWN_VAES,
     VaeConvention,
     declare_vae,
     merge_conventions,
     resolve_convention,
 )
-from spectune.model.vae_loading import choose_vae
+from spectune.model.vae.loading import choose_vae
 from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.selection import select_layers

@@ -20,8 +20,8 @@ from spectune.files.weights_hash import weights_hash
 from spectune.model.device import cpu_warnings, drawing_dtype, parse_device
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
-from spectune.model.vae_convention import VaeConvention, declares_vae, known_convention, resolve_convention
-from spectune.model.vae_loading import choose_vae
+from spectune.model.vae.convention import VaeConvention, declares_vae, known_convention, resolve_convention
+from spectune.model.vae.loading import choose_vae
 from spectune.ops.drawing.specs import ModelSpec, parse_size
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.pairs.merged import merged

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from spectune.files.provenance import FrameKind
-from spectune.model.vae_convention import KNOWN_VAES
+from spectune.model.vae.convention import KNOWN_VAES
 from spectune.training.recipe.sections.base import OneOf, Section
 
 PartName = Literal["unet", "te1", "te2"]

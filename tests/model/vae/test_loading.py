@@ -11,7 +11,7 @@ from torch import nn
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance
 from spectune.model.network import build_model
-from spectune.model.vae_convention import (
+from spectune.model.vae.convention import (
     KNOWN_VAES,
     VaeConvention,
     declare_vae,
@@ -19,7 +19,7 @@ from spectune.model.vae_convention import (
     merge_conventions,
     resolve_convention,
 )
-from spectune.model.vae_loading import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
+from spectune.model.vae.loading import choose_vae, load_vae, pad_convolutions, with_convention, with_vae
 from spectune.sdxl.layout import VAE_ROOT, hints_metadata
 from tests.layouts import TINY
 

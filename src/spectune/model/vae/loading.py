@@ -21,7 +21,7 @@ from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
 from spectune.files.source import WeightSource
 from spectune.model.network import Sdxl, fill, new_vae
-from spectune.model.vae_convention import CONFIG, VaeConvention, vae_folder
+from spectune.model.vae.convention import CONFIG, VaeConvention, vae_folder
 from spectune.sdxl.inference import ShapeProbe, vae_layout
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
 from spectune.sdxl.names import TensorView, vae_modules

@@ -1,0 +1,5 @@
+"""The autoencoder.
+
+* convention: scale, shift and padding, from several sources.
+* loading: load an autoencoder from its own file.
+"""
