@@ -3,6 +3,7 @@
 
     python dev.py demo            run the whole workflow on the embedded model
     python dev.py setup           install everything for development; further arguments go to `pip install`
+                                  --torch cu130: install this build of torch (see below)
     python dev.py test            run the tests except the slow ones; further arguments go to pytest
     python dev.py lint [--fix]    run ruff and pyright
     python dev.py docs            build the documentation site; warnings are errors
@@ -10,8 +11,10 @@
     python dev.py bench NAME      run benchmarks/NAME.py; further arguments go to it
     python dev.py experiment ...  repeat the experiments of docs/concepts/evidence.md, by name or all
 
-Every command first installs packages that are missing or out of date. It keeps a torch that is already in
-.venv; to use a build for another GPU, install it there first.
+Every command first installs packages that are missing or out of date. A torch that is already in .venv
+stays. Otherwise dev.py looks for an NVIDIA or AMD card and installs the build of torch for it; without a
+card, pip chooses. `setup --torch BUILD` installs a build, also in the place of another one: cu130 (NVIDIA,
+driver 580 or newer), cu126 (older drivers, and cards before RTX 20), cu132, rocm (AMD, Linux), cpu.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +38,11 @@ RUN_LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 4)
+# The builds of the locked torch on download.pytorch.org.
+BUILDS = ("cu126", "cu130", "cu132", "rocm7.2", "cpu")
+NEWEST_CUDA, OLDER_CUDA, ROCM = "cu130", "cu126", "rocm7.2"
+# What CUDA 13 needs: a driver, and a compute capability (Turing). CUDA 12.6 has no kernels for Blackwell.
+CUDA_13_DRIVER, TURING, BLACKWELL = 580, (7, 5), (10, 0)
 
 
 class DevError(Exception):
@@ -85,6 +94,60 @@ def with_torch(lines: list[str], installed: str | None) -> list[str]:
     return [f"torch=={installed}" if re.match(r"torch\s*==", line) else line for line in lines]
 
 
+def cuda_build(rows: str) -> str | None:
+    """Return the build for the cards in the output of nvidia-smi, or None if there are none.
+
+    Each row of the output has a driver version and a compute capability: `580.95.05, 8.6`.
+    """
+    found = re.findall(r"^\s*(\d+)[\d.]*,\s*(\d+)\.(\d+)\s*$", rows, flags=re.MULTILINE)
+    if not found:
+        return None
+    driver = int(found[0][0])
+    cards = [(int(major), int(minor)) for _, major, minor in found]
+    if driver >= CUDA_13_DRIVER and min(cards) >= TURING:
+        return NEWEST_CUDA
+    return OLDER_CUDA if max(cards) < BLACKWELL else NEWEST_CUDA
+
+
+def find_build() -> str | None:
+    """Return the build of torch for the card of this machine, or None if pip is to choose."""
+    if shutil.which("nvidia-smi"):
+        rows = output_of("nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader")
+        build = cuda_build(rows or "")
+        if build is not None:
+            return build
+    # The device file exists only if the driver of an AMD card is loaded.
+    tools = shutil.which("rocminfo") or shutil.which("rocm-smi") or Path("/opt/rocm").is_dir()
+    return ROCM if sys.platform == "linux" and tools and Path("/dev/kfd").exists() else None
+
+
+def parse_build(word: str) -> str | None:
+    """Return a build of torch by name, or None for auto."""
+    if word == "auto":
+        return None
+    build = ROCM if word == "rocm" else word
+    if build not in BUILDS:
+        raise DevError(
+            f"there is no build `{word}` of torch\nhint: choose from auto, rocm, {', '.join(BUILDS)}"
+        )
+    if sys.platform == "darwin":
+        raise DevError("macOS has only one build of torch\nhint: leave out --torch")
+    return build
+
+
+def split_torch_option(args: list[str]) -> tuple[str | None, list[str]]:
+    """Return the build that `--torch BUILD` or `--torch=BUILD` names, and the other arguments."""
+    build, rest, words = None, [], iter(args)
+    for word in words:
+        if word == "--torch":
+            build = parse_build(next(words, ""))
+        elif word.startswith("--torch="):
+            build = parse_build(word[len("--torch=") :])
+        else:
+            rest.append(word)
+    return build, rest
+
+
 def read_lock(name: str) -> list[str]:
     """Return the requirement lines of a lock file and of the files that it includes."""
     lines: list[str] = []
@@ -119,13 +182,58 @@ def run(*command: object) -> int:
             continue
 
 
-def query(python: Path, code: str) -> str | None:
-    """Return what a line of Python prints in the virtual environment, or None if it fails."""
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, or None if it fails."""
     try:
-        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
-    except OSError:
+        done = subprocess.run(list(command), capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def query(python: Path, code: str) -> str | None:
+    """Return what a line of Python prints in the virtual environment, or None if it fails."""
+    return output_of(str(python), "-c", code)
+
+
+def torch_version(python: Path) -> str:
+    """Return the version of the installed torch with its build, such as 2.13.0+cpu; "" without torch.
+
+    The version that pip knows lacks the build if the package comes from PyPI.
+    """
+    code = (
+        "import importlib.metadata as m, runpy; "
+        "print(runpy.run_path(str(m.distribution('torch').locate_file('torch/version.py')))['__version__'])"
+    )
+    return query(python, code) or ""
+
+
+def place_torch(python: Path, lines: list[str], build: str | None) -> None:
+    """Install the requested build of torch, or the one for this machine's card if there is no torch."""
+    old = torch_version(python)
+    if build is None and not keeps_torch(old):
+        build = find_build()
+    if build is None or (keeps_torch(old) and old.partition("+")[2] == build):
+        return
+    (locked,) = [line for line in lines if re.match(r"torch\s*==", line)]
+    new = f"{locked.partition('==')[2].split(';')[0].strip()}+{build}"
+    say(f"replacing torch {old} by torch {new}" if old else f"installing torch {new}")
+    index = f"https://download.pytorch.org/whl/{build}"
+    pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
+    if run(*pip, f"torch=={new}", "--index-url", index) != 0:
+        raise DevError(
+            "pip failed; its message is above\n"
+            f"hint: install a torch of your choice first: {python} -m pip install torch; dev.py keeps it"
+        )
+
+
+def warn_of_unused_card(python: Path) -> None:
+    """Say which command installs a build of torch for the card, if the installed build is for CPUs."""
+    version = torch_version(python)
+    build = find_build() if version.endswith("+cpu") else None
+    if build is not None:
+        say(f"warning: torch {version} does not use this computer's graphics card")
+        say(f"hint: python dev.py setup --torch {build}")
 
 
 def make_venv() -> Path:
@@ -149,11 +257,11 @@ def make_venv() -> Path:
     return python
 
 
-def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
+def ensure(lock: str, pip_args: list[str] | None = None, *, build: str | None = None) -> Path:
     """Install `lock` and spectune itself into .venv, and return the interpreter of .venv.
 
     The installation is skipped if the lock file and the project metadata have not changed since the last one
-    and there are no `pip_args`.
+    and there are no `pip_args` and no `build` of torch.
     """
     python = make_venv()
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -162,10 +270,11 @@ def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
     locks = (RUN_LOCK, DEV_LOCK) if lock == DEV_LOCK else (lock,)
     current = {name: fingerprint(read_lock(name), pyproject, version) for name in locks}
     stamps = read_stamps()
-    if {**stamps, **current} == stamps and not pip_args:
+    if {**stamps, **current} == stamps and not pip_args and build is None:
         return python
 
     lines = read_lock(lock)
+    place_torch(python, lines, build)
     torch = query(python, "import importlib.metadata as m; print(m.version('torch'))")
     say(f"installing {lock} into {VENV.name}" + (f"; keeping torch {torch}" if keeps_torch(torch) else ""))
     pinned = VENV / "spectune-requirements.txt"
@@ -180,7 +289,9 @@ def ensure(lock: str, pip_args: list[str] | None = None) -> Path:
 
 
 def setup(args: list[str]) -> int:
-    python = ensure(DEV_LOCK, args)
+    build, pip_args = split_torch_option(args)
+    python = ensure(DEV_LOCK, pip_args, build=build)
+    warn_of_unused_card(python)
     say(f"ready: {python.relative_to(ROOT)} -m spectune --help")
     return 0
 

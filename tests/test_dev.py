@@ -9,9 +9,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import dev
+from spectune.model import device
 
 PYPROJECT = '[project]\nname = "x"\ndependencies = ["torch>=2.4"]\n[tool.ruff]\nline-length = 110\n'
 
@@ -117,6 +119,168 @@ def test_arguments_of_setup_are_passed_to_pip(installed: list[list[str]]) -> Non
         ["--upgrade", "-r"],
         ["--no-deps", "-e"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "build"),
+    [
+        ("580.95.05, 8.6\n", "cu130"),
+        ("581.29, 7.5\n581.29, 12.0\n", "cu130"),
+        ("550.54.14, 8.9\n", "cu126"),  # an old driver
+        ("580.95.05, 6.1\n", "cu126"),  # CUDA 13 has no kernels for Pascal
+        ("570.10, 12.0\n", "cu130"),  # CUDA 12.6 has no kernels for Blackwell
+        ("No devices were found\n", None),
+        ("", None),
+    ],
+)
+def test_the_build_fits_driver_and_cards(rows: str, build: str | None) -> None:
+    assert dev.cuda_build(rows) == build
+
+
+def with_hardware(
+    monkeypatch: pytest.MonkeyPatch, programs: set[str], *, rows: str = "", kfd: bool = False
+) -> None:
+    monkeypatch.setattr(dev.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(dev, "output_of", lambda *command: rows)
+    monkeypatch.setattr(dev.Path, "exists", lambda path: kfd)
+    monkeypatch.setattr(dev.Path, "is_dir", lambda path: False)
+
+
+@pytest.mark.parametrize(
+    ("system", "programs", "kfd", "build"),
+    [
+        ("linux", {"nvidia-smi"}, False, "cu130"),
+        ("win32", {"nvidia-smi"}, False, "cu130"),
+        ("linux", {"rocminfo"}, True, "rocm7.2"),
+        ("linux", {"rocm-smi"}, False, None),  # tools without a card
+        ("win32", {"rocminfo"}, True, None),
+        ("darwin", set(), False, None),
+        ("linux", set(), True, None),
+    ],
+)
+def test_the_build_is_chosen_by_looking_for_a_card(
+    system: str, programs: set[str], kfd: bool, build: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev.sys, "platform", system)
+    with_hardware(monkeypatch, programs, rows="580.95, 8.6\n", kfd=kfd)
+    assert dev.find_build() == build
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], (None, [])),
+        (["--torch", "cu126", "-q"], ("cu126", ["-q"])),
+        (["-q", "--torch=rocm"], ("rocm7.2", ["-q"])),
+        (["--torch", "auto"], (None, [])),
+    ],
+)
+def test_the_build_is_named_by_an_option(
+    args: list[str], expected: tuple[str | None, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev.sys, "platform", "linux")
+    assert dev.split_torch_option(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("system", "word", "message"),
+    [
+        ("win32", "cu128", "there is no build `cu128` of torch\nhint: choose from auto, rocm, cu126, cu130"),
+        ("win32", "", "there is no build `` of torch"),
+        ("darwin", "cpu", "macOS has only one build of torch"),
+    ],
+)
+def test_an_unknown_build_is_refused(
+    system: str, word: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev.sys, "platform", system)
+    with pytest.raises(dev.DevError, match=message):
+        dev.split_torch_option(["--torch", word])
+
+
+def with_torch_installed(monkeypatch: pytest.MonkeyPatch, version: str, *, card: bool = True) -> list[str]:
+    """Simulate an installed torch and a card; return the lines that dev.py prints."""
+    said: list[str] = []
+    monkeypatch.setattr(dev, "query", lambda _python, code: version if "torch" in code else "(3, 11)")
+    monkeypatch.setattr(dev, "find_build", lambda: "cu130" if card else None)
+    monkeypatch.setattr(dev, "say", said.append)
+    monkeypatch.setattr(dev.sys, "platform", "linux")
+    return said
+
+
+def index_urls(commands: list[list[str]]) -> list[tuple[str, str]]:
+    """Return the package and the index of each command that installs from another index."""
+    return [(command[-3], command[-1]) for command in commands if "index-url" in " ".join(command)]
+
+
+def test_the_build_for_the_card_is_installed_first(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = with_torch_installed(monkeypatch, "")
+    dev.ensure(dev.RUN_LOCK)
+    assert index_urls(installed) == [("torch==2.13.0+cu130", "https://download.pytorch.org/whl/cu130")]
+    assert index_urls(installed[:1]) != []
+    assert said[0] == "installing torch 2.13.0+cu130"
+
+
+def test_without_a_card_pip_chooses_the_build(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_torch_installed(monkeypatch, "", card=False)
+    dev.ensure(dev.RUN_LOCK)
+    assert [command[-2:] for command in installed] == [
+        ["-r", str(dev.VENV / "spectune-requirements.txt")],
+        ["-e", str(dev.ROOT)],
+    ]
+    assert "index-url" not in str(installed)
+
+
+def test_a_cpu_build_beside_a_card_stays_with_a_warning(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = with_torch_installed(monkeypatch, "2.13.0+cpu")
+    monkeypatch.setattr(dev, "make_venv", lambda: dev.ROOT / "python")
+    assert dev.setup([]) == 0
+    assert index_urls(installed) == []
+    assert said[-3:-1] == [
+        "warning: torch 2.13.0+cpu does not use this computer's graphics card",
+        "hint: python dev.py setup --torch cu130",
+    ]
+
+
+def test_a_requested_build_replaces_another_one_after_saying_so(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = with_torch_installed(monkeypatch, "2.13.0+cpu")
+    monkeypatch.setattr(dev, "make_venv", lambda: dev.ROOT / "python")
+    dev.setup([])
+    del said[:], installed[:]
+    assert dev.setup(["--torch", "cu126"]) == 0
+    assert index_urls(installed) == [("torch==2.13.0+cu126", "https://download.pytorch.org/whl/cu126")]
+    assert said[0] == "replacing torch 2.13.0+cpu by torch 2.13.0+cu126"
+    del installed[:]
+    assert dev.setup(["--torch", "cpu"]) == 0  # it is there
+    assert index_urls(installed) == []
+
+
+def test_a_build_that_cannot_be_installed_is_an_error_with_a_hint(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_torch_installed(monkeypatch, "")
+    monkeypatch.setattr(dev, "run", lambda *_command: 1)
+    with pytest.raises(dev.DevError, match=r"pip failed.*\nhint: install a torch of your choice"):
+        dev.ensure(dev.RUN_LOCK)
+
+
+def test_the_build_of_an_installed_torch_is_read_without_importing_it() -> None:
+    assert dev.torch_version(Path(sys.executable)) == torch.__version__
+
+
+def test_the_builds_are_those_that_error_messages_name() -> None:
+    assert (
+        {device.CUDA_BUILD, device.LEGACY_CUDA_BUILD} == {dev.NEWEST_CUDA, dev.OLDER_CUDA} <= set(dev.BUILDS)
+    )
+    assert dev.CUDA_13_DRIVER == device.CUDA_13_DRIVER
 
 
 @pytest.mark.parametrize(
