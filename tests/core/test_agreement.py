@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from spectune.core.agreement import compare, total_share
 from spectune.core.linalg import relative_error
@@ -36,6 +37,29 @@ def test_ulps_count_across_zero(dtype: torch.dtype) -> None:
     assert compare(plus, -plus).max_ulp == 2
     signed = compare(torch.tensor([-0.0], dtype=dtype), torch.tensor([0.0], dtype=dtype))
     assert (signed.bit_equal, signed.max_ulp, signed.relative_error) == (0, 0, 0.0)
+
+
+def ordered(patterns: Tensor) -> Tensor:
+    """Return the position of 16-bit floats among all floats, from sign and magnitude."""
+    magnitude = patterns.long() & 0x7FFF
+    return torch.where(patterns < 0, -magnitude, magnitude)
+
+
+@pytest.mark.parametrize("spread", [1, 300, 40_000])  # in ulps: one sign, across zero, more than 16 bits
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_of_16_bits_are_those_of_the_ordered_patterns(dtype: torch.dtype, spread: int) -> None:
+    generator = torch.Generator().manual_seed(spread)
+    centre = torch.randint(-200, 200, (500,), generator=generator)
+    moved = centre + torch.randint(-spread, spread + 1, (500,), generator=generator)
+    first, second = (
+        torch.where(position < 0, -position - (1 << 15), position).clamp(-(1 << 15), (1 << 15) - 1).short()
+        for position in (centre.clamp(-30_000, 30_000), moved.clamp(-31_000, 31_000))
+    )
+    if spread > 30_000:
+        first[0], second[0] = 31_000, -1768  # positions 31,000 and -31,000
+    expected = int((ordered(first) - ordered(second)).abs().max())
+    assert expected > (spread if spread < 30_000 else 1 << 15) - 2
+    assert compare(first.view(dtype), second.view(dtype)).max_ulp == expected
 
 
 def test_integers_are_compared_by_value() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
+from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -116,4 +120,93 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def scratch_copy(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of a tensor in scratch memory, as `dtype`."""
+    if tensor.dtype != dtype and not tensor.is_contiguous():
+        tensor = scratch("rows", tuple(tensor.shape), tensor.dtype).copy_(tensor)
     return scratch(use, tuple(tensor.shape), dtype).copy_(tensor)
+
+
+def copy_into(result: Tensor, tensor: Tensor) -> None:
+    """Copy a tensor into another one, which may have another dtype."""
+    # converting rows that lie apart takes several times as long as copying them
+    if tensor.dtype != result.dtype and not result.is_contiguous() and result.device.type == "cpu":
+        tensor = scratch_copy("rows", tensor, result.dtype)
+    result.copy_(tensor)
+
+
+class _Recycler:
+    """Memory blocks of tensors that no longer exist, for new tensors.
+
+    The blocks are free until `empty` takes the smallest one that fits. While `recycled_memory` is active, the
+    block of a tensor becomes free when the tensor and all its views are gone.
+    """
+
+    SMALLEST = 1 << 17  # bytes; malloc itself keeps the memory of smaller tensors
+    KEPT = 1 << 28  # most bytes of free blocks; the oldest ones go back to the system
+
+    def __init__(self) -> None:
+        self.users = 0  # number of active `recycled_memory`
+        self._lock = threading.Lock()
+        self._returned: deque[Tensor] = deque()  # blocks of dead tensors that are not in `_free` yet
+        self._free: list[Tensor] = []  # oldest first
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not self.users or nbytes < self.SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        block = self._take(nbytes)
+        # the storage of the tensor owns this array object, so both die together
+        owner = block.numpy()[:nbytes]
+        weakref.finalize(owner, self._give_back, block).atexit = False
+        return cast("Any", torch).from_numpy(owner).view(dtype).view(shape)
+
+    def begin(self) -> None:
+        with self._lock:
+            self.users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self.users -= 1
+            if not self.users:
+                self._returned.clear()
+                self._free.clear()
+
+    def _give_back(self, block: Tensor) -> None:
+        # no lock: a tensor can die at any time, also in a thread that holds the lock
+        if self.users:
+            self._returned.append(block)
+
+    def _take(self, nbytes: int) -> Tensor:
+        with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            fitting = [i for i, block in enumerate(self._free) if nbytes <= block.numel() <= 4 * nbytes]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
+            kept = sum(block.numel() for block in self._free)
+            while kept > self.KEPT:
+                kept -= self._free.pop(0).numel()
+        # a power of two fits more later tensors; the system provides only the pages that are used
+        return torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8)
+
+
+_recycler = _Recycler()
+
+
+@contextmanager
+def recycled_memory() -> Generator[None]:
+    """Let `empty` reuse the memory of its earlier tensors until the end of this block, in all threads."""
+    _recycler.begin()
+    try:
+        yield
+    finally:
+        _recycler.end()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor on the CPU, in memory of a dead tensor within `recycled_memory`."""
+    return _recycler.empty(shape, dtype)
+
+
+def new_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a tensor as `dtype`, in memory from `empty`."""
+    return empty(tuple(tensor.shape), dtype).copy_(tensor)

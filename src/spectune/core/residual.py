@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectune.core.agreement import Agreement, Tally, bit_pattern
-from spectune.core.linalg import scratch_copy, square_sum
+from spectune.core.linalg import empty, scratch, scratch_copy, square_sum
 from spectune.core.low_rank import LowRank, Product, Tile, to_matrix
 from spectune.core.rounding import check_finite, round_into
 from spectune.core.spectrum import DAMAGED
@@ -70,19 +70,20 @@ def subtract_principal(
     """
     wider = restores_every_bit(dtype, weight.dtype)
     matrix = to_matrix(weight)  # (out, in*kh*kw)
-    residual = torch.empty(weight.shape, dtype=dtype)
+    residual = empty(tuple(weight.shape), dtype)
     left = to_matrix(residual)
     tally, missed = Tally(errors=False), _ExceptionCollector(matrix.shape[1])
     working = working_dtype(dtype)
     for tile, principal in Product(low_rank, exact=wider).tiles():
-        original = matrix[tile]
+        original = scratch_copy("original", matrix[tile], weight.dtype)
         exact = scratch_copy("weight", original, working)
         if wider and weight.dtype in _UNDERFLOW:
             # a sum turns -0 into +0; the value in the table rounds back to -0
             negative_zero = (exact == 0) & exact.signbit()
             exact.masked_fill_(negative_zero, _UNDERFLOW[weight.dtype])
-        stored = left[tile]
+        stored = scratch("residual", tuple(exact.shape), dtype)
         round_into(stored, exact.sub_(principal), f"the residual of {name}")
+        left[tile].copy_(stored)
         again = scratch_copy("again", exact.copy_(stored).add_(principal), weight.dtype)
         unequal = tally.add(again, original)
         if wider and unequal is not None:
@@ -105,7 +106,7 @@ def add_principal(
 
     Raises InputError with `hint` for NaN and infinity.
     """
-    weight = torch.empty(residual.shape, dtype=dtype)
+    weight = empty(tuple(residual.shape), dtype)
     matrix, left = to_matrix(weight), to_matrix(residual)
     exact = restores_every_bit(residual.dtype, dtype)
     for tile, principal in Product(low_rank, exact=exact).tiles():
@@ -132,7 +133,7 @@ class _ExceptionCollector:
         rows, columns = unequal.nonzero(as_tuple=True)
         self.count += len(rows)
         self._index.append((rows + tile[0].start) * self.columns + columns + tile[1].start)
-        self._values.append(bit_pattern(original)[unequal].view(original.dtype))
+        self._values.append(bit_pattern(original)[rows, columns].view(original.dtype))
 
     def exceptions(self) -> Exceptions | None:
         if not self.count:

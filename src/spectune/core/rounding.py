@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectune.core.linalg import largest_magnitude
+from spectune.core.linalg import copy_into, empty, largest_magnitude
 from spectune.errors import InputError
 
 # Without integers, which are not weights, and float64, which would be rounded to float32 for computing.
@@ -19,14 +19,17 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, *, hint: str = STORE_W
     """Return `exact` rounded once to `dtype`; raise InputError for finite values beyond its range."""
     if dtype == exact.dtype:
         return exact
-    result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
+    if exact.device.type == "cpu":
+        result = empty(tuple(exact.shape), dtype)
+    else:
+        result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
     round_into(result, exact, name, hint=hint)
     return result
 
 
 def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WIDER) -> None:
     """Write `exact` into `result`, rounded as in `rounded`."""
-    result.copy_(exact)
+    copy_into(result, exact)
     if result.dtype.itemsize >= exact.dtype.itemsize:
         return
     # most tensors are far from the end of the range; only the others need the slow check

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from spectune.core.linalg import recycled_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,7 +44,7 @@ def run_pipeline(
         consume(item, future.result())
         return nbytes
 
-    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+    with _one_thread_each(), recycled_memory(), ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 nbytes = size(item)

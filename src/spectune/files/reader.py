@@ -15,6 +15,7 @@ from typing import Any, Self, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from spectune.core.linalg import empty
 from spectune.errors import InputError
 from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME
 from spectune.files.provenance import HasProvenance
@@ -57,7 +58,7 @@ class SafetensorsFile:
 
     def load(self, name: str) -> Tensor:
         info = self.tensors[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        data = empty((info.nbytes,), torch.uint8)
         with self._lock:
             self._file.seek(self._offsets[name])
             count = self._file.readinto(data.numpy().data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.core.delta import added_to_base, added_to_residual
-from spectune.core.linalg import largest_magnitude
+from spectune.core.linalg import largest_magnitude, new_copy
 from spectune.core.low_rank import LowRank, Product, product, to_matrix, weight_shape
 from spectune.core.residual import add_principal
 from spectune.core.rounding import check_dtype, check_finite, rounded
@@ -75,7 +75,7 @@ class Merged(HasProvenance):
         if replacement is not None:
             result = replacement.over(stored)
         elif changes:
-            result = stored.to(torch.float32, copy=True)
+            result = new_copy(stored, torch.float32)
         else:
             return stored if dtype == stored.dtype else self._rounded(stored.float(), dtype, name)
         changed = [self._add(result[layer.row_slice], layer, of(layer.name)) for layer, of in changes]
@@ -131,7 +131,7 @@ class Restored(HasProvenance):
             label = f"{name} of {self.label}"
             return stored if dtype == stored.dtype else rounded(stored.float(), dtype, label, hint=_TOO_LARGE)
         fused = any(layer.rows is not None for layer, _ in principals)
-        result = stored.to(dtype, copy=True) if fused else None
+        result = new_copy(stored, dtype) if fused else None
         for layer, of in principals:
             low_rank = of(layer.name)
             check_fits(layer, low_rank, self.residual.label)

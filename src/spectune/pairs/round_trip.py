@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -12,8 +13,8 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.loading import Loading
 from spectune.adapters.writer import adapter_hash
-from spectune.core.agreement import Agreement, compare, total_share
-from spectune.core.linalg import scratch, scratch_copy
+from spectune.core.agreement import Agreement, Tally, compare, total_share
+from spectune.core.linalg import new_copy, scratch, scratch_copy
 from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.residual import Exceptions, restores_every_bit, working_dtype
 from spectune.errors import counted, some_of
@@ -33,6 +34,7 @@ _HALF_ULP = {
     torch.bfloat16: 2.0**-8,
     torch.float32: 2.0**-24,
 }
+_SUM_ERROR = 4 * _HALF_ULP[torch.float32]
 _HALF_STEP = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17, torch.float16: 2.0**-25}
 
 
@@ -195,15 +197,17 @@ class _Comparison:
         layers: Sequence[Layer],
         exceptions: Exceptions | None,
     ) -> TensorRecord:
-        rebuilt = stored.to(weight.dtype, copy=True)  # rows outside of all layers do not change
+        rebuilt = new_copy(stored, weight.dtype)  # rows outside of all layers do not change
         excess: dict[str, float] = {}
+        covered = sum(math.prod(layer.shape) for layer in layers) == weight.numel()
+        tally = Tally() if covered and exceptions is None else None
         for layer in layers:
             rows, low_rank = layer.row_slice, self.principal.layers[layer.name]
             check_fits(layer, low_rank, self.residual.label)
-            excess[layer.name] = _add_principal(rebuilt[rows], stored[rows], weight[rows], low_rank)
+            excess[layer.name] = _add_principal(rebuilt[rows], stored[rows], weight[rows], low_rank, tally)
         if exceptions is not None:
             rebuilt.view(-1)[exceptions.index] = exceptions.values
-        agreement = compare(rebuilt, weight)
+        agreement = compare(rebuilt, weight) if tally is None else tally.agreement()
         if agreement.exact:
             self.rebuilt_hasher.copy(name, self.hasher)
         else:
@@ -217,43 +221,58 @@ class _Comparison:
         )
 
 
-def _add_principal(rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank) -> float:
-    """Write residual + principal into `rebuilt`; return the largest ratio of error to rounding bound."""
-    into, left, original = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
+def _add_principal(
+    rebuilt: Tensor, residual: Tensor, weight: Tensor, low_rank: LowRank, tally: Tally | None
+) -> float:
+    """Write residual + principal into `rebuilt`; return the largest ratio of error to rounding bound.
+
+    `tally` counts the agreement of `rebuilt` and `weight`.
+    """
+    into, left, wanted = to_matrix(rebuilt), to_matrix(residual), to_matrix(weight)
     working = working_dtype(residual.dtype)
+    relative, step = _rounding_bound(residual.dtype, weight.dtype)
     worst = 0.0
     exact_sum = restores_every_bit(residual.dtype, weight.dtype)
     product = Product(low_rank, exact=exact_sum)
     of_rows, of_columns = product.rounding()
     for tile, principal in product.tiles():
         stored = scratch_copy("residual", left[tile], working)
-        expected = scratch_copy("weight", original[tile], torch.float32)
+        original = scratch_copy("original", wanted[tile], weight.dtype)
+        expected = scratch_copy("weight", original, torch.float32)
         exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
-        into[tile].copy_(exact)
-        allowed = _allowed(stored, expected, residual.dtype, weight.dtype)
+        again = scratch_copy("again", exact, weight.dtype)
+        into[tile].copy_(again)
+        if tally is not None:
+            tally.add(again, original)
+        error = exact.sub_(expected).abs_()
+        # The rounding of the residual explains almost all errors. Only other tiles need the complete bound.
+        over = torch.sub(
+            error, stored.abs_(), alpha=relative, out=scratch("over", tuple(error.shape), working)
+        )
+        if float(torch.amax(over)) <= step:  # false also for NaN
+            continue
+        allowed = stored.mul_(relative).add_(step).add_(expected.abs_(), alpha=_SUM_ERROR)
         if not exact_sum:  # the residual may come from another machine, with another summation order
             allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
-        over = exact.sub_(expected).abs_().sub_(allowed)
-        if not float(torch.aminmax(over)[1]) <= 0:  # true also for NaN
-            worst = max(worst, _excess(over.add_(allowed), allowed))
+        worst = max(worst, _excess(error, allowed))
     return worst
 
 
-def _allowed(residual: Tensor, weight: Tensor, stored: torch.dtype, original: torch.dtype) -> Tensor:
-    """Return the bound of |R + P - W| per element that rounding explains, before R + P is rounded.
+def _rounding_bound(residual: torch.dtype, weight: torch.dtype) -> tuple[float, float]:
+    """Return a and b of the bound a |R| + b + _SUM_ERROR |W| of |R + P - W|, before R + P is rounded.
 
     R was rounded once to its dtype. `split` and this check compute P and R + P in float32; the two results
     can differ where a rounding was a tie. This adds two roundings of values of up to |R| + |W|.
-    Both tensors are overwritten.
     """
-    final = 4 * _HALF_ULP[torch.float32]
     # `subtract_principal` stores another value for an fp16 -0
-    step = _HALF_STEP.get(stored, 0.0) + _HALF_STEP.get(original, 0.0)
-    allowed = residual.abs_().mul_(_HALF_ULP.get(stored, 0.0) + final).add_(step)
-    return allowed.add_(weight.abs(), alpha=final)
+    step = _HALF_STEP.get(residual, 0.0) + _HALF_STEP.get(weight, 0.0)
+    return _HALF_ULP.get(residual, 0.0) + _SUM_ERROR, step
 
 
 def _excess(error: Tensor, allowed: Tensor) -> float:
+    """Return the largest ratio of error to bound if an error is larger than its bound, else 0."""
+    if float(torch.amax(error - allowed)) <= 0:  # false also for NaN
+        return 0.0
     if not bool(torch.isfinite(error).all()):
         return inf
     return float((error / allowed).nan_to_num(0.0).max())  # 0/0: no error, with a bound of 0

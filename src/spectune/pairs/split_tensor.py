@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.core.agreement import Agreement, total_agreement
+from spectune.core.linalg import new_copy
 from spectune.core.low_rank import LowRank
 from spectune.core.residual import Exceptions, subtract_principal
 from spectune.core.split import LayerReport, split_weight
@@ -67,7 +68,7 @@ def split_tensor(
         return SplitTensor(None, tuple(pairs), tuple(reports), None)
     dtype = plan.residual_of(tensor.dtype)
     # a fused tensor also has rows outside of all factored layers; they stay unchanged
-    residual = tensor.to(dtype, copy=True) if len(layers) > 1 or layers[0].rows is not None else None
+    residual = new_copy(tensor, dtype) if len(layers) > 1 or layers[0].rows is not None else None
     agreements: list[Agreement] = []
     exceptions: list[tuple[int, Exceptions]] = []
     for layer, low_rank in pairs:
