@@ -49,10 +49,9 @@ def run(arguments: list[str] | None = None) -> int:
         # Compare by name: importing torch for the class would slow down `--help`.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        memory_error = SpectuneError(
-            f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-            hint="lower --size or --batch, or run.batch or data.resolution_px in the recipe",
-        )
+        from spectune.model.memory_errors import CARD_REMEDIES, out_of_memory
+
+        memory_error = out_of_memory(error, CARD_REMEDIES[:1])
         print_error(memory_error)
         return memory_error.exit_code
     except OSError as error:

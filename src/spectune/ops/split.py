@@ -22,6 +22,7 @@ from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
 from spectune.model.device import build_warning, parse_device
+from spectune.model.memory_errors import CARD_REMEDIES, explained_memory_errors
 from spectune.operation import operation
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.shared import STALE, origin_of
@@ -168,7 +169,8 @@ def split(options: SplitOptions) -> SplitReport:
                     splitter = _TensorSplitter(
                         base, catalogue, plan, writer, residual_writer, options.progress
                     )
-                    splitter.run()
+                    with explained_memory_errors(lambda: CARD_REMEDIES):
+                        splitter.run()
                     origin = replace(origin, base_hash=splitter.hasher.hexdigest())
                     writer.metadata.update(replace(origin, role=Role.PRINCIPAL).to_metadata())
                 if residual_writer is not None:

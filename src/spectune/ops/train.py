@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
+from spectune.model.memory_errors import explained_memory_errors
 from spectune.model.network import Sdxl
 from spectune.operation import operation
 from spectune.ops.options.training import TrainOptions
@@ -14,6 +16,7 @@ from spectune.sampling.generate import Request, SampleSettings, generate
 from spectune.training.callbacks import Callbacks, TrainReport
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.loop import train as run_training
+from spectune.training.memory.remedies import remedies
 from spectune.training.recipe.file import load_recipe
 from spectune.training.recipe.recipe import Recipe
 
@@ -51,7 +54,8 @@ def train(options: TrainOptions) -> TrainReport:
     """
     recipe = load_recipe(options.recipe, options.overrides)
     callbacks = [*(options.callbacks or ()), Previews(recipe)]
-    return run_training(recipe, callbacks=callbacks, force=options.force)
+    with explained_memory_errors(partial(remedies, recipe)):
+        return run_training(recipe, callbacks=callbacks, force=options.force)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource
 from spectune.files.weights_hash import weights_hash
 from spectune.model.device import cpu_warnings, drawing_dtype, parse_device
+from spectune.model.memory_errors import CARD_REMEDIES, explained_memory_errors
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import make_prediction
 from spectune.model.vae.convention import VaeConvention, declares_vae, known_convention, resolve_convention
@@ -142,10 +144,16 @@ def draw(
     dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per caption. The seeds count up from `options.seed`."""
-    model = load_model(spec, options, dtype=dtype)
     requests = [Request(caption, options.seed + number) for number, caption in enumerate(captions)]
 
     def report(done: int) -> None:
         report_progress(options.progress, done, len(requests), spec.label)
 
-    return generate(model, requests, settings, progress=report)
+    with explained_memory_errors(partial(_remedies, settings)):
+        model = load_model(spec, options, dtype=dtype)
+        return generate(model, requests, settings, progress=report)
+
+
+def _remedies(settings: SampleSettings) -> tuple[str, ...]:
+    smaller_batch = ("pass 1 as `batch`",) if settings.batch > 1 else ()
+    return (*smaller_batch, CARD_REMEDIES[0], "a smaller `size`", *CARD_REMEDIES[1:])
