@@ -30,6 +30,7 @@ block of U, which makes d(dA) one product. The residual form has J = A and U = s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,33 +156,32 @@ def change(layer: LowRank | Delta) -> Tensor:
     return product(added_to_base(layer))
 
 
+def _use_weight(base: Any, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+    """Return a block in which the weight of a frozen linear layer is on the device of its input, in `dtype`.
+
+    A layer that packs its weight or keeps it elsewhere has a method `use_weight` for it.
+    """
+    return base.use_weight(dtype) if hasattr(base, "use_weight") else nullcontext(base.weight)
+
+
 class LinearChange(torch.autograd.Function):
     """x (..., in) through a frozen linear layer and its change; (..., out) in the dtype of x.
 
-    Without `weight`, the change alone. The gradients of dA and dB have their dtype.
+    The gradients of dA and dB have their dtype.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: float,
-        joined: Joined,
-        dA: Tensor,
-        dB: Tensor,
+        ctx: Any, x: Tensor, base: nn.Linear, scale: float, joined: Joined, dA: Tensor, dB: Tensor
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        hidden = flat @ joined.down_T  # (tokens, k)
-        if weight is None:
-            out = (hidden @ joined.up_T).view(*x.shape[:-1], -1)
-        else:
-            # of x, not of `flat`: for an x that is not contiguous, the two may round differently
+        hidden = x.reshape(-1, x.shape[-1]) @ joined.down_T  # (tokens, k)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        with _use_weight(base, x.dtype) as weight:
+            # of x, not of its rows: for an x that is not contiguous, the two may round differently
             out = F.linear(x, weight, bias).contiguous()
-            out.view(-1, out.shape[-1]).addmm_(hidden, joined.up_T)
-        ctx.save_for_backward(x, hidden, weight, joined.down, joined.up)
-        ctx.scale, ctx.rank, ctx.dtype = scale, dA.shape[0], dA.dtype
+        out.view(-1, out.shape[-1]).addmm_(hidden, joined.up_T)
+        ctx.save_for_backward(x, hidden, joined.down, joined.up)
+        ctx.base, ctx.scale, ctx.rank, ctx.dtype = base, scale, dA.shape[0], dA.dtype
         return out
 
     @staticmethod
@@ -189,21 +189,22 @@ class LinearChange(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up = ctx.saved_tensors
+        x, hidden, down, up = ctx.saved_tensors
         rank, k = ctx.rank, down.shape[0]
         flat, g = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, up.shape[0])
         g_hidden = g @ up  # (tokens, 3 rank)
-        needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+        needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 5))
         dx = d_down = d_up = None
         if needs_x:
-            first = g_hidden[:, :k]
-            dx = (first @ down if weight is None else (g @ weight).addmm_(first, down)).view_as(x)
+            with _use_weight(ctx.base, g.dtype) as weight:
+                dx = g @ weight
+            dx = dx.addmm_(g_hidden[:, :k], down).view_as(x)
         if needs_down:
             d_down = _product(g_hidden[:, -rank:].T, flat, ctx.dtype)  # (rank, in)
         if needs_up:
             d_up = _product(g.T, hidden[:, :rank], ctx.dtype)  # (out, rank)
             d_up = d_up if ctx.scale == 1 else d_up.mul_(ctx.scale)
-        return dx, None, None, None, None, d_down, d_up
+        return dx, None, None, None, d_down, d_up
 
 
 class ConvChange(torch.autograd.Function):
@@ -253,12 +254,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def delta_linear(
-    x: Tensor, base: nn.Module, scale: float, joined: Joined, trained: tuple[Tensor, Tensor]
+    x: Tensor, base: nn.Linear, scale: float, joined: Joined, trained: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Return base(x) plus the change of a linear layer; `trained` is (dA, dB)."""
-    if type(base) is nn.Linear:
-        return _linear_change(x, base.weight, base.bias, scale, joined, *trained)
-    return base(x).add_(_linear_change(x, None, None, scale, joined, *trained))  # it has no plain weight
+    return LinearChange.apply(x, base, scale, joined, *trained)  # pyright: ignore[reportReturnType]
 
 
 def delta_conv(
@@ -266,10 +265,6 @@ def delta_conv(
 ) -> Tensor:
     """Return the change alone of a convolution of one group that pads with zeros."""
     return ConvChange.apply(x, base, scale, joined, *trained)  # pyright: ignore[reportReturnType]
-
-
-def _linear_change(*arguments: Any) -> Tensor:
-    return LinearChange.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 def apply_low_rank(

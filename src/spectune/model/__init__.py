@@ -6,8 +6,11 @@
 * vae: scale, shift and padding of a VAE, and loading one from its own file.
 * inject: trainable low-rank changes of layers, in the delta or residual form.
 * joined_factors: the factors of all changes in the dtype of the activations, made once per step.
-* packed_linear: a linear layer in 4 or 8 bits.
+* frozen_linear: a linear layer that has its weight on the device only while a product uses it.
+* packed_linear: such a layer with a weight in 4 or 8 bits.
 * quantize: quantize the layers of a model and report the error.
 * offload: keep unused networks in main memory.
+* weight_stream: keep weights in main memory and copy each to the GPU shortly before its use.
+* streamed_layers: the layers whose weights are streamed.
 * device: the devices of this machine.
 """

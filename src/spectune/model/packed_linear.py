@@ -1,11 +1,12 @@
 """A frozen linear layer with a weight that bitsandbytes packs into 4 or 8 bits.
 
 Only the weight is quantized. It is unpacked to the dtype of the input for each product, so inputs and
-gradients keep their precision. The backward pass unpacks the weight again instead of keeping it.
+gradients keep their precision.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spectune.errors import SpectuneError
+from spectune.model.frozen_linear import FrozenLinear
+from spectune.model.weight_stream import StreamedTensor, WeightStream
 
 Packing = Literal["nf4", "int8"]
 NF4_BLOCK = 64  # weights that share a scale; Dettmers et al. 2023, QLoRA
@@ -73,10 +76,10 @@ def _bitsandbytes() -> Any:
     return functional
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(FrozenLinear):
     """A frozen linear layer with a packed weight. The output has the dtype of the input."""
 
-    codes: nn.Parameter
+    codes: nn.Parameter | StreamedTensor  # the latter after `stream`
     scales: nn.Parameter
 
     def __init__(self, base: nn.Linear, packing: Packing, device: torch.device | None = None) -> None:
@@ -100,11 +103,26 @@ class PackedLinear(nn.Linear):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in) in `dtype`."""
-        packed = Packed(self.codes, self.scales)
-        return unpack(packed, self.packing, (self.out_features, self.in_features), dtype)
+        with self.use_weight(dtype) as weight:
+            return weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _Product.apply(input, self)  # pyright: ignore[reportReturnType]
+    def use_weight(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """Return a block with the weight (out, in), unpacked for it in `dtype`."""
+        if isinstance(self.codes, StreamedTensor):
+            with self.codes.on_device() as codes:
+                return nullcontext(self._unpack(codes, dtype))
+        return nullcontext(self._unpack(self.codes, dtype))
+
+    def _unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        return unpack(Packed(codes, self.scales), self.packing, shape, dtype)
+
+    def stream(self, stream: WeightStream) -> None:
+        """Move the codes to main memory and copy them to the device for each use; the scales stay there."""
+        assert isinstance(self.codes, nn.Parameter)
+        codes = self.codes.detach()
+        del self.codes  # a parameter would move with the model
+        self.codes = stream.add(codes)
 
     @property
     def nbytes(self) -> int:
@@ -115,27 +133,5 @@ class PackedLinear(nn.Linear):
         scales = self.scales.detach()
         super()._apply(fn, recurse)
         # scales keep float32: rounding them to 16 bits would cause an error of up to 0.4 %
-        self.scales = nn.Parameter(scales.to(self.codes.device), requires_grad=False)
+        self.scales = nn.Parameter(scales.to(self.scales.device), requires_grad=False)
         return self
-
-
-class _Product(torch.autograd.Function):
-    """The product x (..., in) W^T + bias -> (..., out), with a gradient for x only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        weight, flat = layer.unpacked(x.dtype), x.reshape(-1, layer.in_features)
-        # not F.linear: its output can be a view, but adapters add to the output in place
-        out = x.new_empty(*x.shape[:-1], layer.out_features)
-        rows = out.view(-1, layer.out_features)
-        if layer.bias is None:
-            torch.mm(flat, weight.T, out=rows)
-        else:
-            torch.addmm(layer.bias.to(x.dtype), flat, weight.T, out=rows)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        g = gradients[0]
-        return g @ ctx.layer.unpacked(g.dtype), None

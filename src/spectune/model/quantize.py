@@ -141,7 +141,7 @@ def _quantize_layer(
 
 
 def _measured(part: Part, base: nn.Linear, packed: PackedLinear, frame: LowRank | None) -> LayerError:
-    residual = base.weight.to(packed.codes.device, torch.float32)
+    residual = base.weight.to(packed.scales.device, torch.float32)
     residual_error = _square(packed.unpacked(torch.float32) - residual)
     weight, weight_error = residual, residual_error
     if frame is not None:

@@ -17,6 +17,7 @@ from spectune.files.dtypes import parse_dtype
 from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
+from spectune.model.streamed_layers import stream_weights
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
@@ -73,7 +74,7 @@ def assemble(
         state.check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = _find_images(recipe, warnings)
     device = accelerator.device
-    trainable = _build_model(recipe, device, saved, callbacks)
+    trainable = _build_model(recipe, device, saved, warnings)
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
     warnings.add(cpu_warnings(device, parameters))
     offloaded = offload(trainable.sdxl, recipe.run.offload, working=device)
@@ -181,9 +182,9 @@ def _place(model: RunModel, network: Network, device: torch.device) -> None:
 
 
 def _build_model(
-    recipe: Recipe, device: torch.device, saved: state.SavedState | None, callbacks: Callbacks
+    recipe: Recipe, device: torch.device, saved: state.SavedState | None, warnings: WarningLog
 ) -> TrainableModel:
-    frames = None
+    frames, callbacks = None, warnings.callbacks
     if saved is not None and saved.frames is not None:
         frames = SavedFrames(saved.header.base_hash, saved.frames)
     trainable = build_trainable(  # in main memory
@@ -196,7 +197,20 @@ def _build_model(
     )
     if recipe.model.quantize != "none":
         quantize(trainable, recipe.model.quantize, device, log=callbacks.on_message)
+    if recipe.run.stream:
+        _stream(trainable, device, warnings)
     return with_chosen_vae(trainable, recipe.vae)
+
+
+def _stream(trainable: TrainableModel, device: torch.device, warnings: WarningLog) -> None:
+    stream = stream_weights(trainable.sdxl, device)
+    warnings.callbacks.on_message(
+        f"streaming {stream.stored_bytes / 1e9:.2f} GB of frozen weights from main memory"
+    )
+    if device.type == "cuda" and not stream.is_pinned:
+        warnings.add(
+            ["the system refused to pin main memory: streaming is slower; close other programs, or quantize"]
+        )
 
 
 def _build_denoiser(recipe: Recipe, trainable: TrainableModel) -> Denoiser:

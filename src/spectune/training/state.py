@@ -326,6 +326,7 @@ FREE = frozenset(
         "run.gradient_checkpointing",
         "run.compile",
         "run.offload",
+        "run.stream",
         "run.tensorboard",
         "run.resume",
     }

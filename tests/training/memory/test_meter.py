@@ -20,6 +20,8 @@ from spectune.files.source import TensorInfo
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.packed_linear import pack
+from spectune.model.quantize import quantize_layers
+from spectune.model.streamed_layers import stream_weights
 from spectune.model.text import tokenize
 from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, build_catalogue
@@ -177,6 +179,35 @@ def test_the_planned_peak_is_that_of_the_allocator(
     real_loss(model, setup).backward()  # gradients exist from now on
     peak = allocated_peak(lambda: real_loss(model, setup).backward())
     assert planned.kept + planned.working == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [DEMO_STEP, replace(DEMO_STEP, parts=("unet",), form="residual", quantize="nf4", precision="bf16")],
+    ids=["delta", "nf4"],
+)
+def test_streamed_weights_are_counted_in_main_memory(
+    setup: Setup, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
+) -> None:
+    if setup.quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    memory = meters["demo"].measure(replace(setup, stream=True))
+    model, injection = real_model(checkpoints["demo"], setup)
+    if setup.quantize != "none":
+        quantize_layers(model, None, setup.quantize)
+    stream = stream_weights(model, torch.device("cpu"))
+    trained = {id(tensor) for tensor in injection.parameters()}
+    frames = {id(b) for layer in injection.layers.values() for b in layer.buffers(recurse=False)}
+    tensors = [*model.unet.parameters(), *model.unet.buffers()]
+    on_device = total(tensor for tensor in tensors if id(tensor) not in trained | frames)
+    assert memory.fixed.unet == on_device
+    assert memory.fixed.stream == stream.ring.nbytes
+    assert memory.streamed == stream.stored_bytes
+    plain = meters["demo"].measure(setup)
+    assert plain.streamed == plain.fixed.stream == 0
+    unet, text = (plain.fixed.unet - memory.fixed.unet, plain.fixed.encoders - memory.fixed.encoders)
+    assert unet + text == memory.streamed
+    assert (text > 0) == setup.trains_text
 
 
 def test_encoding_bytes_are_those_of_the_allocator(

@@ -65,6 +65,8 @@ def test_the_ladder_goes_from_the_request_to_the_smallest_setup() -> None:
                 "unet+te1+te2, delta, bf16 base, checkpointing",
                 "unet+te1+te2, delta, bf16 base, checkpointing, vae offloaded",
                 f"unet, delta, bf16 base, {lean}",
+                f"unet, delta, bf16 base, {lean}, streamed",
+                f"unet, residual, bf16 base, {lean}, streamed",
                 f"unet, residual, int8 base, {lean}",
                 f"unet, residual, nf4 base, {lean}",
             )
@@ -72,7 +74,7 @@ def test_the_ladder_goes_from_the_request_to_the_smallest_setup() -> None:
     ]
     rounding = Setup(rank=8, parts=("unet",), optimizer="prodigy_plus_schedule_free")
     assert described(list(ladder(rounding))[-1]) == (
-        f"rank 8, unet, residual, nf4 base, bf16 trained, {lean}"
+        f"rank 8, unet, residual, bf16 base, bf16 trained, {lean}, streamed"
     )
 
 
@@ -102,7 +104,7 @@ def test_the_error_names_the_smallest_setup() -> None:
         plan(meter, meter.setups[0], 10**9)
 
 
-@pytest.mark.parametrize("index", [0, 2, 3, 5])
+@pytest.mark.parametrize("index", [0, 2, 3, 5, 7])
 def test_the_recipe_has_the_planned_setup(index: int) -> None:
     setup = list(ladder(Setup(rank=16, batch=3, resolution_px=768)))[index]
     data = tomllib.loads(recipe_text(setup, 'models/the "best".safetensors'))
@@ -122,5 +124,6 @@ def test_the_recipe_has_the_planned_setup(index: int) -> None:
         trained_precision=run.trained_precision,
         gradient_checkpointing=run.gradient_checkpointing,
         offload=run.offload,
+        stream=run.stream,
         optimizer=recipe.optimizer.name,
     )

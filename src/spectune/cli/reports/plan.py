@@ -46,7 +46,8 @@ def as_json(result: PlanReport, options: PlanOptions, seconds: float) -> dict[st
 def _rows(memory: Memory) -> list[tuple[str, int, str]]:
     fixed = memory.fixed
     return [
-        ("UNet", fixed.unet, ""),
+        ("UNet", fixed.unet, "without the streamed weights" if fixed.stream else ""),
+        ("streamed weights", fixed.stream, "a ring that they pass through"),
         ("text encoders", fixed.encoders, ""),
         ("VAE", fixed.vae, "float32"),
         ("frame", fixed.frame, "A0, B0 of the split"),
@@ -137,4 +138,9 @@ def _print_notes(memory: Memory) -> None:
         f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for fragmentation; "
         "previews are not counted"
     )
+    if memory.streamed:
+        say(
+            f"  streaming pins {megabytes(memory.streamed)} of main memory and copies it to the GPU three "
+            "times per step: for the forward pass, its recomputation and the backward pass"
+        )
     say("  12GB is 12,000,000,000 bytes; a 12 GB card without a desktop has about 12GiB")

@@ -76,7 +76,7 @@ from spectune.interop.kohya.rules import (
     whole_number,
 )
 
-_MEMORY = "run.gradient_checkpointing, run.offload and model.quantize control memory"
+_MEMORY = "run.gradient_checkpointing, run.offload, run.stream and model.quantize control memory"
 _ATTENTION = "spectune uses scaled_dot_product_attention of torch"
 _METADATA = "every file has metadata about its origin"
 _STATE = "every save includes a state; so do the end of the run and Ctrl-C"

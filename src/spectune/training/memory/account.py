@@ -28,6 +28,7 @@ class Setup:
     trained_precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     offload: tuple[Offloaded, ...] = ()
+    stream: bool = False
     optimizer: str = "adamw"
     ema: bool = False
 
@@ -47,6 +48,7 @@ class Fixed:
     frame: int  # A0 and B0
     joined: int  # the joined factors, in the dtype of the activations
     trained: int  # dA and dB, or A and B
+    stream: int = 0  # the ring that streamed weights pass through
 
     @property
     def total(self) -> int:
@@ -67,6 +69,7 @@ class Memory:
     unpacked: int  # the largest quantized weight, when it is unpacked for a product
     encoding: int  # before the training: the autoencoder with its activations for one image
     encoding_text: int  # before the training: the encoders, and the autoencoder if it stays on the GPU
+    streamed: int = 0  # the weights that are streamed from main memory; they are not on the GPU
 
     @property
     def allocated(self) -> int:

@@ -15,6 +15,8 @@ from spectune.model.inject import AdaptedLayer, Injection, inject
 from spectune.model.network import Sdxl
 from spectune.model.packed_linear import NF4_BLOCK
 from spectune.model.quantize import linear_layers
+from spectune.model.streamed_layers import large_layers
+from spectune.model.weight_stream import ring_size
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import Fixed, Memory, Setup
@@ -33,6 +35,9 @@ class Weights:
     encoders: int
     vae: int
     unpacked: int  # the largest quantized weight, when it is unpacked for a product
+    unet_streamed: int  # the share of `unet` that streaming keeps in main memory
+    encoders_streamed: int
+    ring: int  # the GPU memory that streamed weights pass through
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class MemoryMeter:
         inventory = self.inventory(setup)
         updated = [tensor for name, tensor in inventory.trained.items() if name in reached]
         weights = inventory.weights[setup.quantize]
+        if setup.stream:
+            weights = _with_streaming(weights)
         text, vae = "text" in setup.offload, "vae" in setup.offload
         return Memory(
             fixed=Fixed(
@@ -91,6 +98,7 @@ class MemoryMeter:
                 frame=inventory.frame,
                 joined=inventory.joined,
                 trained=_bytes(inventory.trained.values()),
+                stream=weights.ring if setup.stream else 0,
             ),
             gradients=_bytes(updated),
             optimizer=optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta"),
@@ -100,6 +108,7 @@ class MemoryMeter:
             unpacked=weights.unpacked,
             encoding=weights.vae + self._encoding(setup.resolution_px),
             encoding_text=weights.encoders + (0 if vae else weights.vae),
+            streamed=weights.unet_streamed + weights.encoders_streamed if setup.stream else 0,
         )
 
     def _built(self, setup: Setup) -> tuple[Sdxl, Injection]:
@@ -139,9 +148,9 @@ class MemoryMeter:
 def _step_key(setup: Setup) -> Setup:
     """Return `setup` with default values of the settings that do not change activations.
 
-    Quantization is one of them: a quantized layer keeps the same activations as a frozen one.
+    Quantization and streaming are among them: such a layer keeps the same activations as a plain one.
     """
-    return replace(setup, quantize="none", offload=(), optimizer="adamw", ema=False)
+    return replace(setup, quantize="none", offload=(), stream=False, optimizer="adamw", ema=False)
 
 
 def _inventory(model: Sdxl, injection: Injection) -> Inventory:
@@ -159,20 +168,46 @@ def _inventory(model: Sdxl, injection: Injection) -> Inventory:
 def _weights(model: Sdxl, separate: set[int], quantize: Quantization) -> Weights:
     packed = {} if quantize == "none" else {id(weight): weight for weight in _linear_weights(model)}
 
+    def stored(tensor: Tensor) -> int:
+        return quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
+
+    def streamed(tensor: Tensor) -> int:
+        return code_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
+
     def network(module: nn.Module | None) -> int:
         tensors = () if module is None else (*module.parameters(), *module.buffers())
-        return sum(
-            quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
-            for tensor in tensors
-            if id(tensor) not in separate
-        )
+        return sum(stored(tensor) for tensor in tensors if id(tensor) not in separate)
 
+    large = {
+        part: [streamed(weight) for weight in weights] for part, weights in _large_weights(model).items()
+    }
     return Weights(
         unet=network(model.unet),
         encoders=network(model.te1) + network(model.te2),
         vae=network(model.vae),
         unpacked=max((weight.nbytes for weight in packed.values()), default=0),
+        unet_streamed=sum(large["unet"]),
+        encoders_streamed=sum(large["te1"]) + sum(large["te2"]),
+        ring=ring_size([nbytes for sizes in large.values() for nbytes in sizes]),
     )
+
+
+def _with_streaming(weights: Weights) -> Weights:
+    """Return the bytes on the GPU if large weights stay in main memory."""
+    return replace(
+        weights,
+        unet=weights.unet - weights.unet_streamed,
+        encoders=weights.encoders - weights.encoders_streamed,
+    )
+
+
+def _large_weights(model: Sdxl) -> dict[str, list[Tensor]]:
+    """Return the weights that `stream_weights` would stream, by part."""
+    networks = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
+    return {
+        part: [getattr(parent, name).weight for parent, name in large_layers(network)]
+        for part, network in networks.items()
+    }
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -195,6 +230,11 @@ def quantized_bytes(weight: Tensor, quantize: Quantization) -> int:
         case "none":
             return weight.nbytes
         case "int8":
-            return weight.numel() + 4 * weight.shape[0]
+            return code_bytes(weight, quantize) + 4 * weight.shape[0]
         case "nf4":
-            return -(-weight.numel() // 2) + 4 * -(-weight.numel() // NF4_BLOCK)
+            return code_bytes(weight, quantize) + 4 * -(-weight.numel() // NF4_BLOCK)
+
+
+def code_bytes(weight: Tensor, quantize: Quantization) -> int:
+    """Return the bytes of a quantized matrix (out, in) without its scales."""
+    return -(-weight.numel() // 2) if quantize == "nf4" else weight.numel()

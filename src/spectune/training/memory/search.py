@@ -50,9 +50,10 @@ class Plan:
 def ladder(requested: Setup) -> Iterator[Setup]:
     """Yield setups from the requested one to the smallest.
 
-    Each saves more than the one before. First checkpointing saves activations, which costs only time. Then
-    unused networks are offloaded, the text encoders are frozen, and the frozen weights are quantized. At last
-    the rank is halved, and these steps repeat.
+    First come the ones that cost time only: checkpointing saves activations, unused networks are offloaded.
+    Then the text encoders are frozen, and frozen weights are streamed from main memory. The residual form
+    saves the frame. Quantized weights take more GPU memory than streamed ones: they are alternatives for slow
+    connections to the GPU. At last the rank is halved, and these steps repeat.
     """
     if not requested.gradient_checkpointing:
         yield requested
@@ -71,9 +72,12 @@ def _at_rank(setup: Setup) -> Iterator[Setup]:
     if setup.trains_text and "unet" in setup.parts:
         lean = replace(setup, parts=("unet",), offload=("text", "vae"))
         yield lean
+    lean = replace(lean, stream=True)
+    yield lean
+    lean = replace(lean, form="residual")
+    yield lean
     for kind in QUANTIZED:
-        lean = replace(lean, form="residual", quantize=kind)
-        yield lean
+        yield replace(lean, stream=False, quantize=kind)
     if OPTIMIZERS[setup.optimizer].rounds_stochastically and setup.trained_precision == "fp32":
         yield replace(lean, trained_precision="bf16")
 
@@ -131,6 +135,8 @@ def described(setup: Setup) -> str:
         words.append("checkpointing")
     if setup.offload:
         words.append(f"{'+'.join(setup.offload)} offloaded")
+    if setup.stream:
+        words.append("streamed")
     return ", ".join(words)
 
 
@@ -149,6 +155,7 @@ def recipe_text(setup: Setup, base: str) -> str:
         "trained_precision": setup.trained_precision,
         "gradient_checkpointing": setup.gradient_checkpointing,
         "offload": list(setup.offload),
+        "stream": setup.stream,
     }
     sections = {
         "model": model,

@@ -114,6 +114,11 @@ class RunSection(Section):
         description="Frozen networks that stay in main memory during the training. "
         "`text` needs cached captions, `vae` needs cached latents.",
     )
+    stream: bool = Field(
+        default=False,
+        description="Keep the frozen weights of the trained networks in main memory and copy each to the GPU "
+        "shortly before its use.",
+    )
     ema_decay: float | None = Field(
         default=None,
         gt=0,
@@ -152,6 +157,8 @@ class RunSection(Section):
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set either `steps` or `epochs`")
+        if self.compile and self.stream:
+            raise ValueError("`compile` cannot be combined with `stream`: compiled code needs fixed weights")
         return self
 
     @field_validator("name")
