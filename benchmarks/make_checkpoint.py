@@ -4,8 +4,8 @@
     python benchmarks/make_checkpoint.py small.safetensors --size mid      all 2515 tensors, a quarter as wide
 
 Every layer that can be factored gets singular values like those of trained weights, and random singular
-vectors. All other tensors are small noise. The same seed gives the same bytes. The script needs less than
-1 GB of memory.
+vectors. All other tensors are small noise. The same seed gives the same bytes on the same kind of device. The
+script needs less than 1 GB of memory.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def tensors_of(layout: Layout, dtype: torch.dtype) -> list[TensorInfo]:
     ]
 
 
-def generator_of(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator for one tensor, so that values do not depend on the order of writing."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,9 @@ class Rotation:
 
     @classmethod
     def random(cls, n: int, generator: torch.Generator) -> Self:
-        signs = torch.randint(0, 2, (3, n), generator=generator).float() * 2 - 1
-        return cls(signs, torch.randperm(n, generator=generator))
+        device = generator.device
+        signs = torch.randint(0, 2, (3, n), generator=generator, device=device).float() * 2 - 1
+        return cls(signs, torch.randperm(n, generator=generator, device=device))
 
     def apply(self, rows: Tensor) -> Tensor:
         """Return the rotated rows of n values."""
@@ -196,7 +197,7 @@ def weight_with(spectrum: Tensor, shape: tuple[int, int], generator: torch.Gener
     """Fill `out`, a matrix of `shape`, with U diag(spectrum) V^T; U and V are random and orthonormal."""
     small, large = min(shape), max(shape)
     inner, outer = Rotation.random(small, generator), Rotation.random(large, generator)
-    square = inner.apply(torch.diag(spectrum.float())).T
+    square = inner.apply(torch.diag(spectrum.float().to(out.device))).T
     step = max(CHUNK_VALUES // large, 1)
     target = out if shape[0] <= shape[1] else out.T
     for begin in range(0, small, step):
@@ -207,9 +208,9 @@ def weight_with(spectrum: Tensor, shape: tuple[int, int], generator: torch.Gener
 
 def layer_matrix(layer: Layer, seed: int, out: Tensor) -> None:
     """Fill `out` (out, in * kh * kw) with the weight of a layer."""
-    generator = generator_of(seed, layer.name)
+    generator = generator_of(seed, layer.name, out.device)
     # the range of standard deviations in SDXL's layers
-    std = 0.02 + 0.02 * float(torch.rand((), generator=generator))
+    std = 0.02 + 0.02 * float(torch.rand((), generator=generator, device=out.device))
     values = layer_spectrum(layer, seed).values()
     shape = (layer.out_features, layer.in_features)
     scaled = values * (std * math.sqrt(shape[0] * shape[1]) / float(values.norm()))
@@ -227,27 +228,27 @@ def other_tensor(info: TensorInfo, seed: int) -> Tensor:
     return noise.mul_(NORM_SPREAD).add_(1).to(info.dtype) if norm else noise.mul_(SMALL).to(info.dtype)
 
 
-def make_tensor(info: TensorInfo, layers: Sequence[Layer], seed: int) -> Tensor:
+def make_tensor(info: TensorInfo, layers: Sequence[Layer], seed: int, device: str = "cpu") -> Tensor:
     """Return one tensor of the file; `layers` are the layers in it, empty if it is not factored."""
     if not layers:
         return other_tensor(info, seed)
-    tensor = torch.empty(info.shape, dtype=info.dtype)
+    tensor = torch.empty(info.shape, dtype=info.dtype, device=device)
     for layer in layers:
         layer_matrix(layer, seed, tensor[layer.row_slice].view(layer.out_features, -1))
-    return tensor
+    return tensor.cpu()
 
 
 def write_checkpoint(
-    path: Path, size: Size, dtype: torch.dtype, seed: int, *, force: bool = False
+    path: Path, size: Size, dtype: torch.dtype, seed: int, *, force: bool = False, device: str = "cpu"
 ) -> Catalogue:
-    """Write the checkpoint and return its layers."""
+    """Write the checkpoint and return its layers. Layers are computed on `device`."""
     layout = layout_of_size(size)
     infos = tensors_of(layout, dtype)
     catalogue = build_catalogue({info.name: info for info in infos}, all_layers=True)
     started = time.perf_counter()
     with StreamWriter(path, infos, metadata=hints_metadata(layout), force=force) as writer:
         for done, info in enumerate(infos):
-            writer.write(info.name, make_tensor(info, catalogue.by_tensor.get(info.name, ()), seed))
+            writer.write(info.name, make_tensor(info, catalogue.by_tensor.get(info.name, ()), seed, device))
             if sys.stderr.isatty():
                 print(f"\r{done + 1} of {len(infos)} tensors", end="", file=sys.stderr)
     print(f"\n{path}: {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
@@ -285,13 +286,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=WEIGHT_DTYPES_BY_NAME, default="float16")
     parser.add_argument("--size", choices=get_args(Size), default="full")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="device of the arithmetic: cpu or cuda")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.add_argument("--threads", type=int, default=1, help="more than 1 helps only on an idle machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    catalogue = write_checkpoint(
-        args.out, args.size, WEIGHT_DTYPES_BY_NAME[args.dtype], args.seed, force=args.force
-    )
+    dtype = WEIGHT_DTYPES_BY_NAME[args.dtype]
+    catalogue = write_checkpoint(args.out, args.size, dtype, args.seed, force=args.force, device=args.device)
     print_shares(catalogue, args.seed)
     print_peak_memory()
 

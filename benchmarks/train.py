@@ -33,7 +33,7 @@ from benchmarks.full_step import peak_memory
 from benchmarks.make_checkpoint import layout_of_size, tensors_of
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank, to_factors
-from spectune.model.inject import Form, inject
+from spectune.model.inject import Form, Injection, inject
 from spectune.model.network import Sdxl, new_unet, text_config
 from spectune.model.prediction import make_prediction
 from spectune.sdxl.inference import infer_layout
@@ -81,16 +81,18 @@ def frame(layer: Layer, rank: int) -> LowRank:
     return LowRank(down=down, up=up, alpha=float(true_rank))
 
 
-def ours(form: Form) -> Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.Parameter]]:
-    def put(unet: UNet2DConditionModel, size: Size, layers: list[Layer]) -> list[nn.Parameter]:
-        with torch.device("meta"):
-            te1 = CLIPTextModel(text_config(size.layout.te1))
-            te2 = CLIPTextModelWithProjection(text_config(size.layout.te2))
-        model = Sdxl(unet, te1, te2, None, size.layout, make_prediction("eps"))
-        frames = {layer.name: frame(layer, size.rank) for layer in layers}
-        return inject(model, frames, form=form).parameters()
+def injected(unet: UNet2DConditionModel, size: Size, layers: list[Layer], form: Form) -> Injection:
+    """Inject random frames into a UNet."""
+    with torch.device("meta"):
+        te1 = CLIPTextModel(text_config(size.layout.te1))
+        te2 = CLIPTextModelWithProjection(text_config(size.layout.te2))
+    model = Sdxl(unet, te1, te2, None, size.layout, make_prediction("eps"))
+    frames = {layer.name: frame(layer, size.rank) for layer in layers}
+    return inject(model, frames, form=form)
 
-    return put
+
+def ours(form: Form) -> Callable[[UNet2DConditionModel, Size, list[Layer]], list[nn.Parameter]]:
+    return lambda unet, size, layers: injected(unet, size, layers, form).parameters()
 
 
 def peft(unet: UNet2DConditionModel, size: Size, layers: list[Layer]) -> list[nn.Parameter]:
