@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.core.low_rank import LowRank, Product, from_matrix, product, to_factors, to_matrix, weight_shape
+from spectune.core.low_rank import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    LowRank,
+    Product,
+    from_matrix,
+    product,
+    to_factors,
+    to_matrix,
+    weight_shape,
+)
 
 side = st.integers(1, 12)
 linear_shapes = st.tuples(side, side)
@@ -85,3 +96,22 @@ def test_float32_sums_stay_within_their_bound_and_exact_sums_are_correctly_round
     assert bool((error <= allowed).all())
     assert float((error / allowed).max()) > 1e-3  # the bound is not much too large
     assert torch.equal(product(low_rank), expected.float())
+
+
+@pytest.mark.parametrize("columns", [320, 1280, 2048, 2049, 2880])
+@pytest.mark.parametrize("exact", [True, False])
+def test_joined_tiles_have_the_values_of_separate_products(columns: int, *, exact: bool) -> None:
+    """Files keep their bytes only if every product has the same size as before tiles were joined."""
+    low_rank = random_low_rank((300, columns), 8, seed=columns)
+    wide = torch.float64 if exact else torch.float32
+    up, down = low_rank.up.to(wide), low_rank.down.to(wide)
+    expected, seen = torch.empty(300, columns), torch.zeros(300, columns)
+    for left in range(0, columns, TILE_COLUMNS):
+        for top in range(0, 300, TILE_ROWS):
+            part = down[:, left : left + TILE_COLUMNS].contiguous()
+            expected[top : top + TILE_ROWS, left : left + TILE_COLUMNS] = up[top : top + TILE_ROWS] @ part
+    for tile, values in Product(low_rank, exact=exact).tiles():
+        assert torch.equal(values, expected[tile])
+        assert seen[tile].is_contiguous() is (columns <= 2 * TILE_COLUMNS)
+        seen[tile] += 1
+    assert bool((seen == 1).all())

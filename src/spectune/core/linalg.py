@@ -125,6 +125,11 @@ def scratch_copy(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return scratch(use, tuple(tensor.shape), dtype).copy_(tensor)
 
 
+def packed(use: str, tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor unchanged, and another one as a copy in scratch memory."""
+    return tensor if tensor.is_contiguous() else scratch_copy(use, tensor, tensor.dtype)
+
+
 def copy_into(result: Tensor, tensor: Tensor) -> None:
     """Copy a tensor into another one, which may have another dtype."""
     # converting rows that lie apart takes several times as long as copying them

@@ -56,6 +56,7 @@ def weight_shape(low_rank: LowRank) -> tuple[int, ...]:
 # A tile has 1 MiB in float32, so that it stays in the CPU cache.
 TILE_ROWS = 256
 TILE_COLUMNS = 1024
+WHOLE_ROWS = 2 * TILE_COLUMNS
 
 Tile = tuple[slice, slice]
 
@@ -89,17 +90,22 @@ class Product:
     def tiles(self) -> Iterator[tuple[Tile, Tensor]]:
         """Yield tiles of the matrix (out, in*kh*kw): the slices of each tile and its values.
 
-        The values are in scratch memory and only valid until the next tile.
+        The values are in scratch memory and only valid until the next tile. A matrix of at most
+        WHOLE_ROWS columns has tiles of whole rows, which are contiguous in the weight.
         """
         rows, columns = self._up.shape[0], self._down.shape[1]
-        for left in range(0, columns, TILE_COLUMNS):
-            across = slice(left, min(left + TILE_COLUMNS, columns))
-            down = self._down[:, across].contiguous()
+        width = columns if columns <= WHOLE_ROWS else TILE_COLUMNS
+        for left in range(0, columns, width):
+            across = slice(left, min(left + width, columns))
+            # every product has at most TILE_COLUMNS columns: another size can change the last digit of a sum
+            downs = [part.contiguous() for part in torch.split(self._down[:, across], TILE_COLUMNS, 1)]
             for top in range(0, rows, TILE_ROWS):
                 along = slice(top, min(top + TILE_ROWS, rows))
                 shape = (along.stop - top, across.stop - left)
-                values = torch.mm(self._up[along], down, out=scratch("product", shape, down.dtype))
-                if down.dtype != torch.float32:
+                values = scratch("product", shape, self._down.dtype)
+                for down, part in zip(downs, torch.split(values, TILE_COLUMNS, 1), strict=True):
+                    torch.mm(self._up[along], down, out=part)
+                if values.dtype != torch.float32:
                     values = scratch_copy("product", values, torch.float32)
                 yield (along, across), values
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectune.core.agreement import Agreement, Tally, bit_pattern
-from spectune.core.linalg import empty, scratch, scratch_copy, square_sum
+from spectune.core.linalg import empty, packed, scratch_copy, square_sum
 from spectune.core.low_rank import LowRank, Product, Tile, to_matrix
 from spectune.core.rounding import check_finite, round_into
 from spectune.core.spectrum import DAMAGED
@@ -75,15 +75,14 @@ def subtract_principal(
     tally, missed = Tally(errors=False), _ExceptionCollector(matrix.shape[1])
     working = working_dtype(dtype)
     for tile, principal in Product(low_rank, exact=wider).tiles():
-        original = scratch_copy("original", matrix[tile], weight.dtype)
+        original = packed("original", matrix[tile])
         exact = scratch_copy("weight", original, working)
         if wider and weight.dtype in _UNDERFLOW:
             # a sum turns -0 into +0; the value in the table rounds back to -0
             negative_zero = (exact == 0) & exact.signbit()
             exact.masked_fill_(negative_zero, _UNDERFLOW[weight.dtype])
-        stored = scratch("residual", tuple(exact.shape), dtype)
-        round_into(stored, exact.sub_(principal), f"the residual of {name}")
-        left[tile].copy_(stored)
+        round_into(left[tile], exact.sub_(principal), f"the residual of {name}")
+        stored = packed("residual", left[tile])
         again = scratch_copy("again", exact.copy_(stored).add_(principal), weight.dtype)
         unequal = tally.add(again, original)
         if wider and unequal is not None:

@@ -14,7 +14,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.loading import Loading
 from spectune.adapters.writer import adapter_hash
 from spectune.core.agreement import Agreement, Tally, compare, total_share
-from spectune.core.linalg import new_copy, scratch, scratch_copy
+from spectune.core.linalg import copy_into, empty, new_copy, packed, scratch, scratch_copy
 from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.residual import Exceptions, restores_every_bit, working_dtype
 from spectune.errors import counted, some_of
@@ -197,9 +197,10 @@ class _Comparison:
         layers: Sequence[Layer],
         exceptions: Exceptions | None,
     ) -> TensorRecord:
-        rebuilt = new_copy(stored, weight.dtype)  # rows outside of all layers do not change
         excess: dict[str, float] = {}
         covered = sum(math.prod(layer.shape) for layer in layers) == weight.numel()
+        # rows outside of all layers do not change
+        rebuilt = empty(tuple(weight.shape), weight.dtype) if covered else new_copy(stored, weight.dtype)
         tally = Tally() if covered and exceptions is None else None
         for layer in layers:
             rows, low_rank = layer.row_slice, self.principal.layers[layer.name]
@@ -236,25 +237,26 @@ def _add_principal(
     product = Product(low_rank, exact=exact_sum)
     of_rows, of_columns = product.rounding()
     for tile, principal in product.tiles():
-        stored = scratch_copy("residual", left[tile], working)
-        original = scratch_copy("original", wanted[tile], weight.dtype)
-        expected = scratch_copy("weight", original, torch.float32)
-        exact = torch.add(stored, principal, out=scratch("sum", tuple(stored.shape), working))
-        again = scratch_copy("again", exact, weight.dtype)
-        into[tile].copy_(again)
-        if tally is not None:
-            tally.add(again, original)
+        # few buffers, each used for several values: they stay in the CPU cache
+        stored = scratch_copy("actual", left[tile], working)
+        original = packed("original", wanted[tile])
+        expected = scratch_copy("expected", original, torch.float32)
+        fits = principal.dtype == working
+        exact = torch.add(
+            stored, principal, out=principal if fits else scratch("sum", tuple(stored.shape), working)
+        )
+        copy_into(into[tile], exact)
         error = exact.sub_(expected).abs_()
         # The rounding of the residual explains almost all errors. Only other tiles need the complete bound.
-        over = torch.sub(
-            error, stored.abs_(), alpha=relative, out=scratch("over", tuple(error.shape), working)
-        )
-        if float(torch.amax(over)) <= step:  # false also for NaN
-            continue
-        allowed = stored.mul_(relative).add_(step).add_(expected.abs_(), alpha=_SUM_ERROR)
-        if not exact_sum:  # the residual may come from another machine, with another summation order
-            allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
-        worst = max(worst, _excess(error, allowed))
+        over = torch.sub(error, stored.abs_(), alpha=relative, out=stored)
+        if not float(torch.amax(over)) <= step:  # true also for NaN
+            allowed = left[tile].to(working).abs_().mul_(relative).add_(step)
+            allowed.add_(expected.abs(), alpha=_SUM_ERROR)
+            if not exact_sum:  # the residual may come from another machine, with another summation order
+                allowed.addr_(of_rows[tile[0]], of_columns[tile[1]])
+            worst = max(worst, _excess(error, allowed))
+        if tally is not None:
+            tally.add(packed("again", into[tile]), original, expected)
     return worst
 
 
