@@ -150,6 +150,17 @@ def test_the_commands_on_the_pages_are_valid() -> None:
     assert {key: error for key, error in invalid.items() if error} == {}
 
 
+def test_shell_commands_on_the_pages_have_no_single_quotes() -> None:
+    """For cmd, these are no quotes. The text of docs/quick-start.md explains the exceptions."""
+    blocks = {
+        (page.name, code)
+        for page in pages()
+        for code in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    }
+    commands = {(page, line.partition(" #")[0]) for page, code in blocks for line in code.splitlines()}
+    assert {(page, line) for page, line in commands if "'" in line} == set()
+
+
 @pytest.mark.parametrize(
     "line", ["reconstruct a.safetensors", "null a.safetensors -o b --ranks 3", "verify a b"]
 )

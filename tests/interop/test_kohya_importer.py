@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from spectune.cli.app import run
+from spectune.interop.kohya import importer
 from spectune.interop.kohya.command_line import parse_command
 from spectune.interop.kohya.importer import replaced_by_split
 from spectune.training.recipe.file import load_recipe
@@ -182,6 +183,20 @@ def test_paths_are_rebased_to_the_folder_of_the_recipe(
     assert data["model"]["base"] == "../models/m.safetensors"
     assert data["data"]["folders"] == ["../d"]
     assert data["run"]["output"] == "K:/o"
+
+
+def test_a_recipe_on_another_drive_gets_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def relpath(path: object, start: object) -> str:
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importer.os.path, "relpath", relpath)
+    Path("deep").mkdir()
+    assert run(["recipe", "import", SHORT, "-o", "deep/r.toml"]) == 0
+    data = tomllib.loads(Path("deep/r.toml").read_text())
+    assert data["model"]["base"] == (tmp_path / "m.safetensors").as_posix()
 
 
 def test_keys_occur_once_and_in_the_order_of_recipes(tmp_path: Path) -> None:

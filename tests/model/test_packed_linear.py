@@ -120,4 +120,4 @@ def test_without_bitsandbytes_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(SpectuneError, match="need bitsandbytes, which is not installed") as caught:
         pack(matrix(), "nf4")
-    assert caught.value.hint == "pip install 'spectune[bnb]'"
+    assert caught.value.hint == "pip install bitsandbytes"

@@ -19,20 +19,25 @@ _PIECE = 1 << 18  # elements
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return u (m, k), s (k) descending and vh (k, n), k = min(m, n)."""
-    u, s, vh = cast("tuple[Tensor, Tensor, Tensor]", _linalg.svd(matrix, full_matrices=False))
-    return u, s, vh
+    u, s, vh = cast("tuple[Tensor, Tensor, Tensor]", _linalg.svd(_solvable(matrix), full_matrices=False))
+    return u.to(matrix.device), s.to(matrix.device), vh.to(matrix.device)
 
 
 def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return q (m, k) with orthonormal columns and r (k, n), k = min(m, n)."""
-    q, r = cast("tuple[Tensor, Tensor]", _linalg.qr(matrix))
-    return q, r
+    q, r = cast("tuple[Tensor, Tensor]", _linalg.qr(_solvable(matrix)))
+    return q.to(matrix.device), r.to(matrix.device)
 
 
 def eigenvectors(symmetric: Tensor) -> Tensor:
     """Return orthonormal eigenvectors as columns (n, n), by ascending eigenvalue."""
-    _, vectors = cast("tuple[Tensor, Tensor]", _linalg.eigh(symmetric))
-    return vectors
+    _, vectors = cast("tuple[Tensor, Tensor]", _linalg.eigh(_solvable(symmetric)))
+    return vectors.to(symmetric.device)
+
+
+def _solvable(matrix: Tensor) -> Tensor:
+    """Return the matrix on a device where torch has decompositions: the GPU of a Mac lacks most of them."""
+    return matrix.cpu() if matrix.device.type == "mps" else matrix
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +62,8 @@ def cholesky(symmetric: Tensor) -> Tensor | None:
 
 def solve_upper(matrix: Tensor, upper: Tensor) -> Tensor:
     """Return matrix @ inverse(upper) for an upper triangular matrix."""
-    return cast("Tensor", _linalg.solve_triangular(upper, matrix, upper=True, left=False))
+    solved = _linalg.solve_triangular(_solvable(upper), _solvable(matrix), upper=True, left=False)
+    return cast("Tensor", solved).to(matrix.device)
 
 
 def row_norms(matrix: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise SpectuneError(
             "weights in nf4 or int8 need bitsandbytes, which is not installed",
-            hint="pip install 'spectune[bnb]'",
+            hint="pip install bitsandbytes",
         ) from error
     return functional
 

@@ -60,6 +60,8 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_directory
     assert recipe.model.base == recipe_file.parent / "base.safetensors"
     assert recipe.run.output == tmp_path / "elsewhere"
     assert recipe.data.folders == (tmp_path / "mine",)
+    recipe = load_recipe(recipe_file, ["data.folders=red, round"])
+    assert recipe.data.folders == (tmp_path / "red, round",)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,9 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_directory
         ("run.name='quoted'", "run", "name", "quoted"),
         ("optimizer.learning_rate=3e-4", "optimizer", "learning_rate", 3e-4),
         ('model.parts=["unet"]', "model", "parts", ("unet",)),
+        ("model.parts=unet, te2", "model", "parts", ("unet", "te2")),
+        ("model.parts=[unet,te2]", "model", "parts", ("unet", "te2")),
+        ("run.offload=vae", "run", "offload", ("vae",)),
         ("optimizer.options.weight_decay=0.1", "optimizer", "options", {"weight_decay": 0.1}),
     ],
 )

@@ -181,7 +181,10 @@ def rebased(value: Any, folder: Path) -> Any:
     if windows.drive or windows.root or value.startswith("~"):
         return value
     here = Path.cwd().resolve() / PurePosixPath(windows.as_posix())
-    return PathText(os.path.relpath(here, folder.resolve()).replace(os.sep, "/"))
+    try:
+        return PathText(os.path.relpath(here, folder.resolve()).replace(os.sep, "/"))
+    except ValueError:  # another drive of Windows: no relative path leads there
+        return PathText(here.as_posix())
 
 
 # ---------------------------------------------------------------- step 3 of the guide

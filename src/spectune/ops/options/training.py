@@ -17,7 +17,9 @@ class TrainOptions(OperationOptions):
     recipe: Path = argument(help="A training recipe in TOML.")
     _: KW_ONLY
     overrides: tuple[str, ...] = option(
-        default=(), flag="--set", help="Override a key of the recipe: section.key=value."
+        default=(),
+        flag="--set",
+        help="Override a key of the recipe: section.key=value, for a list section.key=one,two.",
     )
     force: bool = option(default=False, help=FORCE_HELP)
     callbacks: tuple[Any, ...] | None = hook(

@@ -56,7 +56,6 @@ class OptimizerKind:
     class_path: str  # module:class, imported when the optimizer is built
     learning_rate: float  # if the recipe sets none
     distribution: str = "torch"  # the package; its version decides whether a saved state fits
-    install: str = ""  # the argument of `pip install`; empty: the distribution
     arguments: Callable[[Arguments], Arguments] = _unchanged
     fixed_learning_rate: float | None = None
     schedule_free: bool = False
@@ -74,7 +73,7 @@ class OptimizerKind:
         except ImportError as error:
             raise SpectuneError(
                 f"the optimizer needs {self.distribution}, which is not installed",
-                hint=f"pip install '{self.install or self.distribution}'",
+                hint=f"pip install {self.distribution}",
             ) from error
         optimizer = optimizer_class(list(groups), **self.arguments({"lr": learning_rate, **options}))
         if hasattr(optimizer, "log"):
@@ -98,7 +97,6 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         "spectune.training.optim.eight_bit:PlainStateAdamW8bit",
         learning_rate=3e-4,
         distribution="bitsandbytes",
-        install="spectune[bnb]",
     ),
     "adafactor": OptimizerKind(
         AdafactorOptions,
@@ -114,7 +112,6 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         "dadaptation:DAdaptAdam",
         learning_rate=1.0,
         distribution="dadaptation",
-        install="spectune[dadapt]",
         arguments=_any_growth,
         fixed_learning_rate=1.0,
     ),
@@ -138,7 +135,6 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         "spectune.training.optim.stacked_prodigy_plus:StackedProdigyPlus",
         learning_rate=1.0,
         distribution="prodigy-plus-schedule-free",
-        install="prodigy-plus-schedule-free>=2.0.1",
         fixed_learning_rate=1.0,
         schedule_free=True,
         rounds_stochastically=True,

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -110,7 +110,7 @@ def _overridden(data: dict[str, Any], text: str) -> dict[str, Any]:
         raise InputError(
             f"override `{text}` is not of the form section.key=value", hint="an example: run.steps=200"
         )
-    change: Any = _parsed_value(value.strip())
+    change: Any = _listed(_parsed_value(value.strip()), names)
     for name in reversed(names):
         change = {name: change}
     return _merged(data, with_absolute_paths(change, Path.cwd()), text)
@@ -122,6 +122,24 @@ def _parsed_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _listed(value: Any, names: Sequence[str]) -> Any:
+    """Return words separated by commas as a list, for a key that holds a list; other values unchanged.
+
+    A TOML list of strings needs quotes inside of quotes, which cmd, PowerShell and bash write differently.
+    PowerShell 5 removes the inner ones: [unet,te1] is read too.
+    """
+    section: type[BaseModel] | None = Recipe
+    for name in names[:-1]:
+        field = None if section is None else section.model_fields.get(name)
+        section = None if field is None else section_of(field.annotation)
+    field = None if section is None else section.model_fields.get(names[-1])
+    if field is None or get_origin(field.annotation) is not tuple or not isinstance(value, str):
+        return value
+    is_path = Path in get_args(field.annotation)  # a path may contain commas
+    words = value.removeprefix("[").removesuffix("]").split(",")
+    return [value] if is_path else [word.strip() for word in words]
 
 
 def _merged(base: dict[str, Any], change: dict[str, Any], text: str) -> dict[str, Any]:
