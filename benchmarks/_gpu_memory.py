@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks._gpu_machine import cuda_or_raise
 from benchmarks._gpu_rows import NEEDS_CUDA, Emit, Values, guarded
+from benchmarks._gpu_runs import Recorder
 from benchmarks._gpu_settings import Settings
 from spectune.checkpoints.open import open_checkpoint
 from spectune.sdxl.inference import infer_layout
@@ -22,7 +24,7 @@ from spectune.training.memory.meter import MemoryMeter
 from spectune.training.memory.search import described, ladder, recipe_text
 from spectune.training.recipe.recipe import parse_recipe
 
-STEPS = 2
+STEPS = 3
 SIZES_GB = (6, 8, 12, 16)
 # Setups to try in addition to plan's own choice for each size: changes of `Setup`.
 _LEAN: Mapping[str, Any] = {
@@ -34,6 +36,8 @@ CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
     "bf16": _LEAN,
     "int8": {**_LEAN, "form": "residual", "quantize": "int8"},
     "nf4": {**_LEAN, "form": "residual", "quantize": "nf4"},
+    "streamed": {**_LEAN, "stream": True},
+    "streamed nf4": {**_LEAN, "stream": True, "form": "residual", "quantize": "nf4"},
 }
 NAMES = (*(f"plan, {size} GB" for size in SIZES_GB), *CONFIGURATIONS)
 
@@ -105,12 +109,15 @@ def _trained_within(settings: Settings, name: str, run: Mapping[str, Any]) -> Va
     cuda = torch.cuda.is_available()
     if cuda:
         _limit_memory(run["limit"] * 1e9)
-    train(parse_recipe(_recipe(settings, name, run["recipe"])), force=True)
-    if not cuda:
-        return {"peak tensors GB": NEEDS_CUDA}
+    recorder, recipe = Recorder(), parse_recipe(_recipe(settings, name, run["recipe"]))
+    train(recipe, callbacks=[recorder], force=True)
+    shutil.rmtree(recipe.run.output)  # a GB and more
+    peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+    allocated, reserved = (peak() / 1e9 if cuda else NEEDS_CUDA for peak in peaks)
     return {
-        "peak tensors GB": torch.cuda.max_memory_allocated() / 1e9,
-        "peak reserved GB": torch.cuda.max_memory_reserved() / 1e9,
+        "peak tensors GB": allocated,
+        "peak reserved GB": reserved,
+        "seconds of the last step": recorder.seconds[-1],
     }
 
 

@@ -74,10 +74,11 @@ def guarded(emit: Emit, name: str, measure: Callable[[], Values], known: Values 
 def _status_of(error: Exception) -> tuple[Status, str]:
     if isinstance(error, NeedsCuda):
         return NEEDS_CUDA, ""
+    kinds = (type(error), type(error.__cause__))
     # by name: importing torch for the class would make this module depend on it
-    if type(error).__name__ == "OutOfMemoryError":
+    if any(kind.__name__ == "OutOfMemoryError" for kind in kinds):
         return "out of memory", str(error).split(". ")[0]
-    if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+    if any(issubclass(kind, ImportError) for kind in kinds):
         return "not installed", str(error)
     return "failed", "".join(traceback.format_exception(error))[-TAIL_CHARACTERS:]
 

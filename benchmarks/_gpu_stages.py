@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from benchmarks._gpu_rows import TAIL_CHARACTERS, Row, parse_line
 
 # The names of benchmarks/_gpu_memory.py, which imports torch: a test compares them.
-MEMORY_RUNS = ("plan, 6 GB", "nf4", "plan, 8 GB", "int8", "bf16", "plan, 12 GB", "plan, 16 GB")
+MEMORY_RUNS = (
+    "plan, 6 GB",
+    "streamed",
+    "nf4",
+    "plan, 8 GB",
+    "int8",
+    "bf16",
+    "plan, 12 GB",
+    "streamed nf4",
+    "plan, 16 GB",
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,9 @@ STAGES = (
     ),
     Stage("fp16", "fp16", "_gpu_runs:measure_fp16", limit_s=60, needs=("make",)),
     Stage("plan", "plan", "_gpu_memory:plan", needs=("make",)),
-    *(_memory_run(name) for name in MEMORY_RUNS[:3]),
+    *(_memory_run(name) for name in MEMORY_RUNS[:4]),
     Stage("sample", "spectune sample", "_gpu_runs:sample_command", limit_s=60, needs=("make",)),
-    *(_memory_run(name) for name in MEMORY_RUNS[3:]),
+    *(_memory_run(name) for name in MEMORY_RUNS[4:]),
     Stage("step, plain", "step", "_gpu_steps:measure_steps", "plain", 120, needs=()),
     Stage("split, cpu", "split", "_gpu_files:measure_split", "cpu", needs=("make",)),
 )

@@ -194,12 +194,18 @@ class Stepper:
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds)
         peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else NEEDS_CUDA
-        trained = sum(tensor.numel() for tensor in self.trained.parameters)
-        values: Values = {"trained M": trained / 1e6, "s/step": median, "peak GB": peak}
+        parameters = self.trained.parameters
+        values: Values = {
+            "trained M": sum(tensor.numel() for tensor in parameters) / 1e6,
+            "trained in": str(parameters[0].dtype).removeprefix("torch."),
+            "s/step": median,
+            "peak GB": peak,
+        }
         if not cuda:
             return {**values, "busy": NEEDS_CUDA, "kernels": NEEDS_CUDA}
         kernels = kernel_intervals(lambda: self.step(inputs))
-        return {**values, "busy": covered(kernels) / median, "kernels": len(kernels)}
+        busy = covered(kernels) / median if kernels else "no trace"
+        return {**values, "busy": busy, "kernels": len(kernels)}
 
 
 def _synchronize() -> None:

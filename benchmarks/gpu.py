@@ -13,7 +13,7 @@ runs here. Then take the checkout with .gpu/ to the other machine, and run the o
 
     python benchmarks/gpu.py --pack .gpu/wheels --cuda 130
     python -m pip install --no-index --no-deps --target .gpu/site .gpu/wheels/*.whl
-    PYTHONPATH=.gpu/site:src python benchmarks/gpu.py
+    PYTHONPATH=.gpu/site python benchmarks/gpu.py
 
 `--cuda` is the CUDA version of the torch that is there; bitsandbytes needs it.
 """
@@ -28,6 +28,7 @@ from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "src"))
 
 from benchmarks._gpu_pack import pack
 from benchmarks._gpu_rows import Report, Row, emit_to

@@ -57,12 +57,16 @@ def test_a_failure_is_a_row_and_a_line_of_a_process_is_one_too(tmp_path: Path) -
     emit = emit_to("steps", report.add)
     guarded(emit, "good", lambda: {"s/step": 0.12347, "batch": 4}, {"limit": 6})
     guarded(emit, "large", fails(torch.OutOfMemoryError("CUDA out of memory. Tried to")), {"limit": 6})
+    caused = ValueError("the GPU ran out of memory")
+    caused.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    guarded(emit, "caused", fails(caused))
     guarded(emit, "no package", fails(ModuleNotFoundError("No module named 'peft'")))
     guarded(emit, "no card", fails(NeedsCuda()))
     guarded(emit, "wrong", fails(ValueError("no such thing")))
     assert {row.name: row.status for row in report.rows} == {
         "good": "ok",
         "large": "out of memory",
+        "caused": "out of memory",
         "no package": "not installed",
         "no card": "needs CUDA",
         "wrong": "failed",
@@ -117,8 +121,8 @@ def test_the_script_writes_its_rows(tmp_path: Path) -> None:
 
 
 def test_words_choose_stages_with_what_they_need() -> None:
-    names = [stage.name for stage in chosen_stages(["nf4", "resume"])]
-    assert names == ["make", "split", "train", "resume", "plan", "memory: nf4"]
+    names = [stage.name for stage in chosen_stages(["int8", "resume"])]
+    assert names == ["make", "split", "train", "resume", "plan", "memory: int8"]
     assert chosen_stages([]) == list(STAGES)
 
 
@@ -169,14 +173,15 @@ def test_the_stages_from_the_files_to_a_resumed_training(work: Path) -> None:
 
 
 def test_plan_and_runs_within_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gpu_memory, "NAMES", ("plan, 6 GB", "plan, 8 GB", "nf4"))
+    monkeypatch.setattr(_gpu_memory, "NAMES", ("plan, 6 GB", "plan, 8 GB", "streamed"))
     settings = Settings(work, tiny=True)
     if not settings.principal.exists():
         rows_of("make", work)
         rows_of("split", work)
     planned = rows_of("plan", work)
     assert {row.status for row in planned.values()} == {"ok"}
-    assert planned["nf4"].values["predicted GB"] < planned["plan, 6 GB"].values["predicted GB"]
+    assert planned["streamed"].values["predicted GB"] < planned["plan, 6 GB"].values["predicted GB"]
+    assert rows_of("memory: streamed", work)["streamed"].status == "ok"
     within = rows_of("memory: plan, 6 GB", work)["plan, 6 GB"]
     assert (within.status, within.values["peak tensors GB"]) == ("ok", "needs CUDA")
     assert rows_of("memory: plan, 8 GB", work)["plan, 8 GB"].note == "same setup as plan, 6 GB"
