@@ -165,7 +165,7 @@ def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
                 f"`drop` {pattern!r} matches none of the {len(names)} keys of {path.name}",
-                hint="a pattern must match the full key: '*.diff_b', 'lora_te2_*'",
+                hint="a pattern must match the full key: *.diff_b, lora_te2_*",
             )
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 

@@ -27,6 +27,7 @@ def test_all_remedies_in_order_of_cost() -> None:
         'run.precision = "bf16"',
         'run.offload = ["vae"]',  # the text encoders are trained
         "run.batch = 1 with run.accumulation = 8",
+        "run.stream = true",
         'model.form = "residual" with model.quantize = "nf4"',
         'model.parts = ["unet"]',
         "a smaller data.resolution_px",
@@ -47,6 +48,7 @@ def test_settings_that_the_recipe_has_are_not_named() -> None:
             "gradient_checkpointing": True,
             "precision": "bf16",
             "offload": ["vae", "text"],
+            "stream": True,
             "batch": 1,
             "accumulation": 1,
         },
@@ -55,8 +57,8 @@ def test_settings_that_the_recipe_has_are_not_named() -> None:
 
 
 def test_settings_that_the_recipe_does_not_allow_are_not_named() -> None:
-    aligned = lines(model={"frame": "data"}, data={"cache_latents": False})
-    assert not any("residual" in line or "offload" in line for line in aligned)
+    aligned = lines(model={"frame": "data"}, data={"cache_latents": False}, run={"compile": True})
+    assert not any(word in line for line in aligned for word in ("residual", "offload", "stream"))
 
 
 def test_a_card_without_bf16_gets_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

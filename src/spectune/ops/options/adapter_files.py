@@ -111,7 +111,7 @@ class SliceOptions(OperationOptions):
     slices: tuple[ParsedSlice, ...] = argument(
         metavar="FILE[:TRAIT[:WEIGHT]]...",
         help="Adapters, each with the layers to take: te, te1, te2, unet, content, style, a block (down.1), "
-        "a pattern ('unet.*attn2*') or a name from `traits`. Or checkpoints, each with a part: unet, te, "
+        'a pattern ("unet.*attn2*") or a name from `traits`. Or checkpoints, each with a part: unet, te, '
         "te1, te2 or vae.",
     )
     out: Path = option(flag="-o", help="The file to write.")
@@ -152,6 +152,6 @@ class ConvertOptions(OperationOptions):
         help="The original principal, if SOURCE is that principal after training with another program. The "
         "trained deltas are written.",
     )
-    drop: tuple[str, ...] = option(default=(), help="A pattern of keys to drop, such as '*.diff_b'.")
+    drop: tuple[str, ...] = option(default=(), help="A pattern of keys to drop, such as *.diff_b.")
     base: Path | None = option(default=None, help=BASE_HELP)
     force: bool = option(default=False, help=FORCE_HELP)

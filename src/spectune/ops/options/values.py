@@ -32,7 +32,7 @@ Keys = Annotated[Literal["kohya", "diffusers", "comfyui"], BeforeValidator(_spel
 
 LAYERS_HELP = (
     "The layers: default (LyCORIS preset=full), all, or a comma-separated list of names, parts, blocks and "
-    "patterns: 'unet,!conv', 'te1.*', 'down.1'."
+    'patterns: "unet,!conv", "te1.*", "down.1".'
 )
 KEYS_HELP = (
     "Spelling of the keys: kohya (all programs load it), diffusers (PEFT), comfyui (diffusion_model.)."

@@ -41,6 +41,10 @@ def _batch(recipe: Recipe) -> Change:
     return {"run": {"batch": 1, "accumulation": recipe.run.batch * recipe.run.accumulation}}
 
 
+def _stream(recipe: Recipe) -> Change:
+    return {"run": {"stream": True}}
+
+
 def _quantize(recipe: Recipe) -> Change:
     return {} if recipe.model.quantize == "nf4" else {"model": {"form": "residual", "quantize": "nf4"}}
 
@@ -56,6 +60,7 @@ CHANGES: tuple[tuple[Callable[[Recipe], Change], ...], ...] = (
     (_precision,),
     (_offload_all, _offload_vae),
     (_batch,),
+    (_stream,),
     (_quantize,),
     (_parts,),
 )
