@@ -63,7 +63,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("machine", "problem", "remedy"),
     [
-        (changed_card(bf16=False), "has no bf16 in hardware", "emulated"),
+        (changed_card(bf16=False), "has no bf16 in hardware", "run.precision"),
         (changed_card(has_kernels=False), "no kernels for RTX 3060 (sm_86)", "whl/cu126"),
         (changed_card(total_bytes=4_300_000_000), "has 4.3 GB", "spectune plan"),
         (changed_card(free_bytes=3_000_000_000), "only 3.0 of 12.0 GB of RTX 3060", "close programs"),

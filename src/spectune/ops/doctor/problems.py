@@ -79,7 +79,7 @@ def _card_problems(card: Card) -> Iterator[str]:
             f"{install_line(LEGACY_CUDA_BUILD)}"
         )
     if not card.bf16:
-        yield f"{card.name} has no bf16 in hardware: bf16 is emulated there, and slow"
+        yield f"{card.name} has no bf16 in hardware, and emulates it slowly: use another run.precision"
     if card.total_bytes < SMALLEST_CARD:
         yield (
             f"{card.name} has {_gb(card.total_bytes)} GB: SDXL trains from {SMALLEST_CARD / GB:.0f} GB on; "

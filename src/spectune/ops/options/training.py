@@ -86,5 +86,5 @@ class DoctorOptions(OperationOptions):
 
     folder: Path = option(
         default=Path(),
-        help="Folder whose disk is measured, with a temporary file of 64 MB. Default: this folder.",
+        help="Folder whose disk is measured, with a temporary file of 64 MB.",
     )
