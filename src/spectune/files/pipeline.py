@@ -27,15 +27,17 @@ def run_pipeline(
     consume: Callable[[Item, Result], None],
     *,
     size: Callable[[Item], int],
+    waiting_workers: int = 0,
 ) -> None:
     """Call `work` on every item in worker threads, and `consume` on the results in this thread, in order.
 
     The number of workers is torch's number of threads, and torch uses one thread in each worker: SDXL's
-    matrices are too small to share, and reading, hashing and writing run concurrently. `size` returns the
-    bytes of an item. Items start while they fit into IN_FLIGHT_BYTES, but at least one. The first exception
-    ends all work and is raised.
+    matrices are too small to share, and reading, hashing and writing run concurrently. `waiting_workers` come
+    on top for work that waits for a GPU: while they wait, other workers read, subtract and hash, and the GPU
+    always has the next matrix. `size` returns the bytes of an item. Items start while they fit into
+    IN_FLIGHT_BYTES, but at least one. The first exception ends all work and is raised.
     """
-    threads = max(torch.get_num_threads(), 1)
+    threads = max(torch.get_num_threads(), 1) + waiting_workers
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
     in_flight = 0
 

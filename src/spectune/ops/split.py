@@ -39,6 +39,9 @@ from spectune.pairs.split_tensor import SplitPlan, SplitTensor, split_tensor
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.selection import select_layers
 
+# More workers than CPU threads, because some wait for the GPU. The GPU holds the matrices of all workers.
+GPU_WORKERS = 2
+
 
 @dataclass(frozen=True)
 class SplitReport:
@@ -217,8 +220,13 @@ class _TensorSplitter:
         self._done = 0
 
     def run(self) -> None:
+        on_cpu = str(self.plan.device) == "cpu"
         run_pipeline(
-            list(self.base.tensors.values()), self._split, self._write, size=lambda info: info.nbytes
+            list(self.base.tensors.values()),
+            self._split,
+            self._write,
+            size=lambda info: info.nbytes,
+            waiting_workers=0 if on_cpu else GPU_WORKERS,
         )
         report_progress(self.progress, self._done, self._done, "")
 
