@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ from spectune.training.loop import train
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.recipe.sections.run import Precision
 
+SYNCHRONIZED = ("adamw", "prodigy_plus_schedule_free")
 AUTOCAST = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -98,11 +100,11 @@ def set_sync_debug(mode: str) -> None:
 
 
 def measure_synchronizations(settings: Settings, emit: Emit, argument: str) -> None:
-    """Count the synchronizations of a step of the trainer, on the embedded base."""
+    """Count the synchronizations of a step of the trainer with two optimizers, on the embedded base."""
 
-    def counted() -> Values:
-        recipe = settings.demo_recipe(f"synchronizations-{argument}", steps=Synchronizations.LAST)
-        recipe["optimizer"] = {"name": argument}
+    def counted(optimizer: str) -> Values:
+        recipe = settings.demo_recipe(f"synchronizations-{optimizer}", steps=Synchronizations.LAST)
+        recipe["optimizer"] = {"name": optimizer}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             counter = Synchronizations(caught)
@@ -114,7 +116,8 @@ def measure_synchronizations(settings: Settings, emit: Emit, argument: str) -> N
         places = ", ".join(f"{place} {count}x" for place, count in counter.places.most_common(8))
         return {"per step": counter.per_step, "places in two steps": places}
 
-    guarded(emit, argument, counted)
+    for optimizer in SYNCHRONIZED:
+        guarded(emit, optimizer, partial(counted, optimizer))
 
 
 def measure_fp16(settings: Settings, emit: Emit, argument: str) -> None:

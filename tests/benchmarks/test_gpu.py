@@ -156,7 +156,7 @@ def test_step_0_and_steps(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["LyCORIS LoCon"].values == {"batch": 2, "checkpointing": True}
 
 
-def test_the_stages_from_the_files_to_a_resumed_training(work: Path) -> None:
+def test_the_stages_from_the_files_to_a_resumed_training(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows_of("make", work)["tiny.safetensors"].status == "ok"
     assert rows_of("split", work)["on cpu"].values["weights restored"] > 0.5
     cpu = rows_of("losses, cpu", work)["cpu"]
@@ -167,7 +167,8 @@ def test_the_stages_from_the_files_to_a_resumed_training(work: Path) -> None:
     assert started.values["previews"] == 1
     assert rows_of("resume", work)["resume"].values["steps"] == "2 to 3"
     assert rows_of("autocast bf16", work)["ACCELERATE_MIXED_PRECISION=bf16"].values["steps"] == 2
-    assert rows_of("synchronizations, adamw", work)["adamw"].status == "needs CUDA"
+    monkeypatch.setattr(_gpu_runs, "SYNCHRONIZED", ("adamw",))
+    assert rows_of("synchronizations", work)["adamw"].status == "needs CUDA"
     assert {row.status for row in rows_of("fp16", work).values()} <= {"ok", "skipped"}
     assert rows_of("sample", work)["64 px"].values["pictures"] == 1
 
