@@ -127,6 +127,7 @@ def measure_fp16(settings: Settings, emit: Emit, argument: str) -> None:
         return
 
     def trained() -> Values:
+        cuda_or_raise()
         recorder = Recorder()
         train(
             parse_recipe(settings.demo_recipe("fp16", steps=5, precision="fp16")),
