@@ -28,6 +28,7 @@ from spectune.model.network import Sdxl
 from spectune.sdxl.layers import build_catalogue
 from spectune.training import state, trainable_model
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
+from spectune.training.defaults import with_defaults
 from spectune.training.loop import train
 from spectune.training.objective import objective
 from spectune.training.recipe.recipe import Recipe
@@ -366,11 +367,9 @@ def test_the_base_declares_a_zero_terminal_snr(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     base = copy_with_metadata(tiny_checkpoint, tmp_path / "z.safetensors", {}, "v_pred", "ztsnr")
-    recipe = trainable_model.with_resolved_objective(make_recipe(model={"base": base}))
+    recipe = with_defaults(make_recipe(model={"base": base}), "cpu")
     assert (recipe.objective.kind, recipe.objective.zero_terminal_snr) == ("v", True)
-    other = trainable_model.with_resolved_objective(
-        make_recipe(model={"base": base}, objective={"zero_terminal_snr": False})
-    )
+    other = with_defaults(make_recipe(model={"base": base}, objective={"zero_terminal_snr": False}), "cpu")
     assert other.objective.zero_terminal_snr is False
     assert train(recipe).steps == 3
 

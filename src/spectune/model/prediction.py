@@ -86,6 +86,12 @@ def _alphas_cumprod(zero_terminal_snr: bool) -> Tensor:
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
 
 
+@cache
+def _alphas_cumprod_on(device: torch.device, zero_terminal_snr: bool) -> Tensor:
+    """Return the table on a device: reading times from a GPU would wait for it in every step."""
+    return _alphas_cumprod(zero_terminal_snr).to(device)
+
+
 def alphas_cumprod() -> Tensor:
     """Return alpha^2 of SDXL's timesteps 0..999, float64."""
     return _alphas_cumprod(False)
@@ -156,8 +162,10 @@ class Ddpm:
         return _per_image(alpha_squared.sqrt(), like), _per_image((1 - alpha_squared).sqrt(), like)
 
     def _alpha_squared(self, times: Tensor) -> Tensor:
-        """Return alpha^2, float64 on the CPU."""
-        return _alphas_cumprod(self.zero_terminal_snr)[times.cpu()]
+        """Return alpha^2 in float64."""
+        if times.device.type == "mps":  # it has no float64
+            times = times.cpu()
+        return _alphas_cumprod_on(times.device, self.zero_terminal_snr)[times]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
 from spectune.training import output, state
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
+from spectune.training.defaults import with_defaults
 from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Progress, Run
@@ -39,6 +42,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         SpectuneError: Training failed, for example because the loss is not finite.
     """
     device = parse_device(recipe.run.device)
+    recipe = with_defaults(recipe, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = Accelerator(
@@ -115,9 +119,9 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         if run.optimization.average is not None:
             run.optimization.average.update()
         is_logged = _is_due(settings.log_every_steps, progress) or progress.step == run.steps
-        seconds = time.perf_counter() - started
         norms = is_logged and _logs_norms(run, progress)
-        info = step_info(run, progress.step, losses, grad_norm, seconds, norms=norms)
+        info = step_info(run, progress.step, losses, grad_norm, started, norms=norms)
+        progress.skipped_steps += not math.isfinite(info.grad_norm)
         losses = []
         progress.seconds += info.seconds
         progress.recent_losses.append(info.loss)
@@ -227,6 +231,11 @@ def _preview(run: Run, progress: Progress) -> None:
 
 def _report(run: Run, progress: Progress, *, interrupted: bool) -> TrainReport:
     recent = progress.recent_losses
+    if progress.skipped_steps:
+        progress.warnings.append(
+            f"{counted(progress.skipped_steps, 'step')} of {progress.step - progress.first_step} changed "
+            "nothing: gradients overflowed in fp16, and the loss scale was halved each time"
+        )
     return TrainReport(
         steps=progress.step,
         first_step=progress.first_step,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
@@ -77,6 +78,7 @@ class Optimization:
     optimizer: Optimizer
     stepper: Any  # the optimizer, wrapped by accelerate
     base_rates: tuple[float, ...]  # of each group, before the schedule
+    scaler: GradScaler  # of the loss; disabled unless the precision is fp16
     average: MovingAverage | None = None
     weighting: WeightingTrainer | None = None  # a learned weighting of noise levels
 
@@ -152,6 +154,8 @@ class Run:
             extras["ema"] = {"average": average.average, "steps": average.steps}
         if weighting is not None:
             extras["edm2"] = weighting.state_dict()
+        if self.optimization.scaler.is_enabled():
+            extras["scaler"] = self.optimization.scaler.state_dict()
         return extras
 
 
@@ -166,5 +170,6 @@ class Progress:
     validation_after: float | None = None
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     seconds: float = 0.0  # spent in steps
+    skipped_steps: int = 0  # because gradients overflowed in fp16, since this process started
     files: list[Path] = field(default_factory=list[Path])
     warnings: list[str] = field(default_factory=list[str])  # from resuming

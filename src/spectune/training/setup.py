@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
@@ -33,6 +34,7 @@ from spectune.training.data.gather import (
 )
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
+from spectune.training.defaults import with_defaults
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
@@ -54,9 +56,10 @@ from spectune.training.trainable_model import (
     model_warnings,
     quantize,
     with_chosen_vae,
-    with_resolved_objective,
 )
 from spectune.training.validation import encode_validation
+
+FP16_LOSS_SCALE = 4096.0  # of the losses that gradient frames are computed from
 
 
 def assemble(
@@ -69,7 +72,7 @@ def assemble(
     """
     warnings = WarningLog(callbacks)
     warnings.add(model_warnings(recipe))
-    recipe = with_resolved_objective(recipe)
+    recipe = with_defaults(recipe, accelerator.device)
     if saved is not None:
         state.check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = _find_images(recipe, warnings)
@@ -116,6 +119,8 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         optimization.average.restore(**saved.extras["ema"])
     if optimization.weighting is not None:
         optimization.weighting.load_state_dict(saved.extras["edm2"])
+    if optimization.scaler.is_enabled():
+        optimization.scaler.load_state_dict(saved.extras["scaler"])
     header = saved.header
     run.callbacks.on_message(f"resuming after step {header.step} from {saved.folder.name}")
     return Progress(
@@ -187,6 +192,7 @@ def _build_model(
     frames, callbacks = None, warnings.callbacks
     if saved is not None and saved.frames is not None:
         frames = SavedFrames(saved.header.base_hash, saved.frames)
+    assert recipe.run.precision is not None, "the defaults are not filled in"
     trainable = build_trainable(  # in main memory
         recipe.model,
         saved=frames,
@@ -325,7 +331,9 @@ def _align_frames(
     """Replace the frames of all layers with frames from the first batches; return their hash."""
     section, layers = recipe.model, objective.injection.layers
     assert section.frame in ("gradient", "data")
-    losses = partial(_first_losses, objective, first_batches, section.frame_batches)
+    # The directions do not depend on the scale; without it, small gradients vanish in fp16.
+    scale = FP16_LOSS_SCALE if recipe.run.precision == "fp16" else 1.0
+    losses = partial(_first_losses, objective, first_batches, section.frame_batches, scale)
     objective.denoiser.train()  # transformers checkpoints gradients in training mode only
     alignment = align(layers, section.frame, losses, seed=recipe.run.seed, length=section.frame_norm)
     objective.denoiser.eval()
@@ -340,11 +348,13 @@ def _align_frames(
     return hash_of_frames(frames)
 
 
-def _first_losses(objective: Objective, first_batches: FirstBatches, count: int) -> Iterator[Tensor]:
-    """Yield the loss of each of the first batches, without a learned weighting."""
+def _first_losses(
+    objective: Objective, first_batches: FirstBatches, count: int, scale: float
+) -> Iterator[Tensor]:
+    """Yield the loss of each of the first batches times `scale`, without a learned weighting."""
     for batch in first_batches(count):
         _, costs = objective.image_costs(objective.denoiser, batch, step=0)
-        yield costs.mean()
+        yield costs.mean() * scale
 
 
 def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
@@ -377,6 +387,7 @@ def _build_optimization(
         optimizer=optimizer,
         stepper=stepper,
         base_rates=tuple(group["lr"] for group in optimizer.param_groups),
+        scaler=GradScaler(accelerator.device.type, enabled=recipe.run.precision == "fp16"),
         average=None if decay is None else MovingAverage(parameters, decay),
         weighting=weighting,
     )

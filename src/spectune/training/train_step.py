@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import psutil
@@ -32,17 +33,22 @@ def train_batch(run: Run, batch: Batch, *, step: int) -> tuple[Tensor, Tensor | 
     grad_norm = None
     with accelerator.accumulate(optimization.network):
         noised, costs = run.objective.image_costs(optimization.network, batch, step=step)
-        accelerator.backward(run.objective.cost.of_batch(noised, costs))
+        accelerator.backward(optimization.scaler.scale(run.objective.cost.of_batch(noised, costs)))
         if accelerator.sync_gradients:
-            grad_norm = _clip_gradients(run, step)
+            optimization.scaler.unscale_(optimization.optimizer)
+            grad_norm = _clip_gradients(run)
             _set_learning_rates(run, step)
             # The same seed on every process: stochastic rounding must give the same weights everywhere.
             # "optimiser" is hashed into the seed: another spelling would change every run.
             torch.manual_seed(derived_seed(seed, "optimiser", step))
-        optimization.stepper.step()
+            # With a scaler, gradients that are not finite skip the step.
+            optimization.scaler.step(optimization.optimizer)
         optimization.stepper.zero_grad()
-    if accelerator.sync_gradients and optimization.weighting is not None:
-        optimization.weighting.step(lambda gradient: _mean_of_processes(run, gradient))
+    if accelerator.sync_gradients:
+        if optimization.weighting is not None:
+            optimization.scaler.unscale_(optimization.weighting.optimizer)
+            optimization.weighting.step(lambda gradient: _mean_of_processes(run, gradient))
+        optimization.scaler.update()
     # The reported loss excludes a learned weighting, which changes during the run.
     return costs.detach().mean(), grad_norm
 
@@ -51,21 +57,11 @@ def _mean_of_processes(run: Run, tensor: Tensor) -> Tensor:
     return cast("Tensor", run.accelerator.reduce(tensor, reduction="mean"))
 
 
-def _clip_gradients(run: Run, step: int) -> Tensor:
-    """Clip all gradients and return their norm before clipping; raise SpectuneError if it is not finite."""
+def _clip_gradients(run: Run) -> Tensor:
+    """Clip all gradients and return their norm before clipping."""
     bound = run.recipe.optimizer.max_grad_norm or math.inf  # inf leaves the gradients unchanged
     parameters = list(run.optimization.parameters.values())
-    norm = cast("Tensor", run.accelerator.clip_grad_norm_(parameters, bound))
-    _check_finite("gradient norm", float(norm), step + 1)
-    return norm
-
-
-def _check_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise SpectuneError(
-            f"the {name} of step {step} is {value}; the step was not saved",
-            hint="lower the learning rate; the run can resume from its last state",
-        )
+    return cast("Tensor", run.accelerator.clip_grad_norm_(parameters, bound))
 
 
 def _set_learning_rates(run: Run, step: int) -> None:
@@ -86,33 +82,70 @@ def _set_learning_rates(run: Run, step: int) -> None:
 
 
 def step_info(
-    run: Run, step: int, losses: Sequence[Tensor], grad_norm: Tensor, seconds: float, *, norms: bool
+    run: Run, step: int, losses: Sequence[Tensor], grad_norm: Tensor, started: float, *, norms: bool
 ) -> StepInfo:
-    """Return the record of a finished step.
+    """Return the record of a finished step. All values are read from the device at once.
 
     Args:
         run: The run.
         step: The number of the step, counted from 1.
         losses: The loss of each batch of the step.
         grad_norm: The gradient norm before clipping.
-        seconds: The duration of the step.
+        started: The time when the step began, of `time.perf_counter`.
         norms: Whether to compute `delta_norms`.
 
     Raises:
-        SpectuneError: The loss is not finite.
+        SpectuneError: The loss or the gradient norm is not finite.
     """
-    loss = float(_mean_of_processes(run, torch.stack(list(losses)).mean()))
+    optimization = run.optimization
+    sizes = step_sizes(optimization.optimizer)
+    values = {
+        "loss": _mean_of_processes(run, torch.stack(list(losses)).mean()),
+        "norm": grad_norm,
+        **{f"size {part}": size for part, size in sizes.items()},
+        **(delta_norms(run.model.injection) if norms else {}),
+    }
+    read = _read(values)
+    loss, norm = read.pop("loss"), read.pop("norm")
+    if not optimization.scaler.is_enabled():
+        _check_finite("gradient norm", norm, step)
+    elif not math.isfinite(norm):
+        _check_scale(optimization.scaler.get_scale(), step)
     _check_finite("loss", loss, step)
     return StepInfo(
         step=step,
         loss=loss,
-        learning_rates=learning_rates(run.optimization.optimizer),
-        grad_norm=float(grad_norm),
-        step_size=step_sizes(run.optimization.optimizer),
-        seconds=seconds,
+        learning_rates=learning_rates(optimization.optimizer),
+        grad_norm=norm,
+        step_size={part: read.pop(f"size {part}") for part in sizes},
+        seconds=time.perf_counter() - started,
         memory_bytes=memory_in_use(run.accelerator.device),
-        delta_norms=delta_norms(run.model.injection) if norms else {},
+        delta_norms=read,
     )
+
+
+def _read(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Return values as floats; those on a GPU need one wait for all of them."""
+    tensors = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
+    read = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+    return {name: read[name] if name in read else float(values[name]) for name in values}
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise SpectuneError(
+            f"the {name} of step {step} is {value}; the step was not saved",
+            hint="lower the learning rate; the run can resume from its last state",
+        )
+
+
+def _check_scale(scale: float, step: int) -> None:
+    """Raise SpectuneError if gradients overflow although the loss is not scaled up anymore."""
+    if scale < 1:
+        raise SpectuneError(
+            f"the gradients of step {step} overflow in fp16 even without a loss scale",
+            hint='set run.precision = "bf16" or "fp32"',
+        )
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -123,7 +156,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def delta_norms(injection: Injection) -> dict[str, float]:
+def delta_norms(injection: Injection) -> dict[str, Tensor]:
     """Return the Frobenius norm of all dA (key `unet.down`) and of all dB (key `unet.up`) of each part."""
     groups: dict[str, list[Tensor]] = {}
     for name, layer in injection.layers.items():
@@ -132,6 +165,6 @@ def delta_norms(injection: Injection) -> dict[str, float]:
         groups.setdefault(f"{part}.down", []).append(down)
         groups.setdefault(f"{part}.up", []).append(up)
     return {
-        name: float(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).norm())
+        name: torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).norm()
         for name, tensors in groups.items()
     }

@@ -18,7 +18,7 @@ from spectune.core.low_rank import LowRank, product
 from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
-from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
+from spectune.files.source import WeightSource, declared_prediction
 from spectune.files.weights_hash import WeightsHasher, weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
@@ -34,7 +34,7 @@ from spectune.model.vae.loading import choose_vae
 from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.selection import select_layers
-from spectune.training.recipe.recipe import Recipe, parse_recipe
+from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
 from spectune.training.seeds import derived_generator
 
@@ -57,35 +57,6 @@ class SavedFrames:
 
     base_hash: str | None
     layers: Mapping[str, LowRank]
-
-
-# ---------------------------------------------------------------- recipe and base
-
-
-def with_resolved_objective(recipe: Recipe) -> Recipe:
-    """Return the recipe with missing objective keys filled in from the base.
-
-    Raises:
-        InputError: The recipe does not fit the base.
-    """
-    section = recipe.objective
-    with open_checkpoint(recipe.model.checkpoint) as base:
-        declared = declared_prediction(base) or "eps"
-        kind = section.kind or declared
-        if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
-            raise InputError(
-                "objective.start, teacher and bridge_steps convert an EPS base to a flow model: "
-                f"{base.label} predicts {declared} and objective.kind is {kind}",
-                hint='remove these keys, or use an EPS base and set objective.kind = "flow"',
-            )
-        shift, zero = section.flow_shift, section.zero_terminal_snr
-        if kind == "flow" and shift is None:
-            shift = base.provenance.flow_shift or 1.0
-        if zero is None:
-            zero = kind != "flow" and declared_zero_snr(base)
-        resolved = {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}
-        data = recipe.model_dump() | {"objective": section.model_dump() | resolved}
-        return parse_recipe(data, label=f"recipe, trained as {kind} for {base.label}")
 
 
 def model_warnings(recipe: Recipe) -> list[str]:

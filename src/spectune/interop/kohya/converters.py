@@ -238,9 +238,9 @@ def mixed_precision(flag: Flag, command: Command) -> Results:
         case "bf16":
             return taken(flag, {"run.precision": "bf16"})
         case "fp16":
-            return taken(flag, {"run.precision": "bf16"}, "fp16 overflows without loss scaling")
+            return ignored(flag, "the default is bf16, or fp16 on a GPU without bf16")
         case other:
-            return unsupported(flag, f"run.precision is fp32 or bf16, not {other}")
+            return unsupported(flag, f"run.precision is fp32, bf16 or fp16, not {other}")
 
 
 def full_bf16(flag: Flag, command: Command) -> Results:

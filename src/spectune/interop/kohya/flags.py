@@ -279,7 +279,7 @@ RUN: Mapping[str, FlagRule] = {
     "gradient_accumulation_steps": takes("run.accumulation", whole_number),
     "gradient_checkpointing": switches("run.gradient_checkpointing"),
     "cpu_offload_checkpointing": ignores(_MEMORY),
-    "mixed_precision": custom("`run.precision`; fp16 becomes bf16", mixed_precision),
+    "mixed_precision": custom("`run.precision`; fp16 is left to the default", mixed_precision),
     "full_bf16": custom_switch(
         '`run.trained_precision = "bf16"` if the optimizer rounds stochastically', full_bf16
     ),

@@ -136,6 +136,7 @@ _TO_DO = "to fill in"
 def _additions(command: Command) -> Iterator[Setting]:
     """Yield settings that a recipe needs and sd-scripts implies."""
     yield Setting("objective.kind", "eps", "the default of sd-scripts")
+    yield Setting("data.bucket.enabled", False, "the default of sd-scripts")
     parts = derived.parts_of(command)
     if parts != ALL_PARTS:
         yield Setting("model.parts", list(parts), f"{command.script} trains these parts with these flags")

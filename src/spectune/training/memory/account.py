@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from spectune.model.inject import Form
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName, Quantization
-from spectune.training.recipe.sections.run import Offloaded, Precision
+from spectune.training.recipe.sections.run import Offloaded, Precision, TrainedPrecision
 
 # Assumed, not measured: the CUDA context with kernels and workspaces of torch, cuBLAS and cuDNN, and the
 # share of all other bytes that the allocator loses to fragmentation.
@@ -25,7 +25,7 @@ class Setup:
     form: Form = "delta"
     quantize: Quantization = "none"
     precision: Precision = "bf16"
-    trained_precision: Precision = "fp32"
+    trained_precision: TrainedPrecision = "fp32"
     gradient_checkpointing: bool = False
     offload: tuple[Offloaded, ...] = ()
     stream: bool = False

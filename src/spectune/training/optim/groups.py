@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.errors import InputError
@@ -79,9 +79,9 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
-def step_sizes(optimizer: Optimizer) -> dict[str, float]:
+def step_sizes(optimizer: Optimizer) -> dict[str, Tensor | float]:
     """Return each part's estimate d of the distance to the solution; empty for optimizers without one.
 
     ProdigyPlus estimates d for each part separately, Prodigy and D-Adaptation for all parts together.
     """
-    return {group["part"]: float(group["d"]) for group in optimizer.param_groups if "d" in group}
+    return {group["part"]: group["d"] for group in optimizer.param_groups if "d" in group}

@@ -37,6 +37,7 @@ class StackedProdigyPlus(ProdigyPlusScheduleFree):
         super().__init__(*args, **kwargs)
         self._members: dict[Tensor, list[nn.Parameter]] = {}  # the tensors of each stack
         self._stack_state: dict[Tensor, State] = defaultdict(dict)
+        self._sums_on_host = False
 
     # ------------------------------------------------------------ the library's methods, on stacks
 
@@ -81,6 +82,29 @@ class StackedProdigyPlus(ProdigyPlusScheduleFree):
         # The library rounds the sum of each tensor to the dtype of s, bf16.
         denominator.add_(s.abs().view(len(grad), -1).sum(dim=1).float().sum())
         numerator.add_(torch.dot(gradient, state["p0"] - self.get_sliced_tensor(data)), alpha=weight)
+
+    def on_end_step(self) -> None:
+        """Estimate d after the last stack of a step; the sums of all groups are read at once."""
+        if self.parameters_to_process != 1:
+            super().on_end_step()
+            return
+        owners = self.param_groups if self.param_groups[0]["split_groups"] else self.param_groups[:1]
+        names = ("running_d_numerator", "running_d_denom")
+        sums = torch.stack([group[name] for group in owners for name in names]).cpu()
+        for index, group in enumerate(owners):
+            group[names[0]], group[names[1]] = sums[2 * index], sums[2 * index + 1]
+        self._sums_on_host = True
+        try:
+            super().on_end_step()
+        finally:
+            self._sums_on_host = False
+
+    def get_running_values_for_group(self, group: State) -> tuple[Tensor, Tensor]:
+        """Return numerator and denominator of d, on the device of the tensors except at the end of a step."""
+        if not self._sums_on_host:
+            return super().get_running_values_for_group(group)
+        owner = group if group["split_groups"] else self.param_groups[0]
+        return owner["running_d_numerator"], owner["running_d_denom"]
 
     def factored_dims(
         self, shape: Sequence[int], factored: bool, min_dim_size_to_factor: int

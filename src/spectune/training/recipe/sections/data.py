@@ -15,9 +15,11 @@ MaskSource = Literal["none", "alpha", "file"]
 class BucketSection(Section):
     """Aspect buckets: sizes of about `resolution_px`² pixels."""
 
-    enabled: bool = Field(
-        default=False,
-        description="Train each image near its own aspect. Off: crop every image to a square.",
+    enabled: bool | None = Field(
+        default=None,
+        description="Train each image near its own aspect. Off: crop every image to a square. "
+        "None: on for a base of SDXL's size; sides then reach from half to twice `resolution_px`, if "
+        "`min_px` and `max_px` are not set.",
     )
     min_px: int = Field(default=256, ge=8, description="Shortest side in pixels.")
     max_px: int = Field(default=1024, ge=8, description="Longest side in pixels.")

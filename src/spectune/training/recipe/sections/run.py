@@ -12,7 +12,8 @@ from spectune.training.optim.schedules import SCHEDULES
 from spectune.training.recipe.sections.base import OneOf, Section
 from spectune.training.recipe.sections.model import PartName
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+TrainedPrecision = Literal["fp32", "bf16"]
 Offloaded = Literal["text", "vae"]
 
 _PORTS = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
@@ -98,15 +99,21 @@ class RunSection(Section):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="Device: auto, cpu, cuda, cuda:1 or mps. `auto` is the GPU if there is one.",
     )
-    precision: Precision = Field(default="fp32", description="Dtype of the frozen model.")
-    trained_precision: Precision = Field(
+    precision: Precision | None = Field(
+        default=None,
+        description="Dtype of the frozen model and its activations. `fp16` scales the loss, because small "
+        "gradients vanish in it. None: `bf16` for a base of SDXL's size, or `fp16` on a GPU without bf16; "
+        "`fp32` for a smaller base.",
+    )
+    trained_precision: TrainedPrecision = Field(
         default="fp32",
         description="Dtype of the trained tensors and their gradients. "
         "`bf16` needs an optimizer that rounds stochastically.",
     )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Recompute activations in the backward pass: less memory, slower steps.",
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="Recompute activations in the backward pass: less memory, slower steps. "
+        "None: on for a base of SDXL's size.",
     )
     compile: bool = Field(default=False, description="Compile the UNet with torch.compile.")
     offload: tuple[Offloaded, ...] = Field(

@@ -1,0 +1,84 @@
+"""The keys of a recipe whose defaults depend on the base and on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
+from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
+from spectune.model.device import drawing_dtype
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layout import SDXL
+from spectune.training.recipe.recipe import Recipe, parse_recipe
+from spectune.training.recipe.sections.data import DataSection
+from spectune.training.recipe.sections.objective import ObjectiveSection
+
+Keys = dict[str, Any]
+
+
+def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
+    """Return the recipe with missing keys filled in from the base and the device.
+
+    Raises:
+        InputError: The recipe does not fit the base.
+    """
+    data = recipe.model_dump()
+    with open_checkpoint(recipe.model.checkpoint) as base:
+        objective = _objective(recipe.objective, base)
+        data["objective"] |= objective
+        if _missing(recipe):
+            is_large = infer_layout(base).unet.channels[0] >= SDXL.unet.channels[0]
+            data["run"] |= _run(recipe, torch.device(device), is_large=is_large)
+            data["data"]["bucket"] |= _bucket(recipe.data, is_large=is_large)
+        return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
+
+
+def _missing(recipe: Recipe) -> bool:
+    run = recipe.run
+    return None in (run.precision, run.gradient_checkpointing, recipe.data.bucket.enabled)
+
+
+def _objective(section: ObjectiveSection, base: WeightSource) -> Keys:
+    declared = declared_prediction(base) or "eps"
+    kind = section.kind or declared
+    if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
+        raise InputError(
+            "objective.start, teacher and bridge_steps convert an EPS base to a flow model: "
+            f"{base.label} predicts {declared} and objective.kind is {kind}",
+            hint='remove these keys, or use an EPS base and set objective.kind = "flow"',
+        )
+    shift, zero = section.flow_shift, section.zero_terminal_snr
+    if kind == "flow" and shift is None:
+        shift = base.provenance.flow_shift or 1.0
+    if zero is None:
+        zero = kind != "flow" and declared_zero_snr(base)
+    return {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}
+
+
+def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
+    precision, checkpointing = recipe.run.precision, recipe.run.gradient_checkpointing
+    if precision is None:
+        precision = "fp32"
+        if is_large:
+            has_bf16 = device.type != "cuda" or drawing_dtype(str(device)) == torch.bfloat16
+            precision = "bf16" if has_bf16 else "fp16"
+    return {
+        "precision": precision,
+        "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
+    }
+
+
+def _bucket(data: DataSection, *, is_large: bool) -> Keys:
+    bucket = data.bucket
+    if bucket.enabled is not None:
+        return {}
+    if not is_large or data.resolution_px < bucket.step_px:
+        return {"enabled": False}
+    keys: Keys = {"enabled": True}
+    if not (bucket.differs("min_px") or bucket.differs("max_px")):
+        # SDXL was trained on 512x2048 to 2048x512 (Podell et al. 2023, arXiv 2307.01952, appendix I)
+        keys |= {"min_px": data.resolution_px // 2, "max_px": 2 * data.resolution_px}
+    return keys
