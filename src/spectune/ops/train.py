@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from PIL import Image
 
+from spectune.model.device import parse_device
 from spectune.model.memory_errors import explained_memory_errors
 from spectune.model.network import Sdxl
 from spectune.operation import operation
@@ -15,6 +15,7 @@ from spectune.sampling.contact_sheet import picture_grid
 from spectune.sampling.generate import Request, SampleSettings, generate
 from spectune.training.callbacks import Callbacks, TrainReport
 from spectune.training.data.folders import scan_training, scan_validation
+from spectune.training.defaults import with_defaults
 from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
 from spectune.training.recipe.file import load_recipe
@@ -54,7 +55,7 @@ def train(options: TrainOptions) -> TrainReport:
     """
     recipe = load_recipe(options.recipe, options.overrides)
     callbacks = [*(options.callbacks or ()), Previews(recipe)]
-    with explained_memory_errors(partial(remedies, recipe)):
+    with explained_memory_errors(lambda: remedies(_with_defaults(recipe))):
         return run_training(recipe, callbacks=callbacks, force=options.force)
 
 
@@ -66,5 +67,10 @@ class TrainForecast:
 
 
 def plan_train(options: TrainOptions) -> TrainForecast:
-    """Check a recipe without running it."""
-    return TrainForecast(load_recipe(options.recipe, options.overrides))
+    """Check a recipe without running it. Defaults that depend on the base need its file."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    return TrainForecast(_with_defaults(recipe) if recipe.model.checkpoint.exists() else recipe)
+
+
+def _with_defaults(recipe: Recipe) -> Recipe:
+    return with_defaults(recipe, parse_device(recipe.run.device))
