@@ -207,6 +207,7 @@ def test_keys_occur_once_and_in_the_order_of_recipes(tmp_path: Path) -> None:
     assert keys == [
         *("base", "rank"),
         *("folders", "resolution_px", "flip_probability", "cache_latents", "cache_folder"),
+        "enabled",
         "extensions",
         "kind",
         "learning_rate",

@@ -28,9 +28,9 @@ from spectune.model.network import Sdxl
 from spectune.sdxl.layers import build_catalogue
 from spectune.training import state, trainable_model
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
-from spectune.training.defaults import with_defaults
 from spectune.training.loop import train
 from spectune.training.objective import objective
+from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 

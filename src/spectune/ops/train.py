@@ -15,9 +15,9 @@ from spectune.sampling.contact_sheet import picture_grid
 from spectune.sampling.generate import Request, SampleSettings, generate
 from spectune.training.callbacks import Callbacks, TrainReport
 from spectune.training.data.folders import scan_training, scan_validation
-from spectune.training.defaults import with_defaults
 from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
+from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.file import load_recipe
 from spectune.training.recipe.recipe import Recipe
 

@@ -20,8 +20,8 @@ from spectune.training import output, state
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
-from spectune.training.defaults import with_defaults
 from spectune.training.interrupt import StopRequest, ignore_interrupts
+from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Progress, Run
 from spectune.training.setup import assemble, restore

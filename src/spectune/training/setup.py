@@ -34,7 +34,6 @@ from spectune.training.data.gather import (
 )
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
-from spectune.training.defaults import with_defaults
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
@@ -46,6 +45,7 @@ from spectune.training.objective.noising import NoiseOptions
 from spectune.training.objective.objective import Objective
 from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
 from spectune.training.optim.groups import build_optimizer, groups_by_part
+from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Optimization, Progress, Run, RunData, RunModel
 from spectune.training.trainable_model import (

@@ -14,7 +14,14 @@ def lines(**sections: dict[str, object]) -> tuple[str, ...]:
     data: dict[str, dict[str, object]] = {
         "model": {"base": "my base.safetensors", "rank": 64},
         "data": {"folders": ["pictures"], "resolution_px": 1024},
-        "run": {"name": "style", "output": "runs", "steps": 10, "batch": 4, "accumulation": 2},
+        "run": {
+            "name": "style",
+            "output": "runs",
+            "steps": 10,
+            "batch": 4,
+            "accumulation": 2,
+            "precision": "fp32",
+        },
     }
     for name, keys in sections.items():
         data[name] = {**data.get(name, {}), **keys}

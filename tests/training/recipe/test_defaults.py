@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from spectune.sdxl.layout import SDXL, Layout
-from spectune.training import defaults
-from spectune.training.defaults import with_defaults
+from spectune.training.recipe import defaults
+from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 
