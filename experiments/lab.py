@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from experiments.trial import Outcome, Trial, save
+from spectune.model.offload import StagedModel
 from spectune.training import validation
 from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.data.plan import PlannedBatches
@@ -133,7 +134,7 @@ def train_full(
         if step % trial.validate_every == 0 or step == trial.steps:
             curve.append((step, validation_loss(run)))
     recorder = recorder or Recorder()
-    recorder.on_preview(trial.steps, run.model.sdxl)
+    recorder.on_preview(trial.steps, StagedModel(run.model.sdxl))
     return Outcome(tuple(curve), sum(weight.numel() for weight in parameters), recorder.extra())
 
 

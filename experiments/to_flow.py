@@ -36,7 +36,7 @@ from experiments.lab import (
     validation_loss,
 )
 from experiments.trial import RESULTS, Outcome, Trial, load, save
-from spectune.model.network import Sdxl
+from spectune.model.offload import StagedModel
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
 from spectune.training.eps_to_flow.bridge import Bridge
@@ -190,11 +190,11 @@ class DistanceRecorder(Recorder):
         self.captions = captions_of(picture_folder("flat", work) / "held_out")
         self.distances: list[tuple[int, float]] = []
 
-    def on_preview(self, step: int, model: Sdxl) -> None:
-        latents = as_flow(model, self.captions)
+    def on_preview(self, step: int, model: StagedModel) -> None:
+        latents = as_flow(model.sdxl, self.captions)
         self.distances.append((step, distance(latents, reference(BASE, self.captions, self.work))))
         if self.trial.seed == 1 and self.trial.label in SHEET and step in (FAST_STEPS, PLAIN_STEPS):
-            save_strip(self.trial, step, strip(model, latents))
+            save_strip(self.trial, step, strip(model.sdxl, latents))
 
     def extra(self) -> dict[str, Any]:
         return {"picture_distance": self.distances}

@@ -7,9 +7,11 @@ import torch
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.network import build_model
+from spectune.model.offload import StagedModel
 from spectune.model.prediction import Ddpm, Flow
 from spectune.model.text import tokenize
-from spectune.sampling.generate import Request, SampleSettings, generate, make_scheduler, sample_latents
+from spectune.sampling.generate import Request, SampleSettings, make_scheduler, sample_latents
+from spectune.sampling.stages import draw_in_stages
 
 REQUESTS = [Request("a cat", 1), Request("a dog", 2), Request("a cat", 1)]
 
@@ -49,14 +51,16 @@ def test_every_sampler_is_reproducible(models, prediction, sampler):
     model = models[prediction]
     settings = settings_for(model, sampler=sampler)
     done = []
-    first, second, again = generate(model, REQUESTS, settings, progress=done.append)
+    first, second, again = draw_in_stages(StagedModel(model), REQUESTS, settings, progress=done.append)
     assert first.size == (settings.width, settings.height)
     assert done == [3]
     assert np.array_equal(first, again), "same caption and seed, same picture"
     assert not np.array_equal(first, second)
     assert [
         np.array_equal(a, b)
-        for a, b in zip(generate(model, REQUESTS, settings), [first, second, again], strict=True)
+        for a, b in zip(
+            draw_in_stages(StagedModel(model), REQUESTS, settings), [first, second, again], strict=True
+        )
     ] == [True] * 3
 
 
@@ -91,9 +95,9 @@ def test_cfg_1_ignores_the_negative_prompt(models):
 
 def test_an_invalid_size_or_sampler_is_an_error(models):
     with pytest.raises(InputError, match="width 33 is not a positive multiple of"):
-        generate(models["eps"], REQUESTS, settings_for(models["eps"], width=33))
+        draw_in_stages(StagedModel(models["eps"]), REQUESTS, settings_for(models["eps"], width=33))
     with pytest.raises(InputError, match="no sampler 'ddim' for flow models") as caught:
-        generate(models["flow"], REQUESTS, settings_for(models["flow"], sampler="ddim"))
+        draw_in_stages(StagedModel(models["flow"]), REQUESTS, settings_for(models["flow"], sampler="ddim"))
     assert caught.value.hint == "choose one of euler, heun"
     with pytest.raises(InputError, match="did you mean `euler`"):
         make_scheduler(Ddpm(), "eular")

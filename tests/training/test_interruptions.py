@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectune.model.network import Sdxl
+from spectune.model.offload import StagedModel
 from spectune.training import output, state
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
 from spectune.training.loop import train
@@ -31,7 +31,7 @@ class Losses(Callbacks):
 
 def test_a_preview_that_fails_is_a_warning(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     class OutOfMemory(Callbacks):
-        def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
+        def on_preview(self, step: int, model: StagedModel) -> Image.Image | None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
     plain, failing = Losses(), Losses()

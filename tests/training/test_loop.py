@@ -24,7 +24,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, SpectuneError
 from spectune.files.provenance import Role
 from spectune.files.writer import write_tensors
-from spectune.model.network import Sdxl
+from spectune.model.offload import StagedModel
 from spectune.sdxl.layers import build_catalogue
 from spectune.training import state, trainable_model
 from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
@@ -263,7 +263,7 @@ def test_tensorboard_scalars(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     class Sheets(Callbacks):
-        def on_preview(self, step: int, model: Sdxl) -> Image.Image:
+        def on_preview(self, step: int, model: StagedModel) -> Image.Image:
             return Image.new("RGB", (8, 4), "red")
 
     rates = {"learning_rate": 1e-2, "part_learning_rates": {"te1": 1e-3}}

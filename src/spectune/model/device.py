@@ -87,6 +87,21 @@ def cpu_warnings(device: torch.device | str, unet_parameters: int) -> list[str]:
     return warnings
 
 
+def free_bytes(device: torch.device | str) -> int | None:
+    """Return the bytes that this process can still allocate on a CUDA device; None for other devices.
+
+    Memory that torch keeps for later tensors is free.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    # torch before 2.8 cannot return the fraction
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free + reserved - allocated, round(fraction * total) - allocated)
+
+
 def total_memory() -> int | None:
     """Return the bytes of the first CUDA card, None if there is none."""
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None

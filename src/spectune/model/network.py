@@ -17,6 +17,7 @@ from spectune.errors import InputError, counted
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import TokenIds
+from spectune.model.vae.tiles import TILE_PX, in_tiles
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.names import Part, module_path
@@ -42,6 +43,7 @@ class Sdxl:
     vae: AutoencoderKL | None
     layout: Layout
     prediction: Prediction
+    vae_tiles: bool = False  # run the autoencoder on overlapping tiles of one picture at a time
 
     @property
     def device(self) -> torch.device:
@@ -73,16 +75,36 @@ class Sdxl:
 
         With a generator, the latents are a sample of the posterior. Otherwise they are its mode.
         """
+        mean, deviation = self.encode_posteriors(pixels).chunk(2, dim=1)
+        if generator is None:
+            return mean
+        return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+    def encode_posteriors(self, pixels: Tensor) -> Tensor:
+        """Return the mean and the standard deviation of scaled latents, (batch, 2 * channels, h, w) float32.
+
+        `pixels` are (batch, 3, H, W) in -1..1.
+        """
         vae, layout = self._vae, self._vae_layout
-        posterior = cast("Any", vae.encode(pixels.to(vae.dtype))).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return (latents.float() - layout.shift) * layout.scale
+
+        def encode(part: Tensor) -> Tensor:
+            posterior = cast("Any", vae.encode(part)).latent_dist
+            mean = (posterior.mean.float() - layout.shift) * layout.scale
+            return torch.cat([mean, posterior.std.float() * layout.scale], dim=1)
+
+        pixels = pixels.to(vae.device, vae.dtype)
+        return in_tiles(encode, pixels, edge=TILE_PX, network=vae) if self.vae_tiles else encode(pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents to float32 pixels (batch, 3, H, W) in -1..1."""
         vae, layout = self._vae, self._vae_layout
-        raw = latents / layout.scale + layout.shift
-        return cast("Any", vae).decode(raw.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+        def decode(part: Tensor) -> Tensor:
+            return cast("Any", vae).decode(part).sample.float().clamp(-1, 1)
+
+        raw = (latents / layout.scale + layout.shift).to(vae.dtype)
+        edge = TILE_PX // self.pixels_per_latent
+        return in_tiles(decode, raw, edge=edge, network=vae) if self.vae_tiles else decode(raw)
 
     def place(self, layer_name: str) -> tuple[nn.Module, str]:
         """Return the parent module and the attribute of a layer, by its name in the catalogue.

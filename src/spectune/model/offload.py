@@ -1,18 +1,19 @@
-"""Keep frozen networks in main memory while they are not used."""
+"""Keep networks in main memory while they are not used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
 from spectune.errors import InputError
-from spectune.model.network import Sdxl
+from spectune.model.network import Sdxl, TextStates
 
-Network = Literal["text", "vae"]  # both text encoders; the autoencoder
+Network = Literal["text", "vae", "unet"]  # both text encoders; the autoencoder; the UNet
 
 _CPU = torch.device("cpu")
 
@@ -71,6 +72,27 @@ class Offload:
             module.to(device)
 
 
+def _ignore(text: str) -> None:
+    """Drop a message."""
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """A model that draws in stages: it encodes all captions, samples all latents, and decodes them.
+
+    Attributes:
+        sdxl: The model.
+        networks: Networks that are on the device for their stage only. The others stay where they are.
+        encoded: Encoded captions on any device. If all captions of a drawing are there, no network encodes.
+        notify: Called if the pictures are not decoded exactly.
+    """
+
+    sdxl: Sdxl
+    networks: Offload = field(default_factory=lambda: Offload({}, working=_CPU))
+    encoded: Mapping[str, TextStates] = field(default_factory=dict[str, TextStates])
+    notify: Callable[[str], None] = _ignore
+
+
 def offload(
     model: Sdxl,
     names: Iterable[Network],
@@ -101,4 +123,6 @@ def modules_of(model: Sdxl, name: Network) -> tuple[nn.Module, ...]:
     """Return the modules of a network; none if the model has no autoencoder."""
     if name == "text":
         return (model.te1, model.te2)
+    if name == "unet":
+        return (model.unet,)
     return () if model.vae is None else (model.vae,)

@@ -8,11 +8,12 @@ from PIL import Image
 
 from spectune.model.device import parse_device
 from spectune.model.memory_errors import explained_memory_errors
-from spectune.model.network import Sdxl
+from spectune.model.offload import StagedModel
 from spectune.operation import operation
 from spectune.ops.options.training import TrainOptions
 from spectune.sampling.contact_sheet import picture_grid
-from spectune.sampling.generate import Request, SampleSettings, generate
+from spectune.sampling.generate import Request, SampleSettings
+from spectune.sampling.stages import draw_in_stages
 from spectune.training.callbacks import Callbacks, TrainReport
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.loop import train as run_training
@@ -30,14 +31,16 @@ class Previews(Callbacks):
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
-    def on_preview(self, step: int, model: Sdxl) -> Image.Image:
+    def on_preview(self, step: int, model: StagedModel) -> Image.Image:
         captions = self._captions()
         edge = self._recipe.data.resolution_px
-        how = SampleSettings(width=edge, height=edge)
+        # fewer large pictures at once: sampling should need less memory than a training step
+        batch = min(SampleSettings.batch, max(1, 1024 * 1024 // edge**2))
+        how = SampleSettings(width=edge, height=edge, batch=batch)
         requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
         target = self._recipe.run.output / "previews" / f"{self._recipe.run.name}-step{step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        sheet = picture_grid(generate(model, requests, how), captions, cell_px=min(edge, 256))
+        sheet = picture_grid(draw_in_stages(model, requests, how), captions, cell_px=min(edge, 256))
         sheet.save(target)
         return sheet
 

@@ -1,6 +1,8 @@
 """Draw pictures with a running model.
 
-* generate: text to image with the schedulers of diffusers.
+* stages: draw pictures, with one kind of network at a time.
+* memory: the memory of all networks and their activations.
+* generate: sample latents with the schedulers of diffusers.
 * terminal_ddim: DDIM for schedules with zero terminal SNR.
 * contact_sheet: pictures side by side, with captions and PSNR.
 """

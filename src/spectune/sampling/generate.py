@@ -1,4 +1,4 @@
-"""Generate pictures from captions with a running SDXL and the schedulers of diffusers."""
+"""Sample latents from captions with a running SDXL and the schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -69,41 +69,22 @@ class Request:
     seed: int
 
 
-def generate(
-    model: Sdxl,
-    requests: Sequence[Request],
-    settings: SampleSettings,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> list[Image.Image]:
-    """Generate one picture per request, in order; call `progress` with the number of finished pictures.
-
-    Apart from rounding, a picture does not depend on the other pictures of its batch.
-
-    Raises:
-        InputError: The UNet does not support the size, or the sampler is unknown.
-    """
-    _check_size(model, settings)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(requests), settings.batch):
-        chunk = requests[start : start + settings.batch]
-        latents = sample_latents(model, chunk, settings)
-        # decode one at a time: the decoder needs gigabytes for a single large picture
-        pictures += [to_images(model.decode_latents(row[None]))[0] for row in latents]
-        if progress is not None:
-            progress(len(pictures))
-    return pictures
-
-
 @torch.no_grad()
-def sample_latents(model: Sdxl, requests: Sequence[Request], settings: SampleSettings) -> Tensor:
-    """Sample the latents of a batch of requests, (batch, 4, h, w) float32."""
+def sample_latents(
+    model: Sdxl, requests: Sequence[Request], settings: SampleSettings, text: TextStates | None = None
+) -> Tensor:
+    """Sample the latents of a batch of requests, (batch, 4, h, w) float32.
+
+    `text` are the encoded `guided_captions`, on any device. None: they are encoded here.
+    """
     flow = isinstance(model.prediction, Flow)
     scheduler = make_scheduler(model.prediction, settings.sampler, pixels=settings.width * settings.height)
     scheduler.set_timesteps(settings.steps, device=model.device)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     latents = _noise(model, generators, settings) * getattr(scheduler, "init_noise_sigma", 1.0)
-    text = _guided_text(model, [request.caption for request in requests], settings)
+    if text is None:
+        text = model.encode_text(tokenize(guided_captions(requests, settings), model.layout.te1.context))
+    text = TextStates(text.context.to(model.device), text.pooled.to(model.device))
     time_ids = torch.tensor([[settings.height, settings.width, 0, 0, settings.height, settings.width]])
     time_ids = time_ids.to(model.device, torch.float32).expand(len(text.pooled), -1)
     extra = {"generator": generators} if settings.sampler == "euler_a" else {}
@@ -140,6 +121,12 @@ def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None =
     return _DDPM_SAMPLERS[sampler]({"eps": "epsilon", "v": "v_prediction"}[prediction.name])
 
 
+def guided_captions(requests: Sequence[Request], settings: SampleSettings) -> list[str]:
+    """Return the negative prompts and then the captions, or only the captions without guidance (cfg 1)."""
+    captions = [request.caption for request in requests]
+    return captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Convert pixels (batch, 3, H, W) in -1..1 to 8-bit pictures."""
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -153,12 +140,6 @@ def _noise(model: Sdxl, generators: Sequence[torch.Generator], settings: SampleS
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
 
 
-def _guided_text(model: Sdxl, captions: list[str], settings: SampleSettings) -> TextStates:
-    """Encode the negative prompts and then the captions, or only the captions without guidance (cfg 1)."""
-    rows = captions if settings.cfg == 1.0 else [settings.negative] * len(captions) + captions
-    return model.encode_text(tokenize(rows, model.layout.te1.context))
-
-
 def _guided(output: Tensor, cfg: float) -> Tensor:
     if cfg == 1.0:
         return output
@@ -166,7 +147,8 @@ def _guided(output: Tensor, cfg: float) -> Tensor:
     return negative + cfg * (positive - negative)
 
 
-def _check_size(model: Sdxl, settings: SampleSettings) -> None:
+def check_size(model: Sdxl, settings: SampleSettings) -> None:
+    """Raise InputError if the UNet does not support the size of the pictures."""
     step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value <= 0 or value % step:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from spectune.errors import SpectuneError
-from spectune.model.network import Sdxl
+from spectune.model.offload import StagedModel
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Callbacks:
     def on_validation(self, step: int, loss: float) -> None:
         """Receive the validation loss after `step` steps."""
 
-    def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
+    def on_preview(self, step: int, model: StagedModel) -> Image.Image | None:
         """Return a preview as one image, drawn with `model`; its weights are those that would be saved."""
 
     def on_picture(self, step: int, sheet: Image.Image) -> None:
@@ -261,7 +261,7 @@ class CallbackList(Callbacks):
         for callback in self.callbacks:
             callback.on_validation(step, loss)
 
-    def on_preview(self, step: int, model: Sdxl) -> Image.Image | None:
+    def on_preview(self, step: int, model: StagedModel) -> Image.Image | None:
         sheet = None
         for callback in self.callbacks:
             drawn = callback.on_preview(step, model)

@@ -218,7 +218,7 @@ def _preview(run: Run, progress: Progress) -> None:
     if not run.accelerator.is_main_process:
         return
     try:
-        with _evaluation(run), run.model.offload.at_work(), torch.no_grad():
+        with _evaluation(run):
             run.callbacks.on_preview(progress.step, run.preview_model)
     except Exception as error:  # whatever a callback raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]

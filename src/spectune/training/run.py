@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from spectune.core.low_rank import LowRank
 from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
-from spectune.model.offload import Offload
+from spectune.model.offload import Offload, StagedModel
 from spectune.training import state
 from spectune.training.callbacks import Callbacks
 from spectune.training.data.dataset import Batch, Pictures
@@ -104,9 +104,14 @@ class Run:
         return {} if conversion is None else conversion.swapped.tensors
 
     @property
-    def preview_model(self) -> Sdxl:
-        """The model with the prediction type of the training."""
-        return replace(self.model.sdxl, prediction=self.objective.prediction)
+    def preview_model(self) -> StagedModel:
+        """The model with the prediction type of the training, ready to draw previews."""
+        return StagedModel(
+            replace(self.model.sdxl, prediction=self.objective.prediction),
+            networks=self.model.offload,
+            encoded=self.model.denoiser.text or {},
+            notify=self.callbacks.on_message,
+        )
 
     def frames(self) -> dict[str, LowRank] | None:
         """Return the frame of each layer, or None if the frames come from a principal file."""

@@ -21,14 +21,18 @@ from spectune.files.weights_hash import weights_hash
 from spectune.model.device import cpu_warnings, drawing_dtype, parse_device
 from spectune.model.memory_errors import CARD_REMEDIES, explained_memory_errors
 from spectune.model.network import Sdxl, build_model
+from spectune.model.offload import StagedModel, offload
 from spectune.model.prediction import make_prediction
 from spectune.model.vae.convention import VaeConvention, declares_vae, known_convention, resolve_convention
+from spectune.model.vae.fitting import fits
 from spectune.model.vae.loading import choose_vae
 from spectune.ops.drawing.specs import ModelSpec, parse_size
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.pairs.merged import merged
 from spectune.pairs.rules import BaseKind, check_base_hash
-from spectune.sampling.generate import Request, SampleSettings, generate
+from spectune.sampling.generate import Request, SampleSettings
+from spectune.sampling.memory import drawing_bytes
+from spectune.sampling.stages import draw_in_stages
 from spectune.sdxl.layers import build_catalogue
 
 Notify = Callable[[str], None]
@@ -68,9 +72,18 @@ def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter])
             check_base_hash(base_hash, adapter, base.label)
 
 
-def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype | None = None) -> Sdxl:
-    """Load a model. Prediction, flow shift and VAE of the options override what its files declare."""
-    device, notify = parse_device(options.device), options.notify or _warn
+def load_model(
+    spec: ModelSpec, options: DrawingOptions, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> Sdxl:
+    """Load a model. Prediction, flow shift and VAE of the options override what its files declare.
+
+    Args:
+        spec: The files.
+        options: The options.
+        device: The device to load to. None: the device to draw on.
+        dtype: The dtype of all networks but the autoencoder. None: that of the device to draw on.
+    """
+    target, notify = parse_device(options.device), options.notify or _warn
     prediction, flow_shift = options.prediction, options.flow_shift
     declared = declared_vae(spec)
     convention = _vae_settings(options, declared)
@@ -80,8 +93,8 @@ def load_model(spec: ModelSpec, options: DrawingOptions, *, dtype: torch.dtype |
             f"in {spec.model.name}; pass `vae` to change that"
         )
     with open_model(spec, notify) as source:
-        model = build_model(source, device=device, dtype=dtype or drawing_dtype(device))
-    for warning in cpu_warnings(device, sum(weight.numel() for weight in model.unet.parameters())):
+        model = build_model(source, device=device or target, dtype=dtype or drawing_dtype(target))
+    for warning in cpu_warnings(target, sum(weight.numel() for weight in model.unet.parameters())):
         notify(warning)
     model = choose_vae(model, options.vae, convention)
     if prediction is None and flow_shift is None:
@@ -144,16 +157,36 @@ def draw(
     dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per caption. The seeds count up from `options.seed`."""
+    device = parse_device(options.device)
+    dtype = dtype or drawing_dtype(device)
     requests = [Request(caption, options.seed + number) for number, caption in enumerate(captions)]
 
     def report(done: int) -> None:
         report_progress(options.progress, done, len(requests), spec.label)
 
     with explained_memory_errors(partial(_remedies, settings)):
-        model = load_model(spec, options, dtype=dtype)
-        return generate(model, requests, settings, progress=report)
+        model = _staged(spec, options, settings, device, dtype)
+        return draw_in_stages(model, requests, settings, progress=report)
 
 
 def _remedies(settings: SampleSettings) -> tuple[str, ...]:
     smaller_batch = ("pass 1 as `batch`",) if settings.batch > 1 else ()
     return (*smaller_batch, CARD_REMEDIES[0], "a smaller `size`", *CARD_REMEDIES[1:])
+
+
+def _staged(
+    spec: ModelSpec, options: DrawingOptions, settings: SampleSettings, device: str, dtype: torch.dtype
+) -> StagedModel:
+    """Load a model to `device` if all its networks fit there, otherwise to main memory.
+
+    From main memory, each network moves to the device for its work.
+    """
+    with open_checkpoint(spec.model) as source:
+        together = drawing_bytes(source, settings, dtype)
+    notify = options.notify or _warn
+    if fits(together, device):
+        return StagedModel(load_model(spec, options, dtype=dtype), notify=notify)
+    model = load_model(spec, options, device="cpu", dtype=dtype)
+    networks = offload(model, ("text", "unet", "vae"), working=torch.device(device))
+    networks.park()
+    return StagedModel(model, networks=networks, notify=notify)

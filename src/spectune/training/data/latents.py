@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from spectune.errors import InputError
 from spectune.files.weights_hash import WeightsHasher
 from spectune.model.network import Sdxl
+from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import CacheKey, Pictures
@@ -93,11 +93,8 @@ def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
         model: A model with an autoencoder.
         pixels: (batch, 3, height, width) in -1..1.
     """
-    vae, layout = _vae_of(model)
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-    posterior = cast("Any", encoded).latent_dist
-    mean = (posterior.mean.float() - layout.shift) * layout.scale
-    return torch.cat([mean, posterior.std.float() * layout.scale], dim=1)
+    _vae_of(model)  # with the hint of a recipe
+    return model.encode_posteriors(pixels)
 
 
 def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
@@ -117,13 +114,15 @@ def checked_latents(latents: Tensor, what: str) -> Tensor:
 
 
 def vae_key(model: Sdxl) -> str:
-    """Return a hash of the weights, scale, shift and padding of the autoencoder."""
+    """Return a hash of the autoencoder's weights, scale, shift and padding, and of its use of tiles."""
     vae, layout = _vae_of(model)
     hasher = WeightsHasher()
     for name, tensor in vae.state_dict().items():
         hasher.add(name, tensor.cpu())
     paddings = [module.padding_mode for module in vae.modules() if isinstance(module, nn.Conv2d)]
     described = repr((hasher.hexdigest(), layout.scale, layout.shift, paddings))
+    if model.vae_tiles:
+        described += f" in tiles of {TILE_PX} px"
     return hashlib.sha256(described.encode()).hexdigest()
 
 
