@@ -156,6 +156,7 @@ def test_step_0_and_steps(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["LyCORIS LoCon"].values == {"batch": 2, "checkpointing": True}
 
 
+@pytest.mark.slow
 def test_the_stages_from_the_files_to_a_resumed_training(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows_of("make", work)["tiny.safetensors"].status == "ok"
     assert rows_of("split", work)["on cpu"].values["weights restored"] > 0.5
@@ -173,6 +174,7 @@ def test_the_stages_from_the_files_to_a_resumed_training(work: Path, monkeypatch
     assert rows_of("sample", work)["64 px"].values["pictures"] == 1
 
 
+@pytest.mark.slow
 def test_plan_and_runs_within_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_memory, "NAMES", ("plan, 6 GB", "plan, 8 GB", "streamed"))
     settings = Settings(work, tiny=True)

@@ -90,13 +90,14 @@ def test_gradients_that_overflow_without_a_scale_end_the_run(
 def test_a_resumed_run_keeps_its_scale(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaled_by(monkeypatch, 2.0**40)
+    scaled_by(monkeypatch, 2.0**22)
     whole = tmp_path / "whole"
-    train(make_recipe(run={"output": whole, "steps": 40, **FP16}))
+    train(make_recipe(run={"output": whole, "steps": 8, **FP16}))
     parts = tmp_path / "parts"
-    train(make_recipe(run={"output": parts, "steps": 30, **FP16}))
+    train(make_recipe(run={"output": parts, "steps": 5, **FP16}))
     scaled_by(monkeypatch, 1.0)
-    train(make_recipe(run={"output": parts, "steps": 40, **FP16}))
+    train(make_recipe(run={"output": parts, "steps": 8, **FP16}))
+    assert any(tensor.any() for name, tensor in load_file(whole / "t.safetensors").items() if "delta" in name)
     assert (whole / "t.safetensors").read_bytes() == (parts / "t.safetensors").read_bytes()
 
 

@@ -37,7 +37,7 @@ def test_the_recipe_determines_the_prediction(
 ) -> None:
     run = assemble(make_recipe(objective=objective), Accelerator(cpu=True), Callbacks())
     assert run.objective.prediction == prediction
-    assert run.preview_model.prediction == prediction
+    assert run.preview_model.sdxl.prediction == prediction
     assert run.objective.cost.options.prediction == prediction.name
 
 
