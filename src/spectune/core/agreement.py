@@ -50,10 +50,12 @@ class Tally:
         self._size = 0.0  # sum of squares of the expected values
 
     def add(self, actual: Tensor, expected: Tensor, wide: Tensor | None = None) -> Tensor | None:
-        """Count a piece; return a tensor that is not 0 where bits differ, or None if all bits agree.
+        """Compare two pieces and add the result to the tally.
 
-        Both tensors have the same dtype and shape. `wide` is `expected` in float32 if the caller has it. The
-        result is in scratch memory; with `errors` it is not valid.
+        Return None if all bits agree. Otherwise return a tensor that is nonzero exactly where bits differ. It
+        is in scratch memory, and valid only for a tally without `errors`.
+
+        Both tensors have the same dtype and shape. `wide` is `expected` in float32, if the caller has it.
         """
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
         self._numel += actual.numel()
@@ -118,7 +120,7 @@ def bit_pattern(tensor: Tensor) -> Tensor:
 
 
 def _differences(actual: Tensor, expected: Tensor) -> Tensor:
-    """Return a tensor that is not 0 where bits differ: the differing bits of 16 bits, else a mask."""
+    """Return a tensor that is nonzero where bits differ: their XOR for int16, otherwise a mask."""
     shape = tuple(actual.shape)
     if actual.dtype == torch.int16:  # several times as fast as a comparison
         return torch.bitwise_xor(actual, expected, out=scratch("differing", shape, torch.int16))
@@ -144,10 +146,10 @@ def _largest_distance(actual: Tensor, expected: Tensor, unequal: Tensor) -> int:
 
 
 def _largest_distance_16(actual: Tensor, expected: Tensor, differing: Tensor) -> int | None:
-    """Return the largest distance in ulps of 16-bit floats; None if it does not fit into 16 bits.
+    """Return the largest distance in ulps between 16-bit floats; None if it exceeds the range of int16.
 
-    Patterns of one sign are as far apart as their integers. Patterns of two signs are as far apart as the sum
-    of their magnitudes, which are the patterns without the sign bit. `differing` bits become -1 or 0.
+    The distance of two values with the same sign is the difference of their bit patterns. The distance of two
+    values with different signs is the sum of their patterns without the sign bits. `differing` is changed.
     """
     crosses = differing.bitwise_right_shift_(15)  # -1 where the signs differ
     sums = torch.add(actual, expected, out=scratch("distance", tuple(actual.shape), torch.int16))

@@ -124,7 +124,7 @@ class Card:
 
 
 def find_cards() -> tuple[Card, ...]:
-    """Return all GPUs that torch finds with CUDA or ROCm."""
+    """Return all GPUs that torch can use through CUDA or ROCm."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(_card(index) for index in range(count))
 
@@ -178,7 +178,7 @@ def install_line(build: str) -> str:
 
 
 def pip_install() -> str:
-    """Return the start of a command that installs packages for this Python, in every shell."""
+    """Return `PYTHON -m pip install` for the running Python, quoted for cmd, PowerShell and bash."""
     # PowerShell does not run a quoted path without an operator that cmd does not know.
     python = "python" if re.search(r"[\s'\"&()]", sys.executable) else sys.executable or "python"
     return f"{python} -m pip install"

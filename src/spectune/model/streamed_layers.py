@@ -75,10 +75,9 @@ class _Convolution(torch.autograd.Function):
 
 
 def stream_weights(model: Sdxl, device: torch.device) -> WeightStream:
-    """Keep the weights of the UNet and of trained text encoders in main memory; return their stream.
+    """Move the weights of all `large_layers` to main memory, and return the stream that copies them back.
 
-    These are the weights of `large_layers`, in 4 or 8 bits if they are quantized. All other tensors move to
-    the device with the model.
+    Quantized weights stay in 4 or 8 bits. All other tensors move to the device with the model.
     """
     stream = WeightStream(device)
     for network in (model.unet, model.te1, model.te2):

@@ -1,4 +1,4 @@
-"""Sample latents from captions with a running SDXL and the schedulers of diffusers."""
+"""Sample latents for captions, with an SDXL in memory and the schedulers of diffusers."""
 
 from __future__ import annotations
 

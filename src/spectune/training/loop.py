@@ -21,7 +21,7 @@ from spectune.training.callbacks import CallbackList, Callbacks, RunStart, Tenso
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts
-from spectune.training.recipe.defaults import with_defaults
+from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Progress, Run
 from spectune.training.setup import assemble, restore
@@ -42,7 +42,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         SpectuneError: Training failed, for example because the loss is not finite.
     """
     device = parse_device(recipe.run.device)
-    recipe = with_defaults(recipe, device)
+    requested, recipe = recipe, with_defaults(recipe, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = Accelerator(
@@ -60,6 +60,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         f"training on {describe_device(accelerator.device)}, {recipe.run.precision} model, "
         f"{recipe.run.trained_precision} trained tensors"
     )
+    if chosen := described_defaults(requested, recipe):
+        main_callbacks.on_message(f"chosen for a base of SDXL's size: {chosen}")
     saved = None if claim.resumed is None else state.load_state(claim.resumed)
     run = assemble(recipe, accelerator, main_callbacks, saved)
     progress = Progress() if saved is None else restore(run, saved)
@@ -218,7 +220,7 @@ def _preview(run: Run, progress: Progress) -> None:
     if not run.accelerator.is_main_process:
         return
     try:
-        with _evaluation(run):
+        with _evaluation(run), torch.no_grad():
             run.callbacks.on_preview(progress.step, run.preview_model)
     except Exception as error:  # whatever a callback raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -77,9 +77,11 @@ def assemble(
         state.check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = _find_images(recipe, warnings)
     device = accelerator.device
-    trainable = _build_model(recipe, device, saved, warnings)
+    trainable = _build_model(recipe, device, saved, callbacks)
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
     warnings.add(cpu_warnings(device, parameters))
+    if recipe.run.stream:
+        _stream(trainable, device, warnings)
     offloaded = offload(trainable.sdxl, recipe.run.offload, working=device)
     model = RunModel(trainable, _build_denoiser(recipe, trainable), offloaded)
     data = _encode_images(recipe, model, device, pictures, validation, warnings)
@@ -187,9 +189,9 @@ def _place(model: RunModel, network: Network, device: torch.device) -> None:
 
 
 def _build_model(
-    recipe: Recipe, device: torch.device, saved: state.SavedState | None, warnings: WarningLog
+    recipe: Recipe, device: torch.device, saved: state.SavedState | None, callbacks: Callbacks
 ) -> TrainableModel:
-    frames, callbacks = None, warnings.callbacks
+    frames = None
     if saved is not None and saved.frames is not None:
         frames = SavedFrames(saved.header.base_hash, saved.frames)
     assert recipe.run.precision is not None, "the defaults are not filled in"
@@ -203,8 +205,6 @@ def _build_model(
     )
     if recipe.model.quantize != "none":
         quantize(trainable, recipe.model.quantize, device, log=callbacks.on_message)
-    if recipe.run.stream:
-        _stream(trainable, device, warnings)
     return with_chosen_vae(trainable, recipe.vae)
 
 

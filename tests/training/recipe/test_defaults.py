@@ -11,7 +11,7 @@ import torch
 
 from spectune.sdxl.layout import SDXL, Layout
 from spectune.training.recipe import defaults
-from spectune.training.recipe.defaults import with_defaults
+from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from tests.training.conftest import MakeRecipe
 
@@ -34,13 +34,19 @@ def chosen(recipe: Recipe, device: str = "cpu") -> tuple[Any, ...]:
 
 def test_a_small_base_is_trained_in_float32(make_recipe: MakeRecipe) -> None:
     assert chosen(make_recipe()) == ("fp32", False, False, 256, 1024)
+    assert described_defaults(make_recipe(), with_defaults(make_recipe(), "cpu")) == ""
 
 
 @pytest.mark.usefixtures("large_base")
 def test_a_base_of_the_size_of_sdxl_is_trained_in_16_bits(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(data={"resolution_px": 1024})
     assert chosen(recipe) == ("bf16", True, True, 512, 2048)
-    assert chosen(with_defaults(recipe, "cpu")) == chosen(recipe)
+    complete = with_defaults(recipe, "cpu")
+    assert chosen(complete) == chosen(recipe)
+    assert described_defaults(recipe, complete) == (
+        "run.precision = bf16, run.gradient_checkpointing = true, aspect buckets with sides of 512 to 2048 px"
+    )
+    assert described_defaults(complete, complete) == ""
 
 
 @pytest.mark.usefixtures("large_base")

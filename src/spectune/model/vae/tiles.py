@@ -61,7 +61,7 @@ def _blended(run: Callable[[Tensor], Tensor], whole: Tensor, edge: int) -> Tenso
 
 
 def _starts(length: int, edge: int) -> list[int]:
-    """Return the starts of the fewest tiles that cover `length` with the overlap, evenly spaced."""
+    """Return the first row or column of each tile: as few evenly spaced tiles as cover `length`."""
     if length <= edge:
         return [0]
     count = 1 - (-(length - edge) // (edge - edge // _OVERLAP))

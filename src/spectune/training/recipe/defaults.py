@@ -36,6 +36,19 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
         return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
 
 
+def described_defaults(requested: Recipe, complete: Recipe) -> str:
+    """Return the settings that `with_defaults` chose for a large base; empty for a small one."""
+    chosen: list[str] = []
+    if requested.run.precision is None and complete.run.precision != "fp32":
+        chosen.append(f"run.precision = {complete.run.precision}")
+    if requested.run.gradient_checkpointing is None and complete.run.gradient_checkpointing:
+        chosen.append("run.gradient_checkpointing = true")
+    bucket = complete.data.bucket
+    if requested.data.bucket.enabled is None and bucket.enabled:
+        chosen.append(f"aspect buckets with sides of {bucket.min_px} to {bucket.max_px} px")
+    return ", ".join(chosen)
+
+
 def _missing(recipe: Recipe) -> bool:
     run = recipe.run
     return None in (run.precision, run.gradient_checkpointing, recipe.data.bucket.enabled)
