@@ -1,0 +1,82 @@
+"""The flags of sd-scripts for images and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spectune.interop.kohya.converters import (
+    cache_latents,
+    cache_text,
+    keep_tokens,
+    masked_loss,
+    resolution,
+    train_data_dir,
+)
+from spectune.interop.kohya.rules import (
+    FlagRule,
+    custom,
+    custom_switch,
+    ignores,
+    number,
+    path,
+    refuses,
+    switches,
+    takes,
+    whole_number,
+)
+
+_ZERO = ("0", "0.0")
+
+DATA: Mapping[str, FlagRule] = {
+    "train_data_dir": custom("`data.folders`; the parent of `N_name` folders", train_data_dir),
+    "reg_data_dir": takes("data.regularisation_folders", lambda text: [path(text)]),
+    "prior_loss_weight": takes("data.regularisation_weight", number),
+    "dataset_config": refuses(
+        "write each subset as [[data.sets]] with path (image_dir), repeats (num_repeats) and caption"
+    ),
+    "in_json": refuses("write captions as .txt files or as metadata.jsonl in the folder of the images"),
+    "resolution": custom("`data.resolution_px`", resolution, max_values=None),
+    "enable_bucket": switches("data.bucket.enabled"),
+    "min_bucket_reso": takes("data.bucket.min_px", whole_number),
+    "max_bucket_reso": takes("data.bucket.max_px", whole_number),
+    "bucket_reso_steps": takes("data.bucket.step_px", whole_number),
+    "bucket_no_upscale": refuses("spectune enlarges small images and counts them"),
+    "caption_extension": takes("data.caption.extensions", lambda text: [text]),
+    "caption_extention": takes("data.caption.extensions", lambda text: [text]),
+    "shuffle_caption": switches("data.caption.shuffle"),
+    "keep_tokens": custom("`data.caption.keep_tokens`; ignored without `--shuffle_caption`", keep_tokens),
+    "keep_tokens_separator": refuses("`data.caption.keep_tokens` counts tags"),
+    "caption_separator": refuses("commas separate tags", unless=(",", ", ")),
+    "secondary_separator": refuses("commas separate tags"),
+    "enable_wildcard": refuses("captions are used literally"),
+    "caption_prefix": refuses("add it to the captions"),
+    "caption_suffix": refuses("add it to the captions"),
+    "caption_dropout_rate": takes("data.caption.dropout_probability", number),
+    "caption_dropout_every_n_epochs": refuses("captions are dropped at random", unless=_ZERO),
+    "caption_tag_dropout_rate": takes("data.caption.tag_dropout_probability", number),
+    "token_warmup_min": refuses("all tags are used from the start", unless=("1",)),
+    "token_warmup_step": refuses("all tags are used from the start", unless=("0",)),
+    "weighted_captions": refuses("captions are used literally"),
+    "no_token_padding": refuses("captions are padded, as in SDXL's own training"),
+    "max_token_length": refuses("captions have 75 tokens, as in SDXL's own training", unless=("75",)),
+    "color_aug": switches("data.color_probability", 0.33, "the probability of sd-scripts"),
+    "flip_aug": switches("data.flip_probability", 0.5),
+    "random_crop": switches("data.random_crop"),
+    "face_crop_aug_range": refuses("`data.random_crop` is the only crop"),
+    "alpha_mask": switches("data.mask", "alpha"),
+    "masked_loss": custom_switch('`data.mask = "file"`, or "alpha" with `--alpha_mask`', masked_loss),
+    "conditioning_data_dir": refuses("put the masks into the image folder: cat.mask.png for cat.webp"),
+    "cache_latents": custom_switch("`data.cache_latents`; ignored if crops or colors vary", cache_latents),
+    "cache_latents_to_disk": custom_switch("`data.cache_latents` and `data.cache_folder`", cache_latents),
+    "cache_text_encoder_outputs": custom_switch(
+        "`data.cache_text`; ignored if encoders train or captions vary", cache_text
+    ),
+    "cache_text_encoder_outputs_to_disk": custom_switch("`data.cache_text`", cache_text),
+    "text_encoder_batch_size": ignores("captions are encoded before training"),
+    "vae_batch_size": ignores("images are encoded before training"),
+    "skip_cache_check": ignores("the cache key is the content of image and VAE"),
+    "cache_info": ignores("the cache key is the content of image and VAE"),
+    "max_data_loader_n_workers": takes("data.workers", whole_number),
+    "persistent_data_loader_workers": ignores("workers always persist"),
+    "debug_dataset": ignores("`spectune train --dry-run` prints the plan"),
+}
