@@ -16,9 +16,11 @@ from spectune.ops.options.training import DemoOptions, DoctorOptions, ImportOpti
 START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
 
 
-def _command(name: str, options: type, panel: str, example: str, **more: object) -> CommandSpec:
+def _command(
+    name: str, options: type, panel: str, example: str, *, report: str | None = None, **more: object
+) -> CommandSpec:
     word = name.replace(" ", "_")
-    operation, report = f"spectune.ops.{word}", f"spectune.cli.reports.{word}"
+    operation, report = f"spectune.ops.{word}", f"spectune.cli.reports.{report or word}"
     if name == "demo":
         operation = report = "spectune.cli.demo"
     return CommandSpec(name, options, operation, report, panel, example, **more)  # pyright: ignore[reportArgumentType]
@@ -76,13 +78,21 @@ COMMANDS = (
         ConvertOptions,
         FILES,
         "spectune convert lora.safetensors --keys diffusers -o lora_peft.safetensors",
+        report="copies",
     ),
-    _command("null", NullOptions, FILES, "spectune null model.safetensors -o model_null.safetensors"),
+    _command(
+        "null",
+        NullOptions,
+        FILES,
+        "spectune null model.safetensors -o model_null.safetensors",
+        report="copies",
+    ),
     _command(
         "sample",
         SampleOptions,
         PICTURES,
         'spectune sample model.safetensors style.safetensors:0.8 -c "a red fox" -o pictures/',
+        report="pictures",
         json=False,
     ),
     _command(
@@ -90,6 +100,7 @@ COMMANDS = (
         CompareOptions,
         PICTURES,
         'spectune compare base.safetensors base.safetensors+style.safetensors -c "a cat" -o sheet.png',
+        report="pictures",
     ),
 )
 
