@@ -202,3 +202,19 @@ def test_unusual_files_are_read_or_skipped(tmp_path: Path) -> None:
         "text.png": "is not an image that Pillow can read",
     }
     assert scan.warnings()[0].startswith("4 images skipped: float.tif holds")
+
+
+def test_each_usable_image_is_shown_once_and_upright(tmp_path: Path) -> None:
+    seen: dict[str, tuple[str, tuple[int, int]]] = {}
+    folder = tmp_path / "2_cat"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("L", (40, 24)).save(folder / "turned.jpg", exif=exif)
+    (folder / "damaged.png").write_bytes(b"\x89PNG")
+    scan = scan_training(
+        DataSection(folders=(tmp_path,)),
+        lambda path, image: seen.update({path.name: (image.mode, image.size)}),
+    )
+    assert seen == {"turned.jpg": ("RGB", (24, 40))}
+    assert [path.name for path, _ in scan.skipped] == ["damaged.png"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spectune.errors import InputError, some_of
-from spectune.training.data.scan import ImageFolder, Scan, scan_folder
+from spectune.training.data.scan import ImageFolder, Look, Scan, scan_folder
 from spectune.training.recipe.sections.data import DataSection, ImageSetSection
 
 _NAME = re.compile(r"(\d+)_(.*)")
@@ -16,8 +16,10 @@ _PARENT_HINT = "put images into folders named `N_name` (N = repeats) and list th
 _SET_HINT = "set the path of [[data.sets]] to a folder that contains the images directly"
 
 
-def scan_training(data: DataSection) -> Scan:
+def scan_training(data: DataSection, look: Look | None = None) -> Scan:
     """Return the usable images of `folders`, `sets` and `regularisation_folders`.
+
+    `look` sees each image while it is in memory.
 
     Raises:
         InputError: A sidecar or a mask is damaged; or `folders`, a set or `regularisation_folders` is given
@@ -25,10 +27,10 @@ def scan_training(data: DataSection) -> Scan:
     """
     scans: list[Scan] = []
     if data.folders:
-        scans.append(_scan_parents(data.folders, data, key="data.folders"))
-    scans += [_scan_set(image_set, data) for image_set in data.sets]
+        scans.append(_scan_parents(data.folders, data, look, key="data.folders"))
+    scans += [_scan_set(image_set, data, look) for image_set in data.sets]
     if data.regularisation_folders:
-        scan = _scan_parents(data.regularisation_folders, data, key="data.regularisation_folders")
+        scan = _scan_parents(data.regularisation_folders, data, look, key="data.regularisation_folders")
         weighted = tuple(replace(image, weight=data.regularisation_weight) for image in scan.images)
         scans.append(replace(scan, images=weighted))
     return Scan.joined(scans)
@@ -76,28 +78,30 @@ def find_folders(parent: Path) -> tuple[list[ImageFolder], list[Path]]:
     return folders, ignored
 
 
-def _scan_parents(parents: Sequence[Path], data: DataSection, *, key: str) -> Scan:
+def _scan_parents(parents: Sequence[Path], data: DataSection, look: Look | None, *, key: str) -> Scan:
     folders: list[ImageFolder] = []
     ignored: list[Path] = []
     for parent in parents:
         below, others = find_folders(parent)
         folders += below
         ignored += others
-    return _not_empty(_scanned(folders, ignored, data), parents, hint=_PARENT_HINT.format(key))
+    return _not_empty(_scanned(folders, ignored, data, look), parents, hint=_PARENT_HINT.format(key))
 
 
-def _scan_set(image_set: ImageSetSection, data: DataSection) -> Scan:
+def _scan_set(image_set: ImageSetSection, data: DataSection, look: Look | None) -> Scan:
     if not image_set.path.is_dir():
         raise InputError(f"{image_set.path} is not a folder", hint=_SET_HINT)
     weight = image_set.loss_weight * (data.regularisation_weight if image_set.regularisation else 1)
     folder = ImageFolder(
         image_set.path, image_set.repeats, image_set.caption.strip(), weight, caption_is_name=False
     )
-    return _not_empty(_scanned([folder], [], data), [image_set.path], hint=_SET_HINT)
+    return _not_empty(_scanned([folder], [], data, look), [image_set.path], hint=_SET_HINT)
 
 
-def _scanned(folders: Sequence[ImageFolder], ignored: Sequence[Path], data: DataSection) -> Scan:
-    return Scan.joined([Scan((), tuple(ignored)), *(scan_folder(folder, data) for folder in folders)])
+def _scanned(
+    folders: Sequence[ImageFolder], ignored: Sequence[Path], data: DataSection, look: Look | None = None
+) -> Scan:
+    return Scan.joined([Scan((), tuple(ignored)), *(scan_folder(folder, data, look) for folder in folders)])
 
 
 def _not_empty(scan: Scan, places: Sequence[Path], *, hint: str) -> Scan:

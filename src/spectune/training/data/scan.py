@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from spectune.errors import counted, some_of
 from spectune.training.data.buckets import Size
@@ -19,6 +21,9 @@ from spectune.training.recipe.sections.data import DataSection
 
 # A strip 1 pixel wide would take gigabytes when it is resized to cover its bucket.
 LONGEST_ASPECT = 32
+
+# Called with the path and the upright RGB image of each usable file, from several threads at once.
+Look = Callable[[Path, Image.Image], None]
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class _Facts:
     has_mask: bool
 
 
-def scan_folder(folder: ImageFolder, data: DataSection) -> Scan:
-    """Return the contents of one folder.
+def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None) -> Scan:
+    """Return the contents of one folder; `look` sees each image while it is in memory.
 
     Raises:
         InputError: A sidecar or a mask is damaged.
@@ -102,7 +107,7 @@ def scan_folder(folder: ImageFolder, data: DataSection) -> Scan:
     masks, files = _masks_and_images(folder.path, data.mask_suffix)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         # Decode each image completely, to find truncated files now and not after an hour of training.
-        results = list(pool.map(lambda path: _facts_or_reason(path, data), files))
+        results = list(pool.map(lambda path: _facts_or_reason(path, data, look), files))
     pairs = list(zip(files, results, strict=True))
     usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]
     sidecar = folder.path / data.caption.sidecar
@@ -142,21 +147,22 @@ def _masks_and_images(folder: Path, mask_suffix: str) -> tuple[list[Path], list[
     return masks, [path for path in files if path.suffix.lower() in SUFFIXES and path not in taken]
 
 
-def _facts_or_reason(path: Path, data: DataSection) -> _Facts | str:
+def _facts_or_reason(path: Path, data: DataSection, look: Look | None) -> _Facts | str:
     """Return the facts of a usable image, or the reason to skip it."""
     try:
         if not path.stat().st_size:
             return "is an empty file"
         loaded = load_image(path)
-        size = Size(*as_rgb(loaded).size)
+        image = as_rgb(loaded)
+        size = Size(*image.size)
         if max(size.aspect, 1 / size.aspect) > LONGEST_ASPECT:
             return f"is {size.width}x{size.height}, longer than {LONGEST_ASPECT} times its shorter side"
-        if data.mask == "alpha":
-            return _Facts(size, has_alpha(loaded))
         mask = mask_file(path, data.mask_suffix)
-        has_mask = data.mask == "file" and mask.is_file()
-        if has_mask:
+        has_mask = has_alpha(loaded) if data.mask == "alpha" else data.mask == "file" and mask.is_file()
+        if has_mask and data.mask == "file":
             open_mask(mask, size)
+        if look is not None:
+            look(path, image)
         return _Facts(size, has_mask)
     except UnusableImage as error:
         return str(error)
