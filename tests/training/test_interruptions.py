@@ -14,7 +14,8 @@ from PIL import Image
 
 from spectune.model.offload import StagedModel
 from spectune.training import output, state
-from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
+from spectune.training.callbacks import Callbacks, StepInfo
+from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.loop import train
 from tests.training.conftest import MakeRecipe
 

@@ -27,7 +27,8 @@ from spectune.files.writer import write_tensors
 from spectune.model.offload import StagedModel
 from spectune.sdxl.layers import build_catalogue
 from spectune.training import state, trainable_model
-from spectune.training.callbacks import Callbacks, ConsoleProgress, StepInfo
+from spectune.training.callbacks import Callbacks, StepInfo
+from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.loop import train
 from spectune.training.objective import objective
 from spectune.training.recipe.defaults import with_defaults

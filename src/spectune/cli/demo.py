@@ -27,7 +27,8 @@ from spectune.ops.split import split
 from spectune.ops.verify import verify
 from spectune.sampling.contact_sheet import Column, contact_sheet, format_psnr, mean_psnr
 from spectune.sampling.generate import SampleSettings
-from spectune.training.callbacks import ConsoleProgress, TrainReport
+from spectune.training.callbacks import TrainReport
+from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.loop import train
 from spectune.training.recipe.file import load_recipe
 

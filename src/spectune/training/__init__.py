@@ -1,6 +1,7 @@
 """Train the change of a model's principal spectrum.
 
 * recipe/, data/, optim/, memory/: the recipe, the images, the optimizers, the memory estimate
+* callbacks/:      what a run reports: progress bar, TensorBoard
 * objective/:      what the network predicts, losses and weightings
 * eps_to_flow/:    convert an EPS model to a flow model
 * loop:            `train` and the main loop
@@ -14,7 +15,6 @@
 * ema:             the moving average of the trained tensors
 * output:          the files of a run in its output folder
 * state:           saved states; a run resumes from them bit for bit
-* callbacks:       progress bar, TensorBoard, previews
 * interrupt:       stop on Ctrl-C, SIGTERM and a closed terminal
 * seeds:           derive every random choice from one seed
 """

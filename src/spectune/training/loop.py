@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
 from spectune.training import output, state
-from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TensorBoardLog, TrainReport
+from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport
+from spectune.training.callbacks.tensorboard import TensorBoardLog
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts

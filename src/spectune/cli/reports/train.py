@@ -8,7 +8,8 @@ from typing import Any
 from spectune.cli.console import err, say
 from spectune.ops.options.training import TrainOptions
 from spectune.ops.train import TrainForecast
-from spectune.training.callbacks import ConsoleProgress, TrainReport
+from spectune.training.callbacks import TrainReport
+from spectune.training.callbacks.console import ConsoleProgress
 
 INTERRUPTED = 130
 

@@ -1,4 +1,8 @@
-"""Callbacks of a run: progress bar, TensorBoard, warnings."""
+"""What a run tells its observers: records of its events, and the class to override.
+
+console: a progress bar on stderr.
+tensorboard: a log for TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from spectune.errors import SpectuneError
 from spectune.model.offload import StagedModel
 
 
@@ -109,130 +109,6 @@ class WarningLog:
         for warning in warnings:
             self.callbacks.on_message(f"warning: {warning}")
             self.entries.append(warning)
-
-
-class ConsoleProgress(Callbacks):
-    """A progress bar on stderr with loss, speed and remaining time."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
-        self._bar: Progress | None = None
-        self._stage_bar: Progress | None = None
-        self._task = TaskID(0)
-        self._loss: float | None = None
-        self._validation = ""
-
-    def on_message(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
-
-    def on_progress(self, stage: str, done: int, total: int) -> None:
-        if done >= total:
-            if self._stage_bar is not None:
-                self._stage_bar.stop()
-            self._stage_bar = None
-            return
-        if self._stage_bar is None:
-            self._stage_bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._stage_bar.add_task(stage, total=total)
-            self._stage_bar.start()
-        self._stage_bar.update(self._stage_bar.task_ids[0], completed=done)
-
-    def on_start(self, start: RunStart) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self.console,
-        )
-        self._task = self._bar.add_task(
-            start.name, total=start.steps, completed=start.first_step, rate="", loss=""
-        )
-        self._bar.start()
-
-    def on_step(self, info: StepInfo) -> None:
-        if self._bar is None:
-            return
-        self._loss = info.loss if self._loss is None else 0.95 * self._loss + 0.05 * info.loss
-        self._bar.update(
-            self._task,
-            completed=info.step,
-            rate=f"{1 / info.seconds:.2f} it/s" if info.seconds else "",
-            loss=f"loss {self._loss:.4f}{self._validation} {info.memory_bytes / 1e9:.1f} GB",
-        )
-
-    def on_validation(self, step: int, loss: float) -> None:
-        self._validation = f" validation {loss:.4f}"
-        if self._bar is None:
-            self.on_message(f"validation loss before training: {loss:.4f}")
-
-    def on_end(self, report: TrainReport) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-class TensorBoardLog(Callbacks):
-    """A log of scalars and previews for TensorBoard; a resumed run replaces entries after its first step."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer = None
-        self._before: float | None = None
-
-    def on_start(self, start: RunStart) -> None:
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise SpectuneError(
-                "TensorBoard is not installed",
-                hint="pip install tensorboard, or set run.tensorboard = false in the recipe",
-            ) from error
-        self._writer = SummaryWriter(
-            str(self.folder), purge_step=start.first_step + 1 if start.first_step else None
-        )
-        if self._before is not None:
-            self._add("loss/held_out", self._before, start.first_step)
-
-    def on_step(self, info: StepInfo) -> None:
-        self._add("loss/train", info.loss, info.step)
-        for part, rate in info.learning_rates.items():
-            self._add(f"optimizer/learning_rate_{part}", rate, info.step)
-        self._add("speed/seconds_per_step", info.seconds, info.step)
-        self._add("optimizer/grad_norm", info.grad_norm, info.step)
-        for part, size in info.step_size.items():
-            self._add(f"optimizer/d_{part}", size, info.step)
-        for name, norm in info.delta_norms.items():
-            self._add(f"norm/{name}", norm, info.step)
-        self._add("speed/memory_bytes", info.memory_bytes, info.step)
-
-    def on_picture(self, step: int, sheet: Image.Image) -> None:
-        if self._writer is not None:
-            self._writer.add_image("preview", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
-
-    def on_validation(self, step: int, loss: float) -> None:
-        if self._writer is None:
-            self._before = loss
-        else:
-            self._add("loss/held_out", loss, step)
-
-    def on_end(self, report: TrainReport) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _add(self, tag: str, value: float, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_scalar(tag, value, step)
 
 
 class CallbackList(Callbacks):
