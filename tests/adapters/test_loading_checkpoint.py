@@ -12,6 +12,8 @@ from spectune.adapters.loading import Loading, loading_table
 from spectune.adapters.programs import Program
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
+from spectune.files.reader import Checkpoint
+from spectune.files.renamed import RenamedFiles, RenamedTensor
 from spectune.files.source import MemorySource, TensorInfo
 from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, UNET_ROOT, VAE_ROOT
 from tests.layouts import Modules
@@ -88,8 +90,13 @@ def test_a_missing_part_is_named(root: str, part: str, full: dict[str, torch.Ten
 
 
 def test_the_first_encoder_with_transformers_5_names_is_reported(full: dict[str, torch.Tensor]) -> None:
-    short = {name.replace(TE1_ROOT, TE1_SHORT_ROOT): tensor for name, tensor in full.items()}
-    loadings = loadings_of(short)
+    """ComfyUI, sd-scripts and diffusers look for `text_model.`; spectune renames on opening."""
+    names = {name: name.replace(TE1_ROOT, TE1_SHORT_ROOT) for name in full if name.startswith(TE1_ROOT)}
+    entries = {
+        name: RenamedTensor(TensorInfo(name, t.dtype, tuple(t.shape)), t.clone) for name, t in full.items()
+    }
+    opened = Checkpoint(Path("short"), [RenamedFiles(entries, [])], {}, file_names=names)
+    loadings = {loading.program: loading for loading in loading_table(opened)}
     (ignored,) = loadings[COMFYUI].ignores
     assert len(ignored.names) == 197
     assert loadings[COMFYUI].loads == 2515 - 197

@@ -328,5 +328,5 @@ def test_extras_of_another_model_are_refused(folder: Path) -> None:
     assert message(folder) == (
         "single_file_extras.safetensors repeats 1 tensor of a subfolder: model.diffusion_model.out.2.bias"
     )
-    save_file({}, extras, metadata={"spectune.te1_root": "elsewhere."})
+    save_file({}, extras, metadata={"spectune.matrices": "elsewhere."})
     assert message(folder) == "the metadata of single_file_extras.safetensors is invalid: elsewhere."

@@ -133,7 +133,6 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "no positions": lambda t: {name: tensor for name, tensor in t.items() if name != POSITIONS},
     "other positions": lambda t: t | {POSITIONS: t[POSITIONS].half()},
     "other temperature": lambda t: t | {TEMPERATURE: torch.tensor(4.5).half()},
-    "short root": lambda t: {name.replace(".text_model.", "."): tensor for name, tensor in t.items()},
     "matrices": lambda t: t | {MATRIX: t[MATRIX].flatten(1)},
     "markers": lambda t: t | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)},
     "unknown": lambda t: t | {"model_ema.decay": torch.tensor(0.999)},

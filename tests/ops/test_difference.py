@@ -20,6 +20,7 @@ from spectune.files.weights_hash import weights_hash
 from spectune.ops.export import export
 from spectune.ops.rebuild import rebuild
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
+from spectune.sdxl.layout import VAE_ROOT
 from tests.loras import distance, products
 from tests.sample_pairs import changed_copy, read_metadata, recast, saved_tuned, tuned_from
 from tests.split_fixtures import TinySplit
@@ -266,10 +267,47 @@ def test_different_autoencoders_give_a_warning(
     model = changed_copy(tuned.path, tmp_path / "model.safetensors", changes)
     report = export(model, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
     assert report.warnings[0] == (
-        "3 tensors of the autoencoders differ, and a LoRA does not hold them: use the VAE of "
+        "3 tensors of the VAEs differ, and a LoRA does not hold them: use the VAE of "
         "model.safetensors together with the LoRA"
     )
     assert report.outside == {}
+
+
+def test_a_vae_in_only_one_of_the_files(make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    tuned = make_tuned(MIDDLE)
+    without = {
+        path: without_parts(path, tmp_path / f"no-vae-{path.name}", VAE_ROOT)
+        for path in (tuned.path, tiny_checkpoint)
+    }
+    advised = export(tuned.path, tmp_path / "x.safetensors", base=without[tiny_checkpoint], rank=EXACT)
+    name = tuned.path.name
+    assert advised.warnings[0] == (
+        f"{name} has a VAE, no-vae-tiny.safetensors has none, and a LoRA does not hold it: "
+        f"use the VAE of {name} together with the LoRA"
+    )
+    silent = export(without[tuned.path], tmp_path / "y.safetensors", base=tiny_checkpoint, rank=EXACT)
+    assert [warning for warning in silent.warnings if "VAE" in warning] == []
+
+
+def test_encoders_that_one_file_lacks_are_not_compared(
+    make_tuned: MakeTuned, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = make_tuned(MIDDLE)
+    unet = without_parts(tuned.path, tmp_path / "unet.safetensors", "conditioner.", VAE_ROOT)
+    report = export(unet, tmp_path / "x.safetensors", base=tiny_checkpoint, rank=EXACT)
+    assert report.warnings[:2] == tuple(
+        f"{part} was not compared: unet.safetensors has none" for part in ("te1", "te2")
+    )
+    complete = export(tuned.path, tmp_path / "y.safetensors", base=tiny_checkpoint, rank=EXACT)
+    assert [layer.name for layer in report.layers] == [layer.name for layer in complete.layers]
+    assert {*products(report.path)} == {*products(complete.path)}
+
+
+def without_parts(model: Path, target: Path, *roots: str) -> Path:
+    """Write a copy of a model without the tensors whose names begin with `roots`."""
+    kept = {name: tensor for name, tensor in load_file(model).items() if not name.startswith(roots)}
+    save_file(kept, target, metadata=read_metadata(model))
+    return target
 
 
 def test_equal_models_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

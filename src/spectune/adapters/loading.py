@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from spectune.adapters.adapter import DELTA_SUFFIXES, DOWN, FRAME_DOWN, LOW_RANK_SUFFIXES, UP
@@ -12,21 +12,19 @@ from spectune.adapters.alphas import KOHYA_PREFIXES, Alpha, read_alphas
 from spectune.adapters.detect import is_adapter
 from spectune.adapters.programs import ADAPTER_PROGRAMS, CHECKPOINT_PROGRAMS, Fate, Feature, Program
 from spectune.adapters.spellings import COMFYUI_ROOTS, PEFT_ROOT, stem_and_factor, stems
-from spectune.errors import InputError, some_of
+from spectune.errors import some_of
 from spectune.files.provenance import V_KEY, ZERO_SNR_KEY, Role
+from spectune.files.reader import Checkpoint
 from spectune.files.source import WeightSource, declared_prediction
-from spectune.sdxl.inference import layout_of
+from spectune.sdxl.inference import part_layouts
 from spectune.sdxl.layers import Catalogue
 from spectune.sdxl.layout import (
     PART_ROOTS,
     PARTS,
     SDXL,
-    TE1_SHORT_ROOT,
+    TE1_ROOT,
     TIME_IDS,
-    UNET_ROOT,
-    Layout,
-    PartName,
-    te1_root,
+    PartLayouts,
 )
 from spectune.sdxl.names import Part, diffusers_name, kohya_stem, modules_of
 from spectune.sdxl.state_dicts import state_views
@@ -246,20 +244,16 @@ def _alpha(alpha: Alpha | None, usual: Mapping[str, float], layer: _Known | None
 
 def _tensors(source: WeightSource) -> Iterator[Item]:
     """Yield each tensor of a checkpoint, and each tensor and part that is missing."""
-    missing = [part for part in PART_ROOTS if not _has(source, part)]
-    layout = None if {"te1", "te2"} & {*missing} else layout_of(source.tensors, label=source.label)
-    if "unet" in missing:
-        layout_of(source.tensors, label=source.label)  # its error says what the file is instead
-        raise InputError(f"{source.label} has no UNet", hint="pass a complete SDXL checkpoint")
-    expected = set[str]() if layout is None else _expected(layout, te1_root(source.tensors))
-    short = te1_root(source.tensors) == TE1_SHORT_ROOT
+    layout = part_layouts(source.tensors, label=source.label)
+    expected = _expected(layout)
+    file_names = source.file_names if isinstance(source, Checkpoint) else {}
     for name in source.tensors:
-        yield Item(name, _tensor(name, expected, short_te1=short), counted=True)
-    for part in missing:
+        yield Item(name, _tensor(name, expected, file_names.get(name, name)), counted=True)
+    for part in layout.lacks:
         yield Item(part, {Feature.NO_VAE if part == "vae" else Feature.NO_ENCODER}, counted=False)
     for name in sorted(expected - source.tensors.keys()):
         yield Item(name, {Feature.MISSING}, counted=False)
-    if layout is not None and _sizes(layout) not in (_sizes(SDXL), _sizes(replace(SDXL, vae=None))):
+    if not _has_sdxl_sizes(layout):
         yield Item(WHOLE_FILE, {Feature.OTHER_SIZE}, counted=False)
 
 
@@ -273,30 +267,35 @@ def _whole_file(source: WeightSource) -> Item:
     return Item(WHOLE_FILE, {feature for feature, holds in present.items() if holds}, counted=False)
 
 
-def _has(source: WeightSource, part: PartName) -> bool:
-    if part == "unet":
-        return f"{UNET_ROOT}label_emb.0.0.weight" in source.tensors  # no other model with this root has it
-    return any(name.startswith(PART_ROOTS[part]) for name in source.tensors)
+def _expected(layout: PartLayouts) -> set[str]:
+    return {view.tensor for part in PARTS for view in state_views(layout, part).values()}
 
 
-def _expected(layout: Layout, te1: str) -> set[str]:
-    return {view.tensor for part in PARTS for view in state_views(layout, part, te1=te1).values()}
-
-
-def _tensor(name: str, expected: set[str], *, short_te1: bool) -> set[Feature]:
+def _tensor(name: str, expected: set[str], file_name: str) -> set[Feature]:
     if name in (V_KEY, ZERO_SNR_KEY):
         return {Feature.MARKER}
     if not name.startswith(tuple(PART_ROOTS.values())):
         return {Feature.OUTSIDE}
-    if expected and name not in expected and not name.endswith((".position_ids", ".logit_scale")):
+    if name not in expected and not name.endswith((".position_ids", ".logit_scale")):
         return {Feature.SURPLUS}
-    return {Feature.SHORT_TE1} if short_te1 and name.startswith(TE1_SHORT_ROOT) else set()
+    short_te1 = name.startswith(TE1_ROOT) and not file_name.startswith(TE1_ROOT)
+    return {Feature.SHORT_TE1} if short_te1 else set()
 
 
-def _sizes(layout: Layout) -> tuple[object, ...]:
-    """Return the sizes by which other programs recognize SDXL; they determine the numbers of heads."""
+def _has_sdxl_sizes(layout: PartLayouts) -> bool:
+    """Return whether all parts have the sizes by which other programs recognize SDXL.
+
+    These sizes determine the numbers of heads.
+    """
+    sizes, expected = _sizes(layout), _sizes(SDXL)
+    return all(size in (None, sdxl) for size, sdxl in zip(sizes, expected, strict=True))
+
+
+def _sizes(layout: PartLayouts) -> tuple[object, ...]:
     unet, vae = layout.unet, layout.vae
     added = unet.pooled + TIME_IDS * unet.time_id_channels
-    texts = [(text.width, text.mlp, text.layers) for text in (layout.te1, layout.te2)]
+    texts = [
+        None if text is None else (text.width, text.mlp, text.layers) for text in (layout.te1, layout.te2)
+    ]
     depths = (unet.channels, unet.depths, unet.mid_depth, unet.resnets)
-    return *depths, unet.context, added, texts, None if vae is None else vae.channels
+    return *depths, unet.context, added, *texts, None if vae is None else vae.channels

@@ -33,7 +33,12 @@ def print_error(error: SpectuneError) -> None:
     """Print `error:` with what happened and `hint:` with what to do next, on stderr."""
     err.print(Text.assemble(("error: ", "bold red"), error.what), soft_wrap=True)
     if error.hint:
-        err.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
+        print_hint(error.hint)
+
+
+def print_hint(what: str) -> None:
+    """Print `hint:` and a message on stderr."""
+    err.print(Text.assemble(("hint: ", "bold cyan"), what), soft_wrap=True)
 
 
 def print_warning(what: str) -> None:

@@ -83,8 +83,10 @@ class Checkpoint(HasProvenance):
         metadata: Mapping[str, str],
         *,
         label: str | None = None,
+        file_names: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
+        self.file_names = file_names or {}  # names in the file, for tensors that were renamed on opening
         self.label = path.name if label is None else label
         self.metadata = metadata
         self._files = files

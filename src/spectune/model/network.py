@@ -269,5 +269,7 @@ def new_vae(layout: VaeLayout) -> AutoencoderKL:
         "layers_per_block": layout.resnets,
         "norm_num_groups": layout.norm_groups,
         "latent_channels": layout.latent_channels,
+        "use_quant_conv": layout.quant_convs,
+        "use_post_quant_conv": layout.quant_convs,
     }
     return AutoencoderKL(**sizes)

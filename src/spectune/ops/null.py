@@ -15,7 +15,7 @@ from spectune.files.writer import check_target, partial_path, refuse_inputs, rem
 from spectune.operation import operation
 from spectune.ops.options.model_files import NullOptions
 from spectune.pairs.rules import check_whole_model
-from spectune.sdxl.inference import layout_of
+from spectune.sdxl.inference import part_layouts
 
 KEPT_SUFFIXES = (".position_ids", ".logit_scale")  # ComfyUI's model merging nodes do not subtract these
 _CHUNK_BYTES = 1 << 22
@@ -85,7 +85,7 @@ def _check_model(source: Checkpoint) -> None:
             f"{source.label} is stored in several files: expected a single .safetensors file",
             hint="write a single file with `spectune convert` first",
         )
-    layout_of(source.tensors, label=source.label)  # raises for an adapter or another architecture
+    part_layouts(source.tensors, label=source.label)  # raises for an adapter or another architecture
     check_whole_model(source)
 
 

@@ -14,20 +14,22 @@ from spectune.sdxl.layout import (
     HEAD_CHANNELS,
     NORM_GROUPS,
     NOT_SDXL,
+    SDXL,
     SDXL_VAE_SCALE,
     SDXL_VAE_SHIFT,
+    TE1_ROOT,
     TE2_ROOT,
     TIME_IDS,
     UNET_ROOT,
     VAE_ROOT,
     Layout,
+    PartLayouts,
     PartName,
     TextLayout,
     UNetLayout,
     VaeLayout,
     default_heads,
     read_hints,
-    te1_root,
 )
 
 _SGM_VAE = "encoder.down.{}.block.{}.conv1.weight"
@@ -35,14 +37,19 @@ _DIFFUSERS_VAE = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
 
 
 def infer_layout(source: WeightSource) -> Layout:
-    """Return the layout of a single-file checkpoint.
+    """Return the layout of a checkpoint with a UNet and both text encoders.
 
     Raises:
-        InputError: It is not an SDXL, or SDXL's 64 channels per attention head do not divide its widths and
-            the metadata does not give the number of heads.
+        InputError: It is not an SDXL, it has no text encoders, or SDXL's 64 channels per attention head do
+            not divide its widths and the metadata does not give the number of heads.
     """
+    return _with_encoders(infer_parts(source), source.label)
+
+
+def infer_parts(source: WeightSource) -> PartLayouts:
+    """Return the layout of a checkpoint that has at least a UNet; errors as in `infer_layout`."""
     hints = read_hints(source.metadata)
-    layout = layout_of(source.tensors, hints, source.provenance, label=source.label)
+    layout = part_layouts(source.tensors, hints, source.provenance, label=source.label)
     _check_heads(layout, hints, source.label)
     return layout
 
@@ -54,23 +61,60 @@ def layout_of(
     *,
     label: str = "the checkpoint",
 ) -> Layout:
-    """Return the layout of the tensors of a single file.
+    """Return the layout of the tensors of a single file with a UNet and both text encoders.
 
     If `hints` does not give the heads, they have 64 channels each; a narrower layer has one head.
     """
+    return _with_encoders(part_layouts(tensors, hints, provenance, label=label), label)
+
+
+def part_layouts(
+    tensors: Mapping[str, TensorInfo],
+    hints: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
+    *,
+    label: str = "the checkpoint",
+) -> PartLayouts:
+    """Return the layout of the tensors of a single file that has at least a UNet; see `layout_of`."""
 
     def probe(root: str) -> ShapeProbe:
         return ShapeProbe(tensors, label, root=root, kind=_other_kind(tensors))
 
+    def has(root: str) -> bool:
+        return any(name.startswith(root) for name in tensors)
+
     hints, provenance = hints or {}, provenance or Provenance()
-    te2 = probe(TE2_ROOT)
-    pooled = te2.shape("text_projection", 2)[1]  # used as x @ P
-    return Layout(
+    te1, te2 = probe(TE1_ROOT), probe(TE2_ROOT)
+    pooled = te2.shape("text_projection", 2)[1] if has(TE2_ROOT) else None  # used as x @ P
+    heads = hints.get("te1_heads"), hints.get("te2_heads")
+    return PartLayouts(
         unet=_sgm_unet(probe(UNET_ROOT), pooled, hints),
-        te1=_text(probe(te1_root(tensors)), _TRANSFORMERS, "quick_gelu", heads=hints.get("te1_heads")),
-        te2=_text(te2, _OPENCLIP, "gelu", heads=hints.get("te2_heads"), projection=pooled),
+        te1=_text(te1, _TRANSFORMERS, "quick_gelu", heads=heads[0]) if has(TE1_ROOT) else None,
+        te2=None if pooled is None else _text(te2, _OPENCLIP, "gelu", heads=heads[1], projection=pooled),
         vae=_sgm_vae(probe(VAE_ROOT), hints, provenance),
     )
+
+
+def missing_parts(layout: PartLayouts) -> str:
+    """Return the parts that a checkpoint lacks, for messages: `text encoders and VAE`; empty for none."""
+    lacks = layout.lacks
+    titles = {"te1": "text encoder 1", "te2": "text encoder 2", "vae": "VAE"}
+    named = [titles[part] for part in lacks if part in titles]
+    return " and ".join(["text encoders", *named[2:]] if {"te1", "te2"} <= {*lacks} else named)
+
+
+def adding_parts(label: str) -> str:
+    """Return the hint for a checkpoint without text encoders."""
+    command = f"spectune slice {label}:unet BASE:te BASE:vae -o whole.safetensors"
+    return f"`{command}` adds the missing parts of BASE, a complete SDXL checkpoint"
+
+
+def _with_encoders(layout: PartLayouts, label: str) -> Layout:
+    if layout.te1 is None or layout.te2 is None:
+        raise InputError(
+            f"{label} is the UNet of an SDXL, without {missing_parts(layout)}", hint=adding_parts(label)
+        )
+    return Layout(layout.unet, layout.te1, layout.te2, layout.vae)
 
 
 def layout_of_modules(
@@ -164,7 +208,7 @@ _DIFFUSERS = _UNetNames(
 _Levels = Sequence[Sequence[tuple[str, str]]]  # per level, from full resolution: resnet, transformer
 
 
-def _sgm_unet(probe: ShapeProbe, pooled: int, hints: Mapping[str, Any]) -> UNetLayout:
+def _sgm_unet(probe: ShapeProbe, pooled: int | None, hints: Mapping[str, Any]) -> UNetLayout:
     """Return the layout of a UNet with sgm names: a block that scales down begins a new level."""
     probe.shape(_SGM.conv_in, 4)
     levels: list[list[tuple[str, str]]] = [[]]
@@ -194,13 +238,15 @@ def _diffusers_unet(probe: ShapeProbe, pooled: int) -> UNetLayout:
 
 
 def _unet(
-    probe: ShapeProbe, names: _UNetNames, levels: _Levels, pooled: int, hints: Mapping[str, Any]
+    probe: ShapeProbe, names: _UNetNames, levels: _Levels, pooled: int | None, hints: Mapping[str, Any]
 ) -> UNetLayout:
     resnets = [len(level) for level in levels]
     if len(set(resnets)) > 1:
         raise probe.error(f"its levels have {resnets} resnets, expected the same number")
     channels = tuple(probe.shape(f"{level[0][0]}.{names.conv}", 4)[0] for level in levels)
     embed_in = probe.shape(names.embedding, 2)[1]
+    if pooled is None:  # a UNet alone: no shape separates the two inputs, and no layer depends on them
+        pooled = embed_in - TIME_IDS * min(SDXL.unet.time_id_channels, (embed_in - 1) // TIME_IDS)
     if embed_in <= pooled or (embed_in - pooled) % TIME_IDS:
         raise probe.error(f"{names.embedding} has {embed_in} inputs, expected {pooled} + {TIME_IDS} x n")
     heads = cast(list[int], hints.get("unet_heads", [default_heads(n) for n in channels]))
@@ -296,20 +342,21 @@ def vae_layout(
     return VaeLayout(
         channels=tuple(probe.shape(conv.format(level, 0), 4)[0] for level in range(levels)),
         resnets=probe.count(conv.format(0, "{}")),
-        latent_channels=probe.shape("post_quant_conv.weight", 4)[0],
+        latent_channels=probe.shape("decoder.conv_in.weight", 4)[1],
         norm_groups=norm_groups,
         scale=scale,
         shift=shift,
+        quant_convs=probe.has("post_quant_conv.weight"),
     )
 
 
-def _check_heads(layout: Layout, hints: Mapping[str, Any], label: str) -> None:
+def _check_heads(layout: PartLayouts, hints: Mapping[str, Any], label: str) -> None:
     """Raise InputError for a width that the number of heads does not divide."""
-    unet, te1, te2 = layout.unet, layout.te1, layout.te2
+    unet = layout.unet
+    encoders = (("te1_heads", layout.te1), ("te2_heads", layout.te2))
     checked = [
         *(("unet_heads", *level) for level in zip(unet.channels, unet.heads, unet.depths, strict=True)),
-        ("te1_heads", te1.width, te1.heads, te1.layers),
-        ("te2_heads", te2.width, te2.heads, te2.layers),
+        *((key, text.width, text.heads, text.layers) for key, text in encoders if text is not None),
     ]
     for key, width, heads, depth in checked:
         if depth and width % (heads if key in hints else HEAD_CHANNELS):

@@ -11,8 +11,8 @@ from functools import cached_property
 from torch import Tensor
 
 from spectune.files.source import TensorInfo, WeightSource
-from spectune.sdxl.inference import layout_of
-from spectune.sdxl.layout import UNetLayout, require, te1_root
+from spectune.sdxl.inference import part_layouts
+from spectune.sdxl.layout import UNetLayout, require
 from spectune.sdxl.names import Module, Part, diffusers_name, kohya_stem, modules_of
 
 __all__ = ["Catalogue", "Kind", "Layer", "Part", "build_catalogue", "layer_weight", "squeezed"]
@@ -113,12 +113,11 @@ def build_catalogue(
     """
     is_mapping = isinstance(source, Mapping)
     tensors, label = (source, "the checkpoint") if is_mapping else (source.tensors, source.label)
-    layout = layout_of(tensors, label=label)
-    root = te1_root(tensors)
+    layout = part_layouts(tensors, label=label)
     chosen = [
         (part, module)
         for part in Part
-        for module in modules_of(layout, part.value, te1=root)
+        for module in modules_of(layout, part.value)
         if (module.factorable if all_layers else module.default)
     ]
     require(tensors, list(dict.fromkeys(module.weight.tensor for _, module in chosen)), label)

@@ -15,7 +15,9 @@ PARTS: tuple[PartName, ...] = get_args(PartName)
 
 UNET_ROOT = "model.diffusion_model."
 TE1_ROOT = "conditioner.embedders.0.transformer.text_model."
-TE1_SHORT_ROOT = "conditioner.embedders.0.transformer."  # in files that transformers 5 wrote
+TE1_SHORT_ROOT = (
+    "conditioner.embedders.0.transformer."  # in files that transformers 5 wrote; see `usual_names`
+)
 TE2_ROOT = "conditioner.embedders.1.model."
 VAE_ROOT = "first_stage_model."
 PART_ROOTS: Mapping[PartName, str] = {
@@ -76,16 +78,30 @@ class VaeLayout:
     norm_groups: int
     scale: float
     shift: float
+    quant_convs: bool = True  # whether it has quant_conv and post_quant_conv; Flux's VAE has none
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The sizes of a checkpoint; `vae` is None without a VAE."""
+class PartLayouts:
+    """The sizes of the parts of a checkpoint, which has at least a UNet; None for a part that it lacks."""
 
     unet: UNetLayout
+    te1: TextLayout | None
+    te2: TextLayout | None
+    vae: VaeLayout | None
+
+    @property
+    def lacks(self) -> tuple[PartName, ...]:
+        layouts = {"unet": self.unet, "te1": self.te1, "te2": self.te2, "vae": self.vae}
+        return tuple(part for part in PARTS if layouts[part] is None)
+
+
+@dataclass(frozen=True)
+class Layout(PartLayouts):
+    """The sizes of a checkpoint with a UNet and both text encoders; `vae` is None without a VAE."""
+
     te1: TextLayout
     te2: TextLayout
-    vae: VaeLayout | None
 
 
 # The original SDXL. Adapters that are opened without a model get their layer names from it.
@@ -154,12 +170,6 @@ def read_hints(metadata: Mapping[str, str]) -> dict[str, Any]:
             expected = "a list of positive integers" if per_level else "a positive integer"
             raise InputError(f"metadata {LAYOUT_KEY}: {key} is {value!r}: expected {expected}")
     return cast(dict[str, Any], hints)
-
-
-def te1_root(tensors: Mapping[str, Any]) -> str:
-    """Return the prefix of the first encoder's tensors in a file."""
-    short = f"{TE1_SHORT_ROOT}embeddings.token_embedding.weight" in tensors
-    return TE1_SHORT_ROOT if short else TE1_ROOT
 
 
 def part_of(tensor: str) -> str:

@@ -32,7 +32,7 @@ from spectune.sdxl.layout import (
     TE2_ROOT,
     UNET_ROOT,
     VAE_ROOT,
-    Layout,
+    PartLayouts,
     PartName,
     TextLayout,
     UNetLayout,
@@ -154,15 +154,15 @@ def _unet_paths(unet: UNetLayout) -> Mapping[str, str]:
     return MappingProxyType({module.layer: module.path for module in unet_modules(unet)})
 
 
-def modules_of(layout: Layout, part: PartName, *, te1: str = TE1_ROOT) -> tuple[Module, ...]:
-    """Return the table of one part; `te1` is the prefix of the first encoder's tensors in the file."""
+def modules_of(layout: PartLayouts, part: PartName) -> tuple[Module, ...]:
+    """Return the table of one part; empty for a part that the checkpoint lacks."""
     match part:
         case "unet":
             return tuple(unet_modules(layout.unet))
         case "te1":
-            return tuple(te1_modules(layout.te1, te1))
+            return () if layout.te1 is None else tuple(te1_modules(layout.te1))
         case "te2":
-            return tuple(te2_modules(layout.te2))
+            return () if layout.te2 is None else tuple(te2_modules(layout.te2))
         case "vae":
             return () if layout.vae is None else tuple(vae_modules(layout.vae))
 
@@ -241,13 +241,13 @@ def _transformer(name: str, path: str, block: str, depth: int) -> Iterator[Modul
     yield _unet_module(f"{name}.proj_out", f"{path}.proj_out", block)
 
 
-def te1_modules(text: TextLayout, root: str = TE1_ROOT) -> Iterator[Module]:
-    """Yield the modules of the first encoder; `root` is the prefix of its tensors in the file."""
+def te1_modules(text: TextLayout) -> Iterator[Module]:
+    """Yield the modules of the first encoder."""
 
     def module(
         path: str, block: str, factoring: Factoring, parameters: tuple[str, ...] = ("weight", "bias")
     ) -> Module:
-        views = tuple((parameter, TensorView(f"{root}{path}.{parameter}")) for parameter in parameters)
+        views = tuple((parameter, TensorView(f"{TE1_ROOT}{path}.{parameter}")) for parameter in parameters)
         return Module(f"te1.text_model.{path}", path, block, factoring, views)
 
     yield module("embeddings.token_embedding", "te1.embed", Factoring.NEVER, ("weight",))
@@ -314,8 +314,9 @@ def vae_modules(vae: VaeLayout) -> Iterator[Module]:
         if level < top:
             yield _vae_module(f"{name}.upsample.conv", f"{path}.upsamplers.0.conv")
     yield from _vae_ends("decoder")
-    yield _vae_module("quant_conv", "quant_conv")
-    yield _vae_module("post_quant_conv", "post_quant_conv")
+    if vae.quant_convs:
+        yield _vae_module("quant_conv", "quant_conv")
+        yield _vae_module("post_quant_conv", "post_quant_conv")
 
 
 def _vae_ends(half: str) -> Iterator[Module]:

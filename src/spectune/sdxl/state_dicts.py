@@ -18,9 +18,9 @@ from spectune.sdxl.layout import (
     UNET_ROOT,
     VAE_ROOT,
     Layout,
+    PartLayouts,
     PartName,
     require,
-    te1_root,
 )
 from spectune.sdxl.names import Module, TensorView, modules_of
 
@@ -28,14 +28,13 @@ LOGIT_SCALE = 4.605170185988092  # ln 100, the upper limit in CLIP's training; S
 
 _ROOTS: Mapping[PartName, tuple[str, ...]] = {
     "unet": (UNET_ROOT,),
-    "te1": (TE1_ROOT, TE1_SHORT_ROOT),
+    "te1": (TE1_ROOT,),
     "te2": (TE2_ROOT,),
     "vae": (f"{VAE_ROOT}encoder.", f"{VAE_ROOT}decoder."),
 }
 _UNUSED = frozenset(
     {
         f"{TE1_ROOT}embeddings.position_ids",
-        f"{TE1_SHORT_ROOT}embeddings.position_ids",
         f"{TE2_ROOT}logit_scale",
         # Present if the file contains all of CLIP; SDXL uses only the hidden states of the first encoder.
         f"{TE1_SHORT_ROOT}logit_scale",
@@ -62,9 +61,9 @@ def views_of(modules: Iterable[Module]) -> dict[str, TensorView]:
     return {f"{module.path}.{name}": view for module in modules for name, view in module.parameters}
 
 
-def state_views(layout: Layout, part: PartName, *, te1: str = TE1_ROOT) -> dict[str, TensorView]:
-    """Return the state dict of a part as views of single-file tensors; empty without a VAE."""
-    return views_of(modules_of(layout, part, te1=te1))
+def state_views(layout: PartLayouts, part: PartName) -> dict[str, TensorView]:
+    """Return the state dict of a part as views of single-file tensors; empty without the part."""
+    return views_of(modules_of(layout, part))
 
 
 def module_tensors(layout: Layout, part: PartName, source: WeightSource) -> Mapping[str, TensorView]:
@@ -73,7 +72,7 @@ def module_tensors(layout: Layout, part: PartName, source: WeightSource) -> Mapp
     Raises:
         InputError: Tensors of the part are missing, or the file has tensors that the part lacks.
     """
-    views = state_views(layout, part, te1=te1_root(source.tensors))
+    views = state_views(layout, part)
     if not views:
         raise InputError(f"{source.label} has no {part}", hint="pass a checkpoint that contains this part")
     needed = {view.tensor for view in views.values()}

@@ -27,7 +27,6 @@ STEMS: Mapping[PartName, str] = {
 # Stores the tensors of a single file that belong to no module and differ from `derived_tensors`.
 EXTRAS_FILE = "single_file_extras.safetensors"
 MATRICES_KEY = "spectune.matrices"  # metadata of that file: VAE attention weights that were matrices
-TE1_ROOT_KEY = "spectune.te1_root"  # metadata of that file: the prefix of the first encoder's tensors
 
 _TEXT = "text_model."
 _POSITIONS = "embeddings.position_ids"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,16 +16,16 @@ from spectune.checkpoints.diffusers_folder.keys import (
     EXTRAS_FILE,
     MATRICES_KEY,
     SUBFOLDERS,
-    TE1_ROOT_KEY,
     derived_tensors,
 )
 from spectune.checkpoints.diffusers_folder.subfolder import Subfolder, open_subfolder
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import parse_json
 from spectune.files.reader import Checkpoint, open_file
-from spectune.files.source import TensorFile, TensorInfo
+from spectune.files.renamed import RenamedFiles, RenamedTensor
+from spectune.files.source import TensorInfo
 from spectune.sdxl.inference import layout_of_modules
-from spectune.sdxl.layout import PARTS, TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, Layout, PartName
+from spectune.sdxl.layout import PARTS, TE2_ROOT, Layout, PartName
 from spectune.sdxl.state_dicts import Piece, joined, pieces_by_tensor, state_views
 
 Opened = Mapping[PartName, Subfolder]
@@ -61,57 +60,29 @@ def open_folder(folder: Path) -> Checkpoint:
         entries |= _other_entries(opened, extras, layout, facts, entries)
         files = [*(subfolder.file for subfolder in opened.values()), *([] if extras is None else [extras])]
         stack.pop_all()
-    return Checkpoint(folder, [_RenamedFiles(entries, files)], metadata, label=label)
+    return Checkpoint(folder, [RenamedFiles(entries, files)], metadata, label=label)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor under its single-file name, and the function that loads it."""
-
-    info: TensorInfo
-    load: Callable[[], Tensor]
-
-
-class _RenamedFiles:
-    """Several files as one, with other tensor names."""
-
-    def __init__(self, entries: Mapping[str, _Entry], files: Sequence[TensorFile]) -> None:
-        self.metadata: Mapping[str, str] = {}
-        self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in entries.items()}
-        self._entries = entries
-        self._files = files
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return tuple(path for file in self._files for path in file.paths)
-
-    def load(self, name: str) -> Tensor:
-        return self._entries[name].load()
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-
-def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str]) -> dict[str, _Entry]:
+def _module_entries(opened: Opened, layout: Layout, spelling: Mapping[str, str]) -> dict[str, RenamedTensor]:
     """Map the single-file name of each tensor of a network to its place in the folder.
 
-    `spelling` is the metadata of the extras file: it records unusual names and shapes of the single file.
+    `spelling` is the metadata of the extras file: it records unusual shapes of the single file.
     """
-    te1 = spelling.get(TE1_ROOT_KEY, TE1_ROOT)
     matrices = _names_in(spelling.get(MATRICES_KEY, "[]"))
-    if te1 not in (TE1_ROOT, TE1_SHORT_ROOT) or matrices is None:
+    if matrices is None:
         raise InputError(
             f"the metadata of {EXTRAS_FILE} is invalid: {some_of(list(spelling.values()))}",
             hint="write the folder again with spectune",
         )
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, RenamedTensor] = {}
     for part, subfolder in opened.items():
-        views = state_views(layout, part, te1=te1)
+        views = state_views(layout, part)
         subfolder.check_keys(set(views))
         for name, pieces in pieces_by_tensor(part, views).items():
             load = partial(_load_joined, subfolder, pieces, matrix=name in matrices)
-            entries[name] = _Entry(_joined_info(name, subfolder, pieces, matrix=name in matrices), load)
+            entries[name] = RenamedTensor(
+                _joined_info(name, subfolder, pieces, matrix=name in matrices), load
+            )
     return entries
 
 
@@ -120,10 +91,10 @@ def _other_entries(
     extras: Checkpoint | None,
     layout: Layout,
     facts: FolderFacts,
-    placed: Mapping[str, _Entry],
-) -> dict[str, _Entry]:
+    placed: Mapping[str, RenamedTensor],
+) -> dict[str, RenamedTensor]:
     """Return the tensors that belong to no module: stored ones, and derived ones without an extras file."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, RenamedTensor] = {}
     if extras is None:
         tensors = derived_tensors(
             layout.te1.context,
@@ -132,7 +103,7 @@ def _other_entries(
             zero_snr=facts.schedule.zero_snr,
         )
         for name, tensor in tensors.items():
-            entries[name] = _Entry(TensorInfo(name, tensor.dtype, tuple(tensor.shape)), tensor.clone)
+            entries[name] = RenamedTensor(TensorInfo(name, tensor.dtype, tuple(tensor.shape)), tensor.clone)
     for subfolder in opened.values():
         for name, file_key in subfolder.loose.items():
             entries[name] = _stored(name, subfolder.file, file_key)
@@ -147,9 +118,9 @@ def _other_entries(
     return entries
 
 
-def _stored(name: str, file: Checkpoint, file_key: str) -> _Entry:
+def _stored(name: str, file: Checkpoint, file_key: str) -> RenamedTensor:
     info = file.tensors[file_key]
-    return _Entry(TensorInfo(name, info.dtype, info.shape), partial(file.load, file_key))
+    return RenamedTensor(TensorInfo(name, info.dtype, info.shape), partial(file.load, file_key))
 
 
 def _load_joined(subfolder: Subfolder, pieces: Sequence[Piece], *, matrix: bool) -> Tensor:

@@ -19,7 +19,6 @@ from spectune.checkpoints.diffusers_folder.keys import (
     MATRICES_KEY,
     STEMS,
     SUBFOLDERS,
-    TE1_ROOT_KEY,
     derived_tensors,
     file_key,
 )
@@ -33,7 +32,7 @@ from spectune.files.source import TensorInfo, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, check_target
 from spectune.sdxl.inference import infer_layout
-from spectune.sdxl.layout import PARTS, TE1_ROOT, TE2_ROOT, PartName, te1_root
+from spectune.sdxl.layout import PARTS, TE2_ROOT, PartName
 from spectune.sdxl.state_dicts import Piece, module_tensors, pieces_by_tensor
 
 _SMALL = 4096  # number of values; position_ids has 77
@@ -120,15 +119,13 @@ class FolderWriter(MultiFileWriter):
             path.write_bytes(raw)
 
     def _spelling(self) -> dict[str, str]:
-        """Return the metadata of the extras file: unusual names and shapes in the single file."""
-        root = te1_root(self._infos)
+        """Return the metadata of the extras file: unusual shapes in the single file."""
         matrices = [
             name
             for name, pieces in self._pieces.items()
             if pieces[0].view.squeeze and name.endswith(".weight") and len(self._infos[name].shape) == 2
         ]
-        entries = {TE1_ROOT_KEY: root} if root != TE1_ROOT else {}
-        return entries | ({MATRICES_KEY: json.dumps(matrices)} if matrices else {})
+        return {MATRICES_KEY: json.dumps(matrices)} if matrices else {}
 
     def commit(self) -> None:
         """Give the finished folder its name and delete the previous folder."""

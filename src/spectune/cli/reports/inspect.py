@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from spectune.cli.console import megabytes, print_warning, say, table
+from spectune.cli.console import megabytes, print_hint, print_warning, say, table
 from spectune.cli.report_parts import loading_json, loading_table
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
 from spectune.ops.options.model_files import InspectOptions
 from spectune.pairs.spectrum_report import GroupSpectrum, LayerSpectrum, SpectrumReport
+from spectune.sdxl.inference import adding_parts, missing_parts
 from spectune.sdxl.layers import RANKS
 
 _AT_RANKS = tuple(f"r{rank}" for rank in RANKS)
@@ -42,14 +43,29 @@ def as_json(
 
 def _print_model(summary: ModelSummary) -> None:
     assumed = "" if summary.declared else " (assumed: the file does not declare it)"
-    say(f"{summary.label}: SDXL {summary.role}, predicts {summary.prediction}{assumed}")
+    layout, lacks = summary.layout, missing_parts(summary.layout)
+    encoders = layout.te1 is not None and layout.te2 is not None
+    kind = f"SDXL {summary.role}" if encoders else f"the UNet of an SDXL, without {lacks}"
+    say(f"{summary.label}: {kind}, predicts {summary.prediction}{assumed}")
+    if not encoders:
+        print_hint(adding_parts(summary.label))
     if summary.provenance.flow_shift is not None:
         say(f"  flow shift    {summary.provenance.flow_shift:g}")
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
-    unet = summary.layout.unet
+    unet = layout.unet
     say(f"  UNet          channels {unet.channels}, transformer depth {unet.depths}, heads {unet.heads}")
-    if summary.layout.vae is not None:
-        say(f"  VAE           scale {summary.layout.vae.scale:g}, shift {summary.layout.vae.shift:g}")
+    channels = (
+        f"{unet.in_channels} in"
+        if unet.in_channels == unet.out_channels
+        else f"{unet.in_channels} in, {unet.out_channels} out"
+    )
+    say(f"  latents       channels of the UNet: {channels}")
+    if layout.vae is not None:
+        vae = layout.vae
+        quant = "" if vae.quant_convs else ", without quant convolutions"
+        say(
+            f"  VAE           {vae.latent_channels} channels, scale {vae.scale:g}, shift {vae.shift:g}{quant}"
+        )
     rows = [
         (p.name, f"{p.tensors}", f"{p.parameters:,}", megabytes(p.nbytes), " ".join(p.dtypes), f"{p.layers}")
         for p in summary.parts

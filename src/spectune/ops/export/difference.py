@@ -32,10 +32,10 @@ from spectune.ops.shared import refuse_overwriting
 from spectune.pairs.rank_plan import choose_ranks, rank_request
 from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
-from spectune.sdxl.layout import UNET_ROOT, VAE_ROOT
+from spectune.sdxl.layout import PART_ROOTS, VAE_ROOT, PartName, part_of
 from spectune.sdxl.selection import select_layers
 
-_ENCODERS = "conditioner."
+_COMPARED: tuple[PartName, ...] = ("unet", "te1", "te2")
 # constants, not trained weights
 _NO_WEIGHTS = ("position_ids", "logit_scale")
 
@@ -99,7 +99,8 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         compared, warnings = _compared(after, before)
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
-        chosen = select_layers(catalogue, options.layers or ("default",))
+        both = tuple(layer for layer in catalogue if layer.tensor in after.tensors)
+        chosen = select_layers(replace(catalogue, layers=both), options.layers or ("default",))
         for layer in chosen:
             for source in (after, before):
                 check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
@@ -234,18 +235,18 @@ class _DifferenceFactorizer:
 
 
 def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tuple[str, ...]]:
-    """Return the tensors to compare, and warnings.
+    """Return the tensors to compare, and warnings. A text encoder that one file lacks is not compared.
 
     Raises InputError if the UNets or text encoders do not have the same tensors.
     """
-    names = [name for name in before.tensors if _is_weight(before.tensors[name])]
-    ours = [name for name in names if name.startswith((UNET_ROOT, _ENCODERS))]
+    parts = {source: _parts_of(source) for source in (after, before)}
+    both = tuple(PART_ROOTS[part] for part in _COMPARED if all(part in found for found in parts.values()))
+    ours, theirs = (
+        [name for name, info in source.tensors.items() if name.startswith(both) and _is_weight(info)]
+        for source in (before, after)
+    )
     missing = [name for name in ours if name not in after.tensors]
-    extra = [
-        name
-        for name, info in after.tensors.items()
-        if name.startswith((UNET_ROOT, _ENCODERS)) and _is_weight(info) and name not in before.tensors
-    ]
+    extra = [name for name in theirs if name not in before.tensors]
     for absent, one, other in ((missing, before, after), (extra, after, before)):
         if absent:
             raise InputError(
@@ -260,14 +261,35 @@ def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tup
             f"{after.tensors[name].shape}, expected {before.tensors[name].shape}",
             hint="pass two checkpoints of the same size",
         )
-    vae = [name for name in names if name.startswith(VAE_ROOT)]
-    other_vae = [name for name in vae if not _same_bits(after, before, name)]
-    if not other_vae:
-        return ours, ()
-    return ours, (
-        f"{len(other_vae)} tensors of the autoencoders differ, and a LoRA does not hold them: use the VAE of "
-        f"{after.label} together with the LoRA",
+    warnings = [
+        f"{part} was not compared: {source.label} has none"
+        for part in _COMPARED
+        for source, found in parts.items()
+        if part not in found and any(part in other for other in parts.values())
+    ]
+    return ours, (*warnings, *_vae_warning(after, before))
+
+
+def _parts_of(source: WeightSource) -> frozenset[str]:
+    return frozenset(part_of(name) for name in source.tensors)
+
+
+def _vae_warning(after: WeightSource, before: WeightSource) -> tuple[str, ...]:
+    """Return a warning if the tuned checkpoint brings another VAE than that of the original."""
+    ours, theirs = (
+        [name for name, info in source.tensors.items() if name.startswith(VAE_ROOT) and _is_weight(info)]
+        for source in (after, before)
     )
+    use = f"use the VAE of {after.label} together with the LoRA"
+    if not ours:
+        return ()
+    if not theirs:
+        return (f"{after.label} has a VAE, {before.label} has none, and a LoRA does not hold it: {use}",)
+    names = dict.fromkeys([*ours, *theirs])
+    different = [name for name in names if not _same_bits(after, before, name)]
+    if not different:
+        return ()
+    return (f"{len(different)} tensors of the VAEs differ, and a LoRA does not hold them: {use}",)
 
 
 def _is_weight(info: TensorInfo) -> bool:
@@ -275,7 +297,8 @@ def _is_weight(info: TensorInfo) -> bool:
 
 
 def _same_bits(after: WeightSource, before: WeightSource, name: str) -> bool:
-    if name not in after.tensors or after.tensors[name].shape != before.tensors[name].shape:
+    shapes = [source.tensors[name].shape for source in (after, before) if name in source.tensors]
+    if len(shapes) < 2 or shapes[0] != shapes[1]:
         return False
     return torch.equal(after.load(name).float(), before.load(name).float())
 

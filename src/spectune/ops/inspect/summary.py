@@ -14,9 +14,9 @@ from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import WeightSource, declared_prediction
-from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
-from spectune.sdxl.layout import PART_ROOTS, Layout, part_of
+from spectune.sdxl.layout import PART_ROOTS, PartLayouts, part_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelSummary:
     prediction: str
     declared: bool  # whether the file declares its prediction type
     provenance: Provenance
-    layout: Layout
+    layout: PartLayouts
     parts: tuple[PartSummary, ...]
     ranks: tuple[RankCost, ...]
     programs: tuple[Loading, ...]  # what each program loads from it, saved as a single file
@@ -76,7 +76,7 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
         prediction=prediction or "eps",
         declared=prediction is not None,
         provenance=provenance,
-        layout=infer_layout(source),
+        layout=infer_parts(source),
         parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
         ranks=tuple(rank_cost(catalogue, rank) for rank in ranks),
         programs=loading_table(source),
