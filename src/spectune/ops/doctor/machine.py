@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from spectune.errors import printable
+from spectune.errors import InputError, printable, some_of
+from spectune.files.model_folders.config import config_path, read_model_folders
 from spectune.files.provenance import spectune_version
 from spectune.model.device import Card, NvidiaDriver, build_target, find_cards, find_nvidia_driver
 from spectune.ops.doctor.accelerate_file import AccelerateFile, find_accelerate_file
@@ -55,6 +56,7 @@ class Machine:
     wrong_packages: tuple[str, ...]
     accelerate: AccelerateFile | None
     variables: dict[str, str]  # those of VARIABLES that are set
+    model_folders: str = ""  # what is wrong with those of the user's configuration file
 
 
 def find_machine(folder: Path) -> Machine:
@@ -79,4 +81,17 @@ def find_machine(folder: Path) -> Machine:
         wrong_packages=wrong_packages(),
         accelerate=find_accelerate_file(),
         variables={name: printable(os.environ[name]) for name in VARIABLES if name in os.environ},
+        model_folders=wrong_model_folders(),
+    )
+
+
+def wrong_model_folders() -> str:
+    """Return what is wrong with the configuration file; empty if nothing is."""
+    try:
+        missing = read_model_folders().missing
+    except InputError as error:
+        return f"{error.what}: {error.hint}"
+    names = some_of([str(folder) for folder in missing])
+    return (
+        f"{config_path()} lists folders that do not exist: {names}; correct or remove them" if missing else ""
     )

@@ -13,6 +13,8 @@ from spectune.model.device import pip_install
 # The extras of pyproject.toml that are of use to users, and what they are for.
 PURPOSES = {
     "bnb": "quantized bases (nf4, int8) and the optimizer adamw8bit",
+    "heif": "reading .heic pictures",
+    "dataset": "near duplicates in `spectune dataset`",
     "dadapt": "the optimizer dadapt_adam",
 }
 

@@ -32,6 +32,7 @@ def find_problems(machine: Machine) -> tuple[str, ...]:
         *_memory_problems(machine),
         *_disk_problems(machine.disk),
         *_accelerate_problems(machine.accelerate),
+        *([machine.model_folders] if machine.model_folders else []),
     )
 
 

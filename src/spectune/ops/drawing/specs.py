@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectune.errors import InputError
+from spectune.files.model_folders.search import find_model
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def parse_model(word: str) -> ModelSpec:
     if Path(word).exists():
         return ModelSpec(Path(word), ())
     pieces = re.split(r"(?<=\.safetensors)\+|(?<=\d)\+(?=.*\.safetensors)", word)
-    return ModelSpec(Path(pieces[0]), tuple(parse_weighted(piece) for piece in pieces[1:]))
+    return ModelSpec(find_model(Path(pieces[0])), tuple(parse_weighted(piece) for piece in pieces[1:]))
 
 
 def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:

@@ -19,6 +19,7 @@ from spectune.ops.options.values import (
     LAYERS_HELP,
     FactorDtype,
     Keys,
+    ModelPath,
     ParsedSlice,
     WeightDtype,
     check_one_rank,
@@ -29,7 +30,9 @@ from spectune.ops.options.values import (
 class RebuildOptions(OperationOptions):
     """Write the full checkpoint that results from applying an adapter to a base."""
 
-    base: Path = argument(metavar="MODEL", old_flag="--base", help="The original checkpoint, or a residual.")
+    base: ModelPath = argument(
+        metavar="MODEL", old_flag="--base", help="The original checkpoint, or a residual."
+    )
     adapter: Path = argument(help="A tuned adapter or a LoRA; or the principal if MODEL is its residual.")
     out: Path = option(
         flag="-o",
@@ -61,7 +64,7 @@ class ExportOptions(OperationOptions):
     tuned: Path = argument(help="A tuned adapter, a LoRA, a trained principal, or a tuned checkpoint.")
     out: Path = option(flag="-o", help="The file to write.")
     _: KW_ONLY
-    base: Path | None = argument(
+    base: ModelPath | None = argument(
         default=None,
         metavar="MODEL",
         old_flag="--base",
@@ -121,7 +124,7 @@ class SliceOptions(OperationOptions):
         help="A JSON file of traits in the format of the B-LoRA slicer: for each name a whitelist and a "
         "blacklist.",
     )
-    base: Path | None = option(default=None, help=BASE_HELP)
+    base: ModelPath | None = option(default=None, help=BASE_HELP)
     keys: Keys = option(default="kohya", help=KEYS_HELP)
     dtype: FactorDtype | None = option(default=None, help="Dtype of the factors. Default: as in the inputs.")
     overlap: bool = option(
@@ -136,7 +139,7 @@ class SliceOptions(OperationOptions):
 class ConvertOptions(OperationOptions):
     """Convert a file to another spelling, dtype or form. A tensor is dropped only if it matches `drop`."""
 
-    source: Path = argument(help="An adapter in any spelling, or a checkpoint.")
+    source: ModelPath = argument(help="An adapter in any spelling, or a checkpoint.")
     out: Path = option(
         flag="-o",
         help="The output; for a checkpoint x.safetensors, x.safetensors.index.json or a folder.",
@@ -153,5 +156,5 @@ class ConvertOptions(OperationOptions):
         "trained deltas are written.",
     )
     drop: tuple[str, ...] = option(default=(), help="A pattern of keys to drop, such as *.diff_b.")
-    base: Path | None = option(default=None, help=BASE_HELP)
+    base: ModelPath | None = option(default=None, help=BASE_HELP)
     force: bool = option(default=False, help=FORCE_HELP)

@@ -15,6 +15,7 @@ from spectune.ops.options.values import (
     FORCE_HELP,
     LAYERS_HELP,
     FactorDtype,
+    ModelPath,
     ResidualDtype,
     check_one_rank,
 )
@@ -24,7 +25,7 @@ from spectune.ops.options.values import (
 class InspectOptions(OperationOptions):
     """Show the content of a file: parts, sizes, prediction type, factored layers and cost of each rank."""
 
-    model: Path = argument(help="A checkpoint, diffusers folder or adapter.")
+    model: ModelPath = argument(help="A checkpoint, diffusers folder or adapter.")
     _: KW_ONLY
     spectrum: bool = option(
         default=False, help="Measure the energy that each rank holds, by part and block (takes minutes)."
@@ -50,7 +51,7 @@ class InspectOptions(OperationOptions):
 class NullOptions(OperationOptions):
     """Write a checkpoint of zeros, for programs that extract a LoRA from the difference of two models."""
 
-    model: Path = argument(help="A single-file checkpoint.")
+    model: ModelPath = argument(help="A single-file checkpoint.")
     out: Path = option(help="The file to write.", flag="-o")
     _: KW_ONLY
     force: bool = option(default=False, help=FORCE_HELP)
@@ -60,7 +61,7 @@ class NullOptions(OperationOptions):
 class SplitOptions(OperationOptions):
     """Split a checkpoint into its principal adapter and the residual model."""
 
-    model: Path = argument(help="The original checkpoint.")
+    model: ModelPath = argument(help="The original checkpoint.")
     out: Path = option(default=Path(), flag="-o", help="Folder for the two files.")
     _: KW_ONLY
     rank: int | None = option(default=None, ge=1, help="Singular directions kept per layer. Default: 64.")
@@ -102,6 +103,6 @@ class SplitOptions(OperationOptions):
 class VerifyOptions(OperationOptions):
     """Check that residual + principal restore the original checkpoint."""
 
-    model: Path = argument(help="The original checkpoint.")
+    model: ModelPath = argument(help="The original checkpoint.")
     residual: Path = argument(help="The residual model.")
     principal: Path = argument(help="The principal adapter.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from spectune.operation import OperationOptions, argument, option, record
-from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP
+from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP, ModelPath
 
 
 @record
@@ -51,7 +51,7 @@ class DrawingOptions(OperationOptions):
 class SampleOptions(DrawingOptions):
     """Draw pictures with a checkpoint and any number of adapters."""
 
-    model: Path = argument(help="A checkpoint; or a residual, with its principal as the adapter.")
+    model: ModelPath = argument(help="A checkpoint; or a residual, with its principal as the adapter.")
     adapters: tuple[str, ...] = argument(
         default=(), metavar="ADAPTER[:STRENGTH]...", help="Adapters to apply."
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.operation import OperationOptions, argument, hook, option, record
-from spectune.ops.options.values import FORCE_HELP
+from spectune.ops.options.values import FORCE_HELP, ModelPath
 
 
 @record
@@ -31,7 +31,7 @@ class TrainOptions(OperationOptions):
 class PlanOptions(OperationOptions):
     """Find the rank, form, precision and checkpointing that fit a GPU. The recipe is printed on stdout."""
 
-    model: Path = argument(help="The original checkpoint.")
+    model: ModelPath = argument(help="The original checkpoint.")
     _: KW_ONLY
     vram: str | int | None = option(
         default=None,

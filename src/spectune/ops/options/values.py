@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from spectune.errors import InputError
 from spectune.files.dtype_names import dtype_name
+from spectune.files.model_folders.search import find_model
 
 # 8-bit types are precise enough for full weights, but not for factors and residuals.
 FactorDtype = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(dtype_name)]
@@ -29,6 +30,14 @@ def _spelling_name(word: object) -> str:
 
 Keys = Annotated[Literal["kohya", "diffusers", "comfyui"], BeforeValidator(_spelling_name)]
 
+
+def _found_model(path: Path, info: ValidationInfo) -> Path:
+    # `notify` is a field of all records, declared before theirs: it is already validated
+    return find_model(path, (info.data or {}).get("notify"))
+
+
+# A path; the name of a model in the user's model folders; or hub:owner/name.
+ModelPath = Annotated[Path, AfterValidator(_found_model)]
 
 LAYERS_HELP = (
     "The layers: default (LyCORIS preset=full), all, or a comma-separated list of names, parts, blocks and "
@@ -74,7 +83,7 @@ def parse_slice(word: str | Path | Slice) -> Slice:
     number = 1.0 if weight is None else float(weight)
     if not math.isfinite(number):
         raise InputError(f"the weight in {word!r} is {number}: expected a finite number")
-    return Slice(Path(path), trait, number)
+    return Slice(find_model(Path(path)), trait, number)
 
 
 def _split_slice(word: str) -> tuple[str, str | None, str | None]:
