@@ -59,7 +59,7 @@ def test_a_save_that_cannot_be_removed_is_a_warning(
 
     monkeypatch.setattr(output, "remove", remove)
     report = train(make_recipe(run={"save_every_steps": 1, "keep_last": 1, "steps": 3}))
-    kept = "cannot remove the old save t-step00000001.safetensors: The process cannot access the file"
+    kept = "cannot remove the old save t-step00000001.state: The process cannot access the file"
     assert report.warnings.count(kept) == 1
     assert (tmp_path / "out" / "t-step00000003.state" / state.STATE).is_file()
     assert not (tmp_path / "out" / "t-step00000002.state").exists()

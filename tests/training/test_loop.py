@@ -139,6 +139,8 @@ def test_names_and_provenance_of_the_files(
 
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [
+        "t-step00000001.safetensors",
+        "t-step00000002.safetensors",
         "t-step00000003.safetensors",
         "t-step00000004.safetensors",
         "t-step00000004.state",

@@ -100,20 +100,22 @@ def test_a_restored_optimizer_continues_bit_for_bit(name: str, tmp_path: Path) -
     ]
 
 
-def test_old_saves_are_removed(tmp_path: Path) -> None:
+def test_old_states_are_removed(tmp_path: Path) -> None:
     trained, optimizer = trained_pair("adamw")
     for step in (1, 2, 10):
         state.save_state(output.state_folder(tmp_path, "n", step), header(step), trained, optimizer)
         output.adapter_file(tmp_path, "n", step).touch()
     output.adapter_file(tmp_path, "n").touch()
     output.adapter_file(tmp_path, "n-step00000001x").touch()  # of another run
-    output.keep_last(tmp_path, "n", 2)
+    assert output.keep_newest(output.saved_states(tmp_path, "n"), 2) == []
 
     assert [path.name for path in output.saved_states(tmp_path, "n")] == [
         "n-step00000002.state",
         "n-step00000010.state",
     ]
-    assert len(output.step_files(tmp_path, "n")) == 2
+    assert len(output.step_files(tmp_path, "n")) == 3
+    assert output.keep_newest(output.step_files(tmp_path, "n"), 1) == []
+    assert [path.name for path in output.step_files(tmp_path, "n")] == ["n-step00000010.safetensors"]
     assert output.adapter_file(tmp_path, "n").exists()
     assert output.adapter_file(tmp_path, "n-step00000001x").exists()
 

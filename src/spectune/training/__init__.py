@@ -16,5 +16,6 @@
 * output:          the files of a run in its output folder
 * state:           saved states; a run resumes from them bit for bit
 * interrupt:       stop on Ctrl-C, SIGTERM and a closed terminal
+* saving/:         when a run saves, validates and draws, and the disk space of its saves
 * seeds:           derive every random choice from one seed
 """

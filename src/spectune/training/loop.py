@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,8 @@ from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.run import Progress, Run
+from spectune.training.saving.disk import disk_warnings, plan_saves
+from spectune.training.saving.intervals import SaveClock, agreed, is_due, previews_at_end
 from spectune.training.setup import assemble, restore
 from spectune.training.train_step import step_info, train_batch
 from spectune.training.validation import validation_loss
@@ -79,6 +82,7 @@ def _main_callbacks(recipe: Recipe, callbacks: Sequence[Callbacks]) -> list[Call
 
 
 def _run(run: Run, progress: Progress) -> TrainReport:
+    _announce_saves(run, progress)
     if progress.step == 0 and progress.validation_before is None:
         progress.validation_before = _validate(run, progress)
     run.callbacks.on_start(
@@ -93,6 +97,8 @@ def _run(run: Run, progress: Progress) -> TrainReport:
     is_complete = False
     try:
         with StopRequest() as stop:
+            if run.recipe.run.preview_at_start and progress.step == 0:
+                _preview(run, progress)
             _train_steps(run, progress, stop)
             _finish(run, progress)
         is_complete = progress.step >= run.steps
@@ -103,25 +109,35 @@ def _run(run: Run, progress: Progress) -> TrainReport:
     return report
 
 
+def _announce_saves(run: Run, progress: Progress) -> None:
+    if not run.accelerator.is_main_process:
+        return
+    saves, folder = plan_saves(run, progress), run.recipe.run.output
+    run.callbacks.on_message(f"saves: {saves} in {folder}")
+    for warning in disk_warnings(saves, folder):
+        progress.warnings.append(warning)
+        run.callbacks.on_message(f"warning: {warning}")
+
+
 def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
     """Train until the last step, or until a stop is requested."""
     if progress.step >= run.steps:
         return
-    settings, accelerator = run.recipe.run, run.accelerator
-    batches_per_step = settings.accumulation * accelerator.num_processes
+    settings = run.recipe.run
     run.optimization.network.train()  # transformers checkpoints gradients in training mode only
     losses: list[Tensor] = []
+    clock = SaveClock(settings.save_every_minutes)
     started = time.perf_counter()
-    for batch in _batches(run, progress, batches_per_step):
+    for batch in _batches(run, progress):
         loss, grad_norm = train_batch(run, batch, step=progress.step)
         losses.append(loss)
         if grad_norm is None:
             continue  # the step needs more batches
         progress.step += 1
-        progress.position += batches_per_step
+        progress.position += run.batches_per_step
         if run.optimization.average is not None:
             run.optimization.average.update()
-        is_logged = _is_due(settings.log_every_steps, progress) or progress.step == run.steps
+        is_logged = progress.step % settings.log_every_steps == 0 or progress.step == run.steps
         norms = is_logged and _logs_norms(run, progress)
         info = step_info(run, progress.step, losses, grad_norm, started, norms=norms)
         progress.skipped_steps += not math.isfinite(info.grad_norm)
@@ -130,15 +146,17 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         progress.recent_losses.append(info.loss)
         if is_logged:
             run.callbacks.on_step(info)
-        if _stop_requested(accelerator, stop):
+        stops, saves = agreed(run.accelerator, stop=stop.requested, save=clock.is_due)
+        if stops:
             break
-        _between_steps(run, progress)
+        if _between_steps(run, progress, save_state=saves):
+            clock.restart()
         started = time.perf_counter()
 
 
-def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Batch]:
+def _batches(run: Run, progress: Progress) -> Iterable[Batch]:
     """Return the remaining batches of the run, shared among the processes."""
-    stop = progress.position + (run.steps - progress.step) * batches_per_step
+    stop = progress.position + (run.steps - progress.step) * run.batches_per_step
     workers = run.recipe.data.workers
     loader: DataLoader[Batch] = DataLoader(
         cast("Any", run.data.pictures),
@@ -152,33 +170,26 @@ def _batches(run: Run, progress: Progress, batches_per_step: int) -> Iterable[Ba
     return cast("Iterable[Batch]", run.accelerator.prepare(loader))
 
 
-def _stop_requested(accelerator: Accelerator, stop: StopRequest) -> bool:
-    if accelerator.num_processes == 1:
-        return stop.requested
-    if stop.requested:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())  # a signal to one process stops all after the same step
-
-
 def _logs_norms(run: Run, progress: Progress) -> bool:
     """Return whether to log the size of the change. The residual form has to move the frames for it."""
     is_cheap = run.recipe.model.form == "delta"
     return is_cheap or progress.step % RESIDUAL_NORM_STEPS == 0 or progress.step == run.steps
 
 
-def _is_due(every_steps: int | None, progress: Progress) -> bool:
-    return every_steps is not None and progress.step % every_steps == 0
-
-
-def _between_steps(run: Run, progress: Progress) -> None:
-    settings = run.recipe.run
-    is_last = progress.step == run.steps
-    if _is_due(settings.validate_every_steps, progress) and not is_last:
+def _between_steps(run: Run, progress: Progress, *, save_state: bool) -> bool:
+    """Validate, save and draw a preview if they are due; return whether a state was saved."""
+    due = partial(is_due, run, step=progress.step, position=progress.position)
+    is_last = progress.step == run.steps  # `_finish` validates and saves
+    saves = due("save") and not is_last
+    if due("validate") and not is_last:
         _validate(run, progress)
-    if _is_due(settings.save_every_steps, progress) and not is_last:
+    if saves:
         output.save_step(run, progress)
-    if _is_due(settings.preview_every_steps, progress):
+    elif save_state and not is_last:
+        output.save_state(run, progress)
+    if due("preview") or (is_last and previews_at_end(run.recipe.run)):
         _preview(run, progress)
+    return saves or save_state
 
 
 def _finish(run: Run, progress: Progress) -> None:

@@ -58,18 +58,17 @@ def _numbered(output: Path, name: str, ending: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def keep_last(output: Path, name: str, count: int) -> list[str]:
-    """Remove all but the newest `count` states and step files of the run `name`; return warnings.
+def keep_newest(paths: Sequence[Path], count: int) -> list[str]:
+    """Remove all but the last `count` of the paths, which are sorted from old to new; return warnings.
 
     Windows refuses to remove a file that another program has open. The next save tries again.
     """
     warnings: list[str] = []
-    for paths in (saved_states(output, name), step_files(output, name)):
-        for path in paths[:-count]:
-            try:
-                remove(path)
-            except OSError as error:
-                warnings.append(f"cannot remove the old save {path.name}: {error.strerror}")
+    for path in paths[:-count]:
+        try:
+            remove(path)
+        except OSError as error:
+            warnings.append(f"cannot remove the old save {path.name}: {error.strerror}")
     return warnings
 
 
@@ -142,22 +141,26 @@ def save_step(run: Run, progress: Progress) -> None:
     """Save the adapter and the state of this step."""
     settings = run.recipe.run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name, progress.step))
-    _save_state(run, progress, state_folder(settings.output, settings.name, progress.step))
+    save_state(run, progress)
+    if run.accelerator.is_main_process and settings.keep_last_adapters is not None:
+        adapters = step_files(settings.output, settings.name)
+        _warn(run, progress, keep_newest(adapters, settings.keep_last_adapters))
 
 
 def save_final(run: Run, progress: Progress) -> None:
     """Save the final adapter, and the state of the last step unless it exists."""
     settings = run.recipe.run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name))
-    folder = state_folder(settings.output, settings.name, progress.step)
-    if not folder.exists():
-        _save_state(run, progress, folder)
+    if not state_folder(settings.output, settings.name, progress.step).exists():
+        save_state(run, progress)
 
 
-def _save_state(run: Run, progress: Progress, folder: Path) -> None:
+def save_state(run: Run, progress: Progress) -> None:
+    """Save the state of this step and remove old states."""
     if not run.accelerator.is_main_process:
         return
     optimization, settings = run.optimization, run.recipe.run
+    folder = state_folder(settings.output, settings.name, progress.step)
     state.save_state(
         folder,
         run.state_header(progress),
@@ -167,7 +170,14 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
         extras=run.state_extras(),
     )
     progress.files.append(folder)
-    for warning in keep_last(settings.output, settings.name, settings.keep_last):
+    run.callbacks.on_state(progress.step, folder)
+    states = saved_states(settings.output, settings.name)
+    _warn(run, progress, keep_newest(states, settings.keep_last))
+
+
+def _warn(run: Run, progress: Progress, warnings: Sequence[str]) -> None:
+    """Show and keep warnings that were not shown before."""
+    for warning in warnings:
         if warning not in progress.warnings:
             progress.warnings.append(warning)
             run.callbacks.on_message(f"warning: {warning}")

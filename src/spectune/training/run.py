@@ -98,6 +98,11 @@ class Run:
     warnings: tuple[str, ...]  # from the setup
 
     @property
+    def batches_per_step(self) -> int:
+        """The batches of one optimizer step, on all processes."""
+        return self.recipe.run.accumulation * self.accelerator.num_processes
+
+    @property
     def replaced(self) -> Mapping[str, Tensor]:
         """The tensors that replace tensors of the base, by their names in a checkpoint."""
         conversion = self.objective.conversion

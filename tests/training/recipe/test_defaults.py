@@ -44,9 +44,12 @@ def test_a_base_of_the_size_of_sdxl_is_trained_in_16_bits(make_recipe: MakeRecip
     complete = with_defaults(recipe, "cpu")
     assert chosen(complete) == chosen(recipe)
     assert described_defaults(recipe, complete) == (
-        "run.precision = bf16, run.gradient_checkpointing = true, aspect buckets with sides of 512 to 2048 px"
+        "run.precision = bf16, run.gradient_checkpointing = true, run.save_every_minutes = 30, "
+        "aspect buckets with sides of 512 to 2048 px"
     )
     assert described_defaults(complete, complete) == ""
+    off = with_defaults(make_recipe(run={"save_every_minutes": 0}), "cpu")
+    assert off.run.save_every_minutes == 0
 
 
 @pytest.mark.usefixtures("large_base")

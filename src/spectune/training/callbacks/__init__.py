@@ -93,6 +93,9 @@ class Callbacks:
     def on_save(self, step: int, file: Path) -> None:
         """Handle an adapter file that was just written."""
 
+    def on_state(self, step: int, folder: Path) -> None:
+        """Handle a state that was just written."""
+
     def on_end(self, report: TrainReport) -> None:
         """Handle the end of a run. Also called after an interruption or an error."""
 
@@ -153,6 +156,10 @@ class CallbackList(Callbacks):
     def on_save(self, step: int, file: Path) -> None:
         for callback in self.callbacks:
             callback.on_save(step, file)
+
+    def on_state(self, step: int, folder: Path) -> None:
+        for callback in self.callbacks:
+            callback.on_state(step, folder)
 
     def on_end(self, report: TrainReport) -> None:
         for callback in self.callbacks:

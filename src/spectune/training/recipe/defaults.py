@@ -18,6 +18,8 @@ from spectune.training.recipe.sections.objective import ObjectiveSection
 
 Keys = dict[str, Any]
 
+SAVE_MINUTES = 30.0  # the most work that a crash of a full-size run may lose
+
 
 def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
     """Return the recipe with missing keys filled in from the base and the device.
@@ -43,6 +45,8 @@ def described_defaults(requested: Recipe, complete: Recipe) -> str:
         chosen.append(f"run.precision = {complete.run.precision}")
     if requested.run.gradient_checkpointing is None and complete.run.gradient_checkpointing:
         chosen.append("run.gradient_checkpointing = true")
+    if requested.run.save_every_minutes is None and complete.run.save_every_minutes:
+        chosen.append(f"run.save_every_minutes = {complete.run.save_every_minutes:g}")
     bucket = complete.data.bucket
     if requested.data.bucket.enabled is None and bucket.enabled:
         chosen.append(f"aspect buckets with sides of {bucket.min_px} to {bucket.max_px} px")
@@ -51,7 +55,12 @@ def described_defaults(requested: Recipe, complete: Recipe) -> str:
 
 def _missing(recipe: Recipe) -> bool:
     run = recipe.run
-    return None in (run.precision, run.gradient_checkpointing, recipe.data.bucket.enabled)
+    return None in (
+        run.precision,
+        run.gradient_checkpointing,
+        run.save_every_minutes,
+        recipe.data.bucket.enabled,
+    )
 
 
 def _objective(section: ObjectiveSection, base: WeightSource) -> Keys:
@@ -73,6 +82,7 @@ def _objective(section: ObjectiveSection, base: WeightSource) -> Keys:
 
 def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
     precision, checkpointing = recipe.run.precision, recipe.run.gradient_checkpointing
+    minutes = recipe.run.save_every_minutes
     if precision is None:
         precision = "fp32"
         if is_large:
@@ -81,6 +91,7 @@ def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
     return {
         "precision": precision,
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
+        "save_every_minutes": (SAVE_MINUTES if is_large else 0.0) if minutes is None else minutes,
     }
 
 

@@ -15,6 +15,10 @@ from spectune.training.recipe.sections.model import PartName
 Precision = Literal["fp32", "bf16", "fp16"]
 TrainedPrecision = Literal["fp32", "bf16"]
 Offloaded = Literal["text", "vae"]
+# The trackers of accelerate.
+Tracker = Literal[
+    "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"
+]
 
 _PORTS = {f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)}
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | _PORTS
@@ -135,19 +139,65 @@ class RunSection(Section):
     )
     seed: int = Field(default=1, ge=0, description="Seed of all random choices of the run.")
     save_every_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between saves. None: save at the end only."
+        default=None,
+        ge=1,
+        description="Optimizer steps between saves of the adapter and the state. The end is always saved.",
     )
-    keep_last: int = Field(default=3, ge=1, description="Number of states and step adapters to keep.")
+    save_every_epochs: int | None = Field(
+        default=None, ge=1, description="Epochs between saves, also in addition to `save_every_steps`."
+    )
+    save_every_minutes: float | None = Field(
+        default=None,
+        ge=0,
+        description="Save the state if the last save is this many minutes ago; 0 turns this off. "
+        "None: 30 for a base of SDXL's size, otherwise 0.",
+    )
+    keep_last: int = Field(
+        default=3, ge=1, description="Number of states to keep. A run resumes from the newest one."
+    )
+    keep_last_adapters: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of adapters to keep besides the final one. None: all of them.",
+    )
     validate_every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Optimizer steps between validations. None: validate before and after the training only.",
+        description="Optimizer steps between validations. Validation images are always evaluated before and "
+        "after the training.",
+    )
+    validate_every_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Epochs between validations, also in addition to `validate_every_steps`.",
     )
     validation_times: int = Field(
         default=4, ge=1, description="Number of noise levels for each validation image."
     )
+    preview: Path | None = Field(
+        default=None,
+        description="Prompts to draw as previews: a .txt file in the format of sd-scripts, .toml or .json. "
+        "It is read again before each preview. None: up to six captions of the validation images, or of the "
+        "training images.",
+    )
+    preview_sampler: str = Field(
+        default="euler",
+        description="Sampler of the previews, unless a prompt names one with `--ss`: `euler`, `euler_a`, "
+        "`ddim`, `dpmpp_2m`; for flow `euler`, `heun`.",
+    )
     preview_every_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between preview images. None: no previews."
+        default=None,
+        ge=1,
+        description="Optimizer steps between previews. If `preview` is set without an interval, one preview "
+        "is drawn at the end.",
+    )
+    preview_every_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Epochs between previews, also in addition to `preview_every_steps`.",
+    )
+    preview_at_start: bool = Field(
+        default=False, description="Draw a preview before the first step, in which nothing is trained yet."
     )
     log_every_steps: int = Field(
         default=1,
@@ -156,6 +206,11 @@ class RunSection(Section):
         "every 50 steps.",
     )
     tensorboard: bool = Field(default=True, description="Write TensorBoard logs.")
+    trackers: tuple[Tracker, ...] = Field(
+        default=(),
+        description="Programs that receive the log in addition to TensorBoard. Each needs its package; some "
+        "of them upload the log, the previews and the recipe.",
+    )
     resume: bool = Field(
         default=True, description="Resume from the newest state in `output`, if there is one."
     )

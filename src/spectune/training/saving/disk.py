@@ -1,0 +1,107 @@
+"""The disk space of the saves of a run, as far as it is known before the first step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from spectune.errors import counted
+from spectune.training.memory.optimizer_state import optimizer_bytes
+from spectune.training.run import Progress, Run
+from spectune.training.saving.intervals import is_due
+
+_FLOAT32 = 4  # bytes; adapters hold trained and replaced tensors in float32
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """The saves that a run keeps, and the bytes of each."""
+
+    adapters: int
+    adapter_bytes: int
+    states: int
+    state_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all saves together."""
+        return self.adapters * self.adapter_bytes + self.states * self.state_bytes
+
+    def __str__(self) -> str:
+        states = counted(self.states, "state")
+        return (
+            f"{counted(self.adapters, 'adapter')} of {_size(self.adapter_bytes)} and "
+            f"{'up to ' if self.states > 1 else ''}{states} of {_size(self.state_bytes)}, "
+            f"together {_size(self.nbytes)}"
+        )
+
+
+def plan_saves(run: Run, progress: Progress) -> SavePlan:
+    """Return the saves from here to the end of the run, with the final ones."""
+    settings = run.recipe.run
+    saves = sum(
+        is_due(
+            run,
+            "save",
+            step=progress.step + number,
+            position=progress.position + number * run.batches_per_step,
+        )
+        for number in range(1, run.steps - progress.step)
+    )
+    adapters = saves if settings.keep_last_adapters is None else min(saves, settings.keep_last_adapters)
+    by_clock = settings.keep_last if settings.save_every_minutes else 0
+    return SavePlan(
+        adapters=adapters + 1,
+        adapter_bytes=_adapter_bytes(run),
+        # a new state is complete before the oldest one is removed
+        states=min(max(saves, by_clock) + 1, settings.keep_last + 1),
+        state_bytes=_state_bytes(run),
+    )
+
+
+def disk_warnings(plan: SavePlan, output: Path) -> list[str]:
+    """Return a warning if the disk of the output folder does not hold the saves."""
+    folder = next(path for path in (output, *output.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if plan.nbytes <= free:
+        return []
+    return [
+        f"the saves need {_size(plan.nbytes)}, but the disk of {output} has {_size(free)} free: save less "
+        "often, or set run.keep_last_adapters"
+    ]
+
+
+def _adapter_bytes(run: Run) -> int:
+    trained = run.optimization.parameters.values()
+    return _frame_bytes(run) + _FLOAT32 * (_numel(trained) + _numel(run.replaced.values()))
+
+
+def _state_bytes(run: Run) -> int:
+    trained = list(run.optimization.parameters.values())
+    frames = _frame_bytes(run) if run.recipe.model.rank is not None else 0
+    average = 0 if run.optimization.average is None else _nbytes(run.optimization.average.average.values())
+    optimizer = optimizer_bytes(
+        run.recipe.optimizer.name, trained, from_zero=run.recipe.model.form == "delta"
+    )
+    return _nbytes(trained) + optimizer + frames + average + _nbytes(run.replaced.values())
+
+
+def _frame_bytes(run: Run) -> int:
+    layers = run.model.injection.layers.values()
+    return _nbytes(tensor for layer in layers for tensor in (layer.frame_down, layer.frame_up))
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
