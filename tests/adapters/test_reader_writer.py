@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lycoris.functional.locon import diff_weight, weight_gen
 from lycoris.modules.locon import LoConModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -245,8 +246,17 @@ def test_adapters_for_other_models_are_recognized(
     assert hint in error.hint
 
 
-@pytest.mark.parametrize("suffix", ["lora_mid.weight", "dora_scale", "hada_w1_a", "diff"])
-def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "way"),
+    [
+        ("dora_scale", "extract a LoRA: `spectune export MODEL MERGED`"),
+        ("hada_w1_a", "extract a LoRA: `spectune export MODEL MERGED`"),
+        ("diff_b", "`spectune convert --drop PATTERN` removes keys"),
+    ],
+)
+def test_other_kinds_of_adapter(
+    suffix: str, way: str, adapter: Adapter, catalogue: Catalogue, tmp_path: Path
+) -> None:
     stem = catalogue.layers[0].kohya
     tensors = saved(tmp_path / "a.safetensors", adapter, catalogue) | {f"{stem}.{suffix}": torch.zeros(1)}
     error = message(tmp_path / "b.safetensors", tensors, catalogue)
@@ -254,7 +264,42 @@ def test_other_kinds_of_adapter(suffix: str, adapter: Adapter, catalogue: Catalo
         f"b.safetensors has 1 key other than factors: {stem}.{suffix}; expected lora_down"
     )
     assert error.hint is not None
-    assert "`spectune convert --drop PATTERN` removes keys" in error.hint
+    assert error.hint.endswith(way)
+    assert ("--drop" in error.hint) == (suffix == "diff_b")  # a drop would give another adapter
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_the_tucker_form_is_joined_to_two_factors(
+    has_base: bool, catalogue: Catalogue, tmp_path: Path
+) -> None:
+    layer = catalogue.by_name["unet.middle_block.0.in_layers.2"]
+    down, up, mid = weight_gen(torch.empty(layer.shape), 4)
+    torch.nn.init.normal_(up)
+    tensors = {
+        "lora_down.weight": down,
+        "lora_up.weight": up,
+        "lora_mid.weight": mid,
+        "alpha": torch.tensor(2.0),
+    }
+    save_file({f"{layer.kohya}.{suffix}": t for suffix, t in tensors.items()}, tmp_path / "a.safetensors")
+    with open_adapter(tmp_path / "a.safetensors", catalogue if has_base else None) as opened:
+        one = opened.layers[layer.name]
+        assert isinstance(one, LowRank)
+        assert (one.rank, one.alpha, opened.dtype(layer.name)) == (4, 2.0, torch.float32)
+        expected = diff_weight(down, up, mid, gamma=2.0 / 4)
+        actual = (one.up.flatten(1) @ one.down.flatten(1) * one.scale).reshape(layer.shape)
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_rank_zero_is_named(catalogue: Catalogue, tmp_path: Path) -> None:
+    layer = catalogue.layers[0]
+    n_out, n_in = layer.out_features, layer.in_features
+    tensors = {
+        f"{layer.kohya}.lora_down.weight": torch.empty(0, n_in),
+        f"{layer.kohya}.lora_up.weight": torch.empty(n_out, 0),
+    }
+    error = message(tmp_path / "b.safetensors", tensors, catalogue)
+    assert error.what == f"{layer.name} of b.safetensors has rank 0: it changes nothing"
 
 
 def test_half_a_pair(adapter: Adapter, catalogue: Catalogue, tmp_path: Path) -> None:

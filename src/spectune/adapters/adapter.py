@@ -17,6 +17,7 @@ from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+MID = "lora_mid.weight"  # LoCon with use_tucker: the kernel of a convolution, (rank, rank, kh, kw)
 FRAME_DOWN, FRAME_UP = "frame_down.weight", "frame_up.weight"
 DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
 LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)

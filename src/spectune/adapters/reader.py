@@ -20,6 +20,7 @@ from spectune.adapters.adapter import (
     FRAME_DOWN,
     FRAME_UP,
     LOW_RANK_SUFFIXES,
+    MID,
     REPLACED,
     UP,
     Adapter,
@@ -39,6 +40,13 @@ from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
 _KINDS = "spectune reads adapters whose layers are products of two factors: LoRA, LyCORIS locon"
+_MERGE = (
+    f"{_KINDS}; merge this one into a checkpoint with the program that made it, then extract a LoRA: "
+    "`spectune export MODEL MERGED`"
+)
+# Keys without which a layer does something else, unlike differences of biases and norms. The first two are
+# the magnitudes of DoRA in LyCORIS and PEFT.
+ESSENTIAL = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "oft_", "lora_mid", "on_input")
 LARGEST_ALPHA = 1e6  # far above any intended scale
 _DROP = "; `spectune convert --drop PATTERN` removes keys"
 
@@ -124,7 +132,7 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
             f"{source.label} has {counted(len(table.unexpected), 'key')} other than factors: "
             f"{some_of(table.unexpected)}; "
             f"expected {', '.join(expected)}",
-            hint=_KINDS + _DROP,
+            hint=_MERGE if any(map(is_essential, table.unexpected)) else _KINDS + _DROP,
         )
     if table.duplicates:
         one, other = table.duplicates[0]
@@ -134,7 +142,8 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
         )
     expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
     for name, suffixes in table.keys.items():
-        unexpected = sorted(set(suffixes) - set(expected))
+        optional = () if table.tuned else (MID,)
+        unexpected = sorted(set(suffixes) - {*expected, *optional})
         if unexpected:
             raise InputError(
                 f"{name} of {source.label} has `{unexpected[0]}`: expected {', '.join(expected)}", hint=_KINDS
@@ -142,6 +151,11 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
         missing = [suffix for suffix in expected if suffix != ALPHA and suffix not in suffixes]
         if missing:
             raise InputError(f"{name} of {source.label} has no `{missing[0]}`", hint="the file is incomplete")
+
+
+def is_essential(key: str) -> bool:
+    """Return whether a layer does something else without this key of it."""
+    return any(f".{word}" in key for word in ESSENTIAL)
 
 
 def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
@@ -211,7 +225,9 @@ class _Reader:
         return shape[0] if shape else 0
 
     def dtype(self, layer: Layer) -> torch.dtype:
-        """Return a dtype wide enough for both factors."""
+        """Return a dtype wide enough for both factors; float32 if they are computed from three."""
+        if MID in self.table.keys[layer.name]:
+            return torch.float32
         suffixes = (DELTA_DOWN, DELTA_UP) if self.table.tuned else (DOWN, UP)
         dtypes = [self.source.tensors[self.key(layer, suffix)].dtype for suffix in suffixes]
         for dtype in dtypes:
@@ -226,12 +242,19 @@ class _Reader:
     def check(self, layer: Layer) -> None:
         """Raise InputError unless all factors fit the layer; axes of 1x1 kernels are optional."""
         rank = self.rank(layer)
+        if rank == 0:
+            raise InputError(
+                f"{layer.name} of {self.source.label} has rank 0: it changes nothing",
+                hint="the file was saved without values for this layer" + _DROP,
+            )
         down, up = layer.factor_shapes(rank)
         pairs = ((FRAME_DOWN, FRAME_UP), (DELTA_DOWN, DELTA_UP)) if self.table.tuned else ((DOWN, UP),)
         fitting = {suffix: shape for pair in pairs for suffix, shape in zip(pair, (down, up), strict=True)}
+        if MID in self.table.keys[layer.name]:
+            fitting |= {DOWN: (*down[:2], 1, 1), MID: (rank, rank, *down[2:])}
         for suffix, expected in fitting.items():
             shape = self.shape(layer, suffix)
-            if rank == 0 or len(shape) not in (2, 4) or 0 in shape or squeezed(shape) != squeezed(expected):
+            if len(shape) not in (2, 4) or 0 in shape or squeezed(shape) != squeezed(expected):
                 self._misfit(layer, suffix, expected)
         if ALPHA in self.table.keys[layer.name] and math.prod(self.shape(layer, ALPHA)) != 1:
             self._misfit(layer, ALPHA, ())
@@ -257,7 +280,14 @@ class _Reader:
         return alpha
 
     def low_rank(self, layer: Layer) -> LowRank:
-        return self._pair(layer, DOWN, UP)
+        if MID not in self.table.keys[layer.name]:
+            return self._pair(layer, DOWN, UP)
+        alpha = self.stored_alpha(layer)
+        rank = self.rank(layer)
+        down, mid, up = (self._load(layer, suffix).float() for suffix in (DOWN, MID, UP))
+        # LyCORIS's Tucker form: W[o,i,h,w] = sum_mn up[o,m] mid[m,n,h,w] down[n,i]. Joined to two factors.
+        joined = torch.einsum("mnhw,ni->mihw", mid, down.flatten(1))
+        return LowRank(joined, up.reshape(-1, rank, 1, 1), float(rank) if alpha is None else alpha)
 
     def delta(self, layer: Layer) -> Delta:
         change = self._pair(layer, DELTA_DOWN, DELTA_UP)
@@ -304,5 +334,8 @@ def _catalogue_from_factors(source: Checkpoint, table: KeyTable) -> Catalogue:
     for name, (part, module) in _sdxl_modules().items():
         if name in table.keys:
             down, up = (source.tensors[table.keys[name][suffix]].shape for suffix in suffixes)
-            layers.append(layer_of(part, module, (up[0] if up else 0, *down[1:]), SDXL.unet))
+            mid = table.keys[name].get(MID)
+            kernel = () if mid is None else source.tensors[mid].shape[2:]
+            inputs = down[1:] if mid is None else (*down[1:2], *kernel)
+            layers.append(layer_of(part, module, (up[0] if up else 0, *inputs), SDXL.unet))
     return Catalogue(tuple(layers), SDXL.unet)

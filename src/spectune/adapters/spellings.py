@@ -14,6 +14,7 @@ from spectune.adapters.adapter import (
     FRAME_DOWN,
     FRAME_UP,
     LOW_RANK_SUFFIXES,
+    MID,
     REPLACED,
     UP,
 )
@@ -47,7 +48,7 @@ _PEFT_SUFFIXES: Mapping[str, str] = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 # All spellings of suffixes, and the kohya suffix of each. PEFT can add the name of the adapter ("default");
 # the last four are from diffusers before it used PEFT.
 _SUFFIXES: Mapping[str, str] = {
-    **{suffix: suffix for suffix in (*LOW_RANK_SUFFIXES, FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP)},
+    **{suffix: suffix for suffix in (*LOW_RANK_SUFFIXES, MID, FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP)},
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,
     "lora_A.default.weight": DOWN,

@@ -12,7 +12,7 @@ import torch
 
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.alphas import scale_problems
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.reader import is_essential, open_adapter
 from spectune.adapters.spellings import Spelling, parse_spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter, save_tuned
 from spectune.checkpoints.open import open_checkpoint, open_writer
@@ -26,7 +26,7 @@ from spectune.core.lora import (
 )
 from spectune.core.low_rank import LowRank
 from spectune.core.rounding import rounded
-from spectune.errors import InputError
+from spectune.errors import InputError, counted, some_of
 from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import spectune_version
@@ -133,8 +133,19 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
             run_pipeline(layers, work, take, size=lambda layer: ranks[layer.name] * sum(_sides(layer)) * 16)
             report_progress(progress, len(layers), len(layers), "")
         with open_checkpoint(out) as made:
-            warnings = (*opened.warnings, *scale_problems(made))
+            warnings = (*opened.warnings, *scale_problems(made), *_changes(dropped))
     return ConvertReport(out, writer.hash, tuple(reports), dropped, len(layers), warnings)
+
+
+def _changes(dropped: Sequence[str]) -> tuple[str, ...]:
+    """Return a warning if a dropped key was a part of what its layer does."""
+    essential = [key for key in dropped if is_essential(key)]
+    if not essential:
+        return ()
+    return (
+        f"{counted(len(essential), 'dropped key')} took part in the change of a layer: {some_of(essential)}. "
+        "The new file is another adapter, not the same one with fewer keys",
+    )
 
 
 def _open_original(
