@@ -90,6 +90,20 @@ def test_a_closed_terminal_saves(
     assert (tmp_path / "out" / "t-step00000002.state" / state.STATE).is_file()
 
 
+def test_a_second_ctrl_c_saves_nothing_and_damages_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    class TwoSignals(Callbacks):
+        def on_step(self, info: StepInfo) -> None:
+            if info.step == 2:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    recipe = make_recipe(run={"save_every_steps": 1})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, callbacks=[TwoSignals()])
+    assert [path.name for path in output.saved_states(tmp_path / "out", "t")] == ["t-step00000001.state"]
+    assert train(recipe).first_step == 1
+
+
 SPAWNED = """
 import multiprocessing, os, signal, sys, threading
 from pathlib import Path

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,10 +17,15 @@ _CLOSED = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasa
 
 
 class StopRequest:
-    """A context in which the first signal only sets `requested`; a second SIGINT stops at once."""
+    """A context in which the first signal only sets `requested`; a second SIGINT stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        announce: Called with what the first signal does.
+    """
+
+    def __init__(self, announce: Callable[[str], None] = lambda text: None) -> None:
         self.requested = False
+        self._announce = announce
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,9 +44,14 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        is_first, self.requested = not self.requested, True
         if number in _CLOSED:
             _drop_output()
+        elif is_first:
+            again = "; press again to stop without saving" if number == signal.SIGINT else ""
+            # In a thread of its own: the signal may have interrupted a write to the same stream.
+            text = f"saving after this step{again}"
+            threading.Thread(target=self._announce, args=[text], name="announce", daemon=True).start()
 
 
 def _drop_output() -> None:

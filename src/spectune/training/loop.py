@@ -17,15 +17,17 @@ from torch.utils.data import DataLoader
 
 from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
-from spectune.training import output, state
-from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport
+from spectune.training import output
+from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport, WarningLog
 from spectune.training.callbacks.tensorboard import TensorBoardLog
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.run import Progress, Run
+from spectune.training.resume.divergence import NotFinite, divergence_hint, sound_states
+from spectune.training.resume.newest import fallback_warnings, load_newest, save_after_error, set_aside
+from spectune.training.run import RECENT_STEPS, Progress, Run
 from spectune.training.saving.disk import disk_warnings, plan_saves
 from spectune.training.saving.intervals import SaveClock, agreed, is_due, previews_at_end
 from spectune.training.setup import assemble, restore
@@ -66,12 +68,16 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     )
     if chosen := described_defaults(requested, recipe):
         main_callbacks.on_message(f"chosen for a base of SDXL's size: {chosen}")
-    saved = None if claim.resumed is None else state.load_state(claim.resumed)
+    saved, damaged = load_newest(claim.states)
+    warnings = WarningLog(main_callbacks)
+    warnings.add(fallback_warnings(damaged, saved))
     run = assemble(recipe, accelerator, main_callbacks, saved)
     progress = Progress() if saved is None else restore(run, saved)
+    progress.warnings = warnings.entries + progress.warnings
     accelerator.wait_for_everyone()  # every process must read the folder before it changes
     if accelerator.is_main_process:
         output.prepare_output(recipe, claim)
+        set_aside([folder for folder in claim.states if saved and folder > saved.folder])
     return _run(run, progress)
 
 
@@ -96,12 +102,18 @@ def _run(run: Run, progress: Progress) -> TrainReport:
     )
     is_complete = False
     try:
-        with StopRequest() as stop:
+        with StopRequest(run.callbacks.on_message) as stop:
             if run.recipe.run.preview_at_start and progress.step == 0:
                 _preview(run, progress)
             _train_steps(run, progress, stop)
             _finish(run, progress)
         is_complete = progress.step >= run.steps
+    except NotFinite as error:
+        error.hint = _divergence_hint(run, progress)
+        raise
+    except Exception:
+        save_after_error(run, progress)
+        raise
     finally:
         # also after an error: the progress bar must release the terminal
         report = _report(run, progress, interrupted=not is_complete)
@@ -119,6 +131,12 @@ def _announce_saves(run: Run, progress: Progress) -> None:
         run.callbacks.on_message(f"warning: {warning}")
 
 
+def _divergence_hint(run: Run, progress: Progress) -> str:
+    states = output.saved_states(run.recipe.run.output, run.recipe.run.name)
+    sound = sound_states(states, progress.losses, progress.step)
+    return divergence_hint(run.recipe, states, sound)
+
+
 def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
     """Train until the last step, or until a stop is requested."""
     if progress.step >= run.steps:
@@ -129,7 +147,7 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
     clock = SaveClock(settings.save_every_minutes)
     started = time.perf_counter()
     for batch in _batches(run, progress):
-        loss, grad_norm = train_batch(run, batch, step=progress.step)
+        loss, grad_norm = train_batch(run, batch, progress)
         losses.append(loss)
         if grad_norm is None:
             continue  # the step needs more batches
@@ -140,17 +158,21 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         is_logged = progress.step % settings.log_every_steps == 0 or progress.step == run.steps
         norms = is_logged and _logs_norms(run, progress)
         info = step_info(run, progress.step, losses, grad_norm, started, norms=norms)
+        progress.in_step = False
         progress.skipped_steps += not math.isfinite(info.grad_norm)
         losses = []
         progress.seconds += info.seconds
-        progress.recent_losses.append(info.loss)
+        progress.losses[info.step] = info.loss
         if is_logged:
             run.callbacks.on_step(info)
         stops, saves = agreed(run.accelerator, stop=stop.requested, save=clock.is_due)
+        if not stops:
+            if _between_steps(run, progress, save_state=saves):
+                clock.restart()
+            # during a save, a validation or a preview
+            stops, _ = agreed(run.accelerator, stop=stop.requested, save=False)
         if stops:
             break
-        if _between_steps(run, progress, save_state=saves):
-            clock.restart()
         started = time.perf_counter()
 
 
@@ -244,7 +266,7 @@ def _preview(run: Run, progress: Progress) -> None:
 
 
 def _report(run: Run, progress: Progress, *, interrupted: bool) -> TrainReport:
-    recent = progress.recent_losses
+    recent = list(progress.losses.values())[-RECENT_STEPS:]
     if progress.skipped_steps:
         progress.warnings.append(
             f"{counted(progress.skipped_steps, 'step')} of {progress.step - progress.first_step} changed "

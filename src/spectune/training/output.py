@@ -13,11 +13,12 @@ import torch
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.writer import save_tuned
 from spectune.core.delta import Delta
-from spectune.errors import InputError, SpectuneError, counted, some_of
+from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import NoiseSchedule, Role
 from spectune.model.prediction import Flow
 from spectune.training import state
 from spectune.training.recipe.recipe import Recipe
+from spectune.training.resume.divergence import NotFinite
 from spectune.training.run import Progress, Run
 
 # ---------------------------------------------------------------- names
@@ -87,7 +88,7 @@ def remove(path: Path) -> None:
 class Claim:
     """The decision about earlier results in the output folder."""
 
-    resumed: Path | None = None  # the state to resume from
+    states: tuple[Path, ...] = ()  # to resume from the newest complete one, oldest first
     replaced: tuple[Path, ...] = ()  # results to remove before the run
 
 
@@ -103,7 +104,7 @@ def claim_output(recipe: Recipe, *, force: bool) -> Claim:
     _check_inputs_stay(recipe, existing)
     states = saved_states(output, name)
     if states and recipe.run.resume:
-        return Claim(resumed=states[-1])
+        return Claim(states=tuple(states))
     if existing and not force:
         raise InputError(
             f"{output} already holds {counted(len(existing), 'result')} of a run named {name}, such as "
@@ -151,8 +152,15 @@ def save_final(run: Run, progress: Progress) -> None:
     """Save the final adapter, and the state of the last step unless it exists."""
     settings = run.recipe.run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name))
-    if not state_folder(settings.output, settings.name, progress.step).exists():
+    if not has_saved(run, progress):
         save_state(run, progress)
+
+
+def has_saved(run: Run, progress: Progress) -> bool:
+    """Return whether the state of this step was saved by this run, or is the one that it resumed from."""
+    folder = state_folder(run.recipe.run.output, run.recipe.run.name, progress.step)
+    is_resumed = progress.step == progress.first_step and folder.exists()
+    return is_resumed or folder in progress.files
 
 
 def save_state(run: Run, progress: Progress) -> None:
@@ -223,8 +231,7 @@ def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:
         if not bool(torch.isfinite(delta.down).all() and torch.isfinite(delta.up).all())
     ]
     if broken:
-        raise SpectuneError(
+        raise NotFinite(
             f"after step {step}, the trained changes of {counted(len(broken), 'layer')} are not finite: "
             f"{some_of(broken)}; the adapter was not saved",
-            hint="lower the learning rate; the run can resume from its last state",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -152,6 +151,7 @@ class Run:
             data_hash=self.data.hash,
             validation_before=progress.validation_before,
             optimizer_package=state.package_of(self.recipe.optimizer.name),
+            changes=progress.changes,
         )
 
     def state_extras(self) -> dict[str, Any]:
@@ -178,8 +178,10 @@ class Progress:
     first_step: int = 0  # finished steps when this process started, above 0 after a resume
     validation_before: float | None = None
     validation_after: float | None = None
-    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    losses: dict[int, float] = field(default_factory=dict[int, float])  # of each step of this process
     seconds: float = 0.0  # spent in steps
+    changes: tuple[Mapping[str, Any], ...] = ()  # of the recipe, at each resume
+    in_step: bool = False  # the weights are between two steps, or broken: they must not be saved
     skipped_steps: int = 0  # because gradients overflowed in fp16, since this process started
     files: list[Path] = field(default_factory=list[Path])
     warnings: list[str] = field(default_factory=list[str])  # from resuming

@@ -47,6 +47,13 @@ from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
 from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
+from spectune.training.resume.changes import (
+    changes_since,
+    check_continues,
+    check_recipe,
+    described,
+    recorded,
+)
 from spectune.training.run import Optimization, Progress, Run, RunData, RunModel
 from spectune.training.trainable_model import (
     SavedFrames,
@@ -74,7 +81,7 @@ def assemble(
     warnings.add(model_warnings(recipe))
     recipe = with_defaults(recipe, accelerator.device)
     if saved is not None:
-        state.check_recipe(saved, recipe.model_dump(mode="json"))
+        check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = _find_images(recipe, warnings)
     device = accelerator.device
     trainable = _build_model(recipe, device, saved, callbacks)
@@ -112,9 +119,12 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         InputError: The state belongs to another run.
     """
     warnings = WarningLog(run.callbacks)
-    warnings.add(state.check_continues(saved, run.state_header(Progress())))
+    now = run.state_header(Progress())
+    warnings.add(check_continues(saved, now))
     optimization, conversion = run.optimization, run.objective.conversion
     saved.restore(optimization.parameters, optimization.optimizer)
+    for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
+        group["lr"] = rate  # of this recipe; the state has the rate of the saved one
     if conversion is not None and "replaced" in saved.extras:
         conversion.swapped.put(run.model.sdxl, saved.extras["replaced"])
     if optimization.average is not None:
@@ -125,11 +135,15 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         optimization.scaler.load_state_dict(saved.extras["scaler"])
     header = saved.header
     run.callbacks.on_message(f"resuming after step {header.step} from {saved.folder.name}")
+    changes = changes_since(saved, now)
+    for line in described(changes, saved, now):
+        run.callbacks.on_message(line)
     return Progress(
         step=header.step,
         position=header.position,
         first_step=header.step,
         validation_before=header.validation_before,
+        changes=(*header.changes, *recorded(changes, header.step)),
         warnings=warnings.entries,
     )
 

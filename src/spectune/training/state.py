@@ -6,17 +6,19 @@ A state is a folder `{name}-step{:08d}.state`:
     optimizer.safetensors   the tensors of the optimizer's state
     frames.safetensors      the frames, if the run computed them: another machine would round differently
     extras.safetensors      moving average, learned weighting with its optimizer, replaced tensors, if any
-    state.json              everything else: step, position in the data, recipe, structure of the optimizer
+    state.json              everything else: step, position in the data, recipe, structure of the optimizer,
+                            and the SHA-256 of the files above and of itself
 
 The states of random generators are not saved: every random choice is derived from the seed and the position.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,12 +33,12 @@ from torch.optim import Optimizer
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError, counted
 from spectune.files.rename import rename
-from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS
 
-FORMAT = 4  # 2: a group for each part, frames; 3: extras; 4: kinds of frames, conversions to flow
+FORMAT = 5  # 3: extras; 4: kinds of frames, conversions to flow; 5: checksums, changes of the recipe
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
+_CHECKSUM = "sha256"  # key of state.json: the hash of the rest of it
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class StateHeader:
     data_hash: str  # of the images, captions and sizes
     validation_before: float | None
     optimizer_package: str
+    changes: tuple[Mapping[str, Any], ...] = ()  # of the recipe, at each resume: step, key, before, after
     format: int = FORMAT
+
+
+class DamagedState(InputError):
+    """A file of a state is missing or is not the one that was saved. An older state may be complete."""
 
 
 # ---------------------------------------------------------------- nested values as JSON and tensors
@@ -135,6 +142,8 @@ def save_state(
             "optimizer": structure,
             "extras": extra_structure,
         }
+        document["files"] = {file.name: _file_hash(file) for file in sorted(partial.iterdir())}
+        document[_CHECKSUM] = _text_hash(json.dumps(document))
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
         for file in partial.iterdir():
             with file.open("rb+") as written:
@@ -144,6 +153,15 @@ def save_state(
         rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _frame_tensors(frames: Mapping[str, LowRank]) -> dict[str, Tensor]:
@@ -194,7 +212,7 @@ class SavedState:
             count = counted(len(differing), "trained tensor")
             raise InputError(
                 f"{self.folder.name} and this run differ in {count}, first {differing[0]}",
-                hint=_NEW_RUN_HINT,
+                hint=NEW_RUN_HINT,
             )
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -203,7 +221,7 @@ class SavedState:
         _restore_dtypes(optimizer, self.optimizer["state"])
 
 
-_NEW_RUN_HINT = "undo the change, or start a new run: set run.resume = false and another run.output"
+NEW_RUN_HINT = "undo the change, or start a new run: set run.resume = false and another run.output"
 
 
 def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
@@ -224,14 +242,17 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(folder: Path) -> SavedState:
-    """Read a state; raise InputError if a file is missing or damaged, or its format is not FORMAT."""
+    """Read a state.
+
+    Raises:
+        DamagedState: A file is missing, unreadable, or differs from its checksum.
+        InputError: The format is not FORMAT, or state.json was edited.
+    """
+    document = _load_document(folder)
     try:
-        document = cast("dict[str, Any]", json.loads((folder / STATE).read_text(encoding="utf-8")))
-        if document.get("format") != FORMAT:
-            raise InputError(
-                f"{folder} has state format {document.get('format')}, but this version reads {FORMAT}",
-                hint=_NEW_RUN_HINT,
-            )
+        for name, expected in document.pop("files").items():
+            if _file_hash(folder / name) != expected:
+                raise DamagedState(f"{folder} is damaged: {name} differs from its checksum")
         trained = _load(folder / TRAINED)
         tensors = _load(folder / OPTIMIZER)
         structure = unflatten(document.pop("optimizer"), tensors)
@@ -239,6 +260,7 @@ def load_state(folder: Path) -> SavedState:
         order = document.pop("trained")
         layers = dict.fromkeys(name.rpartition(".")[0] for name in order)
         frames = _frames_of(_load(folder / FRAMES), layers) if (folder / FRAMES).exists() else None
+        document["changes"] = tuple(document["changes"])
         return SavedState(
             folder,
             StateHeader(**document),
@@ -248,114 +270,36 @@ def load_state(folder: Path) -> SavedState:
             extras,
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _load_document(folder: Path) -> dict[str, Any]:
+    """Return the content of state.json without its checksum, which must be right."""
+    try:
+        document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"{STATE} is not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, error) from error
+    content = cast("dict[str, Any]", document)
+    if content.get("format") != FORMAT:
         raise InputError(
-            f"{folder} is not a complete training state: {error}",
-            hint="remove the folder: the run then resumes from the previous state",
-        ) from error
-
-
-def check_recipe(state: SavedState, recipe: Mapping[str, Any]) -> None:
-    """Raise InputError if a key that must not change differs from the recipe of `state`."""
-    _refuse(
-        state,
-        [
-            f"{key} was {before!r} and is now {after!r}"
-            for key, before, after in _differences(state.header.recipe, recipe)
-            if key not in FREE
-        ],
-    )
-
-
-def check_continues(state: SavedState, now: StateHeader) -> list[str]:
-    """Return warnings about changes since `state` was saved.
-
-    Raises:
-        InputError: The base, the frames, the optimizer package or a recipe key that must not change differs.
-    """
-    check_recipe(state, now.recipe)
-    saved = state.header
-    changed: list[str] = []
-    if saved.base_hash != now.base_hash:
-        changed.append(f"base was {short_hash(saved.base_hash)} and is now {short_hash(now.base_hash)}")
-    if saved.frame_hash != now.frame_hash:
-        changed.append(f"frames were {saved.frame_hash[:12]} and are now {now.frame_hash[:12]}")
-    if saved.optimizer_package != now.optimizer_package:
-        changed.append(f"optimizer was {saved.optimizer_package} and is now {now.optimizer_package}")
-    _refuse(state, changed)
-    warnings: list[str] = []
-    schedule = now.recipe.get("optimizer", {}).get("schedule", "constant")
-    if saved.steps != now.steps and schedule != "constant":
-        warnings.append(
-            f"the run had {counted(saved.steps, 'step')} and now has {now.steps}: its {schedule} schedule "
-            "covers the new length, so the learning rate jumps"
+            f"{folder} has state format {content.get('format')!r}, but this version reads {FORMAT}",
+            hint="continue the run with the version of spectune that saved it, or start a new run: "
+            "set run.resume = false and another run.output",
         )
-    if saved.data_hash != now.data_hash:
-        warnings.append(
-            f"images or captions changed since {state.folder.name}: their order changes from here on"
-        )
-    return warnings
-
-
-def _refuse(state: SavedState, changed: Sequence[str]) -> None:
-    if changed:
+    expected = content.pop(_CHECKSUM, None)
+    if _text_hash(json.dumps(content)) != expected:
         raise InputError(
-            f"{state.folder.name} belongs to another run: {'; '.join(changed[:3])}", hint=_NEW_RUN_HINT
+            f"{folder / STATE} was changed after it was saved: it differs from its checksum",
+            hint=f"undo the change, or remove the folder {folder.name}: "
+            "the run then resumes from the previous state",
         )
+    return content
 
 
-# Recipe keys that may change when a run resumes.
-FREE = frozenset(
-    {
-        "model.base",  # files may move: their hashes identify them
-        "model.residual",
-        "model.principal",
-        "data.folders",
-        "data.cache_folder",
-        "data.workers",
-        "data.validation_folder",
-        "run.output",
-        "run.steps",
-        "run.epochs",
-        "run.save_every_steps",
-        "run.save_every_epochs",
-        "run.save_every_minutes",
-        "run.keep_last",
-        "run.keep_last_adapters",
-        "run.validate_every_steps",
-        "run.validate_every_epochs",
-        "run.validation_times",
-        "run.preview",
-        "run.preview_sampler",
-        "run.preview_every_steps",
-        "run.preview_every_epochs",
-        "run.preview_at_start",
-        "run.log_every_steps",
-        "run.device",
-        "run.gradient_checkpointing",
-        "run.compile",
-        "run.offload",
-        "run.stream",
-        "run.tensorboard",
-        "run.trackers",
-        "run.resume",
-    }
-)
-
-
-Difference = tuple[str, Any, Any]  # key, before, after
-
-
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    differences: list[Difference] = []
-    for key in sorted(was.keys() | now.keys()):
-        before, after = was.get(key), now.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            differences += _differences(
-                cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", after), f"{prefix}{key}."
-            )
-        elif before != after:
-            differences.append((prefix + key, before, after))
-    return differences
+def _damaged(folder: Path, error: Exception) -> DamagedState:
+    return DamagedState(f"{folder} is not a complete training state: {error}")
 
 
 def package_of(optimizer: str) -> str:

@@ -17,16 +17,17 @@ from spectune.training.callbacks import StepInfo
 from spectune.training.data.dataset import Batch
 from spectune.training.optim.groups import learning_rates, step_sizes
 from spectune.training.optim.schedules import rate_factor
-from spectune.training.run import Run
+from spectune.training.resume.divergence import NotFinite
+from spectune.training.run import Progress, Run
 from spectune.training.seeds import derived_seed
 
 
-def train_batch(run: Run, batch: Batch, *, step: int) -> tuple[Tensor, Tensor | None]:
+def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradient of one batch; step the optimizer after the last batch of a step.
 
-    `step` is the number of finished steps. Returns the loss and, after the last batch, the gradient norm.
+    Returns the loss and, after the last batch, the gradient norm. `progress.in_step` is then set.
     """
-    accelerator, optimization = run.accelerator, run.optimization
+    accelerator, optimization, step = run.accelerator, run.optimization, progress.step
     # Dropout uses the global generator. It must depend on the position only, so that a run can resume.
     seed = run.recipe.run.seed
     torch.manual_seed(derived_seed(seed, "step", batch.position))
@@ -41,6 +42,7 @@ def train_batch(run: Run, batch: Batch, *, step: int) -> tuple[Tensor, Tensor | 
             # The same seed on every process: stochastic rounding must give the same weights everywhere.
             # "optimiser" is hashed into the seed: another spelling would change every run.
             torch.manual_seed(derived_seed(seed, "optimiser", step))
+            progress.in_step = True  # an error from here on leaves weights that belong to no step
             # With a scaler, gradients that are not finite skip the step.
             optimization.scaler.step(optimization.optimizer)
         optimization.stepper.zero_grad()
@@ -95,7 +97,7 @@ def step_info(
         norms: Whether to compute `delta_norms`.
 
     Raises:
-        SpectuneError: The loss or the gradient norm is not finite.
+        NotFinite: The loss or the gradient norm is not finite.
     """
     optimization = run.optimization
     sizes = step_sizes(optimization.optimizer)
@@ -133,10 +135,7 @@ def _read(values: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
-        raise SpectuneError(
-            f"the {name} of step {step} is {value}; the step was not saved",
-            hint="lower the learning rate; the run can resume from its last state",
-        )
+        raise NotFinite(f"the {name} of step {step} is {value}; the step was not saved")
 
 
 def _check_scale(scale: float, step: int) -> None:

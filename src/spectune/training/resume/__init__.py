@@ -1,0 +1,1 @@
+"""Resuming a run: what may change, which state is used, and what is saved after an error."""
