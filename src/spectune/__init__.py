@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spectune.errors import InputError, PairingError, SpectuneError
     from spectune.ops.compare import compare
     from spectune.ops.convert import convert
+    from spectune.ops.dataset import dataset
     from spectune.ops.doctor import doctor
     from spectune.ops.export import export
     from spectune.ops.inspect import inspect
@@ -36,6 +37,7 @@ __all__ = [
     "SpectuneError",
     "compare",
     "convert",
+    "dataset",
     "doctor",
     "export",
     "inspect",

@@ -9,6 +9,7 @@ import typer
 
 from spectune.cli.command import CommandSpec, add_command
 from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, RebuildOptions, SliceOptions
+from spectune.ops.options.dataset import DatasetOptions
 from spectune.ops.options.model_files import InspectOptions, NullOptions, SplitOptions, VerifyOptions
 from spectune.ops.options.pictures import CompareOptions, SampleOptions
 from spectune.ops.options.training import DemoOptions, DoctorOptions, ImportOptions, PlanOptions, TrainOptions
@@ -30,6 +31,7 @@ COMMANDS = (
     _command("demo", DemoOptions, START, "spectune demo", json=False, bar=False),
     _command("doctor", DoctorOptions, START, "spectune doctor", bar=False),
     _command("inspect", InspectOptions, START, "spectune inspect model.safetensors"),
+    _command("dataset", DatasetOptions, TRAIN, "spectune dataset pictures/ --sheet sheet.png"),
     _command("plan", PlanOptions, TRAIN, "spectune plan model.safetensors --vram 12GB", bar=False),
     _command(
         "train",

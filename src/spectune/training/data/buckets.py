@@ -53,6 +53,11 @@ class Placement:
     flipped: bool
 
     @property
+    def cropped_share(self) -> float:
+        """Return the share of the image's area that is cropped away."""
+        return 1 - self.target.width * self.target.height / (self.resized.width * self.resized.height)
+
+    @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's size conditioning: original height, width; crop top, left; target height, width.
 

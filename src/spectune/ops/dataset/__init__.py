@@ -1,0 +1,100 @@
+"""Report on a dataset before training.
+
+* measures: sharpness and hash of each picture, while it is decoded.
+* near_duplicates: pictures that look almost the same.
+* problems: what may be a mistake.
+* records: the report.
+* sheet: the contact sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectune.errors import printable
+from spectune.model.device import pip_install
+from spectune.model.text import clip_tokenizer
+from spectune.operation import operation
+from spectune.ops.dataset.measures import Measurer
+from spectune.ops.dataset.near_duplicates import near_groups
+from spectune.ops.dataset.problems import picture_problems
+from spectune.ops.dataset.records import DatasetPicture, DatasetReport, Problem, count_tags
+from spectune.ops.dataset.sheet import write_sheet
+from spectune.ops.drawing.pictures import check_sheet_name, refuse_existing
+from spectune.ops.options.dataset import DatasetOptions
+from spectune.training.data.buckets import Size, nearest_bucket, place
+from spectune.training.data.folders import scan_training
+from spectune.training.data.gather import training_sizes
+from spectune.training.data.images import SUFFIXES
+from spectune.training.data.scan import Scan
+from spectune.training.recipe.sections.data import BucketSection, DataSection
+
+
+@operation(DatasetOptions)
+def dataset(options: DatasetOptions) -> DatasetReport:
+    """Report what training would make of folders of pictures, and what may be a mistake in them.
+
+    Pictures, captions and training sizes are read and chosen as in a training with the default keys of
+    [data]. Nothing is changed.
+    """
+    if options.sheet is not None:
+        check_sheet_name(options.sheet)
+        refuse_existing([options.sheet], force=options.force)
+    data = _data_section(options)
+    sizes = training_sizes(data)
+    files = sum(path.suffix.lower() in SUFFIXES for folder in options.folders for path in folder.rglob("*"))
+    measurer = Measurer(sizes, files, options.progress)
+    scan = scan_training(data, measurer)
+    pictures = _pictures(scan, measurer, sizes, options.folders)
+    hashes = [measured.hash for one in pictures if (measured := measurer.results[one.path]).hash is not None]
+    groups = near_groups(hashes) if hashes else []
+    tags = count_tags([one.caption for one in pictures])
+    doubled = {index for group in groups for index in group}
+    shown = 0 if options.sheet is None else write_sheet(options.sheet, pictures, doubled)
+    problems = [Problem(printable(line, 2000)) for line in scan.warnings()]
+    return DatasetReport(
+        folders=options.folders,
+        resolution_px=options.resolution_px,
+        pictures=pictures,
+        captioned=len(pictures) - len(scan.without_caption) - len(scan.empty_caption),
+        tags=tuple(tags[: options.tags]),
+        different_tags=len(tags),
+        problems=(*problems, *picture_problems(pictures, groups)),
+        near_duplicates=tuple(tuple(pictures[index].path for index in group) for group in groups)
+        if hashes
+        else None,
+        install=None if hashes else f'{pip_install()} "imagehash>=4.3"',
+        sheet=options.sheet,
+        shown=shown,
+    )
+
+
+def _data_section(options: DatasetOptions) -> DataSection:
+    edge = options.resolution_px
+    bucket = BucketSection(enabled=True, min_px=edge // 2, max_px=2 * edge)
+    return DataSection(folders=options.folders, resolution_px=edge, bucket=bucket)
+
+
+def _pictures(
+    scan: Scan, measurer: Measurer, sizes: Sequence[Size], folders: Sequence[Path]
+) -> tuple[DatasetPicture, ...]:
+    encoded = clip_tokenizer()([image.caption for image in scan.images])["input_ids"]
+    return tuple(
+        DatasetPicture(
+            path=image.path,
+            name=_name(image.path, folders),
+            repeats=image.repeats,
+            caption=image.caption,
+            tokens=len(ids) - 2,  # without start and end
+            placement=place(image.size, nearest_bucket(image.size, sizes)),
+            sharpness=measurer.results[image.path].sharpness,
+        )
+        for image, ids in zip(scan.images, encoded, strict=True)
+    )
+
+
+def _name(path: Path, folders: Sequence[Path]) -> str:
+    """Return the name of a file in its folder, with the top folder if there are several."""
+    folder = next(folder for folder in folders if path.is_relative_to(folder))
+    return printable(path.relative_to(folder if len(folders) == 1 else folder.parent).as_posix())

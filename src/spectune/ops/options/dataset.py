@@ -1,0 +1,34 @@
+"""Options of the report on a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from pathlib import Path
+
+from spectune.operation import OperationOptions, argument, option, record
+from spectune.ops.options.values import FORCE_HELP
+
+
+@record
+class DatasetOptions(OperationOptions):
+    """Report what training would make of folders of pictures: sizes, crops, captions, tags, problems.
+
+    It changes nothing, and the exit code is 0 with problems too.
+    """
+
+    folders: tuple[Path, ...] = argument(
+        metavar="FOLDER...", help="Folders of pictures, or parents of `N_name` folders, as in data.folders."
+    )
+    _: KW_ONLY
+    resolution_px: int = option(
+        default=1024,
+        ge=64,
+        flag="--resolution",
+        help="Training resolution: pictures are scaled to the area of a square with this side in pixels.",
+    )
+    tags: int = option(default=20, ge=0, help="Number of the most frequent tags to list.")
+    sheet: Path | None = option(
+        default=None,
+        help="Also write a contact sheet: the parts that training crops away are darkened. Worst first.",
+    )
+    force: bool = option(default=False, help=FORCE_HELP)
