@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
-from spectune.training.data.captions import read_sidecar
-from spectune.training.recipe.sections.data import CaptionSection
+from spectune.ops.drawing.pictures import SIDECAR
+from spectune.training.data.captions.sidecars import read_sidecar
+from spectune.training.recipe.sections.captions import CaptionSection
 
 
 @pytest.fixture
@@ -172,13 +173,14 @@ def test_sample_writes_metadata_that_training_reads(files, tmp_path, capfd):
     command += ["--size", "32", "--steps", "1", "--metadata"]
     assert run(command) == 0
     assert capfd.readouterr().err.startswith("drawing on cpu, ")
-    captions = read_sidecar(tmp_path / "own" / CaptionSection().sidecar)
+    captions = read_sidecar(tmp_path / "own" / SIDECAR).captions
     assert captions == {"000-a-café.png": "a café", "001-two-cats.png": "two cats"}
     assert all((tmp_path / "own" / name).is_file() for name in captions)
     (tmp_path / "own" / "000-a-café.png").unlink()
     (tmp_path / "own" / "001-two-cats.png").unlink()
     assert run(command) == 2, "metadata.jsonl exists"
-    assert read_sidecar(tmp_path / "own" / "metadata.jsonl") == captions
+    assert read_sidecar(tmp_path / "own" / "metadata.jsonl").captions == captions
+    assert SIDECAR in CaptionSection().sidecars
     assert "metadata.jsonl" in capfd.readouterr().err
 
 

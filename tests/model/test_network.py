@@ -1,5 +1,7 @@
 """A model built from the tensors of a checkpoint, without configuration files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.network import build_model
 from spectune.model.prediction import Ddpm
-from spectune.model.text import TokenIds, tokenize
+from spectune.model.text import TokenIds, clip_tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,53 @@ def test_text_states_match_the_diffusers_pipeline(model):
         ours = model.encode_text(tokenize([caption], model.layout.te1.context))
         torch.testing.assert_close(ours.context, context)
         torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_long_captions_match_the_encoders_run_on_each_chunk(model):
+    """Build the states of 231 tokens (225, and three start and end tokens) with transformers alone."""
+    captions = [", ".join(f"detail {n}" for n in range(60)), "dog " * 80, "a cat", ""]
+    states = model.encode_captions(captions)
+    assert states.context.shape[:2] == (4, 231)
+    for row, caption in enumerate(captions):
+        words = clip_tokenizer()(caption)["input_ids"][1:-1]
+        contexts, pooled = [], []
+        for start in range(0, max(len(words[:225]), 1), 75):
+            chunk = [49406, *words[:225][start : start + 75], 49407]
+            first = model.te1(
+                torch.tensor([[*chunk, *[49407] * (77 - len(chunk))]]), output_hidden_states=True
+            )
+            second = model.te2(torch.tensor([[*chunk, *[0] * (77 - len(chunk))]]), output_hidden_states=True)
+            contexts.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[0])
+            pooled.append(second.text_embeds[0])
+        tokens = 77 * len(contexts)
+        torch.testing.assert_close(states.context[row, :tokens], torch.cat(contexts), rtol=0, atol=1e-6)
+        torch.testing.assert_close(states.pooled[row], pooled[0], rtol=0, atol=1e-6)
+        assert states.mask is not None
+        assert states.mask[row].tolist() == [1.0] * tokens + [0.0] * (231 - tokens)
+        assert not states.context[row, tokens:].any()
+
+
+def test_a_prediction_does_not_depend_on_the_other_captions_of_its_batch(model):
+    """Also checks that the mask has an effect: without it, the filling changes the prediction."""
+    noised = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids, time = torch.full((2, 6), 64.0), torch.tensor([500, 500])
+    texts = model.encode_captions(["a cat", "dog " * 200])
+    together = model.denoise(noised, time, texts, ids)
+    for row, caption in enumerate(["a cat", "dog " * 200]):
+        alone = model.denoise(noised[row : row + 1], time[:1], model.encode_captions([caption]), ids[:1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    unmasked = model.denoise(noised, time, replace(texts, mask=None), ids)
+    assert (unmasked[0] - together[0]).abs().max() > 1e-3
+
+
+def test_short_captions_have_one_chunk_and_the_states_of_before(model):
+    states = model.encode_captions(["a cat", ""])
+    ids = tokenize(["a cat", ""], max_tokens=75)
+    first = model.te1(ids.te1, output_hidden_states=True).hidden_states[-2]
+    second = model.te2(ids.te2, output_hidden_states=True)
+    assert states.mask is None
+    assert torch.equal(states.context, torch.cat([first, second.hidden_states[-2]], dim=-1))
+    assert torch.equal(states.pooled, second.text_embeds)
 
 
 def oracle_pipeline(model):

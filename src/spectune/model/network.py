@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,27 +10,48 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, counted
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
-from spectune.model.text import TokenIds
+from spectune.model.text import TokenIds, tokenize
 from spectune.model.vae.tiles import TILE_PX, in_tiles
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.names import Part, module_path
 from spectune.sdxl.state_dicts import module_tensors
-from spectune.sdxl.vocabulary import BOS_ID, EOS_ID
+from spectune.sdxl.vocabulary import BOS_ID, EOS_ID, MAX_TOKENS
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """The outputs of both text encoders for a batch of captions."""
+    """The outputs of both text encoders for a batch of captions.
+
+    A context shorter than the longest of its batch is filled up with zeros, which `mask` excludes from
+    attention. The prediction for a caption thus does not depend on the others.
+    """
 
     context: Tensor  # (batch, tokens, te1 width + te2 width)
     pooled: Tensor  # (batch, te2 projection)
+    mask: Tensor | None = None  # (batch, tokens), 1 for tokens and 0 for filling; None: all 1
+
+    def to(self, device: torch.device | str) -> TextStates:
+        """Return the states on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return TextStates(self.context.to(device), self.pooled.to(device), mask)
+
+
+def stack_states(states: Sequence[TextStates]) -> TextStates:
+    """Return the states of single captions, context (tokens, width) and pooled (width,), as a batch."""
+    contexts = [state.context for state in states]
+    pooled = torch.stack([state.pooled for state in states])
+    if len({len(context) for context in contexts}) == 1:
+        return TextStates(torch.stack(contexts), pooled)
+    mask = pad_sequence([context.new_ones(len(context)) for context in contexts], batch_first=True)
+    return TextStates(pad_sequence(contexts, batch_first=True), pooled, mask)
 
 
 @dataclass(frozen=True)
@@ -57,18 +78,31 @@ class Sdxl:
     def encode_text(self, ids: TokenIds) -> TextStates:
         """Encode captions.
 
-        The context concatenates the penultimate states of both encoders. The pooled output is the projection
-        of the second encoder's last state at the first end token.
+        The context concatenates the penultimate states of both encoders, and the chunks of a caption with
+        their start and end tokens, as ComfyUI does. The pooled output is the projection of the second
+        encoder's last state at the first end token of the first chunk.
         """
         first = self.te1(ids.te1.to(self.te1.device), output_hidden_states=True).hidden_states[-2]
         second = self.te2(ids.te2.to(self.te2.device), output_hidden_states=True)
         context = torch.cat([first, second.hidden_states[-2]], dim=-1)
-        return TextStates(context=context, pooled=second.text_embeds)
+        if ids.chunks is None or ids.is_single:
+            return TextStates(context=context, pooled=second.text_embeds)
+        contexts, pooled = context.split(list(ids.chunks)), second.text_embeds.split(list(ids.chunks))
+        return stack_states(
+            [TextStates(rows.flatten(0, 1), own[0]) for rows, own in zip(contexts, pooled, strict=True)]
+        )
+
+    def encode_captions(self, captions: Sequence[str], *, max_tokens: int = MAX_TOKENS) -> TextStates:
+        """Encode captions in chunks of 75 tokens; cut those with more than `max_tokens`."""
+        return self.encode_text(tokenize(captions, self.layout.te1.context, max_tokens=max_tokens))
 
     def denoise(self, noised: Tensor, timestep: Tensor, text: TextStates, time_ids: Tensor) -> Tensor:
         """Run the UNet on latents (batch, 4, h, w); `time_ids` are (batch, 6), in pixels, float32."""
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
-        return self.unet(noised, timestep, text.context, added_cond_kwargs=added).sample
+        output = self.unet(
+            noised, timestep, text.context, added_cond_kwargs=added, encoder_attention_mask=text.mask
+        )
+        return output.sample
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode pixels (batch, 3, H, W) in -1..1 to scaled float32 latents.

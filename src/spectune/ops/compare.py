@@ -8,8 +8,14 @@ from pathlib import Path
 
 from spectune.errors import InputError, counted
 from spectune.operation import operation
-from spectune.ops.drawing.models import draw, sample_settings
-from spectune.ops.drawing.pictures import check_sheet_name, read_captions, read_pictures, refuse_existing
+from spectune.ops.drawing.models import draw, sample_settings, warn
+from spectune.ops.drawing.pictures import (
+    caption_notes,
+    check_sheet_name,
+    read_captions,
+    read_pictures,
+    refuse_existing,
+)
 from spectune.ops.drawing.specs import parse_model, unique_labels
 from spectune.ops.options.pictures import CompareOptions
 from spectune.sampling.contact_sheet import Column, contact_sheet, mean_psnr
@@ -45,6 +51,8 @@ def compare(options: CompareOptions) -> CompareReport:
         )
     else:
         captions = read_captions(options.captions, options.captions_file)
+        for note in caption_notes(captions, options):
+            (options.notify or warn)(note)
         specs = [parse_model(word) for word in options.models]
         columns = [
             Column(label, draw(spec, captions, options, settings))

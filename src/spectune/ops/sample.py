@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectune.operation import operation
-from spectune.ops.drawing.models import draw, sample_settings
+from spectune.ops.drawing.models import draw, sample_settings, warn
 from spectune.ops.drawing.pictures import (
     SIDECAR,
+    caption_notes,
     check_sheet_name,
     picture_files,
     read_captions,
@@ -45,6 +46,8 @@ def sample(options: SampleOptions) -> SampleReport:
     sidecar = options.out / SIDECAR if options.metadata else None
     extra = [path for path in (sheet, sidecar) if path is not None]
     refuse_existing([*targets, *extra], force=options.force)
+    for note in caption_notes(captions, options):
+        (options.notify or warn)(note)
     pictures = draw(spec, captions, options, settings)
     save_pictures(targets, captions, pictures)
     if sidecar is not None:

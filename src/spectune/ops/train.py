@@ -36,7 +36,8 @@ class Previews(Callbacks):
         edge = self._recipe.data.resolution_px
         # fewer large pictures at once: sampling should need less memory than a training step
         batch = min(SampleSettings.batch, max(1, 1024 * 1024 // edge**2))
-        how = SampleSettings(width=edge, height=edge, batch=batch)
+        max_tokens = self._recipe.data.caption.max_tokens
+        how = SampleSettings(width=edge, height=edge, batch=batch, max_tokens=max_tokens)
         requests = [Request(caption, seed) for seed, caption in enumerate(captions)]
         target = self._recipe.run.output / "previews" / f"{self._recipe.run.name}-step{step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)

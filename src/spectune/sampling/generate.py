@@ -21,8 +21,8 @@ from torch import Tensor
 from spectune.errors import InputError, did_you_mean
 from spectune.model.network import Sdxl, TextStates
 from spectune.model.prediction import Ddpm, Flow, Prediction
-from spectune.model.text import tokenize
 from spectune.sampling.terminal_ddim import TerminalDdim
+from spectune.sdxl.vocabulary import MAX_TOKENS
 
 # SDXL's published scheduler configuration.
 _DDPM: dict[str, Any] = {
@@ -59,6 +59,7 @@ class SampleSettings:
     sampler: str = "euler"
     negative: str = ""
     batch: int = 4
+    max_tokens: int = MAX_TOKENS  # of a caption; the tokens beyond are cut
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def sample_latents(
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     latents = _noise(model, generators, settings) * getattr(scheduler, "init_noise_sigma", 1.0)
     if text is None:
-        text = model.encode_text(tokenize(guided_captions(requests, settings), model.layout.te1.context))
-    text = TextStates(text.context.to(model.device), text.pooled.to(model.device))
+        text = model.encode_captions(guided_captions(requests, settings), max_tokens=settings.max_tokens)
+    text = text.to(model.device)
     time_ids = torch.tensor([[settings.height, settings.width, 0, 0, settings.height, settings.width]])
     time_ids = time_ids.to(model.device, torch.float32).expand(len(text.pooled), -1)
     extra = {"generator": generators} if settings.sampler == "euler_a" else {}

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spectune.model.network import TextStates
+from spectune.model.network import TextStates, stack_states
 from spectune.model.offload import StagedModel
-from spectune.model.text import tokenize
 from spectune.model.vae.fitting import decode_within_memory
 from spectune.sampling.generate import (
     Request,
@@ -40,7 +39,7 @@ def draw_in_stages(
     """
     check_size(model.sdxl, settings)
     chunks = [requests[start : start + settings.batch] for start in range(0, len(requests), settings.batch)]
-    texts = _encode(model, [guided_captions(chunk, settings) for chunk in chunks])
+    texts = _encode(model, [guided_captions(chunk, settings) for chunk in chunks], settings.max_tokens)
     latents: list[Tensor] = []
     with model.networks.at_work("unet"):
         for chunk, text in zip(chunks, texts, strict=True):
@@ -54,16 +53,10 @@ def draw_in_stages(
         return [to_images(picture)[0] for picture in decoded]
 
 
-def _encode(model: StagedModel, batches: Sequence[Sequence[str]]) -> list[TextStates]:
+def _encode(model: StagedModel, batches: Sequence[Sequence[str]], max_tokens: int) -> list[TextStates]:
     """Return the encoded captions of each batch, in main memory."""
     if all(caption in model.encoded for captions in batches for caption in captions):
-        return [_stacked([model.encoded[caption] for caption in captions]) for captions in batches]
-    context = model.sdxl.layout.te1.context
+        return [stack_states([model.encoded[caption] for caption in batch]).to("cpu") for batch in batches]
     with model.networks.at_work("text"):
-        states = [model.sdxl.encode_text(tokenize(captions, context)) for captions in batches]
-        return [TextStates(state.context.cpu(), state.pooled.cpu()) for state in states]
-
-
-def _stacked(states: Sequence[TextStates]) -> TextStates:
-    context = torch.stack([state.context for state in states])
-    return TextStates(context.cpu(), torch.stack([state.pooled for state in states]).cpu())
+        states = [model.sdxl.encode_captions(batch, max_tokens=max_tokens) for batch in batches]
+        return [state.to("cpu") for state in states]

@@ -13,6 +13,10 @@ EOS = "<|endoftext|>"
 BOS_ID = 49406
 EOS_ID = 49407
 
+CHUNK_TOKENS = 75  # of a caption in one run of an encoder, between the start and the end token
+MAX_TOKENS = 225  # of a caption, by default: three chunks, the most that sd-scripts trains
+MOST_TOKENS = 750  # the largest limit that may be set
+
 
 @dataclass(frozen=True)
 class ClipVocabulary:

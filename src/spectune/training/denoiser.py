@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.model.network import Sdxl, TextStates
+from spectune.model.network import Sdxl, TextStates, stack_states
 from spectune.model.text import tokenize
+from spectune.sdxl.vocabulary import MAX_TOKENS
 
 ENCODE_BATCH = 8  # captions
 
@@ -16,12 +17,13 @@ ENCODE_BATCH = 8  # captions
 class Denoiser(nn.Module):
     """The UNet and the text encoders as one network from noised latents and captions to a prediction."""
 
-    def __init__(self, model: Sdxl, *, trains_text: bool) -> None:
+    def __init__(self, model: Sdxl, *, trains_text: bool, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
         self.unet, self.te1, self.te2 = model.unet, model.te1, model.te2
         self.model = model
         self.dtype = model.unet.dtype  # cached: diffusers searches all modules at each access
         self.trains_text = trains_text
+        self.max_tokens = max_tokens  # of a caption
         self.text: Mapping[str, TextStates] | None = None  # by caption, if all captions are cached
 
     def forward(self, noised: Tensor, timestep: Tensor, captions: Sequence[str], time_ids: Tensor) -> Tensor:
@@ -32,12 +34,10 @@ class Denoiser(nn.Module):
     def text_states(self, captions: Sequence[str]) -> TextStates:
         """Return the encoded captions, cached or computed."""
         if self.text is not None:
-            states = [self.text[caption] for caption in captions]
             device = next(self.unet.parameters()).device
-            context = torch.stack([state.context for state in states]).to(device)
-            return TextStates(context, torch.stack([state.pooled for state in states]).to(device))
+            return stack_states([self.text[caption] for caption in captions]).to(device)
         with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-            return self.model.encode_text(tokenize(captions, self.model.layout.te1.context))
+            return self.model.encode_captions(captions, max_tokens=self.max_tokens)
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
@@ -51,13 +51,17 @@ class Denoiser(nn.Module):
 
 
 @torch.no_grad()
-def encode_captions(model: Sdxl, captions: Iterable[str]) -> dict[str, TextStates]:
+def encode_captions(
+    model: Sdxl, captions: Iterable[str], *, max_tokens: int = MAX_TOKENS
+) -> dict[str, TextStates]:
     """Return the output of the text encoders for each caption, on the CPU; context is (tokens, width)."""
     distinct = sorted(set(captions))
     states: dict[str, TextStates] = {}
     for start in range(0, len(distinct), ENCODE_BATCH):
-        chunk = distinct[start : start + ENCODE_BATCH]
-        encoded = model.encode_text(tokenize(chunk, model.layout.te1.context))
-        rows = zip(chunk, encoded.context.cpu(), encoded.pooled.cpu(), strict=True)
-        states |= {caption: TextStates(context.clone(), pooled.clone()) for caption, context, pooled in rows}
+        batch = distinct[start : start + ENCODE_BATCH]
+        ids = tokenize(batch, model.layout.te1.context, max_tokens=max_tokens)
+        encoded = model.encode_text(ids).to("cpu")
+        for row, caption in enumerate(batch):
+            tokens = ids.te1.shape[1] * (1 if ids.chunks is None else ids.chunks[row])
+            states[caption] = TextStates(encoded.context[row, :tokens].clone(), encoded.pooled[row].clone())
     return states

@@ -234,7 +234,11 @@ def _stream(trainable: TrainableModel, device: torch.device, warnings: WarningLo
 
 
 def _build_denoiser(recipe: Recipe, trainable: TrainableModel) -> Denoiser:
-    denoiser = Denoiser(trainable.sdxl, trains_text=any(part != "unet" for part in recipe.model.parts))
+    denoiser = Denoiser(
+        trainable.sdxl,
+        trains_text=any(part != "unet" for part in recipe.model.parts),
+        max_tokens=recipe.data.caption.max_tokens,
+    )
     if recipe.run.gradient_checkpointing:
         denoiser.checkpoint_gradients()
     return denoiser

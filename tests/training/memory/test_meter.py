@@ -22,7 +22,6 @@ from spectune.model.network import Sdxl, build_model
 from spectune.model.packed_linear import pack
 from spectune.model.quantize import quantize_layers
 from spectune.model.streamed_layers import stream_weights
-from spectune.model.text import tokenize
 from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, build_catalogue
 from spectune.sdxl.names import Part
@@ -35,8 +34,8 @@ from spectune.training.state import trained_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "demo" / "base.safetensors"
-TINY_STEP = Setup(rank=2, resolution_px=64, batch=2, precision="fp32")
-DEMO_STEP = Setup(rank=8, resolution_px=64, batch=2, precision="fp32")
+TINY_STEP = Setup(max_tokens=75, rank=2, resolution_px=64, batch=2, precision="fp32")
+DEMO_STEP = Setup(max_tokens=75, rank=8, resolution_px=64, batch=2, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,8 @@ def real_model(path: Path, setup: Setup) -> tuple[Sdxl, Injection]:
 def real_loss(model: Sdxl, setup: Setup) -> Tensor:
     edge = setup.resolution_px // model.pixels_per_latent
     with torch.set_grad_enabled(setup.trains_text):
-        text = model.encode_text(tokenize(["a cat"] * setup.batch, model.layout.te1.context))
+        captions = ["dog " * setup.max_tokens] * setup.batch
+        text = model.encode_captions(captions, max_tokens=setup.max_tokens)
     x = torch.randn(setup.batch, 4, edge, edge)
     times, ids = torch.full((setup.batch,), 500), torch.full((setup.batch, 6), 64.0)
     return F.mse_loss(model.denoise(x.to(model.unet.dtype), times, text, ids).float(), x)
@@ -138,6 +138,7 @@ CASES = [
     ),
     ("demo", replace(DEMO_STEP, precision="bf16", optimizer="prodigy_plus_schedule_free")),
     ("demo", replace(DEMO_STEP, form="residual", optimizer="prodigy", parts=("unet", "te1"))),
+    ("demo", replace(DEMO_STEP, parts=("unet",), max_tokens=225)),
 ]
 
 
@@ -173,7 +174,9 @@ def test_the_planned_peak_is_that_of_the_allocator(
     checkpointing: bool, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
     # large enough that the workspaces of CPU kernels do not matter
-    setup = replace(TINY_STEP, batch=4, resolution_px=96, gradient_checkpointing=checkpointing)
+    setup = replace(
+        TINY_STEP, batch=4, resolution_px=96, gradient_checkpointing=checkpointing, max_tokens=150
+    )
     planned = meters["tiny"].measure(setup)
     model, _ = real_model(checkpoints["tiny"], setup)
     real_loss(model, setup).backward()  # gradients exist from now on

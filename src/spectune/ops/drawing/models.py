@@ -14,6 +14,7 @@ from PIL import Image
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
 from spectune.files.pipeline import report_progress
 from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource
@@ -34,6 +35,7 @@ from spectune.sampling.generate import Request, SampleSettings
 from spectune.sampling.memory import drawing_bytes
 from spectune.sampling.stages import draw_in_stages
 from spectune.sdxl.layers import build_catalogue
+from spectune.sdxl.vocabulary import CHUNK_TOKENS
 
 Notify = Callable[[str], None]
 
@@ -83,7 +85,7 @@ def load_model(
         device: The device to load to. None: the device to draw on.
         dtype: The dtype of all networks but the autoencoder. None: that of the device to draw on.
     """
-    target, notify = parse_device(options.device), options.notify or _warn
+    target, notify = parse_device(options.device), options.notify or warn
     prediction, flow_shift = options.prediction, options.flow_shift
     declared = declared_vae(spec)
     convention = _vae_settings(options, declared)
@@ -124,7 +126,7 @@ def _vae_settings(options: DrawingOptions, declared: Provenance) -> VaeConventio
     )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Issue a Python warning for callers that passed no `notify`."""
     warnings.warn(text, stacklevel=2)
 
@@ -132,10 +134,12 @@ def _warn(text: str) -> None:
 def sample_settings(options: DrawingOptions) -> SampleSettings:
     """Return the settings of the sampler.
 
-    Raises InputError for an invalid size or an unknown autoencoder name, before any file is read.
+    Raises InputError for an invalid value, before any file is read.
     """
     if options.vae_name is not None:
         known_convention(options.vae_name)
+    if options.max_tokens % CHUNK_TOKENS:
+        raise InputError(f"`max_tokens` is {options.max_tokens}: expected a multiple of {CHUNK_TOKENS}")
     size = parse_size(options.size)
     return SampleSettings(
         width=size.width,
@@ -145,6 +149,7 @@ def sample_settings(options: DrawingOptions) -> SampleSettings:
         sampler=options.sampler,
         negative=options.negative,
         batch=options.batch,
+        max_tokens=options.max_tokens,
     )
 
 
@@ -183,7 +188,7 @@ def _staged(
     """
     with open_checkpoint(spec.model) as source:
         together = drawing_bytes(source, settings, dtype)
-    notify = options.notify or _warn
+    notify = options.notify or warn
     if fits(together, device):
         return StagedModel(load_model(spec, options, dtype=dtype), notify=notify)
     model = load_model(spec, options, device="cpu", dtype=dtype)

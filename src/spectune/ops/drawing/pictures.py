@@ -11,7 +11,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spectune.errors import InputError
+from spectune.ops.options.pictures import DrawingOptions
 from spectune.sampling.contact_sheet import Column
+from spectune.training.data.captions.findings import content_findings, finding_warnings
+from spectune.training.data.captions.text import UnreadableText, read_text, text_lines
 
 SIDECAR = "metadata.jsonl"  # the default of data.caption.sidecar
 
@@ -85,10 +88,17 @@ def read_captions(captions: Sequence[str], file: Path | None) -> list[str]:
     lines: list[str] = []
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read captions from {file}: {error}") from error
-    result = [*captions, *(line.strip() for line in lines if line.strip())]
+            lines = text_lines(read_text(file).text)
+        except UnreadableText as error:
+            raise InputError(f"cannot read captions from {file}: it {error}") from error
+    result = [*captions, *(line for line in lines if line)]
     if not result:
         raise InputError("no captions", hint="pass `captions`, or a text file as `captions_file`")
     return result
+
+
+def caption_notes(captions: Sequence[str], options: DrawingOptions) -> list[str]:
+    """Return warnings about captions that are cut, and about weights in captions."""
+    named = [(Path(f"caption {number}"), (caption,)) for number, caption in enumerate(captions, start=1)]
+    named.append((Path("the negative prompt"), (options.negative,)))
+    return finding_warnings(content_findings(named, max_tokens=options.max_tokens, wildcards=True))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP, ModelPath
+from spectune.sdxl.vocabulary import CHUNK_TOKENS, MAX_TOKENS, MOST_TOKENS
 
 
 @record
@@ -29,6 +30,12 @@ class DrawingOptions(OperationOptions):
         default="euler", help="For eps and v: euler, euler_a, ddim, dpmpp_2m. For flow: euler, heun."
     )
     negative: str = option(default="", help="Negative prompt.")
+    max_tokens: int = option(
+        default=MAX_TOKENS,
+        ge=CHUNK_TOKENS,
+        le=MOST_TOKENS,
+        help="Tokens of a caption that are used, in chunks of 75, as data.caption.max_tokens in training.",
+    )
     batch: int = option(default=4, ge=1, help="Pictures drawn at once.")
     device: str = option(default="auto", help=DRAWING_DEVICE_HELP)
     prediction: Literal["eps", "v", "flow"] | None = option(

@@ -2,7 +2,8 @@
 
 folders: the folders of a recipe.
 scan: the contents of one folder.
-images, masks, captions: read one file.
+images, masks: read one file.
+captions: read captions, and vary them between draws.
 buckets: training sizes, and the placement of an image in one of them.
 color: random changes of color.
 views: crop, orientation and color of an image in one draw.

@@ -16,14 +16,15 @@ from torch.utils.data import Dataset
 
 from spectune.errors import InputError
 from spectune.training.data.buckets import Placement, Size, nearest_bucket, place
-from spectune.training.data.captions import draw_caption
+from spectune.training.data.captions.draws import draw_caption
 from spectune.training.data.color import draw_color
 from spectune.training.data.images import UnusableImage, alpha_of, load_image, open_image, render
 from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.plan import Draw
 from spectune.training.data.scan import CaptionedImage
 from spectune.training.data.views import View
-from spectune.training.recipe.sections.data import CaptionSection, DataSection, MaskSource
+from spectune.training.recipe.sections.captions import CaptionSection
+from spectune.training.recipe.sections.data import DataSection, MaskSource
 from spectune.training.seeds import derived_random
 
 CacheKey = tuple[int, bool]  # image, flipped
@@ -169,7 +170,7 @@ class Pictures(Dataset[Batch]):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         random = [derived_random(self.seed, "draw", draw.epoch, draw.image, draw.repeat) for draw in draws]
         captions = tuple(
-            draw_caption(self.images[draw.image].caption, self.variation.captions, choices)
+            draw_caption(self.images[draw.image].text, self.variation.captions, choices)
             for draw, choices in zip(draws, random, strict=True)
         )
         views = tuple(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spectune.errors import InputError, some_of
+from spectune.training.data.captions.findings import check_readable
 from spectune.training.data.scan import ImageFolder, Look, Scan, scan_folder
 from spectune.training.recipe.sections.data import DataSection, ImageSetSection
 
@@ -19,11 +20,12 @@ _SET_HINT = "set the path of [[data.sets]] to a folder that contains the images 
 def scan_training(data: DataSection, look: Look | None = None) -> Scan:
     """Return the usable images of `folders`, `sets` and `regularisation_folders`.
 
-    `look` sees each image while it is in memory.
+    `look` sees each image while it is in memory. With it, captions that cannot be read are findings and no
+    errors.
 
     Raises:
-        InputError: A sidecar or a mask is damaged; or `folders`, a set or `regularisation_folders` is given
-            but has no usable image.
+        InputError: A caption, a sidecar or a mask is damaged; or `folders`, a set or
+            `regularisation_folders` is given but has no usable image.
     """
     scans: list[Scan] = []
     if data.folders:
@@ -33,7 +35,10 @@ def scan_training(data: DataSection, look: Look | None = None) -> Scan:
         scan = _scan_parents(data.regularisation_folders, data, look, key="data.regularisation_folders")
         weighted = tuple(replace(image, weight=data.regularisation_weight) for image in scan.images)
         scans.append(replace(scan, images=weighted))
-    return Scan.joined(scans)
+    joined = Scan.joined(scans)
+    if look is None:
+        check_readable(joined.captions)
+    return joined
 
 
 def scan_validation(data: DataSection) -> Scan | None:
@@ -52,6 +57,7 @@ def scan_validation(data: DataSection) -> Scan | None:
     if not folders:
         folders, ignored = [ImageFolder(folder, 1, folder.name)], []
     scan = _scanned(folders, ignored, data.model_copy(update={"mask": "none"}))
+    check_readable(scan.captions)
     return _not_empty(scan, [folder], hint=_PARENT_HINT.format("data.folders"))
 
 

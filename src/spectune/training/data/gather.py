@@ -84,7 +84,7 @@ def cache_captions(
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
         captions = captions.union(*(group.captions for group in validation))
-        denoiser.text = encode_captions(denoiser.model, captions)
+        denoiser.text = encode_captions(denoiser.model, captions, max_tokens=denoiser.max_tokens)
 
 
 def data_hash(pictures: Pictures) -> str:
@@ -92,7 +92,7 @@ def data_hash(pictures: Pictures) -> str:
     listed = [
         (
             image.path.name,
-            image.caption,
+            image.text,
             image.repeats,
             image.size,
             target,

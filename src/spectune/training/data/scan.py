@@ -14,7 +14,8 @@ from PIL import Image
 
 from spectune.errors import counted, some_of
 from spectune.training.data.buckets import Size
-from spectune.training.data.captions import read_caption, read_sidecar
+from spectune.training.data.captions.findings import CaptionFinding, finding_warnings
+from spectune.training.data.captions.reading import read_captions
 from spectune.training.data.images import SUFFIXES, UnusableImage, as_rgb, has_alpha, load_image
 from spectune.training.data.masks import is_mask, mask_file, open_mask
 from spectune.training.recipe.sections.data import DataSection
@@ -42,11 +43,17 @@ class CaptionedImage:
     """A usable image."""
 
     path: Path
-    caption: str
+    caption: str  # without variation
     size: Size  # after the EXIF rotation
     repeats: int = 1
     weight: float = 1.0  # of its loss
     mask: Path | None = None  # a gray image in the same folder
+    template: str | None = None  # the text that draws vary; None: the caption
+
+    @property
+    def text(self) -> str:
+        """The text that captions of draws are made from."""
+        return self.caption if self.template is None else self.template
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Scan:
     without_image: tuple[str, ...] = ()  # entries of sidecars
     without_mask: tuple[Path, ...] = ()  # if the recipe uses masks
     unused_masks: tuple[Path, ...] = ()
+    captions: tuple[CaptionFinding, ...] = ()
 
     @classmethod
     def joined(cls, scans: Sequence[Scan]) -> Scan:
@@ -83,9 +91,10 @@ class Scan:
             (self.without_mask, "image", "without a mask; the loss covers the complete image"),
             (self.unused_masks, "mask file", "not used"),
         ]
-        return [
+        lines = [
             f"{counted(len(found), noun)} {text}: {_names(found)}" for found, noun, text in findings if found
         ]
+        return lines + finding_warnings(self.captions)
 
 
 def _names(found: Sequence[Path | str]) -> str:
@@ -110,33 +119,37 @@ def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None
         results = list(pool.map(lambda path: _facts_or_reason(path, data, look), files))
     pairs = list(zip(files, results, strict=True))
     usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]
-    sidecar = folder.path / data.caption.sidecar
-    entries = read_sidecar(sidecar) if data.caption.sidecar and sidecar.is_file() else {}
-    captions: dict[Path, str | None] = {}
-    for path, _ in usable:
-        caption = read_caption(path, data.caption.extensions)
-        captions[path] = entries.get(path.name) if caption is None else caption
+    read = read_captions(
+        folder.path, [path for path, _ in usable], data.caption, default=folder.caption, files=files
+    )
     images = tuple(
         CaptionedImage(
             path,
-            caption=folder.caption if (caption := captions[path]) is None else caption,
+            caption=caption.fixed,
+            template=None if caption.template == caption.fixed else caption.template,
             size=facts.size,
             repeats=folder.repeats,
             weight=folder.weight,
             mask=mask_file(path, data.mask_suffix) if data.mask == "file" and facts.has_mask else None,
         )
-        for path, facts in usable
+        for (path, facts), caption in zip(usable, read.captions, strict=True)
     )
-    named = {path for path, caption in captions.items() if caption is None and folder.caption_is_name}
+    named = {
+        path
+        for (path, _), caption in zip(usable, read.captions, strict=True)
+        if not caption.is_own and folder.caption_is_name
+    }
+    empty = {path for (path, _), caption in zip(usable, read.captions, strict=True) if caption.is_empty}
     used_masks = {image.mask for image in images}
     return Scan(
         images=images,
         skipped=tuple((path, reason) for path, reason in pairs if isinstance(reason, str)),
         without_caption=tuple(path for path, _ in usable if path in named),
-        empty_caption=tuple(image.path for image in images if not image.caption and image.path not in named),
-        without_image=tuple(sorted(entries.keys() - {path.name for path in files})),
+        empty_caption=tuple(path for path, _ in usable if path in empty - named),
+        without_image=read.without_image,
         without_mask=tuple(path for path, facts in usable if data.mask != "none" and not facts.has_mask),
         unused_masks=tuple(path for path in masks if path not in used_masks),
+        captions=read.findings,
     )
 
 

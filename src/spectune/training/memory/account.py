@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from spectune.model.inject import Form
+from spectune.sdxl.vocabulary import MAX_TOKENS
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName, Quantization
 from spectune.training.recipe.sections.run import Offloaded, Precision, TrainedPrecision
 
@@ -31,6 +32,7 @@ class Setup:
     stream: bool = False
     optimizer: str = "adamw"
     ema: bool = False
+    max_tokens: int = MAX_TOKENS  # of the longest captions
 
     @property
     def trains_text(self) -> bool:

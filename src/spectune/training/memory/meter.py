@@ -135,6 +135,7 @@ class MemoryMeter:
                 checkpointing=setup.gradient_checkpointing,
                 batch=setup.batch,
                 resolution_px=setup.resolution_px,
+                max_tokens=setup.max_tokens,
             )
         return self._steps[key]
 

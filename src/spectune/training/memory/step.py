@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectune.model.network import Sdxl, TextStates
 from spectune.model.text import TokenIds
+from spectune.sdxl.vocabulary import CHUNK_TOKENS
 from spectune.training.denoiser import Denoiser
 from spectune.training.memory.live_bytes import LiveBytes, attention_of_gpus
 from spectune.training.memory.meta_model import META
@@ -37,10 +38,12 @@ def measure_step(
     checkpointing: bool,
     batch: int,
     resolution_px: int,
+    max_tokens: int,
 ) -> StepBytes:
-    """Measure a step on square images. `model` stays in training mode, with checkpointing if it is set.
+    """Measure a step on square images with captions of `max_tokens` tokens.
 
-    `joined` are the joined factors, which exist before the step.
+    `model` stays in training mode, with checkpointing if it is set. `joined` are the joined factors, which
+    exist before the step.
     """
     trains_text = any(tensor.requires_grad for part in (model.te1, model.te2) for tensor in part.parameters())
     denoiser = Denoiser(model, trains_text=trains_text)
@@ -56,7 +59,7 @@ def measure_step(
         *(tensor.grad for tensor in trained.values() if tensor.grad is not None),
     ]
     with attention_of_gpus(), LiveBytes(existing) as counter:
-        loss = _loss(model, batch, resolution_px, trains_text=trains_text)
+        loss = _loss(model, batch, resolution_px, max_tokens // CHUNK_TOKENS, trains_text=trains_text)
         kept = counter.live
         loss.backward()
     # adding to a gradient increases its version
@@ -76,15 +79,17 @@ def encoding_bytes(model: Sdxl, resolution_px: int) -> int:
     return counter.peak
 
 
-def _loss(model: Sdxl, batch: int, resolution_px: int, *, trains_text: bool) -> Tensor:
+def _loss(model: Sdxl, batch: int, resolution_px: int, chunks: int, *, trains_text: bool) -> Tensor:
     layout, device, dtype = model.layout, model.device, model.unet.dtype
     edge = resolution_px // model.pixels_per_latent
-    tokens = torch.zeros((batch, layout.te1.context), dtype=torch.long, device=device)
+    tokens = torch.zeros((batch * chunks, layout.te1.context), dtype=torch.long, device=device)
     if trains_text:
-        text = model.encode_text(TokenIds(tokens, tokens))
+        text = model.encode_text(TokenIds(tokens, tokens, (chunks,) * batch))
     else:
         text = TextStates(
-            context=torch.zeros((*tokens.shape, layout.unet.context), dtype=dtype, device=device),
+            context=torch.zeros(
+                (batch, chunks * layout.te1.context, layout.unet.context), dtype=dtype, device=device
+            ),
             pooled=torch.zeros((batch, layout.unet.pooled), dtype=dtype, device=device),
         )
     noised = torch.zeros((batch, layout.unet.in_channels, edge, edge), device=device)

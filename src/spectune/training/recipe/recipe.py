@@ -71,7 +71,7 @@ class Recipe(Section):
         if "text" in self.run.offload and not self.caches_text:
             raise ValueError(
                 'run.offload = ["text"] needs cached captions: freeze the text encoders, and turn caption '
-                "shuffling and tag dropout off"
+                "shuffling, tag dropout, wildcards and random lines off"
             )
         if "vae" in self.run.offload and not self.data.caches_latents:
             raise ValueError('run.offload = ["vae"] needs cached latents')

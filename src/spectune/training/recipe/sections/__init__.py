@@ -2,7 +2,8 @@
 
 base: the base class of all sections.
 model: [model] and [vae].
-data: [data], [data.bucket], [data.caption] and [[data.sets]].
+data: [data], [data.bucket] and [[data.sets]].
+captions: [data.caption].
 objective: [objective], [loss] and [loss.edm2].
 run: [optimizer] and [run].
 """

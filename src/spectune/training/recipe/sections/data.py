@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spectune.training.recipe.sections.base import Section
+from spectune.training.recipe.sections.captions import CaptionSection
 
 MaskSource = Literal["none", "alpha", "file"]
 
@@ -24,47 +25,6 @@ class BucketSection(Section):
     min_px: int = Field(default=256, ge=8, description="Shortest side in pixels.")
     max_px: int = Field(default=1024, ge=8, description="Longest side in pixels.")
     step_px: int = Field(default=64, ge=8, description="Sides are multiples of this number of pixels.")
-
-
-class CaptionSection(Section):
-    """Where captions are read from, and how they vary between draws."""
-
-    extensions: tuple[str, ...] = Field(
-        default=(".txt", ".caption"),
-        description="Extensions of caption files. The first line of the first such file is the caption.",
-    )
-    sidecar: str = Field(
-        default="metadata.jsonl",
-        description='Name of a JSONL file in a folder of images, with `{"file_name": ..., "text": ...}` '
-        "on each line. Empty: read no sidecar.",
-    )
-    shuffle: bool = Field(default=False, description="Shuffle the comma-separated tags.")
-    keep_tokens: int = Field(
-        default=0, ge=0, description="Number of leading tags that are never shuffled or dropped."
-    )
-    dropout_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that the caption is replaced with an empty one."
-    )
-    tag_dropout_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that a tag is dropped, for each tag separately."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for extension in self.extensions:
-            if not extension.startswith(".") or extension == ".":
-                raise ValueError(f"`extensions` must begin with a dot, like `.txt`; got `{extension}`")
-        if self.keep_tokens and not self.varies:
-            raise ValueError(
-                "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`: "
-                "turn one of them on, or remove `keep_tokens`"
-            )
-        return self
-
-    @property
-    def varies(self) -> bool:
-        """Whether tags are shuffled or dropped, so that captions cannot be cached."""
-        return self.shuffle or self.tag_dropout_probability > 0
 
 
 class ImageSetSection(Section):
@@ -173,8 +133,8 @@ class DataSection(Section):
             raise ValueError("`cache_variants` does nothing if crops and colors are fixed: remove it")
         if self.cache_text and self.caption.varies:
             raise ValueError(
-                "`cache_text` needs fixed captions: turn `caption.shuffle` and "
-                "`caption.tag_dropout_probability` off"
+                "`cache_text` needs fixed captions: turn `caption.shuffle`, `caption.wildcards` and "
+                '`caption.tag_dropout_probability` off, and set `caption.lines` to "first" or "all"'
             )
 
     def _check_buckets(self) -> None:

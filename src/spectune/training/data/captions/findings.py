@@ -1,0 +1,113 @@
+"""What may be a mistake in captions: counted, with one line for each kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from spectune.errors import InputError, counted, printable, some_of
+from spectune.model.text import count_tokens
+from spectune.training.data.captions.draws import has_wildcard
+
+_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(\d(\.\d*)?|\.\d+)\s*\)")
+LISTED = 100  # unreadable files in an error
+
+
+class Kind(StrEnum):
+    """The kinds of findings."""
+
+    UNREADABLE = "unreadable"
+    ENCODING = "encoding"
+    NO_CAPTION = "no caption"
+    MORE_LINES = "more lines"
+    WEIGHTS = "weights"
+    WILDCARDS = "wildcards"
+    CUT = "cut"
+
+
+# What is counted, and the rest of the line. Some files are named after it.
+_LINES: Mapping[Kind, tuple[str, str]] = {
+    Kind.UNREADABLE: ("caption file", "{detail}"),
+    Kind.ENCODING: ("caption file", "read as {detail}"),
+    Kind.NO_CAPTION: ("JSON file", "without a caption, not used"),
+    Kind.MORE_LINES: (
+        "caption",
+        "with text beyond the first line: only the first line with text is used, "
+        'set data.caption.lines to "all" or "random" to use all',
+    ),
+    Kind.WEIGHTS: ("caption", "with weights like (word:1.2), which are used as text"),
+    Kind.WILDCARDS: (
+        "caption",
+        "with wildcards like {{a|b}}, which are used as text unless data.caption.wildcards is on",
+    ),
+    Kind.CUT: ("caption", "longer than {detail} tokens, the rest is not used"),
+}
+
+
+@dataclass(frozen=True)
+class CaptionFinding:
+    """A finding in a file. `detail` is an encoding, a reason, or the largest number of tokens."""
+
+    kind: Kind
+    path: Path
+    detail: str = ""
+    tokens: int = 0  # of a caption that is cut
+
+
+def content_findings(
+    captions: Sequence[tuple[Path, Sequence[str]]], *, max_tokens: int, wildcards: bool
+) -> list[CaptionFinding]:
+    """Return the findings about the texts of captions, each with the file to name.
+
+    `wildcards`: they are drawn, so they are no finding.
+    """
+    found = [
+        CaptionFinding(Kind.WEIGHTS, source)
+        for source, texts in captions
+        if any(_WEIGHT.search(text) for text in texts)
+    ]
+    if not wildcards:
+        found += [
+            CaptionFinding(Kind.WILDCARDS, source)
+            for source, texts in captions
+            if any(map(has_wildcard, texts))
+        ]
+    distinct = list(dict.fromkeys(text for _, texts in captions for text in texts))
+    tokens = dict(zip(distinct, count_tokens(distinct), strict=True))
+    for source, texts in captions:
+        longest = max(tokens[text] for text in texts)
+        if longest > max_tokens:
+            found.append(CaptionFinding(Kind.CUT, source, str(max_tokens), longest))
+    return found
+
+
+def check_readable(findings: Sequence[CaptionFinding]) -> None:
+    """Raise InputError if a caption file cannot be read. The message lists all such files."""
+    unreadable = [f"{one.path} {one.detail}" for one in findings if one.kind is Kind.UNREADABLE]
+    if unreadable:
+        raise InputError(
+            f"{counted(len(unreadable), 'caption file')} cannot be read: {some_of(unreadable, LISTED)}",
+            hint="save them as UTF-8 text, or remove them",
+        )
+
+
+def finding_warnings(findings: Sequence[CaptionFinding]) -> list[str]:
+    """Return one line for each kind of finding and each detail."""
+    lines: list[str] = []
+    for kind in Kind:
+        own = [one for one in findings if one.kind is kind]
+        for detail in dict.fromkeys(one.detail for one in own):
+            lines.append(_line(kind, detail, [one for one in own if one.detail == detail]))
+    return lines
+
+
+def _line(kind: Kind, detail: str, found: Sequence[CaptionFinding]) -> str:
+    noun, text = _LINES[kind]
+    line = f"{counted(len(found), noun)} {text.format(detail=detail)}"
+    if kind is not Kind.CUT:
+        return f"{line}: {some_of([printable(one.path.name) for one in found])}"
+    longest = max(found, key=lambda one: one.tokens)
+    return f"{line}; longest: {printable(longest.path.name)} with {counted(longest.tokens, 'token')}"
