@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.divergence import NotFinite, divergence_hint, sound_states
+from spectune.training.resume.lock import locked_output
 from spectune.training.resume.newest import fallback_warnings, load_newest, save_after_error, set_aside
 from spectune.training.run import RECENT_STEPS, Progress, Run
 from spectune.training.saving.disk import disk_warnings, plan_saves
@@ -51,7 +52,33 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     requested, recipe = recipe, with_defaults(recipe, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = Accelerator(
+    accelerator = _accelerator(recipe)
+    main = accelerator.is_main_process
+    observers = CallbackList(_main_callbacks(recipe, callbacks) if main else [])
+    warnings = WarningLog(observers)
+    observers.on_message(
+        f"training on {describe_device(accelerator.device)}, {recipe.run.precision} model, "
+        f"{recipe.run.trained_precision} trained tensors"
+    )
+    if chosen := described_defaults(requested, recipe):
+        observers.on_message(f"chosen for a base of SDXL's size: {chosen}")
+    folder = recipe.run.output
+    with locked_output(folder, recipe.run.name, lambda text: warnings.add([text])) if main else nullcontext():
+        claim = output.claim_output(recipe, force=force)
+        saved, damaged = load_newest(claim.states)
+        warnings.add(fallback_warnings(damaged, saved))
+        run = assemble(recipe, accelerator, observers, saved)
+        progress = Progress() if saved is None else restore(run, saved)
+        progress.warnings = warnings.entries + progress.warnings
+        accelerator.wait_for_everyone()  # every process must read the folder before it changes
+        if main:
+            output.prepare_output(recipe, claim)
+            set_aside([state for state in claim.states if saved and state > saved.folder])
+        return _run(run, progress)
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    return Accelerator(
         cpu=recipe.run.device == "cpu",
         # The model has the precision of the recipe; accelerate's own configuration must not add autocast.
         mixed_precision="no",
@@ -60,25 +87,6 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         # The UNet does not use the last layer of the first text encoder, so its adapters get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="te1" in recipe.model.parts)],
     )
-    main_callbacks = CallbackList(_main_callbacks(recipe, callbacks) if accelerator.is_main_process else [])
-    claim = output.claim_output(recipe, force=force)
-    main_callbacks.on_message(
-        f"training on {describe_device(accelerator.device)}, {recipe.run.precision} model, "
-        f"{recipe.run.trained_precision} trained tensors"
-    )
-    if chosen := described_defaults(requested, recipe):
-        main_callbacks.on_message(f"chosen for a base of SDXL's size: {chosen}")
-    saved, damaged = load_newest(claim.states)
-    warnings = WarningLog(main_callbacks)
-    warnings.add(fallback_warnings(damaged, saved))
-    run = assemble(recipe, accelerator, main_callbacks, saved)
-    progress = Progress() if saved is None else restore(run, saved)
-    progress.warnings = warnings.entries + progress.warnings
-    accelerator.wait_for_everyone()  # every process must read the folder before it changes
-    if accelerator.is_main_process:
-        output.prepare_output(recipe, claim)
-        set_aside([folder for folder in claim.states if saved and folder > saved.folder])
-    return _run(run, progress)
 
 
 def _main_callbacks(recipe: Recipe, callbacks: Sequence[Callbacks]) -> list[Callbacks]:
