@@ -74,3 +74,18 @@ def test_previews_are_drawn_on_request(folder):
     assert run(["train", recipe, "--set", "run.steps=2", "--set", "run.preview_every_steps=2"]) == 0
     with Image.open(folder / "previews" / "nothing-step00000002.png") as sheet:
         assert sheet.width > 3 * 32
+
+
+def test_previews_of_prompts(folder):
+    (folder / "prompts.txt").write_text("a cat --s 2\na dog --w 64 --s 2 --l 1 --ss pndm\n", encoding="utf-8")
+    preview = [f"run.preview={(folder / 'prompts.txt').as_posix()}", "run.preview_at_start=true"]
+    sets = [word for override in ["run.steps=1", *preview] for word in ("--set", override)]
+    assert run(["train", str(folder / "recipe.toml"), *sets]) == 0
+    # the start, and the end, because no interval is set
+    names = ["nothing-step00000000", "nothing-step00000001"]
+    assert sorted(path.stem for path in (folder / "previews").glob("*.png")) == names
+    with Image.open(folder / "previews" / names[1] / f"{names[1]}-02.png") as picture:
+        assert (picture.size, picture.info["caption"]) == ((64, 32), "a dog")
+    (folder / "prompts.txt").write_text("a cat --x\n", encoding="utf-8")
+    assert run(["train", str(folder / "recipe.toml"), *sets, "--set", "run.name=other"]) == 2
+    assert not list(folder.glob("other*"))

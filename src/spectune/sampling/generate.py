@@ -47,6 +47,8 @@ _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
     "heun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
 }
 
+ALL_SAMPLERS = tuple(dict.fromkeys([*_DDPM_SAMPLERS, *_FLOW_SAMPLERS]))
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -106,9 +108,8 @@ def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None =
     Raises:
         InputError: The sampler is not available for the prediction type.
     """
-    terminal = prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
-    flow = isinstance(prediction, Flow)
-    samplers = _TERMINAL_SAMPLERS if terminal else _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
+    terminal = _terminal(prediction)
+    samplers = samplers_of(prediction)
     if sampler not in samplers:
         kind = f"zero-terminal-SNR {prediction.name}" if terminal else prediction.name
         raise InputError(
@@ -117,9 +118,21 @@ def make_scheduler(prediction: Prediction, sampler: str, *, pixels: int | None =
         )
     if terminal:
         return _TERMINAL_SAMPLERS[sampler](terminal)
-    if flow:
+    if isinstance(prediction, Flow):
         return _FLOW_SAMPLERS[sampler](prediction.shift_at(pixels))
     return _DDPM_SAMPLERS[sampler]({"eps": "epsilon", "v": "v_prediction"}[prediction.name])
+
+
+def samplers_of(prediction: Prediction) -> tuple[str, ...]:
+    """Return the names of the samplers for a prediction type."""
+    if _terminal(prediction):
+        return tuple(_TERMINAL_SAMPLERS)
+    return tuple(_FLOW_SAMPLERS if isinstance(prediction, Flow) else _DDPM_SAMPLERS)
+
+
+def _terminal(prediction: Prediction) -> Ddpm | None:
+    """Return `prediction` if its schedule has zero terminal SNR."""
+    return prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
 
 
 def guided_captions(requests: Sequence[Request], settings: SampleSettings) -> list[str]:
@@ -148,9 +161,14 @@ def _guided(output: Tensor, cfg: float) -> Tensor:
     return negative + cfg * (positive - negative)
 
 
+def size_step(model: Sdxl) -> int:
+    """Return the number of pixels that the sides of pictures are multiples of."""
+    return model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
+
+
 def check_size(model: Sdxl, settings: SampleSettings) -> None:
     """Raise InputError if the UNet does not support the size of the pictures."""
-    step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
+    step = size_step(model)
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value <= 0 or value % step:
             raise InputError(f"{name} {value} is not a positive multiple of {step} pixels")
