@@ -13,7 +13,8 @@ import pytest
 from spectune.cli.app import run
 from spectune.errors import InputError
 from spectune.interop.kohya.command_line import parse_command, split_words
-from spectune.interop.kohya.config_files import parse_gui_json, parse_toml
+from spectune.interop.kohya.config_files import parse_toml
+from spectune.interop.kohya.gui import parse_gui_json
 from spectune.interop.kohya.importer import import_command, nested
 from spectune.interop.kohya.rules import toml_item
 from spectune.training.recipe.file import load_recipe

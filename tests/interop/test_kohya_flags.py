@@ -129,7 +129,7 @@ def test_imported_flags(flags: str, section: str, expected: dict[str, Any]) -> N
         ("--min_timestep=0", "min_timestep", "ignored: spectune always does this"),
         ("--min_timestep=10", "min_timestep", "not supported: spectune trains all noise levels"),
         ("--network_args algo=lokr", "algo", "not supported: spectune trains factors in the form of locon"),
-        ("--dataset_config=d.toml", "dataset_config", "not supported: write each subset"),
+        ("--dataset_config=d.toml", "dataset_config", "not supported: the file is not here"),
         ("--optimizer_type=Prodigy --learning_rate=0.5", "learning_rate", "its rate must be 1"),
         ("--optimizer_type=SGDNesterov", "optimizer_type", "not supported: the recipe uses adamw instead"),
         ("--optimizer_args decouple=True", "decouple", "not supported: adamw has no option `decouple`"),
@@ -215,3 +215,52 @@ def test_the_page_of_flags_is_generated_from_the_tables() -> None:
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", flags_page(), flags=re.MULTILINE))
     summaries = {name: rule.summary for name, rule in {**RULES, **NETWORK_ARGS}.items()}
     assert rows == summaries | {name: f"`{ours}`" for name, ours in OPTIMIZER_NAMES.items()}
+
+
+FORK = "--flow_model --flow_timestep_distribution "
+
+
+@pytest.mark.parametrize(
+    ("flags", "objective"),
+    [
+        (
+            f"{FORK} uniform --flow_uniform_static_ratio 2.5 --flow_logit_mean=1",
+            {"kind": "flow", "flow_times": "uniform", "flow_shift": 2.5},
+        ),
+        (
+            f"{FORK} logit_normal --flow_logit_mean -0.2 --flow_logit_std 1.5 --flow_uniform_shift",
+            {
+                "kind": "flow",
+                "flow_times": "logit_normal",
+                "flow_times_mean": -0.2,
+                "flow_times_std": 1.5,
+                "flow_shift": "resolution",
+            },
+        ),
+        ("--flow_model", {"kind": "flow", "flow_times": "logit_normal"}),  # the default of the fork
+        ("--flow_uniform_static_ratio=2.5", {"kind": "eps"}),
+    ],
+)
+def test_the_flags_of_the_rectified_flow_forks(flags: str, objective: dict[str, Any]) -> None:
+    assert recipe(flags)["objective"] == objective
+
+
+def test_the_autoencoders_of_the_forks() -> None:
+    flags = (
+        "--vae=v.safetensors --vae_custom_scale 0.1406 --vae_custom_shift -0.4743 --vae_reflection_padding"
+    )
+    values = {"path": "v.safetensors", "scale": 0.1406, "shift": -0.4743, "padding": "reflect"}
+    assert recipe(flags)["vae"] == values
+    assert recipe("--vae_type=flux --latent_channels=16")["vae"] == {"scale": 0.3611, "shift": 0.0}
+    assert "vae" not in recipe("--vae_type=sdxl")
+    for flag in ("flow_use_ot", "contrastive_flow_matching", "flow_uniform_base_pixels=4096", "use_sga"):
+        assert "not supported" in result_of(f"--flow_model --{flag}", flag.partition("=")[0])
+
+
+def test_a_warmup_in_parts_of_epochs_is_a_share() -> None:
+    flags = "--lr_scheduler=cosine --lr_warmup_steps=0.1 --max_train_epochs=3"
+    assert recipe(flags)["optimizer"]["warmup_share"] == 0.1
+
+
+def test_steps_of_buckets_are_multiples_of_8() -> None:
+    assert recipe("--enable_bucket --bucket_reso_steps=1")["data"]["bucket"]["step_px"] == 8

@@ -99,9 +99,10 @@ def test_step_3_of_the_guide_is_replaced_by_a_split_command(
     output = capfd.readouterr()
     assert output.out == (
         "spectune split K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors "
-        "--rank 64 -o output_dir\n"
+        "--rank 64 --dtype bfloat16 -o output_dir\n"
     )
     assert "This command trains nothing" in output.err
+    assert "The trainer stores the factors in bfloat16. With --dtype bfloat16, the residual" in output.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,8 +110,24 @@ def test_step_3_with_another_conv_rank_and_a_path_with_spaces() -> None:
     text = GUIDE_FIX.replace('"conv_dim=64"', "conv_dim=32").replace("K:/Comfyui_033", "K:/my models")
     assert replaced_by_split(parse_command(text)) == (
         'spectune split "K:/my models/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors" '
-        "--rank 64 --conv-rank 32 -o output_dir"
+        "--rank 64 --conv-rank 32 --dtype bfloat16 -o output_dir"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [
+        ("--full_bf16", " --dtype bfloat16 "),
+        ("--full_bf16 --save_precision=float", " --dtype bfloat16 "),
+        ("--save_precision=bf16", " --dtype bfloat16 "),
+        ("--save_precision=float", " --dtype float32 "),
+        ("--save_precision=fp16", " "),
+        ("", " "),
+    ],
+)
+def test_the_split_stores_factors_in_the_dtype_of_the_trainer(flags: str, option: str) -> None:
+    text = f"{SHORT} --network_weights=p.safetensors --learning_rate=1e-24 {flags}"
+    assert replaced_by_split(parse_command(text)) == f"spectune split m.safetensors{option}-o o"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from pathlib import Path
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.interop.kohya.command_line import Command, parse_command
-from spectune.interop.kohya.config_files import parse_file, with_config_file
-from spectune.interop.kohya.importer import ImportedRecipe, import_command, replaced_by_split
+from spectune.interop.kohya.config_files import parse_file, read_text, with_config_file
+from spectune.interop.kohya.dataset_config import with_dataset_config
+from spectune.interop.kohya.importer import ImportedRecipe, import_command, replaced_by_split, trainer_dtype
 from spectune.interop.kohya.recipe_file import recipe_text
 from spectune.operation import operation
 from spectune.ops.options.training import ImportOptions
@@ -23,6 +24,7 @@ class ImportReport:
     path: Path | None
     imported: ImportedRecipe | None
     replaced_by: str | None = None
+    trainer_dtype: str = ""  # the dtype in which that command's trainer stores factors, if it sets one
 
     @property
     def understood(self) -> bool:
@@ -33,10 +35,12 @@ class ImportReport:
 @operation(ImportOptions)
 def recipe_import(options: ImportOptions) -> ImportReport:
     """Write the recipe that is equivalent to a command of sd-scripts, with a verdict for each flag."""
-    command = with_config_file(read_command(options.command), _folder_of(options.command))
+    folder = _folder_of(options.command)
+    command = with_config_file(read_command(options.command), folder)
+    command = with_dataset_config(command, folder, read_text)
     split = replaced_by_split(command)
     if split is not None:
-        return ImportReport(None, None, split)
+        return ImportReport(None, None, split, trainer_dtype(command))
     out = options.out
     imported = import_command(command, folder=out.parent)
     text = recipe_text(imported, command=f"spectune train {out.as_posix()}")
@@ -59,7 +63,7 @@ def _is_file_name(words: str) -> bool:
     try:
         if Path(words).is_file():
             return True
-    except OSError:  # too long for a file name
+    except (OSError, ValueError):  # too long for a file name, or it contains a null character
         return False
     has_suffix = re.search(r"\.(bat|cmd|sh|ps1|txt|toml|json)$", words.strip(), re.IGNORECASE)
     return has_suffix is not None and "--" not in words

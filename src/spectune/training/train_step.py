@@ -74,7 +74,7 @@ def _set_learning_rates(run: Run, step: int) -> None:
         settings.schedule,
         step,
         steps=run.steps,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.warmup_steps or int(settings.warmup_share * run.steps),
         cycles=settings.cycles,
         power=settings.power,
         final_share=settings.final_share,

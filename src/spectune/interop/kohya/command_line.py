@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
+from typing import Any
 
-from spectune.errors import InputError, did_you_mean
+from spectune.errors import InputError, did_you_mean, printable
 
 SCRIPTS = ("sdxl_train_network.py", "sdxl_train.py")
 LAUNCHER = "accelerate launch"
 SECRETS = ("wandb_api_key", "huggingface_token")
+
+# Limits on foreign text. sd-scripts has about 300 flags, and cmd.exe accepts lines of 8191 characters.
+LONGEST_TEXT = 1_000_000
+LONGEST_VARIABLE = 32_767
+MOST_WORDS = 500
+_CONTROL = ("Cc", "Cs")  # control characters and lone surrogates
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Flag:
     is_default: bool = False  # a default of sd-scripts, not a flag of the command
 
     def __str__(self) -> str:
-        value = "***" if self.name in SECRETS else " ".join(self.values)
+        value = "***" if self.name in SECRETS else printable(" ".join(self.values))
         joined = f"{self.name}={value}" if self.values else self.name
         shown = f"--{joined}"
         if self.parent == LAUNCHER:
@@ -32,6 +40,18 @@ class Flag:
         elif self.parent:
             shown = f"--{self.parent} {joined}"
         return f"{shown} (default)" if self.is_default else shown
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in _CONTROL and char not in "\t\r\n"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The images of a --dataset_config."""
+
+    sets: tuple[dict[str, Any], ...]  # the tables [[data.sets]]
+    problems: tuple[tuple[Flag, str], ...]  # settings without counterpart, with the reason
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,8 @@ class Command:
     flags: tuple[Flag, ...]
     launcher: tuple[Flag, ...] = ()  # flags of `accelerate launch`
     notes: tuple[str, ...] = ()  # parts of the text that were dropped
+    is_complete: bool = True  # False for settings that may name no model, such as a preset
+    dataset: Dataset | None = None  # the content of the --dataset_config
 
     def has(self, name: str) -> bool:
         return any(flag.name == name for flag in self.flags)
@@ -54,16 +76,28 @@ class Command:
         return next(iter(self.values(name)), None)
 
 
+def check_flags(command: Command) -> None:
+    """Raise InputError if `command` has too many flags or values, or a value contains a control character."""
+    words = sum(1 + len(flag.values) for flag in (*command.flags, *command.launcher))
+    if words > MOST_WORDS:
+        raise InputError(f"expected at most {MOST_WORDS} flags and values, found {words:,}")
+    for flag in (*command.flags, *command.launcher):
+        for text in (flag.name, *flag.values):
+            if odd := next(filter(_is_control, text), ""):
+                raise InputError(
+                    f"--{printable(flag.name, 60)} contains the control character U+{ord(odd):04X}",
+                    hint="remove it; settings and paths are plain text",
+                )
+
+
 # ---------------------------------------------------------------- lines
 
 _COMMENT = re.compile(r"\s*(?:rem\b|::|#|@?echo\b)", re.IGNORECASE)
 # line continuations: the caret of cmd, the backslash of bash, the backtick of PowerShell
 _CONTINUED = re.compile(r"(?<!\S)[\^\\`]\s*$")
-_NAMES_SCRIPT = re.compile(r"train[\w-]*\.py", re.IGNORECASE)
-_ASSIGNED = (
-    re.compile(r'\s*@?set\s+"?(?P<name>\w+)=(?P<value>.*?)"?\s*', re.IGNORECASE),
-    re.compile(r"""\s*(?:export\s+)?\$?(?P<name>\w+)\s*=\s*(["']?)(?P<value>.*?)\2\s*(?:#.*)?"""),
-)
+_NAMES_SCRIPT = re.compile(r"train[\w-]{0,60}\.py", re.IGNORECASE)  # bounded: the time stays linear
+_SET = re.compile(r'\s*@?set\s+"?(?P<name>\w+)=(?P<value>.*)', re.IGNORECASE)
+_ASSIGNED = re.compile(r"\s*(?:export\s+)?\$?(?P<name>\w+)\s*=\s*(?P<value>.*)")
 # Word processors and web pages replace plain quotes and double hyphens with these.
 _TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "„": '"', "\u00a0": " ", "\ufeff": None})
 
@@ -73,35 +107,66 @@ _PROTECTED_SPACE = "\ue000"
 
 def logical_lines(text: str) -> list[str]:
     """Return each command of `text` as one line, with comments removed and variables substituted."""
+    if len(text) > LONGEST_TEXT:
+        raise InputError(
+            f"expected at most {LONGEST_TEXT:,} characters, found {len(text):,}: this is no command"
+        )
     text = re.sub(r"(?<!\S)[—–]-?(?=[a-z])", "--", text.translate(_TYPOGRAPHY))
-    lines: list[str] = []
+    lines: list[list[str]] = []
+    names_script = False  # whether the last line names a script
     variables: dict[str, str] = {}
     continued = False
     for raw in text.splitlines():
         if not raw.strip() or _COMMENT.match(raw):
             continue
-        assigned = None if continued else next((m for p in _ASSIGNED if (m := p.fullmatch(raw))), None)
+        assigned = None if continued else _assignment(raw)
         if assigned is not None:
-            if not assigned["value"].startswith(("[", "@(")):  # PowerShell lists, not text
-                value = _substitute(assigned["value"], variables)
+            name, text = assigned
+            if not text.startswith(("[", "@(")):  # PowerShell lists, not text
+                value = _substitute(text, variables, longest=LONGEST_VARIABLE)
                 is_powershell = raw.lstrip().startswith("$")
-                variables[assigned["name"]] = value.replace(" ", _PROTECTED_SPACE) if is_powershell else value
+                variables[name] = value.replace(" ", _PROTECTED_SPACE) if is_powershell else value
             continue
         line = _substitute(_CONTINUED.sub("", raw), variables)
         # The last line of a command may end with a continuation sign.
-        starts_command = bool(lines) and all(map(_NAMES_SCRIPT.search, (lines[-1], line)))
+        starts_command = names_script and _NAMES_SCRIPT.search(line) is not None
         if lines and not starts_command and (continued or raw.lstrip().startswith("--")):
-            lines[-1] += " " + line
+            lines[-1].append(line)
+            names_script = names_script or _NAMES_SCRIPT.search(line) is not None
         else:
-            lines.append(line)
+            lines.append([line])
+            names_script = _NAMES_SCRIPT.search(line) is not None
         continued = _CONTINUED.search(raw) is not None
-    return lines
+    return [" ".join(parts) for parts in lines]
 
 
-def _substitute(text: str, variables: dict[str, str]) -> str:
+def _assignment(line: str) -> tuple[str, str] | None:
+    """Return the name and the text of an assignment in cmd, bash or PowerShell, else None."""
+    if match := _SET.fullmatch(line):
+        return match["name"], match["value"].rstrip().removesuffix('"')
+    if match := _ASSIGNED.fullmatch(line):
+        text = match["value"].strip()
+        end = text.find(text[0], 1) if text[:1] in ("'", '"') else -1
+        if end > 0 and text[end + 1 :].lstrip()[:1] in ("", "#"):
+            return match["name"], text[1:end]
+        return match["name"], text.partition("#")[0].rstrip()
+    return None
+
+
+def _substitute(text: str, variables: dict[str, str], *, longest: int = LONGEST_TEXT) -> str:
+    total = len(text)
+
     def value(match: re.Match[str]) -> str:
+        nonlocal total
         name = next(group for group in match.groups() if group)
-        return variables.get(name, match[0])
+        found = variables.get(name, match[0])
+        total += len(found)
+        if total > longest:
+            raise InputError(
+                f"the variable {printable(name, 60)} makes a line longer than {longest:,} characters",
+                hint="paste the command with the values in place of the variables",
+            )
+        return found
 
     return re.sub(r"%(\w+)%|!(\w+)!|\$\{(\w+)\}|\$(\w+)", value, text)
 
@@ -109,7 +174,7 @@ def _substitute(text: str, variables: dict[str, str]) -> str:
 # ---------------------------------------------------------------- words
 
 _PIECE = r"""(?P<space>\s+) | "(?P<double>{inside}*)" | (?<![^\s=])'(?P<single>[^']*)'
-    | (?P<open>") | (?P<plain>{char})"""
+    | (?P<open>") | (?P<plain>[^\s"'\\]+|{char})"""
 # On Windows a backslash is part of a path. In a Unix shell it escapes the next character.
 _WINDOWS = re.compile(_PIECE.format(inside='[^"]', char="."), re.VERBOSE | re.DOTALL)
 _UNIX = re.compile(_PIECE.format(inside=r'(?:\\["\\]|[^"])', char=r"""\\[ "'\\]|."""), re.VERBOSE | re.DOTALL)
@@ -123,7 +188,7 @@ def split_words(line: str) -> list[str]:
     """
     windows = re.search(r"[A-Za-z]:\\|\\\\\w", line) is not None
     words: list[str] = []
-    word: str | None = None
+    word: list[str] | None = None  # the pieces of the current word
     for piece in (_WINDOWS if windows else _UNIX).finditer(line):
         if piece["open"]:
             raise InputError(
@@ -131,13 +196,15 @@ def split_words(line: str) -> list[str]:
                 hint="paste the complete command, or save it as a .txt file and pass that file",
             )
         if piece["space"]:
-            words += [] if word is None else [word]
+            words += [] if word is None else ["".join(word)]
             word = None
             continue
         text = next(part for part in (piece["double"], piece["single"], piece["plain"]) if part is not None)
         escaped = not windows and piece["single"] is None
-        word = (word or "") + (re.sub(r"""\\([ "'\\])""", r"\1", text) if escaped else text)
-    return [done.replace(_PROTECTED_SPACE, " ") for done in [*words, *([] if word is None else [word])]]
+        word = [] if word is None else word
+        word.append(re.sub(r"""\\([ "'\\])""", r"\1", text) if escaped else text)
+    words += [] if word is None else ["".join(word)]
+    return [done.replace(_PROTECTED_SPACE, " ") for done in words]
 
 
 def group_flags(words: Sequence[str]) -> tuple[list[Flag], list[str]]:
@@ -210,7 +277,7 @@ def _training_words(words: list[str]) -> list[str]:
 
 def _script_name(word: str) -> str | None:
     name = PureWindowsPath(word).name  # accepts both kinds of slashes
-    return name if _SCRIPT.fullmatch(name) else None
+    return name if len(name) < 100 and _SCRIPT.fullmatch(name) else None
 
 
 def _known_script(word: str) -> str:
@@ -226,5 +293,5 @@ def _known_script(word: str) -> str:
 
 def _command(script: str, words: Sequence[str], launcher: Sequence[str] = ()) -> Command:
     flags, prose = group_flags(words)
-    notes = [f"dropped text after the command: {' '.join(prose)}"] if prose else []
+    notes = [f"dropped text after the command: {printable(' '.join(prose))}"] if prose else []
     return Command(script, tuple(flags), tuple(group_flags(launcher)[0]), tuple(notes))

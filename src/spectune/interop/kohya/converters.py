@@ -10,6 +10,8 @@ from spectune.errors import did_you_mean
 from spectune.interop.kohya import derived
 from spectune.interop.kohya.command_line import Command, Flag
 from spectune.interop.kohya.rules import (
+    Convert,
+    FlagResult,
     FlagRule,
     PathText,
     Results,
@@ -92,7 +94,30 @@ def train_text_encoder(flag: Flag, command: Command) -> Results:
 
 
 def train_data_dir(flag: Flag, command: Command) -> Results:
-    return taken(flag, {"data.folders": [path(only_value(flag))]}, "the parent of `N_name` folders")
+    folder = path(only_value(flag))
+    if not command.has("in_json"):
+        return taken(flag, {"data.folders": [folder]}, "the parent of `N_name` folders")
+    repeats = whole_number(command.value("dataset_repeats") or "1")
+    return taken(flag, {"data.sets": [{"path": folder, "repeats": repeats}]}, "one folder with all images")
+
+
+def dataset_config(flag: Flag, command: Command) -> Results:
+    if command.dataset is None:
+        return unsupported(flag, "the file is not here; its subsets become [[data.sets]]")
+    problems = tuple(FlagResult(part, "unsupported", why) for part, why in command.dataset.problems)
+    return (*taken(flag, {"data.sets": list(command.dataset.sets)}), *problems)
+
+
+def dataset_repeats(flag: Flag, command: Command) -> Results:
+    if not command.has("in_json"):
+        return ignored(flag, "it requires --in_json; the names of folders contain their repeats")
+    return ignored(flag, "`repeats` in data.sets")
+
+
+def in_json(flag: Flag, command: Command) -> Results:
+    if command.has("generate_caption_database"):
+        return ignored(flag, "it is made from the caption files, which spectune reads itself")
+    return unsupported(flag, "write captions as .txt files or as metadata.jsonl in the folder of the images")
 
 
 def resolution(flag: Flag, command: Command) -> Results:
@@ -102,6 +127,12 @@ def resolution(flag: Flag, command: Command) -> Results:
     edge = round(math.sqrt(sides[0] * sides[-1]))
     is_square = sides[0] == sides[-1]
     return taken(flag, {"data.resolution_px": edge}, "" if is_square else "a square with as many pixels")
+
+
+def bucket_steps(flag: Flag, command: Command) -> Results:
+    step = whole_number(only_value(flag))
+    rounded = max(8, -(-step // 8) * 8)
+    return taken(flag, {"data.bucket.step_px": rounded}, "" if rounded == step else "a multiple of 8")
 
 
 def keep_tokens(flag: Flag, command: Command) -> Results:
@@ -138,8 +169,74 @@ def masked_loss(flag: Flag, command: Command) -> Results:
 def objective(flag: Flag, command: Command) -> Results:
     kind = derived.objective_of(command)
     if flag.name == "v_parameterization" and kind == "flow":
-        return ignored(flag, "--flow_matching overrides it")
+        return ignored(flag, "--flow_matching and --flow_model override it")
     return taken(flag, {"objective.kind": kind})
+
+
+def flow_distribution(flag: Flag, command: Command) -> Results:
+    if not command.has("flow_model"):
+        return ignored(flag, "it requires --flow_model")
+    if only_value(flag) not in ("uniform", "logit_normal"):
+        return unsupported(flag, "objective.flow_times is uniform or logit_normal")
+    return taken(flag, {"objective.flow_times": only_value(flag)})
+
+
+def flow_logit(name: str) -> Convert:
+    """Return the converter of the mean or the standard deviation of logit-normal noise levels."""
+
+    def convert(flag: Flag, command: Command) -> Results:
+        if command.value("flow_timestep_distribution") != "logit_normal":
+            return ignored(flag, "it is for --flow_timestep_distribution=logit_normal")
+        return taken(flag, {f"objective.flow_times_{name}": number(only_value(flag))})
+
+    return convert
+
+
+def flow_ratio(flag: Flag, command: Command) -> Results:
+    if not command.has("flow_model"):
+        return ignored(flag, "it requires --flow_model")
+    note = "the first version of the fork applies it to uniform only"
+    is_uniform = command.value("flow_timestep_distribution") == "uniform"
+    return taken(flag, {"objective.flow_shift": number(only_value(flag))}, "" if is_uniform else note)
+
+
+def flow_resolution(flag: Flag, command: Command) -> Results:
+    if not command.has("flow_model"):
+        return ignored(flag, "it requires --flow_model")
+    if command.has("flow_uniform_static_ratio"):
+        return ignored(flag, "--flow_uniform_static_ratio overrides it")
+    return taken(flag, {"objective.flow_shift": "resolution"})
+
+
+def vae_value(name: str) -> Convert:
+    """Return the converter of the scale or the shift of the latents."""
+
+    def convert(flag: Flag, command: Command) -> Results:
+        return taken(flag, {f"vae.{name}": number(only_value(flag))}, "latents = (z - shift) * scale")
+
+    return convert
+
+
+# The values of the fork's get_vae_scale_and_shift.
+_VAE_TYPES = {"sdxl": None, "flux2": (1.0, 0.0), "flux": (0.3611, 0.0), "sana": (0.41407, 0.0)}
+
+
+def vae_type(flag: Flag, command: Command) -> Results:
+    word = only_value(flag).lower()
+    values = next((values for name, values in _VAE_TYPES.items() if name in word), None)
+    if values is None:
+        return ignored(flag, "the fork uses the scale and shift of SDXL")
+    names = ("scale", "shift")
+    settings = {
+        f"vae.{name}": value
+        for name, value in zip(names, values, strict=True)
+        if not command.has(f"vae_custom_{name}")
+    }
+    return (
+        taken(flag, settings)
+        if settings
+        else ignored(flag, "--vae_custom_scale and --vae_custom_shift set them")
+    )
 
 
 def flow_objective(flag: Flag, command: Command) -> Results:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spectune.interop.kohya.converters import (
+    bucket_steps,
     cache_latents,
     cache_text,
+    dataset_config,
+    dataset_repeats,
+    in_json,
     keep_tokens,
     masked_loss,
     resolution,
@@ -25,21 +29,37 @@ from spectune.interop.kohya.rules import (
     whole_number,
 )
 
+_FALSE = ("False", "false", "0")
 _ZERO = ("0", "0.0")
 
 DATA: Mapping[str, FlagRule] = {
-    "train_data_dir": custom("`data.folders`; the parent of `N_name` folders", train_data_dir),
+    "train_data_dir": custom(
+        "`data.folders`, the parent of `N_name` folders; with `--in_json` one folder: `data.sets`",
+        train_data_dir,
+    ),
+    "dataset_repeats": custom("`repeats` in `data.sets`, with `--in_json`", dataset_repeats),
+    "dataset_class": refuses("spectune never imports a name from a file"),
     "reg_data_dir": takes("data.regularisation_folders", lambda text: [path(text)]),
     "prior_loss_weight": takes("data.regularisation_weight", number),
-    "dataset_config": refuses(
-        "write each subset as [[data.sets]] with path (image_dir), repeats (num_repeats) and caption"
+    "dataset_config": custom(
+        "`data.sets`, one table for each subset; a setting that differs between subsets is not supported",
+        dataset_config,
     ),
-    "in_json": refuses("write captions as .txt files or as metadata.jsonl in the folder of the images"),
+    "in_json": custom(
+        "not supported: write captions as .txt files or as metadata.jsonl in the folder of the images",
+        in_json,
+    ),
+    "generate_caption_database": ignores("spectune reads the caption files themselves"),
     "resolution": custom("`data.resolution_px`", resolution, max_values=None),
     "enable_bucket": switches("data.bucket.enabled"),
     "min_bucket_reso": takes("data.bucket.min_px", whole_number),
     "max_bucket_reso": takes("data.bucket.max_px", whole_number),
-    "bucket_reso_steps": takes("data.bucket.step_px", whole_number),
+    "bucket_reso_steps": custom("`data.bucket.step_px`, at least 8", bucket_steps),
+    "skip_image_resolution": refuses("all images are trained; `spectune train` counts small ones"),
+    "resize_interpolation": refuses(
+        "one filter is used for all images",
+        unless=("area", "lanczos", "bilinear", "linear", "bicubic", "cubic"),
+    ),
     "bucket_no_upscale": refuses("spectune enlarges small images and counts them"),
     "caption_extension": takes("data.caption.extensions", lambda text: [text]),
     "caption_extention": takes("data.caption.extensions", lambda text: [text]),
@@ -74,9 +94,19 @@ DATA: Mapping[str, FlagRule] = {
     "cache_text_encoder_outputs_to_disk": custom_switch("`data.cache_text`", cache_text),
     "text_encoder_batch_size": ignores("captions are encoded before training"),
     "vae_batch_size": ignores("images are encoded before training"),
+    "protected_tags_file": refuses("`data.caption.keep_tokens` counts tags"),
+    "log_caption_dropout": ignores("spectune does not log the captions of each step"),
+    "log_caption_tag_dropout": ignores("spectune does not log the captions of each step"),
+    "use_zero_cond_dropout": refuses(
+        "a dropped caption is encoded as an empty text, as in sd-scripts", unless=_FALSE
+    ),
+    "skip_existing": ignores("the cache key is the content of image and VAE"),
+    "network_multiplier": refuses("the change is always trained at full strength", unless=("1", "1.0")),
+    "custom_attributes": ignores("sd-scripts does not use them for SDXL"),
     "skip_cache_check": ignores("the cache key is the content of image and VAE"),
     "cache_info": ignores("the cache key is the content of image and VAE"),
     "max_data_loader_n_workers": takes("data.workers", whole_number),
+    "prefetch_factor": ignores("the data loader of torch has its default"),
     "persistent_data_loader_workers": ignores("workers always persist"),
     "debug_dataset": ignores("`spectune train --dry-run` prints the plan"),
 }

@@ -34,7 +34,7 @@ OPTIMIZER_NAMES: Mapping[str, str] = {
 
 
 def objective_of(command: Command) -> Objective:
-    if command.has("flow_matching"):
+    if command.has("flow_matching") or command.has("flow_model"):
         return "flow"
     return "v" if command.has("v_parameterization") else "eps"
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 from spectune.errors import InputError
 from spectune.interop.kohya import derived
-from spectune.interop.kohya.command_line import LAUNCHER, Command, Flag
+from spectune.interop.kohya.command_line import LAUNCHER, Command, Flag, check_flags
 from spectune.interop.kohya.flags import DEFAULTS, convert_flag
 from spectune.interop.kohya.rules import FlagResult, PathText
 from spectune.training.objective.losses import HUBER_LOSSES
@@ -43,7 +43,10 @@ class ImportedRecipe:
     @property
     def understood(self) -> bool:
         """Return whether every flag was imported or has no effect in spectune."""
-        return all(result.verdict in ("taken", "ignored") for result in self.results)
+        model_is_known = all(
+            setting.source != _TO_DO or not setting.key.startswith("model.") for setting in self.settings
+        )
+        return model_is_known and all(result.verdict in ("taken", "ignored") for result in self.results)
 
 
 def import_command(command: Command, *, folder: Path) -> ImportedRecipe:
@@ -52,7 +55,8 @@ def import_command(command: Command, *, folder: Path) -> ImportedRecipe:
     Raises:
         InputError: The command names no model, or its values do not form a valid recipe.
     """
-    if command.value("pretrained_model_name_or_path") is None:
+    check_flags(command)
+    if command.value("pretrained_model_name_or_path") is None and command.is_complete:
         raise InputError(
             "the command names no model", hint="add --pretrained_model_name_or_path, the checkpoint to train"
         )
@@ -66,7 +70,7 @@ def import_command(command: Command, *, folder: Path) -> ImportedRecipe:
     ]
     settings = list({setting.key: setting for setting in reversed(settings)}.values())[::-1]
     keys = {setting.key for setting in settings}
-    added = [setting for setting in _additions(complete) if setting.key not in keys]
+    added = [setting for setting in _additions(complete, results) if setting.key not in keys]
     to_do = (f"{setting.key}: {setting.source}" for setting in added if setting.source == _TO_DO)
     imported = ImportedRecipe(
         (*_launcher_results(command), *results),
@@ -91,6 +95,8 @@ def with_defaults(command: Command) -> Command:
         rates[part] is not None for part in derived.parts_of(command)
     ):
         del values["learning_rate"]
+    if command.has("flow_model"):
+        values["flow_timestep_distribution"] = "logit_normal"
     if command.value("loss_type") in HUBER_LOSSES:
         values["huber_schedule"] = "snr"
     missing = {name: value for name, value in values.items() if not command.has(name)}
@@ -133,7 +139,7 @@ def _launcher_results(command: Command) -> Iterator[FlagResult]:
 _TO_DO = "to fill in"
 
 
-def _additions(command: Command) -> Iterator[Setting]:
+def _additions(command: Command, results: Sequence[FlagResult]) -> Iterator[Setting]:
     """Yield settings that a recipe needs and sd-scripts implies."""
     yield Setting("objective.kind", "eps", "the default of sd-scripts")
     yield Setting("data.bucket.enabled", False, "the default of sd-scripts")
@@ -142,7 +148,11 @@ def _additions(command: Command) -> Iterator[Setting]:
         yield Setting("model.parts", list(parts), f"{command.script} trains these parts with these flags")
     for key, value in derived.options_of(command).items():
         yield Setting(f"optimizer.options.{key}", value, "the default of sd-scripts")
-    yield Setting("data.folders", ["images"], _TO_DO)
+    if not command.has("pretrained_model_name_or_path"):
+        key = "model.residual" if command.has("network_weights") else "model.base"
+        yield Setting(key, "model.safetensors", _TO_DO)
+    if not any(result.settings.keys() & {"data.sets"} for result in results):
+        yield Setting("data.folders", ["images"], _TO_DO)
     yield Setting("run.output", "output", _TO_DO)
 
 
@@ -175,7 +185,9 @@ def nested(settings: Sequence[Setting]) -> dict[str, Any]:
 def rebased(value: Any, folder: Path) -> Any:
     """Return a path, or each path of a list, relative to `folder` instead of the working directory."""
     if isinstance(value, list):
-        return [rebased(item, folder) for item in value]
+        return [rebased(item, folder) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {key: rebased(item, folder) for key, item in cast("dict[str, Any]", value).items()}
     if not isinstance(value, PathText) or folder.resolve() == Path.cwd().resolve():
         return value
     windows = PureWindowsPath(value)
@@ -208,7 +220,20 @@ def replaced_by_split(command: Command) -> str | None:
         words += ["--rank", rank]
     if conv_rank is not None and conv_rank != rank:
         words += ["--conv-rank", conv_rank]
+    if dtype := trainer_dtype(command):
+        words += ["--dtype", dtype]
     return " ".join([*words, "-o", _quoted(command.value("output_dir") or ".")])
+
+
+def trainer_dtype(command: Command) -> str:
+    """Return the dtype in which the trainer stores the factors, or "" if the command names none or fp16.
+
+    The trainer rounds factors of another dtype. The residual does not contain that rounding.
+    """
+    precision = command.value("save_precision")
+    if command.has("full_bf16") or precision == "bf16":
+        return "bfloat16"
+    return "float32" if precision == "float" and not command.has("full_fp16") else ""
 
 
 def _quoted(text: str) -> str:

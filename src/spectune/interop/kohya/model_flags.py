@@ -16,6 +16,8 @@ from spectune.interop.kohya.converters import (
     pretrained_model,
     train_text_encoder,
     trained_parts,
+    vae_type,
+    vae_value,
 )
 from spectune.interop.kohya.rules import (
     FlagResult,
@@ -27,10 +29,15 @@ from spectune.interop.kohya.rules import (
     ignores,
     path,
     refuses,
+    switches,
     takes,
     unsupported,
 )
 
+_MEMORY = "run.gradient_checkpointing, run.offload, run.stream and model.quantize control memory"
+_SAME_RATE = "both factors have the same learning rate"
+_ONE_RATE = "all layers of a part have the same learning rate"
+_ONE_RANK = "`model.rank` and `model.conv_rank` apply to all layers"
 _ZERO = ("0", "0.0")
 _FALSE = ("False", "false")
 
@@ -75,9 +82,21 @@ MODEL: Mapping[str, FlagRule] = {
     "base_weights": refuses("merge the adapter first with `spectune rebuild` and train its output"),
     "base_weights_multiplier": refuses("merge the adapter first with `spectune rebuild --strength`"),
     "fp8_base": refuses('set `model.quantize` to "nf4" or "int8", in the residual form'),
+    "train_inpainting": refuses("spectune trains UNets without mask channels"),
     "fp8_base_unet": refuses('set `model.quantize` to "nf4" or "int8", in the residual form'),
     "v2": refuses("spectune trains SDXL only"),
     "vae": takes("vae.path", path, "a new latent space also needs `vae.name`, or scale, shift and padding"),
+    "vae_custom_scale": custom("`vae.scale`", vae_value("scale")),
+    "vae_custom_shift": custom("`vae.shift`", vae_value("shift")),
+    "vae_reflection_padding": switches("vae.padding", "reflect"),
+    "vae_type": custom("ignored for sdxl; sets `vae.scale` and `vae.shift` of other types", vae_type),
+    "latent_channels": ignores("the files of UNet and VAE determine the channels"),
+    "vae_channels_last": ignores(_MEMORY),
+    "vae_slices": ignores(_MEMORY),
+    "freeze_unet_blocks": refuses("`model.layers` selects the layers to train"),
+    "list_unet_blocks": ignores("`spectune inspect` lists the layers"),
+    "disable_cross_attn_mask": ignores("SDXL has no attention mask"),
+    "disable_mmap_load_safetensors": ignores(_MEMORY),
     "no_half_vae": ignores("the VAE never runs in fp16"),
     "clip_skip": ignores("SDXL always uses the second-to-last layer"),
     "tokenizer_cache_dir": ignores("spectune includes the tokenizers"),
@@ -101,6 +120,31 @@ NETWORK_ARGS: Mapping[str, FlagRule] = {
     "wd_on_output": ignores("it belongs to dora_wd"),
     "use_scalar": refuses("spectune has no scalar to train", unless=_FALSE),
     "rs_lora": refuses("alpha always equals the rank", unless=_FALSE),
-    "loraplus_lr_ratio": refuses("both factors have the same learning rate"),
+    "loraplus_lr_ratio": refuses(_SAME_RATE, unless=_ZERO),
+    "loraplus_unet_lr_ratio": refuses(_SAME_RATE, unless=_ZERO),
+    "loraplus_text_encoder_lr_ratio": refuses(_SAME_RATE, unless=_ZERO),
+    "down_lr_weight": refuses(_ONE_RATE),
+    "mid_lr_weight": refuses(_ONE_RATE),
+    "up_lr_weight": refuses(_ONE_RATE),
+    "block_lr_zero_threshold": ignores("it belongs to down_lr_weight, mid_lr_weight and up_lr_weight"),
+    "block_dims": refuses(_ONE_RANK),
+    "block_alphas": ignores("alpha always equals the rank"),
+    "conv_block_dims": refuses(_ONE_RANK),
+    "conv_block_alphas": ignores("alpha always equals the rank"),
+    "network_reg_dims": refuses(_ONE_RANK),
+    "network_reg_lrs": refuses(_ONE_RATE),
+    "include_patterns": refuses("`model.layers` selects the layers to train"),
+    "exclude_patterns": refuses("`model.layers` selects the layers to train"),
+    "verbose": ignores("`spectune inspect` lists the layers"),
+    "block_size": ignores("it belongs to algo=dylora"),
+    "constraint": ignores("it belongs to algo=diag-oft"),
+    "rescaled": ignores("it belongs to algo=diag-oft"),
+    "decompose_both": ignores("it belongs to algo=lokr"),
+    "full_matrix": ignores("it belongs to algo=lokr"),
+    "unbalanced_factorization": ignores("it belongs to algo=lokr"),
+    "use_conv_cp": refuses("spectune factors convolutions as matrices", unless=_FALSE),
+    "weight_decompose": refuses("spectune does not split off magnitudes", unless=_FALSE),
+    "train_t5xxl": ignores("SDXL has no T5"),
+    "train_llm_adapter": ignores("SDXL has no such adapter"),
     "factor": ignores("it belongs to algo=lokr"),
 }

@@ -114,6 +114,8 @@ def lr_scheduler(flag: Flag, command: Command) -> Results:
     name = _SCHEDULE_NAMES.get(only_value(flag), only_value(flag))
     if derived.schedule_free(command):
         return ignored(flag, "the optimizer is schedule-free")
+    if derived.options_of(command).get("relative_step"):
+        return ignored(flag, "relative_step of Adafactor replaces the schedule")
     if name not in SCHEDULES:
         return unsupported(flag, f"optimizer.schedule is one of {', '.join(SCHEDULES)}")
     return taken(flag, {"optimizer.schedule": name})
@@ -128,7 +130,7 @@ def warmup(flag: Flag, command: Command) -> Results:
     if 0 < value < 1:
         steps = command.value("max_train_steps")
         if steps is None or command.has("max_train_epochs"):
-            return unsupported(flag, "a fraction of epochs; optimizer.warmup_steps counts steps")
+            return taken(flag, {"optimizer.warmup_share": value})
         return taken(flag, {"optimizer.warmup_steps": round(value * whole_number(steps))})
     return taken(flag, {"optimizer.warmup_steps": whole_number(only_value(flag))})
 

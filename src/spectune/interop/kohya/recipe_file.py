@@ -8,12 +8,13 @@ from typing import Any
 
 import tomlkit
 from pydantic import BaseModel
-from tomlkit.items import Table
+from tomlkit.items import AoT, Table
 
 from spectune.interop.kohya.importer import ImportedRecipe, Setting, nested
 from spectune.interop.kohya.rules import toml_item
 from spectune.training.recipe.recipe import Recipe
 
+TABLES = ("data.sets",)  # settings that are lists of tables: they follow all other keys of their section
 _RESIDUAL = """\
 The pair of the guide: the diff model is the residual, the extract is the principal. To train without the
 rounding of the pair, use the original instead of the diff model:
@@ -37,9 +38,11 @@ def recipe_text(imported: ImportedRecipe, *, command: str) -> str:
         table = tomlkit.table()
         _add_comment(table, _remark(section, settings))
         for setting in settings:
-            table.add(
-                setting.key.rpartition(".")[2], toml_item(setting.value).comment(_one_line(setting.source))
-            )
+            name = setting.key.rpartition(".")[2]
+            if setting.key in TABLES:
+                table.add(name, _tables(setting))
+            else:
+                table.add(name, toml_item(setting.value).comment(_one_line(setting.source)))
         *parents, name = section.split(".")
         place: Any = document
         for parent in parents:
@@ -53,6 +56,19 @@ def recipe_text(imported: ImportedRecipe, *, command: str) -> str:
     text = tomlkit.dumps(document)
     assert tomllib.loads(text) == nested(imported.settings), "the text differs from the checked recipe"
     return text
+
+
+def _tables(setting: Setting) -> AoT:
+    """Return the value of a setting as [[tables]]. The first one has a comment on the source."""
+    tables = tomlkit.aot()
+    for place, values in enumerate(setting.value):
+        table = tomlkit.table()
+        if place == 0:
+            _add_comment(table, _one_line(setting.source))
+        for key, value in values.items():
+            table.add(key, toml_item(value))
+        tables.append(table)
+    return tables
 
 
 def _add_comment(container: tomlkit.TOMLDocument | Table, text: str) -> None:
@@ -72,7 +88,10 @@ def _by_section(settings: Sequence[Setting]) -> Iterator[tuple[str, list[Setting
     order = list(Recipe.model_fields)
     for section in sorted(groups, key=lambda name: (order.index(name.split(".")[0]), name)):
         fields = _fields_of(section)
-        yield section, sorted(groups[section], key=lambda setting: _place(setting.key, fields))
+        yield (
+            section,
+            sorted(groups[section], key=lambda item: (item.key in TABLES, _place(item.key, fields))),
+        )
 
 
 def _fields_of(section: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tomlkit
 from tomlkit.items import Item
 
+from spectune.errors import printable
 from spectune.interop.kohya.command_line import Command, Flag
 
 Verdict = Literal["taken", "ignored", "unsupported", "unknown"]
@@ -40,6 +41,7 @@ class FlagResult:
                 return f"{self.flag}: unknown flag{self.why}"
 
 
+LARGEST = 2**53  # larger whole numbers are not exact as floats
 Results = tuple[FlagResult, ...]
 Convert = Callable[[Flag, Command], Results]
 
@@ -148,8 +150,8 @@ def whole_number(text: str) -> int:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not value.is_integer():
-        raise ValueError(f"expected a whole number, found `{text}`")
+    if not value.is_integer() or abs(value) >= LARGEST:
+        raise ValueError(f"expected a whole number, found `{printable(text, 40)}`")
     return int(value)
 
 
@@ -159,7 +161,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"expected a number, found `{text}`")
+        raise ValueError(f"expected a number, found `{printable(text, 40)}`")
     return value
 
 
@@ -185,6 +187,11 @@ def toml_item(value: Any) -> Item:
         for element in value:
             array.append(toml_item(element))
         return array
+    if isinstance(value, dict):
+        table = tomlkit.inline_table()
+        for key, item in value.items():
+            table.append(key, toml_item(item))
+        return table
     if isinstance(value, str) and "\\" in value and "'" not in value and value.isprintable():
         return tomlkit.string(str(value), literal=True)
     return tomlkit.item(str(value) if isinstance(value, str) else value)

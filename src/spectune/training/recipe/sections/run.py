@@ -41,6 +41,9 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which the learning rate rises linearly to its full value."
     )
+    warmup_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Like `warmup_steps`, as a share of all steps of the run."
+    )
     cycles: int = Field(default=1, ge=1, description="Number of cycles of `cosine_restarts`.")
     power: float = Field(default=1.0, gt=0, description="Exponent of `polynomial`.")
     final_share: float = Field(
@@ -56,8 +59,10 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         traits = self.traits
-        if traits.schedule_free and (self.schedule != "constant" or self.warmup_steps):
-            raise ValueError(f"{self.name} is schedule-free: remove `schedule` and `warmup_steps`")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("set either `warmup_steps` or `warmup_share`")
+        if traits.schedule_free and (self.schedule != "constant" or self.warmup_steps or self.warmup_share):
+            raise ValueError(f"{self.name} is schedule-free: remove `schedule` and the warm-up")
         if self.cycles != 1 and self.schedule != "cosine_restarts":
             raise ValueError('`cycles` needs `schedule = "cosine_restarts"`')
         if self.power != 1 and self.schedule != "polynomial":
