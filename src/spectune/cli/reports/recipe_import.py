@@ -27,10 +27,8 @@ def show(report: ImportReport, options: ImportOptions, seconds: float) -> None:
         say("This command trains nothing: with this learning rate it only rewrites the extract with the")
         say("keys, alpha and dtype of the trainer. No recipe was written.")
         if dtype := report.trainer_dtype:
-            say(
-                f"The trainer stores the factors in {dtype}. With --dtype {dtype}, the residual is computed from"
-            )
-            say("factors in that dtype, so that the trainer rounds nothing.")
+            say(f"The trainer stores the factors in {dtype}. With --dtype {dtype}, the residual is computed")
+            say("from factors in that dtype, so that the trainer rounds nothing.")
         say("`spectune split` writes the principal with these keys, and the residual. Run this instead:")
         print(report.replaced_by)
         return
