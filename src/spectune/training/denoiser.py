@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,11 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def encode_captions(
-    model: Sdxl, captions: Iterable[str], *, max_tokens: int = MAX_TOKENS
+    model: Sdxl,
+    captions: Iterable[str],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TextStates]:
     """Return the output of the text encoders for each caption, on the CPU; context is (tokens, width)."""
     distinct = sorted(set(captions))
@@ -64,4 +68,5 @@ def encode_captions(
         for row, caption in enumerate(batch):
             tokens = ids.te1.shape[1] * (1 if ids.chunks is None else ids.chunks[row])
             states[caption] = TextStates(encoded.context[row, :tokens].clone(), encoded.pooled[row].clone())
+        progress(len(states), len(distinct))
     return states

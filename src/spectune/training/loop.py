@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
 from spectune.training import output
-from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport, WarningLog
+from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport, WarningLog, stage
 from spectune.training.callbacks.tensorboard import TensorBoardLog
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
@@ -245,13 +245,14 @@ def _validate(run: Run, progress: Progress) -> float | None:
     if not run.data.validation:
         return None
     settings = run.recipe.run
-    with _evaluation(run):
+    with _evaluation(run), stage(run.callbacks, "validation") as progressed:
         loss = validation_loss(
             run.model.denoiser,
             run.data.validation,
             run.objective.prediction,
             times=settings.validation_times,
             batch=settings.batch,
+            progress=progressed,
         )
     run.callbacks.on_validation(progress.step, loss)
     return loss
@@ -262,7 +263,7 @@ def _preview(run: Run, progress: Progress) -> None:
     if not run.accelerator.is_main_process:
         return
     try:
-        with _evaluation(run), torch.no_grad():
+        with _evaluation(run), torch.no_grad(), stage(run.callbacks, "drawing a preview"):
             run.callbacks.on_preview(progress.step, run.preview_model)
     except Exception as error:  # whatever a callback raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import NoiseSchedule, Role
 from spectune.model.prediction import Flow
 from spectune.training import state
+from spectune.training.callbacks import stage
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.divergence import NotFinite
 from spectune.training.run import Progress, Run
@@ -169,14 +170,15 @@ def save_state(run: Run, progress: Progress) -> None:
         return
     optimization, settings = run.optimization, run.recipe.run
     folder = state_folder(settings.output, settings.name, progress.step)
-    state.save_state(
-        folder,
-        run.state_header(progress),
-        optimization.parameters,
-        optimization.optimizer,
-        frames=run.frames(),
-        extras=run.state_extras(),
-    )
+    with stage(run.callbacks, "saving the state"):
+        state.save_state(
+            folder,
+            run.state_header(progress),
+            optimization.parameters,
+            optimization.optimizer,
+            frames=run.frames(),
+            extras=run.state_extras(),
+        )
     progress.files.append(folder)
     run.callbacks.on_state(progress.step, folder)
     states = saved_states(settings.output, settings.name)
@@ -201,7 +203,7 @@ def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
         flow_shift=_flow_shift(run),
         noise_schedule=_noise_schedule(run),
     )
-    with run.finished_weights():
+    with run.finished_weights(), stage(run.callbacks, "saving the adapter"):
         deltas = run.model.injection.deltas()
         _check_deltas(deltas, progress.step)
         tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.replaced)

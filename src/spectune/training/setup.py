@@ -21,7 +21,8 @@ from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_pre
 from spectune.model.streamed_layers import stream_weights
 from spectune.training import state
 from spectune.training.aligned_frames import align
-from spectune.training.callbacks import Callbacks, WarningLog
+from spectune.training.callbacks import Callbacks, WarningLog, stage
+from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
@@ -64,7 +65,7 @@ from spectune.training.trainable_model import (
     quantize,
     with_chosen_vae,
 )
-from spectune.training.validation import encode_validation
+from spectune.training.validation import ValidationImages, encode_validation
 
 FP16_LOSS_SCALE = 4096.0  # of the losses that gradient frames are computed from
 
@@ -179,17 +180,26 @@ def _encode_images(
     model.offload.park()
     _place(model, "vae", device)
     with model.offload.at_work("vae"):
-        groups = [] if validation is None else encode_validation(model.sdxl, validation, sizes)
+        groups = _encoded_validation(model, validation, sizes, warnings.callbacks)
         warnings.add(cache_latents(recipe, model.sdxl, pictures, warnings.callbacks))
     _place(model, "text", device)
     with model.offload.at_work("text"):
-        cache_captions(recipe, model.denoiser, pictures, groups)
+        cache_captions(recipe, model.denoiser, pictures, groups, warnings.callbacks)
     return RunData(
         pictures=pictures,
         plan=BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed),
         validation=tuple(groups),
         hash=data_hash(pictures),
     )
+
+
+def _encoded_validation(
+    model: RunModel, validation: Scan | None, sizes: tuple[Size, ...], callbacks: Callbacks
+) -> list[ValidationImages]:
+    if validation is None:
+        return []
+    with stage(callbacks, "encoding validation images") as progressed:
+        return encode_validation(model.sdxl, validation, sizes, progress=progressed)
 
 
 def _place(model: RunModel, network: Network, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,16 @@ class ValidationImages:
     names: tuple[str, ...]  # file names, which seed the noise
 
 
-def encode_validation(model: Sdxl, scan: Scan, sizes: tuple[Size, ...]) -> list[ValidationImages]:
+def encode_validation(
+    model: Sdxl,
+    scan: Scan,
+    sizes: tuple[Size, ...],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ValidationImages]:
     """Encode the images of a scan, cropped at the center. Latents are the modes of their posteriors."""
     pictures = Pictures(scan.images, sizes, Variation(), seed=VALIDATION_SEED)
-    latents = encode_pictures(model, pictures, seed=None)
+    latents = encode_pictures(model, pictures, seed=None, progress=progress)
     return [
         ValidationImages(
             latents=torch.stack([latents[image, False] for image, _ in members]),
@@ -57,13 +63,16 @@ def validation_loss(
     *,
     times: int,
     batch: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Return the unweighted mean squared error over all images at `times` noise levels each.
 
-    The noise of an image at a level is seeded by its file name.
+    The noise of an image at a level is seeded by its file name. `progress` is called with the number of
+    finished predictions and their total.
     """
     denoiser.eval()
     costs: list[Tensor] = []
+    done, total = 0, times * sum(len(group.names) for group in images)
     for group in images:
         height, width = group.latents.shape[-2:]
         levels = prediction.even_times(times, pixels=height * width * denoiser.model.pixels_per_latent**2)
@@ -71,6 +80,8 @@ def validation_loss(
         for start in range(0, len(rows), batch):
             chunk = rows[start : start + batch]
             costs.append(_costs(denoiser, group, prediction, levels, chunk))
+            done += len(chunk)
+            progress(done, total)
     return float(torch.cat(costs).double().mean())
 
 

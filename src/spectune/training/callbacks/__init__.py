@@ -1,12 +1,13 @@
 """What a run tells its observers: records of its events, and the class to override.
 
-console: a progress bar on stderr.
+console: progress on stderr or in a notebook; screens and status are its parts.
 tensorboard: a log for TensorBoard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Callbacks:
         """Receive a log line or a warning."""
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        """Receive the progress of a stage before the training. The stage ends when `done` is `total`."""
+        """Receive the progress of caching, validation, a preview or a save. It ends with `done` = `total`."""
 
     def on_start(self, start: RunStart) -> None:
         """Handle the start of training."""
@@ -98,6 +99,21 @@ class Callbacks:
 
     def on_end(self, report: TrainReport) -> None:
         """Handle the end of a run. Also called after an interruption or an error."""
+
+
+@contextmanager
+def stage(callbacks: Callbacks, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Report a stage that lasts as long as the block; yield a function for its progress (done, total)."""
+
+    def report(done: int, total: int) -> None:
+        if done < total:  # the block ends the stage, also after an error
+            callbacks.on_progress(name, done, total)
+
+    callbacks.on_progress(name, 0, 1)
+    try:
+        yield report
+    finally:
+        callbacks.on_progress(name, 1, 1)
 
 
 class WarningLog:

@@ -1,78 +1,76 @@
-"""A progress bar on stderr."""
+"""The progress of a run in a terminal, a notebook or a log file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from time import monotonic
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo, TrainReport
+from spectune.training.callbacks.screens import Screen, screen_for
+from spectune.training.callbacks.status import Stage, Status
+
+_MEMORY = 0.95  # of the averages of loss and speed, per logged step
 
 
 class ConsoleProgress(Callbacks):
-    """A progress bar on stderr with loss, speed and remaining time."""
+    """A line on stderr with step, remaining time, loss and speed, or with the stage that is running.
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
-        self._bar: Progress | None = None
-        self._stage_bar: Progress | None = None
-        self._task = TaskID(0)
-        self._loss: float | None = None
-        self._validation = ""
+    A terminal has a bar, a log file gets a line every 30 seconds, a notebook one line that is replaced.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        screen: Screen | None = None,
+        now: Callable[[], float] = monotonic,
+    ) -> None:
+        self._screen = screen or screen_for(console or Console(stderr=True))
+        self._status, self._now = Status(), now
+        self._stage_began = 0.0
 
     def on_message(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self._screen.message(text)
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
+        status = self._status
         if done >= total:
-            if self._stage_bar is not None:
-                self._stage_bar.stop()
-            self._stage_bar = None
+            status.stage = None
+            if status.steps:
+                self._screen.update(status)
+            else:
+                self._screen.close(keep=False)
             return
-        if self._stage_bar is None:
-            self._stage_bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._stage_bar.add_task(stage, total=total)
-            self._stage_bar.start()
-        self._stage_bar.update(self._stage_bar.task_ids[0], completed=done)
+        if status.stage is None or status.stage.name != stage:
+            self._stage_began = self._now()
+        status.stage = Stage(stage, done, total, seconds=self._now() - self._stage_began)
+        self._screen.update(status)
 
     def on_start(self, start: RunStart) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self.console,
-        )
-        self._task = self._bar.add_task(
-            start.name, total=start.steps, completed=start.first_step, rate="", loss=""
-        )
-        self._bar.start()
+        status = self._status
+        status.name, status.step, status.steps = start.name, start.first_step, start.steps
+        if status.steps:
+            self._screen.update(status)
 
     def on_step(self, info: StepInfo) -> None:
-        if self._bar is None:
-            return
-        self._loss = info.loss if self._loss is None else 0.95 * self._loss + 0.05 * info.loss
-        self._bar.update(
-            self._task,
-            completed=info.step,
-            rate=f"{1 / info.seconds:.2f} it/s" if info.seconds else "",
-            loss=f"loss {self._loss:.4f}{self._validation} {info.memory_bytes / 1e9:.1f} GB",
-        )
+        status = self._status
+        status.step, status.memory_bytes = info.step, info.memory_bytes
+        status.loss = _averaged(status.loss, info.loss)
+        status.seconds_per_step = _averaged(status.seconds_per_step, info.seconds)
+        self._screen.update(status)
 
     def on_validation(self, step: int, loss: float) -> None:
-        self._validation = f" validation {loss:.4f}"
-        if self._bar is None:
+        self._status.validation = loss
+        if not self._status.steps:
             self.on_message(f"validation loss before training: {loss:.4f}")
 
     def on_end(self, report: TrainReport) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._status.stage = None
+        self._screen.close(keep=self._status.steps > 0)
+        self._status = Status()
+
+
+def _averaged(average: float | None, value: float) -> float:
+    return value if average is None else _MEMORY * average + (1 - _MEMORY) * value

@@ -8,7 +8,7 @@ from functools import partial
 
 from spectune.errors import InputError, counted
 from spectune.model.network import Sdxl
-from spectune.training.callbacks import Callbacks
+from spectune.training.callbacks import Callbacks, stage
 from spectune.training.data.buckets import Size, bucket_sizes
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_pictures, vae_key
@@ -78,13 +78,20 @@ def cache_latents(recipe: Recipe, model: Sdxl, pictures: Pictures, callbacks: Ca
 
 
 def cache_captions(
-    recipe: Recipe, denoiser: Denoiser, pictures: Pictures, validation: Sequence[ValidationImages]
+    recipe: Recipe,
+    denoiser: Denoiser,
+    pictures: Pictures,
+    validation: Sequence[ValidationImages],
+    callbacks: Callbacks,
 ) -> None:
     """Encode the captions if the recipe caches them."""
     if recipe.caches_text:
         captions = {image.caption for image in pictures.images} | {""}
         captions = captions.union(*(group.captions for group in validation))
-        denoiser.text = encode_captions(denoiser.model, captions, max_tokens=denoiser.max_tokens)
+        with stage(callbacks, "encoding captions") as progressed:
+            denoiser.text = encode_captions(
+                denoiser.model, captions, max_tokens=denoiser.max_tokens, progress=progressed
+            )
 
 
 def data_hash(pictures: Pictures) -> str:
