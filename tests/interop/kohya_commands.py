@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from spectune.interop.kohya.command_line import parse_command
-from spectune.interop.kohya.importer import ImportedRecipe, import_command, nested
+from spectune.interop.kohya.importer import ImportedRecipe, import_command
+from spectune.training.recipe.commented import nested
 
 GUIDE_FIX = r"""accelerate launch --num_cpu_threads_per_process 8 sdxl_train_network.py ^
 --pretrained_model_name_or_path="K:/Comfyui_033/ComfyUI/models/checkpoints/bigaspV25_v25.safetensors" ^

@@ -15,8 +15,8 @@ from spectune.errors import InputError
 from spectune.interop.kohya.command_line import parse_command, split_words
 from spectune.interop.kohya.config_files import parse_toml
 from spectune.interop.kohya.gui import parse_gui_json
-from spectune.interop.kohya.importer import import_command, nested
-from spectune.interop.kohya.rules import toml_item
+from spectune.interop.kohya.importer import import_command
+from spectune.training.recipe.commented import nested, toml_item
 from spectune.training.recipe.file import load_recipe
 from tests.interop.kohya_commands import SHORT
 

@@ -12,7 +12,8 @@ from spectune.errors import InputError
 from spectune.interop.kohya.command_line import parse_command
 from spectune.interop.kohya.derived import OPTIMIZER_NAMES
 from spectune.interop.kohya.flags import NETWORK_ARGS, RULES, convert_flag, flags_page
-from spectune.interop.kohya.importer import import_command, nested
+from spectune.interop.kohya.importer import import_command
+from spectune.training.recipe.commented import nested
 from spectune.training.recipe.recipe import Recipe
 from tests.interop.kohya_commands import converted, recipe, result_of
 

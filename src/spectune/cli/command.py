@@ -25,7 +25,8 @@ class CommandSpec:
 
     The operation is the function `name` in the module `operation`. The module `report` prints the result with
     `show(report, options, seconds)`. It may also define `as_json(report, options, seconds)`,
-    `exit_code(report)`, `show_dry_run(forecast, options)` and `prepare(options)`.
+    `exit_code(report)`, `show_dry_run(forecast, options)`, `dry_run_json(forecast)`,
+    `dry_run_exit_code(forecast)` and `prepare(options)`.
     """
 
     name: str
@@ -88,8 +89,7 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
             if flags.dry_run:
                 assert command.dry_run is not None
                 forecast = getattr(operations, command.dry_run)(options)
-                reports.show_dry_run(forecast, options)
-                return 0
+                return _show_dry_run(reports, forecast, options, flags)
             prepare = getattr(reports, "prepare", None)
             options = options if prepare is None else prepare(options)
             result = run_operation(getattr(operations, command.function), options)
@@ -109,6 +109,16 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
         error.what = with_flags(command, error.what)
         error.hint = None if error.hint is None else with_flags(command, error.hint)
         raise
+
+
+def _show_dry_run(reports: Any, forecast: Any, options: OperationOptions, flags: Flags) -> int:
+    """Print a forecast and return the exit code."""
+    if flags.json:
+        print_json(getattr(reports, "dry_run_json", asdict)(forecast))
+    else:
+        reports.show_dry_run(forecast, options)
+    exit_code = getattr(reports, "dry_run_exit_code", None)
+    return 0 if exit_code is None else exit_code(forecast)
 
 
 def with_flags(command: CommandSpec, text: str) -> str:

@@ -12,7 +12,14 @@ from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, Re
 from spectune.ops.options.dataset import DatasetOptions
 from spectune.ops.options.model_files import InspectOptions, NullOptions, SplitOptions, VerifyOptions
 from spectune.ops.options.pictures import CompareOptions, SampleOptions
-from spectune.ops.options.training import DemoOptions, DoctorOptions, ImportOptions, PlanOptions, TrainOptions
+from spectune.ops.options.training import (
+    DemoOptions,
+    DoctorOptions,
+    ImportOptions,
+    NewOptions,
+    PlanOptions,
+    TrainOptions,
+)
 
 START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
 
@@ -31,6 +38,14 @@ COMMANDS = (
     _command("demo", DemoOptions, START, "spectune demo", json=False, bar=False),
     _command("doctor", DoctorOptions, START, "spectune doctor", bar=False),
     _command("inspect", InspectOptions, START, "spectune inspect model.safetensors"),
+    _command(
+        "new",
+        NewOptions,
+        TRAIN,
+        "spectune new model.safetensors pictures/",
+        report="starting.new",
+        bar=False,
+    ),
     _command("dataset", DatasetOptions, TRAIN, "spectune dataset pictures/ --sheet sheet.png"),
     _command("plan", PlanOptions, TRAIN, "spectune plan model.safetensors --vram 12GB", bar=False),
     _command(

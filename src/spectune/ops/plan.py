@@ -53,10 +53,14 @@ class PlanReport:
 
 def _vram(size: str | int | None) -> int:
     """Return `size` in bytes. If it is None, return the memory of this machine's card."""
-    if size is None:
-        size = total_memory()
-        if size is None:
-            raise InputError("`vram` is missing: this machine has no CUDA card", hint="an example: 12GB")
+    found = total_memory() if size is None else parse_memory(size)
+    if found is None:
+        raise InputError("`vram` is missing: this machine has no CUDA card", hint="an example: 12GB")
+    return found
+
+
+def parse_memory(size: str | int) -> int:
+    """Return the bytes of the memory of a card: 12GB, 12GiB or 12."""
     if isinstance(size, int):
         return size
     # A bare 12 means 12 GB: nobody plans for 12 bytes.

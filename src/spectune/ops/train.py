@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from spectune.model.device import parse_device
 from spectune.model.memory_errors import explained_memory_errors
 from spectune.operation import operation
 from spectune.ops.drawing.previews import Previews
+from spectune.ops.forecast import TrainForecast, forecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import TrainReport
 from spectune.training.loop import train as run_training
@@ -29,18 +28,11 @@ def train(options: TrainOptions) -> TrainReport:
         return run_training(recipe, callbacks=callbacks, force=options.force)
 
 
-@dataclass(frozen=True)
-class TrainForecast:
-    """The recipe that would run, with overrides applied and defaults filled in."""
-
-    recipe: Recipe
-
-
 def plan_train(options: TrainOptions) -> TrainForecast:
-    """Check a recipe without running it. Defaults that depend on the base need its file."""
+    """Check everything that a run needs without running it."""
     recipe = load_recipe(options.recipe, options.overrides)
     Previews(recipe)  # reads the prompts
-    return TrainForecast(_with_defaults(recipe) if recipe.model.checkpoint.exists() else recipe)
+    return forecast(recipe, force=options.force)
 
 
 def _with_defaults(recipe: Recipe) -> Recipe:

@@ -30,6 +30,13 @@ def state_folder(output: Path, name: str, step: int) -> Path:
     return output / f"{name}-step{step:08d}.state"
 
 
+def step_of(path: Path) -> int:
+    """Return the step in the name of a state or of a step adapter."""
+    match = re.search(r"-step(\d{8})\.", path.name)
+    assert match is not None
+    return int(match[1])
+
+
 def adapter_file(output: Path, name: str, step: int | None = None) -> Path:
     """Return the path of the adapter after `step` steps, or of the final adapter if `step` is None."""
     return output / (f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors")

@@ -83,7 +83,7 @@ def assemble(
     recipe = with_defaults(recipe, accelerator.device)
     if saved is not None:
         check_recipe(saved, recipe.model_dump(mode="json"))
-    pictures, validation = _find_images(recipe, warnings)
+    pictures, validation = find_images(recipe, warnings)
     device = accelerator.device
     trainable = _build_model(recipe, device, saved, callbacks)
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
@@ -108,7 +108,7 @@ def assemble(
         model=model,
         objective=objective,
         optimization=_build_optimization(recipe, accelerator, model, weighting),
-        steps=_total_steps(recipe, data.plan, accelerator.num_processes),
+        steps=total_steps(recipe, data.plan, accelerator.num_processes),
         warnings=tuple(warnings.entries),
     )
 
@@ -152,7 +152,8 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
 # ---------------------------------------------------------------- data
 
 
-def _find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan | None]:
+def find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan | None]:
+    """Return the training pictures and the scan of the validation pictures of a complete recipe."""
     data = recipe.data
     scan, validation = scan_training(data), scan_validation(data)
     pictures = Pictures(
@@ -421,7 +422,8 @@ def _build_optimization(
     )
 
 
-def _total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
+def total_steps(recipe: Recipe, plan: BatchPlan, processes: int) -> int:
+    """Return the number of optimizer steps of a run."""
     if recipe.run.steps is not None:
         return recipe.run.steps
     assert recipe.run.epochs is not None

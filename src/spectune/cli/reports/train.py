@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from spectune.cli.console import err, say
+from spectune.cli.reports.starting import dry_run
+from spectune.ops.forecast import TrainForecast
 from spectune.ops.options.training import TrainOptions
-from spectune.ops.train import TrainForecast
 from spectune.training.callbacks import TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
 
@@ -23,7 +24,15 @@ def exit_code(report: TrainReport) -> int:
 
 
 def show_dry_run(forecast: TrainForecast, options: TrainOptions) -> None:
-    print(forecast.recipe.model_dump_json(indent=2))
+    dry_run.show(forecast)
+
+
+def dry_run_json(forecast: TrainForecast) -> dict[str, Any]:
+    return dry_run.as_json(forecast)
+
+
+def dry_run_exit_code(forecast: TrainForecast) -> int:
+    return dry_run.exit_code(forecast)
 
 
 def as_json(report: TrainReport, options: TrainOptions, seconds: float) -> dict[str, Any]:

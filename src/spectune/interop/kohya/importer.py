@@ -15,21 +15,13 @@ from spectune.interop.kohya.command_line import LAUNCHER, Command, Flag, check_f
 from spectune.interop.kohya.flags import DEFAULTS, convert_flag
 from spectune.interop.kohya.rules import FlagResult, PathText
 from spectune.training.objective.losses import HUBER_LOSSES
+from spectune.training.recipe.commented import Setting, nested
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.recipe.sections.model import ALL_PARTS
 
 # A learning rate this small changes no weight. Step 3 of the guide uses 1e-24.
 TRAINS_NOTHING = 1e-12
 RANK_OF_FULL_TRAINING = "64"  # for sdxl_train.py, which has no rank
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A key of the recipe with its value and its source, a flag or another reason."""
-
-    key: str  # with its section: `data.bucket.min_px`
-    value: Any
-    source: str
 
 
 @dataclass(frozen=True)
@@ -168,18 +160,6 @@ def _unset_variables(settings: Sequence[Setting]) -> Iterator[str]:
     for setting in settings:
         if isinstance(setting.value, str) and re.search(r"%\w+%|\$\{?\w+|!\w+!", setting.value):
             yield f"{setting.key} contains a variable that the text does not set: {setting.value}"
-
-
-def nested(settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return the settings as nested dictionaries, the input of `parse_recipe`."""
-    data: dict[str, Any] = {}
-    for setting in settings:
-        *sections, key = setting.key.split(".")
-        place = data
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = setting.value
-    return data
 
 
 def rebased(value: Any, folder: Path) -> Any:

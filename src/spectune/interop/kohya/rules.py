@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import tomlkit
-from tomlkit.items import Item
-
 from spectune.errors import printable
 from spectune.interop.kohya.command_line import Command, Flag
+from spectune.training.recipe.commented import toml_item
 
 Verdict = Literal["taken", "ignored", "unsupported", "unknown"]
 
@@ -178,20 +176,3 @@ def literal(text: str) -> Any:
     except (ValueError, SyntaxError):
         return text
     return list(value) if isinstance(value, tuple) else value
-
-
-def toml_item(value: Any) -> Item:
-    """Return `value` as a TOML item. A Windows path becomes a literal string, which needs no escapes."""
-    if isinstance(value, list | tuple):
-        array = tomlkit.array()
-        for element in value:
-            array.append(toml_item(element))
-        return array
-    if isinstance(value, dict):
-        table = tomlkit.inline_table()
-        for key, item in value.items():
-            table.append(key, toml_item(item))
-        return table
-    if isinstance(value, str) and "\\" in value and "'" not in value and value.isprintable():
-        return tomlkit.string(str(value), literal=True)
-    return tomlkit.item(str(value) if isinstance(value, str) else value)

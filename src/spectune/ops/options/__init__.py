@@ -7,5 +7,5 @@ Nothing here imports torch: interfaces can show help texts and check values with
     adapter_files     rebuild, export, slice, convert
     pictures          sample, compare
     dataset           dataset
-    training          train, plan, recipe import, demo, doctor
+    training          new, train, plan, recipe import, demo, doctor
 """

@@ -1,10 +1,11 @@
-"""Options of the operations around training: train, plan, recipe import, demo, doctor."""
+"""Options of the operations around training: new, train, plan, recipe import, demo, doctor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spectune.operation import OperationOptions, argument, hook, option, record
 from spectune.ops.options.values import FORCE_HELP, ModelPath
@@ -24,6 +25,38 @@ class TrainOptions(OperationOptions):
     force: bool = option(default=False, help=FORCE_HELP)
     callbacks: tuple[Any, ...] | None = hook(
         default=None, help="Instances of spectune.training.callbacks.Callbacks."
+    )
+
+
+@record
+class NewOptions(OperationOptions):
+    """Write a recipe for a model and a folder of pictures, with comments, and print the command to run it.
+
+    Prediction type, rank, memory settings, steps and folders are inferred. On a terminal, what cannot be
+    inferred is asked.
+    """
+
+    model: ModelPath = argument(help="The checkpoint to train.")
+    folder: Path = argument(help="The folder with the pictures, or the parent of `N_name` folders.")
+    _: KW_ONLY
+    out: Path | None = option(
+        default=None, flag="-o", help="The recipe to write. Default: the name of the folder, with .toml."
+    )
+    name: str | None = option(default=None, help="Name of the run. Default: the name of the folder.")
+    prediction: Literal["eps", "v", "flow"] | None = option(
+        default=None, help="Prediction type, if the checkpoint does not declare it."
+    )
+    vram: str | int | None = option(
+        default=None, help="Memory of the card that will train: 12GB. Default: that of this machine's card."
+    )
+    rank: int | None = option(
+        default=None, ge=1, help="Singular directions trained per layer, if the card has the memory."
+    )
+    steps: int | None = option(default=None, ge=1, help="Training steps. Default: by the number of pictures.")
+    yes: bool = option(default=False, help="Ask nothing: take the most likely value and warn about it.")
+    force: bool = option(default=False, help=FORCE_HELP)
+    ask: Callable[[str, str, Sequence[str]], str] | None = hook(
+        default=None, help="Called with a question, its default and the choices; returns the reply."
     )
 
 

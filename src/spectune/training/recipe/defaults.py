@@ -11,7 +11,7 @@ from spectune.errors import InputError
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.device import drawing_dtype
 from spectune.sdxl.inference import infer_layout
-from spectune.sdxl.layout import SDXL
+from spectune.sdxl.layout import SDXL, Layout
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 from spectune.training.recipe.sections.data import DataSection
 from spectune.training.recipe.sections.objective import ObjectiveSection
@@ -32,10 +32,15 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
         objective = _objective(recipe.objective, base)
         data["objective"] |= objective
         if _missing(recipe):
-            is_large = infer_layout(base).unet.channels[0] >= SDXL.unet.channels[0]
+            is_large = is_full_size(infer_layout(base))
             data["run"] |= _run(recipe, torch.device(device), is_large=is_large)
             data["data"]["bucket"] |= _bucket(recipe.data, is_large=is_large)
         return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
+
+
+def is_full_size(layout: Layout) -> bool:
+    """Return whether a base has the size of SDXL."""
+    return layout.unet.channels[0] >= SDXL.unet.channels[0]
 
 
 def described_defaults(requested: Recipe, complete: Recipe) -> str:

@@ -38,13 +38,19 @@ def is_due(run: Run, task: Task, *, step: int, position: int) -> bool:
         step: The number of finished steps.
         position: The number of batches that they took from the plan, on all processes.
     """
-    steps, epochs = intervals_of(run.recipe.run, task)
+    settings, per_epoch = run.recipe.run, run.data.plan.batches_per_epoch
+    return falls_on(settings, task, step=step, position=position, span=(per_epoch, run.batches_per_step))
+
+
+def falls_on(settings: RunSection, task: Task, *, step: int, position: int, span: tuple[int, int]) -> bool:
+    """Return whether a task follows a step; `span` has the batches of an epoch and of a step."""
+    steps, epochs = intervals_of(settings, task)
     if steps is not None and step % steps == 0:
         return True
     if epochs is None:
         return False
-    span = epochs * run.data.plan.batches_per_epoch
-    return position // span > (position - run.batches_per_step) // span
+    batches = epochs * span[0]
+    return position // batches > (position - span[1]) // batches
 
 
 def previews_at_end(settings: RunSection) -> bool:

@@ -1,0 +1,1 @@
+"""Output of the commands before a training: new, and train with --dry-run."""

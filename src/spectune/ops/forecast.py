@@ -1,0 +1,242 @@
+"""What a run would do: `spectune train --dry-run` opens every file and computes this, and writes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.reader import open_adapter
+from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
+from spectune.files.source import WeightSource
+from spectune.model.device import cpu_warnings, describe_device, parse_device, total_memory
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.training import output
+from spectune.training.callbacks import Callbacks, WarningLog
+from spectune.training.data.gather import check_sizes, training_sizes
+from spectune.training.data.plan import BatchPlan
+from spectune.training.memory.account import Memory, Setup
+from spectune.training.memory.meta_model import empty_model
+from spectune.training.memory.meter import MemoryMeter
+from spectune.training.recipe.defaults import described_defaults, with_defaults
+from spectune.training.recipe.recipe import Recipe
+from spectune.training.saving.disk import SavePlan
+from spectune.training.saving.intervals import Task, falls_on, previews_at_end
+from spectune.training.setup import find_images, total_steps
+from spectune.training.trainable_model import model_warnings
+
+
+@dataclass(frozen=True)
+class PictureCounts:
+    """The pictures of a run."""
+
+    training: int
+    validation: int
+    draws_per_epoch: int  # with repeats
+    sizes: Mapping[str, int]  # training size -> pictures
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run, and what is written between them."""
+
+    steps: int
+    first_step: int  # above 0 if the run resumes
+    steps_per_epoch: float
+    pictures_per_step: int
+    saves: int
+    previews: int
+    validations: int
+
+    @property
+    def epochs(self) -> float:
+        """The number of passes over all pictures."""
+        return self.steps / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes that a run needs and that there are; `available` is None where it is not known."""
+
+    required: int
+    available: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.required <= self.available
+
+
+@dataclass(frozen=True)
+class TrainForecast:
+    """A run before it starts."""
+
+    recipe: Recipe  # with overrides and defaults
+    chosen: str  # the defaults that depend on the base
+    base: str
+    device: str
+    pictures: PictureCounts
+    schedule: Schedule
+    memory: Space  # of the GPU, or main memory without one
+    saves: str  # that the run keeps, with their sizes
+    disk: Space
+    warnings: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What would stop the run."""
+        rows = [(self.memory, "memory", self.device), (self.disk, "disk space", "the disk of run.output")]
+        return tuple(
+            f"not enough {kind}: the run needs about {space.required / 1e9:.2f} GB, and {place} has "
+            f"{(space.available or 0) / 1e9:.2f} GB"
+            for space, kind, place in rows
+            if not space.fits
+        )
+
+
+def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
+    """Check everything that a run needs, and return what it would do. Write no file.
+
+    Raises:
+        InputError: A file is missing, damaged or of the wrong kind, or the recipe does not fit them.
+    """
+    device = parse_device(requested.run.device)
+    recipe = with_defaults(requested, device)
+    claim = output.claim_output(recipe, force=force)
+    warnings = WarningLog(Callbacks())
+    warnings.add(model_warnings(requested))
+    pictures, validation = find_images(recipe, warnings)
+    with open_checkpoint(recipe.model.checkpoint) as base:
+        label, layout = base.label, infer_layout(base)
+        setup = setup_of(recipe, _rank(recipe, base))
+        meter = MemoryMeter(layout, build_catalogue(base))
+    _check_vae(recipe)
+    check_sizes(empty_model(layout, torch.float32), training_sizes(recipe.data))
+    memory = meter.measure(setup)
+    warnings.add(cpu_warnings(device, memory.fixed.unet // 2))
+    plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
+    first_step = 0 if claim.resumed is None else output.step_of(claim.resumed)
+    schedule = _schedule(recipe, plan, first_step, validates=validation is not None)
+    saves = _saves(recipe, memory, schedule.saves)
+    return TrainForecast(
+        recipe=recipe,
+        chosen=described_defaults(requested, recipe),
+        base=label,
+        device=describe_device(device),
+        pictures=PictureCounts(
+            training=len(pictures),
+            validation=0 if validation is None else len(validation.images),
+            draws_per_epoch=sum(image.repeats for image in pictures.images),
+            sizes={f"{size.width}x{size.height}": n for size, n in Counter(pictures.targets).most_common()},
+        ),
+        schedule=schedule,
+        memory=_memory(memory, device),
+        saves=str(saves),
+        disk=Space(saves.nbytes, _free_disk(recipe.run.output)),
+        warnings=tuple(warnings.entries),
+    )
+
+
+def setup_of(recipe: Recipe, rank: int) -> Setup:
+    """Return the settings of a complete recipe that determine its memory."""
+    run = recipe.run
+    assert run.precision is not None, "the defaults are not filled in"
+    return Setup(
+        rank=rank,
+        parts=recipe.model.parts,
+        resolution_px=recipe.data.resolution_px,
+        batch=run.batch,
+        form=recipe.model.form,
+        quantize=recipe.model.quantize,
+        precision=run.precision,
+        trained_precision=run.trained_precision,
+        gradient_checkpointing=bool(run.gradient_checkpointing),
+        offload=run.offload,
+        stream=run.stream,
+        optimizer=recipe.optimizer.name,
+        ema=run.ema_decay is not None,
+    )
+
+
+def _rank(recipe: Recipe, base: WeightSource) -> int:
+    """Return the rank of the recipe, or the largest rank in the principal file."""
+    if recipe.model.principal is None:
+        assert recipe.model.rank is not None
+        return recipe.model.rank
+    catalogue: Catalogue = build_catalogue(base, all_layers=True)
+    with open_adapter(recipe.model.principal, catalogue) as principal:
+        if not isinstance(principal, Adapter):
+            raise InputError(
+                f"{principal.label} holds trained deltas: expected a principal",
+                hint="set model.principal to a file that `spectune split` wrote",
+            )
+        return max((principal.rank(name) for name in principal.layers), default=1)
+
+
+def _check_vae(recipe: Recipe) -> None:
+    """Raise InputError if the autoencoder of the recipe cannot be opened."""
+    path = recipe.vae.path
+    if path is None or path.is_dir():
+        return
+    with open_checkpoint(path):
+        pass
+
+
+def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bool) -> Schedule:
+    run = recipe.run
+    steps = total_steps(recipe, plan, 1)
+    span = (plan.batches_per_epoch, run.accumulation)
+
+    def times(task: Task) -> int:
+        numbers = range(first_step + 1, steps + 1)
+        return sum(
+            falls_on(run, task, step=number, position=number * run.accumulation, span=span)
+            for number in numbers
+        )
+
+    return Schedule(
+        steps=steps,
+        first_step=first_step,
+        steps_per_epoch=plan.batches_per_epoch / run.accumulation,
+        pictures_per_step=run.batch * run.accumulation,
+        saves=times("save"),
+        previews=times("preview") + previews_at_end(run) + run.preview_at_start,
+        validations=times("validate") + 2 if validates else 0,
+    )
+
+
+def _memory(memory: Memory, device: str) -> Space:
+    if device.startswith("cuda"):
+        return Space(memory.total, total_memory())
+    # without the context of CUDA, which the reserve contains
+    required = max(memory.allocated, memory.caching)
+    return Space(required, psutil.virtual_memory().available)
+
+
+def _saves(recipe: Recipe, memory: Memory, saves: int) -> SavePlan:
+    """Return the saves that a run keeps, with bytes that the account of its memory gives."""
+    fixed, run = memory.fixed, recipe.run
+    frames = fixed.frame if recipe.model.rank is not None else 0
+    by_clock = run.keep_last if run.save_every_minutes else 0
+    return SavePlan(
+        adapters=1 + (saves if run.keep_last_adapters is None else min(saves, run.keep_last_adapters)),
+        adapter_bytes=fixed.frame + fixed.trained,
+        states=min(max(saves, by_clock) + 1, run.keep_last + 1),
+        state_bytes=fixed.trained + memory.optimizer + memory.average + frames,
+    )
+
+
+def _free_disk(folder: Path) -> int | None:
+    existing = next(_existing(folder), None)
+    return None if existing is None else shutil.disk_usage(existing).free
+
+
+def _existing(folder: Path) -> Iterator[Path]:
+    yield from (path for path in (folder, *folder.parents) if path.is_dir())

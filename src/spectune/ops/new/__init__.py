@@ -1,0 +1,91 @@
+"""Write a recipe for a model, the card of this machine and a folder of pictures.
+
+pictures: what the folder contains.
+choices: prediction type, memory settings, steps.
+text: the recipe with its comments.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectune.checkpoints.open import open_checkpoint
+from spectune.files.writer import check_target
+from spectune.operation import operation
+from spectune.ops.new.choices import Answers, check_trainable, choose_length, choose_memory, choose_prediction
+from spectune.ops.new.pictures import find_pictures
+from spectune.ops.new.text import Parts, recipe_of
+from spectune.ops.options.training import NewOptions
+from spectune.sdxl.inference import infer_layout
+from spectune.training.recipe.commented import nested
+from spectune.training.recipe.recipe import parse_recipe
+
+GENERIC_NAMES = {"data", "dataset", "images", "img", "imgs", "pictures", "train", "training"}
+
+
+@dataclass(frozen=True)
+class NewReport:
+    """The recipe that was written, the facts that it was made from, and the command that runs it."""
+
+    path: Path
+    text: str
+    command: str
+    pictures: int
+    steps: int
+    notes: tuple[str, ...]  # what was chosen and why
+    warnings: tuple[str, ...]  # what to look at before training
+
+
+@operation(NewOptions)
+def new(options: NewOptions) -> NewReport:
+    """Write a commented recipe for a model and a folder of pictures.
+
+    Everything is inferred from the model, the card and the pictures. What they do not show is asked through
+    `ask`; without it, the most common answer is used and a warning names it.
+
+    Raises:
+        InputError: The model cannot be trained, the folder has no usable picture, or the recipe exists.
+    """
+    name = options.name or name_of(options.folder)
+    out = options.out or Path(f"{name}.toml")
+    check_target(out, 0, force=options.force)
+    answers = Answers(None if options.yes else options.ask)
+    with open_checkpoint(options.model) as source:
+        check_trainable(source)
+        layout = infer_layout(source)
+        prediction = choose_prediction(source, options.prediction, answers)
+        pictures = find_pictures(options.folder, layout, answers)
+        memory = choose_memory(source, layout, pictures, options, answers)
+    length = choose_length(len(pictures.images), memory.batch, options.steps)
+    parts = Parts(name, out, options.model, prediction, pictures, memory, length)
+    command = f"spectune train {_quoted(out)}"
+    settings, text = recipe_of(parts, command)
+    parse_recipe(nested(settings), label=out.name)
+    out.write_text(text, encoding="utf-8")
+    return NewReport(
+        path=out,
+        text=text,
+        command=command,
+        pictures=len(pictures.images),
+        steps=length.steps,
+        notes=(*memory.notes, *length.notes),
+        warnings=(*answers.warnings, *pictures.warnings),
+    )
+
+
+def name_of(folder: Path) -> str:
+    """Return a name for the run: that of the folder, without kohya's number of repeats.
+
+    A folder that only says that it contains pictures has the name of its parent.
+    """
+    folder = folder.resolve()
+    word = re.sub(r"^\d+_", "", folder.name)
+    if word.lower() in GENERIC_NAMES:
+        word = folder.parent.name
+    return re.sub(r"[^\w.-]+", "_", word).strip("._") or "style"
+
+
+def _quoted(path: Path) -> str:
+    return f'"{path.as_posix()}"' if " " in str(path) else path.as_posix()

@@ -1,0 +1,91 @@
+"""The pictures of a new recipe: how they are laid out, their captions, sizes and validation folder."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectune.errors import InputError, counted
+from spectune.sdxl.layout import Layout
+from spectune.training.data.folders import find_folders, scan_training
+from spectune.training.data.images import SUFFIXES
+from spectune.training.data.scan import CaptionedImage
+from spectune.training.recipe.defaults import is_full_size
+from spectune.training.recipe.sections.data import DataSection
+
+if TYPE_CHECKING:
+    from spectune.ops.new.choices import Answers
+
+FULL_SIZE_PX, SMALL_SIZE_PX = 1024, 64
+VALIDATION_NAMES = ("validation", "val")
+
+
+@dataclass(frozen=True)
+class FoundPictures:
+    """The usable pictures of a folder, and the keys that name it in a recipe."""
+
+    folder: Path
+    is_flat: bool  # the pictures are directly in the folder
+    caption: str  # of pictures without a caption, in a flat folder
+    images: tuple[CaptionedImage, ...]
+    validation: Path | None
+    resolution_px: int
+    warnings: tuple[str, ...]
+
+
+def find_pictures(folder: Path, layout: Layout, answers: Answers) -> FoundPictures:
+    """Return the pictures of a folder: `N_name` folders in it, or pictures directly in it.
+
+    Raises:
+        InputError: There is no such folder, or it has no usable picture.
+    """
+    if not folder.is_dir():
+        raise InputError(f"`folder` {folder} is not a folder", hint="pass the folder with your pictures")
+    named, _ = find_folders(folder)
+    is_flat = not named
+    place: dict[str, Any] = {"sets": [{"path": folder}]} if is_flat else {"folders": [folder]}
+    scan = scan_training(DataSection(**place))
+    empty = len(scan.empty_caption)
+    caption = ""
+    if is_flat and empty:
+        caption = _caption(empty, len(scan.images), answers)
+    return FoundPictures(
+        folder=folder,
+        is_flat=is_flat,
+        caption=caption,
+        images=scan.images,
+        validation=_validation(folder),
+        resolution_px=_resolution(scan.images, is_full_size(layout)),
+        warnings=tuple(scan.warnings()) if not caption else (),
+    )
+
+
+def _caption(empty: int, count: int, answers: Answers) -> str:
+    return answers.get(
+        f"{empty} of {counted(count, 'picture')} have no caption. A caption for them, such as "
+        "a photo of sks (empty: none)",
+        "",
+    ).strip()
+
+
+def _validation(folder: Path) -> Path | None:
+    """Return a folder of validation pictures in or beside the folder, if there is one."""
+    inside = [folder / name for name in VALIDATION_NAMES]
+    resolved = folder.resolve()
+    beside = [resolved.parent / name for name in (*VALIDATION_NAMES, f"{resolved.name}_validation")]
+    found = (path for path in (*inside, *beside) if path.is_dir() and path.resolve() != resolved)
+    return next((path for path in found if _has_pictures(path)), None)
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+
+
+def _resolution(images: tuple[CaptionedImage, ...], full: bool) -> int:
+    """Return 1024 for SDXL. A smaller base was trained on small pictures."""
+    if full:
+        return FULL_SIZE_PX
+    side = statistics.median(min(image.size.width, image.size.height) for image in images)
+    return int(max(16, min(SMALL_SIZE_PX, side // 16 * 16)))

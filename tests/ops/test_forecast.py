@@ -1,0 +1,89 @@
+"""`spectune train --dry-run`: a readable plan, JSON for machines, and problems before the run."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from spectune.cli.app import run
+from spectune.cli.reports.starting import dry_run
+from spectune.ops.forecast import Space
+from spectune.ops.options.training import TrainOptions
+from spectune.ops.train import plan_train
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a recipe for five pictures, drawn twice, of which one is damaged."""
+    folder = tmp_path / "pictures" / "2_shape"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        Image.new("RGB", (40 + 20 * index, 40), (index * 20, 30, 40)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"shape {index}")
+    (folder / "broken.png").write_bytes(b"not a picture")
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f"[model]\nbase = {json.dumps(str(tiny_checkpoint))}\nrank = 2\n[data]\nfolders = ['pictures']\n"
+        "resolution_px = 32\nvalidation_folder = 'pictures'\n[run]\nname = 't'\noutput = 'out'\nepochs = 4\n"
+        "batch = 2\naccumulation = 2\nsave_every_steps = 3\nvalidate_every_steps = 5\n"
+    )
+    return path
+
+
+def test_the_plan_counts_everything_and_writes_nothing(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert run(["train", str(recipe), "--dry-run"]) == 0
+    output = capfd.readouterr()
+    assert sorted(tmp_path.rglob("*")) == before
+    shown = " ".join(output.err.split())
+    assert "5 per epoch, 10 draws; 5 for validation" in shown
+    assert "10 of 4 pictures; 2.5 per epoch, 4.0 epochs" in shown
+    assert "3 saves, 0 previews, 4 validations" in shown
+    assert "broken.png is not an image" in shown
+    values = tomllib.loads(output.out)
+    assert "null" not in output.out
+    assert values["run"]["precision"] == "fp32"
+    assert "seed" not in values["run"]
+
+    assert run(["train", str(recipe), "--dry-run", "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert data["schedule"]["steps"] == 10
+    assert data["recipe"]["run"]["seed"] == 1
+    assert data["pictures"]["sizes"] == {"32x32": 5}
+    assert data["problems"] == []
+    assert data["saves"].startswith("4 adapters of ")
+
+
+def test_too_little_memory_or_disk_is_a_problem(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    forecast = plan_train(TrainOptions(recipe))
+    full = replace(forecast, memory=Space(9_000_000_000, 8_000_000_000), disk=Space(2_000_000_000, 1_000_000))
+    assert dry_run.exit_code(forecast) == 0
+    assert dry_run.exit_code(full) == 1
+    dry_run.show(full)
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "not enough memory: the run needs about 9.00 GB, and" in shown
+    assert "not enough disk space: the run needs about 2.00 GB, and the disk of run.output" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("data.resolution_px=24", "this model needs multiples of"),
+        ("model.base=gone.safetensors", "gone.safetensors"),
+        ("vae.path=gone.safetensors", "gone.safetensors"),
+        ("data.validation_folder=gone", "gone is not a folder"),
+        ("run.device=cuda:7", "no device cuda:7"),
+    ],
+)
+def test_a_wrong_file_or_value_is_found(
+    recipe: Path, capfd: pytest.CaptureFixture[str], change: str, problem: str
+) -> None:
+    assert run(["train", str(recipe), "--dry-run", "--set", change]) == 2
+    assert problem in " ".join(capfd.readouterr().err.split())
