@@ -45,7 +45,7 @@ class PictureCounts:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RunSchedule:
     """The steps of a run, and what is written between them."""
 
     steps: int
@@ -83,7 +83,7 @@ class TrainForecast:
     base: str
     device: str
     pictures: PictureCounts
-    schedule: Schedule
+    schedule: RunSchedule
     memory: Space  # of the GPU, or main memory without one
     saves: str  # that the run keeps, with their sizes
     disk: Space
@@ -122,7 +122,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     memory = meter.measure(setup)
     warnings.add(cpu_warnings(device, memory.fixed.unet // 2))
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
-    first_step = 0 if claim.resumed is None else output.step_of(claim.resumed)
+    first_step = output.step_of(claim.states[-1]) if claim.states else 0
     schedule = _schedule(recipe, plan, first_step, validates=validation is not None)
     saves = _saves(recipe, memory, schedule.saves)
     return TrainForecast(
@@ -189,7 +189,7 @@ def _check_vae(recipe: Recipe) -> None:
         pass
 
 
-def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bool) -> Schedule:
+def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bool) -> RunSchedule:
     run = recipe.run
     steps = total_steps(recipe, plan, 1)
     span = (plan.batches_per_epoch, run.accumulation)
@@ -201,7 +201,7 @@ def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bo
             for number in numbers
         )
 
-    return Schedule(
+    return RunSchedule(
         steps=steps,
         first_step=first_step,
         steps_per_epoch=plan.batches_per_epoch / run.accumulation,

@@ -1,5 +1,6 @@
 """Write a recipe for a model, the card of this machine and a folder of pictures.
 
+answers: questions to the user.
 pictures: what the folder contains.
 choices: prediction type, memory settings, steps.
 text: the recipe with its comments.
@@ -14,7 +15,8 @@ from pathlib import Path
 from spectune.checkpoints.open import open_checkpoint
 from spectune.files.writer import check_target
 from spectune.operation import operation
-from spectune.ops.new.choices import Answers, check_trainable, choose_length, choose_memory, choose_prediction
+from spectune.ops.new.answers import Answers
+from spectune.ops.new.choices import check_trainable, choose_length, choose_memory, choose_prediction
 from spectune.ops.new.pictures import find_pictures
 from spectune.ops.new.text import Parts, recipe_of
 from spectune.ops.options.training import NewOptions

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast, get_args
+from typing import get_args
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.plain_weights import check_plain_weights
@@ -13,6 +12,7 @@ from spectune.errors import InputError, counted
 from spectune.files.provenance import PredictionName
 from spectune.files.source import WeightSource, declared_prediction
 from spectune.model.device import total_memory
+from spectune.ops.new.answers import Answers
 from spectune.ops.new.pictures import FoundPictures
 from spectune.ops.options.training import NewOptions
 from spectune.ops.plan import parse_memory
@@ -25,8 +25,6 @@ from spectune.training.memory.search import described
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.recipe.defaults import is_full_size
 
-Ask = Callable[[str, str, Sequence[str]], str]  # (question, default, choices) -> the reply
-
 PREDICTIONS: tuple[PredictionName, ...] = get_args(PredictionName)
 RANK, SMALL_RANK = 64, 16
 RESOLUTIONS_PX = (1024, 768, 512)  # the first that fits the card
@@ -37,22 +35,6 @@ SMALL_BATCH = 8  # of a base smaller than SDXL
 DRAWS_EACH, MANY, FEWEST_DRAWS = 100, 30, 500
 ROUND_STEPS = 10
 SAVES = 4
-
-
-class Answers:
-    """Questions to the user, and warnings about what was assumed if there is nobody to ask."""
-
-    def __init__(self, ask: Ask | None) -> None:
-        self._ask = ask
-        self.warnings: list[str] = []
-
-    def get(self, question: str, default: str, choices: Sequence[str] = (), *, assumed: str = "") -> str:
-        """Return the reply, or `default` with the warning `assumed`."""
-        if self._ask is not None:
-            return self._ask(question, default, choices)
-        if assumed:
-            self.warnings.append(assumed)
-        return default
 
 
 @dataclass(frozen=True)
@@ -91,20 +73,22 @@ def check_trainable(source: WeightSource) -> None:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class KnownPrediction:
     """The prediction type of the base, and how it is known."""
 
     kind: PredictionName
     source: str
 
 
-def choose_prediction(source: WeightSource, passed: PredictionName | None, answers: Answers) -> Prediction:
+def choose_prediction(
+    source: WeightSource, passed: PredictionName | None, answers: Answers
+) -> KnownPrediction:
     """Return the prediction type that was passed or is declared, else the reply."""
     if passed is not None:
-        return Prediction(passed, "as you passed it")
+        return KnownPrediction(passed, "as you passed it")
     declared = declared_prediction(source)
     if declared is not None:
-        return Prediction(declared, "declared by the checkpoint")
+        return KnownPrediction(declared, "declared by the checkpoint")
     guess = _guess(source.label)
     reply = answers.get(
         f"{source.label} does not declare its prediction type. Its page says it; most models are eps",
@@ -115,8 +99,7 @@ def choose_prediction(source: WeightSource, passed: PredictionName | None, answe
     )
     if reply not in PREDICTIONS:
         raise InputError(f"unknown prediction type {reply!r}", hint=f"one of {', '.join(PREDICTIONS)}")
-    kind = cast("PredictionName", reply)
-    return Prediction(kind, "the checkpoint does not declare it: check the page of the model")
+    return KnownPrediction(reply, "the checkpoint does not declare it: check the page of the model")
 
 
 def _guess(name: str) -> PredictionName:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectune.errors import InputError, counted
+from spectune.ops.new.answers import Answers
 from spectune.sdxl.layout import Layout
 from spectune.training.data.folders import find_folders, scan_training
 from spectune.training.data.images import SUFFIXES
 from spectune.training.data.scan import CaptionedImage
 from spectune.training.recipe.defaults import is_full_size
 from spectune.training.recipe.sections.data import DataSection
-
-if TYPE_CHECKING:
-    from spectune.ops.new.choices import Answers
 
 FULL_SIZE_PX, SMALL_SIZE_PX = 1024, 64
 VALIDATION_NAMES = ("validation", "val")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.errors import counted
-from spectune.ops.new.choices import Chosen, Length, Prediction
+from spectune.ops.new.choices import Chosen, KnownPrediction, Length
 from spectune.ops.new.pictures import FoundPictures
 from spectune.training.memory.account import Setup
 from spectune.training.recipe.commented import Setting, commented_recipe
@@ -31,7 +31,7 @@ class Parts:
     name: str
     out: Path
     model: Path
-    prediction: Prediction
+    prediction: KnownPrediction
     pictures: FoundPictures
     memory: Chosen
     length: Length

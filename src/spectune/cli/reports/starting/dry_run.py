@@ -9,7 +9,7 @@ import tomlkit
 
 from spectune.cli.console import megabytes, print_warning, say, table
 from spectune.errors import counted
-from spectune.ops.forecast import PictureCounts, Schedule, Space, TrainForecast
+from spectune.ops.forecast import PictureCounts, RunSchedule, Space, TrainForecast
 
 SHOWN_SIZES = 6
 
@@ -77,7 +77,7 @@ def _sizes(pictures: PictureCounts) -> str:
     return ", ".join(shown) + (f", {counted(rest, 'more size')}" if rest else "")
 
 
-def _steps(schedule: Schedule) -> str:
+def _steps(schedule: RunSchedule) -> str:
     resumed = f", continues after step {schedule.first_step:,}" if schedule.first_step else ""
     return (
         f"{schedule.steps:,} of {counted(schedule.pictures_per_step, 'picture')}{resumed}; "
@@ -85,7 +85,7 @@ def _steps(schedule: Schedule) -> str:
     )
 
 
-def _between(schedule: Schedule) -> str:
+def _between(schedule: RunSchedule) -> str:
     words = [
         counted(schedule.saves, "save"),
         counted(schedule.previews, "preview"),
