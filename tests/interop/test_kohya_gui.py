@@ -10,7 +10,8 @@ import pytest
 
 from spectune.errors import InputError
 from spectune.interop.kohya.gui import parse_gui_json
-from spectune.interop.kohya.importer import ImportedRecipe, import_command, nested
+from spectune.interop.kohya.importer import ImportedRecipe, import_command
+from spectune.training.recipe.commented import nested
 
 LORA = {
     "LoRA_type": "Standard",
