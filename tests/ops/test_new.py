@@ -15,6 +15,7 @@ from spectune.cli.reports.starting import new as report
 from spectune.errors import InputError
 from spectune.ops.new import choices, name_of, new
 from spectune.ops.new.choices import steps_for
+from spectune.ops.new.prompts import prompts_of
 from spectune.training.recipe.file import load_recipe
 
 
@@ -60,6 +61,11 @@ def test_a_recipe_is_written_from_a_model_and_a_folder(
     assert data["objective"] == {"kind": "v"}
     assert (data["run"]["steps"], data["run"]["batch"], data["run"]["save_every_steps"]) == (170, 3, 40)
     recipe = load_recipe(tmp_path / "my_style.toml")
+    assert recipe.run.preview == tmp_path / "my_style.prompts.txt"
+    assert (tmp_path / "my_style.prompts.txt").read_text().splitlines()[2:] == [
+        "shape 0 --d 1",
+        "shape 1 --d 2",
+    ]
     assert recipe.run.output == tmp_path / "runs/my_style"
     values = [line for line in text.splitlines() if " = " in line and not line.startswith(("#", "path"))]
     assert all(" # " in line for line in values), "a value has no comment"
@@ -73,6 +79,11 @@ def test_a_recipe_is_never_overwritten(model: Path, pictures: Path, tmp_path: Pa
         new(model, pictures, out=out, yes=True)
     assert out.read_text() == "mine"
     assert new(model, pictures, out=out, yes=True, force=True).path == out
+
+
+def test_prompts_are_captions_that_a_line_can_hold() -> None:
+    captions = ["", "# tag", "a --w 9", "a\u2028b", *(f"shape {index}" for index in range(8)), "shape 0"]
+    assert prompts_of(captions) == ["shape 0", "shape 2", "shape 4", "shape 6"]
 
 
 def test_only_what_the_files_do_not_show_is_asked(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 answers: questions to the user.
 pictures: what the folder contains.
 choices: prediction type, memory settings, steps.
+prompts: the file of preview prompts.
 text: the recipe with its comments.
 """
 
@@ -18,6 +19,7 @@ from spectune.operation import operation
 from spectune.ops.new.answers import Answers
 from spectune.ops.new.choices import check_trainable, choose_length, choose_memory, choose_prediction
 from spectune.ops.new.pictures import find_pictures
+from spectune.ops.new.prompts import prompts_path, write_prompts
 from spectune.ops.new.text import Parts, recipe_of
 from spectune.ops.options.training import NewOptions
 from spectune.sdxl.inference import infer_layout
@@ -65,6 +67,7 @@ def new(options: NewOptions) -> NewReport:
     command = f"spectune train {_quoted(out)}"
     settings, text = recipe_of(parts, command)
     parse_recipe(nested(settings), label=out.name)
+    prompts = write_prompts(prompts_path(out), pictures.captions, force=options.force)
     out.write_text(text, encoding="utf-8")
     return NewReport(
         path=out,
@@ -72,7 +75,7 @@ def new(options: NewOptions) -> NewReport:
         command=command,
         pictures=len(pictures.images),
         steps=length.steps,
-        notes=(*memory.notes, *length.notes),
+        notes=(*memory.notes, *length.notes, *prompts),
         warnings=(*answers.warnings, *pictures.warnings),
     )
 

@@ -32,6 +32,11 @@ class FoundPictures:
     resolution_px: int
     warnings: tuple[str, ...]
 
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all pictures, in order."""
+        return [image.caption or self.caption for image in self.images]
+
 
 def find_pictures(folder: Path, layout: Layout, answers: Answers) -> FoundPictures:
     """Return the pictures of a folder: `N_name` folders in it, or pictures directly in it.

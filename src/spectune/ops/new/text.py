@@ -10,6 +10,7 @@ from typing import Any
 from spectune.errors import counted
 from spectune.ops.new.choices import Chosen, KnownPrediction, Length
 from spectune.ops.new.pictures import FoundPictures
+from spectune.ops.new.prompts import prompts_of, prompts_path
 from spectune.training.memory.account import Setup
 from spectune.training.recipe.commented import Setting, commented_recipe
 
@@ -100,6 +101,8 @@ def _run(parts: Parts) -> Iterator[Setting]:
     yield Setting("run.batch", setup.batch, "pictures per step")
     yield from _memory(parts.memory)
     yield Setting("run.save_every_steps", length.save_every, "adapters on the way, to choose the best")
+    if prompts_of(parts.pictures.captions):
+        yield Setting("run.preview", prompts_path(parts.out).name, "prompts of the previews, one per line")
     yield Setting("run.preview_every_steps", length.save_every, "a sheet of pictures in `previews`")
     if parts.pictures.validation is not None:
         yield Setting("run.validate_every_steps", length.save_every, "measures the validation loss")
