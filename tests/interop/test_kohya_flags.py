@@ -96,7 +96,7 @@ ROOT = Path(__file__).parents[2]
         (
             "--save_every_n_steps=100 --save_last_n_steps=200",
             "run",
-            {"save_every_steps": 100, "keep_last": 3},
+            {"save_every_steps": 100, "keep_last_adapters": 3},
         ),
         ("--output_name 'my style'", "run", {"name": "my_style"}),
         ("--mixed_precision=bf16", "run", {"precision": "bf16"}),
@@ -256,6 +256,46 @@ def test_the_autoencoders_of_the_forks() -> None:
     assert "vae" not in recipe("--vae_type=sdxl")
     for flag in ("flow_use_ot", "contrastive_flow_matching", "flow_uniform_base_pixels=4096", "use_sga"):
         assert "not supported" in result_of(f"--flow_model --{flag}", flag.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "run"),
+    [
+        ("--save_every_n_epochs=2 --save_last_n_epochs=3", {"save_every_epochs": 2, "keep_last_adapters": 3}),
+        (
+            "--sample_prompts=p.txt --sample_every_n_epochs=1 --sample_every_n_steps=9 "
+            "--sample_sampler=euler_a",
+            {"preview": "p.txt", "preview_every_epochs": 1, "preview_sampler": "euler_a"},
+        ),
+        ("--sample_prompts=p.txt --sample_at_first", {"preview": "p.txt", "preview_at_start": True}),
+        ("--sample_prompts=p.txt --sample_sampler=ddim", {}),  # sd-scripts draws nothing
+        ("--validate_every_n_epochs=2 --log_with=all", {"validate_every_epochs": 2, "trackers": ["wandb"]}),
+    ],
+)
+def test_saves_and_previews(flags: str, run: dict[str, Any]) -> None:
+    found = recipe(flags)["run"]
+    keys = {key for key in found if key.startswith(("save_", "keep_", "preview", "validate_", "trackers"))}
+    assert {key: found[key] for key in keys} == run
+
+
+def test_captions_as_in_sd_scripts() -> None:
+    flags = "--max_token_length=150 --caption_prefix=a --caption_suffix=b --enable_wildcard --shuffle_caption"
+    assert recipe(f"{flags} --keep_tokens_separator=|||")["data"]["caption"] == {
+        "extensions": [".caption"],
+        "max_tokens": 150,
+        "prefix": "a",
+        "suffix": "b",
+        "wildcards": True,
+        "lines": "random",
+        "shuffle": True,
+        "keep_tokens_separator": "|||",
+    }
+
+
+def test_metadata_of_captions() -> None:
+    captions = recipe("--in_json=meta/cap.json --dataset_repeats=2")["data"]
+    assert captions["caption"]["sidecar"] == ["../meta/cap.json"]
+    assert captions["sets"] == [{"path": "d", "repeats": 2}]
 
 
 def test_a_warmup_in_parts_of_epochs_is_a_share() -> None:

@@ -107,6 +107,14 @@ def test_warmup_in_percent_and_in_steps() -> None:
         imported(LORA, lr_warmup="abc")
 
 
+def test_prompts_are_in_the_file_that_the_interface_writes() -> None:
+    assert (
+        recipe(LORA, sample_prompts="a --w 832", sample_every_n_steps=5)["run"]["preview"]
+        == "o/sample/prompt.txt"
+    )
+    assert "preview" not in recipe(LORA, sample_prompts="a --w 832", sample_every_n_steps=0)["run"]
+
+
 def test_the_kind_of_noise_selects_its_settings() -> None:
     noise = {"noise_offset": 0.05, "multires_noise_iterations": 6, "multires_noise_discount": 0.3}
     offset = imported(LORA, noise_offset_type="Original", **noise)
@@ -147,8 +155,8 @@ def test_the_finetune_tab_trains_one_folder() -> None:
     assert "vae" not in data
     assert data["model"]["parts"] == ["unet", "te2"]
     assert data["run"]["epochs"] == 4
-    lines = [str(line) for line in imported(FINETUNE).results]
-    assert any(line.startswith("--in_json=C:/work/meta_cap.json: not supported") for line in lines)
+    assert "sidecar" not in data["data"]["caption"]
+    assert recipe(FINETUNE)["data"]["caption"]["sidecar"] == ["C:/work/meta_cap.json"]
 
 
 def test_the_finetune_tab_halves_the_steps_of_mirrored_images() -> None:

@@ -166,13 +166,10 @@ def test_errors(text: str, message: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unsupported_flags_are_listed_and_exit_with_1(tmp_path: Path, capfd: Any) -> None:
     out = tmp_path / "r.toml"
-    text = f"{SHORT} --save_every_n_epochs=1 --no_such_thing"
+    text = f"{SHORT} --save_n_epoch_ratio=1 --no_such_thing"
     assert run(["recipe", "import", text, "-o", str(out)]) == 1
     output = capfd.readouterr().err
-    assert (
-        "warning: --save_every_n_epochs=1: not supported: spectune counts in steps: run.save_every_steps"
-        in output
-    )
+    assert "warning: --save_n_epoch_ratio=1: not supported: `run.save_every_epochs` counts epochs" in output
     assert "warning: --no_such_thing: unknown flag" in output
     assert re.search(r"2 of \d+ flags have no counterpart in spectune", output)
     assert "#   --no_such_thing: unknown flag" in out.read_text()

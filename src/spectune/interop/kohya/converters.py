@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import re
 from collections.abc import Callable
+from pathlib import PureWindowsPath
 
 from spectune.errors import did_you_mean
 from spectune.interop.kohya import derived
@@ -117,7 +119,19 @@ def dataset_repeats(flag: Flag, command: Command) -> Results:
 def in_json(flag: Flag, command: Command) -> Results:
     if command.has("generate_caption_database"):
         return ignored(flag, "it is made from the caption files, which spectune reads itself")
-    return unsupported(flag, "write captions as .txt files or as metadata.jsonl in the folder of the images")
+    file, folder = (
+        PureWindowsPath(text) for text in (only_value(flag), command.value("train_data_dir") or "")
+    )
+    if not file.is_absolute() and not file.root:
+        if folder.is_absolute() or folder.root:
+            return unsupported(flag, "data.caption.sidecar is relative to the folder of the images")
+        file = PureWindowsPath(posixpath.relpath(file.as_posix(), folder.as_posix()))
+    return taken(flag, {"data.caption.sidecar": [file.as_posix()]}, "relative to the folder of the images")
+
+
+def wildcards(flag: Flag, command: Command) -> Results:
+    settings = {"data.caption.wildcards": True, "data.caption.lines": "random"}
+    return taken(flag, settings, "sd-scripts then also draws one of several lines")
 
 
 def resolution(flag: Flag, command: Command) -> Results:
@@ -347,13 +361,37 @@ def full_bf16(flag: Flag, command: Command) -> Results:
 
 
 def save_last(flag: Flag, command: Command) -> Results:
-    span, every = whole_number(only_value(flag)), whole_number(command.value("save_every_n_steps") or "0")
+    unit = flag.name.rpartition("_")[2]
+    every = whole_number(command.value(f"save_every_n_{unit}") or "0")
     if every <= 0:
-        return ignored(flag, "it requires --save_every_n_steps")
-    return taken(flag, {"run.keep_last": max(1, span // every + 1)}, "the number of saves to keep")
+        return ignored(flag, f"it requires --save_every_n_{unit}")
+    count = whole_number(only_value(flag))  # sd-scripts counts epochs in saves, and steps in steps
+    saves = count if unit == "epochs" else count // every + 1
+    return taken(flag, {"run.keep_last_adapters": max(1, saves)}, "the number of saves to keep")
+
+
+def sample_every(flag: Flag, command: Command) -> Results:
+    if command.has("sample_every_n_epochs"):
+        return ignored(flag, "--sample_every_n_epochs overrides it")
+    return taken(flag, {"run.preview_every_steps": whole_number(only_value(flag))})
+
+
+def sample_prompts(flag: Flag, command: Command) -> Results:
+    when = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+    if not any(map(command.has, when)):
+        return ignored(flag, "it requires --sample_every_n_steps or --sample_every_n_epochs")
+    if flag.name == "sample_sampler":
+        return taken(flag, {"run.preview_sampler": only_value(flag)})
+    return taken(flag, {"run.preview": path(only_value(flag))})
 
 
 def log_with(flag: Flag, command: Command) -> Results:
-    if only_value(flag) == "wandb":
-        return unsupported(flag, "run.tensorboard writes logs that wandb can import")
-    return taken(flag, {"run.tensorboard": True})
+    match only_value(flag):
+        case "tensorboard":
+            return taken(flag, {"run.tensorboard": True})
+        case "wandb":
+            return taken(flag, {"run.trackers": ["wandb"]}, "TensorBoard logs are written too")
+        case "all":
+            return taken(flag, {"run.tensorboard": True, "run.trackers": ["wandb"]})
+        case other:
+            return unsupported(flag, f"run.trackers names the programs, not {other}")

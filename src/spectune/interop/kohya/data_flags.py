@@ -15,6 +15,7 @@ from spectune.interop.kohya.converters import (
     masked_loss,
     resolution,
     train_data_dir,
+    wildcards,
 )
 from spectune.interop.kohya.rules import (
     FlagRule,
@@ -45,10 +46,7 @@ DATA: Mapping[str, FlagRule] = {
         "`data.sets`, one table for each subset; a setting that differs between subsets is not supported",
         dataset_config,
     ),
-    "in_json": custom(
-        "not supported: write captions as .txt files or as metadata.jsonl in the folder of the images",
-        in_json,
-    ),
+    "in_json": custom("`data.caption.sidecar`", in_json),
     "generate_caption_database": ignores("spectune reads the caption files themselves"),
     "resolution": custom("`data.resolution_px`", resolution, max_values=None),
     "enable_bucket": switches("data.bucket.enabled"),
@@ -65,12 +63,14 @@ DATA: Mapping[str, FlagRule] = {
     "caption_extention": takes("data.caption.extensions", lambda text: [text]),
     "shuffle_caption": switches("data.caption.shuffle"),
     "keep_tokens": custom("`data.caption.keep_tokens`; ignored without `--shuffle_caption`", keep_tokens),
-    "keep_tokens_separator": refuses("`data.caption.keep_tokens` counts tags"),
+    "keep_tokens_separator": takes("data.caption.keep_tokens_separator", str),
     "caption_separator": refuses("commas separate tags", unless=(",", ", ")),
     "secondary_separator": refuses("commas separate tags"),
-    "enable_wildcard": refuses("captions are used literally"),
-    "caption_prefix": refuses("add it to the captions"),
-    "caption_suffix": refuses("add it to the captions"),
+    "enable_wildcard": custom_switch(
+        '`data.caption.wildcards`, and `data.caption.lines = "random"`', wildcards
+    ),
+    "caption_prefix": takes("data.caption.prefix", str),
+    "caption_suffix": takes("data.caption.suffix", str),
     "caption_dropout_rate": takes("data.caption.dropout_probability", number),
     "caption_dropout_every_n_epochs": refuses("captions are dropped at random", unless=_ZERO),
     "caption_tag_dropout_rate": takes("data.caption.tag_dropout_probability", number),
@@ -78,7 +78,7 @@ DATA: Mapping[str, FlagRule] = {
     "token_warmup_step": refuses("all tags are used from the start", unless=("0",)),
     "weighted_captions": refuses("captions are used literally"),
     "no_token_padding": refuses("captions are padded, as in SDXL's own training"),
-    "max_token_length": refuses("captions have 75 tokens, as in SDXL's own training", unless=("75",)),
+    "max_token_length": takes("data.caption.max_tokens", whole_number),
     "color_aug": switches("data.color_probability", 0.33, "the probability of sd-scripts"),
     "flip_aug": switches("data.flip_probability", 0.5),
     "random_crop": switches("data.random_crop"),
@@ -94,7 +94,7 @@ DATA: Mapping[str, FlagRule] = {
     "cache_text_encoder_outputs_to_disk": custom_switch("`data.cache_text`", cache_text),
     "text_encoder_batch_size": ignores("captions are encoded before training"),
     "vae_batch_size": ignores("images are encoded before training"),
-    "protected_tags_file": refuses("`data.caption.keep_tokens` counts tags"),
+    "protected_tags_file": refuses("`data.caption.keep_tokens` and `keep_tokens_separator` protect tags"),
     "log_caption_dropout": ignores("spectune does not log the captions of each step"),
     "log_caption_tag_dropout": ignores("spectune does not log the captions of each step"),
     "use_zero_cond_dropout": refuses(

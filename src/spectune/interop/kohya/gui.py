@@ -67,7 +67,7 @@ _PARTS_OF_FLAGS = frozenset(
         "additional_parameters", "caption_metadata_filename", "conv_alpha", "conv_dim", "epoch",
         "generate_caption_database", "latent_metadata_filename", "learning_rate_te", "lr_warmup",
         "lr_warmup_steps", "max_train_epochs", "max_train_steps", "module_dropout", "rank_dropout",
-        "text_encoder_lr", "train_dir", "unet_lr", "use_latent_files", "xformers",
+        "sample_prompts", "text_encoder_lr", "train_dir", "unet_lr", "use_latent_files", "xformers",
         *_BLOCK_ARGS, *_LYCORIS_ARGS, *_LORAPLUS_ARGS,
     }
 )  # fmt: skip
@@ -179,7 +179,7 @@ def parse_gui_json(text: str, label: str) -> Command:
         if key not in skipped and not key.startswith(_OTHER_PREFIXES) and _has_this_noise(settings, key)
     ]
     flags += [*_attention(settings), *_network(settings), *_rates(settings), *_length(settings)]
-    flags += [*_warmup(settings), *_captions(settings)]
+    flags += [*_warmup(settings), *_captions(settings), *_previews(settings)]
     extra = settings.text("additional_parameters").replace('"', "").split()  # as the interface splits them
     flags += group_flags(extra)[0]
     script = SCRIPTS[0] if settings.tab == "lora" else SCRIPTS[1]
@@ -304,6 +304,12 @@ def _warmup(settings: _Settings) -> Iterator[Flag]:
         yield Flag("lr_warmup_steps", (str(percent / 100),))
 
 
+def _previews(settings: _Settings) -> Iterator[Flag]:
+    """Yield the file that the interface writes the text of the prompts to."""
+    if settings.is_on("sample_prompts"):
+        yield Flag("sample_prompts", (f"{settings.text('output_dir') or '.'}/sample/prompt.txt",))
+
+
 def _captions(settings: _Settings) -> Iterator[Flag]:
     """Yield the caption database of the finetune tab, which trains the images of one folder."""
     if settings.tab != "finetune":
@@ -329,6 +335,9 @@ def _notes(settings: _Settings, on: list[str]) -> Iterator[str]:
         yield f"dropped: settings that the {settings.tab} tab does not pass on: {', '.join(not_passed)}"
     if frozen := _frozen_part(settings):
         yield f"`{frozen}` is 0, so the interface does not train that part"
+    previews = ("sample_every_n_steps", "sample_every_n_epochs")
+    if settings.is_on("sample_prompts") and any(map(settings.is_on, previews)):
+        yield "the interface writes `sample_prompts` to sample/prompt.txt; write the prompts to run.preview"
     if _is_halved(settings):
         yield "the finetune tab halves the number of steps because of `flip_aug`; the recipe does the same"
     if settings.values.keys().isdisjoint({"sdxl", "sdxl_checkbox"}):

@@ -10,6 +10,8 @@ from spectune.interop.kohya.converters import (
     mixed_precision,
     output_name,
     run_length,
+    sample_every,
+    sample_prompts,
     save_last,
 )
 from spectune.interop.kohya.rules import (
@@ -28,7 +30,6 @@ _MEMORY = "run.gradient_checkpointing, run.offload, run.stream and model.quantiz
 _ATTENTION = "spectune uses scaled_dot_product_attention of torch"
 _METADATA = "every file has metadata about its origin"
 _STATE = "every save includes a state; so do the end of the run and Ctrl-C"
-_STEPS = "spectune counts in steps: "
 _DEVICES = "for several GPUs: accelerate launch -m spectune train"
 _OWN_STATE = "a run resumes from its own state only"
 _ZERO = ("0", "0.0")
@@ -51,10 +52,10 @@ RUN: Mapping[str, FlagRule] = {
     "dynamo_backend": ignores("run.compile uses the default backend of torch"),
     "seed": takes("run.seed", whole_number),
     "save_every_n_steps": takes("run.save_every_steps", whole_number),
-    "save_every_n_epochs": refuses(f"{_STEPS}run.save_every_steps"),
-    "save_n_epoch_ratio": refuses(f"{_STEPS}run.save_every_steps"),
-    "save_last_n_steps": custom("`run.keep_last`, in saves", save_last),
-    "save_last_n_epochs": refuses("`run.keep_last` counts saves"),
+    "save_every_n_epochs": takes("run.save_every_epochs", whole_number),
+    "save_n_epoch_ratio": refuses("`run.save_every_epochs` counts epochs"),
+    "save_last_n_steps": custom("`run.keep_last_adapters`, in saves", save_last),
+    "save_last_n_epochs": custom("`run.keep_last_adapters`, in saves", save_last),
     "save_last_n_steps_state": ignores(_STATE),
     "save_last_n_epochs_state": ignores(_STATE),
     "save_state": ignores(_STATE),
@@ -85,17 +86,19 @@ RUN: Mapping[str, FlagRule] = {
     "initial_epoch": refuses(_OWN_STATE),
     "initial_step": refuses(_OWN_STATE),
     "skip_until_initial_step": refuses(_OWN_STATE),
-    "sample_every_n_steps": takes("run.preview_every_steps", whole_number),
-    "sample_every_n_epochs": refuses(f"{_STEPS}run.preview_every_steps"),
-    "sample_at_first": ignores("`spectune sample` draws images of the original"),
-    "sample_prompts": refuses("previews use captions of data.validation_folder, or of data.folders"),
-    "sample_sampler": ignores("previews use a sampler that fits the objective"),
+    "sample_every_n_steps": custom(
+        "`run.preview_every_steps`; ignored with `--sample_every_n_epochs`", sample_every
+    ),
+    "sample_every_n_epochs": takes("run.preview_every_epochs", whole_number),
+    "sample_at_first": switches("run.preview_at_start"),
+    "sample_prompts": custom("`run.preview`; ignored without an interval", sample_prompts),
+    "sample_sampler": custom("`run.preview_sampler`; ignored without an interval", sample_prompts),
     "validate_every_n_steps": takes("run.validate_every_steps", whole_number),
     "validation_split": refuses("data.validation_folder contains the validation images", unless=_ZERO),
     "validation_seed": ignores("noise and noise levels of validation images are fixed"),
-    "validate_every_n_epochs": refuses(f"{_STEPS}run.validate_every_steps"),
+    "validate_every_n_epochs": takes("run.validate_every_epochs", whole_number),
     "max_validation_steps": ignores("validation uses all of its images"),
-    "log_with": custom("`run.tensorboard`", log_with),
+    "log_with": custom("`run.tensorboard`; wandb: `run.trackers`", log_with),
     "logging_dir": ignores("logs are in the folder logs of run.output"),
     "log_prefix": ignores("run.name is the name of the logs"),
     "log_config": ignores("every state contains the recipe"),
