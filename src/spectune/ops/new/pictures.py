@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 from spectune.errors import InputError, counted
 from spectune.ops.new.answers import Answers
 from spectune.sdxl.layout import Layout
-from spectune.training.data.folders import find_folders, scan_training
-from spectune.training.data.images import SUFFIXES
+from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.scan import CaptionedImage
 from spectune.training.recipe.defaults import is_full_size
 from spectune.training.recipe.sections.data import DataSection
 
 FULL_SIZE_PX, SMALL_SIZE_PX = 1024, 64
 VALIDATION_NAMES = ("validation", "val")
+_REPEATED = re.compile(r"0*[1-9]\d*_.*")  # N_name: N draws per epoch
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def find_pictures(folder: Path, layout: Layout, answers: Answers) -> FoundPictur
     """
     if not folder.is_dir():
         raise InputError(f"`folder` {folder} is not a folder", hint="pass the folder with your pictures")
-    named, _ = find_folders(folder)
-    is_flat = not named
+    is_flat = not any(_REPEATED.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
     place: dict[str, Any] = {"sets": [{"path": folder}]} if is_flat else {"folders": [folder]}
     scan = scan_training(DataSection(**place))
     empty = len(scan.empty_caption)
@@ -83,7 +83,10 @@ def _validation(folder: Path) -> Path | None:
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    try:
+        return scan_validation(DataSection(folders=(folder,), validation_folder=folder)) is not None
+    except InputError:  # no usable picture
+        return False
 
 
 def _resolution(images: tuple[CaptionedImage, ...], full: bool) -> int:
