@@ -218,3 +218,37 @@ def test_each_usable_image_is_shown_once_and_upright(tmp_path: Path) -> None:
     )
     assert seen == {"turned.jpg": ("RGB", (24, 40))}
     assert [path.name for path, _ in scan.skipped] == ["damaged.png"]
+
+
+def test_long_and_multi_line_captions_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "1_x"
+    texts = {
+        "a": "tag1,\ntag2,\ntag3, tag4",
+        "b": "\n\na real caption\n",
+        "c": "a cat \u2028on a mat",
+        "d": ", ".join(f"detail number {i}" for i in range(60)),
+    }
+    for name, text in texts.items():
+        draw(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+    scan = scan_of(tmp_path)
+
+    captions = [image.caption for image in scan.images]
+    assert captions == ["tag1,", "a real caption", "a cat \u2028on a mat", texts["d"]]
+    assert scan.warnings() == [
+        "2 captions with text beyond the first line: only the first line with text is used, set "
+        'data.caption.lines to "all" or "random" to use all: a.txt, b.txt',
+        "1 caption longer than 225 tokens, the rest is not used; longest: d.txt with 289 tokens",
+    ]
+
+
+def test_captions_that_cannot_be_read_are_one_error(tmp_path: Path) -> None:
+    for name in ("1_x/a", "2_y/b"):
+        draw(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(b"a\0b\0\0c")
+    with pytest.raises(
+        InputError, match=r"2 caption files cannot be read: .*a\.txt .*b\.txt contains"
+    ) as caught:
+        scan_of(tmp_path)
+    assert "UTF-8" in (caught.value.hint or "")
