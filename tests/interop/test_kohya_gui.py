@@ -33,8 +33,8 @@ LORA = {
 FINETUNE = {
     "sdxl_checkbox": True,
     "pretrained_model_name_or_path": "m.safetensors",
-    "image_folder": "C:/flat",
-    "train_dir": "C:/work",
+    "image_folder": "flat",
+    "train_dir": "meta",
     "output_dir": "o",
     "learning_rate": 1e-5,
     "learning_rate_te1": 0,
@@ -150,13 +150,13 @@ def test_a_preset_without_a_model_is_imported_with_a_key_to_fill_in() -> None:
 
 def test_the_finetune_tab_trains_one_folder() -> None:
     data = recipe(FINETUNE, generate_caption_database=True)
-    assert data["data"]["sets"] == [{"path": "C:/flat", "repeats": 3}]
+    assert data["data"]["sets"] == [{"path": "flat", "repeats": 3}]
     assert "folders" not in data["data"]
     assert "vae" not in data
     assert data["model"]["parts"] == ["unet", "te2"]
     assert data["run"]["epochs"] == 4
     assert "sidecar" not in data["data"]["caption"]
-    assert recipe(FINETUNE)["data"]["caption"]["sidecar"] == ["C:/work/meta_cap.json"]
+    assert recipe(FINETUNE)["data"]["caption"]["sidecar"] == ["meta/meta_cap.json"]
 
 
 def test_the_finetune_tab_halves_the_steps_of_mirrored_images() -> None:

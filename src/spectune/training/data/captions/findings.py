@@ -16,7 +16,7 @@ _WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(\d(\.\d*)?|\.\d+)\s*\)")
 LISTED = 100  # unreadable files in an error
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """The kinds of findings."""
 
     UNREADABLE = "unreadable"
@@ -29,21 +29,21 @@ class Kind(StrEnum):
 
 
 # What is counted, and the rest of the line. Some files are named after it.
-_LINES: Mapping[Kind, tuple[str, str]] = {
-    Kind.UNREADABLE: ("caption file", "{detail}"),
-    Kind.ENCODING: ("caption file", "read as {detail}"),
-    Kind.NO_CAPTION: ("JSON file", "without a caption, not used"),
-    Kind.MORE_LINES: (
+_LINES: Mapping[FindingKind, tuple[str, str]] = {
+    FindingKind.UNREADABLE: ("caption file", "{detail}"),
+    FindingKind.ENCODING: ("caption file", "read as {detail}"),
+    FindingKind.NO_CAPTION: ("JSON file", "without a caption, not used"),
+    FindingKind.MORE_LINES: (
         "caption",
         "with text beyond the first line: only the first line with text is used, "
         'set data.caption.lines to "all" or "random" to use all',
     ),
-    Kind.WEIGHTS: ("caption", "with weights like (word:1.2), which are used as text"),
-    Kind.WILDCARDS: (
+    FindingKind.WEIGHTS: ("caption", "with weights like (word:1.2), which are used as text"),
+    FindingKind.WILDCARDS: (
         "caption",
         "with wildcards like {{a|b}}, which are used as text unless data.caption.wildcards is on",
     ),
-    Kind.CUT: ("caption", "longer than {detail} tokens, the rest is not used"),
+    FindingKind.CUT: ("caption", "longer than {detail} tokens, the rest is not used"),
 }
 
 
@@ -51,7 +51,7 @@ _LINES: Mapping[Kind, tuple[str, str]] = {
 class CaptionFinding:
     """A finding in a file. `detail` is an encoding, a reason, or the largest number of tokens."""
 
-    kind: Kind
+    kind: FindingKind
     path: Path
     detail: str = ""
     tokens: int = 0  # of a caption that is cut
@@ -65,13 +65,13 @@ def content_findings(
     `wildcards`: they are drawn, so they are no finding.
     """
     found = [
-        CaptionFinding(Kind.WEIGHTS, source)
+        CaptionFinding(FindingKind.WEIGHTS, source)
         for source, texts in captions
         if any(_WEIGHT.search(text) for text in texts)
     ]
     if not wildcards:
         found += [
-            CaptionFinding(Kind.WILDCARDS, source)
+            CaptionFinding(FindingKind.WILDCARDS, source)
             for source, texts in captions
             if any(map(has_wildcard, texts))
         ]
@@ -80,13 +80,13 @@ def content_findings(
     for source, texts in captions:
         longest = max(tokens[text] for text in texts)
         if longest > max_tokens:
-            found.append(CaptionFinding(Kind.CUT, source, str(max_tokens), longest))
+            found.append(CaptionFinding(FindingKind.CUT, source, str(max_tokens), longest))
     return found
 
 
 def check_readable(findings: Sequence[CaptionFinding]) -> None:
     """Raise InputError if a caption file cannot be read. The message lists all such files."""
-    unreadable = [f"{one.path} {one.detail}" for one in findings if one.kind is Kind.UNREADABLE]
+    unreadable = [f"{one.path} {one.detail}" for one in findings if one.kind is FindingKind.UNREADABLE]
     if unreadable:
         raise InputError(
             f"{counted(len(unreadable), 'caption file')} cannot be read: {some_of(unreadable, LISTED)}",
@@ -97,17 +97,17 @@ def check_readable(findings: Sequence[CaptionFinding]) -> None:
 def finding_warnings(findings: Sequence[CaptionFinding]) -> list[str]:
     """Return one line for each kind of finding and each detail."""
     lines: list[str] = []
-    for kind in Kind:
+    for kind in FindingKind:
         own = [one for one in findings if one.kind is kind]
         for detail in dict.fromkeys(one.detail for one in own):
             lines.append(_line(kind, detail, [one for one in own if one.detail == detail]))
     return lines
 
 
-def _line(kind: Kind, detail: str, found: Sequence[CaptionFinding]) -> str:
+def _line(kind: FindingKind, detail: str, found: Sequence[CaptionFinding]) -> str:
     noun, text = _LINES[kind]
     line = f"{counted(len(found), noun)} {text.format(detail=detail)}"
-    if kind is not Kind.CUT:
+    if kind is not FindingKind.CUT:
         return f"{line}: {some_of([printable(one.path.name) for one in found])}"
     longest = max(found, key=lambda one: one.tokens)
     return f"{line}; longest: {printable(longest.path.name)} with {counted(longest.tokens, 'token')}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectune.training.data.captions.draws import fixed_caption, template_of
-from spectune.training.data.captions.findings import CaptionFinding, Kind, content_findings
+from spectune.training.data.captions.findings import CaptionFinding, FindingKind, content_findings
 from spectune.training.data.captions.formats import caption_of, parse_json
 from spectune.training.data.captions.sidecars import Sidecar, read_sidecar
 from spectune.training.data.captions.text import (
@@ -60,7 +60,7 @@ def read_captions(
             found = text, image
         text, source = (default, image) if found is None else found
         if rules.lines == "first" and has_more_lines(text):
-            findings.append(CaptionFinding(Kind.MORE_LINES, source))
+            findings.append(CaptionFinding(FindingKind.MORE_LINES, source))
         lines = used_lines(text, rules.lines)
         template = template_of(lines, rules)
         captions.append(
@@ -84,10 +84,10 @@ def _find_sidecar(folder: Path, rules: CaptionSection, findings: list[CaptionFin
     try:
         sidecar = read_sidecar(path, is_shared=path.resolve().parent != folder.resolve())
     except UnreadableText as error:
-        findings.append(CaptionFinding(Kind.UNREADABLE, path, str(error)))
+        findings.append(CaptionFinding(FindingKind.UNREADABLE, path, str(error)))
         return None
     if sidecar.encoding != UTF8:
-        findings.append(CaptionFinding(Kind.ENCODING, path, sidecar.encoding))
+        findings.append(CaptionFinding(FindingKind.ENCODING, path, sidecar.encoding))
     return sidecar
 
 
@@ -103,13 +103,13 @@ def _read_file(image: Path, rules: CaptionSection, findings: list[CaptionFinding
                 if path.suffix.lower() == ".json":
                     text = caption_of(parse_json(text))
             except UnreadableText as error:
-                findings.append(CaptionFinding(Kind.UNREADABLE, path, str(error)))
+                findings.append(CaptionFinding(FindingKind.UNREADABLE, path, str(error)))
                 continue
             if text is None:
-                findings.append(CaptionFinding(Kind.NO_CAPTION, path))
+                findings.append(CaptionFinding(FindingKind.NO_CAPTION, path))
                 continue
             if decoded.encoding != UTF8:
-                findings.append(CaptionFinding(Kind.ENCODING, path, decoded.encoding))
+                findings.append(CaptionFinding(FindingKind.ENCODING, path, decoded.encoding))
             return text, path
     return None
 

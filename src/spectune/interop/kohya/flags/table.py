@@ -17,12 +17,12 @@ from dataclasses import replace
 
 from spectune.errors import did_you_mean
 from spectune.interop.kohya.command_line import Command, Flag
-from spectune.interop.kohya.data_flags import DATA
 from spectune.interop.kohya.derived import OPTIMIZER_NAMES
-from spectune.interop.kohya.model_flags import MODEL, NETWORK_ARGS
+from spectune.interop.kohya.flags.data import DATA
+from spectune.interop.kohya.flags.model import MODEL, NETWORK_ARGS
+from spectune.interop.kohya.flags.run import RUN
+from spectune.interop.kohya.flags.training import OBJECTIVE, OPTIMIZER
 from spectune.interop.kohya.rules import FlagResult, FlagRule, Results
-from spectune.interop.kohya.run_flags import RUN
-from spectune.interop.kohya.training_flags import OBJECTIVE, OPTIMIZER
 
 RULES: Mapping[str, FlagRule] = {**MODEL, **DATA, **OBJECTIVE, **OPTIMIZER, **RUN}
 
