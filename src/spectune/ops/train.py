@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spectune.model.device import parse_device
 from spectune.model.memory_errors import explained_memory_errors
 from spectune.operation import operation
 from spectune.ops.drawing.previews import Previews
 from spectune.ops.forecast import TrainForecast, forecast
 from spectune.ops.options.training import TrainOptions
-from spectune.training.callbacks import TrainReport
+from spectune.training.callbacks import CallbackList, TrainReport
+from spectune.training.callbacks.loss_curve import LossCurve
 from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
 from spectune.training.recipe.defaults import with_defaults
@@ -23,9 +26,11 @@ def train(options: TrainOptions) -> TrainReport:
     An override looks like "run.steps=200". Previews are drawn if the recipe requests them.
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    callbacks = [*(options.callbacks or ()), Previews(recipe)]
+    given = options.callbacks or ()
+    curve = LossCurve(recipe.run.output, recipe.run.name, CallbackList(given).on_message)
     with explained_memory_errors(lambda: remedies(_with_defaults(recipe))):
-        return run_training(recipe, callbacks=callbacks, force=options.force)
+        report = run_training(recipe, callbacks=[*given, Previews(recipe), curve], force=options.force)
+    return replace(report, files=(*report.files, *curve.files))
 
 
 def plan_train(options: TrainOptions) -> TrainForecast:

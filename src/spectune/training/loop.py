@@ -19,7 +19,7 @@ from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
 from spectune.training import output
 from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport, WarningLog, stage
-from spectune.training.callbacks.tensorboard import TensorBoardLog
+from spectune.training.callbacks.trackers import TrackerLog, check_trackers, tensorboard_line
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts
@@ -50,6 +50,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     """
     device = parse_device(recipe.run.device)
     requested, recipe = recipe, with_defaults(recipe, device)
+    check_trackers(recipe)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = _accelerator(recipe)
@@ -62,6 +63,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     )
     if chosen := described_defaults(requested, recipe):
         observers.on_message(f"chosen for a base of SDXL's size: {chosen}")
+    if "tensorboard" in recipe.run.all_trackers:
+        observers.on_message(f"to watch the run: {tensorboard_line(recipe)}")
     folder = recipe.run.output
     with locked_output(folder, recipe.run.name, lambda text: warnings.add([text])) if main else nullcontext():
         claim = output.claim_output(recipe, force=force)
@@ -90,9 +93,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 
 def _main_callbacks(recipe: Recipe, callbacks: Sequence[Callbacks]) -> list[Callbacks]:
-    if not recipe.run.tensorboard:
-        return list(callbacks)
-    return [*callbacks, TensorBoardLog(recipe.run.output / "logs" / recipe.run.name)]
+    return [*callbacks, *(TrackerLog(name, recipe) for name in recipe.run.all_trackers)]
 
 
 def _run(run: Run, progress: Progress) -> TrainReport:

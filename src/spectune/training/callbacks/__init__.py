@@ -1,7 +1,10 @@
 """What a run tells its observers: records of its events, and the class to override.
 
 console: progress on stderr or in a notebook; screens and status are its parts.
-tensorboard: a log for TensorBoard.
+loss_curve: a table and a plot of the losses beside the result.
+loss_table: read and write the table.
+loss_plot: draw the plot.
+trackers: a log for TensorBoard and the other trackers of accelerate.
 """
 
 from __future__ import annotations

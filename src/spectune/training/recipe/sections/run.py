@@ -228,6 +228,12 @@ class RunSection(Section):
             raise ValueError("`compile` cannot be combined with `stream`: compiled code needs fixed weights")
         return self
 
+    @property
+    def all_trackers(self) -> tuple[Tracker, ...]:
+        """TensorBoard, unless it is turned off, and the other trackers."""
+        first: tuple[Tracker, ...] = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*first, *self.trackers)))
+
     @field_validator("name")
     @classmethod
     def _is_a_file_name(cls, name: str) -> str:
