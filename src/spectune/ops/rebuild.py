@@ -16,6 +16,7 @@ from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
 from spectune.files.weights_hash import WeightsHasher
 from spectune.operation import operation
+from spectune.ops.model_card import check_card, write_card
 from spectune.ops.options.adapter_files import RebuildOptions
 from spectune.ops.shared import STALE, Hashed, is_checkpoint, refuse_overwriting, template_of, write_all
 from spectune.pairs.merged import Merged, Restored, merged
@@ -38,6 +39,7 @@ class RebuildReport:
     layers: Mapping[str, tuple[int, int]] = field(
         default_factory=dict[str, tuple[int, int]]
     )  # by part: (layers in the adapter, default layers of the model)
+    card: Path | None = None
 
     @property
     def identical(self) -> bool:
@@ -54,6 +56,8 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
 
     Raises PairingError and leaves no file if the adapter was trained from another base.
     """
+    if options.card:
+        check_card(options.out, force=options.force)
     options, swapped = _model_first(options)
     base, adapter, out = options.base, options.adapter, options.out
     strength = _strength(options.strength)
@@ -95,6 +99,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
         tensors=len(model.tensors),
         warnings=tuple(warnings),
         layers=_coverage(opened, catalogue),
+        card=write_card(out, adapter, writer.hash) if options.card else None,
     )
 
 

@@ -149,6 +149,7 @@ class Run:
             base_hash=self.model.trainable.provenance.base_hash,
             frame_hash=self.model.trainable.frame_hash,
             data_hash=self.data.hash,
+            images=len(self.data.pictures),
             validation_before=progress.validation_before,
             optimizer_package=state.package_of(self.recipe.optimizer.name),
             changes=progress.changes,

@@ -54,6 +54,7 @@ class StateHeader:
     data_hash: str  # of the images, captions and sizes
     validation_before: float | None
     optimizer_package: str
+    images: int | None = None  # number of images that are trained on
     changes: tuple[Mapping[str, Any], ...] = ()  # of the recipe, at each resume: step, key, before, after
     format: int = FORMAT
 

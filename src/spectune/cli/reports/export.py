@@ -25,6 +25,7 @@ def as_json(result: ExportReport, options: ExportOptions, seconds: float) -> dic
         "outside": result.outside,
         "outside_share": result.outside_share,
         "warnings": result.warnings,
+        "card": result.card,
         "seconds": seconds,
     }
 
@@ -55,6 +56,8 @@ def show(result: ExportReport, options: ExportOptions, seconds: float) -> None:
             f"{len(result.outside)} changed tensors do not fit into a LoRA (biases, norms, embeddings): "
             f"{result.outside_share:.2%} of the squared change is lost"
         )
+    if result.card is not None:
+        say(f"wrote {result.card}")
 
 
 def _span(lowest: int, highest: int) -> str:

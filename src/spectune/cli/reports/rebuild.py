@@ -29,3 +29,5 @@ def show(result: RebuildReport, options: RebuildOptions, seconds: float) -> None
             f"{result.changed_tensors} of {result.tensors} tensors were changed by the adapter, "
             "the others are bit-identical to the base"
         )
+    if result.card is not None:
+        say(f"wrote {result.card}")

@@ -37,7 +37,7 @@ class Measurer:
 
     def __call__(self, path: Path, image: Image.Image) -> None:
         """Measure one picture, on the thread that decoded it."""
-        gray = at_training_size(image, self._sizes).convert("L")
+        gray = at_training_size(image.convert("L"), self._sizes)
         measured = Measured(sharpness(np.asarray(gray)), perceptual_hash(gray))
         with self._lock:
             self.results[path] = measured

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.export.difference import export_difference
 from spectune.ops.export.report import ExportReport
+from spectune.ops.model_card import check_card, write_card
 from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import is_checkpoint
 
@@ -20,8 +23,16 @@ def export(options: ExportOptions) -> ExportReport:
 
     Raises InputError or PairingError for files that cannot be exported as a LoRA.
     """
-    name = options.tuned.name
     check_target(options.out, 0, force=options.force)  # before any file is read
+    if not options.card:
+        return _export(options)
+    check_card(options.out, force=options.force)
+    report = _export(options)
+    return replace(report, card=write_card(options.out, options.tuned, report.hash))
+
+
+def _export(options: ExportOptions) -> ExportReport:
+    name = options.tuned.name
     if not is_checkpoint(options.tuned):
         if options.layers is not None:
             raise InputError(

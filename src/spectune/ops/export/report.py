@@ -33,6 +33,7 @@ class ExportReport:
     ] = ()  # layers that are not in the file: unchanged, or without room in `size`
     outside: Mapping[str, float] | None = None  # |change| of changed tensors that a LoRA cannot hold
     warnings: tuple[str, ...] = ()
+    card: Path | None = None
 
     @property
     def error(self) -> float:

@@ -13,6 +13,7 @@ from spectune.errors import InputError
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.options.values import (
     BASE_HELP,
+    CARD_HELP,
     DEVICE_HELP,
     FORCE_HELP,
     KEYS_HELP,
@@ -48,6 +49,7 @@ class RebuildOptions(OperationOptions):
     cast_all: bool = option(
         default=False, help="With `dtype`: cast all tensors of the UNet and the text encoders."
     )
+    card: bool = option(default=False, help=CARD_HELP)
     force: bool = option(default=False, help=FORCE_HELP)
 
     @model_validator(mode="after")
@@ -99,6 +101,7 @@ class ExportOptions(OperationOptions):
     )
     layers: tuple[str, ...] | None = option(default=None, help=f"For a checkpoint only. {LAYERS_HELP}")
     device: str = option(default="auto", help=f"For a checkpoint only. {DEVICE_HELP}")
+    card: bool = option(default=False, help=CARD_HELP)
     force: bool = option(default=False, help=FORCE_HELP)
 
     @model_validator(mode="after")

@@ -49,6 +49,10 @@ KEYS_HELP = (
 BASE_HELP = "The model of the adapters. Required if it does not have the size of SDXL."
 DEVICE_HELP = "Device for the SVD: auto, cpu, cuda or cuda:1."
 DRAWING_DEVICE_HELP = "Device: auto, cpu, cuda, cuda:1 or mps. auto is the GPU if there is one."
+CARD_HELP = (
+    "Also write a model card (Markdown) beside the output: base, recipe, pictures, steps, losses, previews. "
+    "What is not recorded is called unknown."
+)
 FORCE_HELP = "Overwrite existing files."
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
