@@ -19,15 +19,14 @@ from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
 from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
 from spectune.model.streamed_layers import stream_weights
+from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
 from spectune.training.aligned_frames import align
-from spectune.training.callbacks import Callbacks, WarningLog, stage
-from spectune.training.data.buckets import Size
+from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     cache_captions,
-    cache_latents,
     check_sizes,
     data_hash,
     data_warnings,
@@ -39,6 +38,7 @@ from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
+from spectune.training.memory.encoding import encode_images, with_saved_way, with_way
 from spectune.training.objective.cost import Cost
 from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
 from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold
@@ -65,7 +65,6 @@ from spectune.training.trainable_model import (
     quantize,
     with_chosen_vae,
 )
-from spectune.training.validation import ValidationImages, encode_validation
 
 FP16_LOSS_SCALE = 4096.0  # of the losses that gradient frames are computed from
 
@@ -82,6 +81,7 @@ def assemble(
     warnings.add(model_warnings(recipe))
     recipe = with_defaults(recipe, accelerator.device)
     if saved is not None:
+        recipe = with_saved_way(recipe, saved.header.recipe)
         check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = find_images(recipe, warnings)
     device = accelerator.device
@@ -92,7 +92,7 @@ def assemble(
         _stream(trainable, device, warnings)
     offloaded = offload(trainable.sdxl, recipe.run.offload, working=device)
     model = RunModel(trainable, _build_denoiser(recipe, trainable), offloaded)
-    data = _encode_images(recipe, model, device, pictures, validation, warnings)
+    recipe, data = _encode(recipe, model, device, pictures, validation, warnings)
     model.sdxl.unet.to(device)  # last: the encoding needs memory that the UNet would take
     weighting = _build_weighting(recipe, accelerator.device)
     objective = _build_objective(recipe, model, weighting)
@@ -163,44 +163,33 @@ def find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan | 
     return pictures, validation
 
 
-def _encode_images(
+def _encode(
     recipe: Recipe,
     model: RunModel,
     device: torch.device,
     pictures: Pictures,
     validation: Scan | None,
     warnings: WarningLog,
-) -> RunData:
+) -> tuple[Recipe, RunData]:
     """Encode the validation images and fill the caches, with one network at a time on the device.
 
-    Networks that are not offloaded stay there.
+    Networks that are not offloaded stay there. The recipe is returned with the way of encoding.
     """
-    sizes = training_sizes(recipe.data)
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
-    check_sizes(model.sdxl, sizes)
+    check_sizes(model.sdxl, training_sizes(recipe.data))
     model.offload.park()
     _place(model, "vae", device)
     with model.offload.at_work("vae"):
-        groups = _encoded_validation(model, validation, sizes, warnings.callbacks)
-        warnings.add(cache_latents(recipe, model.sdxl, pictures, warnings.callbacks))
+        way, groups = encode_images(recipe, model.sdxl, pictures, validation, warnings)
     _place(model, "text", device)
     with model.offload.at_work("text"):
         cache_captions(recipe, model.denoiser, pictures, groups, warnings.callbacks)
-    return RunData(
+    return with_way(recipe, way), RunData(
         pictures=pictures,
         plan=BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed),
         validation=tuple(groups),
         hash=data_hash(pictures),
     )
-
-
-def _encoded_validation(
-    model: RunModel, validation: Scan | None, sizes: tuple[Size, ...], callbacks: Callbacks
-) -> list[ValidationImages]:
-    if validation is None:
-        return []
-    with stage(callbacks, "encoding validation images") as progressed:
-        return encode_validation(model.sdxl, validation, sizes, progress=progressed)
 
 
 def _place(model: RunModel, network: Network, device: torch.device) -> None:
@@ -263,7 +252,8 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
     conversion = None
     if section.converts:
         conversion = Conversion(has_teacher=section.teacher != "none", bridge_steps=section.bridge_steps)
-    prediction = _prediction(recipe)
+    prediction, way = _prediction(recipe), recipe.vae.encode
+    assert way != "auto", "the images are not encoded"
     return Objective(
         denoiser=model.denoiser,
         injection=model.injection,
@@ -271,6 +261,7 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
         noise=NoiseOptions(section.noise_offset, section.input_perturbation),
         cost=_cost(recipe, prediction, None if weighting is None else weighting.weighting),
         seed=recipe.run.seed,
+        encoder=model.sdxl if recipe.caches_latents else encoder_of(model.sdxl, way),
         conversion=conversion,
     )
 

@@ -3,5 +3,6 @@
 * convention: scale, shift and padding, from several sources.
 * loading: load an autoencoder from its own file.
 * fitting: decode as exactly as the memory of the device allows.
+* encoding: encode as exactly as the memory of the device allows.
 * tiles: run an autoencoder on overlapping tiles of a picture.
 """

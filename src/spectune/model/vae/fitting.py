@@ -28,11 +28,6 @@ def decoding_bytes(layout: VaeLayout, pixels: int, itemsize: int = 4) -> int:
     return 3 * max(layout.channels[:2]) * pixels * itemsize
 
 
-def encoding_bytes(layout: VaeLayout, pixels: int, itemsize: int = 4) -> int:
-    """Return the peak bytes of the tensors of the encoder for a picture with so many pixels."""
-    return 5 * layout.channels[0] * pixels * itemsize
-
-
 def fits(nbytes: int, device: torch.device | str) -> bool:
     """Return whether tensors of so many bytes fit into the free memory of a device."""
     free = free_bytes(device)
@@ -77,7 +72,7 @@ def _most_exact(model: Sdxl, pixels: int, notify: Notify) -> Sdxl:
     if drawing_dtype(str(vae.device)) != torch.bfloat16:
         notify(f"pictures are decoded in tiles of {TILE_PX} px, because {reason}")
         return replace(model, vae_tiles=True)
-    half = replace(model, vae=_in_bfloat16(vae))
+    half = replace(model, vae=in_bfloat16(vae))
     if fits(needed * 2 // vae.dtype.itemsize, vae.device):
         notify(f"pictures are decoded in bfloat16, because {reason}")
         return half
@@ -85,7 +80,8 @@ def _most_exact(model: Sdxl, pixels: int, notify: Notify) -> Sdxl:
     return replace(half, vae_tiles=True)
 
 
-def _in_bfloat16(vae: AutoencoderKL) -> AutoencoderKL:
+def in_bfloat16(vae: AutoencoderKL) -> AutoencoderKL:
+    """Return a copy of an autoencoder in bfloat16, on the same device."""
     copied = copy.deepcopy(vae)
     # the `to` of diffusers would warn
     nn.Module.to(copied, torch.bfloat16)

@@ -8,6 +8,7 @@ from functools import partial
 
 from spectune.errors import InputError, counted
 from spectune.model.network import Sdxl
+from spectune.model.vae.encoding import ENCODE_ERRORS, EncodeWay
 from spectune.training.callbacks import Callbacks, stage
 from spectune.training.data.buckets import Size, bucket_sizes
 from spectune.training.data.dataset import Pictures
@@ -55,11 +56,17 @@ def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> li
     return warnings
 
 
-def cache_latents(recipe: Recipe, model: Sdxl, pictures: Pictures, callbacks: Callbacks) -> list[str]:
-    """Encode the images if the recipe caches latents; return warnings."""
+def cache_latents(
+    recipe: Recipe, model: Sdxl, way: EncodeWay, pictures: Pictures, callbacks: Callbacks
+) -> list[str]:
+    """Encode the images if the recipe caches latents; return warnings. `model` encodes in the given way.
+
+    Raises:
+        LatentsNotFiniteError: Latents are not finite.
+    """
     if not recipe.caches_latents:
         return []
-    callbacks.on_message(f"encoding {counted(len(pictures), 'image')}")
+    callbacks.on_message(f"encoding {counted(len(pictures), 'image')}: {described_way(way)}")
     stage, folder = "encoding images", recipe.data.cache_folder
     store = None if folder is None else LatentStore(folder, vae_key(model))
     try:
@@ -75,6 +82,11 @@ def cache_latents(recipe: Recipe, model: Sdxl, pictures: Pictures, callbacks: Ca
         # also after an error: the progress bar must release the terminal
         callbacks.on_progress(stage, 1, 1)
     return [] if store is None else store.warnings()
+
+
+def described_way(way: EncodeWay) -> str:
+    """Return a way to encode with its error."""
+    return f"{'in tiles' if way == 'tiles' else way} ({ENCODE_ERRORS[way]})"
 
 
 def cache_captions(

@@ -27,6 +27,10 @@ ENCODE_PIXELS = 1024 * 1024
 ENCODE_BATCH = 8  # largest number of images per call
 
 
+class LatentsNotFiniteError(InputError):
+    """Latents contain infinity or NaN."""
+
+
 @torch.no_grad()
 def encode_pictures(
     model: Sdxl,
@@ -94,7 +98,14 @@ def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
         pixels: (batch, 3, height, width) in -1..1.
     """
     _vae_of(model)  # with the hint of a recipe
-    return model.encode_posteriors(pixels)
+    parts = pixels.split(images_per_call(Size(pixels.shape[-1], pixels.shape[-2])))
+    encoded = [model.encode_posteriors(part) for part in parts]
+    return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
+
+
+def images_per_call(size: Size) -> int:
+    """Return the number of images of a size that are encoded at once."""
+    return min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
 
 
 def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
@@ -104,17 +115,17 @@ def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
 
 
 def checked_latents(latents: Tensor, what: str) -> Tensor:
-    """Return `latents`; raise InputError if they are not finite."""
+    """Return `latents`; raise LatentsNotFiniteError if they are not finite."""
     if not bool(torch.isfinite(latents).all()):
-        raise InputError(
+        raise LatentsNotFiniteError(
             f"the VAE's latents of {what} are not finite",
-            hint="SDXL's own VAE overflows in float16; use it in float32",
+            hint='set vae.path to another VAE; with vae.encode = "bfloat16", set it to "float32" or "tiles"',
         )
     return latents
 
 
 def vae_key(model: Sdxl) -> str:
-    """Return a hash of the autoencoder's weights, scale, shift and padding, and of its use of tiles."""
+    """Return a hash of the autoencoder's weights, dtype, scale, shift, padding and use of tiles."""
     vae, layout = _vae_of(model)
     hasher = WeightsHasher()
     for name, tensor in vae.state_dict().items():
@@ -156,7 +167,7 @@ def _posteriors(
             yield from ((view, stored[view.pixels_name]) for view in members if view.pixels_name in stored)
             missing += [view for view in members if view.pixels_name not in stored]
     size = pictures.targets[views[0].image]
-    count = min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
+    count = images_per_call(size)
     for start in range(0, len(missing), count):
         chunk = missing[start : start + count]
         rows = _encoded(model, pictures, chunk)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spectune.model.inject import Injection
+from spectune.model.network import Sdxl
 from spectune.model.prediction import Prediction
 from spectune.training.data.dataset import Batch
 from spectune.training.data.latents import encode_drawn
@@ -30,6 +31,7 @@ class Objective:
     noise: NoiseOptions
     cost: Cost
     seed: int
+    encoder: Sdxl  # encodes the pixels of batches without cached latents
     conversion: Conversion | None = None  # if the run converts an EPS base to flow
 
     def noised(self, batch: Batch) -> NoisedBatch:
@@ -37,7 +39,7 @@ class Objective:
         model, latents = self.denoiser.model, batch.latents
         if latents is None:
             assert batch.pixels is not None
-            latents = encode_drawn(model, batch.pixels, batch.views, seed=self.seed)
+            latents = encode_drawn(self.encoder, batch.pixels, batch.views, seed=self.seed)
         noised = noise_at_random(
             self.prediction,
             latents,

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.convention import KNOWN_VAES
+from spectune.model.vae.encoding import EncodeWay
 from spectune.training.recipe.sections.base import OneOf, Section
 
 PartName = Literal["unet", "te1", "te2"]
@@ -135,6 +136,12 @@ class VaeSection(Section):
     shift: float | None = Field(default=None, description="Subtracted from z, before the factor.")
     padding: Literal["zeros", "reflect"] | None = Field(
         default=None, description="Padding of the autoencoder's convolutions."
+    )
+    encode: Literal["auto", EncodeWay] = Field(
+        default="auto",
+        description="How images are encoded: `float32` is exact, `bfloat16` takes half of its memory, "
+        "`tiles` encodes float32 tiles of 512 px. `auto` is the first of these that fits into the free "
+        "memory of the GPU when the run starts; a resumed run keeps it.",
     )
 
     @model_validator(mode="after")
