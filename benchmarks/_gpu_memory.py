@@ -69,7 +69,7 @@ def _planned(
         "limit GB": limit or "none fits",
         "setup": described(setup),
         "predicted GB": memory.total / 1e9,
-        "predicted tensors GB": max(memory.allocated, memory.caching) / 1e9,
+        "predicted tensors GB": memory.peak / 1e9,
     }
     same = next((other for other, run in runs.items() if run["setup"] == _as_text(setup)), None)
     if limit is not None:

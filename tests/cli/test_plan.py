@@ -37,6 +37,13 @@ def test_the_recipe_is_on_stdout_and_the_tables_are_on_stderr(
     assert "best that fits" in shown
     assert "they were not measured on a GPU" in shown
     assert "the reserve is 600.0 MB for CUDA and 5%" in shown
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.err.splitlines()]
+    notes = {row[0]: row[1] for row in rows if len(row) == 3}
+    assert notes["encoding images, float32"].startswith("before training")
+    assert notes["encoding images, bfloat16"] == notes["decoding previews, bfloat16"] == "not needed"
+    assert notes["sampling previews"] == "between two steps"
+    assert notes["required"].startswith("by ")
+    assert "limited by" in shown
 
 
 @pytest.mark.slow
@@ -48,7 +55,7 @@ def test_less_memory_gives_cheaper_settings(tiny_checkpoint: Path, capfd: pytest
     assert first["setup"]["parts"] == ["unet", "te1", "te2"]
     assert not first["setup"]["gradient_checkpointing"]
     assert second["setup"]["gradient_checkpointing"]
-    assert memory["total"] == memory["reserve"] + max(memory["allocated"], memory["caching"])
+    assert memory["total"] == memory["reserve"] + memory["peak"]
     assert memory["optimizer"] == wide["optimizers"]["adamw"]
     assert set(wide["optimizers"]) == set(OPTIMIZERS)
     unet = wide["weights"]["UNet"]

@@ -29,6 +29,14 @@ def drawing_bytes(source: WeightSource, settings: SampleSettings, dtype: torch.d
     return weights + max(denoising, decoding)
 
 
+def pictures_at_once(edge_px: int) -> int:
+    """Return the number of pictures of a preview that are sampled at once, at most 1024 px squared together.
+
+    Sampling should need less memory than a training step.
+    """
+    return min(SampleSettings.batch, max(1, 1024 * 1024 // edge_px**2))
+
+
 def denoising_bytes(layout: UNetLayout, area: int, itemsize: int) -> int:
     """Return the peak bytes of the tensors of the UNet, for latents of the area (rows * height * width)."""
     return 16 * layout.channels[0] * area * itemsize

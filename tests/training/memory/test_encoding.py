@@ -70,22 +70,6 @@ def test_a_resumed_run_encodes_as_before(
         trained(make_recipe(run={"steps": 3}, vae={"encode": "float32"}))
 
 
-def test_states_of_older_versions_were_encoded_in_float32(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    trained(make_recipe(run={"steps": 1}))
-    file = tmp_path / "out" / "t-step00000001.state" / "state.json"
-    text = file.read_text()
-    assert ', "encode": "float32"' in text
-    file.write_text(text.replace(', "encode": "float32"', ""))
-    assert trained(make_recipe(run={"steps": 2})).steps == 2
-    file.write_text(text.replace('"encode": "float32"', '"encode": "fp8"'))
-    for newer in (tmp_path / "out").glob("t-step00000002*"):
-        newer.rename(newer.with_name(f"x{newer.name}"))
-    with pytest.raises(
-        InputError, match=r"the recipe of the saved state: \[vae\] `encode`: input should be 'auto'"
-    ):
-        trained(make_recipe(run={"steps": 2}))
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_values_that_are_not_finite_in_bfloat16_are_encoded_in_tiles(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, cached: bool

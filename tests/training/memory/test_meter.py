@@ -22,6 +22,8 @@ from spectune.model.network import Sdxl, build_model
 from spectune.model.packed_linear import pack
 from spectune.model.quantize import quantize_layers
 from spectune.model.streamed_layers import stream_weights
+from spectune.model.vae.fitting import decoding_bytes
+from spectune.sampling.memory import denoising_bytes
 from spectune.sdxl.inference import infer_layout, layout_of
 from spectune.sdxl.layers import Kind, build_catalogue
 from spectune.sdxl.names import Part
@@ -222,9 +224,27 @@ def test_encoding_bytes_are_those_of_the_allocator(
         peak = allocated_peak(lambda: model.encode_images(pixels))
     memory = meters["demo"].measure(replace(DEMO_STEP, parts=("te2",), offload=("vae",)))
     assert model.vae is not None
-    assert memory.encoding - total(model.vae.parameters()) == pytest.approx(peak, rel=0.1)
-    assert memory.caching == max(memory.encoding, memory.encoding_text)
+    weights = total(model.vae.parameters())
+    assert memory.encoding["float32"] - weights == pytest.approx(peak, rel=0.1)
+    half = (memory.encoding["float32"] - weights) / 2
+    assert memory.encoding["bfloat16"] - weights * 3 / 2 == pytest.approx(half, rel=0.06)
+    assert memory.encoding["tiles"] == memory.encoding["float32"], "the image is not larger than a tile"
     assert memory.encoding_text == memory.fixed.encoders
+
+
+def test_previews_are_counted_beside_the_tensors_of_a_step(meters: dict[str, MemoryMeter]) -> None:
+    setup = replace(DEMO_STEP, parts=("te2",), resolution_px=1024)
+    memory, offloaded = (
+        meters["demo"]._without_step(one, frozenset()) for one in (setup, replace(setup, offload=("vae",)))
+    )
+    assert meters["demo"]._layout.vae is not None
+    decoder = decoding_bytes(meters["demo"]._layout.vae, 1024 * 1024)
+    resident = memory.fixed.total
+    assert memory.decoding["float32"] == resident + decoder
+    assert memory.decoding["bfloat16"] == resident + memory.fixed.vae // 2 + decoder // 2
+    assert memory.decoding["bfloat16 and tiles"] == resident + memory.fixed.vae // 2 + decoder // 8
+    assert offloaded.decoding == memory.decoding, "the autoencoder comes back for the previews"
+    assert memory.sampling == resident + denoising_bytes(meters["demo"]._layout.unet, 2 * 256 * 256, 4)
 
 
 def test_twice_the_rank_doubles_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:

@@ -16,10 +16,11 @@ from spectune.training.recipe.recipe import parse_recipe
 
 
 def memory_of(unet: int) -> Memory:
-    return Memory(Fixed(unet, 0, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, 0, 0)
+    ways = {"float32": 0, "tiles": 0}
+    return Memory(Fixed(unet, 0, 0, 0, 0, 0), 0, 0, 0, 0, 0, 0, ways, 0, 0, ways)
 
 
-def test_the_total_is_the_larger_phase_and_a_reserve() -> None:
+def test_the_total_is_the_largest_stage_and_a_reserve() -> None:
     memory = Memory(
         fixed=Fixed(unet=1000, encoders=200, vae=0, frame=20, joined=10, trained=30),
         gradients=30,
@@ -28,14 +29,25 @@ def test_the_total_is_the_larger_phase_and_a_reserve() -> None:
         kept=400,
         working=50,
         unpacked=0,
-        encoding=1760,
+        encoding={"float32": 2760, "bfloat16": 1780, "tiles": 1760},
         encoding_text=300,
+        sampling=1400,
+        decoding={"float32": 2000, "tiles": 1500},
     )
-    assert memory.allocated == 1800
-    assert memory.caching == 1760
+    assert (memory.allocated, memory.limit) == (1800, "training")
     assert memory.total == 1800 + 600_000_000 + 90
-    assert replace(memory, encoding_text=1900).caching == 1900
-    assert replace(memory, encoding=1900).total == 1900 + 600_000_000 + 95
+    text = replace(memory, encoding_text=1900)
+    assert (text.limit, text.total) == ("encoding captions", 1900 + 600_000_000 + 95)
+    images = replace(memory, encoding={"float32": 2760, "tiles": 1900})
+    assert (images.limit, images.peak) == ("encoding images", 1900)
+    assert replace(memory, sampling=1900).limit == "sampling previews"
+    assert replace(memory, decoding={"float32": 2000, "tiles": 1900}).limit == "decoding previews"
+
+
+def test_a_stage_is_done_in_the_most_exact_way_that_fits() -> None:
+    memory = replace(memory_of(10), encoding={"float32": 300, "bfloat16": 200, "tiles": 100})
+    ways = {vram: memory.way_within("encoding images", 600_000_000 + vram) for vram in (315, 314, 209, 1)}
+    assert ways == {315: "float32", 314: "bfloat16", 209: "tiles", 1: "tiles"}
 
 
 class FakeMeter(MemoryMeter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ def prepare(options: PlanOptions) -> PlanOptions:
 def show(result: PlanReport, options: PlanOptions, seconds: float) -> None:
     _print_weights(result.weights)
     _print_candidates(result.found)
-    _print_memory(result.found.memory)
+    _print_memory(result.found)
     _print_optimizers(result.optimizers, result.found.best.setup.optimizer)
     if result.activations:
         _print_activations(result.activations)
@@ -43,7 +43,7 @@ def as_json(result: PlanReport, options: PlanOptions, seconds: float) -> dict[st
     }
 
 
-def _rows(memory: Memory) -> list[tuple[str, int, str]]:
+def _rows(memory: Memory, vram: int) -> list[tuple[str, int, str]]:
     fixed = memory.fixed
     return [
         ("UNet", fixed.unet, "without the streamed weights" if fixed.stream else ""),
@@ -60,14 +60,26 @@ def _rows(memory: Memory) -> list[tuple[str, int, str]]:
         ("working memory", memory.working, "in addition, at the peak of the step"),
         ("unpacked weight", memory.unpacked, "of the largest quantized layer"),
         ("total while training", memory.allocated, "sum of the above"),
-        (
-            "total while encoding",
-            memory.caching,
-            "before training: one network and one image at a time",
-        ),
+        *_other_stages(memory, vram),
         ("reserve", memory.reserve, "assumed"),
-        ("required", memory.total, "the larger total, and the reserve"),
+        ("required", memory.total, f"by {memory.limit}, with the reserve"),
     ]
+
+
+def _other_stages(memory: Memory, vram: int) -> Iterator[tuple[str, int, str]]:
+    """Yield a row for each way of the stages besides training, with a mark at the way that a run takes."""
+    notes = {
+        "encoding images": "before training, one at a time",
+        "encoding captions": "before training",
+        "sampling previews": "between two steps",
+        "decoding previews": "between two steps, one picture at a time",
+    }
+    for stage, note in notes.items():
+        ways = list(memory.stages[stage].items())
+        taken = next(index for index, (way, _) in enumerate(ways) if way == memory.way_within(stage, vram))
+        for index, (way, nbytes) in enumerate(ways):
+            why = note if index == taken else "does not fit" if index < taken else "not needed"
+            yield f"{stage}, {way}" if way else stage, nbytes, why
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -75,8 +87,8 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     record = {"setup": asdict(candidate.setup), "least": candidate.least}
     if memory is None:
         return record
-    sums = {"allocated": memory.allocated, "caching": memory.caching, "reserve": memory.reserve}
-    return {**record, "memory": {**asdict(memory), **sums, "total": memory.total}}
+    sums = {"allocated": memory.allocated, "limit": memory.limit, "peak": memory.peak}
+    return {**record, "memory": {**asdict(memory), **sums, "reserve": memory.reserve, "total": memory.total}}
 
 
 def _print_weights(weights: Mapping[str, Mapping[str, int]]) -> None:
@@ -96,9 +108,17 @@ def _print_candidates(found: Plan) -> None:
     ]
     table(
         f"from the requested settings to cheaper ones; the GPU has {megabytes(found.vram)}",
-        ("settings", "result", "memory"),
-        [(described(candidate.setup), result, _size_of(candidate)) for candidate, result in rows],
-        left=2,
+        ("settings", "result", "limited by", "memory"),
+        [
+            (
+                described(candidate.setup),
+                result,
+                candidate.memory.limit if candidate.memory else "",
+                _size_of(candidate),
+            )
+            for candidate, result in rows
+        ],
+        left=3,
     )
 
 
@@ -106,8 +126,10 @@ def _size_of(candidate: Candidate) -> str:
     return f"{'over ' if candidate.memory is None else ''}{megabytes(candidate.least)}"
 
 
-def _print_memory(memory: Memory) -> None:
-    rows = [(name, note, megabytes(nbytes)) for name, nbytes, note in _rows(memory) if nbytes]
+def _print_memory(found: Plan) -> None:
+    rows = [
+        (name, note, megabytes(nbytes)) for name, nbytes, note in _rows(found.memory, found.vram) if nbytes
+    ]
     table("memory of the best settings that fit", ("item", "", "memory"), rows, left=2)
 
 
@@ -128,16 +150,13 @@ def _print_activations(sizes: Sequence[Activations]) -> None:
 
 
 def _print_notes(memory: Memory) -> None:
-    if memory.caching > memory.allocated:
-        say("  encoding latents before training needs more than training: lower --resolution, not --rank")
+    if memory.limit != "training":
+        say(f"  {memory.limit} takes more than training: lower --resolution, not --rank")
     say(
         "  the sizes of all tensors of a training step are added up, for attention that stores no matrix; "
         "they were not measured on a GPU"
     )
-    say(
-        f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for fragmentation; "
-        "previews are not counted"
-    )
+    say(f"  the reserve is {megabytes(CONTEXT_BYTES)} for CUDA and {FRAGMENTED_SHARE:.0%} for fragmentation")
     if memory.streamed:
         say(
             f"  streaming pins {megabytes(memory.streamed)} of main memory and copies it to the GPU three "

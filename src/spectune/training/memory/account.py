@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from spectune.model.inject import Form
@@ -69,8 +70,12 @@ class Memory:
     kept: int  # activations between the forward and the backward pass
     working: int  # further activations at the peak of a step
     unpacked: int  # the largest quantized weight, when it is unpacked for a product
-    encoding: int  # before the training: the autoencoder with its activations for one image
+    # The following are peaks of other stages, with all tensors that are on the GPU then. Of several ways, the
+    # most exact one is first.
+    encoding: Mapping[str, int]  # of one image, before the training: the autoencoder with its activations
     encoding_text: int  # before the training: the encoders, and the autoencoder if it stays on the GPU
+    sampling: int  # of a preview, between two steps
+    decoding: Mapping[str, int]  # of a preview, one picture at a time
     streamed: int = 0  # the weights that are streamed from main memory; they are not on the GPU
 
     @property
@@ -80,16 +85,43 @@ class Memory:
         return self.fixed.total + step
 
     @property
-    def caching(self) -> int:
-        """The peak bytes of tensors while images and captions are encoded, one network at a time."""
-        return max(self.encoding, self.encoding_text)
+    def stages(self) -> dict[str, Mapping[str, int]]:
+        """The peak bytes of tensors in each stage of a run, by the ways to do it."""
+        return {
+            "training": {"": self.allocated},
+            "encoding images": self.encoding,
+            "encoding captions": {"": self.encoding_text},
+            "sampling previews": {"": self.sampling},
+            "decoding previews": self.decoding,
+        }
+
+    @property
+    def limit(self) -> str:
+        """The stage that needs most, if each is done in the way that needs least."""
+        return max(self.stages, key=lambda stage: min(self.stages[stage].values()))
+
+    @property
+    def peak(self) -> int:
+        """The peak bytes of tensors during a run, with each stage in the way that needs least."""
+        return min(self.stages[self.limit].values())
 
     @property
     def reserve(self) -> int:
         """The assumed bytes of the CUDA context and of fragmentation."""
-        return CONTEXT_BYTES + round(FRAGMENTED_SHARE * max(self.allocated, self.caching))
+        return reserve_of(self.peak)
 
     @property
     def total(self) -> int:
         """The bytes that the GPU must have."""
-        return max(self.allocated, self.caching) + self.reserve
+        return self.peak + self.reserve
+
+    def way_within(self, stage: str, vram: int) -> str:
+        """Return the first way of a stage that fits a GPU with `vram` bytes, otherwise the last one."""
+        ways = self.stages[stage]
+        fitting = [way for way, nbytes in ways.items() if nbytes + reserve_of(nbytes) <= vram]
+        return (fitting or list(ways)[-1:])[0]
+
+
+def reserve_of(nbytes: int) -> int:
+    """Return the assumed bytes of the CUDA context and of fragmentation beside tensors of so many bytes."""
+    return CONTEXT_BYTES + round(FRAGMENTED_SHARE * nbytes)

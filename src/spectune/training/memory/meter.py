@@ -16,12 +16,14 @@ from spectune.model.network import Sdxl
 from spectune.model.packed_linear import NF4_BLOCK
 from spectune.model.quantize import linear_layers
 from spectune.model.streamed_layers import large_layers
+from spectune.model.vae.encoding import ENCODE_WAYS, encoder_of
 from spectune.model.weight_stream import ring_size
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import Fixed, Memory, Setup
 from spectune.training.memory.meta_model import empty_frame, empty_model
 from spectune.training.memory.optimizer_state import optimizer_bytes
+from spectune.training.memory.previews import previews_of
 from spectune.training.memory.step import StepBytes, encoding_bytes, measure_step
 from spectune.training.recipe.sections.model import Quantization
 from spectune.training.state import trained_tensors
@@ -58,7 +60,7 @@ class MemoryMeter:
         self._layers = tuple(layers)
         self._inventories: dict[Setup, Inventory] = {}
         self._steps: dict[Setup, StepBytes] = {}
-        self._encodings: dict[int, int] = {}
+        self._encodings: dict[int, dict[str, int]] = {}
 
     def measure(self, setup: Setup) -> Memory:
         """Measure the memory of a setup.
@@ -90,24 +92,31 @@ class MemoryMeter:
         if setup.stream:
             weights = _with_streaming(weights)
         text, vae = "text" in setup.offload, "vae" in setup.offload
+        fixed = Fixed(
+            unet=weights.unet,
+            encoders=0 if text else weights.encoders,
+            vae=0 if vae else weights.vae,
+            frame=inventory.frame,
+            joined=inventory.joined,
+            trained=_bytes(inventory.trained.values()),
+            stream=weights.ring if setup.stream else 0,
+        )
+        optimizer = optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta")
+        average = sum(4 * tensor.numel() for tensor in inventory.trained.values()) if setup.ema else 0
+        # between two steps, without gradients
+        previews = previews_of(self._layout, setup, fixed.total + optimizer + average + weights.unpacked)
         return Memory(
-            fixed=Fixed(
-                unet=weights.unet,
-                encoders=0 if text else weights.encoders,
-                vae=0 if vae else weights.vae,
-                frame=inventory.frame,
-                joined=inventory.joined,
-                trained=_bytes(inventory.trained.values()),
-                stream=weights.ring if setup.stream else 0,
-            ),
+            fixed=fixed,
             gradients=_bytes(updated),
-            optimizer=optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta"),
-            average=sum(4 * tensor.numel() for tensor in inventory.trained.values()) if setup.ema else 0,
+            optimizer=optimizer,
+            average=average,
             kept=0,
             working=0,
             unpacked=weights.unpacked,
-            encoding=weights.vae + self._encoding(setup.resolution_px),
+            encoding={way: weights.vae + nbytes for way, nbytes in self._encoding(setup).items()},
             encoding_text=weights.encoders + (0 if vae else weights.vae),
+            sampling=previews.sampling,
+            decoding={way: nbytes + (weights.vae if vae else 0) for way, nbytes in previews.decoding.items()},
             streamed=weights.unet_streamed + weights.encoders_streamed if setup.stream else 0,
         )
 
@@ -139,10 +148,17 @@ class MemoryMeter:
             )
         return self._steps[key]
 
-    def _encoding(self, resolution_px: int) -> int:
+    def _encoding(self, setup: Setup) -> dict[str, int]:
+        """Return the bytes that encoding one image adds to the autoencoder, in each way."""
+        resolution_px = setup.resolution_px
         if resolution_px not in self._encodings:
             model = empty_model(self._layout, torch.bfloat16)
-            self._encodings[resolution_px] = encoding_bytes(model, resolution_px)
+            copied = 0 if model.vae is None else _bytes(model.vae.parameters()) // 2  # in bfloat16
+            self._encodings[resolution_px] = {
+                way: encoding_bytes(encoder_of(model, way), resolution_px)
+                + (copied if way == "bfloat16" else 0)
+                for way in ENCODE_WAYS
+            }
         return self._encodings[resolution_px]
 
 

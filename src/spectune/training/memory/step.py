@@ -70,7 +70,7 @@ def measure_step(
 
 
 def encoding_bytes(model: Sdxl, resolution_px: int) -> int:
-    """Return the peak bytes of the autoencoder while it encodes one image; 0 without an autoencoder."""
+    """Return the peak bytes of the activations of encoding one image; 0 without an autoencoder."""
     if model.vae is None:
         return 0
     pixels = torch.empty((1, 3, resolution_px, resolution_px), device=META)
