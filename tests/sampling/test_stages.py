@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spectune.files.source import MemorySource, TensorInfo
+from spectune.model.drawing_memory import denoising_bytes
 from spectune.model.network import Sdxl, TextStates, build_model
 from spectune.model.offload import Network, Offload, StagedModel
 from spectune.model.text import TokenIds
@@ -20,7 +21,7 @@ from spectune.ops.drawing.models import draw, sample_settings
 from spectune.ops.drawing.specs import ModelSpec
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.sampling.generate import Request, SampleSettings
-from spectune.sampling.memory import denoising_bytes, drawing_bytes
+from spectune.sampling.memory import drawing_bytes
 from spectune.sampling.stages import draw_in_stages
 from spectune.sdxl.inference import layout_of
 from spectune.training.denoiser import encode_captions

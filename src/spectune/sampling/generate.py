@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from spectune.errors import InputError, did_you_mean
+from spectune.model.drawing_memory import DRAWING_BATCH
 from spectune.model.network import Sdxl, TextStates
 from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.sampling.terminal_ddim import TerminalDdim
@@ -60,7 +61,7 @@ class SampleSettings:
     cfg: float = 5.0
     sampler: str = "euler"
     negative: str = ""
-    batch: int = 4
+    batch: int = DRAWING_BATCH
     max_tokens: int = MAX_TOKENS  # of a caption; the tokens beyond are cut
 
 

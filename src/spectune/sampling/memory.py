@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from spectune.files.source import WeightSource
+from spectune.model.drawing_memory import denoising_bytes
 from spectune.model.vae.fitting import decoding_bytes
 from spectune.sampling.generate import SampleSettings
 from spectune.sdxl.inference import infer_layout
-from spectune.sdxl.layout import VAE_ROOT, UNetLayout
+from spectune.sdxl.layout import VAE_ROOT
 
 
 def drawing_bytes(source: WeightSource, settings: SampleSettings, dtype: torch.dtype) -> int:
@@ -27,16 +28,3 @@ def drawing_bytes(source: WeightSource, settings: SampleSettings, dtype: torch.d
     denoising = denoising_bytes(layout.unet, rows * pixels // edge**2, dtype.itemsize)
     decoding = 0 if layout.vae is None else decoding_bytes(layout.vae, pixels)
     return weights + max(denoising, decoding)
-
-
-def pictures_at_once(edge_px: int) -> int:
-    """Return the number of pictures of a preview that are sampled at once, at most 1024 px squared together.
-
-    Sampling should need less memory than a training step.
-    """
-    return min(SampleSettings.batch, max(1, 1024 * 1024 // edge_px**2))
-
-
-def denoising_bytes(layout: UNetLayout, area: int, itemsize: int) -> int:
-    """Return the peak bytes of the tensors of the UNet, for latents of the area (rows * height * width)."""
-    return 16 * layout.channels[0] * area * itemsize

@@ -66,7 +66,7 @@ def test_a_resumed_run_encodes_as_before(
     messages = Messages()
     trained(make_recipe(run={"steps": 2}), messages)  # nothing is left to choose from
     assert "encoding 6 images: bfloat16 (latents differ by about 0.7 %)" in messages.texts
-    with pytest.raises(InputError, match=r"vae\.encode was 'bfloat16' and is now 'float32'"):
+    with pytest.raises(InputError, match=r'vae\.encode was "bfloat16" and is now "float32"'):
         trained(make_recipe(run={"steps": 3}, vae={"encode": "float32"}))
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from spectune.files.dtypes import parse_dtype
+from spectune.model.drawing_memory import denoising_bytes, pictures_at_once
 from spectune.model.network import new_vae
 from spectune.model.vae.fitting import decoding_bytes
 from spectune.model.vae.tiles import TILE_PX
-from spectune.sampling.memory import denoising_bytes, pictures_at_once
 from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import Setup
 
