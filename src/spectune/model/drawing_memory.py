@@ -12,9 +12,9 @@ def denoising_bytes(layout: UNetLayout, area: int, itemsize: int) -> int:
     return 16 * layout.channels[0] * area * itemsize
 
 
-def pictures_at_once(edge_px: int) -> int:
-    """Return the number of pictures of a preview that are sampled at once, together at most 1024 px squared.
+def pictures_at_once(pixels: int) -> int:
+    """Return the number of pictures of an area that a preview samples at once: 1024 px squared, or one.
 
     Sampling should need less memory than a training step.
     """
-    return min(DRAWING_BATCH, max(1, 1024 * 1024 // edge_px**2))
+    return min(DRAWING_BATCH, max(1, 1024 * 1024 // pixels))

@@ -216,7 +216,7 @@ def _memory(memory: Memory, device: str) -> Space:
     if device.startswith("cuda"):
         return Space(memory.total, total_memory())
     # without the context of CUDA, which the reserve contains
-    required = max(memory.allocated, memory.caching)
+    required = max(memory.allocated, memory.encoding["float32"], memory.encoding_text)
     return Space(required, psutil.virtual_memory().available)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from PIL import Image
 
 from spectune.errors import InputError, SpectuneError
+from spectune.model.drawing_memory import pictures_at_once
 from spectune.model.offload import StagedModel
 from spectune.ops.drawing.pictures import save_pictures
 from spectune.sampling.contact_sheet import picture_grid
@@ -20,7 +21,6 @@ from spectune.training.recipe.recipe import Recipe
 
 _CAPTIONS = 6  # pictures of a preview without prompts
 _CELL_PX = 256
-_PIXELS_AT_ONCE = 1024 * 1024  # few large pictures: sampling should need less memory than a training step
 
 
 class Previews(Callbacks):
@@ -93,8 +93,7 @@ class Previews(Callbacks):
                 f"previews of {settings.width}x{settings.height} px are drawn with {width}x{height} px: "
                 f"sides are multiples of {step} px",
             )
-        # fewer large pictures at once
-        batch = min(SampleSettings.batch, max(1, _PIXELS_AT_ONCE // (width * height)))
+        batch = pictures_at_once(width * height)
         return replace(
             prompt,
             settings=replace(settings, sampler=sampler, width=width, height=height, batch=batch),

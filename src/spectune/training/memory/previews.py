@@ -31,7 +31,7 @@ def previews_of(layout: Layout, setup: Setup, resident: int) -> PreviewBytes:
     """
     assert layout.vae is not None
     pixels, edge = setup.resolution_px**2, 2 ** (len(layout.vae.channels) - 1)
-    rows = 2 * pictures_at_once(setup.resolution_px)
+    rows = 2 * pictures_at_once(pixels)
     itemsize = parse_dtype(setup.precision).itemsize
     with torch.device("meta"):
         halved = sum(2 * parameter.numel() for parameter in new_vae(layout.vae).parameters())
