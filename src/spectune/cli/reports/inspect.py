@@ -54,12 +54,8 @@ def _print_model(summary: ModelSummary) -> None:
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)
     unet = layout.unet
     say(f"  UNet          channels {unet.channels}, transformer depth {unet.depths}, heads {unet.heads}")
-    channels = (
-        f"{unet.in_channels} in"
-        if unet.in_channels == unet.out_channels
-        else f"{unet.in_channels} in, {unet.out_channels} out"
-    )
-    say(f"  latents       channels of the UNet: {channels}")
+    out = "" if unet.in_channels == unet.out_channels else f" in, {unet.out_channels} out"
+    say(f"  latents       {unet.in_channels} channels{out}")
     if layout.vae is not None:
         vae = layout.vae
         quant = "" if vae.quant_convs else ", without quant convolutions"
