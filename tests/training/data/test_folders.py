@@ -9,6 +9,7 @@ from PIL import Image
 from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.data.folders import scan_training, scan_validation
+from spectune.training.data.pictures import formats
 from spectune.training.data.scan import Scan
 from spectune.training.recipe.sections.data import DataSection
 from tests.training.conftest import draw
@@ -41,6 +42,7 @@ def test_repeats_captions_and_skipped_files(tmp_path: Path) -> None:
     assert scan.images[0].size == Size(30, 20)
     assert scan.warnings() == [
         "2 folders ignored, not named `N_name`: 0_off, plain",
+        "1 image in nested folders not used; data.recursive = true includes them: d.png",
         "1 image skipped: torn.png is not an image that Pillow can read",
         "1 image without a caption file, captioned with the name of its folder: c.webp",
         "1 caption empty: b.JPG",
@@ -60,7 +62,7 @@ def test_an_empty_dataset_is_an_error(tmp_path: Path) -> None:
 def test_validation_images_may_be_directly_in_the_folder(tmp_path: Path) -> None:
     draw(tmp_path / "bare" / "a.png")
     draw(tmp_path / "kohya" / "1_x" / "a.png")
-    assert len(validation_of(tmp_path / "bare").images) == 1
+    assert [image.caption for image in validation_of(tmp_path / "bare").images] == [""]
     assert validation_of(tmp_path / "kohya").images[0].caption == "x"
     assert scan_validation(DataSection(folders=(tmp_path,))) is None
     with pytest.raises(InputError, match="nowhere is not a folder"):
@@ -202,6 +204,80 @@ def test_unusual_files_are_read_or_skipped(tmp_path: Path) -> None:
         "text.png": "is not an image that Pillow can read",
     }
     assert scan.warnings()[0].startswith("4 images skipped: float.tif holds")
+
+
+def paths_of(scan: Scan, parent: Path) -> dict[str, tuple[int, str]]:
+    return {
+        image.path.relative_to(parent).as_posix(): (image.repeats, image.caption) for image in scan.images
+    }
+
+
+def test_a_folder_of_images_is_used_itself(tmp_path: Path) -> None:
+    draw(tmp_path / "cats" / "a.png")
+    draw(tmp_path / "cats" / "more" / "b.png")
+    draw(tmp_path / "3_dog" / "c.PNG")
+    scan = scan_of(tmp_path / "cats", tmp_path / "3_dog")
+    assert paths_of(scan, tmp_path) == {"cats/a.png": (1, ""), "3_dog/c.PNG": (3, "dog")}
+    assert scan.below == (tmp_path / "cats" / "more" / "b.png",)
+    assert scan.ignored_folders == (tmp_path / "cats" / "more",)
+
+
+def test_images_beside_and_below_named_folders_are_counted(tmp_path: Path) -> None:
+    for name in ("2_cat/a.png", "2_cat/deep/b.png", "other/c.jpg", "loose.webp", "0_off/d.png"):
+        draw(tmp_path / name)
+    scan = scan_of(tmp_path, sidecar="")
+    assert paths_of(scan, tmp_path) == {"2_cat/a.png": (2, "cat")}
+    assert scan.warnings()[1:3] == [
+        "2 images in nested folders not used; data.recursive = true includes them: c.jpg, b.png",
+        "1 image beside `N_name` folders not used; move them into one, or set data.recursive = true: "
+        "loose.webp",
+    ]
+
+
+def test_recursive_includes_all_nested_folders(tmp_path: Path) -> None:
+    for name in ("2_cat/a.png", "2_cat/deep/b.png", "x/y/c.jpg", "x/5_z/d.png", "loose.webp", "0_off/e.png"):
+        draw(tmp_path / name)
+    (tmp_path / "x" / "up").symlink_to(tmp_path)
+    scan = scan_of(tmp_path, recursive=True)
+    assert paths_of(scan, tmp_path) == {
+        "loose.webp": (1, ""),
+        "2_cat/a.png": (2, "cat"),
+        "2_cat/deep/b.png": (2, "cat"),
+        "x/5_z/d.png": (5, "z"),
+        "x/y/c.jpg": (1, ""),
+    }
+    assert scan.ignored_folders == (tmp_path / "0_off",)
+    draw(tmp_path / "v" / "w" / "f.png")
+    in_set = scan_of(recursive=True, sets=[{"path": tmp_path / "2_cat", "repeats": 7}])
+    assert {repeats for repeats, _ in paths_of(in_set, tmp_path).values()} == {7}
+    with pytest.raises(InputError, match=r"1 image in nested folders not used; data\.recursive"):
+        scan_of(tmp_path / "v")
+
+
+def test_too_many_repeats_are_an_error(tmp_path: Path) -> None:
+    draw(tmp_path / "99999999999_x" / "a.png")
+    with pytest.raises(InputError, match="asks for 99,999,999,999 repeats: at most 10,000"):
+        scan_of(tmp_path)
+
+
+def test_files_that_cannot_be_read_here_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "b.jpg", "c.png", "c.webp"):
+        draw(tmp_path / name)
+    (tmp_path / "b.txt").write_text("both")
+    (tmp_path / "z.jxl").write_bytes(b"x")
+    (tmp_path / "y.HEIC").write_bytes(b"x")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 255)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(formats, "_readable", lambda: {".png", ".jpg", ".webp", ".gif"})
+    assert scan_of(tmp_path).warnings()[:5] == [
+        '1 file skipped: reading HEIC needs pillow-heif; pip install "spectune[heif]": y.HEIC',
+        "1 file skipped: the format is not read; convert to PNG or JPEG: z.jxl",
+        "1 image skipped: gone.png cannot be read: No such file or directory",
+        "1 image with several frames or pages, of which the first is used: film.gif",
+        "2 images with the name of another image but for the suffix: they share one caption file and mask: "
+        "b.jpg, b.png",
+    ]
 
 
 def test_each_usable_image_is_shown_once_and_upright(tmp_path: Path) -> None:

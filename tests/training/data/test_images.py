@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -7,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+import spectune
 from spectune.training.data.buckets import Size, place
 from spectune.training.data.color import ColorChange
 from spectune.training.data.images import (
-    UnusableImage,
     alpha_of,
     as_rgb,
     has_alpha,
     load_image,
     open_image,
+    read_header,
     render,
 )
+from spectune.training.data.pictures.formats import UnusableImage, formats
 
 
 def color(path: Path) -> tuple[int, ...]:
@@ -56,16 +59,60 @@ def test_unusable_files_raise_the_reason(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
-    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 255)]
-    frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:])
 
     for name, why in (
         ("text.png", "is not an image that Pillow can read"),
         ("torn.jpg", "is damaged: "),
-        ("film.webp", r"is animated \(2 frames\)"),
+        ("nowhere.png", "cannot be read: No such file or directory"),
     ):
         with pytest.raises(UnusableImage, match=why):
             open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif", "avif"])
+def test_the_first_frame_of_an_animation_is_read(suffix: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (250, 0)]
+    frames[0].save(tmp_path / f"film.{suffix}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / f"still.{suffix}")
+    assert color(tmp_path / f"film.{suffix}")[0] > 240
+    assert read_header(tmp_path / f"film.{suffix}").has_more_frames
+    assert not read_header(tmp_path / f"still.{suffix}").has_more_frames
+
+
+def test_heic_pictures_are_read_and_rotated(tmp_path: Path) -> None:
+    formats()  # registers the encoder too
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32), (200, 10, 10)).save(tmp_path / "a.heic", exif=exif.tobytes())
+    assert open_image(tmp_path / "a.heic").size == (32, 64)
+    assert color(tmp_path / "a.heic") == pytest.approx((200, 10, 10), abs=8)
+
+
+def test_only_documented_formats_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads EPS files with Ghostscript, whatever their suffix."""
+    started: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    (tmp_path / "cat.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with Image.open(tmp_path / "cat.png") as dangerous:
+        assert dangerous.format == "EPS"
+    with pytest.raises(UnusableImage, match="is not an image that Pillow can read"):
+        open_image(tmp_path / "cat.png")
+    assert started == []
+    assert formats() == ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+    for source in Path(spectune.__file__).parent.rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        assert text.count("Image.open(") == len(re.findall(r"Image\.open\([^)]*formats=", text)), source
+
+
+def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 13000, 13000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    empty = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + empty)
+    with pytest.raises(UnusableImage, match="has 13000x13000 pixels, more than 128 million"):
+        open_image(tmp_path / "huge.png")
 
 
 def test_the_first_frame_of_an_mpo_file_is_read(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from spectune.ops.options.dataset import DatasetOptions
 from spectune.training.data.buckets import Size, nearest_bucket, place
 from spectune.training.data.folders import scan_training
 from spectune.training.data.gather import training_sizes
-from spectune.training.data.images import SUFFIXES
+from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.scan import Scan
 from spectune.training.recipe.sections.data import BucketSection, DataSection
 
@@ -43,7 +43,7 @@ def dataset(options: DatasetOptions) -> DatasetReport:
         refuse_existing([options.sheet], force=options.force)
     data = _data_section(options)
     sizes = training_sizes(data)
-    files = sum(path.suffix.lower() in SUFFIXES for folder in options.folders for path in folder.rglob("*"))
+    files = sum(is_picture(path) for folder in options.folders for path in folder.rglob("*"))
     measurer = Measurer(sizes, files, options.progress)
     scan = scan_training(data, measurer)
     pictures = _pictures(scan, measurer, sizes, options.folders)

@@ -69,9 +69,12 @@ def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:
     pictures: list[Image.Image] = []
     captions: list[str] = []
     for file in files:
-        with Image.open(file) as picture:
-            captions.append(str(picture.info.get("caption", file.stem)))
-            pictures.append(picture.convert("RGB"))
+        try:
+            with Image.open(file, formats=("PNG",)) as picture:
+                captions.append(str(picture.info.get("caption", file.stem)))
+                pictures.append(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{file} is not a complete PNG picture", hint="remove it") from error
     return Column(label, pictures), captions
 
 

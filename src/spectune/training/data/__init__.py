@@ -2,6 +2,7 @@
 
 folders: the folders of a recipe.
 scan: the contents of one folder.
+pictures: find picture files, open them, convert their colors.
 images, masks: read one file.
 captions: read captions, and vary them between draws.
 buckets: training sizes, and the placement of an image in one of them.

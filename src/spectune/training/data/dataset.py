@@ -18,8 +18,9 @@ from spectune.errors import InputError
 from spectune.training.data.buckets import Placement, Size, nearest_bucket, place
 from spectune.training.data.captions.draws import draw_caption
 from spectune.training.data.color import draw_color
-from spectune.training.data.images import UnusableImage, alpha_of, load_image, open_image, render
+from spectune.training.data.images import alpha_of, load_image, open_image, render
 from spectune.training.data.masks import open_mask, render_mask
+from spectune.training.data.pictures.formats import UnusableImage
 from spectune.training.data.plan import Draw
 from spectune.training.data.scan import CaptionedImage
 from spectune.training.data.views import View

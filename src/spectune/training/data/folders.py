@@ -1,20 +1,41 @@
-"""Scan the folders of a recipe: kohya's `N_name` folders, and folders with their own settings."""
+"""Scan the folders of a recipe: kohya's `N_name` folders, and folders of images."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectune.errors import InputError, some_of
 from spectune.training.data.captions.findings import check_readable
+from spectune.training.data.pictures.walk import folders_below, folders_in, pictures_below, pictures_in
 from spectune.training.data.scan import ImageFolder, Look, Scan, scan_folder
-from spectune.training.recipe.sections.data import DataSection, ImageSetSection
+from spectune.training.recipe.sections.data import MOST_REPEATS, DataSection, ImageSetSection
 
 _NAME = re.compile(r"(\d+)_(.*)")
-_PARENT_HINT = "put images into folders named `N_name` (N = repeats) and list their parent in {}"
-_SET_HINT = "set the path of [[data.sets]] to a folder that contains the images directly"
+_PARENT_HINT = (
+    "list in {} a folder of images, or the parent of folders named `N_name` (N = repeats); "
+    "data.recursive = true includes nested folders"
+)
+_SET_HINT = (
+    "set the path of [[data.sets]] to a folder of images; data.recursive = true includes nested folders"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The folders to scan below a folder of the recipe, and what is not used there."""
+
+    folders: tuple[ImageFolder, ...]
+    ignored: tuple[Path, ...] = ()  # folders
+    loose: tuple[Path, ...] = ()  # images beside `N_name` folders
+    below: tuple[Path, ...] = ()  # images in nested folders
+
+    def scan(self, data: DataSection, look: Look | None = None) -> Scan:
+        """Scan the folders."""
+        unused = Scan((), ignored_folders=self.ignored, loose=self.loose, below=self.below)
+        return Scan.joined([unused, *(scan_folder(folder, data, look) for folder in self.folders)])
 
 
 def scan_training(data: DataSection, look: Look | None = None) -> Scan:
@@ -42,7 +63,7 @@ def scan_training(data: DataSection, look: Look | None = None) -> Scan:
 
 
 def scan_validation(data: DataSection) -> Scan | None:
-    """Return the usable images of `validation_folder`, which contains `N_name` folders or images.
+    """Return the usable images of `validation_folder`.
 
     Masks are not used: all of an image counts.
     """
@@ -53,45 +74,76 @@ def scan_validation(data: DataSection) -> Scan | None:
         raise InputError(
             f"{folder} is not a folder", hint="set data.validation_folder to a folder of validation images"
         )
-    folders, ignored = find_folders(folder)
-    if not folders:
-        folders, ignored = [ImageFolder(folder, 1, folder.name)], []
-    scan = _scanned(folders, ignored, data.model_copy(update={"mask": "none"}))
+    found = find_folders(folder, recursive=data.recursive)
+    scan = found.scan(data.model_copy(update={"mask": "none"}))
     check_readable(scan.captions)
-    return _not_empty(scan, [folder], hint=_PARENT_HINT.format("data.folders"))
+    return _not_empty(scan, [folder], hint=_PARENT_HINT.format("data.validation_folder"))
 
 
-def find_folders(parent: Path) -> tuple[list[ImageFolder], list[Path]]:
-    """Return the `N_name` folders in `parent`, and the folders with other names.
+def find_folders(parent: Path, *, recursive: bool = False) -> Found:
+    """Return the folders to scan in `parent`: its `N_name` folders or, if there are none, `parent` itself.
+
+    With `recursive`, these are `parent` and all folders below it. Images in and below an `N_name` folder
+    have N repeats, others one.
 
     Raises:
-        InputError: `parent` is not a folder.
+        InputError: `parent` is not a folder, or the name of a folder asks for too many repeats.
     """
     if not parent.is_dir():
-        raise InputError(
-            f"{parent} is not a folder", hint="list the parents of `N_name` folders in data.folders"
-        )
-    folders: list[ImageFolder] = []
+        raise InputError(f"{parent} is not a folder", hint=_PARENT_HINT.format("data.folders"))
+    if recursive:
+        return _find_nested(parent)
+    inside = {path: _named(path) for path in folders_in(parent)}
+    named = tuple(folder for folder in inside.values() if folder is not None)
+    ignored = tuple(path for path, folder in inside.items() if folder is None)
+    images = tuple(pictures_in(parent))
+    if named or not images:
+        nested = [path for path in inside if not _is_off(path)]
+        below = [image for path in ignored if path in nested for image in pictures_in(path)]
+        below += [image for path in nested for image in pictures_below(path)]
+        return Found(named, ignored, loose=images, below=tuple(below))
+    return Found((_itself(parent),), ignored, below=tuple(pictures_below(parent)))
+
+
+def _find_nested(parent: Path) -> Found:
+    settings = {parent: _itself(parent)}
     ignored: list[Path] = []
-    for path in sorted(parent.iterdir()):
-        if not path.is_dir() or path.name.startswith("."):
-            continue
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > 0:
-            folders.append(ImageFolder(path, int(match[1]), match[2].strip()))
-        else:
+    for path in folders_below(parent):
+        if _is_off(path):
             ignored.append(path)
-    return folders, ignored
+        elif path.parent in settings:
+            settings[path] = _named(path) or replace(settings[path.parent], path=path)
+    return Found(tuple(folder for folder in settings.values() if pictures_in(folder.path)), tuple(ignored))
+
+
+def _itself(parent: Path) -> ImageFolder:
+    """Return the settings of images directly in a folder of the recipe."""
+    named = None if _is_off(parent) else _named(parent)
+    return named or ImageFolder(parent, 1, "", caption_is_name=False)
+
+
+def _named(path: Path) -> ImageFolder | None:
+    """Return the settings of an `N_name` folder, or None for another name."""
+    match = _NAME.fullmatch(path.name)
+    if not match or _is_off(path):
+        return None
+    if int(match[1]) > MOST_REPEATS:
+        raise InputError(
+            f"the folder {path} asks for {int(match[1]):,} repeats: at most {MOST_REPEATS:,}",
+            hint="rename the folder, or train longer with run.epochs",
+        )
+    return ImageFolder(path, int(match[1]), match[2].strip())
+
+
+def _is_off(path: Path) -> bool:
+    """Return whether a folder is turned off by its name: `0_name`."""
+    match = _NAME.fullmatch(path.name)
+    return bool(match) and int(match[1]) == 0
 
 
 def _scan_parents(parents: Sequence[Path], data: DataSection, look: Look | None, *, key: str) -> Scan:
-    folders: list[ImageFolder] = []
-    ignored: list[Path] = []
-    for parent in parents:
-        below, others = find_folders(parent)
-        folders += below
-        ignored += others
-    return _not_empty(_scanned(folders, ignored, data, look), parents, hint=_PARENT_HINT.format(key))
+    scans = [find_folders(parent, recursive=data.recursive).scan(data, look) for parent in parents]
+    return _not_empty(Scan.joined(scans), parents, hint=_PARENT_HINT.format(key))
 
 
 def _scan_set(image_set: ImageSetSection, data: DataSection, look: Look | None) -> Scan:
@@ -101,13 +153,12 @@ def _scan_set(image_set: ImageSetSection, data: DataSection, look: Look | None) 
     folder = ImageFolder(
         image_set.path, image_set.repeats, image_set.caption.strip(), weight, caption_is_name=False
     )
-    return _not_empty(_scanned([folder], [], data, look), [image_set.path], hint=_SET_HINT)
-
-
-def _scanned(
-    folders: Sequence[ImageFolder], ignored: Sequence[Path], data: DataSection, look: Look | None = None
-) -> Scan:
-    return Scan.joined([Scan((), tuple(ignored)), *(scan_folder(folder, data, look) for folder in folders)])
+    if not data.recursive:
+        found = Found((folder,), below=tuple(pictures_below(image_set.path)))
+    else:
+        nested = (replace(folder, path=path) for path in folders_below(image_set.path))
+        found = Found((folder, *(one for one in nested if pictures_in(one.path))))
+    return _not_empty(found.scan(data, look), [image_set.path], hint=_SET_HINT)
 
 
 def _not_empty(scan: Scan, places: Sequence[Path], *, hint: str) -> Scan:

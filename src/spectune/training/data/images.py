@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +13,58 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from spectune.errors import printable
 from spectune.training.data.buckets import Placement
 from spectune.training.data.color import ColorChange, recolor
+from spectune.training.data.pictures.formats import UnusableImage, open_picture
+from spectune.training.data.pictures.profiles import profile_kind, to_srgb
 
-SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# sd-scripts averages areas to shrink images, which is a little softer, and enlarges with Lanczos too.
+RESAMPLING = Image.Resampling.LANCZOS
+
+# Pillow's decoders raise any of these for damaged files.
+_DECODER_ERRORS = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError),
+    *(TypeError, ValueError, struct.error, Image.DecompressionBombError),
+)
 
 
-class UnusableImage(Exception):
-    """An image that cannot be trained on; the message gives the reason."""
+@dataclass(frozen=True)
+class Header:
+    """The facts about an image file that are known without decoding it."""
+
+    pixels: int
+    has_more_frames: bool  # animations, and files with several pages
+
+
+def read_header(path: Path) -> Header:
+    """Return the facts in the header of an image file.
+
+    Raises:
+        UnusableImage: The file is no image, or is too large.
+    """
+    with _reasons(), open_picture(path) as image:
+        # MPO is a JPEG with more frames: the first is the image, others are previews or a second view
+        several = bool(getattr(image, "is_animated", False)) and image.format not in ("MPO", "HEIF")
+        return Header(image.width * image.height, several)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image as RGB, rotated by its EXIF data, with white behind transparent pixels.
+    """Read an image as RGB in sRGB, rotated by its EXIF data, with white behind transparent pixels.
 
     Raises:
-        UnusableImage: The file is damaged, truncated or animated.
+        UnusableImage: The file is damaged, truncated or too large.
     """
     return as_rgb(load_image(path))
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read the only image in a file, rotated by its EXIF data, in the mode of the file.
+    """Read the first image in a file, rotated by its EXIF data, in the mode of the file.
 
     Raises:
-        UnusableImage: The file is damaged, truncated or animated.
+        UnusableImage: The file is damaged, truncated or too large.
     """
-    with _reasons(), Image.open(path) as image:
-        frames = getattr(image, "n_frames", 1)
-        # MPO is a JPEG with more frames: the first is the image, others are previews or a second view
-        if frames > 1 and image.format != "MPO":
-            raise UnusableImage(f"is animated ({frames} frames)")
+    with _reasons(), open_picture(path) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -52,13 +76,14 @@ def _reasons() -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         raise UnusableImage("is not an image that Pillow can read") from error
-    # Pillow's decoders raise any of these for damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UnusableImage(f"is damaged: {error}") from error
+    except _DECODER_ERRORS as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UnusableImage(f"cannot be read: {error.strerror}") from error
+        raise UnusableImage(f"is damaged: {printable(str(error) or type(error).__name__)}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image to RGB, with white behind transparent pixels.
+    """Convert a loaded image to RGB in sRGB, with white behind transparent pixels.
 
     Raises:
         UnusableImage: The levels are floating-point numbers of unknown range.
@@ -66,12 +91,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UnusableImage("holds floating-point levels, whose range is not known")
     with _reasons():
-        if image.mode.startswith("I"):
-            return _eight_bits(image).convert("RGB")
-        if has_alpha(image):
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return image.convert("RGB")
+        alpha = alpha_of(image)
+        colors = to_srgb(_without_alpha(image), profile_kind(image))
+        if alpha is None:
+            return colors
+        colors.putalpha(alpha)
+        return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
@@ -87,9 +112,17 @@ def has_alpha(image: Image.Image) -> bool:
     )
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
-    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """Return the colors of an image in mode L, RGB or CMYK, with 8 bits."""
+    if image.mode.startswith("I"):
+        # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
+        levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        gray = Image.fromarray(levels)
+        gray.info = image.info
+        return gray
+    if has_alpha(image):
+        return image.convert("RGBA").convert("RGB")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 
 def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling) -> Image.Image:
@@ -105,7 +138,7 @@ def cut_out(image: Image.Image, placement: Placement, resample: Image.Resampling
 
 def render(image: Image.Image, placement: Placement, color: ColorChange | None = None) -> Tensor:
     """Return the placed and recolored image, float32 (3, height, width) in -1..1."""
-    levels = np.array(cut_out(image, placement, Image.Resampling.LANCZOS))  # (height, width, 3), uint8
+    levels = np.array(cut_out(image, placement, RESAMPLING))  # (height, width, 3), uint8
     if color is not None:
         planes = levels.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)
         return torch.from_numpy(recolor(planes, color)).mul_(2).sub_(1)

@@ -12,7 +12,8 @@ from torch.nn.functional import avg_pool2d
 
 from spectune.errors import InputError
 from spectune.training.data.buckets import Placement, Size
-from spectune.training.data.images import UnusableImage, cut_out, open_image
+from spectune.training.data.images import cut_out, open_image
+from spectune.training.data.pictures.formats import UnusableImage
 
 
 def mask_file(image: Path, suffix: str) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -16,12 +19,22 @@ from spectune.errors import counted, some_of
 from spectune.training.data.buckets import Size
 from spectune.training.data.captions.findings import CaptionFinding, finding_warnings
 from spectune.training.data.captions.reading import read_captions
-from spectune.training.data.images import SUFFIXES, UnusableImage, as_rgb, has_alpha, load_image
+from spectune.training.data.images import Header, as_rgb, has_alpha, load_image, read_header
 from spectune.training.data.masks import is_mask, mask_file, open_mask
+from spectune.training.data.pictures.formats import (
+    HEIF_INSTALL,
+    HEIF_SUFFIXES,
+    UnusableImage,
+    is_picture,
+    is_unread_picture,
+)
+from spectune.training.data.pictures.profiles import ProfileKind, profile_kind
 from spectune.training.recipe.sections.data import DataSection
 
 # A strip 1 pixel wide would take gigabytes when it is resized to cover its bucket.
 LONGEST_ASPECT = 32
+LARGE_PIXELS = 16_000_000  # images above this are decoded one at a time: each needs up to 1 GB
+_LARGE = Lock()
 
 # Called with the path and the upright RGB image of each usable file, from several threads at once.
 Look = Callable[[Path, Image.Image], None]
@@ -57,12 +70,32 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
+class DataFinding:
+    """Something in the folders that may be a mistake."""
+
+    names: tuple[str, ...]  # of the files or folders, some with a reason
+    noun: str  # of one of them
+    text: str  # what is the matter, and how to change it
+
+    def __str__(self) -> str:
+        """Return a line with the count and the first names."""
+        return f"{counted(len(self.names), self.noun)} {self.text}: {some_of(self.names)}"
+
+
+@dataclass(frozen=True)
 class Scan:
     """The images of some folders, and the findings that may be mistakes."""
 
     images: tuple[CaptionedImage, ...]
     ignored_folders: tuple[Path, ...] = ()
+    loose: tuple[Path, ...] = ()  # images beside `N_name` folders
+    below: tuple[Path, ...] = ()  # images in nested folders
+    unread: tuple[Path, ...] = ()  # in formats that this installation does not read
     skipped: tuple[tuple[Path, str], ...] = ()  # image, reason
+    several_frames: tuple[Path, ...] = ()
+    converted: tuple[Path, ...] = ()  # from their color profile
+    unusable_profile: tuple[Path, ...] = ()
+    shared_files: tuple[Path, ...] = ()  # images that share a caption file or a mask with another image
     without_caption: tuple[Path, ...] = ()  # captioned with the name of their folder
     empty_caption: tuple[Path, ...] = ()
     without_image: tuple[str, ...] = ()  # entries of sidecars
@@ -79,32 +112,61 @@ class Scan:
         }
         return cls(**parts)
 
-    def warnings(self) -> list[str]:
-        """Return one line for each kind of finding."""
-        skipped = [f"{path.name} {reason}" for path, reason in self.skipped]
-        findings: list[tuple[Sequence[Path | str], str, str]] = [
+    def findings(self) -> list[DataFinding]:
+        """Return one finding of each kind that occurs."""
+        heif = [path for path in self.unread if path.suffix.lower() in HEIF_SUFFIXES]
+        others = [path for path in self.unread if path not in set(heif)]
+        found: list[tuple[Sequence[Path | str], str, str]] = [
             (self.ignored_folders, "folder", "ignored, not named `N_name`"),
-            (skipped, "image", "skipped"),
+            (self.below, "image", "in nested folders not used; data.recursive = true includes them"),
+            (
+                self.loose,
+                "image",
+                "beside `N_name` folders not used; move them into one, or set data.recursive = true",
+            ),
+            (heif, "file", f"skipped: reading HEIC needs pillow-heif; {HEIF_INSTALL}"),
+            (others, "file", "skipped: the format is not read; convert to PNG or JPEG"),
+            ([f"{path.name} {reason}" for path, reason in self.skipped], "image", "skipped"),
+            (self.several_frames, "image", "with several frames or pages, of which the first is used"),
+            (self.converted, "image", "converted from another color profile to sRGB"),
+            (self.unusable_profile, "image", "with an unusable color profile, read as sRGB"),
+            (
+                self.shared_files,
+                "image",
+                "with the name of another image but for the suffix: they share one caption file and mask",
+            ),
             (self.without_caption, "image", "without a caption file, captioned with the name of its folder"),
             (self.empty_caption, "caption", "empty"),
             (self.without_image, "caption", "in sidecars without an image"),
             (self.without_mask, "image", "without a mask; the loss covers the complete image"),
             (self.unused_masks, "mask file", "not used"),
         ]
-        lines = [
-            f"{counted(len(found), noun)} {text}: {_names(found)}" for found, noun, text in findings if found
+        return [
+            DataFinding(tuple(one.name if isinstance(one, Path) else one for one in names), noun, text)
+            for names, noun, text in found
+            if names
         ]
-        return lines + finding_warnings(self.captions)
 
-
-def _names(found: Sequence[Path | str]) -> str:
-    return some_of([one.name if isinstance(one, Path) else one for one in found])
+    def warnings(self) -> list[str]:
+        """Return one line for each finding."""
+        return [*map(str, self.findings()), *finding_warnings(self.captions)]
 
 
 @dataclass(frozen=True)
 class _Facts:
     size: Size
     has_mask: bool
+    has_more_frames: bool
+    profile: ProfileKind
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a folder, by name."""
+
+    images: list[Path]
+    masks: list[Path]
+    unread: list[Path]
 
 
 def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None) -> Scan:
@@ -113,14 +175,14 @@ def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None
     Raises:
         InputError: A sidecar or a mask is damaged.
     """
-    masks, files = _masks_and_images(folder.path, data.mask_suffix)
+    files = _files_in(folder.path, data.mask_suffix)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         # Decode each image completely, to find truncated files now and not after an hour of training.
-        results = list(pool.map(lambda path: _facts_or_reason(path, data, look), files))
-    pairs = list(zip(files, results, strict=True))
+        results = list(pool.map(lambda path: _facts_or_reason(path, data, look), files.images))
+    pairs = list(zip(files.images, results, strict=True))
     usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]
     read = read_captions(
-        folder.path, [path for path, _ in usable], data.caption, default=folder.caption, files=files
+        folder.path, [path for path, _ in usable], data.caption, default=folder.caption, files=files.images
     )
     images = tuple(
         CaptionedImage(
@@ -143,39 +205,78 @@ def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None
     used_masks = {image.mask for image in images}
     return Scan(
         images=images,
+        unread=tuple(files.unread),
         skipped=tuple((path, reason) for path, reason in pairs if isinstance(reason, str)),
+        several_frames=tuple(path for path, facts in usable if facts.has_more_frames),
+        converted=tuple(path for path, facts in usable if facts.profile is ProfileKind.OTHER),
+        unusable_profile=tuple(path for path, facts in usable if facts.profile is ProfileKind.UNUSABLE),
+        shared_files=_sharing(files.images, data),
         without_caption=tuple(path for path, _ in usable if path in named),
         empty_caption=tuple(path for path, _ in usable if path in empty - named),
         without_image=read.without_image,
         without_mask=tuple(path for path, facts in usable if data.mask != "none" and not facts.has_mask),
-        unused_masks=tuple(path for path in masks if path not in used_masks),
+        unused_masks=tuple(path for path in files.masks if path not in used_masks),
         captions=read.findings,
     )
 
 
-def _masks_and_images(folder: Path, mask_suffix: str) -> tuple[list[Path], list[Path]]:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    masks = [path for path in files if is_mask(path, mask_suffix)]
+def _files_in(folder: Path, mask_suffix: str) -> _Files:
+    paths = sorted(path for path in folder.iterdir() if not path.is_dir())
+    masks = [path for path in paths if is_mask(path, mask_suffix)]
     taken = set(masks)
-    return masks, [path for path in files if path.suffix.lower() in SUFFIXES and path not in taken]
+    return _Files(
+        images=[path for path in paths if is_picture(path) and path not in taken],
+        masks=masks,
+        unread=[path for path in paths if is_unread_picture(path)],
+    )
+
+
+def _sharing(images: Sequence[Path], data: DataSection) -> tuple[Path, ...]:
+    """Return the images that share a caption file or a mask with another image."""
+    counts = Counter(path.stem for path in images)
+    return tuple(
+        path
+        for path in images
+        if counts[path.stem] > 1
+        and (
+            any(path.with_suffix(extension).is_file() for extension in data.caption.extensions)
+            or (data.mask == "file" and mask_file(path, data.mask_suffix).is_file())
+        )
+    )
 
 
 def _facts_or_reason(path: Path, data: DataSection, look: Look | None) -> _Facts | str:
     """Return the facts of a usable image, or the reason to skip it."""
     try:
-        if not path.stat().st_size:
+        if path.is_file() and not path.stat().st_size:
             return "is an empty file"
-        loaded = load_image(path)
-        image = as_rgb(loaded)
-        size = Size(*image.size)
-        if max(size.aspect, 1 / size.aspect) > LONGEST_ASPECT:
-            return f"is {size.width}x{size.height}, longer than {LONGEST_ASPECT} times its shorter side"
-        mask = mask_file(path, data.mask_suffix)
-        has_mask = has_alpha(loaded) if data.mask == "alpha" else data.mask == "file" and mask.is_file()
-        if has_mask and data.mask == "file":
-            open_mask(mask, size)
-        if look is not None:
-            look(path, image)
-        return _Facts(size, has_mask)
+        header = read_header(path)
+        with _one_at_a_time(header.pixels > LARGE_PIXELS):
+            return _look_closely(path, header, data, look)
     except UnusableImage as error:
         return str(error)
+
+
+def _look_closely(path: Path, header: Header, data: DataSection, look: Look | None) -> _Facts | str:
+    """Decode an image and return its facts, or the reason to skip it."""
+    loaded = load_image(path)
+    image = as_rgb(loaded)
+    size = Size(*image.size)
+    if max(size.aspect, 1 / size.aspect) > LONGEST_ASPECT:
+        return f"is {size.width}x{size.height}, longer than {LONGEST_ASPECT} times its shorter side"
+    mask = mask_file(path, data.mask_suffix)
+    has_mask = has_alpha(loaded) if data.mask == "alpha" else data.mask == "file" and mask.is_file()
+    if has_mask and data.mask == "file":
+        open_mask(mask, size)
+    if look is not None:
+        look(path, image)
+    return _Facts(size, has_mask, header.has_more_frames, profile_kind(loaded))
+
+
+@contextmanager
+def _one_at_a_time(is_large: bool) -> Iterator[None]:
+    if not is_large:
+        yield
+        return
+    with _LARGE:
+        yield

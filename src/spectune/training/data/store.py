@@ -15,7 +15,7 @@ from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import PREFIX, spectune_version
 from spectune.files.writer import write_tensors
 
-_FORMAT = "1"  # raise it when a change affects the pixels of a view
+_FORMAT = "2"  # raise it when a change affects the pixels of a view
 
 
 class LatentStore:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from spectune.errors import InputError
 from spectune.training.data.captions.formats import caption_of, parse_json
 from spectune.training.data.captions.text import UnreadableText, read_text
-from spectune.training.data.images import SUFFIXES
+from spectune.training.data.pictures.formats import is_picture
 
 _LINE_HINT = 'a line looks like {"file_name": "cat.png", "text": "a cat"}'
 _METADATA_HINT = 'expected the metadata of sd-scripts: {"folder/cat": {"caption": "a cat", "tags": "red"}}'
@@ -115,8 +115,8 @@ def _parts(key: str) -> tuple[str, ...]:
     """Return the folders and the name of a key, without its suffix. Windows separates with backslashes."""
     parts = [part for part in key.replace("\\", "/").split("/") if part not in ("", ".")]
     if parts:
-        name, dot, suffix = parts[-1].rpartition(".")
-        if dot and name and f".{suffix.lower()}" in SUFFIXES:
+        name, dot, _ = parts[-1].rpartition(".")
+        if dot and name and is_picture(Path(parts[-1])):
             parts[-1] = name
     return tuple(parts)
 

@@ -10,6 +10,11 @@ from pydantic import Field, model_validator
 from spectune.training.recipe.sections.base import Section
 from spectune.training.recipe.sections.captions import CaptionSection
 
+# Limits that keep mistakes from filling the memory, with room for every real use.
+MOST_REPEATS = 10_000  # an epoch of one image is then longer than most runs
+MOST_PX = 8192  # at 8192x8192 px, a step of SDXL needs more than 500 GB
+MOST_VARIANTS = 1000  # of one image in the cache
+
 MaskSource = Literal["none", "alpha", "file"]
 
 
@@ -22,16 +27,20 @@ class BucketSection(Section):
         "None: on for a base of SDXL's size; sides then reach from half to twice `resolution_px`, if "
         "`min_px` and `max_px` are not set.",
     )
-    min_px: int = Field(default=256, ge=8, description="Shortest side in pixels.")
-    max_px: int = Field(default=1024, ge=8, description="Longest side in pixels.")
-    step_px: int = Field(default=64, ge=8, description="Sides are multiples of this number of pixels.")
+    min_px: int = Field(default=256, ge=8, le=2 * MOST_PX, description="Shortest side in pixels.")
+    max_px: int = Field(default=1024, ge=8, le=2 * MOST_PX, description="Longest side in pixels.")
+    step_px: int = Field(
+        default=64, ge=8, le=MOST_PX, description="Sides are multiples of this number of pixels."
+    )
 
 
 class ImageSetSection(Section):
     """One folder of images with its own settings."""
 
     path: Path = Field(description="The folder that contains the images.")
-    repeats: int = Field(default=1, ge=1, description="Number of draws of each image in an epoch.")
+    repeats: int = Field(
+        default=1, ge=1, le=MOST_REPEATS, description="Number of draws of each image in an epoch."
+    )
     caption: str = Field(default="", description="Caption of images that have no caption.")
     loss_weight: float = Field(default=1.0, gt=0, description="Factor of the loss of these images.")
     regularisation: bool = Field(
@@ -45,7 +54,8 @@ class DataSection(Section):
     """Images, captions and masks, and how they vary between draws."""
 
     folders: tuple[Path, ...] = Field(
-        default=(), description="Parents of `N_name` folders. Each epoch draws their images N times."
+        default=(),
+        description="Folders of images, or parents of `N_name` folders, whose images an epoch draws N times.",
     )
     sets: tuple[ImageSetSection, ...] = Field(
         default=(), description="Folders of images with their own settings, each a table [[data.sets]]."
@@ -57,9 +67,13 @@ class DataSection(Section):
     regularisation_weight: float = Field(
         default=1.0, gt=0, description="Factor of the loss of regularization images."
     )
+    recursive: bool = Field(
+        default=False, description="Use the images in all nested folders too, at any depth."
+    )
     resolution_px: int = Field(
         default=1024,
         ge=16,
+        le=MOST_PX,
         description="Training resolution: images are scaled to the area of a square with this side.",
     )
     bucket: BucketSection = BucketSection()
@@ -90,7 +104,10 @@ class DataSection(Section):
         "None: on if crops and colors are fixed or `cache_variants` is above 1.",
     )
     cache_variants: int = Field(
-        default=1, ge=1, description="Number of crops and colors of each image and orientation in the cache."
+        default=1,
+        ge=1,
+        le=MOST_VARIANTS,
+        description="Number of crops and colors of each image and orientation in the cache.",
     )
     cache_folder: Path | None = Field(
         default=None, description="Folder that keeps latents between runs. None: keep them in memory only."
@@ -111,7 +128,10 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.folders and not self.sets:
-            raise ValueError("no images: set `folders` (parents of `N_name` folders) or add [[data.sets]]")
+            raise ValueError(
+                "no images: set `folders` (folders of images or parents of `N_name` folders) "
+                "or add [[data.sets]]"
+            )
         if not self.mask_suffix:
             raise ValueError("`mask_suffix` is empty: every file would be a mask")
         self._check_caches()

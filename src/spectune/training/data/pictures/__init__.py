@@ -1,0 +1,6 @@
+"""Find, open and describe the picture files of a run.
+
+formats: the file formats that are read. No other decoder of Pillow is ever started.
+profiles: color profiles, converted to sRGB.
+walk: the files and folders below a folder.
+"""
