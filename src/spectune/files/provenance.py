@@ -25,7 +25,21 @@ V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 Padding = Literal["zeros", "reflect"]
 FrameKind = Literal["principal", "minor", "plain", "gradient", "data"]  # docs/reference/frames.md
 MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
-MODELSPEC_PREDICTIONS: Mapping[str, PredictionName] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
+COMFYUI_PREDICTION_KEY = "modelspec.predict_key"  # of ComfyUI's save nodes, with the same values
+KOHYA_V_KEY = "ss_v_parameterization"  # "True" or "False"
+MODELSPEC_PREDICTIONS: Mapping[str, PredictionName] = {
+    "eps": "eps",
+    "epsilon": "eps",
+    "v": "v",
+    "v_pred": "v",
+    "v_prediction": "v",
+    "flow": "flow",
+    "flow_matching": "flow",
+    "flow_prediction": "flow",
+    "rectified_flow": "flow",
+    "rf": "flow",
+    "vector_field": "flow",
+}
 
 
 class Role(StrEnum):

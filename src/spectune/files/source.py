@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from spectune.files.provenance import (
+    COMFYUI_PREDICTION_KEY,
+    KOHYA_V_KEY,
     MODELSPEC_PREDICTION_KEY,
     MODELSPEC_PREDICTIONS,
     V_KEY,
@@ -99,13 +102,20 @@ class MemorySource(HasProvenance):
 
 
 def declared_prediction(source: WeightSource) -> PredictionName | None:
-    """Return the prediction declared by spectune's metadata, modelspec or the tensor `v_pred`, or None."""
+    """Return the prediction that a file declares, or None.
+
+    The sources, in order: spectune's metadata; the metadata of modelspec, also under the key that ComfyUI
+    writes; the tensor `v_pred`, which ComfyUI and Forge recognize; the metadata of sd-scripts.
+    """
     if source.provenance.prediction is not None:
         return source.provenance.prediction
-    modelspec = source.metadata.get(MODELSPEC_PREDICTION_KEY, "")
-    if modelspec in MODELSPEC_PREDICTIONS:
-        return MODELSPEC_PREDICTIONS[modelspec]
-    return "v" if V_KEY in source.tensors else None
+    for key in (MODELSPEC_PREDICTION_KEY, COMFYUI_PREDICTION_KEY):
+        word = re.sub(r"[\s-]+", "_", source.metadata.get(key, "").strip().lower())
+        if word in MODELSPEC_PREDICTIONS:
+            return MODELSPEC_PREDICTIONS[word]
+    if V_KEY in source.tensors or source.metadata.get(KOHYA_V_KEY, "").lower() == "true":
+        return "v"
+    return None
 
 
 def declared_zero_snr(source: WeightSource) -> bool:

@@ -22,6 +22,7 @@ from spectune.model.vae.tiles import TILE_PX, in_tiles
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
 from spectune.sdxl.names import Part, module_path
+from spectune.sdxl.prediction_type import check_prediction
 from spectune.sdxl.state_dicts import module_tensors
 from spectune.sdxl.vocabulary import BOS_ID, EOS_ID, MAX_TOKENS
 
@@ -190,6 +191,7 @@ def build_model(
     Raises:
         InputError: Tensors are missing, or their shapes do not match the layout.
     """
+    check_prediction(source)
     check_plain_weights(source)
     layout = infer_layout(source)
     with init_empty_weights(include_buffers=False):

@@ -32,7 +32,9 @@ from spectune.model.vae.convention import (
 )
 from spectune.model.vae.loading import choose_vae
 from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
+from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
+from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
 from spectune.sdxl.selection import select_layers
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
@@ -73,6 +75,11 @@ def model_warnings(recipe: Recipe) -> list[str]:
             'model.form = "delta" drops directions of the trained change only'
         )
     with open_checkpoint(recipe.model.checkpoint) as base:
+        check_prediction(base)
+        _check_channels(base, recipe.vae)
+        assumed = assumed_prediction(base)
+        if assumed is not None and recipe.objective.kind is None:
+            warnings.append(f"{assumed}; set objective.kind if it is another one")
         declared = declared_prediction(base)
         if declared is not None and recipe.objective.kind not in (None, declared):
             warnings.append(
@@ -80,6 +87,23 @@ def model_warnings(recipe: Recipe) -> list[str]:
                 "converts the model"
             )
     return warnings
+
+
+def _check_channels(base: WeightSource, section: VaeSection) -> None:
+    """Raise InputError if the UNet takes other latents than the VAE makes, as an inpainting model does."""
+    parts = infer_parts(base)
+    expected = parts.unet.in_channels
+    if expected == 9:  # 4 latents, 1 mask, 4 latents of the masked picture
+        raise InputError(
+            f"{base.label} is an inpainting model: the VAE makes latents of 4 channels, but the UNet takes 9",
+            hint="spectune does not train inpainting models; commands on files, such as split, work",
+        )
+    if section.path is None and parts.vae is not None and parts.vae.latent_channels != expected:
+        raise InputError(
+            f"{base.label}: its VAE makes latents of {parts.vae.latent_channels} channels, "
+            f"but the UNet takes {expected}",
+            hint="set [vae] `path` to the VAE that this UNet was trained with",
+        )
 
 
 # ---------------------------------------------------------------- building the model

@@ -35,6 +35,7 @@ from spectune.sampling.generate import Request, SampleSettings
 from spectune.sampling.memory import drawing_bytes
 from spectune.sampling.stages import draw_in_stages
 from spectune.sdxl.layers import build_catalogue
+from spectune.sdxl.prediction_type import assumed_prediction
 from spectune.sdxl.vocabulary import CHUNK_TOKENS
 
 Notify = Callable[[str], None]
@@ -96,6 +97,9 @@ def load_model(
         )
     with open_model(spec, notify) as source:
         model = build_model(source, device=device or target, dtype=dtype or drawing_dtype(target))
+        assumed = assumed_prediction(source)
+    if assumed is not None and prediction is None and flow_shift is None:
+        notify(f"{assumed}; pass `prediction` if it is another one")
     for warning in cpu_warnings(target, sum(weight.numel() for weight in model.unet.parameters())):
         notify(warning)
     model = choose_vae(model, options.vae, convention)

@@ -17,6 +17,7 @@ from spectune.files.source import WeightSource, declared_prediction
 from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
 from spectune.sdxl.layout import PART_ROOTS, PartLayouts, part_of
+from spectune.sdxl.prediction_type import edm_markers
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
     """Return the parts, layers and costs of a checkpoint. Raises InputError if it is not SDXL."""
     provenance = source.provenance
     catalogue = build_catalogue(source)
-    prediction = declared_prediction(source)
+    prediction, is_edm = declared_prediction(source), bool(edm_markers(source))
     return ModelSummary(
         label=source.label,
         role=str(provenance.role or Role.MODEL),
-        prediction=prediction or "eps",
-        declared=prediction is not None,
+        prediction="EDM" if is_edm else prediction or "eps",
+        declared=is_edm or prediction is not None,
         provenance=provenance,
         layout=infer_parts(source),
         parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
