@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -123,7 +124,11 @@ def choose_memory(
     if vram is None:
         note = "the memory of the card is not known: nothing was planned for it; `vram` sets it"
         return Chosen(setup, full, False, (note,))
-    return _planned(MemoryMeter(layout, build_catalogue(source)), setup, vram)
+    return _planned(MemoryMeter(layout, build_catalogue(source)), setup, vram, options.notify or _ignore)
+
+
+def _ignore(message: str) -> None:
+    """Drop a progress message."""
 
 
 def _vram(options: NewOptions, answers: Answers) -> int | None:
@@ -139,10 +144,10 @@ def _vram(options: NewOptions, answers: Answers) -> int | None:
     return parse_memory(reply) if reply.strip() else None
 
 
-def _planned(meter: MemoryMeter, setup: Setup, vram: int) -> Chosen:
+def _planned(meter: MemoryMeter, setup: Setup, vram: int, notify: Callable[[str], None]) -> Chosen:
     for resolution in RESOLUTIONS_PX:
         try:
-            found = plan_training(meter, replace(setup, resolution_px=resolution), vram)
+            found = plan_training(meter, replace(setup, resolution_px=resolution), vram, notify)
         except InputError:
             if resolution == RESOLUTIONS_PX[-1]:
                 raise

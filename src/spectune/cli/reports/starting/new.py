@@ -17,6 +17,7 @@ from spectune.ops.options.training import NewOptions
 def prepare(options: NewOptions) -> NewOptions:
     """Let the operation ask, if somebody can answer."""
     can_ask = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    options = replace(options, notify=say)
     return replace(options, ask=ask) if can_ask and not options.yes else options
 
 

@@ -9,6 +9,18 @@ from pydantic_core import PydanticCustomError
 
 from spectune.errors import did_you_mean
 
+# Limits that keep mistakes from hanging a run or filling the memory, with room for every real use.
+MOST_STEPS = 100_000_000  # a year at 3 steps per second
+MOST_EPOCHS = 1_000_000
+MOST_IMAGES = 100_000  # in one batch, or that are looked at before the training
+MOST_RANK = 16_384  # no layer of SDXL has more singular directions
+LARGEST_SEED = 2**63 - 1  # TOML has integers of 64 bits
+
+
+def is_plain_name(text: str) -> bool:
+    """Return whether a text can be a part of a file name, so that a file stays in its folder."""
+    return text.isprintable() and not set(text) & set('/\\:*?"<>|')
+
 
 class Section(BaseModel):
     """A table of a recipe. It is frozen and refuses unknown keys, NaN and infinity."""

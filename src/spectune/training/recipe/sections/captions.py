@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spectune.sdxl.vocabulary import CHUNK_TOKENS, MAX_TOKENS, MOST_TOKENS
-from spectune.training.recipe.sections.base import Section
+from spectune.training.recipe.sections.base import Section, is_plain_name
 
 Lines = Literal["first", "all", "random"]
 
@@ -43,7 +43,7 @@ class CaptionSection(Section):
     suffix: str = Field(default="", description="Text after each caption, separated by a space.")
     shuffle: bool = Field(default=False, description="Shuffle the comma-separated tags.")
     keep_tokens: int = Field(
-        default=0, ge=0, description="Number of leading tags that are never shuffled or dropped."
+        default=0, ge=0, le=10_000, description="Number of leading tags that are never shuffled or dropped."
     )
     keep_tokens_separator: str = Field(
         default="",
@@ -66,6 +66,10 @@ class CaptionSection(Section):
         for extension in self.extensions:
             if not extension.startswith(".") or extension == ".":
                 raise ValueError(f"`extensions` must begin with a dot, like `.txt`; got `{extension}`")
+            if not is_plain_name(extension):
+                raise ValueError("`extensions` must be ends of file names, like `.txt`")
+        if any(not name.lower().endswith((".json", ".jsonl")) or "\0" in name for name in self.sidecars):
+            raise ValueError("`sidecar` must name .json or .jsonl files")
         if self.keep_tokens and not self.changes_tags:
             raise ValueError(
                 "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`: "

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from spectune.training.recipe.sections.base import Section
+from spectune.training.recipe.sections.base import Section, is_plain_name
 from spectune.training.recipe.sections.captions import CaptionSection
 
 # Limits that keep mistakes from filling the memory, with room for every real use.
@@ -122,7 +122,10 @@ class DataSection(Section):
         description="Folder of validation images, which are not trained on: images or `N_name` folders.",
     )
     workers: int = Field(
-        default=0, ge=0, description="Processes that prepare batches. 0: the training process prepares them."
+        default=0,
+        ge=0,
+        le=256,
+        description="Processes that prepare batches. 0: the training process prepares them.",
     )
 
     @model_validator(mode="after")
@@ -134,6 +137,8 @@ class DataSection(Section):
             )
         if not self.mask_suffix:
             raise ValueError("`mask_suffix` is empty: every file would be a mask")
+        if not is_plain_name(self.mask_suffix):
+            raise ValueError("`mask_suffix` must be the end of a file name, like `.mask.png`")
         self._check_caches()
         self._check_buckets()
         return self

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.convention import KNOWN_VAES
 from spectune.model.vae.encoding import EncodeWay
-from spectune.training.recipe.sections.base import OneOf, Section
+from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_RANK, OneOf, Section
 
 PartName = Literal["unet", "te1", "te2"]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -36,10 +36,10 @@ class ModelSection(Section):
         "Give either `principal` or `rank`.",
     )
     rank: int | None = Field(
-        default=None, ge=1, description="Split the base at this rank when the run starts."
+        default=None, ge=1, le=MOST_RANK, description="Split the base at this rank when the run starts."
     )
     conv_rank: int | None = Field(
-        default=None, ge=1, description="Rank of 3x3 convolutions. None: the same as `rank`."
+        default=None, ge=1, le=MOST_RANK, description="Rank of 3x3 convolutions. None: the same as `rank`."
     )
     layers: tuple[str, ...] = Field(
         default=("default",),
@@ -55,7 +55,10 @@ class ModelSection(Section):
         "None: the lengths that the frame defines.",
     )
     frame_batches: int = Field(
-        default=4, ge=1, description="Number of batches that `gradient` and `data` frames are computed from."
+        default=4,
+        ge=1,
+        le=MOST_IMAGES,
+        description="Number of batches that `gradient` and `data` frames are computed from.",
     )
     form: Literal["delta", "residual"] = Field(
         default="delta",

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import PredictionName
 from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
-from spectune.training.recipe.sections.base import OneOf, Section
+from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_STEPS, OneOf, Section
 
 CONVERSION_KEYS = ("start", "teacher", "bridge_steps")
 FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *CONVERSION_KEYS)
@@ -42,7 +42,7 @@ class ObjectiveSection(Section):
         "level; flow only.",
     )
     warm_images: int = Field(
-        default=256, ge=1, description="Number of images that the warm start is fitted on."
+        default=256, ge=1, le=MOST_IMAGES, description="Number of images that the warm start is fitted on."
     )
     teacher: Literal["none", "eps"] = Field(
         default="none",
@@ -51,6 +51,7 @@ class ObjectiveSection(Section):
     bridge_steps: int = Field(
         default=0,
         ge=0,
+        le=MOST_STEPS,
         description="Steps over which the prediction of an EPS base moves from EPS to velocity; flow only.",
     )
     zero_terminal_snr: bool | None = Field(
@@ -99,6 +100,7 @@ class Edm2Section(Section):
     fourier_features: int = Field(
         default=128,
         ge=2,
+        le=65_536,
         description="Number of Fourier features of the noise level that the weighting uses.",
     )
     importance_gamma: float = Field(

@@ -9,7 +9,14 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
 from spectune.training.optim.schedules import SCHEDULES
-from spectune.training.recipe.sections.base import OneOf, Section
+from spectune.training.recipe.sections.base import (
+    LARGEST_SEED,
+    MOST_EPOCHS,
+    MOST_IMAGES,
+    MOST_STEPS,
+    OneOf,
+    Section,
+)
 from spectune.training.recipe.sections.model import PartName
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -39,12 +46,15 @@ class OptimizerSection(Section):
         default="constant", description="Learning rate schedule after the warm-up."
     )
     warmup_steps: int = Field(
-        default=0, ge=0, description="Steps over which the learning rate rises linearly to its full value."
+        default=0,
+        ge=0,
+        le=MOST_STEPS,
+        description="Steps over which the learning rate rises linearly to its full value.",
     )
     warmup_share: float = Field(
         default=0.0, ge=0, lt=1, description="Like `warmup_steps`, as a share of all steps of the run."
     )
-    cycles: int = Field(default=1, ge=1, description="Number of cycles of `cosine_restarts`.")
+    cycles: int = Field(default=1, ge=1, le=MOST_STEPS, description="Number of cycles of `cosine_restarts`.")
     power: float = Field(default=1.0, gt=0, description="Exponent of `polynomial`.")
     final_share: float = Field(
         default=0.0, ge=0, le=1, description="Share of the learning rate at the end of a decaying schedule."
@@ -98,11 +108,18 @@ class RunSection(Section):
     )
     output: Path = Field(description="Folder for adapters, previews, logs and states.")
     steps: int | None = Field(
-        default=None, ge=0, description="Number of optimizer steps. Set either `steps` or `epochs`."
+        default=None,
+        ge=0,
+        le=MOST_STEPS,
+        description="Number of optimizer steps. Set either `steps` or `epochs`.",
     )
-    epochs: int | None = Field(default=None, ge=1, description="Number of passes over all images.")
-    batch: int = Field(default=1, ge=1, description="Images per process and forward pass.")
-    accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    epochs: int | None = Field(
+        default=None, ge=1, le=MOST_EPOCHS, description="Number of passes over all images."
+    )
+    batch: int = Field(default=1, ge=1, le=MOST_IMAGES, description="Images per process and forward pass.")
+    accumulation: int = Field(
+        default=1, ge=1, le=MOST_IMAGES, description="Forward passes per optimizer step."
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
@@ -142,14 +159,18 @@ class RunSection(Section):
         description="Decay per step of a moving average of the deltas, which is saved and sampled instead of "
         "them. None: no average.",
     )
-    seed: int = Field(default=1, ge=0, description="Seed of all random choices of the run.")
+    seed: int = Field(default=1, ge=0, le=LARGEST_SEED, description="Seed of all random choices of the run.")
     save_every_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_STEPS,
         description="Optimizer steps between saves of the adapter and the state. The end is always saved.",
     )
     save_every_epochs: int | None = Field(
-        default=None, ge=1, description="Epochs between saves, also in addition to `save_every_steps`."
+        default=None,
+        ge=1,
+        le=MOST_EPOCHS,
+        description="Epochs between saves, also in addition to `save_every_steps`.",
     )
     save_every_minutes: float | None = Field(
         default=None,
@@ -158,26 +179,32 @@ class RunSection(Section):
         "None: 30 for a base of SDXL's size, otherwise 0.",
     )
     keep_last: int = Field(
-        default=3, ge=1, description="Number of states to keep. A run resumes from the newest one."
+        default=3,
+        ge=1,
+        le=MOST_STEPS,
+        description="Number of states to keep. A run resumes from the newest one.",
     )
     keep_last_adapters: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_STEPS,
         description="Number of adapters to keep besides the final one. None: all of them.",
     )
     validate_every_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_STEPS,
         description="Optimizer steps between validations. Validation images are always evaluated before and "
         "after the training.",
     )
     validate_every_epochs: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_EPOCHS,
         description="Epochs between validations, also in addition to `validate_every_steps`.",
     )
     validation_times: int = Field(
-        default=4, ge=1, description="Number of noise levels for each validation image."
+        default=4, ge=1, le=1000, description="Number of noise levels for each validation image."
     )
     preview: Path | None = Field(
         default=None,
@@ -193,12 +220,14 @@ class RunSection(Section):
     preview_every_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_STEPS,
         description="Optimizer steps between previews. If `preview` is set without an interval, one preview "
         "is drawn at the end.",
     )
     preview_every_epochs: int | None = Field(
         default=None,
         ge=1,
+        le=MOST_EPOCHS,
         description="Epochs between previews, also in addition to `preview_every_steps`.",
     )
     preview_at_start: bool = Field(
@@ -207,6 +236,7 @@ class RunSection(Section):
     log_every_steps: int = Field(
         default=1,
         ge=1,
+        le=MOST_STEPS,
         description="Optimizer steps between log entries. The residual form logs the norms of the change "
         "every 50 steps.",
     )
