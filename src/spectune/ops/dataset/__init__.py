@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectune.errors import printable
+from spectune.errors import counted, printable
 from spectune.model.device import pip_install
-from spectune.model.text import clip_tokenizer
+from spectune.model.text import count_tokens
 from spectune.operation import operation
 from spectune.ops.dataset.measures import Measurer
 from spectune.ops.dataset.near_duplicates import near_groups
@@ -24,6 +24,7 @@ from spectune.ops.dataset.sheet import write_sheet
 from spectune.ops.drawing.pictures import check_sheet_name, refuse_existing
 from spectune.ops.options.dataset import DatasetOptions
 from spectune.training.data.buckets import Size, nearest_bucket, place
+from spectune.training.data.captions.findings import finding_warnings
 from spectune.training.data.folders import scan_training
 from spectune.training.data.gather import training_sizes
 from spectune.training.data.pictures.formats import is_picture
@@ -52,7 +53,7 @@ def dataset(options: DatasetOptions) -> DatasetReport:
     tags = count_tags([one.caption for one in pictures])
     doubled = {index for group in groups for index in group}
     shown = 0 if options.sheet is None else write_sheet(options.sheet, pictures, doubled)
-    problems = [Problem(printable(line, 2000)) for line in scan.warnings()]
+    problems = (*_scan_problems(scan), *picture_problems(pictures, groups))
     return DatasetReport(
         folders=options.folders,
         resolution_px=options.resolution_px,
@@ -60,7 +61,7 @@ def dataset(options: DatasetOptions) -> DatasetReport:
         captioned=len(pictures) - len(scan.without_caption) - len(scan.empty_caption),
         tags=tuple(tags[: options.tags]),
         different_tags=len(tags),
-        problems=(*problems, *picture_problems(pictures, groups)),
+        problems=problems,
         near_duplicates=tuple(tuple(pictures[index].path for index in group) for group in groups)
         if hashes
         else None,
@@ -70,27 +71,36 @@ def dataset(options: DatasetOptions) -> DatasetReport:
     )
 
 
+def _scan_problems(scan: Scan) -> list[Problem]:
+    """Return what the scan of training found."""
+    files = [
+        Problem(f"{counted(len(one.names), one.noun)} {one.text}", tuple(map(printable, one.names)))
+        for one in scan.findings()
+    ]
+    return [*files, *(Problem(printable(line, 2000)) for line in finding_warnings(scan.captions))]
+
+
 def _data_section(options: DatasetOptions) -> DataSection:
     edge = options.resolution_px
     bucket = BucketSection(enabled=True, min_px=edge // 2, max_px=2 * edge)
-    return DataSection(folders=options.folders, resolution_px=edge, bucket=bucket)
+    return DataSection(folders=options.folders, resolution_px=edge, bucket=bucket, recursive=options.recursive)
 
 
 def _pictures(
     scan: Scan, measurer: Measurer, sizes: Sequence[Size], folders: Sequence[Path]
 ) -> tuple[DatasetPicture, ...]:
-    encoded = clip_tokenizer()([image.caption for image in scan.images])["input_ids"]
+    tokens = count_tokens([image.caption for image in scan.images])
     return tuple(
         DatasetPicture(
             path=image.path,
             name=_name(image.path, folders),
             repeats=image.repeats,
             caption=image.caption,
-            tokens=len(ids) - 2,  # without start and end
+            tokens=count,
             placement=place(image.size, nearest_bucket(image.size, sizes)),
             sharpness=measurer.results[image.path].sharpness,
         )
-        for image, ids in zip(scan.images, encoded, strict=True)
+        for image, count in zip(scan.images, tokens, strict=True)
     )
 
 

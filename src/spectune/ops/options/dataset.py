@@ -26,6 +26,9 @@ class DatasetOptions(OperationOptions):
         flag="--resolution",
         help="Training resolution: pictures are scaled to the area of a square with this side in pixels.",
     )
+    recursive: bool = option(
+        default=False, help="Use the pictures in all nested folders too, as with data.recursive."
+    )
     tags: int = option(default=20, ge=0, help="Number of the most frequent tags to list.")
     sheet: Path | None = option(
         default=None,
