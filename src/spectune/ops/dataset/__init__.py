@@ -83,7 +83,9 @@ def _scan_problems(scan: Scan) -> list[Problem]:
 def _data_section(options: DatasetOptions) -> DataSection:
     edge = options.resolution_px
     bucket = BucketSection(enabled=True, min_px=edge // 2, max_px=2 * edge)
-    return DataSection(folders=options.folders, resolution_px=edge, bucket=bucket, recursive=options.recursive)
+    return DataSection(
+        folders=options.folders, resolution_px=edge, bucket=bucket, recursive=options.recursive
+    )
 
 
 def _pictures(
