@@ -31,10 +31,14 @@ if TYPE_CHECKING:
     from spectune.ops.split import split
     from spectune.ops.train import train
     from spectune.ops.verify import verify
+    from spectune.training.callbacks import Callbacks
+    from spectune.training.recipe.recipe import Recipe
 
 __all__ = [
+    "Callbacks",
     "InputError",
     "PairingError",
+    "Recipe",
     "SpectuneError",
     "compare",
     "convert",
@@ -54,12 +58,14 @@ __all__ = [
     "verify",
 ]
 
+_CLASSES = {"Callbacks": "spectune.training.callbacks", "Recipe": "spectune.training.recipe.recipe"}
+
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
-    return getattr(import_module(module), name)
+    return getattr(import_module(_CLASSES.get(name, module)), name)
 
 
 def __dir__() -> list[str]:

@@ -85,7 +85,7 @@ def argument(
     return Field(default, description=help, json_schema_extra=cast("Any", extra))
 
 
-def hook(*, default: None, help: str) -> Any:
+def hook(*, default: Any, help: str) -> Any:
     """Declare a field that only Python code can set, such as a callback. Interfaces do not show it."""
     return Field(default, description=help, repr=False, json_schema_extra={_CLI: {"hook": True}})
 

@@ -11,6 +11,7 @@ from spectune.ops.drawing.previews import Previews
 from spectune.ops.forecast import TrainForecast, forecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import CallbackList, TrainReport
+from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.callbacks.loss_curve import LossCurve
 from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
@@ -23,10 +24,14 @@ from spectune.training.recipe.recipe import Recipe
 def train(options: TrainOptions) -> TrainReport:
     """Train a recipe to its end, or continue from its newest state.
 
-    An override looks like "run.steps=200". Previews are drawn if the recipe requests them.
+    An override looks like "run.steps=200". Previews are drawn if the recipe requests them. In Python,
+    `recipe` may also be a dict of its sections or a Recipe, `callbacks` are instances of
+    `spectune.Callbacks`, and `show_progress=False` turns the progress line off.
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    given = options.callbacks or ()
+    given = list(options.callbacks or ())
+    if options.show_progress and not any(isinstance(one, ConsoleProgress) for one in given):
+        given.append(ConsoleProgress())
     curve = LossCurve(recipe.run.output, recipe.run.name, CallbackList(given).on_message)
     with explained_memory_errors(lambda: remedies(_with_defaults(recipe))):
         report = run_training(recipe, callbacks=[*given, Previews(recipe), curve], force=options.force)

@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from spectune.cli.console import err, say
+from spectune.cli.next_commands import commands_after_training
 from spectune.cli.reports.starting import dry_run
 from spectune.ops.forecast import TrainForecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
+from spectune.training.recipe.file import load_recipe
 
 INTERRUPTED = 130
 
@@ -51,3 +53,7 @@ def show(report: TrainReport, options: TrainOptions, seconds: float) -> None:
         say(f"wrote {file}")
     if report.interrupted:
         say("to continue from this step, run the same command again")
+        return
+    say("next, as you need:")
+    for command in commands_after_training(load_recipe(options.recipe, options.overrides)):
+        say(f"  {command}")

@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from spectune.operation import OperationOptions, argument, hook, option, record
 from spectune.ops.options.values import FORCE_HELP, ModelPath
 
@@ -15,7 +17,7 @@ from spectune.ops.options.values import FORCE_HELP, ModelPath
 class TrainOptions(OperationOptions):
     """Train a recipe, or continue from the last saved state. Ctrl-C saves the state and stops."""
 
-    recipe: Path = argument(help="A training recipe in TOML.")
+    recipe: Path | dict[str, Any] | BaseModel = argument(help="A training recipe in TOML.")
     _: KW_ONLY
     overrides: tuple[str, ...] = option(
         default=(),
@@ -23,9 +25,8 @@ class TrainOptions(OperationOptions):
         help="Override a key of the recipe: section.key=value, for a list section.key=one,two.",
     )
     force: bool = option(default=False, help=FORCE_HELP)
-    callbacks: tuple[Any, ...] | None = hook(
-        default=None, help="Instances of spectune.training.callbacks.Callbacks."
-    )
+    callbacks: tuple[Any, ...] | None = hook(default=None, help="Instances of spectune.Callbacks.")
+    show_progress: bool = hook(default=True, help="Show the progress on stderr or in the notebook.")
 
 
 @record

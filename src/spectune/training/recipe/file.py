@@ -20,23 +20,40 @@ from spectune.training.recipe.recipe import EXAMPLES_HINT, Recipe, parse_recipe,
 _PATH_HINT = "write paths with / or in single quotes: 'C:\\models\\base.safetensors'"
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in a TOML file, with overrides of the form `section.key=value` applied.
+def load_recipe(source: Path | Mapping[str, Any] | BaseModel, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe, with overrides of the form `section.key=value` applied.
+
+    Args:
+        source: A TOML file, a dict of its sections, or a Recipe. Relative paths in the latter two are
+            relative to the working directory.
+        overrides: Changes of single keys.
 
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value is invalid.
     """
+    if isinstance(source, Recipe):
+        data = source.model_dump(exclude_unset=True)
+    elif isinstance(source, Mapping):
+        data = with_absolute_paths(source, Path.cwd())
+    elif isinstance(source, BaseModel):
+        raise InputError(f"`recipe` is of type {type(source).__name__}: expected a path, a dict or a Recipe")
+    else:
+        data = _read_file(source)
+    data = _without_replaced_length(data, overrides)
+    for text in overrides:
+        data = _overridden(data, text)
+    return parse_recipe(data, label=source.name if isinstance(source, Path) else "recipe")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Return the sections in a TOML file, with absolute paths."""
     text = _read_text(path)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         hint = _backslash_hint(text, str(error))
         raise InputError(f"{path} is not valid TOML: {error}", hint=hint) from error
-    data = with_absolute_paths(data, path.parent.resolve())
-    data = _without_replaced_length(data, overrides)
-    for text in overrides:
-        data = _overridden(data, text)
-    return parse_recipe(data, label=path.name)
+    return with_absolute_paths(data, path.parent.resolve())
 
 
 def _read_text(path: Path) -> str:
