@@ -10,7 +10,7 @@ from spectune.operation import operation
 from spectune.ops.drawing.previews import Previews
 from spectune.ops.forecast import TrainForecast, forecast
 from spectune.ops.options.training import TrainOptions
-from spectune.training.callbacks import CallbackList, TrainReport
+from spectune.training.callbacks import CallbackList, Callbacks, TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.callbacks.loss_curve import LossCurve
 from spectune.training.loop import train as run_training
@@ -29,7 +29,7 @@ def train(options: TrainOptions) -> TrainReport:
     `spectune.Callbacks`, and `show_progress=False` turns the progress line off.
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    given = list(options.callbacks or ())
+    given: list[Callbacks] = list(options.callbacks or ())
     if options.show_progress and not any(isinstance(one, ConsoleProgress) for one in given):
         given.append(ConsoleProgress())
     curve = LossCurve(recipe.run.output, recipe.run.name, CallbackList(given).on_message)
