@@ -156,7 +156,7 @@ def test_the_finetune_tab_trains_one_folder() -> None:
     assert data["model"]["parts"] == ["unet", "te2"]
     assert data["run"]["epochs"] == 4
     assert "sidecar" not in data["data"]["caption"]
-    assert recipe(FINETUNE)["data"]["caption"]["sidecar"] == ["meta/meta_cap.json"]
+    assert recipe(FINETUNE)["data"]["caption"]["sidecar"] == ["../meta/meta_cap.json"]
 
 
 def test_the_finetune_tab_halves_the_steps_of_mirrored_images() -> None:
