@@ -24,7 +24,7 @@ from split import EMBEDDED, Timing, default_rank, move, watched
 from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import save_tuned
-from spectune.cli.huge_pages import use_huge_pages
+from spectune.cli.allocators import set_allocators
 from spectune.core.delta import Delta, added_to_residual, change
 from spectune.core.linalg import relative_error
 from spectune.core.lora import export_layer
@@ -140,7 +140,7 @@ def concatenated(delta: Delta, store: torch.dtype) -> LowRank:
 
 
 def main() -> None:
-    use_huge_pages()  # as in the commands
+    set_allocators()  # as in the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

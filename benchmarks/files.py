@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from split import EMBEDDED, Timing, default_rank, move, watched
 
-from spectune.cli.huge_pages import use_huge_pages
+from spectune.cli.allocators import set_allocators
 from spectune.ops.rebuild import rebuild
 from spectune.ops.split import split
 from spectune.ops.verify import verify
@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     rank = args.rank or default_rank(args.model)
     if args.stage:
-        use_huge_pages()  # as in the commands
+        set_allocators()  # as in the commands
         print(json.dumps(asdict(cost_of(stage_named(args.stage, args.model, args.folder, rank)))))
         return
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from spectune.cli.huge_pages import use_huge_pages
+from spectune.cli.allocators import set_allocators
 from spectune.ops.split import split
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo
 from spectune.training.loop import train
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
-    use_huge_pages()
+    set_allocators()
     principal = args.model.parent / f"{args.model.stem}.principal-r{args.rank}.safetensors"
     if not principal.exists():
         split(args.model, args.model.parent, rank=args.rank, with_residual=False)

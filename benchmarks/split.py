@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from spectune.checkpoints.open import open_checkpoint
-from spectune.cli.huge_pages import use_huge_pages
+from spectune.cli.allocators import set_allocators
 from spectune.core.low_rank import to_matrix
 from spectune.core.svd import top_singular
 from spectune.files.reader import Checkpoint
@@ -225,7 +225,7 @@ def print_peers(path: Path, rank: int, split_seconds: float, runs: int) -> None:
 
 
 def main() -> None:
-    use_huge_pages()  # as in the commands
+    set_allocators()  # as in the commands
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

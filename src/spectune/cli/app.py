@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from spectune.cli.allocators import set_allocators
 from spectune.cli.commands import make_app
 from spectune.cli.console import print_error
-from spectune.cli.huge_pages import use_huge_pages
 from spectune.errors import SpectuneError
 
 app = make_app()
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    use_huge_pages()
+    set_allocators()
     try:
         app(args=arguments, prog_name="spectune")
     except SpectuneError as error:
