@@ -308,7 +308,7 @@ def test_a_run_of_another_recipe_is_not_resumed(make_recipe: MakeRecipe) -> None
 
 def test_sizes_that_do_not_fit_the_model_are_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match="training size 40x40: this model needs multiples of 16 pixels"):
-        train(make_recipe(data={"resolution_px": 40}))
+        train(make_recipe(data={"resolution_px": 40, "bucket": {"enabled": False}}))
 
 
 def test_results_are_kept_if_the_run_that_replaces_them_cannot_start(
@@ -317,7 +317,10 @@ def test_results_are_kept_if_the_run_that_replaces_them_cannot_start(
     train(make_recipe(run={"steps": 1}))
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
     with pytest.raises(InputError, match="multiples of 16 pixels"):
-        train(make_recipe(data={"resolution_px": 40}, run={"resume": False}), force=True)
+        train(
+            make_recipe(data={"resolution_px": 40, "bucket": {"enabled": False}}, run={"resume": False}),
+            force=True,
+        )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 

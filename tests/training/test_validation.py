@@ -8,7 +8,7 @@ import torch
 from spectune.checkpoints.open import open_checkpoint
 from spectune.model.network import Sdxl, build_model
 from spectune.model.prediction import Ddpm, Flow, Prediction
-from spectune.training.data.buckets import Size
+from spectune.training.data.buckets import Buckets, Size
 from spectune.training.data.folders import scan_validation
 from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser, encode_captions
@@ -36,7 +36,7 @@ def test_the_loss_does_not_depend_on_batching_or_the_global_generator(
     model: Sdxl, scan: Scan, prediction: Prediction
 ) -> None:
     denoiser = Denoiser(model, trains_text=False)
-    images = encode_validation(model, scan, (Size(32, 32),))
+    images = encode_validation(model, scan, Buckets((Size(32, 32),)))
     losses = []
     for batch in (1, 3, 8):
         torch.manual_seed(batch)
@@ -48,12 +48,16 @@ def test_the_noise_of_an_image_does_not_depend_on_other_images(model: Sdxl, scan
     denoiser = Denoiser(model, trains_text=False)
     alone = [
         validation_loss(
-            denoiser, encode_validation(model, Scan((image,)), (Size(32, 32),)), Ddpm("eps"), times=2, batch=4
+            denoiser,
+            encode_validation(model, Scan((image,)), Buckets((Size(32, 32),))),
+            Ddpm("eps"),
+            times=2,
+            batch=4,
         )
         for image in scan.images
     ]
     both = validation_loss(
-        denoiser, encode_validation(model, scan, (Size(32, 32),)), Ddpm("eps"), times=2, batch=4
+        denoiser, encode_validation(model, scan, Buckets((Size(32, 32),))), Ddpm("eps"), times=2, batch=4
     )
     assert both == pytest.approx(sum(alone) / 2, rel=1e-5)
 

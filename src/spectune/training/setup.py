@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -23,15 +23,17 @@ from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
-from spectune.training.data.dataset import Pictures, Variation
+from spectune.training.data.dataset import Batch, Pictures, Variation
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     cache_captions,
     check_sizes,
     data_hash,
     data_warnings,
+    training_buckets,
     training_sizes,
 )
+from spectune.training.data.pictures.epoch import described_epoch
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
@@ -84,6 +86,7 @@ def assemble(
         recipe = with_saved_way(recipe, saved.header.recipe)
         check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = find_images(recipe, warnings)
+    callbacks.on_message(described_epoch(pictures, recipe.run, accelerator.num_processes))
     device = accelerator.device
     trainable = _build_model(recipe, device, saved, callbacks)
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
@@ -157,9 +160,9 @@ def find_images(recipe: Recipe, warnings: WarningLog) -> tuple[Pictures, Scan | 
     data = recipe.data
     scan, validation = scan_training(data), scan_validation(data)
     pictures = Pictures(
-        scan.images, training_sizes(data), Variation.of(data), seed=recipe.run.seed, masks=data.mask
+        scan.images, training_buckets(data), Variation.of(data), seed=recipe.run.seed, masks=data.mask
     )
-    warnings.add(data_warnings(scan, pictures, validation))
+    warnings.add(data_warnings(scan, pictures, validation, has_buckets=bool(data.bucket.enabled)))
     return pictures, validation
 
 
@@ -176,7 +179,7 @@ def _encode(
     Networks that are not offloaded stay there. The recipe is returned with the way of encoding.
     """
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
-    check_sizes(model.sdxl, training_sizes(recipe.data))
+    check_sizes(model.sdxl, {*pictures.targets, *training_sizes(recipe.data)})
     model.offload.park()
     _place(model, "vae", device)
     with model.offload.at_work("vae"):
@@ -353,7 +356,11 @@ def _align_frames(
     assert section.frame in ("gradient", "data")
     # The directions do not depend on the scale; without it, small gradients vanish in fp16.
     scale = FP16_LOSS_SCALE if recipe.run.precision == "fp16" else 1.0
-    losses = partial(_first_losses, objective, first_batches, section.frame_batches, scale)
+    full = recipe.run.batch
+
+    def losses() -> Iterator[Tensor]:
+        return _first_losses(objective, first_batches(section.frame_batches), full=full, scale=scale)
+
     objective.denoiser.train()  # transformers checkpoints gradients in training mode only
     alignment = align(layers, section.frame, losses, seed=recipe.run.seed, length=section.frame_norm)
     objective.denoiser.eval()
@@ -369,12 +376,15 @@ def _align_frames(
 
 
 def _first_losses(
-    objective: Objective, first_batches: FirstBatches, count: int, scale: float
+    objective: Objective, batches: Iterable[Batch], *, full: int, scale: float
 ) -> Iterator[Tensor]:
-    """Yield the loss of each of the first batches times `scale`, without a learned weighting."""
-    for batch in first_batches(count):
+    """Yield the loss of each batch times `scale`, without a learned weighting.
+
+    As in training, a batch smaller than `full` images has less weight.
+    """
+    for batch in batches:
         _, costs = objective.image_costs(objective.denoiser, batch, step=0)
-        yield costs.mean() * scale
+        yield costs.mean() * (scale * len(batch) / full)
 
 
 def _from_main(tensor: Tensor, device: torch.device) -> Tensor:

@@ -25,16 +25,21 @@ from spectune.training.seeds import derived_seed
 def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
     """Accumulate the gradient of one batch; step the optimizer after the last batch of a step.
 
-    Returns the loss and, after the last batch, the gradient norm. `progress.in_step` is then set.
+    Returns the loss with the size of the batch relative to a full one, (2,) float32, and, after the last
+    batch, the gradient norm. `progress.in_step` is then set. Images of partial batches weigh no more than
+    others.
     """
     accelerator, optimization, step = run.accelerator, run.optimization, progress.step
     # Dropout uses the global generator. It must depend on the position only, so that a run can resume.
     seed = run.recipe.run.seed
     torch.manual_seed(derived_seed(seed, "step", batch.position))
     grad_norm = None
+    share = len(batch) / run.data.plan.batch
     with accelerator.accumulate(optimization.network):
         noised, costs = run.objective.image_costs(optimization.network, batch, step=step)
-        accelerator.backward(optimization.scaler.scale(run.objective.cost.of_batch(noised, costs)))
+        accelerator.backward(
+            optimization.scaler.scale(run.objective.cost.of_batch(noised, costs, share=share))
+        )
         if accelerator.sync_gradients:
             optimization.scaler.unscale_(optimization.optimizer)
             grad_norm = _clip_gradients(run)
@@ -52,7 +57,18 @@ def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Ten
             optimization.weighting.step(lambda gradient: _mean_of_processes(run, gradient))
         optimization.scaler.update()
     # The reported loss excludes a learned weighting, which changes during the run.
-    return costs.detach().mean(), grad_norm
+    loss = costs.detach().float().mean()
+    return torch.stack([loss, torch.full_like(loss, share)]), grad_norm
+
+
+def _mean_loss(run: Run, losses: Tensor) -> Tensor:
+    """Return the mean over all images of a step.
+
+    `losses` (batches, 2) are the loss and the relative size of each batch.
+    """
+    loss, share = losses.unbind(1)
+    total, count = _mean_of_processes(run, torch.stack([(loss * share).sum(), share.sum()]))
+    return total / count
 
 
 def _mean_of_processes(run: Run, tensor: Tensor) -> Tensor:
@@ -91,7 +107,7 @@ def step_info(
     Args:
         run: The run.
         step: The number of the step, counted from 1.
-        losses: The loss of each batch of the step.
+        losses: The loss and the relative size of each batch of the step, each (2,).
         grad_norm: The gradient norm before clipping.
         started: The time when the step began, of `time.perf_counter`.
         norms: Whether to compute `delta_norms`.
@@ -102,7 +118,7 @@ def step_info(
     optimization = run.optimization
     sizes = step_sizes(optimization.optimizer)
     values = {
-        "loss": _mean_of_processes(run, torch.stack(list(losses)).mean()),
+        "loss": _mean_loss(run, torch.stack(list(losses))),
         "norm": grad_norm,
         **{f"size {part}": size for part, size in sizes.items()},
         **(delta_norms(run.model.injection) if norms else {}),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.model.network import Sdxl
 from spectune.model.prediction import Prediction
-from spectune.training.data.buckets import Size
+from spectune.training.data.buckets import Buckets
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.latents import encode_pictures
 from spectune.training.data.scan import Scan
@@ -35,12 +35,12 @@ class ValidationImages:
 def encode_validation(
     model: Sdxl,
     scan: Scan,
-    sizes: tuple[Size, ...],
+    buckets: Buckets,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ValidationImages]:
     """Encode the images of a scan, cropped at the center. Latents are the modes of their posteriors."""
-    pictures = Pictures(scan.images, sizes, Variation(), seed=VALIDATION_SEED)
+    pictures = Pictures(scan.images, [buckets], Variation(), seed=VALIDATION_SEED)
     latents = encode_pictures(model, pictures, seed=None, progress=progress)
     return [
         ValidationImages(

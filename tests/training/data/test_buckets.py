@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spectune.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
+from spectune.training.data.buckets import Buckets, Size, bucket_sizes, nearest_bucket, place
+from spectune.training.data.gather import training_buckets
 from spectune.training.data.images import render
+from spectune.training.recipe.sections.data import DataSection
 
 SIZES = st.builds(Size, st.integers(20, 3000), st.integers(20, 3000))
 
@@ -53,3 +58,46 @@ def test_time_ids_give_the_crop_after_mirroring() -> None:
     mirrored = torch.arange(20).flip(0)
     assert pixels[0, 0].tolist() == mirrored[left : left + 8].tolist()
     assert placed.time_ids == (10, 20, 0, 12 - placed.left, 10, 8)
+
+
+def data_section(**keys: Any) -> DataSection:
+    return DataSection(folders=(Path("x"),), **{"bucket": {"enabled": True}, **keys})
+
+
+def test_default_buckets_lose_little_of_60_random_pictures() -> None:
+    random = Random(0)
+    (buckets,) = training_buckets(data_section())
+    sizes = [Size(random.randint(256, 2048), random.randint(256, 2048)) for _ in range(60)]
+    mean = sum(buckets.fit(size).area_lost for size in sizes) / len(sizes)
+    print(f"mean area lost of 60 random pictures: {100 * mean:.2f} %")
+    assert mean == pytest.approx(0.0395, abs=0.0005)
+    assert buckets.fit(Size(1920, 1080)).target == Size(1344, 768)
+    assert buckets.fit(Size(832, 1216)).area_lost == 0
+    square = Buckets((Size(1024, 1024),))
+    assert square.fit(Size(832, 1216)).area_lost == pytest.approx(0.316, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("original", "resized", "target"),
+    [  # the values of sd-scripts 48d368f for 1024x1024 and steps of 64
+        ((500, 700), (500, 700), (448, 640)),
+        ((1024, 1024), (1024, 1024), (1024, 1024)),
+        ((1920, 1080), (1365, 768), (1344, 768)),
+        ((3000, 1000), (1728, 576), (1728, 576)),
+        ((30, 100), (64, 213), (64, 64)),  # shorter than a step: enlarged
+    ],
+)
+def test_no_upscale(original: tuple[int, int], resized: tuple[int, int], target: tuple[int, int]) -> None:
+    (buckets,) = training_buckets(data_section(bucket={"enabled": True, "no_upscale": True}))
+    fit = buckets.fit(Size(*original))
+    assert (fit.resized, fit.target) == (Size(*resized), Size(*target))
+
+
+def test_several_resolutions() -> None:
+    data = data_section(resolution_px=[1024, 512, 768])
+    assert (data.resolution_px, data.smaller_px) == (1024, (512, 768))
+    assert [buckets.fit(Size(50, 50)).target.width for buckets in training_buckets(data)] == [512, 768, 1024]
+    assert DataSection.model_validate(data.model_dump()) == data
+    for wrong in ([], ["a"], [768, 768]):
+        with pytest.raises(ValueError, match="_px`"):
+            data_section(resolution_px=wrong)

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 from spectune.training.data import dataset
-from spectune.training.data.buckets import Size, bucket_sizes
+from spectune.training.data.buckets import Buckets, Size, bucket_sizes
 from spectune.training.data.dataset import Batch, Pictures, Variation, keep_batch
 from spectune.training.data.folders import scan_training
 from spectune.training.data.images import open_image, render
@@ -18,6 +18,7 @@ from spectune.training.data.plan import BatchPlan, PlannedBatches
 from spectune.training.recipe.sections.data import CaptionSection, DataSection, ImageSetSection, MaskSource
 from tests.training.conftest import draw
 
+SQUARE = Buckets((Size(32, 32),))
 VARIATION = Variation(
     CaptionSection(shuffle=True, dropout_probability=0.3), flip_probability=0.5, random_crop=True
 )
@@ -31,7 +32,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
         draw(path, size, seed=index)
         path.with_suffix(".txt").write_text(f"{index}, a, b, c")
     sizes = bucket_sizes(32, minimum=16, maximum=64, step=16)
-    return Pictures(scan_training(DataSection(folders=(parent,))).images, sizes, VARIATION, seed=3)
+    return Pictures(scan_training(DataSection(folders=(parent,))).images, [Buckets(sizes)], VARIATION, seed=3)
 
 
 def batches(pictures: Pictures, workers: int = 0) -> list[Batch]:
@@ -93,7 +94,7 @@ def test_buckets_follow_the_aspect(pictures: Pictures) -> None:
 
 
 def test_cached_latents_replace_pixels(pictures: Pictures, tmp_path: Path) -> None:
-    cached = Pictures(pictures.images, [Size(32, 32)], Variation(flip_probability=0.5), seed=3)
+    cached = Pictures(pictures.images, [SQUARE], Variation(flip_probability=0.5), seed=3)
     cached.latents = {
         (i, flip): torch.full((4, 8, 8), 10.0 * i + flip) for i in range(4) for flip in (False, True)
     }
@@ -139,7 +140,7 @@ def masked_pictures(
 ) -> Pictures:
     image_set = ImageSetSection(path=folder, repeats=2, loss_weight=weight)
     images = scan_training(DataSection(sets=(image_set,), mask=masks)).images
-    return Pictures(images, [Size(32, 32)], variation, seed=7, masks=masks, pixels_per_latent=4)
+    return Pictures(images, [SQUARE], variation, seed=7, masks=masks, pixels_per_latent=4)
 
 
 @pytest.mark.parametrize("masks", ["alpha", "file"])
@@ -234,7 +235,7 @@ def test_a_draw_picks_one_of_the_cached_variants(
 def test_cached_views_do_not_depend_on_other_images(masked_folder: Path) -> None:
     several = Variation(flip_probability=0.5, random_crop=True, color_probability=1.0, cached_variants=4)
     every = masked_pictures(masked_folder, "none", several)
-    alone = Pictures(every.images[2:], [Size(32, 32)], several, seed=7)
+    alone = Pictures(every.images[2:], [SQUARE], several, seed=7)
     names = [
         every.cached_view(2, flipped=flip, variant=variant).pixels_name
         for flip in (False, True)
@@ -242,7 +243,7 @@ def test_cached_views_do_not_depend_on_other_images(masked_folder: Path) -> None
     ]
     assert len(set(names)) == 8
     assert names[:4] == [alone.cached_view(0, variant=variant).pixels_name for variant in range(4)]
-    other = Pictures(every.images, [Size(32, 32)], several, seed=8)
+    other = Pictures(every.images, [SQUARE], several, seed=8)
     assert other.cached_view(2).pixels_name != names[0]
-    fixed = Pictures(every.images, [Size(32, 32)], Variation(), seed=8)
+    fixed = Pictures(every.images, [SQUARE], Variation(), seed=8)
     assert fixed.cached_view(2, flipped=True).pixels_name == "40x32+4+0-32x32-mirrored"

@@ -15,7 +15,7 @@ from spectune.errors import InputError
 from spectune.model.network import Sdxl, build_model
 from spectune.training.data import latents
 from spectune.training.data import store as store_module
-from spectune.training.data.buckets import Size
+from spectune.training.data.buckets import Buckets, Size
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import scan_training
 from spectune.training.data.latents import (
@@ -32,7 +32,7 @@ from tests.training.conftest import draw
 
 FLIPS = Variation(flip_probability=0.5)
 VARIED = Variation(flip_probability=0.5, random_crop=True, color_probability=0.5, cached_variants=3)
-SIZES = (Size(32, 32), Size(48, 32))
+SIZES = (Buckets((Size(32, 32), Size(48, 32))),)
 
 
 @pytest.fixture(scope="module")

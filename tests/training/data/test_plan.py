@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.data.plan import BatchPlan, PlannedBatches
 
@@ -40,3 +42,9 @@ def test_epochs_and_seeds_differ() -> None:
     ]
     assert order[0] != order[1]
     assert order[0] != order[2]
+
+
+def test_an_epoch_of_too_many_draws_is_refused() -> None:
+    images = [(index, 10_000) for index in range(1_000)]
+    with pytest.raises(InputError, match="an epoch has 10,000,000 draws: at most 5,000,000"):
+        BatchPlan({Size(8, 8): images}, batch=2, seed=1)

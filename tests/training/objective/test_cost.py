@@ -97,3 +97,14 @@ def test_costs_are_finite_at_all_times_of_a_zero_terminal_schedule(name: str, we
     assert bool(noised.latents.isfinite().all())
     assert bool(cost.images(noised.target + 1, noised).isfinite().all())
     torch.testing.assert_close(noised.latents[2], noise[2])
+
+
+def test_images_of_a_partial_batch_weigh_as_much_as_others() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(5, 1, 1, 1).requires_grad_()
+    most = noised_batch(EPS, torch.zeros(4, 1, 1, 1), torch.full((4,), 7))
+    full = PLAIN.of_batch(most, PLAIN.images(values[:4], most))
+    rest = noised_batch(EPS, torch.zeros(1, 1, 1, 1), torch.full((1,), 7))
+    (full + PLAIN.of_batch(rest, PLAIN.images(values[4:], rest), share=1 / 4)).backward()
+    assert values.grad is not None
+    # d(x^2)/dx / 4 for all five
+    assert values.grad.flatten().tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]

@@ -29,23 +29,28 @@ def large_base(monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(recipe: Recipe, device: str = "cpu") -> tuple[Any, ...]:
     recipe = with_defaults(recipe, device)
     run, bucket = recipe.run, recipe.data.bucket
-    return run.precision, run.gradient_checkpointing, bucket.enabled, bucket.min_px, bucket.max_px
+    return (
+        run.precision,
+        run.gradient_checkpointing,
+        bucket.enabled,
+        bucket.step_px,
+        bucket.sides(recipe.data.resolution_px),
+    )
 
 
 def test_a_small_base_is_trained_in_float32(make_recipe: MakeRecipe) -> None:
-    assert chosen(make_recipe()) == ("fp32", False, False, 256, 1024)
+    assert chosen(make_recipe()) == ("fp32", False, True, 16, (16, 64))
     assert described_defaults(make_recipe(), with_defaults(make_recipe(), "cpu")) == ""
 
 
 @pytest.mark.usefixtures("large_base")
 def test_a_base_of_the_size_of_sdxl_is_trained_in_16_bits(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(data={"resolution_px": 1024})
-    assert chosen(recipe) == ("bf16", True, True, 512, 2048)
+    assert chosen(recipe) == ("bf16", True, True, 64, (512, 2048))
     complete = with_defaults(recipe, "cpu")
     assert chosen(complete) == chosen(recipe)
     assert described_defaults(recipe, complete) == (
-        "run.precision = bf16, run.gradient_checkpointing = true, run.save_every_minutes = 30, "
-        "aspect buckets with sides of 512 to 2048 px"
+        "run.precision = bf16, run.gradient_checkpointing = true, run.save_every_minutes = 30"
     )
     assert described_defaults(complete, complete) == ""
     off = with_defaults(make_recipe(run={"save_every_minutes": 0}), "cpu")
@@ -58,10 +63,12 @@ def test_values_of_the_recipe_win(make_recipe: MakeRecipe) -> None:
         data={"resolution_px": 1024, "bucket": {"max_px": 1280}},
         run={"precision": "fp32", "gradient_checkpointing": False},
     )
-    assert chosen(recipe) == ("fp32", False, True, 256, 1280)
+    assert chosen(recipe) == ("fp32", False, True, 64, (512, 1280))
     off = make_recipe(data={"resolution_px": 1024, "bucket": {"enabled": False}})
-    assert chosen(off) == ("bf16", True, False, 256, 1024)
-    assert chosen(make_recipe(data={"resolution_px": 32}))[2] is False  # below one step of the buckets
+    assert chosen(off) == ("bf16", True, False, 64, (512, 2048))
+    too_small = make_recipe(data={"resolution_px": 32, "bucket": {"step_px": 64}})
+    assert chosen(too_small)[2] is False
+    assert chosen(make_recipe(data={"resolution_px": 768}))[3] == 32
 
 
 @pytest.mark.usefixtures("large_base")

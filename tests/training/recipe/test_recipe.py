@@ -146,7 +146,7 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
         (["data.random_crop=true", "data.cache_latents=true"], "`cache_latents` needs fixed crops"),
         (
             ["data.bucket.enabled=true", "data.bucket.max_px=768"],
-            "`resolution_px` 1024 must be between `bucket.min_px` and `bucket.max_px`, 256..768",
+            "`resolution_px` 1024 must be between `bucket.min_px` and `bucket.max_px`, 512..768",
         ),
         (["model.frame=gradient", "model.form=residual"], '`frame = "gradient"` needs `form = "delta"`'),
         (["model.frame=data", "model.form=residual"], '`frame = "data"` needs `form = "delta"`'),

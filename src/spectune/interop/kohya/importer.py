@@ -135,6 +135,9 @@ def _additions(command: Command, results: Sequence[FlagResult]) -> Iterator[Sett
     """Yield settings that a recipe needs and sd-scripts implies."""
     yield Setting("objective.kind", "eps", "the default of sd-scripts")
     yield Setting("data.bucket.enabled", False, "the default of sd-scripts")
+    if command.has("enable_bucket"):
+        for key, value in (("min_px", 256), ("max_px", 1024), ("step_px", 64)):
+            yield Setting(f"data.bucket.{key}", value, "the default of sd-scripts")
     parts = derived.parts_of(command)
     if parts != ALL_PARTS:
         yield Setting("model.parts", list(parts), f"{command.script} trains these parts with these flags")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spectune.errors import InputError
-from spectune.training.data.buckets import Placement, Size, nearest_bucket, place
+from spectune.training.data.buckets import Buckets, Placement, Size, place
 from spectune.training.data.captions.draws import draw_caption
 from spectune.training.data.color import draw_color
 from spectune.training.data.images import alpha_of, load_image, open_image, render
@@ -85,7 +85,7 @@ class Variation:
 
 
 class Pictures(Dataset[Batch]):
-    """The images of a run. Indexing with a list of draws returns their batch.
+    """The images of a run, each at every resolution. Indexing with a list of draws returns their batch.
 
     With `latents` set, draws use the views that `cached_view` returns. Masks are averaged over squares with
     the edge length `pixels_per_latent`.
@@ -94,16 +94,17 @@ class Pictures(Dataset[Batch]):
     def __init__(
         self,
         images: Sequence[CaptionedImage],
-        sizes: Sequence[Size],
+        buckets: Sequence[Buckets],
         variation: Variation,
         *,
         seed: int,
         masks: MaskSource = "none",
         pixels_per_latent: int = 8,
     ) -> None:
-        """Assign each image to the nearest of `sizes`, in pixels."""
-        self.images = tuple(images)
-        self.targets = tuple(nearest_bucket(image.size, sizes) for image in images)
+        """Assign each image to a training size in each of `buckets`, one for each resolution."""
+        self.images = tuple(image for _ in buckets for image in images)
+        self.fits = tuple(sizes.fit(image.size) for sizes in buckets for image in images)
+        self.targets = tuple(fit.target for fit in self.fits)
         self.variation = variation
         self.seed = seed
         self.masks: MaskSource = masks
@@ -123,12 +124,14 @@ class Pictures(Dataset[Batch]):
         return dict(buckets)
 
     def enlarged(self) -> list[CaptionedImage]:
-        """Return the images that are smaller than their training size."""
-        return [
-            image
-            for image, target in zip(self.images, self.targets, strict=True)
-            if image.size.width < target.width or image.size.height < target.height
-        ]
+        """Return the images that are enlarged to a training size."""
+        return list(
+            {
+                image.path: image
+                for image, fit in zip(self.images, self.fits, strict=True)
+                if image.size.width < fit.resized.width or image.size.height < fit.resized.height
+            }.values()
+        )
 
     def pixels(self, view: View) -> Tensor:
         """Return the pixels of a view, float32 (3, height, width) in -1..1."""
@@ -157,7 +160,11 @@ class Pictures(Dataset[Batch]):
 
     def centered(self, image: int, *, flipped: bool = False) -> Placement:
         """Return the placement of an image with a centered crop."""
-        return place(self.images[image].size, self.targets[image], flipped=flipped)
+        return self._placed(image, flipped, None)
+
+    def _placed(self, image: int, flipped: bool, random: Random | None) -> Placement:
+        fit = self.fits[image]
+        return place(self.images[image].size, fit.target, resized=fit.resized, flipped=flipped, random=random)
 
     def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:
         """Return a view of an image for the cache.
@@ -199,8 +206,9 @@ class Pictures(Dataset[Batch]):
 
     def _view(self, image: int, flipped: bool, random: Random) -> View:
         crop = random if self.variation.random_crop else None
-        placement = place(self.images[image].size, self.targets[image], flipped=flipped, random=crop)
-        return View(image, placement, draw_color(self.variation.color_probability, random))
+        return View(
+            image, self._placed(image, flipped, crop), draw_color(self.variation.color_probability, random)
+        )
 
     def _cached_latents(self, view: View) -> Tensor:
         assert self.latents is not None

@@ -10,23 +10,38 @@ from spectune.errors import InputError, counted
 from spectune.model.network import Sdxl
 from spectune.model.vae.encoding import ENCODE_ERRORS, EncodeWay
 from spectune.training.callbacks import Callbacks, stage
-from spectune.training.data.buckets import Size, bucket_sizes
+from spectune.training.data.buckets import Buckets, Size, bucket_sizes
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_pictures, vae_key
 from spectune.training.data.scan import Scan
 from spectune.training.data.store import LatentStore
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.recipe.sections.data import DataSection
+from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, BucketSection, DataSection
 from spectune.training.validation import ValidationImages
+
+MOST_AREA_LOST = 0.05  # mean share that is cropped away without a warning
 
 
 def training_sizes(data: DataSection) -> tuple[Size, ...]:
-    """Return the training sizes in pixels."""
-    bucket = data.bucket
+    """Return all training sizes in pixels; with `no_upscale`, the largest square of each resolution."""
+    return tuple(size for buckets in training_buckets(data) for size in buckets.sizes)
+
+
+def training_buckets(data: DataSection) -> tuple[Buckets, ...]:
+    """Return the training sizes of each resolution of a recipe with its defaults filled in."""
+    return tuple(_buckets(resolution, data.bucket) for resolution in data.resolutions)
+
+
+def _buckets(resolution: int, bucket: BucketSection) -> Buckets:
     if not bucket.enabled:
-        return (Size(data.resolution_px, data.resolution_px),)
-    return bucket_sizes(data.resolution_px, minimum=bucket.min_px, maximum=bucket.max_px, step=bucket.step_px)
+        return Buckets((Size(resolution, resolution),))
+    step = bucket.step_px or DEFAULT_STEP_PX
+    if bucket.no_upscale:
+        side = resolution // step * step
+        return Buckets((Size(side, side),), step, kept_area=resolution**2)
+    minimum, maximum = bucket.sides(resolution)
+    return Buckets(bucket_sizes(resolution, minimum=minimum, maximum=maximum, step=step), step)
 
 
 def check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:
@@ -40,7 +55,9 @@ def check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:
             )
 
 
-def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> list[str]:
+def data_warnings(
+    scan: Scan, pictures: Pictures, validation: Scan | None, *, has_buckets: bool = True
+) -> list[str]:
     """Return one line for each kind of possible mistake in the images."""
     warnings = scan.warnings()
     if validation is not None:
@@ -53,7 +70,24 @@ def data_warnings(scan: Scan, pictures: Pictures, validation: Scan | None) -> li
             )
     if enlarged := pictures.enlarged():
         warnings.append(f"{counted(len(enlarged), 'image')} enlarged to the training size")
-    return warnings
+    return [*warnings, *crop_warnings(pictures, has_buckets=has_buckets)]
+
+
+def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
+    """Return a line if crops remove more than MOST_AREA_LOST of the images."""
+    lost = [fit.area_lost for fit in pictures.fits]
+    if not lost or (mean := sum(lost) / len(lost)) <= MOST_AREA_LOST:
+        return []
+    worst = max(range(len(lost)), key=lost.__getitem__)
+    remedy = (
+        "a lower data.bucket.step_px or min_px, or a higher max_px, keeps more"
+        if has_buckets
+        else "data.bucket.enabled = true keeps more"
+    )
+    return [
+        f"crops remove {100 * mean:.0f} % of the area of the images on average, {100 * lost[worst]:.0f} % of "
+        f"{pictures.images[worst].path.name}; {remedy}"
+    ]
 
 
 def cache_latents(

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
+from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.seeds import derived_generator
 
+MOST_DRAWS = 5_000_000  # of an epoch; they take 1 GB
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One image in one batch."""
 
@@ -29,8 +32,18 @@ class BatchPlan:
     """
 
     def __init__(self, buckets: Mapping[Size, Sequence[tuple[int, int]]], *, batch: int, seed: int) -> None:
-        """Plan batches of `batch` images; `buckets` maps a size to its (image, repeats)."""
+        """Plan batches of `batch` images; `buckets` maps a size to its (image, repeats).
+
+        Raises:
+            InputError: An epoch has more than MOST_DRAWS draws.
+        """
         self.batch, self.seed = batch, seed
+        count = sum(repeats for images in buckets.values() for _, repeats in images)
+        if count > MOST_DRAWS:
+            raise InputError(
+                f"an epoch has {count:,} draws: at most {MOST_DRAWS:,}, because they are kept in memory",
+                hint="lower the repeats, and raise run.epochs or run.steps",
+            )
         self._draws = [
             [(image, repeat) for image, repeats in buckets[size] for repeat in range(repeats)]
             for size in sorted(buckets)

@@ -19,7 +19,7 @@ from spectune.model.vae.encoding import (
 )
 from spectune.training.callbacks import WarningLog, stage
 from spectune.training.data.dataset import Pictures
-from spectune.training.data.gather import cache_latents, training_sizes
+from spectune.training.data.gather import cache_latents, training_buckets, training_sizes
 from spectune.training.data.latents import LatentsNotFiniteError, images_per_call
 from spectune.training.data.scan import Scan
 from spectune.training.recipe.recipe import Recipe, parse_recipe
@@ -54,11 +54,11 @@ def encode_images(
 
     def encoded(way: EncodeWay) -> list[ValidationImages]:
         encoder = encoder_of(model, way)
-        sizes = training_sizes(recipe.data)
+        buckets = training_buckets(recipe.data)[-1]
         groups: list[ValidationImages] = []
         if validation is not None:
             with stage(warnings.callbacks, "encoding validation images") as progressed:
-                groups = encode_validation(encoder, validation, sizes, progress=progressed)
+                groups = encode_validation(encoder, validation, buckets, progress=progressed)
         warnings.add(cache_latents(recipe, encoder, way, pictures, warnings.callbacks))
         return groups
 

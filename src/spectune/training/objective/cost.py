@@ -29,11 +29,14 @@ class Cost:
     threshold: HuberThreshold = CONSTANT_THRESHOLD
     learned: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
-    def of_batch(self, noised: NoisedBatch, costs: Tensor) -> Tensor:
-        """Return the training loss from image costs, a scalar; a learned weighting can make it negative."""
+    def of_batch(self, noised: NoisedBatch, costs: Tensor, *, share: float = 1.0) -> Tensor:
+        """Return the training loss from image costs, a scalar; a learned weighting can make it negative.
+
+        `share` is the size of the batch relative to a full one: images of small batches must not count more.
+        """
         if self.learned is not None:
             costs = self.learned(costs, noised.timestep, noised.snr)
-        return costs.mean()
+        return costs.mean() * share
 
     def images(
         self,

@@ -13,7 +13,7 @@ from spectune.model.device import drawing_dtype
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import SDXL, Layout
 from spectune.training.recipe.recipe import Recipe, parse_recipe
-from spectune.training.recipe.sections.data import DataSection
+from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, DataSection
 from spectune.training.recipe.sections.objective import ObjectiveSection
 
 Keys = dict[str, Any]
@@ -32,9 +32,10 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
         objective = _objective(recipe.objective, base)
         data["objective"] |= objective
         if _missing(recipe):
-            is_large = is_full_size(infer_layout(base))
+            layout = infer_layout(base)
+            is_large = is_full_size(layout)
             data["run"] |= _run(recipe, torch.device(device), is_large=is_large)
-            data["data"]["bucket"] |= _bucket(recipe.data, is_large=is_large)
+            data["data"]["bucket"] |= _bucket(recipe.data, layout)
         return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
 
 
@@ -52,9 +53,6 @@ def described_defaults(requested: Recipe, complete: Recipe) -> str:
         chosen.append("run.gradient_checkpointing = true")
     if requested.run.save_every_minutes is None and complete.run.save_every_minutes:
         chosen.append(f"run.save_every_minutes = {complete.run.save_every_minutes:g}")
-    bucket = complete.data.bucket
-    if requested.data.bucket.enabled is None and bucket.enabled:
-        chosen.append(f"aspect buckets with sides of {bucket.min_px} to {bucket.max_px} px")
     return ", ".join(chosen)
 
 
@@ -65,6 +63,7 @@ def _missing(recipe: Recipe) -> bool:
         run.gradient_checkpointing,
         run.save_every_minutes,
         recipe.data.bucket.enabled,
+        recipe.data.bucket.step_px,
     )
 
 
@@ -100,14 +99,19 @@ def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
     }
 
 
-def _bucket(data: DataSection, *, is_large: bool) -> Keys:
-    bucket = data.bucket
-    if bucket.enabled is not None:
-        return {}
-    if not is_large or data.resolution_px < bucket.step_px:
-        return {"enabled": False}
-    keys: Keys = {"enabled": True}
-    if not (bucket.differs("min_px") or bucket.differs("max_px")):
-        # SDXL was trained on 512x2048 to 2048x512 (Podell et al. 2023, arXiv 2307.01952, appendix I)
-        keys |= {"min_px": data.resolution_px // 2, "max_px": 2 * data.resolution_px}
-    return keys
+def _bucket(data: DataSection, layout: Layout) -> Keys:
+    bucket, smallest = data.bucket, data.resolutions[0]
+    step = bucket.step_px
+    if step is None:
+        # at lower resolutions, steps of 64 px would crop away more
+        allowed = _size_step(layout)
+        step = min(DEFAULT_STEP_PX, max(allowed, smallest // 16 // allowed * allowed))
+    enabled = smallest >= step if bucket.enabled is None else bucket.enabled
+    return {"enabled": enabled, "step_px": step}
+
+
+def _size_step(layout: Layout) -> int:
+    """Return the number of pixels that the sides of images must be multiples of."""
+    vae = SDXL.vae if layout.vae is None else layout.vae
+    assert vae is not None
+    return 2 ** (len(vae.channels) - 1) * 2 ** (len(layout.unet.channels) - 1)

@@ -58,7 +58,7 @@ DATA: Mapping[str, FlagRule] = {
         "one filter is used for all images",
         unless=("area", "lanczos", "bilinear", "linear", "bicubic", "cubic"),
     ),
-    "bucket_no_upscale": refuses("spectune enlarges small images and counts them"),
+    "bucket_no_upscale": switches("data.bucket.no_upscale"),
     "caption_extension": takes("data.caption.extensions", lambda text: [text]),
     "caption_extention": takes("data.caption.extensions", lambda text: [text]),
     "shuffle_caption": switches("data.caption.shuffle"),

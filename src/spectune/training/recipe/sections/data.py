@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -14,6 +15,7 @@ from spectune.training.recipe.sections.captions import CaptionSection
 MOST_REPEATS = 10_000  # an epoch of one image is then longer than most runs
 MOST_PX = 8192  # at 8192x8192 px, a step of SDXL needs more than 500 GB
 MOST_VARIANTS = 1000  # of one image in the cache
+DEFAULT_STEP_PX = 64
 
 MaskSource = Literal["none", "alpha", "file"]
 
@@ -23,15 +25,34 @@ class BucketSection(Section):
 
     enabled: bool | None = Field(
         default=None,
-        description="Train each image near its own aspect. Off: crop every image to a square. "
-        "None: on for a base of SDXL's size; sides then reach from half to twice `resolution_px`, if "
-        "`min_px` and `max_px` are not set.",
+        description="Train each image near its own aspect. Off: crop every image to a square. None: on.",
     )
-    min_px: int = Field(default=256, ge=8, le=2 * MOST_PX, description="Shortest side in pixels.")
-    max_px: int = Field(default=1024, ge=8, le=2 * MOST_PX, description="Longest side in pixels.")
-    step_px: int = Field(
-        default=64, ge=8, le=MOST_PX, description="Sides are multiples of this number of pixels."
+    min_px: int | None = Field(
+        default=None,
+        ge=8,
+        le=2 * MOST_PX,
+        description="Shortest side in pixels. None: half of the resolution.",
     )
+    max_px: int | None = Field(
+        default=None, ge=8, le=2 * MOST_PX, description="Longest side in pixels. None: twice the resolution."
+    )
+    step_px: int | None = Field(
+        default=None,
+        ge=8,
+        le=MOST_PX,
+        description="Sides are multiples of this number of pixels. None: 64, or less below 1024 px, as far "
+        "as the model allows.",
+    )
+    no_upscale: bool = Field(
+        default=False,
+        description="Do not enlarge small images: those of at most `resolution_px`² pixels keep their size, "
+        "and their sides are cropped to multiples of `step_px`. `min_px` and `max_px` have no effect.",
+    )
+
+    def sides(self, resolution: int) -> tuple[int, int]:
+        """Return the shortest and the longest side at a resolution, in pixels."""
+        # SDXL was trained on 512x2048 to 2048x512 (Podell et al. 2023, arXiv 2307.01952, appendix I)
+        return self.min_px or resolution // 2, self.max_px or 2 * resolution
 
 
 class ImageSetSection(Section):
@@ -74,7 +95,12 @@ class DataSection(Section):
         default=1024,
         ge=16,
         le=MOST_PX,
-        description="Training resolution: images are scaled to the area of a square with this side.",
+        description="Training resolution: images are scaled to the area of a square with this side. A list "
+        "trains every image at each of its resolutions: `[768, 1024]` is 1024 with `smaller_px = [768]`.",
+    )
+    smaller_px: tuple[int, ...] = Field(
+        default=(),
+        description="Smaller resolutions. An epoch trains every image at each of them too.",
     )
     bucket: BucketSection = BucketSection()
     caption: CaptionSection = CaptionSection()
@@ -128,8 +154,30 @@ class DataSection(Section):
         description="Processes that prepare batches. 0: the training process prepares them.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_resolutions(cls, data: Any) -> Any:
+        """Read a list of resolutions as the largest one and the smaller ones."""
+        listed = cast("dict[str, Any]", data).get("resolution_px") if isinstance(data, dict) else None
+        if not isinstance(listed, list | tuple):
+            return data
+        sides = cast("Sequence[Any]", listed)
+        if not sides or not all(type(side) is int for side in sides):
+            raise ValueError("`resolution_px` must be a number of pixels, or a list such as [768, 1024]")
+        if "smaller_px" in data:
+            raise ValueError("`resolution_px` is a list: remove `smaller_px`")
+        *smaller, largest = sorted(sides)
+        return {**data, "resolution_px": largest, "smaller_px": smaller}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if any(not 16 <= side < self.resolution_px for side in self.smaller_px) or len(
+            set(self.smaller_px)
+        ) < len(self.smaller_px):
+            raise ValueError(
+                f"`smaller_px` must be different resolutions from 16 to less than {self.resolution_px}, "
+                f"got {list(self.smaller_px)}"
+            )
         if not self.folders and not self.sets:
             raise ValueError(
                 "no images: set `folders` (folders of images or parents of `N_name` folders) "
@@ -163,17 +211,24 @@ class DataSection(Section):
             )
 
     def _check_buckets(self) -> None:
-        sides = self.bucket
-        if sides.enabled and not sides.min_px <= self.resolution_px <= sides.max_px:
-            raise ValueError(
-                f"`resolution_px` {self.resolution_px} must be between `bucket.min_px` and `bucket.max_px`, "
-                f"{sides.min_px}..{sides.max_px}"
-            )
-        if sides.enabled and sides.step_px > self.resolution_px:
-            raise ValueError(
-                f"`bucket.step_px` {sides.step_px} is larger than `resolution_px` {self.resolution_px}: "
-                "no bucket fits"
-            )
+        bucket = self.bucket
+        for resolution in self.resolutions if bucket.enabled else ():
+            shortest, longest = bucket.sides(resolution)
+            if not bucket.no_upscale and not shortest <= resolution <= longest:
+                raise ValueError(
+                    f"`resolution_px` {resolution} must be between `bucket.min_px` and `bucket.max_px`, "
+                    f"{shortest}..{longest}"
+                )
+            if (bucket.step_px or 0) > resolution:
+                raise ValueError(
+                    f"`bucket.step_px` {bucket.step_px} is larger than `resolution_px` {resolution}: "
+                    "no bucket fits"
+                )
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions of the run in pixels, the largest last."""
+        return (*sorted(self.smaller_px), self.resolution_px)
 
     @property
     def varies(self) -> bool:
