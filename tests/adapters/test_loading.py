@@ -326,6 +326,7 @@ def test_only_alphas_are_read(plain: Tensors, catalogue: Catalogue, monkeypatch:
     assert all(name.endswith(".alpha") for name in read)
 
 
+@pytest.mark.slow
 def test_all_layers_of_the_full_layout_are_counted(full_infos: Mapping[str, TensorInfo]) -> None:
     catalogue = build_catalogue(full_infos, all_layers=True)
     tensors = {

@@ -56,7 +56,7 @@ def test_subsets_become_sets(capfd: pytest.CaptureFixture[str]) -> None:
     assert "folders" not in data["data"]
     assert data["data"]["resolution_px"] == 768
     assert data["data"]["flip_probability"] == 0.5
-    assert data["data"]["bucket"] == {"enabled": True, "min_px": 256, "max_px": 1536}
+    assert data["data"]["bucket"] == {"enabled": True, "min_px": 256, "max_px": 1536, "step_px": 64}
     assert data["data"]["caption"] == {"extensions": [".txt"], "shuffle": True, "keep_tokens": 1}
     assert data["run"]["batch"] == 3
     assert "dropped: --train_batch_size: the dataset config replaces it" in capfd.readouterr().err

@@ -127,7 +127,7 @@ def test_the_kind_of_noise_selects_its_settings() -> None:
 
 def test_settings_that_the_interface_shows_by_default() -> None:
     data = recipe(LORA)["data"]
-    assert data["bucket"] == {"enabled": True, "min_px": 256, "max_px": 2048}
+    assert data["bucket"] == {"enabled": True, "min_px": 256, "max_px": 2048, "step_px": 64}
     assert data["caption"]["extensions"] == [".txt"]
     assert recipe(LORA, enable_bucket=False)["data"]["bucket"]["enabled"] is False
 

@@ -56,7 +56,7 @@ def test_the_plan_counts_everything_and_writes_nothing(
     data = json.loads(capfd.readouterr().out)
     assert data["schedule"]["steps"] == 10
     assert data["recipe"]["run"]["seed"] == 1
-    assert data["pictures"]["sizes"] == {"32x32": 5}
+    assert data["pictures"]["sizes"] == {"32x32": 2, "48x16": 3}
     assert data["problems"] == []
     assert data["saves"].startswith("4 adapters of ")
 
@@ -75,7 +75,7 @@ def test_too_little_memory_or_disk_is_a_problem(recipe: Path, capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("data.resolution_px=24", "this model needs multiples of"),
+        ("data.bucket.step_px=24", "this model needs multiples of"),
         ("model.base=gone.safetensors", "gone.safetensors"),
         ("vae.path=gone.safetensors", "gone.safetensors"),
         ("data.validation_folder=gone", "gone is not a folder"),

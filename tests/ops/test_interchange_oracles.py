@@ -185,6 +185,7 @@ class RandomSdxl(HasProvenance):
         return 0.02 * torch.randn(shape, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", [Spelling.KOHYA, Spelling.DIFFUSERS])
 def test_a_full_size_block_is_the_same_in_other_programs(
     spelling: Spelling, full_infos: Mapping[str, TensorInfo], tmp_path: Path

@@ -95,6 +95,7 @@ def peak_bytes(networks: tuple[nn.Module, ...], work: object) -> int:
     return sum(tensor.nbytes for tensor in tensors) + counter.peak
 
 
+@pytest.mark.slow
 def test_full_sdxl_draws_at_1024_px_within_8_gb(full_infos: Mapping[str, TensorInfo]) -> None:
     """Count four guided pictures of 1024 px: the default batch of `sample`."""
     model: Sdxl = empty_model(layout_of(full_infos), torch.bfloat16)

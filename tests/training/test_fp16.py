@@ -81,7 +81,7 @@ def test_gradients_that_overflow_without_a_scale_end_the_run(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled_by(monkeypatch, 1.0)
-    monkeypatch.setattr(setup.Cost, "of_batch", lambda self, noised, costs: costs.mean() * 1e30)  # pyright: ignore
+    monkeypatch.setattr(setup.Cost, "of_batch", lambda self, noised, costs, **_: costs.mean() * 1e30)  # pyright: ignore
     with pytest.raises(SpectuneError, match="the gradients of step 1 overflow in fp16 even without") as error:
         train(make_recipe(run=FP16))
     assert error.value.hint == 'set run.precision = "bf16" or "fp32"'

@@ -124,6 +124,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups of POSIX")
 def test_ctrl_c_with_spawned_workers_saves(
     tmp_path: Path, tiny_checkpoint: Path, picture_folder: Path

@@ -97,7 +97,7 @@ INTERRUPTED: dict[str, tuple[signal.Signals, dict[str, dict[str, Any]]]] = {
 }
 
 
-SLOW = ("adamw", "prodigy_plus")  # other cases have these optimizers too
+SLOW = ("adamw", "prodigy_plus", "bf16", "cached variants")  # other cases have these optimizers too
 
 
 @pytest.mark.parametrize(

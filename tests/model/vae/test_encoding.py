@@ -44,6 +44,7 @@ def test_bytes_of_a_full_autoencoder_are_counted(
     assert counter.peak == pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
+@pytest.mark.slow
 def test_each_way_has_its_error(demo: Sdxl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectune.model.network.TILE_PX", 128)
     picture = Image.open(next((DEMO.parent / "images").rglob("*.webp"))).convert("RGB").resize((256, 256))

@@ -138,7 +138,11 @@ CASES = [
         replace(TINY_STEP, precision="bf16", parts=("te2",), optimizer="adafactor"),
         marks=pytest.mark.slow,
     ),
-    ("demo", replace(DEMO_STEP, precision="bf16", optimizer="prodigy_plus_schedule_free")),
+    pytest.param(
+        "demo",
+        replace(DEMO_STEP, precision="bf16", optimizer="prodigy_plus_schedule_free"),
+        marks=pytest.mark.slow,
+    ),
     ("demo", replace(DEMO_STEP, form="residual", optimizer="prodigy", parts=("unet", "te1"))),
     ("demo", replace(DEMO_STEP, parts=("unet",), max_tokens=225)),
 ]
@@ -257,6 +261,7 @@ def test_twice_the_rank_doubles_the_frame_and_the_trained_tensors(meters: dict[s
     assert one.kept < two.kept < 1.1 * one.kept
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_bytes_and_twice_the_batch_doubles_activations(
     meters: dict[str, MemoryMeter],
 ) -> None:

@@ -116,7 +116,14 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+SLOW = ("emoji3d_to_flow", "emoji3d_8gb")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_trains(path: Path, few_images: dict[str, Path], tmp_path: Path) -> None:
     recipe = short_recipe(path, few_images, tmp_path / "out")
     losses = Losses()

@@ -23,12 +23,14 @@ from spectune.ops.dataset.records import DatasetPicture, DatasetReport, Problem,
 from spectune.ops.dataset.sheet import write_sheet
 from spectune.ops.drawing.pictures import check_sheet_name, refuse_existing
 from spectune.ops.options.dataset import DatasetOptions
+from spectune.sdxl.layout import SDXL
 from spectune.training.data.buckets import Size, nearest_bucket, place
 from spectune.training.data.captions.findings import finding_warnings
 from spectune.training.data.folders import scan_training
 from spectune.training.data.gather import training_sizes
 from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.scan import Scan
+from spectune.training.recipe.defaults import bucket_defaults
 from spectune.training.recipe.sections.data import BucketSection, DataSection
 
 
@@ -81,11 +83,11 @@ def _scan_problems(scan: Scan) -> list[Problem]:
 
 
 def _data_section(options: DatasetOptions) -> DataSection:
-    edge = options.resolution_px
-    bucket = BucketSection(enabled=True, min_px=edge // 2, max_px=2 * edge)
-    return DataSection(
-        folders=options.folders, resolution_px=edge, bucket=bucket, recursive=options.recursive
+    """Return the images and the buckets of a training of SDXL."""
+    data = DataSection(
+        folders=options.folders, resolution_px=options.resolution_px, recursive=options.recursive
     )
+    return data.model_copy(update={"bucket": BucketSection(**bucket_defaults(data, SDXL))})
 
 
 def _pictures(

@@ -35,7 +35,7 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
             layout = infer_layout(base)
             is_large = is_full_size(layout)
             data["run"] |= _run(recipe, torch.device(device), is_large=is_large)
-            data["data"]["bucket"] |= _bucket(recipe.data, layout)
+            data["data"]["bucket"] |= bucket_defaults(recipe.data, layout)
         return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
 
 
@@ -99,7 +99,8 @@ def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
     }
 
 
-def _bucket(data: DataSection, layout: Layout) -> Keys:
+def bucket_defaults(data: DataSection, layout: Layout) -> Keys:
+    """Return the keys of `data.bucket` that depend on the base."""
     bucket, smallest = data.bucket, data.resolutions[0]
     step = bucket.step_px
     if step is None:
