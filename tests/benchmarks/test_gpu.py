@@ -137,6 +137,7 @@ def test_every_stage_has_its_function_and_what_it_needs_comes_first() -> None:
 # ---------------------------------------------------------------- the stages, in this process
 
 
+@pytest.mark.slow
 def test_step_0_and_steps(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> _gpu_steps.Trained:
         raise ModuleNotFoundError("No module named 'lycoris'")

@@ -69,6 +69,7 @@ def test_rebuild_restores_the_original_bit_for_bit(model, pair, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_export_of_a_tuned_adapter_covers_all_layers(model, pair, tmp_path, capfd):
     with open_checkpoint(model) as base:
         catalogue = build_catalogue(base)

@@ -148,6 +148,7 @@ def test_moving_the_model_moves_the_adapters(source, frames):
     assert {layer.base.weight.dtype, layer.down.dtype, layer.frame_up.dtype} == {torch.float64}
 
 
+@pytest.mark.slow
 def test_a_saved_change_loads_in_either_form(source, frames):
     first = inject(build_model(source), frames)
     with torch.no_grad():

@@ -49,6 +49,7 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
 EDM2 = pytest.param({"weighting": "edm2"}, marks=pytest.mark.slow, id="edm2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [pytest.param({}, id="plain"), EDM2])
 def test_two_processes_equal_one_with_accumulation_2(
     make_recipe: MakeRecipe, tmp_path: Path, loss: dict[str, Any]

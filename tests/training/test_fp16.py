@@ -87,6 +87,7 @@ def test_gradients_that_overflow_without_a_scale_end_the_run(
     assert error.value.hint == 'set run.precision = "bf16" or "fp32"'
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_scale(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

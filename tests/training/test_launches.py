@@ -61,6 +61,7 @@ def launches(model: Sdxl, before: Callable[[], object] = lambda: None) -> Launch
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["delta", pytest.param("residual", marks=pytest.mark.slow)])
 def test_a_step_takes_at_most_080_of_pefts_launches(layers: list[Layer], form: Form) -> None:
     peft = launches(with_peft(layers)).total

@@ -156,6 +156,7 @@ def test_names_and_provenance_of_the_files(
     assert origin.base_name == tiny_checkpoint.name
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_its_own_images(make_recipe: MakeRecipe, picture_folder: Path) -> None:
     losses = Losses()
     recipe = make_recipe(

@@ -205,6 +205,7 @@ class Losses(Callbacks):
         self.losses.append(info.loss)
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_continues_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole, rest = Losses(), Losses()
     objective = {"start": "warm", "teacher": "eps"}
@@ -219,6 +220,7 @@ def test_a_resumed_conversion_continues_bit_for_bit(make_recipe: MakeRecipe, tmp
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_gradient_frames_are_computed_after_the_warm_start(
     make_recipe: MakeRecipe, picture_folder: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_values_that_are_not_finite_in_bfloat16_are_encoded_in_tiles(
     assert warning in report.warnings
 
 
+@pytest.mark.slow
 def test_a_cache_on_disk_is_not_mixed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     files: list[int] = []
     for name, way in (("a", "float32"), ("b", "bfloat16"), ("c", "tiles"), ("d", "bfloat16")):

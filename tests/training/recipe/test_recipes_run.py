@@ -116,7 +116,7 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 
-SLOW = ("emoji3d_to_flow", "emoji3d_8gb")
+SLOW = ("emoji3d_to_flow", "emoji3d_8gb", "emoji3d_vae")
 
 
 @pytest.mark.parametrize(
