@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class SpectuneError(Exception):
@@ -46,3 +50,17 @@ def printable(text: str, longest: int = 200) -> str:
     """Return foreign text for one line of output: control characters are replaced, a long text is cut."""
     line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
     return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def quoted(path: Path, *, windows: bool = os.name == "nt") -> str:
+    """Return a path as one argument of cmd, PowerShell and bash.
+
+    Double quotes do in all three, except around `$`, a backtick or `!`. cmd has no other quotes, so these
+    characters get single quotes only on systems without it.
+    """
+    text = path.as_posix()  # Windows accepts / and bash needs it
+    if re.fullmatch(r"[\w./:][\w./:-]*", text, flags=re.ASCII):
+        return text
+    if windows or not re.search(r'[$`!"\\]', text):
+        return f'"{text}"'
+    return shlex.quote(text)

@@ -13,8 +13,7 @@ from spectune.adapters.programs import Program
 from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.reader import Checkpoint
-from spectune.files.renamed import RenamedFiles, RenamedTensor
-from spectune.files.source import MemorySource, TensorInfo
+from spectune.files.source import MemorySource, RenamedFiles, RenamedTensor, TensorInfo
 from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, UNET_ROOT, VAE_ROOT
 from tests.layouts import Modules
 

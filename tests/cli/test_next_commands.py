@@ -1,33 +1,9 @@
 from __future__ import annotations
 
-import shlex
-from pathlib import Path, PureWindowsPath
-from typing import Any, cast
+from pathlib import Path
 
-import pytest
-
-from spectune.cli.next_commands import commands_after_training, quoted
+from spectune.cli.next_commands import commands_after_training
 from spectune.training.recipe.recipe import parse_recipe
-
-
-@pytest.mark.parametrize(
-    ("path", "windows", "expected"),
-    [
-        ("out/style.safetensors", False, "out/style.safetensors"),
-        ("my models/a (1).safetensors", False, '"my models/a (1).safetensors"'),
-        ("a,b;c&d@.safetensors", False, '"a,b;c&d@.safetensors"'),
-        ("it's.safetensors", False, '"it\'s.safetensors"'),
-        ("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n.safetensors", False, None),
-        ("$HOME `x`!.safetensors", False, "'$HOME `x`!.safetensors'"),
-        ("C:\\my models\\a.safetensors", True, '"C:/my models/a.safetensors"'),
-        ("C:\\models\\$a.safetensors", True, '"C:/models/$a.safetensors"'),
-    ],
-)
-def test_paths_are_one_argument(path: str, windows: bool, expected: str | None) -> None:
-    made = quoted(cast("Any", PureWindowsPath(path) if windows else Path(path)), windows=windows)
-    assert made == (f'"{path}"' if expected is None else expected)
-    if not windows:
-        assert shlex.split(made) == [path]
 
 
 def test_the_commands_name_the_files_of_the_recipe(tmp_path: Path) -> None:

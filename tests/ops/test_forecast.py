@@ -12,9 +12,11 @@ from PIL import Image
 
 from spectune.cli.app import run
 from spectune.cli.reports.starting import dry_run
-from spectune.ops.forecast import Space
+from spectune.ops.forecast import Space, setup_of
 from spectune.ops.options.training import TrainOptions
 from spectune.ops.train import plan_train
+from spectune.training.recipe.defaults import with_defaults
+from spectune.training.recipe.file import load_recipe
 
 
 @pytest.fixture
@@ -59,6 +61,17 @@ def test_the_plan_counts_everything_and_writes_nothing(
     assert data["pictures"]["sizes"] == {"32x32": 2, "48x16": 3}
     assert data["problems"] == []
     assert data["saves"].startswith("4 adapters of ")
+
+
+def test_a_save_at_the_last_step_is_the_final_one(recipe: Path) -> None:
+    forecast = plan_train(TrainOptions(recipe, overrides=("run.save_every_steps=5",)))
+    assert forecast.schedule.saves == 1
+    assert forecast.saves.startswith("2 adapters of ")
+
+
+def test_the_memory_is_that_of_the_captions(recipe: Path) -> None:
+    longest = load_recipe(recipe, ("data.caption.max_tokens=150",))
+    assert setup_of(with_defaults(longest, "cpu"), 2).max_tokens == 150
 
 
 def test_too_little_memory_or_disk_is_a_problem(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
 from spectune.cli.reports.starting import new as report
@@ -163,4 +166,24 @@ def test_a_folder_without_pictures_is_an_error(
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=problem):
         new(model, tmp_path / folder, out=tmp_path / "r.toml", yes=True)
+    assert not (tmp_path / "r.toml").exists()
+
+
+def test_a_caption_for_all_hides_no_other_warning(model: Path, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "broken.png").write_bytes(b"not a picture")
+
+    def ask(question: str, default: str, choices: Sequence[str]) -> str:
+        return "a shape" if "caption" in question else default
+
+    report = new(model, pictures, out=tmp_path / "r.toml", ask=ask)
+    assert any("broken.png" in warning for warning in report.warnings)
+    assert not any("caption empty" in warning for warning in report.warnings)
+
+
+def test_a_model_that_cannot_be_trained_gets_no_recipe(model: Path, pictures: Path, tmp_path: Path) -> None:
+    tensors = load_file(model) | {"edm_mean": torch.zeros(1)}
+    with safe_open(model, "pt") as file:
+        save_file(tensors, tmp_path / "edm.safetensors", metadata=file.metadata())
+    with pytest.raises(InputError, match="is an EDM model"):
+        new(tmp_path / "edm.safetensors", pictures, out=tmp_path / "r.toml", yes=True)
     assert not (tmp_path / "r.toml").exists()

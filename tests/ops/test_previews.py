@@ -18,6 +18,7 @@ from spectune.model.prediction import make_prediction
 from spectune.ops.drawing import previews
 from spectune.ops.drawing.previews import Previews
 from spectune.sampling.generate import Request, SampleSettings
+from spectune.training.callbacks import RunStart
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 
 Draws = list[tuple[SampleSettings, list[Request]]]
@@ -131,3 +132,15 @@ def test_wrong_prompts_and_samplers_are_errors_before_the_training(tmp_path: Pat
         Previews(recipe(tmp_path, "a --x"))
     with pytest.raises(InputError, match="unknown sampler 'eulre'"):
         Previews(recipe(tmp_path, None, preview_sampler="eulre"))
+
+
+def test_without_prompts_captions_of_the_run_are_drawn(
+    tmp_path: Path, draws: Draws, model: StagedModel
+) -> None:
+    """The captions come with the start of the run: no image is decoded again."""
+    preview = Previews(recipe(tmp_path, None))
+    captions = tuple(f"caption {number}" for number in range(9))
+    preview.on_start(RunStart("t", 3, 0, images=9, trained_parameters=1, captions=captions))
+    preview.on_preview(1, model)
+    ((_, requests),) = draws
+    assert requests == [Request(caption, seed) for seed, caption in enumerate(captions[:6])]

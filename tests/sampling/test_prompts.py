@@ -95,7 +95,7 @@ def test_options_for_other_models_are_named_once(tmp_path: Path) -> None:
         ("p.txt", "a --l nan", "expected a number from 0 to 100"),
         ("p.txt", "a --ss eulr", "line 1: --ss: unknown sampler 'eulr'; did you mean `euler`?"),
         ("p.txt", "# nothing\n", "has no prompts"),
-        ("p.txt", b"a\ncaf\xe9", "is not UTF-8 text: line 2 has the byte 0xe9"),
+        ("p.txt", b"a\n\x82\xa0\x82\xa2\x82\xa4\x82\xa6", "is not valid UTF-8"),
         ("p.toml", "[prompt", "is not valid TOML"),
         ("p.toml", "[prompt]\nsubset = 3", "expected a list of prompts"),
         (
@@ -148,3 +148,10 @@ def test_samplers_of_other_programs(name: str, prediction: Prediction, sampler: 
     if note:
         assert name in note
         assert f"{sampler} is used instead" in note
+
+
+def test_another_encoding_is_told(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"a caf\xe9\r\na fox")
+    prompts, notes = read_prompts(tmp_path / "p.txt", SampleSettings())
+    assert [prompt.request.caption for prompt in prompts] == ["a caf\u00e9", "a fox"]
+    assert notes == ["p.txt is read as cp1252"]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from spectune.errors import InputError, some_of
 from spectune.files.reader import Checkpoint
-from spectune.files.renamed import RenamedFiles, RenamedTensor
-from spectune.files.source import TensorInfo
+from spectune.files.source import RenamedFiles, RenamedTensor, TensorInfo
 from spectune.sdxl.layout import TE1_ROOT, TE1_SHORT_ROOT, TE2_ROOT, UNET_ROOT
 
 _UNET_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.", "out.", "time_embed.", "label_emb.")

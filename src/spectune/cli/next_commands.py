@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 from pathlib import Path
 
+from spectune.errors import quoted
 from spectune.training.recipe.recipe import Recipe
 
 
@@ -34,20 +32,6 @@ def commands_after_training(recipe: Recipe, *, folder: Path | None = None) -> li
         f"spectune export {base} {tuned} -o {lora}",
         f'spectune sample {base} {tuned} -c "a picture" --size {size} -o {pictures}',
     ]
-
-
-def quoted(path: Path, *, windows: bool = os.name == "nt") -> str:
-    """Return a path as one argument of cmd, PowerShell and bash.
-
-    Double quotes do in all three, except around `$`, a backtick or `!`. cmd has no other quotes, so these
-    characters get single quotes only on systems without it.
-    """
-    text = path.as_posix()  # Windows accepts / and bash needs it
-    if re.fullmatch(r"[\w./:][\w./:-]*", text, flags=re.ASCII):
-        return text
-    if windows or not re.search(r'[$`!"\\]', text):
-        return f'"{text}"'
-    return shlex.quote(text)
 
 
 def _from(path: Path, folder: Path) -> Path:

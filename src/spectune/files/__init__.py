@@ -12,4 +12,5 @@
 * `provenance`: the `spectune.*` metadata, parsed once per file
 * `weights_hash`: a hash of the tensors that does not depend on their file
 * `dtypes`, `dtype_names`: dtypes by name
+* `text`: text files in the encodings that people have
 """

@@ -50,7 +50,7 @@ def compare(options: CompareOptions) -> CompareReport:
             hint="draw the models with `spectune sample`, then compare the folders",
         )
     else:
-        captions = read_captions(options.captions, options.captions_file)
+        captions = read_captions(options.captions, options.captions_file, options.notify or warn)
         for note in caption_notes(captions, options):
             (options.notify or warn)(note)
         specs = [parse_model(word) for word in options.models]

@@ -152,6 +152,7 @@ def setup_of(recipe: Recipe, rank: int) -> Setup:
         rank=rank,
         parts=recipe.model.parts,
         resolution_px=recipe.data.resolution_px,
+        max_tokens=recipe.data.caption.max_tokens,
         batch=run.batch,
         form=recipe.model.form,
         quantize=recipe.model.quantize,
@@ -194,8 +195,8 @@ def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bo
     steps = total_steps(recipe, plan, 1)
     span = (plan.batches_per_epoch, run.accumulation)
 
-    def times(task: Task) -> int:
-        numbers = range(first_step + 1, steps + 1)
+    def times(task: Task, *, last: int = steps) -> int:
+        numbers = range(first_step + 1, last + 1)
         return sum(
             falls_on(run, task, step=number, position=number * run.accumulation, span=span)
             for number in numbers
@@ -206,7 +207,7 @@ def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bo
         first_step=first_step,
         steps_per_epoch=plan.batches_per_epoch / run.accumulation,
         pictures_per_step=run.batch * run.accumulation,
-        saves=times("save"),
+        saves=times("save", last=steps - 1),  # the end is always saved
         previews=times("preview") + previews_at_end(run) + run.preview_at_start,
         validations=times("validate") + 2 if validates else 0,
     )
@@ -224,11 +225,10 @@ def _saves(recipe: Recipe, memory: Memory, saves: int) -> SavePlan:
     """Return the saves that a run keeps, with bytes that the account of its memory gives."""
     fixed, run = memory.fixed, recipe.run
     frames = fixed.frame if recipe.model.rank is not None else 0
-    by_clock = run.keep_last if run.save_every_minutes else 0
-    return SavePlan(
-        adapters=1 + (saves if run.keep_last_adapters is None else min(saves, run.keep_last_adapters)),
+    return SavePlan.of(
+        run,
+        saves,
         adapter_bytes=fixed.frame + fixed.trained,
-        states=min(max(saves, by_clock) + 1, run.keep_last + 1),
         state_bytes=fixed.trained + memory.optimizer + memory.average + frames,
     )
 

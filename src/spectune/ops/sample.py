@@ -39,7 +39,7 @@ def sample(options: SampleOptions) -> SampleReport:
     """
     spec = ModelSpec(options.model, tuple(parse_weighted(word) for word in options.adapters))
     settings = sample_settings(options)
-    captions = read_captions(options.captions, options.captions_file)
+    captions = read_captions(options.captions, options.captions_file, options.notify or warn)
     targets, sheet = picture_files(options.out, captions), options.sheet
     if sheet is not None:
         check_sheet_name(sheet)

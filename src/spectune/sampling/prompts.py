@@ -8,7 +8,6 @@ In TOML, `[prompt]` holds the defaults of all `[[prompt.subset]]`. In JSON, a li
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import tomllib
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError, did_you_mean, printable
+from spectune.files.text import UTF8, UnreadableText, read_text
 from spectune.sampling.generate import Request, SampleSettings
 from spectune.sampling.sampler_names import check_sampler_name
 
+_LARGEST = 1024 * 1024  # bytes
 _EXAMPLE = "a line looks like this: a red balloon --n blurry --w 1024 --h 1024 --d 1 --l 5 --s 25"
 
 
@@ -100,7 +101,7 @@ Fields = dict[str, Any]
 
 
 def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts of a file, and notes about options that have no effect.
+    """Return the prompts of a file, and notes about its encoding and about options that have no effect.
 
     The seed of a prompt without one is its position in the file, counted from 0. So the previews of several
     steps can be compared.
@@ -109,7 +110,14 @@ def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], li
         InputError: The file cannot be read, or an option is unknown or has an invalid value.
     """
     unused: dict[str, None] = {}
-    text = _read_text(file)
+    try:
+        decoded = read_text(file, largest=_LARGEST)
+    except UnreadableText as error:
+        raise InputError(
+            f"cannot read prompts from {file}: it {error}", hint="save the file as UTF-8"
+        ) from error
+    notes = [] if decoded.encoding == UTF8 else [f"{file.name} is read as {decoded.encoding}"]
+    text = "\n".join(re.split(r"\r\n|\r|\n", decoded.text))
     try:
         entries = list(_entries(text, file.suffix.lower(), unused))
     except (ValueError, RecursionError) as error:  # of the TOML or JSON library
@@ -119,7 +127,8 @@ def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], li
     if not entries:
         raise InputError(f"{file} has no prompts", hint=_EXAMPLE)
     prompts = [_prompt(fields, number, defaults) for number, fields in enumerate(entries)]
-    return prompts, [f"{file.name}: {', '.join(unused)} has no effect on SDXL"] if unused else []
+    notes += [f"{file.name}: {', '.join(unused)} has no effect on SDXL"] if unused else []
+    return prompts, notes
 
 
 def _prompt(fields: Fields, number: int, defaults: SampleSettings) -> Prompt:
@@ -128,22 +137,6 @@ def _prompt(fields: Fields, number: int, defaults: SampleSettings) -> Prompt:
     return Prompt(
         Request(fields.get("prompt", ""), number if seed is None else seed), replace(defaults, **settings)
     )
-
-
-def _read_text(file: Path) -> str:
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read prompts from {file}: {error.strerror}") from error
-    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return raw.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{file} is not UTF-8 text: line {line} has the byte 0x{raw[error.start]:02x}",
-            hint="save the file as UTF-8",
-        ) from error
 
 
 def _entries(text: str, suffix: str, unused: dict[str, None]) -> Iterator[Fields]:
@@ -197,7 +190,7 @@ def _from_list(entries: Any, unused: dict[str, None]) -> Iterator[Fields]:
         elif isinstance(entry, dict):
             yield _from_table(cast("dict[str, Any]", entry), label, unused)
         else:
-            raise InputError(f"{label}: expected a text or a table, found {entry!r}")
+            raise InputError(f"{label}: expected a text or a table, found {printable(repr(entry), 60)}")
 
 
 def _from_table(table: Mapping[str, Any], label: str, unused: dict[str, None]) -> Fields:
@@ -208,7 +201,9 @@ def _from_table(table: Mapping[str, Any], label: str, unused: dict[str, None]) -
         elif key not in _KEYS:
             raise InputError(f"{label}: unknown key `{printable(key)}`{did_you_mean(key, _KEYS)}")
         elif isinstance(value, bool | list | dict):
-            raise InputError(f"{label}: `{key}` is {value!r}: expected {_VALUES[_KEYS[key]].expected}")
+            raise InputError(
+                f"{label}: `{key}` is {printable(repr(value), 60)}: expected {_VALUES[_KEYS[key]].expected}"
+            )
         else:
             fields[_KEYS[key]] = _converted(_KEYS[key], str(value), f"{label}: `{key}`")
     return fields

@@ -32,10 +32,15 @@ def check_prediction(source: WeightSource) -> None:
         )
 
 
+def hinted_prediction(name: str) -> PredictionName | None:
+    """Return the prediction type that the name of a file suggests, as in `noobai-vpred-1.0`, or None."""
+    return next((kind for kind, pattern in _NAME_HINTS if pattern.search(name)), None)
+
+
 def assumed_prediction(source: WeightSource) -> str | None:
     """Return a warning if the model does not declare its prediction type, else None."""
     if declared_prediction(source) is not None:
         return None
-    hinted = next((kind for kind, pattern in _NAME_HINTS if pattern.search(source.label)), None)
+    hinted = hinted_prediction(source.label)
     doubt = f", but its name suggests {hinted}" if hinted else ""
     return f"{source.label} does not declare its prediction type: eps is assumed{doubt}"

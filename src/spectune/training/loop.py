@@ -107,6 +107,7 @@ def _run(run: Run, progress: Progress) -> TrainReport:
             first_step=progress.first_step,
             images=len(run.data.pictures),
             trained_parameters=sum(tensor.numel() for tensor in run.optimization.parameters.values()),
+            captions=run.data.captions,
         )
     )
     is_complete = False

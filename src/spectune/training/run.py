@@ -43,6 +43,12 @@ class RunData:
     validation: tuple[ValidationImages, ...]
     hash: str  # of the training images, captions and sizes
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The different captions of the validation images, or else of the training images."""
+        validation = [caption for group in self.validation for caption in group.captions]
+        return tuple(dict.fromkeys(validation or [image.caption for image in self.pictures.images]))
+
     def first_batches(self, count: int, device: torch.device) -> Iterator[Batch]:
         """Yield the first `count` batches of the run."""
         for draws in PlannedBatches(self.plan, 0, count):

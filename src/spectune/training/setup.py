@@ -24,6 +24,7 @@ from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.dataset import Batch, Pictures, Variation
+from spectune.training.data.encoding import encode_images, with_saved_way, with_way
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     cache_captions,
@@ -40,7 +41,6 @@ from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
-from spectune.training.memory.encoding import encode_images, with_saved_way, with_way
 from spectune.training.objective.cost import Cost
 from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
 from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold

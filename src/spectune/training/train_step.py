@@ -16,7 +16,7 @@ from spectune.model.inject import Injection
 from spectune.training.callbacks import StepInfo
 from spectune.training.data.dataset import Batch
 from spectune.training.optim.groups import learning_rates, step_sizes
-from spectune.training.optim.schedules import rate_factor
+from spectune.training.optim.schedules import rate_factor, warmup_length
 from spectune.training.resume.divergence import NotFinite
 from spectune.training.run import Progress, Run
 from spectune.training.seeds import derived_seed
@@ -90,7 +90,9 @@ def _set_learning_rates(run: Run, step: int) -> None:
         settings.schedule,
         step,
         steps=run.steps,
-        warmup_steps=settings.warmup_steps or int(settings.warmup_share * run.steps),
+        warmup_steps=warmup_length(
+            run.steps, warmup_steps=settings.warmup_steps, warmup_share=settings.warmup_share
+        ),
         cycles=settings.cycles,
         power=settings.power,
         final_share=settings.final_share,

@@ -76,7 +76,7 @@ def model_warnings(recipe: Recipe) -> list[str]:
         )
     with open_checkpoint(recipe.model.checkpoint) as base:
         check_prediction(base)
-        _check_channels(base, recipe.vae)
+        check_channels(base, recipe.vae)
         assumed = assumed_prediction(base)
         if assumed is not None and recipe.objective.kind is None:
             warnings.append(f"{assumed}; set objective.kind if it is another one")
@@ -89,7 +89,7 @@ def model_warnings(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def _check_channels(base: WeightSource, section: VaeSection) -> None:
+def check_channels(base: WeightSource, section: VaeSection) -> None:
     """Raise InputError if the UNet takes other latents than the VAE makes, as an inpainting model does."""
     parts = infer_parts(base)
     expected = parts.unet.in_channels

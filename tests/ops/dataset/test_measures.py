@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from spectune.ops.dataset.measures import at_training_size, sharpness
 from spectune.ops.dataset.problems import BLURRED
-from spectune.training.data.buckets import Size
+from spectune.training.data.buckets import Buckets, Size
 
 RNG = np.random.default_rng(0)
 
@@ -35,7 +35,7 @@ def test_a_sharp_subject_before_a_blurred_background_is_sharp() -> None:
 
 
 def test_large_pictures_are_measured_at_their_training_size() -> None:
-    sizes = (Size(64, 64), Size(96, 48))
+    sizes = Buckets((Size(64, 64), Size(96, 48)))
     large = Image.new("RGB", (400, 200))
     assert at_training_size(large, sizes).size == (96, 48)
     small = Image.new("RGB", (30, 20))

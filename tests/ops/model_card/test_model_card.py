@@ -13,6 +13,7 @@ from spectune.files.reader import open_file
 from spectune.ops.model_card import card_path, check_card
 from spectune.ops.model_card.card import card_text
 from spectune.ops.model_card.run_facts import RunFacts, run_facts
+from spectune.training.callbacks.loss_table import LossRow, write_table
 
 
 @pytest.fixture
@@ -68,6 +69,24 @@ def test_the_run_folder_gives_recipe_steps_pictures_and_previews(adapter: Path) 
 def test_a_state_of_another_run_is_not_used(adapter: Path, values: dict[str, Any]) -> None:
     save_state(adapter, **values)
     assert run_facts(adapter, "ab" * 32) == RunFacts({})
+
+
+def test_losses_are_those_of_the_table_up_to_the_step(adapter: Path) -> None:
+    save_state(adapter)
+    rows = [
+        LossRow(0, validation_loss=0.5),
+        LossRow(2, loss=0.25),
+        LossRow(4, loss=0.75),
+        LossRow(4, validation_loss=0.25),
+    ]
+    write_table([*rows, LossRow(6, loss=9.0)], adapter.parent / "style-loss.csv")
+    assert run_facts(adapter, "ab" * 32).losses == (
+        ("validation loss, first", 0.5),
+        ("validation loss, last", 0.25),
+        ("training loss, mean of the last 2 values", 0.5),
+    )
+    (adapter.parent / "style-loss.csv").write_text("another table\n1\n")
+    assert run_facts(adapter, "ab" * 32).losses == ()
 
 
 def test_unknown_facts_are_named_and_foreign_text_has_no_effect(adapter: Path) -> None:

@@ -118,11 +118,7 @@ def test_old_recipes_keep_their_tensorboard(make_recipe: MakeRecipe) -> None:
         make_recipe(run={"trackers": ["os"]})
 
 
-@pytest.mark.parametrize(("system", "quoted"), [("nt", '"{}"'), ("posix", "'{}'")])
-def test_the_command_for_tensorboard_can_be_pasted(
-    system: str, quoted: str, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_for_tensorboard_can_be_pasted(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(run={"output": tmp_path / "my runs"})
-    folder = tmp_path / "my runs" / "logs"
-    monkeypatch.setattr(trackers, "os", type("os", (), {"name": system}))
-    assert tensorboard_line(recipe) == f"tensorboard --logdir {quoted.format(folder)}"
+    folder = (tmp_path / "my runs" / "logs").as_posix()
+    assert tensorboard_line(recipe) == f'tensorboard --logdir "{folder}"'

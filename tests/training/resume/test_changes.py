@@ -60,7 +60,13 @@ class Log(Callbacks):
 
 
 @pytest.mark.parametrize(
-    "key", ["run.save_every_epochs", "run.preview.steps", "optimizer.part_learning_rates.te1"]
+    "key",
+    [
+        "run.save_every_epochs",
+        "run.preview.steps",
+        "optimizer.part_learning_rates.te1",
+        "optimizer.warmup_share",
+    ],
 )
 def test_settings_of_the_same_kind_may_change(key: str) -> None:
     assert changes.Change(key, None, 1).is_free

@@ -22,8 +22,7 @@ from spectune.checkpoints.diffusers_folder.subfolder import Subfolder, open_subf
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import parse_json
 from spectune.files.reader import Checkpoint, open_file
-from spectune.files.renamed import RenamedFiles, RenamedTensor
-from spectune.files.source import TensorInfo
+from spectune.files.source import RenamedFiles, RenamedTensor, TensorInfo
 from spectune.sdxl.inference import layout_of_modules
 from spectune.sdxl.layout import PARTS, TE2_ROOT, Layout, PartName
 from spectune.sdxl.state_dicts import Piece, joined, pieces_by_tensor, state_views

@@ -29,12 +29,7 @@ def show_dry_run(forecast: TrainForecast, options: TrainOptions) -> None:
     dry_run.show(forecast)
 
 
-def dry_run_json(forecast: TrainForecast) -> dict[str, Any]:
-    return dry_run.as_json(forecast)
-
-
-def dry_run_exit_code(forecast: TrainForecast) -> int:
-    return dry_run.exit_code(forecast)
+dry_run_json, dry_run_exit_code = dry_run.as_json, dry_run.exit_code
 
 
 def as_json(report: TrainReport, options: TrainOptions, seconds: float) -> dict[str, Any]:

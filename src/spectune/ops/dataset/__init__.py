@@ -24,10 +24,10 @@ from spectune.ops.dataset.sheet import write_sheet
 from spectune.ops.drawing.pictures import check_sheet_name, refuse_existing
 from spectune.ops.options.dataset import DatasetOptions
 from spectune.sdxl.layout import SDXL
-from spectune.training.data.buckets import Size, nearest_bucket, place
+from spectune.training.data.buckets import Buckets
 from spectune.training.data.captions.findings import finding_warnings
 from spectune.training.data.folders import scan_training
-from spectune.training.data.gather import training_sizes
+from spectune.training.data.gather import training_buckets
 from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.scan import Scan
 from spectune.training.recipe.defaults import bucket_defaults
@@ -36,7 +36,7 @@ from spectune.training.recipe.sections.data import BucketSection, DataSection
 
 @operation(DatasetOptions)
 def dataset(options: DatasetOptions) -> DatasetReport:
-    """Report what training would make of folders of pictures, and what may be a mistake in them.
+    """Report how a training would use folders of pictures, and list possible mistakes in them.
 
     Pictures, captions and training sizes are read and chosen as in a training with the default keys of
     [data]. Nothing is changed.
@@ -45,11 +45,11 @@ def dataset(options: DatasetOptions) -> DatasetReport:
         check_sheet_name(options.sheet)
         refuse_existing([options.sheet], force=options.force)
     data = _data_section(options)
-    sizes = training_sizes(data)
+    (buckets,) = training_buckets(data)
     files = sum(is_picture(path) for folder in options.folders for path in folder.rglob("*"))
-    measurer = Measurer(sizes, files, options.progress)
+    measurer = Measurer(buckets, files, options.progress)
     scan = scan_training(data, measurer)
-    pictures = _pictures(scan, measurer, sizes, options.folders)
+    pictures = _pictures(scan, measurer, buckets, options.folders)
     hashes = [measured.hash for one in pictures if (measured := measurer.results[one.path]).hash is not None]
     groups = near_groups(hashes) if hashes else []
     tags = count_tags([one.caption for one in pictures])
@@ -91,7 +91,7 @@ def _data_section(options: DatasetOptions) -> DataSection:
 
 
 def _pictures(
-    scan: Scan, measurer: Measurer, sizes: Sequence[Size], folders: Sequence[Path]
+    scan: Scan, measurer: Measurer, buckets: Buckets, folders: Sequence[Path]
 ) -> tuple[DatasetPicture, ...]:
     tokens = count_tokens([image.caption for image in scan.images])
     return tuple(
@@ -101,7 +101,7 @@ def _pictures(
             repeats=image.repeats,
             caption=image.caption,
             tokens=count,
-            placement=place(image.size, nearest_bucket(image.size, sizes)),
+            placement=buckets.fit(image.size).centered(image.size),
             sharpness=measurer.results[image.path].sharpness,
         )
         for image, count in zip(scan.images, tokens, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,7 +12,7 @@ from PIL import Image
 
 from spectune.files.pipeline import Progress, report_progress
 from spectune.ops.dataset.near_duplicates import perceptual_hash
-from spectune.training.data.buckets import Size, nearest_bucket, place
+from spectune.training.data.buckets import Buckets, Size
 
 TILES = 4  # per side
 
@@ -29,25 +28,25 @@ class Measured:
 class Measurer:
     """Measures each picture of a scan. Only the results are kept."""
 
-    def __init__(self, sizes: Sequence[Size], files: int, progress: Progress | None) -> None:
-        """Measure at the training `sizes`; `files` is the total for `progress`."""
+    def __init__(self, buckets: Buckets, files: int, progress: Progress | None) -> None:
+        """Measure at the training sizes of `buckets`; `files` is the total for `progress`."""
         self.results: dict[Path, Measured] = {}
-        self._sizes, self._files, self._progress = sizes, files, progress
+        self._buckets, self._files, self._progress = buckets, files, progress
         self._lock = Lock()
 
     def __call__(self, path: Path, image: Image.Image) -> None:
         """Measure one picture, on the thread that decoded it."""
-        gray = at_training_size(image.convert("L"), self._sizes)
+        gray = at_training_size(image.convert("L"), self._buckets)
         measured = Measured(sharpness(np.asarray(gray)), perceptual_hash(gray))
         with self._lock:
             self.results[path] = measured
             report_progress(self._progress, len(self.results), self._files, path.name)
 
 
-def at_training_size(image: Image.Image, sizes: Sequence[Size]) -> Image.Image:
+def at_training_size(image: Image.Image, buckets: Buckets) -> Image.Image:
     """Return the image reduced to its training size; a smaller image is returned unchanged."""
     original = Size(*image.size)
-    resized = place(original, nearest_bucket(original, sizes)).resized
+    resized = buckets.fit(original).resized
     if resized.width >= original.width:
         return image
     # reducing_gap: average whole blocks of a large image first, which is much faster

@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What training would make of folders of pictures."""
+    """How a training would use folders of pictures, and possible mistakes in them."""
 
     folders: tuple[Path, ...]
     resolution_px: int

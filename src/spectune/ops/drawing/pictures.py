@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spectune.errors import InputError
+from spectune.files.text import UTF8, UnreadableText, read_text
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.sampling.contact_sheet import Column
 from spectune.training.data.captions.findings import content_findings, finding_warnings
-from spectune.training.data.captions.text import UnreadableText, read_text, text_lines
+from spectune.training.data.captions.text import text_lines
 
 SIDECAR = "metadata.jsonl"  # the default of data.caption.sidecar
 
@@ -86,14 +87,22 @@ def check_sheet_name(path: Path) -> None:
         )
 
 
-def read_captions(captions: Sequence[str], file: Path | None) -> list[str]:
-    """Return `captions` and the lines of a text file. Raises InputError if there are none."""
+def read_captions(
+    captions: Sequence[str], file: Path | None, notify: Callable[[str], None] = lambda text: None
+) -> list[str]:
+    """Return `captions` and the lines of a text file; `notify` gets its encoding if it is not UTF-8.
+
+    Raises InputError if there are no captions.
+    """
     lines: list[str] = []
     if file is not None:
         try:
-            lines = text_lines(read_text(file).text)
+            decoded = read_text(file)
         except UnreadableText as error:
             raise InputError(f"cannot read captions from {file}: it {error}") from error
+        if decoded.encoding != UTF8:
+            notify(f"{file.name} is read as {decoded.encoding}")
+        lines = text_lines(decoded.text)
     result = [*captions, *(line for line in lines if line)]
     if not result:
         raise InputError("no captions", hint="pass `captions`, or a text file as `captions_file`")

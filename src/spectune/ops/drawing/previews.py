@@ -15,8 +15,7 @@ from spectune.sampling.generate import Request, SampleSettings, size_step
 from spectune.sampling.prompts import Prompt, read_prompts
 from spectune.sampling.sampler_names import check_sampler_name, find_sampler
 from spectune.sampling.stages import draw_in_stages
-from spectune.training.callbacks import Callbacks
-from spectune.training.data.folders import scan_training, scan_validation
+from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.recipe.recipe import Recipe
 
 _CAPTIONS = 6  # pictures of a preview without prompts
@@ -43,6 +42,11 @@ class Previews(Callbacks):
         if recipe.run.preview is not None:
             self._prompts, self._notes = read_prompts(recipe.run.preview, self._defaults)
 
+    def on_start(self, start: RunStart) -> None:
+        if self._recipe.run.preview is None:
+            captions = enumerate(start.captions[:_CAPTIONS])
+            self._prompts = [Prompt(Request(caption, seed), self._defaults) for seed, caption in captions]
+
     def on_preview(self, step: int, model: StagedModel) -> Image.Image:
         prompts = self._current_prompts(model)
         drawn = self._draw(model, [self._fitted(prompt, model) for prompt in prompts])
@@ -63,7 +67,6 @@ class Previews(Callbacks):
         """Return the prompts as their file is now; if it cannot be read, as it was before."""
         file = self._recipe.run.preview
         if file is None:
-            self._prompts = self._prompts or self._captions()
             return self._prompts
         try:
             self._prompts, self._notes = read_prompts(file, self._defaults)
@@ -72,12 +75,6 @@ class Previews(Callbacks):
         for note in self._notes:
             self._show_once(model, note)
         return self._prompts
-
-    def _captions(self) -> list[Prompt]:
-        data = self._recipe.data
-        scan = scan_validation(data) or scan_training(data)
-        captions = list(dict.fromkeys(image.caption for image in scan.images))[:_CAPTIONS]
-        return [Prompt(Request(caption, seed), self._defaults) for seed, caption in enumerate(captions)]
 
     def _fitted(self, prompt: Prompt, model: StagedModel) -> Prompt:
         """Return the prompt with a sampler and a size that the model has."""

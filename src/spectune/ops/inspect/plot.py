@@ -1,4 +1,4 @@
-"""Draw the spectrum as a PNG file. No other module imports matplotlib."""
+"""Draw the spectrum as a PNG file."""
 
 # pyright: standard
 # The type stubs of matplotlib are incomplete.

@@ -9,11 +9,13 @@ from glob import escape
 from pathlib import Path
 from typing import Any, cast
 
+from spectune.errors import InputError
 from spectune.files.provenance import parse_json
 
 _STEP = re.compile(r"-step\d{8}$")
 _LARGEST_STATE = 16_000_000  # bytes of JSON
 _PREVIEWS = 3
+_MEAN_OF = 100  # training losses
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def run_facts(adapter: Path, base_hash: str | None) -> RunFacts:
         recipe=recipe,
         step=step,
         images=_integer(state.get("images")),
-        losses=_losses(folder / "logs" / name, step),
+        losses=_losses(folder / f"{name}-loss.csv", step),
         previews=previews[-_PREVIEWS:],
     )
 
@@ -74,27 +76,19 @@ def _step_of(preview: Path) -> int:
     return int(match[0].removeprefix("-step")) if match else 0
 
 
-def _losses(logs: Path, step: int | None) -> tuple[tuple[str, float], ...]:
-    """Return the first and last held-out loss, and the mean of the last training losses, up to a step."""
-    if not logs.is_dir():
-        return ()
+def _losses(table: Path, step: int | None) -> tuple[tuple[str, float], ...]:
+    """Return the first and last validation loss, and the mean of the last training losses, up to a step."""
+    from spectune.training.callbacks.loss_table import read_table  # its package loads diffusers
+
     try:
-        from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingTypeStubs]
-            EventAccumulator,
-        )
-    except ImportError:
+        rows = [row for row in read_table(table) if step is None or row.step <= step]
+    except InputError:  # it is another file: the losses are unknown
         return ()
-    log: Any = EventAccumulator(str(logs))
-    log.Reload()
-    values: dict[str, list[float]] = {
-        tag: [event.value for event in log.Scalars(tag) if step is None or event.step <= step]
-        for tag in ("loss/train", "loss/held_out")
-        if tag in log.Tags()["scalars"]
-    }
-    held_out, trained = values.get("loss/held_out", []), values.get("loss/train", [])[-100:]
+    validation = [row.validation_loss for row in rows if row.validation_loss is not None]
+    trained = [row.loss for row in rows if row.loss is not None][-_MEAN_OF:]
     losses: list[tuple[str, float]] = []
-    if held_out:
-        losses += [("validation loss, first", held_out[0]), ("validation loss, last", held_out[-1])]
+    if validation:
+        losses += [("validation loss, first", validation[0]), ("validation loss, last", validation[-1])]
     if trained:
         losses.append((f"training loss, mean of the last {len(trained)} values", sum(trained) / len(trained)))
     return tuple(losses)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import quoted
 from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.new.answers import Answers
@@ -64,7 +65,7 @@ def new(options: NewOptions) -> NewReport:
         memory = choose_memory(source, layout, pictures, options, answers)
     length = choose_length(len(pictures.images), memory.batch, options.steps)
     parts = Parts(name, out, options.model, prediction, pictures, memory, length)
-    command = f"spectune train {_quoted(out)}"
+    command = f"spectune train {quoted(out)}"
     settings, text = recipe_of(parts, command)
     parse_recipe(nested(settings), label=out.name)
     prompts = write_prompts(prompts_path(out), pictures.captions, force=options.force)
@@ -90,7 +91,3 @@ def name_of(folder: Path) -> str:
     if word.lower() in GENERIC_NAMES:
         word = folder.parent.name
     return re.sub(r"[^\w.-]+", "_", word).strip("._") or "style"
-
-
-def _quoted(path: Path) -> str:
-    return f'"{path.as_posix()}"' if " " in str(path) else path.as_posix()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -20,11 +19,14 @@ from spectune.ops.plan import parse_memory
 from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import Layout
+from spectune.sdxl.prediction_type import check_prediction, hinted_prediction
 from spectune.training.memory.account import Setup
 from spectune.training.memory.meter import MemoryMeter
 from spectune.training.memory.search import described
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.recipe.defaults import is_full_size
+from spectune.training.recipe.sections.model import VaeSection
+from spectune.training.trainable_model import check_channels
 
 PREDICTIONS: tuple[PredictionName, ...] = get_args(PredictionName)
 RANK, SMALL_RANK = 64, 16
@@ -63,7 +65,7 @@ class Length:
 
 
 def check_trainable(source: WeightSource) -> None:
-    """Raise InputError if a file is not a complete checkpoint with plain weights."""
+    """Raise InputError if a file is not a complete checkpoint that can be trained."""
     if is_adapter(source):
         raise InputError(
             f"{source.label} is an adapter: expected a checkpoint",
@@ -71,6 +73,8 @@ def check_trainable(source: WeightSource) -> None:
         )
     check_whole_model(source, hint="pass the original model")
     check_plain_weights(source)
+    check_prediction(source)
+    check_channels(source, VaeSection())
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def choose_prediction(
     declared = declared_prediction(source)
     if declared is not None:
         return KnownPrediction(declared, "declared by the checkpoint")
-    guess = _guess(source.label)
+    guess = hinted_prediction(source.label) or "eps"
     reply = answers.get(
         f"{source.label} does not declare its prediction type. Its page says it; most models are eps",
         guess,
@@ -101,13 +105,6 @@ def choose_prediction(
     if reply not in PREDICTIONS:
         raise InputError(f"unknown prediction type {reply!r}", hint=f"one of {', '.join(PREDICTIONS)}")
     return KnownPrediction(reply, "the checkpoint does not declare it: check the page of the model")
-
-
-def _guess(name: str) -> PredictionName:
-    """Guess the prediction type from the name of a file, as in `noobai-vpred-1.0`."""
-    if re.search(r"v[-_ ]?pred", name, re.IGNORECASE):
-        return "v"
-    return "flow" if re.search(r"(?<![a-z])(flow|rf)(?![a-z])", name, re.IGNORECASE) else "eps"
 
 
 def choose_memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def find_pictures(folder: Path, layout: Layout, answers: Answers) -> FoundPictur
         images=scan.images,
         validation=_validation(folder),
         resolution_px=_resolution(scan.images, is_full_size(layout)),
-        warnings=tuple(scan.warnings()) if not caption else (),
+        # pictures without a caption get the one that was asked for
+        warnings=tuple((replace(scan, empty_caption=()) if caption else scan).warnings()),
     )
 
 

@@ -11,7 +11,7 @@ from spectune.ops.options.values import FORCE_HELP
 
 @record
 class DatasetOptions(OperationOptions):
-    """Report what training would make of folders of pictures: sizes, crops, captions, tags, problems.
+    """Report how a training would use folders of pictures: sizes, crops, captions, tags, possible mistakes.
 
     It changes nothing, and the exit code is 0 with problems too.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
-from spectune.errors import InputError
+from spectune.errors import InputError, quoted
 from spectune.model.device import pip_install
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo, TrainReport
 from spectune.training.recipe.recipe import Recipe
@@ -45,9 +43,7 @@ def log_folder(recipe: Recipe) -> Path:
 
 def tensorboard_line(recipe: Recipe) -> str:
     """Return the command that shows the log of a run, to paste into the terminal of this system."""
-    folder = str(log_folder(recipe))
-    # cmd knows double quotes only; in bash, a `$` in double quotes is not text
-    return "tensorboard --logdir " + (f'"{folder}"' if os.name == "nt" else shlex.quote(folder))
+    return f"tensorboard --logdir {quoted(log_folder(recipe))}"
 
 
 class TrackerLog(Callbacks):

@@ -11,5 +11,6 @@ views: crop, orientation and color of an image in one draw.
 plan: the images of each batch.
 dataset: batches.
 latents, store: encode images, and keep latents on disk.
+encoding: encode all images of a run in the way of its recipe, or as exactly as the memory allows.
 gather: checks, warnings and caches for the images of a run.
 """

@@ -54,6 +54,10 @@ class Fit:
         """The share of the image that a crop removes, in 0..1."""
         return 1 - self.target.width * self.target.height / (self.resized.width * self.resized.height)
 
+    def centered(self, original: Size) -> Placement:
+        """Return the placement of the image, cropped at the center."""
+        return place(original, self.target, resized=self.resized)
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -113,7 +117,7 @@ class Placement:
     @property
     def cropped_share(self) -> float:
         """Return the share of the image's area that is cropped away."""
-        return 1 - self.target.width * self.target.height / (self.resized.width * self.resized.height)
+        return Fit(self.target, self.resized).area_lost
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:

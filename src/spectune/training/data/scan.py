@@ -1,4 +1,4 @@
-"""Scan a folder of images: usable images with captions and masks, and everything that may be a mistake."""
+"""Scan a folder of images: usable images with captions and masks, and possible mistakes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class DataFinding:
-    """Something in the folders that may be a mistake."""
+    """A possible mistake in the folders."""
 
     names: tuple[str, ...]  # of the files or folders, some with a reason
     noun: str  # of one of them
@@ -84,7 +84,7 @@ class DataFinding:
 
 @dataclass(frozen=True)
 class Scan:
-    """The images of some folders, and the findings that may be mistakes."""
+    """The images of some folders, and possible mistakes in them."""
 
     images: tuple[CaptionedImage, ...]
     ignored_folders: tuple[Path, ...] = ()
@@ -246,7 +246,7 @@ def _sharing(images: Sequence[Path], data: DataSection) -> tuple[Path, ...]:
 
 
 def _facts_or_reason(path: Path, data: DataSection, look: Look | None) -> _Facts | str:
-    """Return the facts of a usable image, or the reason to skip it."""
+    """Return the properties of a usable image, or the reason to skip it."""
     try:
         if path.is_file() and not path.stat().st_size:
             return "is an empty file"
@@ -258,7 +258,7 @@ def _facts_or_reason(path: Path, data: DataSection, look: Look | None) -> _Facts
 
 
 def _look_closely(path: Path, header: Header, data: DataSection, look: Look | None) -> _Facts | str:
-    """Decode an image and return its facts, or the reason to skip it."""
+    """Decode an image and return its properties, or the reason to skip it."""
     loaded = load_image(path)
     image = as_rgb(loaded)
     size = Size(*image.size)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from spectune.errors import quoted
 from spectune.model.device import drawing_dtype, parse_device
 from spectune.training.recipe.recipe import Recipe
 
@@ -73,7 +73,7 @@ def remedies(recipe: Recipe) -> tuple[str, ...]:
         found.append("a smaller data.resolution_px")
     if recipe.model.rank is not None:
         found.append("a smaller model.rank")
-    return (*found, f"`spectune plan {_quoted(recipe.model.checkpoint)}` finds settings that fit this card")
+    return (*found, f"`spectune plan {quoted(recipe.model.checkpoint)}` finds settings that fit this card")
 
 
 def _first_valid(recipe: Recipe, row: tuple[Callable[[Recipe], Change], ...]) -> str:
@@ -103,7 +103,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value).lower()
-
-
-def _quoted(path: Path) -> str:
-    return f'"{path}"' if " " in str(path) else str(path)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from spectune.errors import InputError, counted, printable
 from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS, check_options, traits_of
-from spectune.training.optim.schedules import rate_factor
+from spectune.training.optim.schedules import rate_factor, warmup_length
 from spectune.training.state import NEW_RUN_HINT, SavedState, StateHeader
 
 # Keys that may change, with all keys below them.
@@ -26,6 +26,7 @@ FREE = (
     "optimizer.part_learning_rates",
     "optimizer.schedule",
     "optimizer.warmup_steps",
+    "optimizer.warmup_share",
     "optimizer.cycles",
     "optimizer.power",
     "optimizer.final_share",
@@ -168,7 +169,9 @@ def _next_rates(header: StateHeader, step: int) -> dict[str, float]:
         section["schedule"],
         step,
         steps=header.steps,
-        warmup_steps=section["warmup_steps"],
+        warmup_steps=warmup_length(
+            header.steps, warmup_steps=section["warmup_steps"], warmup_share=section["warmup_share"]
+        ),
         cycles=section["cycles"],
         power=section["power"],
         final_share=section["final_share"],

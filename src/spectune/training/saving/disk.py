@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectune.errors import counted
 from spectune.training.memory.optimizer_state import optimizer_bytes
+from spectune.training.recipe.sections.run import RunSection
 from spectune.training.run import Progress, Run
 from spectune.training.saving.intervals import is_due
 
@@ -25,6 +26,15 @@ class SavePlan:
     adapter_bytes: int
     states: int
     state_bytes: int
+
+    @classmethod
+    def of(cls, settings: RunSection, saves: int, *, adapter_bytes: int, state_bytes: int) -> SavePlan:
+        """Return the plan of a run with a number of saves before its end, which is saved too."""
+        adapters = saves if settings.keep_last_adapters is None else min(saves, settings.keep_last_adapters)
+        by_clock = settings.keep_last if settings.save_every_minutes else 0
+        # a new state is complete before the oldest one is removed
+        states = min(max(saves, by_clock), settings.keep_last) + 1
+        return cls(adapters + 1, adapter_bytes, states, state_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +52,6 @@ class SavePlan:
 
 def plan_saves(run: Run, progress: Progress) -> SavePlan:
     """Return the saves from here to the end of the run, with the final ones."""
-    settings = run.recipe.run
     saves = sum(
         is_due(
             run,
@@ -52,14 +61,8 @@ def plan_saves(run: Run, progress: Progress) -> SavePlan:
         )
         for number in range(1, run.steps - progress.step)
     )
-    adapters = saves if settings.keep_last_adapters is None else min(saves, settings.keep_last_adapters)
-    by_clock = settings.keep_last if settings.save_every_minutes else 0
-    return SavePlan(
-        adapters=adapters + 1,
-        adapter_bytes=_adapter_bytes(run),
-        # a new state is complete before the oldest one is removed
-        states=min(max(saves, by_clock) + 1, settings.keep_last + 1),
-        state_bytes=_state_bytes(run),
+    return SavePlan.of(
+        run.recipe.run, saves, adapter_bytes=_adapter_bytes(run), state_bytes=_state_bytes(run)
     )
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from spectune.files.text import UnreadableText
 from spectune.training.data.captions.formats import caption_of, parse_json
-from spectune.training.data.captions.text import UnreadableText
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_records(record: object, caption: str | None) -> None:
     assert caption_of(record) == caption
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"caption": ' + "9" * 5000 + "}"])
 def test_damaged_json(text: str) -> None:
     with pytest.raises(UnreadableText, match="is not JSON"):
         parse_json(text)

@@ -4,14 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spectune.training.data.captions.text import (
-    LARGEST_CAPTION,
-    UnreadableText,
-    decode,
-    has_more_lines,
-    read_text,
-    used_lines,
-)
+from spectune.files.text import UnreadableText, decode, read_text
+from spectune.training.data.captions.text import LARGEST_CAPTION, has_more_lines, used_lines
 
 TEXT = "a café, 猫 \u2028 on a mat\n"
 

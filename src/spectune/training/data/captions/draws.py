@@ -1,4 +1,4 @@
-"""The caption of one draw: a line, words of wildcards, tags that are shuffled or dropped."""
+"""Make the caption of one draw: choose a line and the words of wildcards, shuffle and drop tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be a mistake in captions: counted, with one line for each kind."""
+"""Possible mistakes in captions: counted, with one line for each kind."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from spectune.training.data.captions.text import UnreadableText
+from spectune.files.text import UnreadableText
 
 # What an image shows, in the order of booru prompts. Others, such as `meta` and `rating`, are not captions.
 KINDS = ("character", "copyright", "artist", "species", "general")
@@ -21,7 +21,7 @@ def parse_json(text: str) -> object:
     """
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers with thousands of digits
         raise UnreadableText(f"is not JSON: {error}") from error
 
 

@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectune.files.text import UTF8, UnreadableText, read_text
 from spectune.training.data.captions.draws import fixed_caption, template_of
 from spectune.training.data.captions.findings import CaptionFinding, FindingKind, content_findings
 from spectune.training.data.captions.formats import caption_of, parse_json
 from spectune.training.data.captions.sidecars import Sidecar, read_sidecar
-from spectune.training.data.captions.text import (
-    LARGEST_CAPTION,
-    UTF8,
-    UnreadableText,
-    has_more_lines,
-    read_text,
-    used_lines,
-)
+from spectune.training.data.captions.text import LARGEST_CAPTION, has_more_lines, used_lines
 from spectune.training.recipe.sections.captions import CaptionSection
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError
+from spectune.files.text import UnreadableText, read_text
 from spectune.training.data.captions.formats import caption_of, parse_json
-from spectune.training.data.captions.text import UnreadableText, read_text
 from spectune.training.data.pictures.formats import is_picture
 
 _LINE_HINT = 'a line looks like {"file_name": "cat.png", "text": "a cat"}'
@@ -84,13 +84,7 @@ def _lines(path: Path, text: str) -> dict[str, str]:
 
 
 def _entry(line: str, where: str) -> tuple[str, str]:
-    try:
-        entry: Any = parse_json(line)
-    except UnreadableText as error:
-        raise InputError(f"{where} {error}", hint=_LINE_HINT) from error
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} is not an object", hint=_LINE_HINT)
-    fields = cast("dict[str, Any]", entry)
+    fields = _object(line, where, _LINE_HINT)
     name, text = fields.get("file_name"), fields.get("text")
     if not isinstance(name, str) or not isinstance(text, str):
         key = "text" if isinstance(name, str) else "file_name"
@@ -100,15 +94,20 @@ def _entry(line: str, where: str) -> tuple[str, str]:
 
 def _metadata(path: Path, text: str) -> dict[str, str]:
     """Return the captions of sd-scripts' metadata. Entries without a caption are left out."""
-    try:
-        document: Any = parse_json(text)
-    except UnreadableText as error:
-        raise InputError(f"{path} {error}", hint=_METADATA_HINT) from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is not an object", hint=_METADATA_HINT)
-    entries = cast("dict[str, Any]", document)
+    entries = _object(text, str(path), _METADATA_HINT)
     found = {key: caption_of(record) for key, record in entries.items() if _parts(key)}
     return {key: caption for key, caption in found.items() if caption is not None}
+
+
+def _object(text: str, where: str, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a text."""
+    try:
+        value = parse_json(text)
+    except UnreadableText as error:
+        raise InputError(f"{where} {error}", hint=hint) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not an object", hint=hint)
+    return cast("dict[str, Any]", value)
 
 
 def _parts(key: str) -> tuple[str, ...]:

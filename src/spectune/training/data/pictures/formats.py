@@ -24,39 +24,12 @@ HEIF_INSTALL = 'pip install "spectune[heif]"'
 
 # Formats that are counted when they lie beside images.
 _OTHER_SUFFIXES = frozenset(
-    [
-        ".arw",
-        ".cr2",
-        ".cr3",
-        ".dds",
-        ".dng",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".ico",
-        ".j2k",
-        ".jp2",
-        ".jxl",
-        ".kra",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".nef",
-        ".orf",
-        ".pcx",
-        ".pdf",
-        ".pgm",
-        ".ppm",
-        ".psd",
-        ".qoi",
-        ".raf",
-        ".rw2",
-        ".svg",
-        ".tga",
-        ".webm",
-        ".xcf",
-    ]
-)
+    {
+        ".arw", ".cr2", ".cr3", ".dds", ".dng", ".eps", ".exr", ".hdr", ".ico", ".j2k", ".jp2",
+        ".jxl", ".kra", ".mkv", ".mov", ".mp4", ".nef", ".orf", ".pcx", ".pdf", ".pgm", ".ppm",
+        ".psd", ".qoi", ".raf", ".rw2", ".svg", ".tga", ".webm", ".xcf",
+    }
+)  # fmt: skip
 
 # A larger image takes more than 0.5 GB to decode. Photos of 108 million pixels, from phones, are smaller.
 MOST_PIXELS = 128_000_000

@@ -80,7 +80,7 @@ def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.I
 
 
 def _probe(mode: str) -> Image.Image:
-    """Return an image with colors from the whole range of a mode."""
+    """Return a test image with colors from the whole range of a mode, such as RGB."""
     if mode == "CMYK":
         return Image.new("CMYK", (1, 1))
     if mode == "L":

@@ -13,10 +13,9 @@ from torch import Tensor
 from spectune.errors import InputError
 from spectune.model.network import Sdxl
 from spectune.training.callbacks import Callbacks, TrainReport
-from spectune.training.data import latents
+from spectune.training.data import encoding, latents
 from spectune.training.data.latents import encode_posteriors
 from spectune.training.loop import train
-from spectune.training.memory import encoding
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.state import load_state
 from tests.training.conftest import MakeRecipe
