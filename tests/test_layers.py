@@ -192,7 +192,17 @@ def test_core_imports_only_torch() -> None:
         assert {name.split(".")[0] for name in names} <= allowed, path.name
 
 
-FILE_OPERATIONS = ("inspect", "null", "split", "verify", "rebuild", "export", "slice", "convert")
+FILE_OPERATIONS = (
+    "inspect",
+    "null",
+    "split",
+    "verify",
+    "rebuild",
+    "export",
+    "slice",
+    "convert",
+    "recipe_import",
+)
 
 
 def test_operations_on_files_load_no_network_library() -> None:
@@ -222,3 +232,10 @@ def test_folders_have_at_most_fifteen_files() -> None:
     folders = {path.parent for path in FILES} - {SRC / PACKAGE}
     counts = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
     assert {name: count for name, count in counts.items() if count > MOST_FILES_PER_FOLDER} == {}
+
+
+def test_dataset_loads_no_network() -> None:
+    """Counting tokens needs transformers. The networks themselves are in diffusers, which takes seconds to load."""
+    code = "import sys, spectune.ops.dataset; print(*sorted({'accelerate', 'diffusers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -21,8 +21,9 @@ from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.training import output
 from spectune.training.callbacks import Callbacks, WarningLog
-from spectune.training.data.gather import check_sizes, training_sizes
+from spectune.training.data.gather import check_sizes
 from spectune.training.data.plan import BatchPlan
+from spectune.training.data.sizes import training_sizes
 from spectune.training.memory.account import Memory, Setup
 from spectune.training.memory.meta_model import empty_model
 from spectune.training.memory.meter import MemoryMeter

@@ -31,12 +31,11 @@ from spectune.training.data.gather import (
     check_sizes,
     data_hash,
     data_warnings,
-    training_buckets,
-    training_sizes,
 )
 from spectune.training.data.pictures.epoch import described_epoch
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
+from spectune.training.data.sizes import training_buckets, training_sizes
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion

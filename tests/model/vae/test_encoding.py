@@ -15,7 +15,8 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.files.source import TensorInfo
 from spectune.model.network import Sdxl, build_model
 from spectune.model.vae import encoding, fitting
-from spectune.model.vae.encoding import EncodeWay, encoder_of, encoding_bytes, most_exact_way
+from spectune.model.vae.encoding import encoder_of, encoding_bytes, most_exact_way
+from spectune.model.vae.ways import EncodeWay
 from spectune.sdxl.inference import layout_of
 from spectune.training.memory.live_bytes import LiveBytes, attention_of_gpus
 from spectune.training.memory.meta_model import empty_model

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spectune.training.data.buckets import Buckets, Size, bucket_sizes, nearest_bucket, place
-from spectune.training.data.gather import training_buckets
 from spectune.training.data.images import render
+from spectune.training.data.sizes import training_buckets
 from spectune.training.recipe.sections.data import DataSection
 
 SIZES = st.builds(Size, st.integers(20, 3000), st.integers(20, 3000))

@@ -5,9 +5,7 @@ The bytes of one picture are counted in tests/model/vae/test_encoding.py, on a f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 
@@ -15,16 +13,8 @@ from spectune.model.device import drawing_dtype
 from spectune.model.network import Sdxl
 from spectune.model.vae.fitting import fits, in_bfloat16
 from spectune.model.vae.tiles import TILE_PX
+from spectune.model.vae.ways import ENCODE_WAYS, EncodeWay
 from spectune.sdxl.layout import VaeLayout
-
-EncodeWay = Literal["float32", "bfloat16", "tiles"]
-ENCODE_WAYS: tuple[EncodeWay, ...] = get_args(EncodeWay)  # the most exact one first
-# The difference of latents to those of float32 in one piece (docs/reference/vae.md)
-ENCODE_ERRORS: Mapping[EncodeWay, str] = {
-    "float32": "exact",
-    "bfloat16": "latents differ by about 0.7 %",
-    "tiles": "latents differ by about 2 %",
-}
 
 
 def encoding_bytes(layout: VaeLayout, pixels: int, way: EncodeWay = "float32") -> int:

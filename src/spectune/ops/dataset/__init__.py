@@ -27,9 +27,9 @@ from spectune.sdxl.layout import SDXL
 from spectune.training.data.buckets import Buckets
 from spectune.training.data.captions.findings import finding_warnings
 from spectune.training.data.folders import scan_training
-from spectune.training.data.gather import training_buckets
 from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.scan import Scan
+from spectune.training.data.sizes import training_buckets
 from spectune.training.recipe.defaults import bucket_defaults
 from spectune.training.recipe.sections.data import BucketSection, DataSection
 

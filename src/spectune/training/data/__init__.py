@@ -5,7 +5,8 @@ scan: the contents of one folder.
 pictures: find picture files, open them, convert their colors.
 images, masks: read one file.
 captions: read captions, and vary them between draws.
-buckets: training sizes, and the placement of an image in one of them.
+sizes: the training sizes of a recipe.
+buckets: sizes of nearly equal area, and the placement of an image in one of them.
 color: random changes of color.
 views: crop, orientation and color of an image in one draw.
 plan: the images of each batch.

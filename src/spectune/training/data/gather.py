@@ -8,40 +8,18 @@ from functools import partial
 
 from spectune.errors import InputError, counted
 from spectune.model.network import Sdxl
-from spectune.model.vae.encoding import ENCODE_ERRORS, EncodeWay
+from spectune.model.vae.ways import ENCODE_ERRORS, EncodeWay
 from spectune.training.callbacks import Callbacks, stage
-from spectune.training.data.buckets import Buckets, Size, bucket_sizes
+from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_pictures, vae_key
 from spectune.training.data.scan import Scan
 from spectune.training.data.store import LatentStore
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, BucketSection, DataSection
 from spectune.training.validation import ValidationImages
 
 MOST_AREA_LOST = 0.05  # mean share that is cropped away without a warning
-
-
-def training_sizes(data: DataSection) -> tuple[Size, ...]:
-    """Return all training sizes in pixels; with `no_upscale`, the largest square of each resolution."""
-    return tuple(size for buckets in training_buckets(data) for size in buckets.sizes)
-
-
-def training_buckets(data: DataSection) -> tuple[Buckets, ...]:
-    """Return the training sizes of each resolution of a recipe with its defaults filled in."""
-    return tuple(_buckets(resolution, data.bucket) for resolution in data.resolutions)
-
-
-def _buckets(resolution: int, bucket: BucketSection) -> Buckets:
-    if not bucket.enabled:
-        return Buckets((Size(resolution, resolution),))
-    step = bucket.step_px or DEFAULT_STEP_PX
-    if bucket.no_upscale:
-        side = resolution // step * step
-        return Buckets((Size(side, side),), step, kept_area=resolution**2)
-    minimum, maximum = bucket.sides(resolution)
-    return Buckets(bucket_sizes(resolution, minimum=minimum, maximum=maximum, step=step), step)
 
 
 def check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:

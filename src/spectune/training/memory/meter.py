@@ -16,7 +16,8 @@ from spectune.model.network import Sdxl
 from spectune.model.packed_linear import NF4_BLOCK
 from spectune.model.quantize import linear_layers
 from spectune.model.streamed_layers import large_layers
-from spectune.model.vae.encoding import ENCODE_WAYS, encoder_of
+from spectune.model.vae.encoding import encoder_of
+from spectune.model.vae.ways import ENCODE_WAYS
 from spectune.model.weight_stream import ring_size
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout

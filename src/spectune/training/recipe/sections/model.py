@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.convention import KNOWN_VAES
-from spectune.model.vae.encoding import EncodeWay
+from spectune.model.vae.ways import EncodeWay
 from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_RANK, OneOf, Section
 
 PartName = Literal["unet", "te1", "te2"]
