@@ -14,8 +14,8 @@ MARKER = "<!-- Generated below this line by `python dev.py docs --write`. -->\n"
 PAGES: dict[str, str] = {
     "concepts/evidence.md": "experiments.page:text",
     "reference/commands.md": "docs.operations:commands_page",
-    "reference/kohya-flags.md": "spectune.interop.kohya.flags:flags_page",
-    "reference/recipe-keys.md": "spectune.training.recipe.reference:recipe_reference",
+    "reference/kohya-flags.md": "docs.kohya_flags:flags_page",
+    "reference/recipe-keys.md": "docs.recipe_keys:recipe_reference",
 }
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from docs.kohya_flags import flags_page
 from spectune.errors import InputError
 from spectune.interop.kohya.command_line import parse_command
 from spectune.interop.kohya.derived import OPTIMIZER_NAMES
-from spectune.interop.kohya.flags import NETWORK_ARGS, RULES, convert_flag, flags_page
+from spectune.interop.kohya.flags import RULES, convert_flag
+from spectune.interop.kohya.flags.model import NETWORK_ARGS
 from spectune.interop.kohya.importer import import_command
 from spectune.training.recipe.commented import nested
 from spectune.training.recipe.recipe import Recipe

@@ -9,8 +9,7 @@ from pathlib import Path
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.interop.kohya.command_line import Command, parse_command
-from spectune.interop.kohya.config_files import parse_file, read_text, with_config_file
-from spectune.interop.kohya.dataset_config import with_dataset_config
+from spectune.interop.kohya.config_files import parse_file, with_config_file, with_dataset_config
 from spectune.interop.kohya.importer import ImportedRecipe, import_command, replaced_by_split, trainer_dtype
 from spectune.interop.kohya.recipe_file import recipe_text
 from spectune.operation import operation
@@ -37,7 +36,7 @@ def recipe_import(options: ImportOptions) -> ImportReport:
     """Write the recipe that is equivalent to a command of sd-scripts, with a verdict for each flag."""
     folder = _folder_of(options.command)
     command = with_config_file(read_command(options.command), folder)
-    command = with_dataset_config(command, folder, read_text)
+    command = with_dataset_config(command, folder)
     split = replaced_by_split(command)
     if split is not None:
         return ImportReport(None, None, split, trainer_dtype(command))

@@ -7,9 +7,9 @@ import pytest
 from annotated_types import Ge, Le
 from pydantic import BaseModel, Field
 
+from docs.recipe_keys import recipe_reference, type_in_words
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.recipe import Recipe, section_of
-from spectune.training.recipe.reference import recipe_reference, type_in_words
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "recipe-keys.md"
 

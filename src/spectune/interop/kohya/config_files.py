@@ -1,16 +1,31 @@
-"""Read scripts and settings files, and the configuration file that a command names."""
+"""Read scripts and settings files, and the configuration files that a command names.
+
+The subsets of a --dataset_config become [[data.sets]] (source: library/config_util.py of sd-scripts). A
+subset inherits from its dataset, from [general], and from the command. spectune has most of these settings
+once for all images, so a setting that differs between subsets is reported.
+"""
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError, printable
-from spectune.interop.kohya.command_line import LONGEST_TEXT, SCRIPTS, Command, Flag, parse_command
-from spectune.interop.kohya.dataset_config import PARENT, is_dataset_config, with_images
+from spectune.interop.kohya.command_line import LONGEST_TEXT, SCRIPTS, Command, Dataset, Flag, parse_command
 from spectune.interop.kohya.gui import parse_gui_json
+from spectune.interop.kohya.rules import PathText
+
+PARENT = "dataset_config"
+Table = Mapping[str, Any]
+
+# Settings of one subset. All others apply to all images.
+_OF_A_SET = ("image_dir", "num_repeats", "class_tokens", "is_reg", "metadata_file", "conditioning_data_dir")
+_FLAG_NAMES = {"batch_size": "train_batch_size"}
+_REPLACED = ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats")  # sd-scripts ignores them
 
 
 def parse_toml(text: str, label: str) -> Command:
@@ -99,3 +114,119 @@ def with_config_file(command: Command, folder: Path) -> Command:
     config = parse_toml(read_text(path), path.name)
     added = tuple(flag for flag in config.flags if not command.has(flag.name))
     return replace(command, flags=command.flags + added)
+
+
+# ---------------------------------------------------------------- --dataset_config
+
+
+def is_dataset_config(data: Table) -> bool:
+    datasets = data.get("datasets")
+    return isinstance(datasets, list) and all(isinstance(item, dict) for item in cast("list[Any]", datasets))
+
+
+def with_dataset_config(command: Command, folder: Path) -> Command:
+    """Return `command` with the images of its --dataset_config. A missing file is left to the flag's rule.
+
+    A relative path starts in `folder`.
+    """
+    name = command.value(PARENT)
+    if name is None or command.dataset is not None or not (folder / name).is_file():
+        return command
+    path = folder / name
+    return with_images(command, parse_dataset_config(read_text(path), path.name), path.name)
+
+
+def parse_dataset_config(text: str, label: str) -> Table:
+    """Return the content of a .toml or .json file.
+
+    Raises:
+        InputError: It is neither, or has no list of datasets.
+    """
+    try:
+        data: Any = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{label} is not a valid dataset config: {printable(str(error))}") from error
+    if not isinstance(data, dict) or not is_dataset_config(cast("Table", data)):
+        raise InputError(f"{label} is no dataset config: expected [[datasets]] with [[datasets.subsets]]")
+    return cast("Table", data)
+
+
+def with_images(command: Command, config: Table, label: str) -> Command:
+    """Return `command` with the sets of `config`, and with its other settings as flags.
+
+    Raises:
+        InputError: No subset names a folder of images.
+    """
+    subsets = list(_subsets(config))
+    problems: list[tuple[Flag, str]] = []
+    sets = [one for subset in subsets if (one := _image_set(subset, problems)) is not None]
+    if not sets:
+        raise InputError(
+            f"{label} has no subset with `image_dir`", hint="each subset names a folder of images"
+        )
+    shared = sorted({key for subset in subsets for key in subset} - set(_OF_A_SET))
+    added: list[Flag] = []
+    overridden: set[str] = set()
+    for key in shared:
+        name = _FLAG_NAMES.get(key, key)
+        values = [_text(subset[key]) if key in subset else _of_command(command, name) for subset in subsets]
+        distinct = list(dict.fromkeys(values))
+        if len(distinct) > 1:
+            words = tuple(" ".join(value) or "on" if value is not None else "default" for value in distinct)
+            why = f"all images have one value: subsets differ; the recipe uses {words[0]}"
+            problems.append((Flag(key, words, parent=PARENT), why))
+        overridden.add(name)
+        added += [] if values[0] is None else [Flag(name, values[0], parent=PARENT)]
+    dropped = sorted({flag.name for flag in command.flags if flag.name in (*_REPLACED, *overridden)})
+    notes = [f"dropped: --{name}: the dataset config replaces it" for name in dropped]
+    kept = tuple(flag for flag in command.flags if flag.name not in dropped)
+    return replace(
+        command,
+        flags=(*kept, *added),
+        notes=(*command.notes, *notes),
+        dataset=Dataset(tuple(sets), tuple(problems)),
+    )
+
+
+def _subsets(config: Table) -> Iterator[dict[str, Any]]:
+    """Yield each subset with the settings that it inherits from its dataset and from [general]."""
+    general = config.get("general", {})
+    for dataset in config["datasets"]:
+        own = {key: value for key, value in dataset.items() if key != "subsets"}
+        for subset in dataset.get("subsets", []):
+            yield {**general, **own, **subset}
+
+
+def _image_set(subset: Table, problems: list[tuple[Flag, str]]) -> dict[str, Any] | None:
+    """Return the table of one subset, or None for a subset that sd-scripts skips."""
+    folder = str(subset.get("image_dir", ""))
+    for key, why in (
+        ("metadata_file", "write captions as .txt files or as metadata.jsonl in the folder of the images"),
+        ("conditioning_data_dir", "put the masks into the image folder: cat.mask.png for cat.webp"),
+    ):
+        if key in subset:
+            problems.append((Flag(key, (str(subset[key]),), parent=PARENT), why))
+    repeats = subset.get("num_repeats", 1)
+    if not folder or not isinstance(repeats, int) or repeats < 1:
+        why = "this subset is left out: it needs a folder, and at least one repeat"
+        problems.append((Flag("image_dir", (folder or "(none)",), parent=PARENT), why))
+        return None
+    images: dict[str, Any] = {"path": PathText(folder), "repeats": repeats}
+    if tokens := subset.get("class_tokens"):
+        images["caption"] = str(tokens)
+    if subset.get("is_reg"):
+        images["regularisation"] = True
+    return images
+
+
+def _text(value: Any) -> tuple[str, ...] | None:
+    """Return the values of a flag, () for a switch that is on, or None for one that is off."""
+    if value is True:
+        return ()
+    if value is None or value is False or value == "":
+        return None
+    return (",".join(map(str, cast("list[Any]", value))) if isinstance(value, list) else str(value),)
+
+
+def _of_command(command: Command, name: str) -> tuple[str, ...] | None:
+    return command.values(name) if command.has(name) else None

@@ -9,7 +9,6 @@ from spectune.interop.kohya.command_line import Command
 from spectune.interop.kohya.rules import literal, number
 from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName
-from spectune.training.recipe.sections.run import OptimizerSection
 
 Objective = Literal["eps", "v", "flow"]
 
@@ -87,16 +86,6 @@ def traits(command: Command) -> Traits:
     """Return the traits of the recipe's optimizer with its options."""
     name = optimizer_name(kohya_optimizer(command)) or "adamw"
     return traits_of(name, check_options(name, options_of(command)))
-
-
-def schedule_free(command: Command) -> bool:
-    """Return whether a recipe with this optimizer may not have a learning rate schedule."""
-    name = optimizer_name(kohya_optimizer(command)) or "adamw"
-    try:
-        OptimizerSection(name=name, options=options_of(command), schedule="linear")
-    except ValueError:
-        return True
-    return False
 
 
 def network_argument(command: Command, name: str) -> str | None:

@@ -40,6 +40,8 @@ class FlagResult:
 
 
 LARGEST = 2**53  # larger whole numbers are not exact as floats
+MEMORY = "run.gradient_checkpointing, run.offload, run.stream and model.quantize control memory"
+ZERO = ("0", "0.0")
 Results = tuple[FlagResult, ...]
 Convert = Callable[[Flag, Command], Results]
 
@@ -131,6 +133,11 @@ def custom(summary: str, convert: Convert, *, max_values: int | None = 1) -> Fla
 def custom_switch(summary: str, convert: Convert) -> FlagRule:
     """Return the rule of a switch with its own `convert`."""
     return custom(summary, convert, max_values=0)
+
+
+def each(names: str, rule: FlagRule, *, prefix: str = "") -> dict[str, FlagRule]:
+    """Return the rule for each of some flags. Spaces separate their names, which follow `prefix`."""
+    return {prefix + name: rule for name in names.split()}
 
 
 # ---------------------------------------------------------------- values

@@ -2,36 +2,118 @@
 
 from __future__ import annotations
 
+import math
+import posixpath
+import re
 from collections.abc import Mapping
+from pathlib import PureWindowsPath
 
-from spectune.interop.kohya.converters import (
-    bucket_steps,
-    cache_latents,
-    cache_text,
-    dataset_config,
-    dataset_repeats,
-    in_json,
-    keep_tokens,
-    masked_loss,
-    resolution,
-    train_data_dir,
-    wildcards,
-)
+from spectune.interop.kohya import derived
+from spectune.interop.kohya.command_line import Command, Flag
 from spectune.interop.kohya.rules import (
+    ZERO,
+    FlagResult,
     FlagRule,
+    PathText,
+    Results,
     custom,
     custom_switch,
+    each,
+    ignored,
     ignores,
     number,
+    only_value,
     path,
     refuses,
     switches,
+    taken,
     takes,
+    unsupported,
     whole_number,
 )
 
-_FALSE = ("False", "false", "0")
-_ZERO = ("0", "0.0")
+
+def train_data_dir(flag: Flag, command: Command) -> Results:
+    folder = path(only_value(flag))
+    if not command.has("in_json"):
+        return taken(flag, {"data.folders": [folder]}, "the parent of `N_name` folders")
+    repeats = whole_number(command.value("dataset_repeats") or "1")
+    return taken(flag, {"data.sets": [{"path": folder, "repeats": repeats}]}, "one folder with all images")
+
+
+def dataset_config(flag: Flag, command: Command) -> Results:
+    if command.dataset is None:
+        return unsupported(flag, "the file is not here; its subsets become [[data.sets]]")
+    problems = tuple(FlagResult(part, "unsupported", why) for part, why in command.dataset.problems)
+    return (*taken(flag, {"data.sets": list(command.dataset.sets)}), *problems)
+
+
+def dataset_repeats(flag: Flag, command: Command) -> Results:
+    if not command.has("in_json"):
+        return ignored(flag, "it requires --in_json; the names of folders contain their repeats")
+    return ignored(flag, "`repeats` in data.sets")
+
+
+def in_json(flag: Flag, command: Command) -> Results:
+    if command.has("generate_caption_database"):
+        return ignored(flag, "it is made from the caption files, which spectune reads itself")
+    file, folder = (
+        PureWindowsPath(text) for text in (only_value(flag), command.value("train_data_dir") or "")
+    )
+    if not file.is_absolute() and not file.root:
+        if folder.is_absolute() or folder.root:
+            return unsupported(flag, "data.caption.sidecar is relative to the folder of the images")
+        file = PureWindowsPath(posixpath.relpath(file.as_posix(), folder.as_posix()))
+    return taken(flag, {"data.caption.sidecar": [file.as_posix()]}, "relative to the folder of the images")
+
+
+def wildcards(flag: Flag, command: Command) -> Results:
+    settings = {"data.caption.wildcards": True, "data.caption.lines": "random"}
+    return taken(flag, settings, "sd-scripts then also draws one of several lines")
+
+
+def resolution(flag: Flag, command: Command) -> Results:
+    sides = [whole_number(side) for side in re.split(r"[,\sx]+", " ".join(flag.values).strip())]
+    if len(sides) not in (1, 2) or min(sides) <= 0:
+        raise ValueError("expected one or two sides in pixels")
+    edge = round(math.sqrt(sides[0] * sides[-1]))
+    is_square = sides[0] == sides[-1]
+    return taken(flag, {"data.resolution_px": edge}, "" if is_square else "a square with as many pixels")
+
+
+def bucket_steps(flag: Flag, command: Command) -> Results:
+    step = whole_number(only_value(flag))
+    rounded = max(8, -(-step // 8) * 8)
+    return taken(flag, {"data.bucket.step_px": rounded}, "" if rounded == step else "a multiple of 8")
+
+
+def keep_tokens(flag: Flag, command: Command) -> Results:
+    count = whole_number(only_value(flag))
+    if count and not derived.captions_vary(command):
+        return ignored(flag, "the order of tags changes only with --shuffle_caption")
+    return taken(flag, {"data.caption.keep_tokens": count})
+
+
+def cache_latents(flag: Flag, command: Command) -> Results:
+    if derived.pixels_vary(command):
+        return ignored(flag, "crops or colors vary; data.cache_variants caches several of each image")
+    settings: dict[str, object] = {"data.cache_latents": True}
+    if flag.name == "cache_latents_to_disk":
+        settings["data.cache_folder"] = PathText(f"{command.value('output_dir') or 'output'}/latents")
+    return taken(flag, settings)
+
+
+def cache_text(flag: Flag, command: Command) -> Results:
+    if derived.captions_vary(command) or derived.parts_of(command) != ("unet",):
+        return ignored(flag, "the encoders train or the captions vary, so their outputs cannot be cached")
+    return taken(flag, {"data.cache_text": True})
+
+
+def masked_loss(flag: Flag, command: Command) -> Results:
+    if command.has("alpha_mask"):
+        return taken(flag, {"data.mask": "alpha"})
+    return taken(flag, {"data.mask": "file"}, "the mask of cat.webp is cat.mask.png in the same folder")
+
 
 DATA: Mapping[str, FlagRule] = {
     "train_data_dir": custom(
@@ -72,7 +154,7 @@ DATA: Mapping[str, FlagRule] = {
     "caption_prefix": takes("data.caption.prefix", str),
     "caption_suffix": takes("data.caption.suffix", str),
     "caption_dropout_rate": takes("data.caption.dropout_probability", number),
-    "caption_dropout_every_n_epochs": refuses("captions are dropped at random", unless=_ZERO),
+    "caption_dropout_every_n_epochs": refuses("captions are dropped at random", unless=ZERO),
     "caption_tag_dropout_rate": takes("data.caption.tag_dropout_probability", number),
     "token_warmup_min": refuses("all tags are used from the start", unless=("1",)),
     "token_warmup_step": refuses("all tags are used from the start", unless=("0",)),
@@ -95,16 +177,17 @@ DATA: Mapping[str, FlagRule] = {
     "text_encoder_batch_size": ignores("captions are encoded before training"),
     "vae_batch_size": ignores("images are encoded before training"),
     "protected_tags_file": refuses("`data.caption.keep_tokens` and `keep_tokens_separator` protect tags"),
-    "log_caption_dropout": ignores("spectune does not log the captions of each step"),
-    "log_caption_tag_dropout": ignores("spectune does not log the captions of each step"),
+    **each(
+        "log_caption_dropout log_caption_tag_dropout",
+        ignores("spectune does not log the captions of each step"),
+    ),
     "use_zero_cond_dropout": refuses(
-        "a dropped caption is encoded as an empty text, as in sd-scripts", unless=_FALSE
+        "a dropped caption is encoded as an empty text, as in sd-scripts", unless=("False", "false", "0")
     ),
     "skip_existing": ignores("the cache key is the content of image and VAE"),
     "network_multiplier": refuses("the change is always trained at full strength", unless=("1", "1.0")),
     "custom_attributes": ignores("sd-scripts does not use them for SDXL"),
-    "skip_cache_check": ignores("the cache key is the content of image and VAE"),
-    "cache_info": ignores("the cache key is the content of image and VAE"),
+    **each("skip_cache_check cache_info", ignores("the cache key is the content of image and VAE")),
     "max_data_loader_n_workers": takes("data.workers", whole_number),
     "prefetch_factor": ignores("the data loader of torch has its default"),
     "persistent_data_loader_workers": ignores("workers always persist"),

@@ -1,22 +1,28 @@
-"""Converters of flags for optimizer, learning rates and schedule. flags.py lists them."""
+"""The flags of sd-scripts for optimizer, learning rates and schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from spectune.errors import did_you_mean
 from spectune.interop.kohya import derived
 from spectune.interop.kohya.command_line import Command, Flag
 from spectune.interop.kohya.rules import (
+    MEMORY,
     FlagResult,
     FlagRule,
     Results,
     custom,
+    custom_switch,
+    each,
     ignored,
+    ignores,
     literal,
     number,
     only_value,
+    refuses,
     taken,
+    takes,
     unsupported,
     whole_number,
 )
@@ -112,7 +118,7 @@ _SCHEDULE_NAMES = {
 
 def lr_scheduler(flag: Flag, command: Command) -> Results:
     name = _SCHEDULE_NAMES.get(only_value(flag), only_value(flag))
-    if derived.schedule_free(command):
+    if derived.traits(command).schedule_free:
         return ignored(flag, "the optimizer is schedule-free")
     if derived.options_of(command).get("relative_step"):
         return ignored(flag, "relative_step of Adafactor replaces the schedule")
@@ -123,7 +129,7 @@ def lr_scheduler(flag: Flag, command: Command) -> Results:
 
 def warmup(flag: Flag, command: Command) -> Results:
     value = number(only_value(flag))
-    if derived.schedule_free(command):
+    if derived.traits(command).schedule_free:
         return ignored(flag, "the optimizer is schedule-free")
     if command.value("lr_scheduler") in (None, "constant"):
         return ignored(flag, "sd-scripts does not apply it to --lr_scheduler=constant")
@@ -139,8 +145,40 @@ def schedule_setting(key: str, schedule: str, parse: Callable[[str], float] = nu
     """Return the rule of a setting for one value of --lr_scheduler."""
 
     def convert(flag: Flag, command: Command) -> Results:
-        if command.value("lr_scheduler") != schedule or derived.schedule_free(command):
+        if command.value("lr_scheduler") != schedule or derived.traits(command).schedule_free:
             return ignored(flag, f"it is for --lr_scheduler={schedule}")
         return taken(flag, {f"optimizer.{key}": parse(only_value(flag))})
 
     return custom(f"`optimizer.{key}`, for {schedule}", convert)
+
+
+OPTIMIZER: Mapping[str, FlagRule] = {
+    "optimizer_type": custom("`optimizer.name`, see the table below", optimizer_type),
+    "use_8bit_adam": custom_switch('`optimizer.name = "adamw8bit"`', optimizer_type),
+    "use_lion_optimizer": custom_switch('`optimizer.name = "lion"`', optimizer_type),
+    "optimizer_args": custom("`optimizer.options`, each of them checked", optimizer_args, max_values=None),
+    "learning_rate": custom("`optimizer.learning_rate`", learning_rate),
+    **{
+        name: custom(
+            "`optimizer.part_learning_rates`; 0 removes the part from `model.parts`",
+            learning_rate,
+            max_values=len(parts),
+        )
+        for name, parts in RATE_FLAGS.items()
+    },
+    "block_lr": refuses("all layers of a part have the same learning rate"),
+    "lr_scheduler": custom("`optimizer.schedule`; ignored if the optimizer is schedule-free", lr_scheduler),
+    "lr_warmup_steps": custom("`optimizer.warmup_steps`, or `warmup_share` for a share of the steps", warmup),
+    "stop_text_encoder_training": ignores("sd-scripts does not have it for SDXL"),
+    "lr_scheduler_num_cycles": schedule_setting("cycles", "cosine_with_restarts", whole_number),
+    "lr_scheduler_power": schedule_setting("power", "polynomial"),
+    "lr_scheduler_min_lr_ratio": schedule_setting("final_share", "cosine_with_min_lr"),
+    "lr_decay_steps": refuses("a schedule ends with the run", unless=("0",)),
+    "lr_scheduler_timescale": ignores("it belongs to inverse_sqrt"),
+    **each("lr_scheduler_type lr_scheduler_args", refuses("`optimizer.schedule` names the schedule")),
+    "max_grad_norm": takes("optimizer.max_grad_norm", number),
+    "fused_backward_pass": ignores(MEMORY),
+    "use_sga": refuses("gradients are accumulated in fp32"),
+    "no_sga": ignores("gradients are accumulated in fp32"),
+    "fused_optimizer_groups": ignores(MEMORY),
+}

@@ -1,7 +1,4 @@
-"""Generate the reference of all recipe keys from the sections and the optimizer options.
-
-`python dev.py docs --write` writes it to docs/reference/recipe-keys.md. Running this module prints it.
-"""
+"""docs/reference/recipe-keys.md: every key of a recipe, made from the sections and the optimizer options."""
 
 from __future__ import annotations
 
@@ -127,7 +124,3 @@ def _default(field: FieldInfo) -> str:
 
 def _toml(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
-
-
-if __name__ == "__main__":
-    print(recipe_reference(), end="")
