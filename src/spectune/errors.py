@@ -29,6 +29,10 @@ class PairingError(SpectuneError):
     """Files do not belong together; the message has both hashes."""
 
 
+class FileNote(UserWarning):
+    """A file was read in a way that the user should know. The command line prints it as `note:`."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean `rank`?"`` if a known word is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

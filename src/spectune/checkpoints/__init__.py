@@ -3,6 +3,7 @@
 | module | holds |
 | --- | --- |
 | `open` | `open_checkpoint` and `open_writer`: a single file, shards with an index, or a diffusers folder |
-| `plain_weights` | refuse scaled fp8, NF4 and int8 weights, which cannot be read without stored scales |
+| `scaled_fp8` | decode scaled fp8 of ComfyUI: weights are multiplied by their stored scales |
+| `plain_weights` | refuse NF4, int8 and other weights that cannot be decoded |
 | `diffusers_folder` | read and write folders of StableDiffusionXLPipeline |
 """

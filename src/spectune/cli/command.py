@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from spectune.cli.console import print_json, print_note, print_warning, progress
+from spectune.cli.console import file_notes, print_json, print_note, print_warning, progress
 from spectune.errors import InputError, SpectuneError, counted
 from spectune.operation import OperationOptions, OptionField, flags_of, option_fields, run_operation
 
@@ -84,7 +84,8 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
             print_warning(with_flags(command, text))
 
         started = time.perf_counter()
-        with progress(command.name) if command.bar else nullcontext() as report_progress:
+        bar = progress(command.name) if command.bar else nullcontext()
+        with file_notes(), bar as report_progress:
             options = command.options(**values, progress=report_progress, notify=warn)
             if flags.dry_run:
                 assert command.dry_run is not None

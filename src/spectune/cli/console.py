@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -22,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from spectune.errors import SpectuneError
+from spectune.errors import FileNote, SpectuneError
 
 err = Console(stderr=True, highlight=False)
 
@@ -49,6 +50,25 @@ def print_warning(what: str) -> None:
 def print_note(what: str) -> None:
     """Print `note:` and a message on stderr."""
     err.print(Text.assemble(("note: ", "bold"), what), soft_wrap=True)
+
+
+@contextmanager
+def file_notes() -> Iterator[None]:
+    """Print every FileNote as a note, once; other Python warnings are shown as before."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FileNote)
+        show_other = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any) -> None:
+            if not issubclass(category, FileNote):
+                show_other(message, category, *place)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                print_note(str(message))
+
+        warnings.showwarning = cast("Any", show)
+        yield
 
 
 def print_json(record: Any) -> None:

@@ -16,6 +16,7 @@ from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import STEMS, state_key
 from spectune.checkpoints.diffusers_folder.subfolder import missing_weights
 from spectune.checkpoints.plain_weights import check_plain_weights
+from spectune.checkpoints.scaled_fp8 import with_scales_applied
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
@@ -58,7 +59,8 @@ def load_vae(
     Raises:
         InputError: The file is a pickle, lacks the encoder or decoder, or contains no AutoencoderKL.
     """
-    with open_file(_weights_file(path), label=path.name) as source:
+    with open_file(_weights_file(path), label=path.name) as file:
+        source = with_scales_applied(file)
         check_plain_weights(source)
         weights = _VaeWeights(source)
         layout = weights.layout(convention, _norm_groups(path, source))
