@@ -235,7 +235,7 @@ def test_folders_have_at_most_fifteen_files() -> None:
 
 
 def test_dataset_loads_no_network() -> None:
-    """Counting tokens needs transformers, but diffusers, which has the networks, takes seconds to load."""
+    """Counting tokens needs transformers. The networks are in diffusers, which takes seconds to load."""
     networks = {"accelerate", "diffusers", "peft"}
     code = f"import sys, spectune.ops.dataset; print(*sorted({networks!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -118,6 +118,7 @@ def test_help_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_size_may_be_a_bare_number_or_that_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectune.model import device
     from spectune.ops import plan as module
 
     assert [module._vram(size) for size in ("12", " 8.5 ", "12GB", "12GiB", 10)] == [
@@ -127,8 +128,8 @@ def test_the_size_may_be_a_bare_number_or_that_of_the_card(monkeypatch: pytest.M
         12 * 2**30,
         10,
     ]
-    monkeypatch.setattr(module, "total_memory", lambda: 8 * 2**30)
-    assert module._vram(None) == 8 * 2**30
-    monkeypatch.setattr(module, "total_memory", lambda: None)
+    monkeypatch.setattr(device, "total_memory", lambda: 8 * 2**30)
+    assert module._vram(None) == 8 * 10**9
+    monkeypatch.setattr(device, "total_memory", lambda: None)
     with pytest.raises(InputError, match="`vram` is missing: this machine has no CUDA card"):
         module._vram(None)

@@ -107,6 +107,15 @@ def total_memory() -> int | None:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
+def memory_to_plan() -> int | None:
+    """Return the bytes of the first CUDA card without those of the desktop, None if there is no card.
+
+    A card of 12 GiB (12.9 GB) is planned as 12 GB. The other 7 % are left to the desktop and the browser.
+    """
+    total = total_memory()
+    return None if total is None else total * 10**9 // 2**30
+
+
 # ---------------------------------------------------------------- cards, builds and drivers
 
 

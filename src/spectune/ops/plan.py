@@ -11,7 +11,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, SpectuneError, did_you_mean
 from spectune.files.source import WeightSource
-from spectune.model.device import total_memory
+from spectune.model.device import memory_to_plan
 from spectune.operation import operation
 from spectune.ops.options.training import PlanOptions
 from spectune.pairs.rules import check_whole_model
@@ -52,8 +52,8 @@ class PlanReport:
 
 
 def _vram(size: str | int | None) -> int:
-    """Return `size` in bytes. If it is None, return the memory of this machine's card."""
-    found = total_memory() if size is None else parse_memory(size)
+    """Return `size` in bytes, by default the memory of this machine's card without the desktop's share."""
+    found = memory_to_plan() if size is None else parse_memory(size)
     if found is None:
         raise InputError("`vram` is missing: this machine has no CUDA card", hint="an example: 12GB")
     return found

@@ -11,7 +11,7 @@ from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, counted
 from spectune.files.provenance import PredictionName
 from spectune.files.source import WeightSource, declared_prediction
-from spectune.model.device import total_memory
+from spectune.model.device import memory_to_plan
 from spectune.ops.new.answers import Answers
 from spectune.ops.new.pictures import FoundPictures
 from spectune.ops.options.training import NewOptions
@@ -131,7 +131,7 @@ def _ignore(message: str) -> None:
 def _vram(options: NewOptions, answers: Answers) -> int | None:
     if options.vram is not None:
         return parse_memory(options.vram)
-    found = total_memory()
+    found = memory_to_plan()
     if found is not None:
         return found
     reply = answers.get(

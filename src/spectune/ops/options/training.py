@@ -48,7 +48,9 @@ class NewOptions(OperationOptions):
         default=None, help="Prediction type, if the checkpoint does not declare it."
     )
     vram: str | int | None = option(
-        default=None, help="Memory of the card that will train: 12GB. Default: that of this machine's card."
+        default=None,
+        help="Memory of the card that will train: 12GB. "
+        "Default: this machine's card, less 7 % for the desktop.",
     )
     rank: int | None = option(
         default=None, ge=1, help="Singular directions trained per layer, if the card has the memory."
@@ -70,7 +72,7 @@ class PlanOptions(OperationOptions):
     vram: str | int | None = option(
         default=None,
         help="Memory of the GPU: 12GB; or less, such as 11.5GiB, if a desktop uses some of it. "
-        "Default: that of this machine's card.",
+        "Default: this machine's card, less 7 % for the desktop.",
     )
     rank: int = option(default=64, ge=1, help="Singular directions trained per layer.")
     parts: str = option(default="unet,te1,te2", help="The parts to train, separated by commas.")
