@@ -92,5 +92,8 @@ def test_an_fp8_file_keeps_its_bits(tmp_path: Path) -> None:
 def test_a_gguf_file_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"GGUF" + bytes(range(200, 240)))
-    with pytest.raises(InputError, match=re.escape("it is a GGUF file, which is quantized")):
+    with pytest.raises(
+        InputError, match=re.escape("it is a GGUF file, whose weights are quantized")
+    ) as caught:
         open_checkpoint(path)
+    assert caught.value.hint == "use the .safetensors version of the model in fp16, bf16, fp32 or fp8"

@@ -26,6 +26,17 @@ INDEX_SUFFIX = ".index.json"
 MODEL_INDEX = "model_index.json"  # marks a diffusers folder
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DOWNLOAD_AGAIN = "the file is damaged or has the wrong extension: download or copy it again"
+USE_SAFETENSORS = "use the .safetensors version of the model, or convert it in a sandbox"
+# How other files begin: what they are, and what to do.
+_OTHER_FILES: Mapping[tuple[bytes, ...], tuple[str, str]] = {
+    (b"GGUF",): (
+        "a GGUF file, whose weights are quantized",
+        "use the .safetensors version of the model in fp16, bf16, fp32 or fp8",
+    ),
+    (b"PK\3\4", b"\x80"): ("a zip archive or a pickle", USE_SAFETENSORS),
+    (b"version https://git-lfs",): ("a git-lfs pointer", "install git-lfs to get the file"),
+    (b"<!doctype", b"<html"): ("a web page", "download the file again; it may require a login"),
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def open_file(path: Path, *, label: str | None = None) -> Checkpoint:
         raise InputError(
             f"{path.name} is a pickle, which can run any program when it is opened; spectune never opens "
             "pickles",
-            hint="use the .safetensors version of the model, or convert it in a sandbox",
+            hint=USE_SAFETENSORS,
         )
     file = SafetensorsFile(path)
     return Checkpoint(path, [file], file.metadata, label=label)
@@ -142,7 +153,7 @@ def _read_header(file: BufferedReader, path: Path) -> _Header:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         file.seek(0)
-        raise InputError(f"{path.name} is not a safetensors file{_guess(file.read(64))}", hint=DOWNLOAD_AGAIN)
+        raise _not_safetensors(path, file.read(64).lstrip())
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
         if not isinstance(header, dict):
@@ -152,14 +163,11 @@ def _read_header(file: BufferedReader, path: Path) -> _Header:
     return _parse_header(cast(dict[str, Any], header), path, start=8 + length, size=size)
 
 
-def _guess(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return ": it is a git-lfs pointer; install git-lfs to get the file"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return ": it is a web page"
-    if head.startswith(b"GGUF"):
-        return ": it is a GGUF file, which is quantized"
-    return ": it is a zip archive or a pickle" if head.startswith((b"PK\3\4", b"\x80")) else ""
+def _not_safetensors(path: Path, head: bytes) -> InputError:
+    page = head.lower() if head.startswith(b"<") else head
+    kinds = (found for signs, found in _OTHER_FILES.items() if page.startswith(signs))
+    kind, hint = next(kinds, ("", DOWNLOAD_AGAIN))
+    return InputError(f"{path.name} is not a safetensors file{kind and f': it is {kind}'}", hint=hint)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from spectune.adapters.alphas import scale_problems
 from spectune.adapters.reader import is_essential, open_adapter
 from spectune.adapters.spellings import Spelling, parse_spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter, save_tuned
+from spectune.checkpoints.ema import EMA_ROOT, with_ema_as_unet
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.core.lora import (
     Exported,
@@ -48,12 +49,16 @@ from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of `convert`. Every input tensor is in the new file, or its key is in `dropped`."""
+    """The result of `convert`. Every input tensor is in the new file, or its key is in `dropped`.
+
+    With `ema`, the averages are in the new file under the names of the UNet, and the weights they replace are
+    not.
+    """
 
     path: Path
     hash: str
     layers: tuple[ExportedLayer, ...]  # with their rounding errors; empty if no factors were converted
-    dropped: tuple[str, ...]  # keys that matched `drop`
+    dropped: tuple[str, ...]  # keys that matched `drop`, or of moving averages
     count: int  # layers of an adapter, tensors of a checkpoint
     warnings: tuple[str, ...] = ()
 
@@ -72,9 +77,12 @@ def convert(options: ConvertOptions) -> ConvertReport:
     """Convert an adapter to another spelling, dtype or form, or a checkpoint to a file, shards or a folder.
 
     A tensor is dropped only if its key matches `drop`. With `principal`, a principal that was trained by
-    another program is converted to trained deltas, spectune's own format.
+    another program is converted to trained deltas, spectune's own format. With `ema`, the moving averages of
+    a checkpoint become its UNet.
     """
     if not is_checkpoint(options.source):
+        if options.ema:
+            raise InputError(f"{options.source.name} is an adapter: `ema` applies to checkpoints")
         return _convert_adapter(options)
     default = ConvertOptions(options.source, options.out)
     names = ("dtype", "principal", "base", "even_alphas", "drop", "keys")
@@ -184,11 +192,14 @@ def _dropped(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
 def _convert_checkpoint(options: ConvertOptions) -> ConvertReport:
     """Write a checkpoint in the layout that the name of `out` sets, without changing any tensor.
 
-    Progress counts tensors.
+    With `ema`, the averages are written as the UNet. Progress counts tensors.
     """
-    out = options.out
+    out, dropped = options.out, ()
     with open_checkpoint(options.source) as source:
         refuse_overwriting(out, [source])
+        if options.ema:
+            dropped = tuple(name for name in source.tensors if name.startswith(EMA_ROOT))
+            source = with_ema_as_unet(source)
         build_catalogue(source)  # raises InputError if the file is not SDXL
         metadata = {key: value for key, value in source.metadata.items() if key not in STALE}
         infos = list(source.tensors.values())
@@ -196,4 +207,4 @@ def _convert_checkpoint(options: ConvertOptions) -> ConvertReport:
             out, infos, metadata=metadata, force=options.force, template=template_of(source)
         ) as writer:
             write_all(source, writer, options.progress)
-    return ConvertReport(out, writer.hash, (), (), len(infos))
+    return ConvertReport(out, writer.hash, (), dropped, len(infos))

@@ -14,7 +14,7 @@ from spectune.checkpoints.diffusers_folder.keys import STEMS, SUBFOLDERS, is_pos
 from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.checkpoints.scaled_fp8 import with_scales_applied
 from spectune.errors import InputError, some_of
-from spectune.files.reader import MODEL_INDEX, PICKLES, Checkpoint, open_file
+from spectune.files.reader import MODEL_INDEX, PICKLES, USE_SAFETENSORS, Checkpoint, open_file
 from spectune.files.shards import open_sharded
 from spectune.files.source import TensorInfo
 from spectune.sdxl.layout import NOT_SDXL, PartName, require
@@ -127,6 +127,6 @@ def missing_weights(
         return InputError(
             f"{subfolder} has its weights as a pickle, which can run any program when it is opened; "
             f"spectune never opens pickles: {some_of(pickles)}",
-            hint="use the .safetensors version of the model, or convert it in a sandbox",
+            hint=USE_SAFETENSORS,
         )
     return InputError(f"{subfolder} has no weights: expected {STEMS[part]}.safetensors", hint=hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from spectune.checkpoints.ema import EMA_ROOT
 from spectune.cli.console import say
 from spectune.cli.report_parts import percent, written
 from spectune.errors import some_of
@@ -31,7 +32,9 @@ def show(result: ConvertReport | NullReport, options: ConvertOptions | NullOptio
         if result.kept:
             say(f"copied unchanged: {', '.join(result.kept)}")
         return
-    if result.dropped:
+    if isinstance(options, ConvertOptions) and options.ema:
+        say(f"the moving averages are the UNet; {len(result.dropped)} keys {EMA_ROOT}* are gone")
+    elif result.dropped:
         say(f"{len(result.dropped)} keys were dropped: {some_of(result.dropped)}")
     if result.rounded:
         say(

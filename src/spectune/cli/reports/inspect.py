@@ -62,6 +62,8 @@ def _print_model(summary: ModelSummary) -> None:
         say(
             f"  VAE           {vae.latent_channels} channels, scale {vae.scale:g}, shift {vae.shift:g}{quant}"
         )
+    if summary.ema:
+        say(f"  EMA           of {summary.ema} UNet tensors (in `other`): `spectune convert --ema` uses them")
     rows = [
         (p.name, f"{p.tensors}", f"{p.parameters:,}", megabytes(p.nbytes), " ".join(p.dtypes), f"{p.layers}")
         for p in summary.parts

@@ -10,6 +10,7 @@ from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
 from spectune.adapters.alphas import alpha_problems, read_alphas, scale_problems
 from spectune.adapters.loading import Loading, loading_table
 from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
+from spectune.checkpoints.ema import ema_names
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Provenance, Role
@@ -45,6 +46,7 @@ class ModelSummary:
     parts: tuple[PartSummary, ...]
     ranks: tuple[RankCost, ...]
     programs: tuple[Loading, ...]  # what each program loads from it, saved as a single file
+    ema: int = 0  # tensors of the UNet that also have a moving average
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
         parts=tuple(_part(name, source, catalogue) for name in (*PART_ROOTS, "other")),
         ranks=tuple(rank_cost(catalogue, rank) for rank in ranks),
         programs=loading_table(source),
+        ema=len(ema_names(source.tensors)),
     )
 
 

@@ -159,5 +159,9 @@ class ConvertOptions(OperationOptions):
         "trained deltas are written.",
     )
     drop: tuple[str, ...] = option(default=(), help="A pattern of keys to drop, such as *.diff_b.")
+    ema: bool = option(
+        default=False,
+        help="For a checkpoint: write the moving averages that it contains (`model_ema.*`) as its UNet.",
+    )
     base: ModelPath | None = option(default=None, help=BASE_HELP)
     force: bool = option(default=False, help=FORCE_HELP)
