@@ -86,6 +86,11 @@ def test_options_for_other_models_are_named_once(tmp_path: Path) -> None:
     assert notes == ["prompts.txt: --g, --fs has no effect on SDXL"]
 
 
+def test_weights_are_counted(tmp_path: Path) -> None:
+    _, notes = read(tmp_path, "a (red:1.2) fox\na fox (at 12:30 pm)\na fox --n (blurry:0.8)")
+    assert notes == ["prompts.txt: 2 prompts with weights like (word:1.2), which are used as text"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

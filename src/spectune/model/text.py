@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,9 @@ from transformers import CLIPTokenizer
 
 from spectune.sdxl.vocabulary import BOS_ID, CHUNK_TOKENS, EOS_ID, MAX_TOKENS, clip_vocabulary
 
-__all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "count_tokens", "tokenize"]
+__all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "count_tokens", "has_weights", "tokenize"]
+
+_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(\d(\.\d*)?|\.\d+)\s*\)")
 
 # OpenAI's encoder pads with the end token, OpenCLIP's with id 0 (the token "!").
 PAD_ID_TE1 = EOS_ID
@@ -73,6 +76,11 @@ def tokenize(captions: Sequence[str], context: int = 77, *, max_tokens: int = MA
 def count_tokens(captions: Sequence[str]) -> list[int]:
     """Return the number of tokens of each caption, without start and end tokens."""
     return [len(ids) - 2 for ids in clip_tokenizer()(list(captions))["input_ids"]] if captions else []
+
+
+def has_weights(caption: str) -> bool:
+    """Return whether a caption contains a weight such as (word:1.2). spectune uses it as text."""
+    return _WEIGHT.search(caption) is not None
 
 
 def _padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> Tensor:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from spectune.errors import InputError, did_you_mean, printable
+from spectune.errors import InputError, counted, did_you_mean, printable
 from spectune.files.text import UTF8, UnreadableText, read_text
+from spectune.model.text import has_weights
 from spectune.sampling.generate import Request, SampleSettings
 from spectune.sampling.sampler_names import check_sampler_name
 
@@ -101,7 +102,7 @@ Fields = dict[str, Any]
 
 
 def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts of a file, and notes about its encoding and about options that have no effect.
+    """Return the prompts of a file, and notes about its encoding, weights, and options without effect.
 
     The seed of a prompt without one is its position in the file, counted from 0. So the previews of several
     steps can be compared.
@@ -128,6 +129,10 @@ def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], li
         raise InputError(f"{file} has no prompts", hint=_EXAMPLE)
     prompts = [_prompt(fields, number, defaults) for number, fields in enumerate(entries)]
     notes += [f"{file.name}: {', '.join(unused)} has no effect on SDXL"] if unused else []
+    if weighted := sum(has_weights(f"{one.request.caption} {one.settings.negative}") for one in prompts):
+        notes.append(
+            f"{file.name}: {counted(weighted, 'prompt')} with weights like (word:1.2), which are used as text"
+        )
     return prompts, notes
 
 

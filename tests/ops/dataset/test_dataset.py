@@ -75,6 +75,13 @@ def test_sizes_and_crops_are_those_of_training(tmp_path: Path) -> None:
     assert picture.enlarged == pytest.approx(1365 / 1920)
 
 
+def test_no_upscale_keeps_the_size_of_small_pictures(tmp_path: Path) -> None:
+    noise(520, 300).save(tmp_path / "small.png")
+    (picture,) = spectune.dataset((tmp_path,), no_upscale=True).pictures
+    target = picture.placement.target
+    assert (target.width, target.height, picture.enlarged) == (512, 256, 1)
+
+
 def test_the_sheet_shows_the_worst_first_and_cropped_parts_in_red(tmp_path: Path) -> None:
     folder = tmp_path / "in" / "1_x"
     folder.mkdir(parents=True)

@@ -87,7 +87,9 @@ def _data_section(options: DatasetOptions) -> DataSection:
     data = DataSection(
         folders=options.folders, resolution_px=options.resolution_px, recursive=options.recursive
     )
-    return data.model_copy(update={"bucket": BucketSection(**bucket_defaults(data, SDXL))})
+    return data.model_copy(
+        update={"bucket": BucketSection(**bucket_defaults(data, SDXL), no_upscale=options.no_upscale)}
+    )
 
 
 def _pictures(

@@ -29,6 +29,9 @@ class DatasetOptions(OperationOptions):
     recursive: bool = option(
         default=False, help="Use the pictures in all nested folders too, as with data.recursive."
     )
+    no_upscale: bool = option(
+        default=False, help="Do not enlarge small pictures, as with data.bucket.no_upscale."
+    )
     tags: int = option(default=20, ge=0, help="Number of the most frequent tags to list.")
     sheet: Path | None = option(
         default=None,

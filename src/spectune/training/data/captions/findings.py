@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from spectune.errors import InputError, counted, printable, some_of
-from spectune.model.text import count_tokens
+from spectune.model.text import count_tokens, has_weights
 from spectune.training.data.captions.draws import has_wildcard
 
-_WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(\d(\.\d*)?|\.\d+)\s*\)")
 LISTED = 100  # unreadable files in an error
 
 
@@ -67,7 +65,7 @@ def content_findings(
     found = [
         CaptionFinding(FindingKind.WEIGHTS, source)
         for source, texts in captions
-        if any(_WEIGHT.search(text) for text in texts)
+        if any(map(has_weights, texts))
     ]
     if not wildcards:
         found += [
