@@ -3,8 +3,7 @@
 | module | holds |
 | --- | --- |
 | `open` | `open_checkpoint` and `open_writer`: a single file, shards with an index, or a diffusers folder |
-| `scaled_fp8` | decode scaled fp8 of ComfyUI: weights are multiplied by their stored scales |
 | `ema` | moving averages of the UNet, which older trainers stored beside it |
-| `plain_weights` | refuse NF4, int8 and other weights that cannot be decoded |
+| `plain_weights` | refuse NF4, int8 and other quantized weights, and decode scaled fp8 with `scaled_fp8` |
 | `diffusers_folder` | read and write folders of StableDiffusionXLPipeline |
 """

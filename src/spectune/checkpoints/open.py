@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 
 from spectune.checkpoints.diffusers_folder.reader import open_folder
 from spectune.checkpoints.diffusers_folder.writer import FolderWriter
-from spectune.checkpoints.scaled_fp8 import with_scales_applied
+from spectune.checkpoints.plain_weights import with_plain_weights
 from spectune.checkpoints.usual_names import with_usual_names
 from spectune.errors import InputError, some_of
 from spectune.files.reader import INDEX_SUFFIX, MODEL_INDEX, PICKLES, Checkpoint, open_file
@@ -34,12 +34,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     A folder contains either one index with its shards, or a diffusers pipeline; `model_index.json` of a
     pipeline is accepted too. Tensors get the usual names of a single file: see `with_usual_names`. Scaled fp8
-    is decoded, with a FileNote: see `with_scales_applied`. Raises InputError for a file that is missing,
-    damaged, incomplete or of another kind.
+    is decoded: see `with_plain_weights`. Raises InputError for a file that is missing, damaged, incomplete,
+    quantized in another way, or of another kind.
     """
     checkpoint = _open(Path(path))
     try:
-        return with_usual_names(with_scales_applied(checkpoint))
+        return with_usual_names(with_plain_weights(checkpoint))
     except BaseException:
         checkpoint.close()
         raise

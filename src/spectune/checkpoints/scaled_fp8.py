@@ -11,7 +11,6 @@ A scale has one value, or one per row of the weight.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor
 
 from spectune.core.rounding import dtype_name, rounded
-from spectune.errors import FileNote, counted, printable, some_of
+from spectune.errors import counted, printable, some_of
 from spectune.files.provenance import parse_json
 from spectune.files.reader import Checkpoint
 from spectune.files.source import RenamedFiles, RenamedTensor, TensorInfo, WeightSource
 from spectune.sdxl.layout import UNET_ROOT
 
-METADATA_KEY = "_quantization_metadata"  # ComfyUI's table of quantized layers, as JSON
+_METADATA_KEY = "_quantization_metadata"  # ComfyUI's table of quantized layers, as JSON
 _MARKERS = ("scaled_fp8", "comfy_quant")
 _SCALES = ("scale_weight", "weight_scale")
 _INPUT_SCALES = ("scale_input", "input_scale")
@@ -43,7 +42,7 @@ class ScaledLayers:
 
     scales: Mapping[str, str]  # name of the weight -> name of its scale
     dtypes: Mapping[str, torch.dtype]  # name of the weight -> fp8 type of its bytes
-    left_out: tuple[str, ...]  # all scales and markers
+    left_out: tuple[str, ...]  # all scales and markers; a file that has one is not plain
     problem: str = ""  # why the weights cannot be decoded; empty if they can
 
     @classmethod
@@ -72,15 +71,11 @@ class ScaledLayers:
         return cls(scales, dtypes, tuple(left_out), next(filter(None, problems), ""))
 
 
-def with_scales_applied(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with decoded weights and without scales, and warn with a FileNote.
+def with_scales_applied(checkpoint: Checkpoint, found: ScaledLayers) -> Checkpoint:
+    """Return the checkpoint with decoded weights and without scales.
 
-    A decoded weight has the 16-bit dtype of most other values of the file, or SDXL's float16. The checkpoint
-    is returned as it is if it is plain or cannot be decoded: see `check_plain_weights`.
+    A decoded weight has the 16-bit dtype of most other values of the file, or SDXL's float16.
     """
-    found = ScaledLayers.of(checkpoint)
-    if found.problem or not (found.left_out or METADATA_KEY in checkpoint.metadata):
-        return checkpoint
     store = _main_dtype(checkpoint.tensors)
     entries: dict[str, RenamedTensor] = {}
     for name, info in checkpoint.tensors.items():
@@ -91,25 +86,25 @@ def with_scales_applied(checkpoint: Checkpoint) -> Checkpoint:
             info = replace(info, dtype=store)
         if name not in found.left_out:
             entries[name] = RenamedTensor(info, load)
-    metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
-    warnings.warn(_note(checkpoint.label, found, store), FileNote, stacklevel=3)
-    return Checkpoint(
-        checkpoint.path, [RenamedFiles(entries, [checkpoint])], metadata, label=checkpoint.label
-    )
+    metadata = {key: text for key, text in checkpoint.metadata.items() if key != _METADATA_KEY}
+    files = [RenamedFiles(entries, [checkpoint])]
+    return Checkpoint(checkpoint.path, files, metadata, label=checkpoint.label)
 
 
-def _note(label: str, found: ScaledLayers, store: torch.dtype) -> str:
+def note(plain: Checkpoint, found: ScaledLayers) -> str:
+    """Return what was done to the file, for the user."""
+    stores = {dtype_name(plain.tensors[weight].dtype) for weight in found.scales}
+    read_as = f"{plain.label} is scaled fp8: weights multiplied by their scales and read as "
     inputs = sum(name.endswith(_INPUT_SCALES) for name in found.left_out)
     return (
-        f"{label} is scaled fp8: weights multiplied by their scales and read as {dtype_name(store)}: "
-        f"{len(found.scales):,}; scales and markers left out: {len(found.left_out):,}"
-        + (f", {inputs:,} of them for activations" if inputs else "")
+        f"{read_as}{', '.join(stores) or 'stored'}: {len(found.scales):,}; scales and markers left out: "
+        f"{len(found.left_out):,}" + (f", {inputs:,} of them for activations" if inputs else "")
     )
 
 
 def _declared_formats(source: WeightSource) -> dict[str, str]:
     """Return the format of each quantized weight that the file declares, by the name of the weight."""
-    table = parse_json(source.metadata.get(METADATA_KEY, "{}"))
+    table = parse_json(source.metadata.get(_METADATA_KEY, "{}"))
     table = cast("dict[str, object]", table) if isinstance(table, dict) else {}
     layers = table.get("layers", table)  # some converters leave out the outer level
     configs: dict[str, object] = {}

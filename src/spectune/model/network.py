@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, counted
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.prediction import Prediction, make_prediction
@@ -192,7 +191,6 @@ def build_model(
         InputError: Tensors are missing, or their shapes do not match the layout.
     """
     check_prediction(source)
-    check_plain_weights(source)
     layout = infer_layout(source)
     with init_empty_weights(include_buffers=False):
         unet = new_unet(layout.unet)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, SpectuneError, did_you_mean
 from spectune.files.source import WeightSource
 from spectune.model.device import memory_to_plan
@@ -137,7 +136,6 @@ def _check_original(source: WeightSource) -> None:
     check_whole_model(
         source, hint='pass the original model; form = "residual" is tried as well and needs as much memory'
     )
-    check_plain_weights(source)
 
 
 def _check_resolution(layout: Layout, resolution_px: int) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint, open_writer
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
 from spectune.files.weights_hash import WeightsHasher
@@ -67,7 +66,6 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
         open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
     ):
         refuse_overwriting(out, [source, opened])
-        check_plain_weights(source)
         # Adapters record the hash of the original model, never that of a residual.
         is_residual = BaseKind.of(source) is BaseKind.RESIDUAL
         # The hash is updated while tensors are written, so `merged` must read single layers from `source`.

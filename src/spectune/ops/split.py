@@ -9,7 +9,6 @@ from pathlib import Path
 
 from spectune.adapters.writer import AdapterHeader, AdapterWriter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.agreement import Agreement, total_share
 from spectune.core.rounding import check_dtype
 from spectune.core.split import LayerReport, total_energy
@@ -140,7 +139,6 @@ def split(options: SplitOptions) -> SplitReport:
     _warn_of_unused_card(options)
     with open_checkpoint(options.model) as base:
         check_whole_model(base)
-        check_plain_weights(base)
         chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
         for layer in chosen:
             check_dtype(base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import STEMS, SUBFOLDERS, is_positions, loose_name, state_key
-from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.checkpoints.scaled_fp8 import with_scales_applied
+from spectune.checkpoints.plain_weights import with_plain_weights
 from spectune.errors import InputError, some_of
 from spectune.files.reader import MODEL_INDEX, PICKLES, USE_SAFETENSORS, Checkpoint, open_file
 from spectune.files.shards import open_sharded
@@ -80,9 +79,7 @@ def open_subfolder(folder: Path, part: PartName) -> Subfolder:
     label = f"{SUBFOLDERS[part]}/{path.name}"
     file = open_sharded(path, label=label) if path.suffix == ".json" else open_file(path, label=label)
     try:
-        plain = with_scales_applied(file)
-        check_plain_weights(plain)
-        return Subfolder(part, plain)
+        return Subfolder(part, with_plain_weights(file))
     except BaseException:
         file.close()
         raise

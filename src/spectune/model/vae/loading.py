@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from spectune.checkpoints.diffusers_folder.config import read_config
 from spectune.checkpoints.diffusers_folder.keys import STEMS, state_key
 from spectune.checkpoints.diffusers_folder.subfolder import missing_weights
-from spectune.checkpoints.plain_weights import check_plain_weights
-from spectune.checkpoints.scaled_fp8 import with_scales_applied
+from spectune.checkpoints.plain_weights import with_plain_weights
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
@@ -60,8 +59,7 @@ def load_vae(
         InputError: The file is a pickle, lacks the encoder or decoder, or contains no AutoencoderKL.
     """
     with open_file(_weights_file(path), label=path.name) as file:
-        source = with_scales_applied(file)
-        check_plain_weights(source)
+        source = with_plain_weights(file)
         weights = _VaeWeights(source)
         layout = weights.layout(convention, _norm_groups(path, source))
         state = {key: tensor.to(device, dtype) for key, tensor in weights.state(layout).items()}

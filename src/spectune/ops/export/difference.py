@@ -12,7 +12,6 @@ from torch import Tensor
 from spectune.adapters.spellings import parse_spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.core.linalg import norm
 from spectune.core.lora import Exported, ExportedLayer
 from spectune.core.low_rank import LowRank, Product, to_matrix
@@ -95,7 +94,6 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         refuse_overwriting(out, [after, before])
         for source in (after, before):
             check_whole_model(source)
-            check_plain_weights(source)
         compared, warnings = _compared(after, before)
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)

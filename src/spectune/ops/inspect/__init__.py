@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.operation import operation
@@ -39,7 +38,6 @@ def _spectrum(options: InspectOptions) -> SpectrumReport:
                 f"{source.label} is an adapter: expected a checkpoint",
                 hint="the spectrum is that of a model; pass the one that the adapter belongs to",
             )
-        check_plain_weights(source)
         catalogue = build_catalogue(source, all_layers=True)
         selected = replace(catalogue, layers=select_layers(catalogue, options.layers))
         spectra = measure_spectra(source, selected, options.progress)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from spectune.adapters.detect import is_adapter
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError, counted
 from spectune.files.provenance import PredictionName
 from spectune.files.source import WeightSource, declared_prediction
@@ -72,7 +71,6 @@ def check_trainable(source: WeightSource) -> None:
             hint="pass the model that the adapter belongs to",
         )
     check_whole_model(source, hint="pass the original model")
-    check_plain_weights(source)
     check_prediction(source)
     check_channels(source, VaeSection())
 
