@@ -40,7 +40,8 @@ def test_the_bar_shows_the_share() -> None:
 def test_stages_before_the_training_and_beside_it() -> None:
     stage = Stage("encoding images", 16, 64, 8.0)
     assert plain_line(Status(stage=stage)) == "encoding images 16/64, 8 s"
-    assert fitted_line(Status(stage=stage), 60, ascii_only=True).endswith("encoding images 16/64, 8 s")
+    line = fitted_line(Status(stage=stage), 60, ascii_only=True)
+    assert line == "encoding images ########---------------------- 16/64, 8 s"
     status = Status(
         name="t", step=1, steps=4, seconds_per_step=1.0, stage=Stage("saving the state", 0, 1, 2.0)
     )
