@@ -160,19 +160,22 @@ class Sdxl:
     @property
     def _vae(self) -> AutoencoderKL:
         if self.vae is None:
-            raise _no_vae()
+            raise no_vae()
         return self.vae
 
     @property
     def _vae_layout(self) -> VaeLayout:
         if self.layout.vae is None:
-            raise _no_vae()
+            raise no_vae()
         return self.layout.vae
 
 
-def _no_vae() -> InputError:
+def no_vae() -> InputError:
+    """Return the error for a checkpoint without a VAE."""
     return InputError(
-        "the checkpoint has no VAE", hint="add one with `spectune slice MODEL:unet MODEL:te OTHER:vae`"
+        "the checkpoint has no VAE",
+        hint="pass the file of a VAE (`vae`; in a recipe vae.path), or add one to the checkpoint with "
+        "`spectune slice MODEL:unet MODEL:te OTHER:vae -o whole.safetensors`",
     )
 
 

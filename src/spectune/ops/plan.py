@@ -6,14 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, SpectuneError, did_you_mean
-from spectune.files.source import WeightSource
 from spectune.model.device import memory_to_plan
+from spectune.model.network import no_vae
 from spectune.operation import operation
 from spectune.ops.options.training import PlanOptions
-from spectune.pairs.rules import check_whole_model
 from spectune.pairs.sizes import parse_bytes
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import build_catalogue
@@ -24,6 +22,7 @@ from spectune.training.memory.search import QUANTIZED, Plan, recipe_text
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName
+from spectune.training.trainable_model import check_trainable
 
 SIZES_PX, BATCHES = (512, 768, 1024), (1, 4)  # rows of the table of activations
 Notify = Callable[[str], None]
@@ -87,7 +86,10 @@ def plan(options: PlanOptions) -> PlanReport:
         ema=options.ema,
     )
     with open_checkpoint(options.model) as source:
-        _check_original(source)
+        check_trainable(
+            source,
+            hint='pass the original model; form = "residual" is tried as well and needs as much memory',
+        )
         layout = infer_layout(source)
         meter = MemoryMeter(layout, build_catalogue(source))
     _check_resolution(layout, options.resolution)
@@ -127,23 +129,9 @@ def _known_optimizer(name: str) -> str:
     return name
 
 
-def _check_original(source: WeightSource) -> None:
-    if is_adapter(source):
-        raise InputError(
-            f"{source.label} is an adapter: expected a checkpoint",
-            hint="pass the model that the adapter belongs to",
-        )
-    check_whole_model(
-        source, hint='pass the original model; form = "residual" is tried as well and needs as much memory'
-    )
-
-
 def _check_resolution(layout: Layout, resolution_px: int) -> None:
     if layout.vae is None:
-        raise InputError(
-            "the checkpoint has no VAE: training needs one",
-            hint="add one with `spectune slice MODEL:unet MODEL:te OTHER:vae`",
-        )
+        raise no_vae()
     step = 2 ** (len(layout.vae.channels) - 1) * 2 ** (len(layout.unet.channels) - 1)
     if resolution_px % step:
         raise InputError(

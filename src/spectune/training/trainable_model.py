@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.detect import is_adapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import adapter_hash
 from spectune.checkpoints.open import open_checkpoint
@@ -31,7 +32,14 @@ from spectune.model.vae.convention import (
     resolve_convention,
 )
 from spectune.model.vae.loading import choose_vae
-from spectune.pairs.rules import BaseKind, check_frame, check_residual_pair, foreign_residual_hash, short_hash
+from spectune.pairs.rules import (
+    BaseKind,
+    check_frame,
+    check_residual_pair,
+    check_whole_model,
+    foreign_residual_hash,
+    short_hash,
+)
 from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
@@ -104,6 +112,18 @@ def check_channels(base: WeightSource, section: VaeSection) -> None:
             f"but the UNet takes {expected}",
             hint="set [vae] `path` to the VAE that this UNet was trained with",
         )
+
+
+def check_trainable(source: WeightSource, *, hint: str = "pass the original model") -> None:
+    """Raise InputError if a file is not a complete checkpoint that can be trained."""
+    if is_adapter(source):
+        raise InputError(
+            f"{source.label} is an adapter: expected a checkpoint",
+            hint="pass the model that the adapter belongs to",
+        )
+    check_whole_model(source, hint=hint)
+    check_prediction(source)
+    check_channels(source, VaeSection())
 
 
 # ---------------------------------------------------------------- building the model

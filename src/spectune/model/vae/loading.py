@@ -20,7 +20,7 @@ from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import Padding
 from spectune.files.reader import open_file
 from spectune.files.source import WeightSource
-from spectune.model.network import Sdxl, fill, new_vae
+from spectune.model.network import Sdxl, fill, new_vae, no_vae
 from spectune.model.vae.convention import CONFIG, VaeConvention, vae_folder
 from spectune.sdxl.inference import ShapeProbe, vae_layout
 from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
@@ -88,7 +88,7 @@ def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
         InputError: The model has no autoencoder.
     """
     if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="give the file of a VAE")
+        raise no_vae()
     # copy the modules, because the caller's must keep their padding, but not the weights
     shared = {id(tensor): tensor for tensor in model.vae.parameters()}
     module = copy.deepcopy(model.vae, shared)

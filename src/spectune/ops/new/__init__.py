@@ -18,7 +18,7 @@ from spectune.errors import quoted
 from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.new.answers import Answers
-from spectune.ops.new.choices import check_trainable, choose_length, choose_memory, choose_prediction
+from spectune.ops.new.choices import choose_length, choose_memory, choose_prediction
 from spectune.ops.new.pictures import find_pictures
 from spectune.ops.new.prompts import prompts_path, write_prompts
 from spectune.ops.new.text import Parts, recipe_of
@@ -26,6 +26,7 @@ from spectune.ops.options.training import NewOptions
 from spectune.sdxl.inference import infer_layout
 from spectune.training.recipe.commented import nested
 from spectune.training.recipe.recipe import parse_recipe
+from spectune.training.trainable_model import check_trainable
 
 GENERIC_NAMES = {"data", "dataset", "images", "img", "imgs", "pictures", "train", "training"}
 
@@ -63,6 +64,7 @@ def new(options: NewOptions) -> NewReport:
         prediction = choose_prediction(source, options.prediction, answers)
         pictures = find_pictures(options.folder, layout, answers)
         memory = choose_memory(source, layout, pictures, options, answers)
+    vae = () if layout.vae else (f"{options.model.name} has no VAE: set vae.path to the file of one",)
     length = choose_length(len(pictures.images), memory.batch, options.steps)
     parts = Parts(name, out, options.model, prediction, pictures, memory, length)
     command = f"spectune train {quoted(out)}"
@@ -77,7 +79,7 @@ def new(options: NewOptions) -> NewReport:
         pictures=len(pictures.images),
         steps=length.steps,
         notes=(*memory.notes, *length.notes, *prompts),
-        warnings=(*answers.warnings, *pictures.warnings),
+        warnings=(*answers.warnings, *vae, *pictures.warnings),
     )
 
 

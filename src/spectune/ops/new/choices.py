@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-from spectune.adapters.detect import is_adapter
 from spectune.errors import InputError, counted
 from spectune.files.provenance import PredictionName
 from spectune.files.source import WeightSource, declared_prediction
@@ -15,17 +14,14 @@ from spectune.ops.new.answers import Answers
 from spectune.ops.new.pictures import FoundPictures
 from spectune.ops.options.training import NewOptions
 from spectune.ops.plan import parse_memory
-from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import Layout
-from spectune.sdxl.prediction_type import check_prediction, hinted_prediction
+from spectune.sdxl.prediction_type import hinted_prediction
 from spectune.training.memory.account import Setup
 from spectune.training.memory.meter import MemoryMeter
 from spectune.training.memory.search import described
 from spectune.training.memory.search import plan as plan_training
 from spectune.training.recipe.defaults import is_full_size
-from spectune.training.recipe.sections.model import VaeSection
-from spectune.training.trainable_model import check_channels
 
 PREDICTIONS: tuple[PredictionName, ...] = get_args(PredictionName)
 RANK, SMALL_RANK = 64, 16
@@ -61,18 +57,6 @@ class Length:
     save_every: int
     warmup: int
     notes: tuple[str, ...] = field(default=())
-
-
-def check_trainable(source: WeightSource) -> None:
-    """Raise InputError if a file is not a complete checkpoint that can be trained."""
-    if is_adapter(source):
-        raise InputError(
-            f"{source.label} is an adapter: expected a checkpoint",
-            hint="pass the model that the adapter belongs to",
-        )
-    check_whole_model(source, hint="pass the original model")
-    check_prediction(source)
-    check_channels(source, VaeSection())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectune.errors import InputError
 from spectune.files.weights_hash import WeightsHasher
-from spectune.model.network import Sdxl
+from spectune.model.network import Sdxl, no_vae
 from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
@@ -110,7 +110,7 @@ def images_per_call(size: Size) -> int:
 
 def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
     if model.vae is None or model.layout.vae is None:
-        raise InputError("the checkpoint has no VAE", hint="set vae.path to the file of a VAE")
+        raise no_vae()
     return model.vae, model.layout.vae
 
 
