@@ -1,11 +1,11 @@
-"""Compare rebuild and verify with a plain copy of the checkpoint, in seconds of wall, user and kernel.
+"""Compare verify, rebuild and merge with a plain copy of the checkpoint, in seconds of wall, user and kernel.
 
     python dev.py bench files                       on the embedded base
     python dev.py bench files model.safetensors     on your own checkpoint, at rank 64
 
-The script splits the checkpoint once. Then copy, verify and rebuild run in turn, several times, each in a new
-process and into new files. The times do not include the start of Python. A copy reads the model and writes it
-with fsync, in one thread. Private memory is that of the whole process, without the page cache.
+The script splits the checkpoint once. Then copy, verify, rebuild and merge run in turn, several times, each
+in a new process and into new files. The times do not include the start of Python. A copy reads the model and
+writes it with fsync, in one thread. Private memory is that of the whole process, without the page cache.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ import torch
 from split import EMBEDDED, Timing, default_rank, move, watched
 
 from spectune.cli.allocators import set_allocators
+from spectune.ops.merge import merge
+from spectune.ops.options.values import Summand
 from spectune.ops.rebuild import rebuild
 from spectune.ops.split import split
 from spectune.ops.verify import verify
+from spectune.pairs.strength import ModelWeights
 
-STAGES = ("copy", "verify", "rebuild")
+MERGED = "merged.safetensors"
+STAGES = ("copy", "verify", "rebuild", "merge")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,19 @@ def stage_named(name: str, model: Path, folder: Path, rank: int) -> Callable[[],
         "copy": lambda: move(model, folder, [model.stat().st_size]),
         "verify": lambda: verify(model, residual, principal),
         "rebuild": lambda: rebuild(residual, principal, folder / "rebuilt.safetensors"),
+        "merge": lambda: merge(
+            (Summand(model, ModelWeights(0.5)), Summand(second_name(model, folder), ModelWeights(0.5))),
+            folder / MERGED,
+        ),
     }[name]
+
+
+def second_name(model: Path, folder: Path) -> Path:
+    """Return another name of the model; `merge` takes it for another file, which it reads too."""
+    second = folder / "second.safetensors"
+    if not second.exists():
+        os.link(model, second)
+    return second
 
 
 def in_new_process(name: str, model: Path, folder: Path, rank: int) -> Cost:
@@ -85,7 +101,7 @@ def in_new_process(name: str, model: Path, folder: Path, rank: int) -> Cost:
         os.sync()
     words = [str(model), "--rank", str(rank), "--stage", name, "--in", str(folder)]
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-    for written in ("moved0", "rebuilt.safetensors"):
+    for written in ("moved0", "rebuilt.safetensors", MERGED):
         (folder / written).unlink(missing_ok=True)
     return Cost(**json.loads(done.stdout))
 

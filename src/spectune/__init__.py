@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectune.ops.doctor import doctor
     from spectune.ops.export import export
     from spectune.ops.inspect import inspect
+    from spectune.ops.merge import merge
     from spectune.ops.new import new
     from spectune.ops.null import null
     from spectune.ops.plan import plan
@@ -46,6 +47,7 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "merge",
     "new",
     "null",
     "plan",

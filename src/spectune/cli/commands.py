@@ -10,7 +10,13 @@ import typer
 from spectune.cli.command import CommandSpec, add_command
 from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, RebuildOptions, SliceOptions
 from spectune.ops.options.dataset import DatasetOptions
-from spectune.ops.options.model_files import InspectOptions, NullOptions, SplitOptions, VerifyOptions
+from spectune.ops.options.model_files import (
+    InspectOptions,
+    MergeOptions,
+    NullOptions,
+    SplitOptions,
+    VerifyOptions,
+)
 from spectune.ops.options.pictures import CompareOptions, SampleOptions
 from spectune.ops.options.training import (
     DemoOptions,
@@ -89,6 +95,12 @@ COMMANDS = (
         SliceOptions,
         FILES,
         "spectune slice early.safetensors:te late.safetensors:unet:0.8 -o style.safetensors",
+    ),
+    _command(
+        "merge",
+        MergeOptions,
+        FILES,
+        "spectune merge one.safetensors:0.7 other.safetensors:0.3 -o both.safetensors",
     ),
     _command(
         "convert",

@@ -17,6 +17,7 @@ PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
 ADAPTERS_KEY = "spectune.adapters"  # the adapters that a model was rebuilt with: files, roles, strengths
 SLICES_KEY = "spectune.slices"  # the files, traits and weights that a file was combined from
+MERGED_KEY = "spectune.merged"  # the checkpoints that a weighted sum was made from: files, weights, hashes
 
 PredictionName = Literal["eps", "v", "flow"]
 NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v

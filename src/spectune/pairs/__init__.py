@@ -6,7 +6,8 @@
 | overlap | recognizing a principal by its values where metadata is missing |
 | merged | base + adapters, and residual + principal, as lazy models |
 | replaced | tensors of the base that a tuned adapter replaces completely |
-| strength | the factors that multiply the change of an adapter, one per part |
+| strength | the factors that multiply the change of an adapter, and the weights of a checkpoint in a sum |
+| weighted | weighted sums of checkpoints as lazy models |
 | trained_principal | the deltas from the original principal to one that another program trained |
 | rank_plan | the rank of every layer, chosen by a rank, an energy or a file size |
 | sizes | parse and format file sizes |

@@ -201,7 +201,7 @@ def merged(
             dtype,
         )
     if cast_all and dtype is not None:
-        model = replace(model, tensors=_all_cast(model.tensors, dtype))
+        model = replace(model, tensors=cast_weights(model.tensors, dtype))
     return replace(model, warnings=tuple(warning for _, warning in rules if warning))
 
 
@@ -328,7 +328,7 @@ def _typed(
     }
 
 
-def _all_cast(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
+def cast_weights(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Set the dtype of all weights of the UNet and the encoders; the autoencoder keeps its dtypes."""
     return {
         name: replace(info, dtype=dtype)

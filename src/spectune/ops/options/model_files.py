@@ -1,4 +1,4 @@
-"""Options of the operations on full models: inspect, null, split, verify."""
+"""Options of the operations on full models: inspect, merge, null, split, verify."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from spectune.errors import InputError
+from spectune.errors import InputError, counted
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.options.values import (
     DEVICE_HELP,
@@ -16,7 +16,9 @@ from spectune.ops.options.values import (
     LAYERS_HELP,
     FactorDtype,
     ModelPath,
+    ParsedSummand,
     ResidualDtype,
+    WeightDtype,
     check_one_rank,
 )
 
@@ -45,6 +47,38 @@ class InspectOptions(OperationOptions):
     def measures(self) -> bool:
         """Return whether the options require the spectrum."""
         return self.spectrum or self.per_layer or self.plot is not None
+
+
+@record
+class MergeOptions(OperationOptions):
+    """Write the weighted sum of checkpoints. Weights may be negative: A:1 B:1 C:-1 is A + (B - C)."""
+
+    models: tuple[ParsedSummand, ...] = argument(
+        metavar="FILE[:WEIGHTS]...",
+        help="Checkpoints with their weights: 0.3, or by part, block and pattern, in quotes: "
+        '"B.safetensors:unet=0.3,te=0,down.1=0.5". One file may be without weights: it gets the rest to 1.',
+    )
+    out: Path = option(
+        flag="-o",
+        help="The output: x.safetensors, x.safetensors.index.json (shards), or a diffusers folder.",
+    )
+    _: KW_ONLY
+    dtype: WeightDtype | None = option(
+        default=None, help="Dtype of the UNet and the text encoders. Default: as in the first file."
+    )
+    force: bool = option(default=False, help=FORCE_HELP)
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        bare = [summand.path.name for summand in self.models if summand.weights is None]
+        if len(self.models) < 2 or len(bare) > 1:
+            problem = (
+                f"{len(bare)} files have no weight ({', '.join(bare)}): expected at most one"
+                if len(bare) > 1
+                else f"got {counted(len(self.models), 'checkpoint')}: expected two or more"
+            )
+            raise InputError(problem, hint="for example A.safetensors:0.7 B.safetensors:0.3")
+        return self
 
 
 @record

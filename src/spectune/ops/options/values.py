@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 from spectune.errors import InputError
 from spectune.files.dtype_names import dtype_name
 from spectune.files.model_folders.search import find_model
+from spectune.pairs.strength import ModelWeights, parse_weights
 
 # 8-bit types are precise enough for full weights, but not for factors and residuals.
 FactorDtype = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(dtype_name)]
@@ -105,6 +106,31 @@ def _split_slice(word: str) -> tuple[str, str | None, str | None]:
     return match[1], match[2] or None, match[3]
 
 
+@dataclass(frozen=True)
+class Summand:
+    """A checkpoint of a weighted sum; without weights it gets what the others lack to a sum of 1."""
+
+    path: Path
+    weights: ModelWeights | None = None
+
+    def __str__(self) -> str:
+        return "the rest" if self.weights is None else str(self.weights)
+
+
+def parse_summand(word: str | Path | Summand) -> Summand:
+    """Parse `FILE` or `FILE:WEIGHTS`: the text after the last colon is a weight if it looks like one."""
+    if isinstance(word, Summand):
+        return word
+    path, colon, text = str(word).rpartition(":")
+    is_weight = (
+        _NUMBER.fullmatch(text.partition(",")[0]) or "=" in text or path.lower().endswith(".safetensors")
+    )
+    if not colon or not path or not is_weight or re.search(r"[/\\]", text) or Path(word).exists():
+        return Summand(find_model(Path(word)))
+    return Summand(find_model(Path(path)), parse_weights(text))
+
+
+ParsedSummand = Annotated[Summand, BeforeValidator(parse_summand)]
 ParsedSlice = Annotated[Slice, BeforeValidator(parse_slice)]
 
 

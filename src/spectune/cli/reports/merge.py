@@ -1,0 +1,16 @@
+"""Output of `merge`."""
+
+from __future__ import annotations
+
+from spectune.cli.console import say
+from spectune.cli.report_parts import written
+from spectune.ops.merge import MergeReport
+from spectune.ops.options.model_files import MergeOptions
+
+
+def show(result: MergeReport, options: MergeOptions, seconds: float) -> None:
+    say(written(result.path, seconds))
+    for model in result.models:
+        say(f"  {model.weights:8}  {model.file}")
+    copies = result.tensors - result.summed
+    say(f"{result.summed} of {result.tensors} tensors are sums, {copies} are copied byte for byte")
