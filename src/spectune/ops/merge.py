@@ -9,7 +9,6 @@ from pathlib import Path
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint, open_writer
-from spectune.checkpoints.plain_weights import check_plain_weights
 from spectune.errors import InputError
 from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import MERGED_KEY, modelspec_model
@@ -90,7 +89,6 @@ def _check_models(sources: list[Checkpoint]) -> None:
                     "adapters",
                 )
             check_whole_model(source, hint="rebuild the complete model with `spectune rebuild` first")
-            check_plain_weights(source)
         except InputError as error:
             problems.append(error)
     if problems:

@@ -30,6 +30,7 @@ from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import refuse_overwriting
 from spectune.pairs.rank_plan import choose_ranks, rank_request
 from spectune.pairs.rules import check_whole_model
+from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.layout import PART_ROOTS, VAE_ROOT, PartName, part_of
 from spectune.sdxl.selection import select_layers
@@ -98,6 +99,8 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
         both = tuple(layer for layer in catalogue if layer.tensor in after.tensors)
+        if not both:
+            infer_parts(after)  # says what the file is instead
         chosen = select_layers(replace(catalogue, layers=both), options.layers or ("default",))
         for layer in chosen:
             for source in (after, before):
