@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,13 @@ from tests.layouts import TINY, Modules, build_modules
 from tests.split_fixtures import tiny_split  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Take what is loaded out of garbage collection, which took a sixth of the time to visit it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """Test the demo end to end on the embedded base, with two training steps."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from spectune.cli import demo as cli
 from spectune.cli.demo import check_hash, demo, demo_files
 from spectune.errors import InputError
 from spectune.sampling.contact_sheet import mean_psnr
 from spectune.training.data.folders import scan_training
+from spectune.training.recipe.file import load_recipe
 from spectune.training.recipe.sections.data import DataSection
 
 
@@ -33,8 +37,11 @@ def test_drawn_captions_are_held_out():
     assert drawn <= held_out
 
 
-def test_demo_passes_all_its_checks(tmp_path):
+def test_demo_passes_all_its_checks(tmp_path, monkeypatch):
     """`demo` raises unless the pair is exact, its pictures are identical and the LoRA has 45 dB."""
+    monkeypatch.setattr(cli, "PICTURES", replace(cli.PICTURES, steps=4))
+    short = ("run.validation_times=1", "run.batch=4")
+    monkeypatch.setattr(cli, "load_recipe", lambda path, changes: load_recipe(path, [*changes, *short]))
     report = demo(tmp_path / "demo", steps=2)
     assert report.sheet == tmp_path / "demo" / "demo.png"
     assert report.share == 1.0

@@ -120,7 +120,7 @@ def test_outputs_follow_a_step_of_every_optimizer(name: str) -> None:
 
 def test_a_first_use_in_inference_mode_does_not_break_training() -> None:
     layers = adapted()
-    layers[0].joined_factors.invalidate()
+    layers[0].joined_versions = None
     with torch.inference_mode():
         layers[0](torch.ones(1, 6, dtype=torch.float64).float())
     layers[0](torch.ones(1, 6)).sum().backward()

@@ -113,7 +113,7 @@ class AdaptedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the tensors; the joined factors follow at their next use."""
         super()._apply(fn, recurse)
-        self.joined_factors.invalidate()
+        self.joined_versions = None
         return self
 
     @property
@@ -161,7 +161,7 @@ class AdaptedLayer(nn.Module):
         self.scale, self.alpha = frame.scale, frame.alpha
         self.down = nn.Parameter(torch.zeros_like(self.frame_down, dtype=dtype))
         self.up = nn.Parameter(torch.zeros_like(self.frame_up, dtype=dtype))
-        self.joined_factors.invalidate()
+        self.joined_versions = None
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:

@@ -23,7 +23,9 @@ class TrainedLayer(Protocol):
     down: nn.Parameter
     up: nn.Parameter
     joined: dict[torch.dtype, Joined]
-    joined_versions: tuple[int, ...] | None  # the versions of down and up that `joined` was computed from
+    joined_versions: (
+        tuple[int, ...] | None
+    )  # of down and up when `joined` was computed; None: compute it anew
 
 
 def versions_of(layer: TrainedLayer) -> tuple[int, ...]:
@@ -46,11 +48,6 @@ class JoinedFactors:
     def __init__(self, layers: Sequence[TrainedLayer]) -> None:
         self._layers = tuple(layers)
         self._stacks: list[_Stack] = []
-
-    def invalidate(self) -> None:
-        """Make all layers refresh before their next use; for tensors that were replaced or moved."""
-        for layer in self._layers:
-            layer.joined_versions = None
 
     # Not in inference mode: a backward pass cannot use tensors that were made there.
     @torch.inference_mode(False)

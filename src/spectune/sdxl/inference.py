@@ -76,9 +76,10 @@ def part_layouts(
     label: str = "the checkpoint",
 ) -> PartLayouts:
     """Return the layout of the tensors of a single file that has at least a UNet; see `layout_of`."""
+    kind = _other_kind(tensors)
 
     def probe(root: str) -> ShapeProbe:
-        return ShapeProbe(tensors, label, root=root, kind=_other_kind(tensors))
+        return ShapeProbe(tensors, label, root=root, kind=kind)
 
     def has(root: str) -> bool:
         return any(name.startswith(root) for name in tensors)
@@ -379,5 +380,6 @@ def _other_kind(tensors: Mapping[str, TensorInfo]) -> str:
         "down_blocks.": " but a UNet with diffusers names",
         "text_model.": " but a text encoder",
     }
-    kinds = (kind for sign, kind in signs.items() if any(name.startswith(sign) for name in tensors))
+    signed = [name for name in tensors if name.startswith(tuple(signs))]
+    kinds = (kind for sign, kind in signs.items() if any(name.startswith(sign) for name in signed))
     return next(kinds, "") if tensors else " (it has no tensors)"

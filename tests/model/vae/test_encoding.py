@@ -30,18 +30,20 @@ def demo() -> Sdxl:
         return build_model(source)
 
 
+@pytest.fixture(scope="module")
+def full(full_infos: Mapping[str, TensorInfo]) -> Sdxl:
+    return empty_model(layout_of(full_infos), torch.bfloat16)
+
+
 @pytest.mark.parametrize(("way", "gigabytes"), [("float32", 2.68), ("bfloat16", 1.34), ("tiles", 0.67)])
-def test_bytes_of_a_full_autoencoder_are_counted(
-    full_infos: Mapping[str, TensorInfo], way: EncodeWay, gigabytes: float
-) -> None:
-    model = empty_model(layout_of(full_infos), torch.bfloat16)
-    assert model.layout.vae is not None
-    encoder = encoder_of(model, way)
+def test_bytes_of_a_full_autoencoder_are_counted(full: Sdxl, way: EncodeWay, gigabytes: float) -> None:
+    assert full.layout.vae is not None
+    encoder = encoder_of(full, way)
     assert encoder.vae is not None
     pixels = torch.empty(1, 3, 1024, 1024, device="meta")
     with torch.no_grad(), attention_of_gpus(), LiveBytes(encoder.vae.parameters()) as counter:
         encoder.encode_posteriors(pixels)
-    assert counter.peak == pytest.approx(encoding_bytes(model.layout.vae, 1024 * 1024, way), rel=0.03)
+    assert counter.peak == pytest.approx(encoding_bytes(full.layout.vae, 1024 * 1024, way), rel=0.03)
     assert counter.peak == pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
