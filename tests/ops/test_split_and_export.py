@@ -13,6 +13,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import save_tuned
 from spectune.checkpoints.open import open_checkpoint
+from spectune.cli.app import run
 from spectune.core.delta import change
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role, spectune_version
@@ -163,6 +164,19 @@ def test_split_without_residual_and_with_all_layers(tiny_checkpoint: Path, tmp_p
     assert ranks["unet.time_embed.0"] == 16
     assert {layer.name for layer in report.capped} >= {"unet.time_embed.0"}
     assert 0 < report.energy < 1
+
+
+def test_layers_of_zeros_are_counted(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k.weight"
+    base = changed_copy(tiny_checkpoint, tmp_path / "zero.safetensors", {name: torch.zeros(16, 40).half()})
+    assert run(["split", str(base), "-o", str(tmp_path), "--rank", "2", "--layers", "unet.*attn2.to_k"]) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert (
+        "training cannot change 1 layer with only zero weights, because the factors are zero too: " in shown
+    )
+    assert "unet.input_blocks.3.1.transformer_blocks.0.attn2.to_k" in shown
 
 
 def test_split_refuses_residuals_and_existing_files(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import MemorySource
-from spectune.pairs.trained_principal import trained_deltas
+from spectune.pairs.trained_principal import rounded_factors, trained_deltas
 from spectune.sdxl.layers import Catalogue, build_catalogue
 
 HASH = "ab" * 32
@@ -75,6 +75,55 @@ def test_frame_plus_delta_equals_the_trained_factors_exactly(
         exact = product(pair).double() - product(before).double()
         assert float((change(delta) - exact).norm() / exact.norm()) < 1e-5
         assert float((1.01 * change(delta) - exact).norm() / exact.norm()) > 5e-3
+
+
+def rounded(adapter: Adapter, *dtypes: torch.dtype) -> Adapter:
+    """Cast the factors of an adapter to each of the dtypes in turn."""
+    pairs: dict[str, LowRank] = {}
+    for name, pair in adapter.layers.items():
+        down, up = pair.down, pair.up
+        for dtype in dtypes:
+            down, up = down.to(dtype), up.to(dtype)
+        pairs[name] = LowRank(down, up, pair.alpha)
+    return replace(adapter, layers=pairs, label="trained.safetensors")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_principal_that_was_only_rounded_is_an_error(original: Adapter, stored: torch.dtype) -> None:
+    with pytest.raises(InputError) as caught:
+        trained_deltas(rounded(original, torch.bfloat16, stored), original)
+    assert str(caught.value) == (
+        "trained.safetensors equals principal.safetensors rounded to bfloat16: training changed nothing"
+    )
+    assert "spectune split --dtype bfloat16" in (caught.value.hint or "")
+    same = rounded(original, torch.float16)
+    assert not any(
+        delta.down.any() or delta.up.any() for delta in trained_deltas(same, original).layers.values()
+    )
+
+
+def test_rounding_is_no_change_of_a_layer(original: Adapter) -> None:
+    after = rounded(original, torch.bfloat16)
+    first, *others = original.layers
+    moved = after.layers[first]
+    moved = LowRank(moved.down * 1.5, moved.up, moved.alpha)
+    deltas = trained_deltas(replace(after, layers={**after.layers, first: moved}), original)
+    changed = {name for name, delta in deltas.layers.items() if delta.down.any() or delta.up.any()}
+    assert changed == {first}
+    delta = deltas.layers[first]
+    assert torch.equal(delta.frame.down.float() + delta.down, moved.down.float())
+    assert deltas.warnings == (
+        f"{len(others) + 1} layers of trained.safetensors have a narrower dtype than in "
+        "principal.safetensors: the change is measured from the rounded principal",
+    )
+
+
+def test_factors_narrower_than_those_of_the_residual_are_reported(original: Adapter) -> None:
+    residual = MemorySource({}, {"spectune.principal_dtype": "F16"}, "tiny.residual.safetensors")
+    assert rounded_factors(residual, rounded(original, torch.float32)) == ()
+    (warning,) = rounded_factors(residual, rounded(original, torch.bfloat16))
+    assert "192 layers of trained.safetensors were rounded from float16 to bfloat16" in warning
+    assert rounded_factors(MemorySource({}, {}), rounded(original, torch.bfloat16)) == ()
 
 
 def test_the_deltas_declare_their_provenance(original: Adapter) -> None:

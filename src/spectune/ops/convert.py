@@ -116,7 +116,7 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
         if isinstance(source, TunedAdapter):
             check_stays_tuned(source, spelling, store, even=even)
             written = save_tuned(out, source, declared, metadata=metadata, force=options.force)
-            return ConvertReport(out, written, (), dropped, len(source.layers), opened.warnings)
+            return ConvertReport(out, written, (), dropped, len(source.layers), source.warnings)
         assert source.catalogue is not None
         layers = [layer for layer in source.catalogue if layer.name in source.layers]
         ranks = {layer.name: source.rank(layer.name) for layer in layers}

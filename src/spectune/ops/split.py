@@ -13,7 +13,7 @@ from spectune.core.agreement import Agreement, total_share
 from spectune.core.rounding import check_dtype
 from spectune.core.split import LayerReport, total_energy
 from spectune.files.atomic_group import AtomicGroup
-from spectune.files.dtypes import parse_dtype, parse_residual_dtype
+from spectune.files.dtypes import SAFETENSORS_NAMES, parse_dtype, parse_residual_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Role
 from spectune.files.reader import INDEX_SUFFIX
@@ -29,6 +29,7 @@ from spectune.pairs.rank_plan import RankPlan, choose_ranks, rank_request
 from spectune.pairs.residual_file import (
     HEADER_BYTES,
     LAYER_COUNT_KEY,
+    PRINCIPAL_DTYPE_KEY,
     base_dtypes_metadata,
     exceptions_name,
     to_bytes,
@@ -73,6 +74,11 @@ class SplitReport:
     def excess(self) -> float:
         """Return the largest estimate of (residual norm / smallest possible residual norm) - 1 of a layer."""
         return max((layer.excess for layer in self.layers), default=0.0)
+
+    @property
+    def zero(self) -> tuple[LayerReport, ...]:
+        """Return the layers whose weights are all zero: with zero factors, they have no gradients."""
+        return tuple(layer for layer in self.layers if layer.norm == 0)
 
     @property
     def capped(self) -> tuple[LayerReport, ...]:
@@ -262,7 +268,12 @@ def _residual_writer(
     ]
     other = {info.name: base.tensors[info.name].dtype for info in infos if info != base.tensors[info.name]}
     copied = {key: value for key, value in base.metadata.items() if key not in STALE}
-    metadata = {**copied, LAYER_COUNT_KEY: str(len(catalogue)), **base_dtypes_metadata(other)}
+    metadata = {
+        **copied,
+        LAYER_COUNT_KEY: str(len(catalogue)),
+        PRINCIPAL_DTYPE_KEY: SAFETENSORS_NAMES[plan.store],
+        **base_dtypes_metadata(other),
+    }
     reserve = RESERVE_BYTES + HEADER_BYTES * len(other)
     return StreamWriter(
         path, infos, metadata=metadata, reserve_bytes=reserve, force=force, hold=True, hashed=False

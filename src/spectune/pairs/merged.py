@@ -29,9 +29,16 @@ from spectune.files.provenance import (
 )
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.pairs.replaced import Replacement, check_none_replaced, replacements
-from spectune.pairs.residual_file import BASE_DTYPES_KEY, is_exceptions, read_base_dtypes, read_exceptions
+from spectune.pairs.residual_file import (
+    BASE_DTYPES_KEY,
+    PRINCIPAL_DTYPE_KEY,
+    is_exceptions,
+    read_base_dtypes,
+    read_exceptions,
+)
 from spectune.pairs.rules import Action, BaseKind, check_residual_pair, pairing
 from spectune.pairs.strength import Strength, strength_of
+from spectune.pairs.trained_principal import rounded_factors
 from spectune.sdxl.layers import Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT
 
@@ -202,7 +209,7 @@ def merged(
         )
     if cast_all and dtype is not None:
         model = replace(model, tensors=cast_weights(model.tensors, dtype))
-    return replace(model, warnings=tuple(warning for _, warning in rules if warning))
+    return replace(model, warnings=(*model.warnings, *(warning for _, warning in rules if warning)))
 
 
 def restored(
@@ -226,6 +233,7 @@ def restored(
         metadata=_model_metadata(residual, [adapter]),
         tensors=_typed(infos, principals, original, dtype),
         label=f"{residual.label} + {adapter.label}",
+        warnings=() if untouched else rounded_factors(residual, adapter),
     )
 
 
@@ -387,7 +395,8 @@ def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapte
                 vae_name=tuned_for.vae_name,
             )
     provenance = replace(provenance, role=Role.MODEL, principal_hash=None, version=spectune_version())
-    replaced = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__} | {BASE_DTYPES_KEY}
+    replaced = {f"{PREFIX}{name}" for name in provenance.__dataclass_fields__}
+    replaced |= {BASE_DTYPES_KEY, PRINCIPAL_DTYPE_KEY}
     if provenance.prediction is not None:
         replaced.add(MODELSPEC_PREDICTION_KEY)
     kept = {key: value for key, value in base.metadata.items() if key not in replaced}

@@ -24,6 +24,7 @@ from spectune.files.source import WeightSource
 EXCEPTIONS = f"{PREFIX}exceptions."
 BASE_DTYPES_KEY = f"{PREFIX}base_dtypes"
 LAYER_COUNT_KEY = f"{PREFIX}layers"  # number of layers whose principal was taken out
+PRINCIPAL_DTYPE_KEY = f"{PREFIX}principal_dtype"  # of its factors, by safetensors' name
 HEADER_BYTES = 192  # upper bound of the header entry of one exceptions tensor
 _SPLIT_AGAIN = "split the model again"
 

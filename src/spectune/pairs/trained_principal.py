@@ -10,18 +10,23 @@ from spectune.adapters.adapter import Adapter, LazyLayers, TunedAdapter
 from spectune.adapters.writer import adapter_hash
 from spectune.core.delta import Delta, delta_between
 from spectune.core.low_rank import LowRank, weight_shape
-from spectune.errors import InputError, PairingError, some_of
+from spectune.core.rounding import dtype_name
+from spectune.errors import InputError, PairingError, counted, some_of
+from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME
 from spectune.files.provenance import Role
+from spectune.files.source import WeightSource
 from spectune.pairs.overlap import Place, overlap_of_adapters
+from spectune.pairs.residual_file import PRINCIPAL_DTYPE_KEY
 from spectune.pairs.rules import short_hash
 
 
 def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAdapter) -> TunedAdapter:
     """Return dA = A - A0 and dB = B - B0 of every layer in float32, with A0 and B0 as the frame.
 
-    The differences are exact if both factors are 16-bit and close to each other (Sterbenz 1974). Raises
-    InputError for tuned adapters and if layers, ranks, shapes or scales differ; PairingError if `trained` was
-    not trained from `original`.
+    The differences are exact if both factors are 16-bit and close to each other (Sterbenz 1974). If `trained`
+    has a narrower dtype, A0 and B0 are rounded to it first: rounding is no training. Raises InputError for
+    tuned adapters, if layers, ranks, shapes or scales differ, and if only rounding changed; PairingError if
+    `trained` was not trained from `original`.
     """
     for adapter, what in ((trained, "a trained principal"), (original, "the principal it was trained from")):
         if isinstance(adapter, TunedAdapter):
@@ -56,11 +61,12 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
             )
     original_hash = adapter_hash(original)
     _check_pair(trained, original, original_hash)
+    _check_more_than_rounding(trained, original)
 
     def delta(name: str) -> Delta:
         before, after = original.layers[name], trained.layers[name]
         _check_scale(name, before, after, original.label, trained.label)
-        return delta_between(before, after)
+        return delta_between(_rounded_like(before, after.down.dtype), after)
 
     declared, origin = trained.provenance, original.provenance
     provenance = replace(
@@ -75,9 +81,65 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
         LazyLayers(ranks, dict.fromkeys(ranks, torch.float32), delta),
         {**trained.metadata, **provenance.to_metadata()},
         trained.label,
-        trained.warnings,
+        (*trained.warnings, *_rounding_note(trained, original)),
         None,
         trained.catalogue,
+    )
+
+
+def rounded_factors(residual: WeightSource, adapter: Adapter | TunedAdapter) -> tuple[str, ...]:
+    """Return a warning if a trained principal has a narrower dtype than the principal of `residual`."""
+    dtype = DTYPES_BY_SAFETENSORS_NAME.get(residual.metadata.get(PRINCIPAL_DTYPE_KEY, ""))
+    if dtype is None or not isinstance(adapter, Adapter):
+        return ()
+    found = [adapter.dtype(name) for name in adapter.layers if _is_narrower(adapter.dtype(name), dtype)]
+    if not found:
+        return ()
+    word = dtype_name(found[0])
+    return (
+        f"the factors of {counted(len(found), 'layer')} of {adapter.label} were rounded from "
+        f"{dtype_name(dtype)} to {word}: this changes the model too; a principal by "
+        f"`spectune split --dtype {word}` stays exact",
+    )
+
+
+def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return torch.finfo(dtype).eps > torch.finfo(than).eps
+
+
+def _rounded_like(low_rank: LowRank, dtype: torch.dtype) -> LowRank:
+    """Return factors rounded to `dtype` if that has fewer significant bits."""
+    if not _is_narrower(dtype, low_rank.down.dtype):
+        return low_rank
+    return LowRank(low_rank.down.to(dtype), low_rank.up.to(dtype), low_rank.alpha)
+
+
+def _check_more_than_rounding(trained: Adapter, original: Adapter) -> None:
+    """Raise InputError if `trained` equals `original` rounded to 16 bits, in whichever dtype it is stored."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrower = any(_is_narrower(dtype, original.dtype(name)) for name in trained.layers)
+        if narrower and all(_is_rounded(original, trained, name, dtype) for name in trained.layers):
+            word = dtype_name(dtype)
+            raise InputError(
+                f"{trained.label} equals {original.label} rounded to {word}: training changed nothing",
+                hint=f"raise the learning rate; `spectune split --dtype {word}` writes a principal that such "
+                "a trainer does not round",
+            )
+
+
+def _is_rounded(original: Adapter, trained: Adapter, name: str, dtype: torch.dtype) -> bool:
+    before, after = original.layers[name], trained.layers[name]
+    pairs = ((before.down, after.down), (before.up, after.up))
+    return all(torch.equal(one.to(dtype).float(), other.float()) for one, other in pairs)
+
+
+def _rounding_note(trained: Adapter, original: Adapter) -> tuple[str, ...]:
+    rounded = [name for name in trained.layers if _is_narrower(trained.dtype(name), original.dtype(name))]
+    if not rounded:
+        return ()
+    return (
+        f"{counted(len(rounded), 'layer')} of {trained.label} have a narrower dtype than in {original.label}"
+        ": the change is measured from the rounded principal",
     )
 
 

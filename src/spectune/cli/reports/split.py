@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from spectune.cli.console import megabytes, say
+from spectune.cli.console import megabytes, print_warning, say
+from spectune.errors import counted, some_of
 from spectune.model.device import describe_device, parse_device
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.split import SplitForecast, SplitReport
@@ -43,6 +44,7 @@ def as_json(result: SplitReport, options: SplitOptions, seconds: float) -> dict[
         "layers": len(result.layers),
         "energy": result.energy,
         "excess": result.excess,
+        "zero_layers": [layer.name for layer in result.zero],
         "methods": Counter(layer.method for layer in result.layers),
         "bit_equal_share": result.share if result.residual else None,
         "exceptions": result.exceptions,
@@ -67,6 +69,12 @@ def _print_split(result: SplitReport) -> None:
         say(
             f"           {len(result.capped)} layers have a full rank below the requested one: the principal "
             "holds all of them"
+        )
+    if result.zero:
+        names = some_of([layer.name for layer in result.zero])
+        print_warning(
+            f"training cannot change {counted(len(result.zero), 'layer')} with only zero weights, because "
+            f"the factors are zero too: {names}"
         )
     if result.residual is None:
         return

@@ -110,7 +110,7 @@ def export_adapter(options: ExportOptions) -> ExportReport:
         hash=writer.hash,
         layers=tuple(reports),
         left_out=left_out,
-        warnings=opened.warnings,
+        warnings=source.warnings,
     )
 
 
