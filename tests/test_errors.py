@@ -6,7 +6,16 @@ from typing import Any, cast
 
 import pytest
 
-from spectune.errors import InputError, PairingError, SpectuneError, did_you_mean, quoted, some_of
+from spectune.errors import (
+    InputError,
+    PairingError,
+    SpectuneError,
+    did_you_mean,
+    each,
+    one_line,
+    quoted,
+    some_of,
+)
 
 
 def test_an_error_has_a_message_and_a_hint() -> None:
@@ -19,6 +28,39 @@ def test_an_error_has_a_message_and_a_hint() -> None:
     )
     assert isinstance(PairingError("a"), SpectuneError)
     assert PairingError("a").hint is None
+
+
+HOSTILE = "a\x1b]0;t\x07\nhint: run this\u202e\u2028\ud800.safetensors"
+
+
+def test_names_of_strangers_cannot_control_a_terminal() -> None:
+    error = InputError(f"no {HOSTILE}", hint=HOSTILE)
+    seen = "a\ufffd]0;t\ufffd hint: run this\ufffd\ufffd\ufffd.safetensors"
+    assert (error.what, error.hint, str(error)) == (f"no {seen}", seen, f"no {seen}")
+    assert one_line("caf\xe9 \u3000 \u65e5\u672c") == "caf\xe9 \u3000 \u65e5\u672c"
+
+
+def test_long_values_are_cut_with_their_length() -> None:
+    assert one_line(f"tensor {'x' * 1_000_000} is wrong") == (
+        f"tensor {'x' * 200}... (1,000,000 characters) is wrong"
+    )
+    assert len(one_line("x " * 500_000)) < 4100
+    assert one_line("y" * 400) == "y" * 400
+
+
+def test_all_wrong_items_are_one_error() -> None:
+    def half(number: int) -> int:
+        if number % 2:
+            raise InputError(f"{number} is odd", hint=f"add 1 to {number}")
+        return number // 2
+
+    assert each([2, 4], half) == [1, 2]
+    with pytest.raises(InputError, match=r"^3 is odd$"):
+        each([2, 3], half)
+    with pytest.raises(InputError) as caught:
+        each(range(10), half)
+    assert caught.value.what == "1 is odd; 3 is odd; 5 is odd (2 more)"
+    assert caught.value.hint == "add 1 to 1"
 
 
 def test_did_you_mean() -> None:

@@ -6,8 +6,13 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class SpectuneError(Exception):
@@ -16,9 +21,9 @@ class SpectuneError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+        self.what = one_line(what)
+        self.hint = None if hint is None else one_line(hint)
+        super().__init__(self.what)
 
 
 class InputError(SpectuneError):
@@ -31,6 +36,28 @@ class PairingError(SpectuneError):
 
 class FileNote(UserWarning):
     """A file was read in a way that the user should know. The command line prints it as `note:`."""
+
+
+def each(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
+    """Return the results of a function that checks its items; raise one InputError for all wrong ones.
+
+    It has the messages of the first three, the number of the others, and the first hint.
+    """
+    results: list[R] = []
+    errors: list[InputError] = []
+    count = 0
+    for item in items:
+        try:
+            results.append(function(item))
+        except InputError as error:
+            count += 1
+            errors = [*errors, error][:3]
+    if not errors:
+        return results
+    if count == 1:
+        raise errors[0]
+    rest = f" ({count - len(errors)} more)" if count > len(errors) else ""
+    raise InputError("; ".join(error.what for error in errors) + rest, hint=errors[0].hint) from errors[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -52,8 +79,36 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 def printable(text: str, longest: int = 200) -> str:
     """Return foreign text for one line of output: control characters are replaced, a long text is cut."""
-    line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
+    line = visible(text.strip()).replace("\n", "\N{REPLACEMENT CHARACTER}")
     return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+_LONGEST_WORD, _LONGEST_MESSAGE = 400, 8000  # characters
+
+
+def visible(text: str) -> str:
+    """Replace characters that move the cursor, control a terminal or reorder text; line breaks stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    invisible = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidirectional marks), surrogate, separators
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if char != "\n" and unicodedata.category(char) in invisible else char
+        for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return a message as one visible line. Long words and messages are cut and get their length.
+
+    Names and values in a message may come from a stranger's file.
+    """
+    line = " ".join(visible(text).split("\n"))
+    line = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD // 2), line)
+    return line if len(line) <= _LONGEST_MESSAGE else _cut(line, _LONGEST_MESSAGE // 2)
+
+
+def _cut(text: str, kept: int) -> str:
+    return f"{text[:kept]}... ({len(text):,} characters)"
 
 
 def quoted(path: Path, *, windows: bool = os.name == "nt") -> str:

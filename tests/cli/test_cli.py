@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
+from spectune.cli.console import heading, print_hint, print_note, print_warning, say, table
 from spectune.ops.drawing.pictures import SIDECAR
 from spectune.training.data.captions.sidecars import read_sidecar
 from spectune.training.recipe.sections.captions import CaptionSection
@@ -206,3 +207,14 @@ def test_sample_writes_pictures_and_compare_reads_them(files, tmp_path, capfd):
     assert run(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(sheet), "--json"]) == 0
     assert "drawing on" not in capfd.readouterr().err, "folders are only read"
     assert (tmp_path / "a" / "000-a-cat.png").read_bytes() == (tmp_path / "b" / "000-a-cat.png").read_bytes()
+
+
+def test_nothing_of_a_stranger_reaches_the_terminal_raw(capfd: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b]0;t\x07\u202e\nhint: run this"
+    for show in (say, print_warning, print_note, print_hint, lambda text: table("", ("name",), [(text,)])):
+        show(name)
+        shown = capfd.readouterr().err
+        assert "a\ufffd]0;t\ufffd\ufffd hint: run this" in shown
+        assert not set(shown) & set("\x1b\x07\u202e")
+    heading(name)
+    assert not set(capfd.readouterr().err) & set("\x1b\x07\u202e")

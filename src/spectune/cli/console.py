@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,36 +21,46 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from spectune.errors import FileNote, SpectuneError
+from spectune.errors import FileNote, SpectuneError, one_line, visible
 
-err = Console(stderr=True, highlight=False)
+
+class SafeConsole(Console):
+    """A console that replaces control characters: names and values may come from a stranger's file."""
+
+    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*args, **options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+err = SafeConsole(stderr=True, highlight=False)
 
 Report = Callable[[int, int, str], None]
 
 
 def print_error(error: SpectuneError) -> None:
     """Print `error:` with what happened and `hint:` with what to do next, on stderr."""
-    err.print(Text.assemble(("error: ", "bold red"), error.what), soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), one_line(error.what)), soft_wrap=True)
     if error.hint:
         print_hint(error.hint)
 
 
 def print_hint(what: str) -> None:
     """Print `hint:` and a message on stderr."""
-    err.print(Text.assemble(("hint: ", "bold cyan"), what), soft_wrap=True)
+    err.print(Text.assemble(("hint: ", "bold cyan"), one_line(what)), soft_wrap=True)
 
 
 def print_warning(what: str) -> None:
     """Print `warning:` and a message on stderr."""
-    err.print(Text.assemble(("warning: ", "bold yellow"), what), soft_wrap=True)
+    err.print(Text.assemble(("warning: ", "bold yellow"), one_line(what)), soft_wrap=True)
 
 
 def print_note(what: str) -> None:
     """Print `note:` and a message on stderr."""
-    err.print(Text.assemble(("note: ", "bold"), what), soft_wrap=True)
+    err.print(Text.assemble(("note: ", "bold"), one_line(what)), soft_wrap=True)
 
 
 @contextmanager
@@ -79,7 +90,12 @@ def print_json(record: Any) -> None:
 def say(line: str = "") -> None:
     """Print a line on stderr."""
     # no markup: a path may contain square brackets
-    err.print(line, soft_wrap=True, markup=False)
+    err.print(one_line(line), soft_wrap=True, markup=False)
+
+
+def show_result(text: str) -> None:
+    """Print text on stdout. A pipe gets it unchanged, a terminal without control characters."""
+    print(visible(text) if sys.stdout.isatty() else text)
 
 
 def heading(line: str) -> None:
@@ -95,7 +111,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))  # no markup: a path may contain square brackets
+        grid.add_row(*(Text(one_line(cell)) for cell in row))  # no markup: a path may contain square brackets
     err.print(grid)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from spectune.cli.console import err, heading, megabytes, progress, say, table
+from spectune.cli.console import err, heading, megabytes, progress, say, show_result, table
 from spectune.errors import InputError, SpectuneError
 from spectune.operation import operation
 from spectune.ops.drawing.models import draw
@@ -237,4 +237,4 @@ def _require(condition: bool, problem: str) -> None:
 
 def show(report: DemoReport, options: DemoOptions, seconds: float) -> None:
     """Print the path of the contact sheet. The demo prints everything else while it runs."""
-    print(report.sheet)
+    show_result(str(report.sheet))

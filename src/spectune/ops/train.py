@@ -16,7 +16,7 @@ from spectune.training.callbacks.loss_curve import LossCurve
 from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
 from spectune.training.recipe.defaults import with_defaults
-from spectune.training.recipe.file import load_recipe
+from spectune.training.recipe.file import check_paths, load_recipe
 from spectune.training.recipe.recipe import Recipe
 
 
@@ -29,6 +29,7 @@ def train(options: TrainOptions) -> TrainReport:
     `spectune.Callbacks`, and `show_progress=False` turns the progress line off.
     """
     recipe = load_recipe(options.recipe, options.overrides)
+    check_paths(recipe)
     given: list[Callbacks] = list(options.callbacks or ())
     if options.show_progress and not any(isinstance(one, ConsoleProgress) for one in given):
         given.append(ConsoleProgress())
@@ -41,6 +42,7 @@ def train(options: TrainOptions) -> TrainReport:
 def plan_train(options: TrainOptions) -> TrainForecast:
     """Check everything that a run needs without running it."""
     recipe = load_recipe(options.recipe, options.overrides)
+    check_paths(recipe)
     Previews(recipe)  # reads the prompts
     return forecast(recipe, force=options.force)
 

@@ -52,13 +52,15 @@ def trained_deltas(trained: Adapter | TunedAdapter, original: Adapter | TunedAda
             f"{name} has {ranks[name]}, expected {original.rank(name)}",
             hint="train with the ranks of the principal: set network_dim and conv_dim to them",
         )
-    for name in trained.layers:
-        shapes = [_shape_of(adapter, name) for adapter in (trained, original)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"{name} has shape {shapes[0]} in {trained.label} and {shapes[1]} in {original.label}",
-                hint="the two belong to models of different sizes: pass the principal it was trained from",
-            )
+    shapes = {name: (_shape_of(trained, name), _shape_of(original, name)) for name in trained.layers}
+    misfits = [name for name, (one, other) in shapes.items() if one != other]
+    if misfits:
+        one, other = shapes[misfits[0]]
+        raise InputError(
+            f"{len(misfits)} of {len(shapes)} layers have another shape in {trained.label} than in "
+            f"{original.label}: {misfits[0]} has {one}, expected {other}",
+            hint="the two belong to models of different sizes: pass the principal it was trained from",
+        )
     original_hash = adapter_hash(original)
     _check_pair(trained, original, original_hash)
     _check_more_than_rounding(trained, original)

@@ -85,7 +85,8 @@ def assemble(
         recipe = with_saved_way(recipe, saved.header.recipe)
         check_recipe(saved, recipe.model_dump(mode="json"))
     pictures, validation = find_images(recipe, warnings)
-    callbacks.on_message(described_epoch(pictures, recipe.run, accelerator.num_processes))
+    for line in described_epoch(pictures, recipe.run, accelerator.num_processes).split("\n"):
+        callbacks.on_message(line)
     device = accelerator.device
     trainable = _build_model(recipe, device, saved, callbacks)
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from spectune.cli.console import megabytes, say, table
+from spectune.cli.console import megabytes, say, show_result, table
 from spectune.ops.options.training import PlanOptions
 from spectune.ops.plan import Activations, PlanReport
 from spectune.training.memory.account import CONTEXT_BYTES, FRAGMENTED_SHARE, Memory
@@ -25,7 +25,7 @@ def show(result: PlanReport, options: PlanOptions, seconds: float) -> None:
     if result.activations:
         _print_activations(result.activations)
     _print_notes(result.found.memory)
-    print(result.recipe)
+    show_result(result.recipe)
 
 
 def as_json(result: PlanReport, options: PlanOptions, seconds: float) -> dict[str, Any]:

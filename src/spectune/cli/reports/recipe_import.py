@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spectune.cli.console import print_warning, say
+from spectune.cli.console import print_warning, say, show_result
 from spectune.errors import counted
 from spectune.interop.kohya.importer import ImportedRecipe
 from spectune.ops.options.training import ImportOptions
@@ -30,7 +30,7 @@ def show(report: ImportReport, options: ImportOptions, seconds: float) -> None:
             say(f"The trainer stores the factors in {dtype}. With --dtype {dtype}, the residual is computed")
             say("from factors in that dtype, so that the trainer rounds nothing.")
         say("`spectune split` writes the principal with these keys, and the residual. Run this instead:")
-        print(report.replaced_by)
+        show_result(report.replaced_by)
         return
     assert report.path is not None
     _print_flags(report.imported, report.path)

@@ -7,6 +7,7 @@ from time import monotonic
 
 from rich.console import Console
 
+from spectune.errors import one_line
 from spectune.training.callbacks import Callbacks, RunStart, StepInfo, TrainReport
 from spectune.training.callbacks.screens import Screen, screen_for
 from spectune.training.callbacks.status import Stage, Status
@@ -32,7 +33,7 @@ class ConsoleProgress(Callbacks):
         self._stage_began = 0.0
 
     def on_message(self, text: str) -> None:
-        self._screen.message(text)
+        self._screen.message(one_line(text))
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
         status = self._status

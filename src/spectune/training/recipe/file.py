@@ -14,7 +14,7 @@ from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from spectune.errors import InputError
+from spectune.errors import InputError, some_of
 from spectune.training.recipe.recipe import EXAMPLES_HINT, Recipe, parse_recipe, section_of
 
 _PATH_HINT = "write paths with / or in single quotes: 'C:\\models\\base.safetensors'"
@@ -43,6 +43,26 @@ def load_recipe(source: Path | Mapping[str, Any] | BaseModel, overrides: Sequenc
     for text in overrides:
         data = _overridden(data, text)
     return parse_recipe(data, label=source.name if isinstance(source, Path) else "recipe")
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Raise InputError if several files or folders of a recipe are missing; it names all of them.
+
+    A single one is left to the code that opens it, whose message says more.
+    """
+    model, data = recipe.model, recipe.data
+    paths = [("model.base", model.base), ("model.residual", model.residual)]
+    paths += [("model.principal", model.principal), ("vae.path", recipe.vae.path)]
+    paths += [("data.folders", folder) for folder in data.folders]
+    paths += [("data.sets", one.path) for one in data.sets]
+    paths += [("data.regularisation_folders", folder) for folder in data.regularisation_folders]
+    paths += [("data.validation_folder", data.validation_folder), ("run.preview", recipe.run.preview)]
+    missing = [f"{key} {path}" for key, path in paths if path is not None and not path.exists()]
+    if len(missing) > 1:
+        raise InputError(
+            f"{len(missing)} files and folders of the recipe do not exist: {some_of(missing, 10)}",
+            hint="relative paths in a recipe start at its folder",
+        )
 
 
 def _read_file(path: Path) -> dict[str, Any]:

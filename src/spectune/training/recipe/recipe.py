@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
-from spectune.errors import InputError, did_you_mean
+from spectune.errors import InputError, did_you_mean, printable
 from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.base import Section
 from spectune.training.recipe.sections.data import DataSection
@@ -31,55 +31,49 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self._check_objective()
-        self._check_optimizer()
-        self._check_caches()
+        problems = [*self._objective_problems(), *self._optimizer_problems(), *self._cache_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
-    def _check_objective(self) -> None:
+    def _objective_problems(self) -> Iterator[str]:
         kind = self.objective.kind
         if kind == "flow" and self.loss.weighting not in ("none", "edm2"):
-            raise ValueError(
-                f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow'
-            )
+            yield (f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow')
         if self.objective.converts and self.model.form != "delta":
-            raise ValueError(
+            yield (
                 'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base '
                 "weights"
             )
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
-            raise ValueError(f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"')
+            yield f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"'
 
-    def _check_optimizer(self) -> None:
+    def _optimizer_problems(self) -> Iterator[str]:
         name, traits = self.optimizer.name, self.optimizer.traits
         frozen = [part for part in self.optimizer.part_learning_rates if part not in self.model.parts]
         if frozen:
-            raise ValueError(
-                f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train"
-            )
+            yield (f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train")
         if self.run.ema_decay is not None and traits.schedule_free:
-            raise ValueError(f"run.ema_decay: {name} already averages its steps; remove run.ema_decay")
+            yield f"run.ema_decay: {name} already averages its steps; remove run.ema_decay"
         if self.run.trained_precision == "bf16" and not traits.rounds_stochastically:
             stochastic = [other for other, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
-            raise ValueError(
+            yield (
                 'run.trained_precision = "bf16" needs an optimizer with stochastic rounding, because plain '
                 f"rounding loses small updates; {name} with these options has none, use "
                 f"{', '.join(stochastic)}"
             )
 
-    def _check_caches(self) -> None:
+    def _cache_problems(self) -> Iterator[str]:
         if "text" in self.run.offload and not self.caches_text:
-            raise ValueError(
+            yield (
                 'run.offload = ["text"] needs cached captions: freeze the text encoders, and turn caption '
                 "shuffling, tag dropout, wildcards and random lines off"
             )
         if "vae" in self.run.offload and not self.data.caches_latents:
-            raise ValueError('run.offload = ["vae"] needs cached latents')
+            yield 'run.offload = ["vae"] needs cached latents'
         trained = [part for part in self.model.parts if part != "unet"]
         if self.data.cache_text and trained:
-            raise ValueError(
-                f"data.cache_text needs frozen text encoders, but model.parts trains {', '.join(trained)}"
-            )
+            yield (f"data.cache_text needs frozen text encoders, but model.parts trains {', '.join(trained)}")
 
     @property
     def caches_latents(self) -> bool:
@@ -104,8 +98,8 @@ def parse_recipe(data: Mapping[str, Any], *, label: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [_problem(dict(details)) for details in error.errors()]
-        more = f"; ... ({len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InputError(f"{label}: {'; '.join(problems[:3])}{more}", hint=EXAMPLES_HINT) from error
+        more = f"; ... ({len(problems) - 10} more)" if len(problems) > 10 else ""
+        raise InputError(f"{label}: {'; '.join(problems[:10])}{more}", hint=EXAMPLES_HINT) from error
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -132,7 +126,7 @@ def _problem(details: dict[str, Any]) -> str:
             place = f"[{'.'.join(location)}] " if location else ""
             return f"{place}{details['ctx']['error']}"
         case _:
-            return f"{where}`{key}`: {message}, got {details['input']!r}"
+            return f"{where}`{key}`: {message}, got {printable(repr(details['input']))}"
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomlkit
 
-from spectune.cli.console import megabytes, print_warning, say, table
+from spectune.cli.console import megabytes, print_warning, say, show_result, table
 from spectune.errors import counted
 from spectune.ops.forecast import PictureCounts, RunSchedule, Space, TrainForecast
 
@@ -36,7 +36,7 @@ def show(forecast: TrainForecast) -> None:
     if forecast.chosen:
         say(f"chosen for a base of SDXL's size: {forecast.chosen}")
     say("effective values that differ from the defaults, and those that depend on the base:")
-    print(tomlkit.dumps(effective(forecast)).rstrip())
+    show_result(tomlkit.dumps(effective(forecast)).rstrip())
     for problem in forecast.problems:
         print_warning(problem)
 

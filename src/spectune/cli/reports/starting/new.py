@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import typer
 
-from spectune.cli.console import say
+from spectune.cli.console import say, show_result
 from spectune.errors import counted
 from spectune.ops.new import NewReport
 from spectune.ops.options.training import NewOptions
@@ -36,5 +36,5 @@ def show(report: NewReport, options: NewOptions, seconds: float) -> None:
     for note in report.notes:
         say(note)
     say(f"wrote {report.path}; look at it, then check and train:")
-    print(f"{report.command} --dry-run")
-    print(report.command)
+    show_result(f"{report.command} --dry-run")
+    show_result(report.command)
