@@ -208,6 +208,21 @@ def torch_version(python: Path) -> str:
     return query(python, code) or ""
 
 
+def pip_install(python: Path) -> list[object]:
+    """Return the command to install packages. See `compile_modules` for `--no-compile`."""
+    return [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
+
+
+def compile_modules(python: Path) -> None:
+    """Compile all modules if Python does not compile those that it imports.
+
+    pip would compile 14,000 modules with one process, which takes a minute.
+    """
+    if sys.dont_write_bytecode:
+        folder = query(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
+        run(python, "-m", "compileall", "-qq", "-j", "0", folder)
+
+
 def place_torch(python: Path, lines: list[str], build: str | None) -> None:
     """Install the requested build of torch, or the one for this machine's card if there is no torch."""
     old = torch_version(python)
@@ -219,8 +234,7 @@ def place_torch(python: Path, lines: list[str], build: str | None) -> None:
     new = f"{locked.partition('==')[2].split(';')[0].strip()}+{build}"
     say(f"replacing torch {old} by torch {new}" if old else f"installing torch {new}")
     index = f"https://download.pytorch.org/whl/{build}"
-    pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
-    if run(*pip, f"torch=={new}", "--index-url", index) != 0:
+    if run(*pip_install(python), f"torch=={new}", "--index-url", index) != 0:
         raise DevError(
             "pip failed; its message is above\n"
             f"hint: install a torch of your choice first: {python} -m pip install torch; dev.py keeps it"
@@ -279,10 +293,10 @@ def ensure(lock: str, pip_args: list[str] | None = None, *, build: str | None = 
     say(f"installing {lock} into {VENV.name}" + (f"; keeping torch {torch}" if keeps_torch(torch) else ""))
     pinned = VENV / "spectune-requirements.txt"
     pinned.write_text("\n".join(with_torch(lines, torch)) + "\n", encoding="utf-8")
-    pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
     for target in (["-r", pinned], ["--no-deps", "-e", ROOT]):
-        if run(*pip, *(pip_args or []), *target) != 0:
+        if run(*pip_install(python), *(pip_args or []), *target) != 0:
             raise DevError("pip failed; its message is above")
+    compile_modules(python)
     # Written last, so that an interrupted installation is repeated.
     STAMP.write_text(json.dumps({**stamps, **current}, indent=1) + "\n", encoding="utf-8")
     return python

@@ -75,6 +75,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
         commands.append([str(word) for word in command])
         return 0
 
+    monkeypatch.setattr(dev.sys, "dont_write_bytecode", False)
     monkeypatch.setattr(dev, "VENV", tmp_path)
     monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp.json")
     monkeypatch.setattr(dev, "run", run)
@@ -89,6 +90,13 @@ def test_an_up_to_date_installation_is_not_repeated(installed: list[list[str]]) 
     dev.ensure(dev.DEV_LOCK)
     dev.ensure(dev.RUN_LOCK)
     assert len(installed) == 2
+
+
+def test_modules_are_compiled_once(installed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dev.sys, "dont_write_bytecode", True)
+    dev.ensure(dev.DEV_LOCK)
+    assert all("--no-compile" in command for command in installed[:2])
+    assert [command[1:3] for command in installed[2:]] == [["-m", "compileall"]]
 
 
 def test_the_demo_installs_no_development_tools(installed: list[list[str]]) -> None:

@@ -12,38 +12,44 @@ from PIL import Image
 
 from spectune.cli.app import run
 from spectune.cli.reports.starting import dry_run
-from spectune.ops.forecast import Space, setup_of
+from spectune.ops.forecast import Space, TrainForecast, setup_of
 from spectune.ops.options.training import TrainOptions
 from spectune.ops.train import plan_train
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.file import load_recipe
 
 
-@pytest.fixture
-def recipe(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recipe(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a recipe for five pictures, drawn twice, of which one is damaged."""
-    folder = tmp_path / "pictures" / "2_shape"
+    parent = tmp_path_factory.mktemp("forecast")
+    folder = parent / "pictures" / "2_shape"
     folder.mkdir(parents=True)
     for index in range(5):
         Image.new("RGB", (40 + 20 * index, 40), (index * 20, 30, 40)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"shape {index}")
     (folder / "broken.png").write_bytes(b"not a picture")
-    path = tmp_path / "r.toml"
+    path = parent / "r.toml"
     path.write_text(
-        f"[model]\nbase = {json.dumps(str(tiny_checkpoint))}\nrank = 2\n[data]\nfolders = ['pictures']\n"
-        "resolution_px = 32\nvalidation_folder = 'pictures'\n[run]\nname = 't'\noutput = 'out'\nepochs = 4\n"
+        f"[model]\nbase = {json.dumps(str(tiny_checkpoint))}\nrank = 2\nparts = ['te2']\n"
+        "[data]\nfolders = ['pictures']\nresolution_px = 32\nvalidation_folder = 'pictures'\n"
+        "[run]\nname = 't'\noutput = 'out'\nepochs = 4\n"
         "batch = 2\naccumulation = 2\nsave_every_steps = 3\nvalidate_every_steps = 5\n"
     )
     return path
 
 
+@pytest.fixture(scope="module")
+def planned(recipe: Path) -> TrainForecast:
+    return plan_train(TrainOptions(recipe))
+
+
 def test_the_plan_counts_everything_and_writes_nothing(
-    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: Path, planned: TrainForecast, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    assert run(["train", str(recipe), "--dry-run"]) == 0
+    before = sorted(recipe.parent.rglob("*"))
+    dry_run.show(planned)
     output = capfd.readouterr()
-    assert sorted(tmp_path.rglob("*")) == before
     shown = " ".join(output.err.split())
     assert "5 per epoch, 10 draws; 5 for validation" in shown
     assert "10 of 4 pictures; 2.5 per epoch, 4.0 epochs" in shown
@@ -56,6 +62,7 @@ def test_the_plan_counts_everything_and_writes_nothing(
 
     assert run(["train", str(recipe), "--dry-run", "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
+    assert sorted(recipe.parent.rglob("*")) == before
     assert data["schedule"]["steps"] == 10
     assert data["recipe"]["run"]["seed"] == 1
     assert data["pictures"]["sizes"] == {"32x32": 2, "48x16": 3}
@@ -74,10 +81,11 @@ def test_the_memory_is_that_of_the_captions(recipe: Path) -> None:
     assert setup_of(with_defaults(longest, "cpu"), 2).max_tokens == 150
 
 
-def test_too_little_memory_or_disk_is_a_problem(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    forecast = plan_train(TrainOptions(recipe))
-    full = replace(forecast, memory=Space(9_000_000_000, 8_000_000_000), disk=Space(2_000_000_000, 1_000_000))
-    assert dry_run.exit_code(forecast) == 0
+def test_too_little_memory_or_disk_is_a_problem(
+    planned: TrainForecast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = replace(planned, memory=Space(9_000_000_000, 8_000_000_000), disk=Space(2_000_000_000, 1_000_000))
+    assert dry_run.exit_code(planned) == 0
     assert dry_run.exit_code(full) == 1
     dry_run.show(full)
     shown = " ".join(capfd.readouterr().err.split())
