@@ -230,10 +230,6 @@ def test_layers_that_the_model_lacks_are_named(
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "the adapter is for Flux"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the adapter is for SD 1 or 2"),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "a transformer model such as Flux or SD 3"),
-        (
-            "lora_te2_text_projection.lora_down.weight",
-            "text projections are not read: adapters store them transposed",
-        ),
         ("something.weight", "expected an adapter for SDXL with kohya, PEFT or ComfyUI keys"),
     ],
 )
@@ -249,8 +245,8 @@ def test_adapters_for_other_models_are_recognized(
 @pytest.mark.parametrize(
     ("suffix", "way"),
     [
-        ("dora_scale", "extract a LoRA: `spectune export MODEL MERGED`"),
-        ("hada_w1_a", "extract a LoRA: `spectune export MODEL MERGED`"),
+        ("dora_scale", "then extract a LoRA from it: `spectune export ORIGINAL REBUILT`"),
+        ("hada_w1_a", "then extract a LoRA from it: `spectune export ORIGINAL REBUILT`"),
         ("diff_b", "`spectune convert --drop PATTERN` removes keys"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import spectune
 from spectune.adapters.adapter import TunedAdapter
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.reader import open_adapter, open_any_adapter
 from spectune.adapters.spellings import sort_keys
 from spectune.adapters.writer import delta_tensors, save_tuned
 from spectune.checkpoints.open import open_checkpoint
@@ -76,7 +76,7 @@ def changed(path: Path, changes: Mapping[str, Tensor], *, drop: str = "none") ->
 def test_replaced_tensors_round_trip(
     replacing: Path, ordinary: Path, catalogue: Catalogue, whole: dict[str, Tensor]
 ) -> None:
-    with open_adapter(replacing, catalogue, replaced=True) as opened, open_adapter(ordinary) as plain:
+    with open_any_adapter(replacing, catalogue) as opened, open_adapter(ordinary) as plain:
         assert isinstance(opened, TunedAdapter)
         assert opened.layers.keys() == plain.layers.keys()
         assert opened.replaced.keys() == whole.keys()
@@ -99,7 +99,7 @@ def test_a_file_without_replaced_tensors_is_unchanged(
     found = load_file(tmp_path / "again.safetensors")
     assert found.keys() == expected.keys()
     assert all(same_bits(found[key], expected[key]) for key in expected)
-    with open_adapter(tmp_path / "again.safetensors", catalogue, replaced=True) as opened:
+    with open_any_adapter(tmp_path / "again.safetensors", catalogue) as opened:
         assert isinstance(opened, TunedAdapter)
         assert opened.replaced == {}
 
@@ -130,13 +130,13 @@ def test_callers_that_would_lose_replaced_tensors_get_an_error(replacing: Path, 
 def test_a_lora_cannot_replace_tensors(replacing: Path, catalogue: Catalogue) -> None:
     lora = changed(replacing, pairs(catalogue.layers[:2]), drop="lora_")
     with pytest.raises(InputError, match="but is not a tuned adapter: expected frame_down"):
-        open_adapter(lora, catalogue, replaced=True)
+        open_any_adapter(lora, catalogue)
 
 
 def test_another_dtype_than_float32_is_an_error(replacing: Path, catalogue: Catalogue) -> None:
     cast = changed(replacing, {f"replaced.{BIAS}": torch.zeros(4, dtype=torch.bfloat16)})
     with pytest.raises(InputError, match=rf"replaced\.{BIAS} of x\.safetensors is BF16: expected F32"):
-        open_adapter(cast, catalogue, replaced=True)
+        open_any_adapter(cast, catalogue)
 
 
 def test_replaced_keys_are_neither_layers_nor_foreign() -> None:

@@ -82,8 +82,14 @@ def test_stems_include_those_that_programs_write(full: Catalogue) -> None:
         "lora_unet_up_blocks_1_attentions_2_transformer_blocks_1_attn2_to_out_0",
         "unet.up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_out.0",
         "diffusion_model.output_blocks.5.1.transformer_blocks.1.attn2.to_out.0",
+        # LyCORIS's own wrapper, of a pipeline or of the UNet alone, and sd-scripts's OFT
+        "lycoris_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_out_0",
+        "lycoris_unet_up_blocks_1_attentions_2_transformer_blocks_1_attn2_to_out_0",
+        "lycoris_up_blocks_1_attentions_2_transformer_blocks_1_attn2_to_out_0",
+        "oft_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_out_0",
     }
     assert all_of("te2.text_model.encoder.layers.31.mlp.fc1") == {
+        "lycoris_te2_text_model_encoder_layers_31_mlp_fc1",
         "lora_te2_text_model_encoder_layers_31_mlp_fc1",
         "text_encoder_2.text_model.encoder.layers.31.mlp.fc1",
         "text_encoder_2.encoder.layers.31.mlp.fc1",
@@ -277,10 +283,18 @@ def test_each_key_is_sorted_into_exactly_one_group(catalogue: Catalogue) -> None
     layers = {layer.name: layer.diffusers for layer in catalogue}
     name = "te1.text_model.encoder.layers.0.mlp.fc1"
     stem = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-    keys = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha", f"{stem}.dora_scale", "x.y.z"]
-    table = sort_keys([*keys, f"{stem}.lora.down.weight"], layers)
-    assert table.keys == {name: {"lora_down.weight": keys[0], "lora_up.weight": keys[1], "alpha": keys[2]}}
-    assert (table.unexpected, table.foreign) == ((keys[3],), ("x.y",))
+    keys = [f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha", f"{stem}.dora_scale"]
+    norm = "te1.text_model.final_layer_norm"
+    keys += [f"{stem}.reg_dims", "text_encoder.text_model.final_layer_norm.w_norm", "x.y.z"]
+    others = {norm: "text_encoder.text_model.final_layer_norm"}
+    names = [*keys, f"{stem}.lora.down.weight", "bundle_emb.nimble.clip_l", "bundle_emb.nimble.clip_g"]
+    table = sort_keys(names, layers, others)
+    pair = {"lora_down.weight": keys[0], "lora_up.weight": keys[1], "alpha": keys[2]}
+    assert table.keys == {name: {**pair, "dora_scale": keys[3]}}
+    assert (table.unexpected, table.foreign) == ((keys[4],), ("x.y",))
+    assert table.general
+    assert table.embeddings == ("nimble",)
+    assert table.others == {"te1.text_model.final_layer_norm": {"w_norm": keys[5]}}
     assert table.duplicates == ((keys[0], f"{stem}.lora.down.weight"),)
     assert not table.tuned
 

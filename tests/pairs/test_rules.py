@@ -9,7 +9,8 @@ from string import Formatter
 import pytest
 import torch
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.adapter import Adapter, AnyAdapter, GeneralAdapter, TunedAdapter
+from spectune.adapters.kinds.pair import Pair
 from spectune.core.delta import Delta
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
@@ -44,6 +45,7 @@ ADAPTERS = {
     AdapterKind.DELTAS: Provenance(role=Role.TUNED, principal_hash="ab" * 32),
     AdapterKind.LORA: Provenance(role=Role.LORA),
     AdapterKind.UNDECLARED: Provenance(),
+    AdapterKind.OTHER: Provenance(),
 }
 
 
@@ -52,8 +54,11 @@ def model(source: MemorySource) -> Model:
     return drawn(source, 0)
 
 
-def made(kind: AdapterKind, pairs: Adapter) -> Adapter | TunedAdapter:
+def made(kind: AdapterKind, pairs: Adapter) -> AnyAdapter:
     metadata = ADAPTERS[kind].to_metadata()
+    if kind is AdapterKind.OTHER:
+        changes = {name: Pair(pair) for name, pair in pairs.layers.items()}
+        return GeneralAdapter(changes, metadata, pairs.label)
     if kind is not AdapterKind.DELTAS:
         return replace(pairs, metadata=metadata)
     deltas = {
@@ -110,7 +115,8 @@ def test_pairing_applies_the_table(
     adapter = made(kind, pairs)
     assert BaseKind.of(base) is base_kind
     assert AdapterKind.of(adapter) is kind
-    assert overlap(base, adapter).place is place
+    if not isinstance(adapter, GeneralAdapter):
+        assert overlap(base, adapter).place is place
     cell = MERGE[base_kind, kind]
     rule = cell if isinstance(cell, Rule) else cell.get(place, cell[Place.UNRELATED])
     if rule.action is Action.REFUSE:
@@ -142,8 +148,15 @@ def test_adapters_for_export_and_training(kind: AdapterKind, model: Model) -> No
     if kind.is_principal:
         with pytest.raises((PairingError, InputError), match=r"^p is (an untrained|a trained) principal"):
             check_exportable(adapter, None)
-    else:
+    elif kind is not AdapterKind.OTHER:
         check_exportable(adapter, None)
+    if kind is AdapterKind.OTHER:
+        for check in (check_frame, lambda other: check_exportable(other, model.source)):
+            with pytest.raises(InputError, match=r"^p is not a product of two factors per layer$") as caught:
+                check(adapter)
+            assert caught.value.hint is not None
+            assert caught.value.hint.startswith("rebuild the checkpoint")
+        return
     if kind is AdapterKind.UNDECLARED:
         with pytest.raises(InputError, match=r"^p has the values of a principal of model\.safetensors"):
             check_exportable(adapter, model.source)

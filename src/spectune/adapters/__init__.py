@@ -2,7 +2,9 @@
 
 | module | contents |
 | --- | --- |
-| adapter | adapters in memory: a low-rank pair or a delta per layer, read on access |
+| adapter | adapters in memory: a low-rank pair, a delta or another change per layer, read on access |
+| general | read the other kinds: LoHa, LoKr, DoRA, differences of biases and norms |
+| kinds | how each kind of adapter changes a weight |
 | detect | tell adapters from checkpoints |
 | spellings | map the keys of other programs to layers and back |
 | alphas | read alphas from tensors and from PEFT's configuration, and warn about them |

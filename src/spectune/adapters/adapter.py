@@ -1,8 +1,8 @@
-"""Adapters in memory: a low-rank matrix or a trained delta per layer; each layer is read on access."""
+"""Adapters in memory: a low-rank matrix, a trained delta or another change per layer, read on access."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -10,11 +10,13 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
+from spectune.adapters.kinds.change import WeightChange
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_dtype
 from spectune.files.provenance import HasProvenance
 from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue
+from spectune.sdxl.names import TensorView
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 MID = "lora_mid.weight"  # LoCon with use_tucker: the kernel of a convolution, (rank, rank, kh, kw)
@@ -74,26 +76,58 @@ class TunedAdapter(_Layers[Delta]):
         )
 
 
-class LazyLayers(Mapping[str, T], Generic[T]):
-    """A mapping that reads a layer from the file on every access; ranks and dtypes need no reading."""
+@dataclass(frozen=True)
+class ParameterDifference:
+    """A difference of a parameter that is not the weight of a layer: of a bias, norm or embedding."""
 
-    def __init__(
-        self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]
-    ) -> None:
-        self.ranks = dict(ranks)
-        self.dtypes = dict(dtypes)  # each wide enough for both factors
+    view: TensorView  # the parameter in the single-file checkpoint
+    shape: tuple[int, ...]  # of the difference
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class GeneralAdapter(_Layers[WeightChange]):
+    """An adapter that is more than a product of two factors per layer."""
+
+    differences: Mapping[str, ParameterDifference] = field(
+        default_factory=dict[str, ParameterDifference]
+    )  # "unet.out.0.bias"
+    # layer or other module -> suffix -> key in the file
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    kinds: Mapping[str, str] = field(default_factory=dict[str, str])  # layer -> "LoHa", "DoRA of LoKr"
+
+
+AnyAdapter = Adapter | TunedAdapter | GeneralAdapter
+
+
+class LazyMapping(Mapping[str, T], Generic[T]):
+    """A mapping that reads a value from the file on every access."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], T]) -> None:
+        self._names = dict.fromkeys(names)
         self._read = read
 
     def __getitem__(self, name: str) -> T:
-        if name not in self.ranks:
+        if name not in self._names:
             raise KeyError(name)
         return self._read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.ranks
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.ranks)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self.ranks)
+        return len(self._names)
+
+
+class LazyLayers(LazyMapping[T]):
+    """The layers of a file, with ranks and dtypes that need no reading."""
+
+    def __init__(
+        self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]
+    ) -> None:
+        super().__init__(ranks, read)
+        self.ranks = dict(ranks)
+        self.dtypes = dict(dtypes)  # each wide enough for both factors

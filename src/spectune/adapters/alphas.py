@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN
-from spectune.adapters.spellings import split_adapter_key, stem_and_factor
+from spectune.adapters.spellings import is_peft_key, split_adapter_key, stem_and_factor
 from spectune.errors import InputError, counted, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Role, parse_json
@@ -22,7 +22,9 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
 PEFT_FILE = "adapter_config.json"
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # written by diffusers: {"unet.r": 8, "unet.lora_alpha": 16, ...}
+LARGEST_ALPHA = 1e6  # far above any intended scale
 LARGEST_NUMBER = 1e30  # a JSON integer may have any number of digits
+_ALPHAS = ("lora_alpha", "alpha")  # in PEFT's configurations; the second of LoHa and LoKr
 _PEFT_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -129,9 +131,40 @@ class PeftAlphas:
             return None
         patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
         matches = [patterns[key] for key in _pattern_keys(module) if key in patterns]
-        configured = matches[0] if matches else config.get("lora_alpha")
+        configured = (
+            matches[0] if matches else config.get("lora_alpha", config.get("alpha"))
+        )  # `alpha` in LoHa and LoKr
         alpha = float(rank if configured is None else configured)
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def read_alpha(
+    source: WeightSource, key: str | None, peft: PeftAlphas, name: str, rank: int | None, diffusers: str = ""
+) -> float | None:
+    """Return the alpha of a layer from its tensor or PEFT's configuration; None if neither has one.
+
+    `diffusers` is its path in a pipeline. Raises InputError if alpha is not a number or too large.
+    """
+    if key is not None:
+        alpha, place = float(source.load(key).item()), ""
+    else:
+        alpha = None if rank is None else peft.alpha(diffusers, rank)
+        place = "the configuration of "
+    if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
+        raise InputError(
+            f"the alpha of {name} in {place}{source.label} is {alpha}: expected a number "
+            f"up to {LARGEST_ALPHA:g}"
+        )
+    return alpha
+
+
+def missing_alphas(source: WeightSource, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a warning about layers without alpha; none for files of PEFT, which writes no usual alpha."""
+    if not names or any(map(is_peft_key, source.tensors)):
+        return ()
+    return (
+        f"{counted(len(names), 'layer')} of {source.label} without alpha, read as scale 1: {some_of(names)}",
+    )
 
 
 def read_peft_alphas(path: Path, metadata: Mapping[str, str]) -> PeftAlphas:
@@ -156,7 +189,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not a JSON object: {text[:60]}")
     settings = cast(dict[str, Any], config)
     for key, value in settings.items():
-        if value is not None and key.endswith("lora_alpha") and not _is_number(value):
+        if value is not None and key.rpartition(".")[2] in _ALPHAS and not _is_number(value):
             raise InputError(f"{where}: {key} is {value!r}: expected a number")
         if value is not None and key.endswith("alpha_pattern") and not _are_numbers(value):
             raise InputError(f"{where}: {key} is {value!r}: expected numbers by layer name")

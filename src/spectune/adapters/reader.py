@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,41 +24,41 @@ from spectune.adapters.adapter import (
     REPLACED,
     UP,
     Adapter,
+    AnyAdapter,
+    GeneralAdapter,
     LazyLayers,
     TunedAdapter,
 )
-from spectune.adapters.alphas import PeftAlphas, read_peft_alphas
-from spectune.adapters.spellings import KeyTable, is_peft_key, sort_keys
+from spectune.adapters.alphas import PeftAlphas, missing_alphas, read_alpha, read_peft_alphas
+from spectune.adapters.general import read_general
+from spectune.adapters.kinds.pair import read_low_rank
+from spectune.adapters.kinds.table import BIAS_DIFFERENCE, NORM_DIFFERENCES, OTHER_SUFFIXES
+from spectune.adapters.spellings import KeyTable, sort_keys, stem_and_suffix
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_dtype
-from spectune.errors import InputError, counted, some_of
+from spectune.errors import InputError, counted, printable, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
+from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
 from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
-_KINDS = "spectune reads adapters whose layers are products of two factors: LoRA, LyCORIS locon"
-_MERGE = (
-    f"{_KINDS}; merge this one into a checkpoint with the program that made it, then extract a LoRA: "
-    "`spectune export MODEL MERGED`"
+_KINDS = "spectune reads the keys of LoRA, LyCORIS and PEFT"
+REBUILD_FIRST = (
+    "rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
+    "`spectune export ORIGINAL REBUILT`"
 )
-# Keys without which a layer does something else, unlike differences of biases and norms. The first two are
-# the magnitudes of DoRA in LyCORIS and PEFT.
-ESSENTIAL = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "oft_", "lora_mid", "on_input")
-LARGEST_ALPHA = 1e6  # far above any intended scale
+# Keys without which a layer does something else, unlike differences of biases and norms.
+ESSENTIAL = (OTHER_SUFFIXES | {MID}) - {BIAS_DIFFERENCE, *NORM_DIFFERENCES}
 _DROP = "; `spectune convert --drop PATTERN` removes keys"
 
 
 def open_adapter(
-    path: Path,
-    catalogue: Catalogue | None = None,
-    *,
-    without: Sequence[str] = (),
-    replaced: bool = False,
+    path: Path, catalogue: Catalogue | None = None, *, without: Sequence[str] = ()
 ) -> Adapter | TunedAdapter:
-    """Open an adapter in any spelling; its layers are read on access.
+    """Open an adapter whose layers are products of factors, in any spelling; layers are read on access.
 
     The adapter is a context manager that closes the file. A missing alpha means scale 1 and adds a warning.
 
@@ -67,46 +67,75 @@ def open_adapter(
         catalogue: The layers of the model that the adapter is for. By default, layers have the names of SDXL
             and the shapes of their factors.
         without: Keys to skip.
-        replaced: Whether the caller applies tensors that replace those of the base. If not, a file with such
-            tensors raises InputError.
 
     Raises:
-        InputError: For layers that the model lacks, shapes that do not fit, and kinds of adapters that are
-            not products of two factors.
+        InputError: For layers that the model lacks, shapes that do not fit, other kinds of adapters, and
+            files that replace tensors of their base.
+    """
+    opened = open_any_adapter(path, catalogue, without=without, factors_only=True)
+    assert not isinstance(opened, GeneralAdapter)
+    return opened
+
+
+def open_any_adapter(
+    path: Path,
+    catalogue: Catalogue | None = None,
+    *,
+    without: Sequence[str] = (),
+    factors_only: bool = False,
+) -> AnyAdapter:
+    """Open an adapter of any kind for a caller that applies all of it; see `open_adapter`.
+
+    A file with more than a product of two factors per layer requires the catalogue of its model.
+    `factors_only` refuses such a file, and one that replaces tensors of its base.
     """
     source = open_checkpoint(path)
     try:
-        return _opened(source, catalogue, frozenset(without), replaced=replaced)
+        return _opened(source, catalogue, frozenset(without), factors_only=factors_only)
     except BaseException:
         source.close()
         raise
 
 
+def is_general_file(source: WeightSource) -> bool:
+    """Return whether an adapter file has more than a product of two factors per layer."""
+    return any(stem_and_suffix(key)[1] in OTHER_SUFFIXES for key in source.tensors)
+
+
 def _opened(
-    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, replaced: bool
-) -> Adapter | TunedAdapter:
+    source: Checkpoint, catalogue: Catalogue | None, without: frozenset[str], *, factors_only: bool
+) -> AnyAdapter:
     if not source.tensors:
         raise InputError(f"{source.label} has no tensors: expected an adapter", hint="pass another file")
-    layers = _sdxl_paths() if catalogue is None else {layer.name: layer.diffusers for layer in catalogue}
-    table = sort_keys((key for key in source.tensors if key not in without), layers)
-    if not (table.keys or table.foreign or table.unexpected or table.replaced):
+    table = sort_keys((key for key in source.tensors if key not in without), *_known_names(catalogue))
+    if not (table.keys or table.others or table.foreign or table.unexpected or table.replaced):
         raise InputError(
             f"{source.label} has no keys except the {len(source.tensors)} to leave out: expected factors",
             hint="leave out fewer keys",
         )
     _check_keys(source, table, among_sdxl=catalogue is None)
-    _check_replaced(source, table, used=replaced)
-    if catalogue is None:
-        catalogue = _catalogue_from_factors(source, table)
+    peft = read_peft_alphas(source.path, source.metadata)
+    if table.general:
+        _check_general(source, table, factors_only=factors_only, has_base=catalogue is not None)
+        assert catalogue is not None
+        opened: AnyAdapter = read_general(source, table, catalogue, peft)
+    else:
+        _check_factors(source, table)
+        _check_replaced(source, table, used=not factors_only)
+        opened = _read_factors(source, table, catalogue or _catalogue_from_factors(source, table), peft)
+    return replace(opened, warnings=(*opened.warnings, *_ignored(source, table)))
+
+
+def _read_factors(
+    source: Checkpoint, table: KeyTable, catalogue: Catalogue, peft: PeftAlphas
+) -> Adapter | TunedAdapter:
     by_name = {layer.name: layer for layer in catalogue if layer.name in table.keys}
-    reader = _Reader(source, table, read_peft_alphas(source.path, source.metadata))
+    reader = _Reader(source, table, peft)
     for layer in by_name.values():
         reader.check(layer)
-    no_alpha = [name for name, layer in by_name.items() if reader.stored_alpha(layer) is None]
-    # PEFT writes no alpha that equals the rank
-    peft = any(is_peft_key(key) for key in source.tensors)
-    warning = f"{counted(len(no_alpha), 'layer')} of {source.label} without alpha, read as scale 1"
-    warnings = (f"{warning}: {some_of(no_alpha)}",) if no_alpha and not peft else ()
+    warnings = missing_alphas(
+        source, [n for n, layer in by_name.items() if reader.stored_alpha(layer) is None]
+    )
     ranks = {name: reader.rank(layer) for name, layer in by_name.items()}
     dtypes = {name: reader.dtype(layer) for name, layer in by_name.items()}
     if table.tuned:
@@ -115,6 +144,56 @@ def _opened(
         return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, tensors)
     low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
     return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
+
+
+def _known_names(catalogue: Catalogue | None) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return the paths in a pipeline of all layers, and of the modules that are not layers, by name."""
+    if catalogue is None:
+        return _sdxl_paths()
+    layers = {layer.name: layer.diffusers for layer in catalogue}
+    others = {
+        module.layer: diffusers_name(module.layer, catalogue.unet)
+        for module in catalogue.modules
+        if module.layer not in layers
+    }
+    return layers, others
+
+
+def _ignored(source: Checkpoint, table: KeyTable) -> tuple[str, ...]:
+    """Return a warning about embedded textual inversions, which no weight of a model can hold."""
+    if not table.embeddings:
+        return ()
+    names = some_of([printable(name) for name in table.embeddings])
+    return (
+        f"{counted(len(table.embeddings), 'embedding')} of {source.label} ignored: new words for prompts, "
+        f"which no weight can hold: {names}",
+    )
+
+
+def _check_general(source: Checkpoint, table: KeyTable, *, factors_only: bool, has_base: bool) -> None:
+    if table.tuned or table.replaced:
+        raise InputError(
+            f"{source.label} has keys of a tuned adapter and of another kind of adapter: expected one kind",
+            hint="the file was merged from two files: use each of them alone",
+        )
+    if factors_only:
+        other = {key: suffix for keys in table.others.values() for suffix, key in keys.items()}
+        other |= {
+            key: suffix
+            for keys in table.keys.values()
+            for suffix, key in keys.items()
+            if suffix in OTHER_SUFFIXES
+        }
+        raise InputError(
+            f"{source.label} has {counted(len(other), 'key')} other than factors: {some_of(list(other))}; "
+            f"expected {', '.join(LOW_RANK_SUFFIXES)}",
+            hint=REBUILD_FIRST + ("" if ESSENTIAL.intersection(other.values()) else _DROP),
+        )
+    if not has_base:
+        raise InputError(
+            f"{source.label} changes complete weights: reading it requires its model",
+            hint="pass the model as `base`",
+        )
 
 
 def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> None:
@@ -127,12 +206,10 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
             hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
         )
     if table.unexpected:
-        expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
+        unknown, count = some_of([printable(key) for key in table.unexpected]), len(table.unexpected)
         raise InputError(
-            f"{source.label} has {counted(len(table.unexpected), 'key')} other than factors: "
-            f"{some_of(table.unexpected)}; "
-            f"expected {', '.join(expected)}",
-            hint=_MERGE if any(map(is_essential, table.unexpected)) else _KINDS + _DROP,
+            f"{source.label} has {counted(count, 'key')} of no known kind of adapter: {unknown}",
+            hint="`spectune convert --drop PATTERN` removes keys",
         )
     if table.duplicates:
         one, other = table.duplicates[0]
@@ -140,6 +217,10 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
             f"{source.label} has {counted(len(table.duplicates), 'factor')} twice: {one} and {other}",
             hint="the file has the same layers in two spellings" + _DROP,
         )
+
+
+def _check_factors(source: Checkpoint, table: KeyTable) -> None:
+    """Raise InputError for a layer with missing factors, or with factors and deltas."""
     expected = DELTA_SUFFIXES if table.tuned else LOW_RANK_SUFFIXES
     for name, suffixes in table.keys.items():
         optional = () if table.tuned else (MID,)
@@ -154,8 +235,8 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
 
 
 def is_essential(key: str) -> bool:
-    """Return whether a layer does something else without this key of it."""
-    return any(f".{word}" in key for word in ESSENTIAL)
+    """Return whether a layer does something else without this key of it, unlike a bias or norm."""
+    return stem_and_suffix(key)[1] in ESSENTIAL
 
 
 def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
@@ -191,7 +272,6 @@ def _foreign_hint(foreign: Sequence[str], *, among_sdxl: bool) -> str:
         "double_blocks": "the adapter is for Flux",
         "transformer.": "the adapter is for a transformer model such as Flux or SD 3",
         "joint_blocks": "the adapter is for SD 3",
-        "text_projection": "text projections are not read: adapters store them transposed" + _DROP,
     }
     for sign, text in signs.items():
         if any(_has_sign(stem, sign) for stem in foreign):
@@ -268,26 +348,13 @@ class _Reader:
 
     def stored_alpha(self, layer: Layer) -> float | None:
         """Return the alpha from the tensors or PEFT's configuration; None if neither has one."""
-        if ALPHA in self.table.keys[layer.name]:
-            alpha, place = float(self.source.load(self.key(layer, ALPHA)).item()), ""
-        else:
-            alpha, place = self.peft.alpha(layer.diffusers, self.rank(layer)), "the configuration of "
-        if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
-            raise InputError(
-                f"the alpha of {layer.name} in {place}{self.source.label} is {alpha}: expected a number "
-                f"up to {LARGEST_ALPHA:g}"
-            )
-        return alpha
+        key = self.table.keys[layer.name].get(ALPHA)
+        return read_alpha(self.source, key, self.peft, layer.name, self.rank(layer), layer.diffusers)
 
     def low_rank(self, layer: Layer) -> LowRank:
-        if MID not in self.table.keys[layer.name]:
-            return self._pair(layer, DOWN, UP)
-        alpha = self.stored_alpha(layer)
-        rank = self.rank(layer)
-        down, mid, up = (self._load(layer, suffix).float() for suffix in (DOWN, MID, UP))
-        # LyCORIS's Tucker form: W[o,i,h,w] = sum_mn up[o,m] mid[m,n,h,w] down[n,i]. Joined to two factors.
-        joined = torch.einsum("mnhw,ni->mihw", mid, down.flatten(1))
-        return LowRank(joined, up.reshape(-1, rank, 1, 1), float(rank) if alpha is None else alpha)
+        suffixes = self.table.keys[layer.name].keys() & {DOWN, MID, UP}
+        tensors = {suffix: self._load(layer, suffix) for suffix in suffixes}
+        return read_low_rank(tensors, self.stored_alpha(layer), layer.shape)
 
     def delta(self, layer: Layer) -> Delta:
         change = self._pair(layer, DELTA_DOWN, DELTA_UP)
@@ -309,17 +376,19 @@ class _Reader:
 @cache
 def _sdxl_modules() -> Mapping[str, tuple[Part, Module]]:
     """Return the modules of SDXL whose weight can be factored, by layer name."""
-    return {
-        module.layer: (part, module)
-        for part in Part
-        for module in modules_of(SDXL, part.value)
-        if module.factorable
-    }
+    return {name: (part, module) for name, (part, module) in _all_sdxl().items() if module.factorable}
 
 
 @cache
-def _sdxl_paths() -> Mapping[str, str]:
-    return {name: diffusers_name(name, SDXL.unet) for name in _sdxl_modules()}
+def _all_sdxl() -> Mapping[str, tuple[Part, Module]]:
+    return {module.layer: (part, module) for part in Part for module in modules_of(SDXL, part.value)}
+
+
+@cache
+def _sdxl_paths() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    paths = {name: diffusers_name(name, SDXL.unet) for name in _all_sdxl()}
+    layers = {name: path for name, path in paths.items() if name in _sdxl_modules()}
+    return layers, {name: path for name, path in paths.items() if name not in layers}
 
 
 def sdxl_default_layers() -> tuple[str, ...]:

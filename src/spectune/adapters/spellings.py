@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from spectune.adapters.adapter import (
@@ -18,6 +18,8 @@ from spectune.adapters.adapter import (
     REPLACED,
     UP,
 )
+from spectune.adapters.kinds.dora import PEFT_MAGNITUDE
+from spectune.adapters.kinds.table import DIFFERENCES, OTHER_SUFFIXES
 from spectune.errors import InputError, did_you_mean
 from spectune.sdxl.names import COMFYUI_PARTS, comfyui_name, kohya_stem
 
@@ -58,8 +60,23 @@ _SUFFIXES: Mapping[str, str] = {
     "lora_linear_layer.down.weight": DOWN,
     "lora_linear_layer.up.weight": UP,
 }
+# The same for suffixes of other kinds of adapters. A path that ends in `weight` is a parameter of a model.
+_OTHER: Mapping[str, str] = {
+    **{suffix: suffix for suffix in OTHER_SUFFIXES},
+    "magnitude": PEFT_MAGNITUDE,  # ai-toolkit
+    "lora_magnitude_vector.weight": PEFT_MAGNITUDE,
+    "lora_magnitude_vector.default": PEFT_MAGNITUDE,
+    "lora_magnitude_vector.default.weight": PEFT_MAGNITUDE,
+}
+_IN_PATHS: Mapping[str, str] = {ending: suffix for ending, suffix in _OTHER.items() if ending != "weight"}
+# Beginnings of keys whose stem has no dots. LyCORIS's own wrapper writes `lycoris_`, sd-scripts's OFT
+# `oft_unet_`.
+FLAT_ROOTS = ("lora_", "lycoris_", "oft_unet_")
+EMBEDDINGS = "bundle_emb."  # embedded textual inversions: OneTrainer, Forge, ComfyUI nodes
 _ROOTS: Mapping[str, str] = {
     "lora_unet_": "unet",
+    "oft_unet_": "unet",
+    "lycoris_": "unet",
     "lora_te1_": "te1",
     "lora_te2_": "te2",
     "unet.": "unet",
@@ -99,9 +116,16 @@ def stems(layer_name: str, diffusers: str) -> Iterator[str]:
     """Yield every stem that a layer can have in a file."""
     for spelling in Spelling:
         yield spelled(layer_name, diffusers, spelling)
+    flat = kohya_stem(layer_name).removeprefix("lora_")
+    yield f"lycoris_{flat}"
     if layer_name.startswith("unet."):
+        yield f"oft_{flat}"
         # trainers that use the diffusers UNet join its names with underscores, like kohya
-        yield kohya_stem(diffusers)
+        joined = kohya_stem(diffusers)
+        yield joined
+        # LyCORIS's wrapper, of a pipeline or of the UNet alone (SimpleTuner)
+        yield joined.replace("lora_", "lycoris_", 1)
+        yield joined.replace("lora_unet_", "lycoris_", 1)
     else:
         # transformers 5 names the encoders in memory without the prefix
         yield diffusers.replace(".text_model.", ".", 1)
@@ -111,21 +135,39 @@ def stems(layer_name: str, diffusers: str) -> Iterator[str]:
 class KeyTable:
     """The keys of a file, grouped by layer."""
 
-    keys: Mapping[str, Mapping[str, str]]  # layer name -> suffix in kohya's spelling -> key
+    keys: Mapping[str, Mapping[str, str]]  # layer or other module -> suffix in kohya's spelling -> key
     foreign: tuple[str, ...]  # stems that match no layer of the model
-    unexpected: tuple[str, ...]  # keys of layers that are not factors: LoHa, DoRA, differences of biases
+    unexpected: tuple[str, ...]  # keys of layers with unknown suffixes
     duplicates: tuple[tuple[str, str], ...]  # pairs of keys of the same factor
     replaced: tuple[str, ...] = ()  # names in the base of the tensors that the file replaces
+    others: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict[str, Mapping[str, str]]
+    )  # norms, ...
+    embeddings: tuple[str, ...] = ()  # names of embedded textual inversions, which are not read
 
     @property
     def tuned(self) -> bool:
         """Whether the file holds trained deltas."""
         return any(FRAME_DOWN in suffixes for suffixes in self.keys.values())
 
+    @property
+    def general(self) -> bool:
+        """Whether the file holds more than products of two factors."""
+        return bool(self.others) or any(OTHER_SUFFIXES & suffixes.keys() for suffixes in self.keys.values())
 
-def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
-    """Group the keys of a file by layer; `layers` maps layer names to paths in a pipeline."""
+
+def sort_keys(
+    names: Iterable[str], layers: Mapping[str, str], others: Mapping[str, str] | None = None
+) -> KeyTable:
+    """Group the keys of a file by layer.
+
+    `layers` maps layer names to paths in a pipeline, `others` the names of norms, embeddings and the text
+    projection, for which a file can only hold differences and pairs.
+    """
     known = {stem: name for name, diffusers in layers.items() for stem in stems(name, diffusers)}
+    other = {stem: name for name, path in (others or {}).items() for stem in stems(name, path)}
+    differences: dict[str, dict[str, str]] = {}
+    embeddings: dict[str, None] = {}
     keys: dict[str, dict[str, str]] = {}
     foreign: dict[str, None] = {}
     unexpected: list[str] = []
@@ -135,17 +177,32 @@ def sort_keys(names: Iterable[str], layers: Mapping[str, str]) -> KeyTable:
         if key.startswith(REPLACED):
             replaced.append(key.removeprefix(REPLACED))
             continue
-        stem, suffix = stem_and_factor(key)
-        layer = known.get(stem)
-        if layer is None:
-            foreign[stem] = None
-        elif suffix is None:
-            unexpected.append(key)
-        elif suffix in (factors := keys.setdefault(layer, {})):
-            duplicates.append((factors[suffix], key))
+        if key.startswith(EMBEDDINGS):
+            embeddings[key.removeprefix(EMBEDDINGS).rpartition(".")[0]] = None
+            continue
+        stem, suffix = stem_and_suffix(key)
+        if stem in known:
+            found = keys.setdefault(known[stem], {}) if suffix else {}
+        elif stem in other and (suffix in DIFFERENCES or suffix in LOW_RANK_SUFFIXES):
+            found = differences.setdefault(other[stem], {})
         else:
-            factors[suffix] = key
-    return KeyTable(keys, tuple(foreign), tuple(unexpected), tuple(duplicates), tuple(replaced))
+            foreign[stem] = None
+            continue
+        if suffix is None:
+            unexpected.append(key)
+        elif suffix in found:
+            duplicates.append((found[suffix], key))
+        else:
+            found[suffix] = key
+    return KeyTable(
+        keys,
+        tuple(foreign),
+        tuple(unexpected),
+        tuple(duplicates),
+        tuple(replaced),
+        differences,
+        tuple(embeddings),
+    )
 
 
 def factor_of(key: str) -> str | None:
@@ -163,7 +220,7 @@ def adapter_part(key: str) -> str | None:
 
 def spelling_of(key: str) -> str:
     """Return the name of the spelling of a key."""
-    if key.startswith("lora_"):
+    if key.startswith(FLAT_ROOTS):
         return Spelling.KOHYA.value
     return (Spelling.COMFYUI if key.startswith(COMFYUI_ROOTS) else Spelling.DIFFUSERS).value
 
@@ -181,17 +238,23 @@ def is_peft_key(key: str) -> bool:
 
 def stem_and_factor(key: str) -> tuple[str, str | None]:
     """Return the stem of a key and its suffix in kohya's spelling (None if the key is not a factor)."""
+    stem, suffix = stem_and_suffix(key)
+    return stem, None if suffix in OTHER_SUFFIXES else suffix
+
+
+def stem_and_suffix(key: str) -> tuple[str, str | None]:
+    """Return the stem of a key and its suffix in kohya's spelling (None if the suffix is not known)."""
     key = _PROCESSOR.sub(_old_attention, key)
-    if key.startswith("lora_"):
+    if key.startswith(FLAT_ROOTS):
         stem, suffix = split_adapter_key(key)
-        return stem, _SUFFIXES.get(suffix)
-    key = key.removeprefix(PEFT_ROOT)
+        return stem, _SUFFIXES.get(suffix, _OTHER.get(suffix))
+    key = key.replace(PEFT_ROOT, "", 1)  # at the beginning, or after `unet.`
     if key.startswith(_UNET_ROOTS):
         key = f"unet.{key}"
-    for ending, suffix in _SUFFIXES.items():
-        if key.endswith(f".{ending}"):
-            return key.removesuffix(f".{ending}"), suffix
-    # diff_b, dora_scale, lora_magnitude_vector, hada_w1_a, ...
+    for endings in (_SUFFIXES, _IN_PATHS):
+        for ending, suffix in endings.items():
+            if key.endswith(f".{ending}"):
+                return key.removesuffix(f".{ending}"), suffix
     return key.removesuffix(".weight").rpartition(".")[0], None
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.adapter import AnyAdapter
+from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import ADAPTERS_KEY, Provenance, Role, modelspec_model, parse_json
@@ -63,7 +63,7 @@ def rebuild(options: RebuildOptions) -> RebuildReport:
     dtype = None if options.dtype is None else parse_weight_dtype(options.dtype)
     with (
         open_checkpoint(base) as source,
-        open_adapter(adapter, catalogue := build_catalogue(source, all_layers=True), replaced=True) as opened,
+        open_any_adapter(adapter, catalogue := build_catalogue(source, all_layers=True)) as opened,
     ):
         refuse_overwriting(out, [source, opened])
         # Adapters record the hash of the original model, never that of a residual.
@@ -116,22 +116,20 @@ def _model_first(options: RebuildOptions) -> tuple[RebuildOptions, tuple[str, ..
 def _count_changed(model: Merged | Restored) -> int:
     """Count the tensors that the principal changes or that have another dtype in the model."""
     if isinstance(model, Merged):
-        return len(model.changes.keys() | model.replaced.keys())
+        return len(model.touched)
     before = model.residual.tensors
     recast = {name for name, info in model.tensors.items() if name in before and info != before[name]}
     return len(recast | model.principals.keys())
 
 
-def _adapters_entry(
-    metadata: Mapping[str, str], path: Path, adapter: Adapter | TunedAdapter, strength: Strength
-) -> str:
+def _adapters_entry(metadata: Mapping[str, str], path: Path, adapter: AnyAdapter, strength: Strength) -> str:
     """Return the metadata entry that lists the adapters of a model, those of its base first."""
     entry = {"file": path.name, "role": adapter.provenance.role or Role.LORA, "strength": str(strength)}
     earlier = parse_json(metadata.get(ADAPTERS_KEY, "[]"))
     return json.dumps([*(earlier if isinstance(earlier, list) else []), entry])
 
 
-def _coverage(adapter: Adapter | TunedAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
+def _coverage(adapter: AnyAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """Return (layers in the adapter, all default layers) of each part."""
     counts = Counter(layer.part.value for layer in catalogue if layer.default)
     covered = Counter(

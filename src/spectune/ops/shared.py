@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.adapter import Adapter, AnyAdapter, TunedAdapter
 from spectune.adapters.detect import is_adapter
 from spectune.adapters.spellings import Spelling
 from spectune.checkpoints.open import TensorWriter, open_checkpoint
@@ -91,9 +91,9 @@ def origin_of(base: Checkpoint) -> Provenance:
     )
 
 
-def refuse_overwriting(out: Path, sources: Sequence[Checkpoint | Adapter | TunedAdapter]) -> None:
+def refuse_overwriting(out: Path, sources: Sequence[Checkpoint | AnyAdapter]) -> None:
     """Raise InputError if `out` is one of the input files."""
-    files = [source.file if isinstance(source, Adapter | TunedAdapter) else source for source in sources]
+    files = [source if isinstance(source, Checkpoint) else source.file for source in sources]
     refuse_inputs(out, [path for file in files if file is not None for path in file.paths])
 
 

@@ -6,6 +6,7 @@
 | overlap | recognizing a principal by its values where metadata is missing |
 | merged | base + adapters, and residual + principal, as lazy models |
 | replaced | tensors of the base that a tuned adapter replaces completely |
+| differences | differences of biases, norms and embeddings, added to tensors of the base |
 | strength | the factors that multiply the change of an adapter, and the weights of a checkpoint in a sum |
 | weighted | weighted sums of checkpoints as lazy models |
 | trained_principal | the deltas from the original principal to one that another program trained |

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.adapter import Adapter, AnyAdapter, GeneralAdapter, TunedAdapter
 from spectune.core.delta import added_to_base, added_to_residual
 from spectune.core.linalg import largest_magnitude, new_copy
 from spectune.core.low_rank import LowRank, Product, product, to_matrix, weight_shape
@@ -28,6 +30,7 @@ from spectune.files.provenance import (
     spectune_version,
 )
 from spectune.files.source import TensorInfo, WeightSource
+from spectune.pairs.differences import Addition, add, additions
 from spectune.pairs.replaced import Replacement, check_none_replaced, replacements
 from spectune.pairs.residual_file import (
     BASE_DTYPES_KEY,
@@ -42,8 +45,11 @@ from spectune.pairs.trained_principal import rounded_factors
 from spectune.sdxl.layers import Layer, build_catalogue
 from spectune.sdxl.layout import UNET_ROOT
 
-Strengths = Sequence[tuple[Adapter | TunedAdapter, float | Strength]]
-Change = Callable[[str], LowRank]  # layer name -> product to add to its weight
+Strengths = Sequence[tuple[AnyAdapter, float | Strength]]
+Amount = Callable[[Tensor], Tensor]  # float32 weight -> float32 amount to add to it
+Change = Callable[[str], LowRank | Amount]  # layer name -> product or amount to add to its weight
+Factors = Callable[[str], LowRank]
+C = TypeVar("C", Change, Factors)
 
 _ENCODERS = "conditioner."
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
@@ -64,6 +70,12 @@ class Merged(HasProvenance):
     label: str
     warnings: tuple[str, ...] = ()
     replaced: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
+    added: Mapping[str, tuple[Addition, ...]] = field(default_factory=dict[str, tuple[Addition, ...]])
+
+    @property
+    def touched(self) -> set[str]:
+        """Return the names of the tensors that the adapters can change."""
+        return {*self.changes, *self.replaced, *self.added}
 
     def over(self, base: WeightSource) -> Merged:
         """Return the same model, but read the base through another source."""
@@ -78,20 +90,33 @@ class Merged(HasProvenance):
             return _marker(name)
         stored = self.base.load(name)
         dtype = self.tensors[name].dtype
-        changes, replacement = self.changes.get(name, ()), self.replaced.get(name)
+        changes, added = self.changes.get(name, ()), self.added.get(name, ())
+        replacement = self.replaced.get(name)
         if replacement is not None:
             result = replacement.over(stored)
-        elif changes:
+        elif changes or added:
             result = new_copy(stored, torch.float32)
         else:
             return stored if dtype == stored.dtype else self._rounded(stored.float(), dtype, name)
         changed = [self._add(result[layer.row_slice], layer, of(layer.name)) for layer, of in changes]
+        changed += [addition.add_to(result) for addition in added]
         if replacement is None and not any(changed) and dtype == stored.dtype:
             return stored
         return self._rounded(result, dtype, name)
 
-    def _add(self, weight: Tensor, layer: Layer, low_rank: LowRank) -> bool:
-        """Add a product to a float32 weight in place; return whether the product is not zero."""
+    def _add(self, weight: Tensor, layer: Layer, change: LowRank | Amount) -> bool:
+        """Add a product or amount to a float32 weight in place; return whether it is not zero."""
+        if not isinstance(change, LowRank):
+            whole = change(weight)
+            if largest_magnitude(whole) == 0:
+                return False
+            check_finite(whole, f"the change of {layer.name}", hint=_DIVERGED)
+            weight.copy_(add(weight, whole))
+            return True
+        return self._add_product(weight, layer, change)
+
+    def _add_product(self, weight: Tensor, layer: Layer, low_rank: LowRank) -> bool:
+        """Add a product tile by tile, without a matrix of the weight's size."""
         check_fits(layer, low_rank, self.base.label)
         matrix, changed = to_matrix(weight), False
         for tile, amount in Product(low_rank).tiles():
@@ -116,7 +141,7 @@ class Restored(HasProvenance):
     """
 
     residual: WeightSource
-    principals: Mapping[str, tuple[tuple[Layer, Change], ...]]  # tensor name -> principals of its layers
+    principals: Mapping[str, tuple[tuple[Layer, Factors], ...]]  # tensor name -> principals of its layers
     untouched: bool  # whether this is the untrained principal of the residual, so that its exceptions apply
     original: Mapping[str, torch.dtype]  # original dtype of each tensor that the residual stores in another
     metadata: Mapping[str, str]
@@ -195,7 +220,9 @@ def merged(
                 f"got {len(counted)} at {'; '.join(str(strength) for _, strength in counted)}",
                 hint="rebuild the model first, then add other adapters to it",
             )
-        model: Merged | Restored = restored(base, counted[0][0], dtype=dtype)
+        only = counted[0][0]
+        assert not isinstance(only, GeneralAdapter)  # an error of `pairing`
+        model: Merged | Restored = restored(base, only, dtype=dtype)
     else:
         model = _merged(
             base,
@@ -203,8 +230,7 @@ def merged(
                 (_active_layers(adapter, strength), _change(base, adapter, strength, action))
                 for (adapter, strength), (action, _) in zip(counted, rules, strict=True)
             ],
-            [adapter for adapter, _ in counted],
-            replacements(base, counted),
+            counted,
             dtype,
         )
     if cast_all and dtype is not None:
@@ -237,15 +263,10 @@ def restored(
     )
 
 
-def add(weight: Tensor, amount: Tensor) -> Tensor:
-    """Return weight + amount in float32; keep the weight where the amount is 0, because -0 + 0 is +0."""
-    return torch.where(amount == 0, weight, weight + amount)
-
-
-def _change(
-    base: WeightSource, adapter: Adapter | TunedAdapter, strength: Strength, action: Action
-) -> Change:
+def _change(base: WeightSource, adapter: AnyAdapter, strength: Strength, action: Action) -> Change:
     """Return what an adapter adds to a base: its change, or the tuned factors if the base lacks the frame."""
+    if isinstance(adapter, GeneralAdapter):
+        return lambda name: partial(adapter.layers[name].change, strength=strength.of(name))
     if not (isinstance(adapter, TunedAdapter) and action is Action.REPLACE):
         return _scaled(adapter, strength)
     missing = [layer.name for layer in build_catalogue(base) if layer.name not in adapter.layers]
@@ -264,12 +285,12 @@ def _change(
     return _full_factors(adapter)
 
 
-def _active_layers(adapter: Adapter | TunedAdapter, strength: Strength) -> list[str]:
+def _active_layers(adapter: AnyAdapter, strength: Strength) -> list[str]:
     """Return the layers with a strength other than 0."""
     return [name for name in adapter.layers if strength.of(name)]
 
 
-def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
+def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Factors:
     def of(name: str) -> LowRank:
         low_rank = added_to_base(adapter.layers[name])
         return replace(low_rank, alpha=low_rank.alpha * strength.of(name))
@@ -277,7 +298,7 @@ def _scaled(adapter: Adapter | TunedAdapter, strength: Strength) -> Change:
     return of
 
 
-def _full_factors(adapter: Adapter | TunedAdapter) -> Change:
+def _full_factors(adapter: Adapter | TunedAdapter) -> Factors:
     """Return what an adapter adds to a residual: the principal or the tuned factors."""
     return lambda name: added_to_residual(adapter.layers[name])
 
@@ -285,30 +306,31 @@ def _full_factors(adapter: Adapter | TunedAdapter) -> Change:
 def _merged(
     base: WeightSource,
     parts: Sequence[tuple[Sequence[str], Change]],
-    adapters: Sequence[Adapter | TunedAdapter],
-    replaced: Mapping[str, Replacement],
+    counted: Sequence[tuple[AnyAdapter, Strength]],
     dtype: torch.dtype | None,
 ) -> Merged:
-    changes = _by_tensor(base, parts)
-    return Merged(
+    adapters = [adapter for adapter, _ in counted]
+    model = Merged(
         base=base,
-        changes=changes,
+        changes=_by_tensor(base, parts),
         metadata=_model_metadata(base, adapters),
-        tensors=_typed(_marked(base.tensors, base, adapters), {**changes, **replaced}, {}, dtype),
+        tensors=_marked(base.tensors, base, adapters),
         label=" + ".join([base.label, *(adapter.label for adapter in adapters)]),
-        replaced=replaced,
+        replaced=replacements(base, counted),
+        added=additions(base, counted),
     )
+    return replace(model, tensors=_typed(model.tensors, model.touched, {}, dtype))
 
 
 def _by_tensor(
-    base: WeightSource, parts: Sequence[tuple[Sequence[str], Change]]
-) -> dict[str, tuple[tuple[Layer, Change], ...]]:
+    base: WeightSource, parts: Sequence[tuple[Sequence[str], C]]
+) -> dict[str, tuple[tuple[Layer, C], ...]]:
     """Map the name of each changed tensor to its layers and their changes.
 
     Raises InputError if an adapter has layers that the base does not have.
     """
     catalogue = build_catalogue(base, all_layers=True)
-    changes: dict[str, tuple[tuple[Layer, Change], ...]] = {}
+    changes: dict[str, tuple[tuple[Layer, C], ...]] = {}
     for layers, of in parts:
         unknown = [name for name in layers if name not in catalogue.by_name]
         if unknown:
@@ -325,7 +347,7 @@ def _by_tensor(
 
 def _typed(
     tensors: Mapping[str, TensorInfo],
-    changed: Mapping[str, object],
+    changed: Collection[str],
     original: Mapping[str, torch.dtype],
     dtype: torch.dtype | None,
 ) -> dict[str, TensorInfo]:
@@ -347,7 +369,7 @@ def cast_weights(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[
 
 
 def _marked(
-    tensors: Mapping[str, TensorInfo], base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]
+    tensors: Mapping[str, TensorInfo], base: WeightSource, adapters: Sequence[AnyAdapter]
 ) -> dict[str, TensorInfo]:
     """Add or drop the marker tensors of the prediction if training changed the prediction."""
     before = _declared(base.metadata)
@@ -373,7 +395,7 @@ def _marker(name: str) -> Tensor:
     return torch.empty(0)
 
 
-def _model_metadata(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> dict[str, str]:
+def _model_metadata(base: WeightSource, adapters: Sequence[AnyAdapter]) -> dict[str, str]:
     """Return the metadata of the base with the objective and VAE settings of the adapters' training."""
     provenance = base.provenance
     for adapter in adapters:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.adapter import Adapter, AnyAdapter, TunedAdapter
 from spectune.core.rounding import check_dtype, check_finite
 from spectune.errors import InputError, counted, some_of
 from spectune.files.source import WeightSource
@@ -33,7 +33,7 @@ class Replacement:
 
 
 def replacements(
-    base: WeightSource, adapters: Sequence[tuple[Adapter | TunedAdapter, Strength]]
+    base: WeightSource, adapters: Sequence[tuple[AnyAdapter, Strength]]
 ) -> dict[str, Replacement]:
     """Return the replacements of all adapters by tensor name; strength 0 keeps the tensor of the base.
 

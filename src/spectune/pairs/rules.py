@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
+from spectune.adapters.adapter import Adapter, AnyAdapter, GeneralAdapter, TunedAdapter
+from spectune.adapters.reader import REBUILD_FIRST
 from spectune.adapters.writer import adapter_hash
 from spectune.errors import InputError, PairingError, SpectuneError
 from spectune.files.provenance import Role
@@ -45,10 +46,13 @@ class AdapterKind(StrEnum):
     DELTAS = "tuned adapter"
     LORA = "LoRA of spectune"
     UNDECLARED = "adapter of another program"
+    OTHER = "adapter of another kind (LoHa, LoKr, DoRA, ...)"
 
     @classmethod
-    def of(cls, adapter: Adapter | TunedAdapter) -> AdapterKind:
+    def of(cls, adapter: AnyAdapter) -> AdapterKind:
         declared = adapter.provenance
+        if isinstance(adapter, GeneralAdapter):
+            return cls.OTHER
         if isinstance(adapter, TunedAdapter):
             return cls.DELTAS
         if declared.role is Role.PRINCIPAL:
@@ -64,6 +68,7 @@ class Action(StrEnum):
     """What to do with an adapter; the values are cells of the documented table."""
 
     ADD = "adds its product, W + BA"
+    APPLY = "applies its change of every weight, bias and norm"
     ADD_CHANGE = "adds its change, W + dB (A0 + dA) + B0 dA"
     RESTORE = "restores the original, R + B0 A0"
     REPLACE = "builds the tuned model, R + (B0 + dB)(A0 + dA)"
@@ -113,7 +118,13 @@ _TAKEN_FOR_PAIR = (
     "{base} does not declare that it is a residual, but it lacks the values of {adapter}: assuming that the "
     "two are a pair"
 )
-_ADD, _ADD_CHANGE = Rule(Action.ADD), Rule(Action.ADD_CHANGE)
+_ADD, _ADD_CHANGE, _APPLY = Rule(Action.ADD), Rule(Action.ADD_CHANGE), Rule(Action.APPLY)
+_NO_FACTORS = Rule(
+    Action.REFUSE,
+    "{adapter} is not a product of two factors per layer",
+    REBUILD_FIRST,
+    InputError,
+)
 _ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}
 _ON_ANY = {Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR), **_ON_MODEL}
 
@@ -124,6 +135,7 @@ MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     (BaseKind.MODEL, AdapterKind.DELTAS): _ADD_CHANGE,
     (BaseKind.MODEL, AdapterKind.LORA): _ON_MODEL,
     (BaseKind.MODEL, AdapterKind.UNDECLARED): _ON_MODEL,
+    (BaseKind.MODEL, AdapterKind.OTHER): _APPLY,
     (BaseKind.RESIDUAL, AdapterKind.PRINCIPAL): Rule(Action.RESTORE),
     (BaseKind.RESIDUAL, AdapterKind.TRAINED): Rule(Action.REPLACE),
     (BaseKind.RESIDUAL, AdapterKind.DELTAS): Rule(Action.REPLACE),
@@ -132,6 +144,7 @@ MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
         Place.MISSING: _TAKEN_FOR_TRAINED,
         Place.UNRELATED: _NOT_FOR_RESIDUAL,
     },
+    (BaseKind.RESIDUAL, AdapterKind.OTHER): _NOT_FOR_RESIDUAL,
     (BaseKind.UNDECLARED, AdapterKind.PRINCIPAL): {
         Place.MISSING: Rule(Action.RESTORE, _TAKEN_FOR_PAIR),
         Place.UNRELATED: _TWICE,
@@ -146,6 +159,7 @@ MERGE: Mapping[tuple[BaseKind, AdapterKind], Cell] = {
     },
     (BaseKind.UNDECLARED, AdapterKind.LORA): _ON_ANY,
     (BaseKind.UNDECLARED, AdapterKind.UNDECLARED): _ON_ANY,
+    (BaseKind.UNDECLARED, AdapterKind.OTHER): _APPLY,
 }
 
 # Rules for a base whose weights hash differs from the one in the adapter. Principals are not checked: they
@@ -158,7 +172,7 @@ OTHER_BASE: Mapping[AdapterKind, Rule] = {
         "for another model, write a plain LoRA with `spectune export`",
     ),
     **dict.fromkeys(
-        (AdapterKind.LORA, AdapterKind.UNDECLARED),
+        (AdapterKind.LORA, AdapterKind.UNDECLARED, AdapterKind.OTHER),
         Rule(
             Action.ADD,
             "{adapter} was made for base {recorded} ({name}), {base} is {found}: quality may differ; check "
@@ -192,6 +206,7 @@ EXPORT: Mapping[AdapterKind, Cell] = {
         ),
         Place.UNRELATED: Rule(Action.CUT),
     },
+    AdapterKind.OTHER: _NO_FACTORS,
 }
 
 # Rules for `model.principal` of a recipe, for any base.
@@ -211,12 +226,11 @@ TRAIN: Mapping[AdapterKind, Rule] = {
     ),
     AdapterKind.LORA: Rule(Action.FRAME),
     AdapterKind.UNDECLARED: Rule(Action.FRAME),
+    AdapterKind.OTHER: _NO_FACTORS,
 }
 
 
-def pairing(
-    base: WeightSource, adapter: Adapter | TunedAdapter, *, strengthens: bool = True
-) -> tuple[Action, str]:
+def pairing(base: WeightSource, adapter: AnyAdapter, *, strengthens: bool = True) -> tuple[Action, str]:
     """Return what to do with a base and an adapter, and a warning or an empty string.
 
     `strengthens` says whether any strength is above 0. Raises PairingError if the two cannot be combined.
@@ -229,13 +243,13 @@ def pairing(
     return rule.action, rule.apply(adapter=adapter.label, base=base.label)
 
 
-def check_exportable(adapter: Adapter | TunedAdapter, base: WeightSource | None) -> None:
+def check_exportable(adapter: AnyAdapter, base: WeightSource | None) -> None:
     """Raise PairingError or InputError if the change of an adapter cannot be computed from it alone."""
     rule = _chosen(EXPORT[AdapterKind.of(adapter)], base, adapter)
     rule.apply(adapter=adapter.label, base="" if base is None else base.label)
 
 
-def check_frame(adapter: Adapter | TunedAdapter) -> None:
+def check_frame(adapter: AnyAdapter) -> None:
     """Raise InputError if an adapter cannot be the frame of a training."""
     TRAIN[AdapterKind.of(adapter)].apply(adapter=adapter.label)
 
@@ -247,9 +261,10 @@ def check_whole_model(base: WeightSource, *, hint: str = "pass the original mode
         raise InputError(f"{base.label} is a {role}: expected a complete model", hint=hint)
 
 
-def _chosen(cell: Cell, base: WeightSource | None, adapter: Adapter | TunedAdapter) -> Rule:
+def _chosen(cell: Cell, base: WeightSource | None, adapter: AnyAdapter) -> Rule:
     if isinstance(cell, Rule):
         return cell
+    assert not isinstance(adapter, GeneralAdapter)  # its rules compare no values
     declared = adapter.provenance
     # `slice` of other programs' LoRAs writes a LoRA of spectune without a base hash
     known = declared.role is Role.LORA and declared.base_hash is not None
@@ -301,7 +316,7 @@ def _is_missing(base: WeightSource, adapter: Adapter | TunedAdapter) -> bool:
     return overlap(base, adapter).place is Place.MISSING
 
 
-def check_base_hash(found: str, adapter: Adapter | TunedAdapter, label: str) -> str:
+def check_base_hash(found: str, adapter: AnyAdapter, label: str) -> str:
     """Return a warning, or an empty string, for a base whose weights hash is `found`.
 
     Raises PairingError if the adapter works only on the base it was trained from, and this is another one.

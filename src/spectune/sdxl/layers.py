@@ -74,6 +74,7 @@ class Catalogue:
 
     layers: tuple[Layer, ...]
     unet: UNetLayout
+    modules: tuple[Module, ...] = ()  # of the UNet and the encoders, also those without a factored weight
 
     @cached_property
     def by_name(self) -> Mapping[str, Layer]:
@@ -114,15 +115,13 @@ def build_catalogue(
     is_mapping = isinstance(source, Mapping)
     tensors, label = (source, "the checkpoint") if is_mapping else (source.tensors, source.label)
     layout = part_layouts(tensors, label=label)
+    modules = [(part, module) for part in Part for module in modules_of(layout, part.value)]
     chosen = [
-        (part, module)
-        for part in Part
-        for module in modules_of(layout, part.value)
-        if (module.factorable if all_layers else module.default)
+        (part, module) for part, module in modules if (module.factorable if all_layers else module.default)
     ]
     require(tensors, list(dict.fromkeys(module.weight.tensor for _, module in chosen)), label)
     layers = (layer_of(part, module, _shape(module, tensors), layout.unet) for part, module in chosen)
-    return Catalogue(tuple(layers), layout.unet)
+    return Catalogue(tuple(layers), layout.unet, tuple(module for _, module in modules))
 
 
 def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayout) -> Layer:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spectune.adapters.adapter import TunedAdapter
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.model.network import build_model
@@ -178,7 +178,7 @@ def test_the_rebuilt_model_equals_the_trained_model(make_recipe: MakeRecipe, tmp
     assert tuned in report.files
     with open_checkpoint(recipe.model.checkpoint) as base:
         catalogue = build_catalogue(base, all_layers=True)
-    with open_adapter(tuned, catalogue, replaced=True) as adapter:
+    with open_any_adapter(tuned, catalogue) as adapter:
         assert isinstance(adapter, TunedAdapter)
         assert len(adapter.replaced) == 8
     rebuilt = tmp_path / "rebuilt.safetensors"

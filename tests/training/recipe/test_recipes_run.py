@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectune.adapters.adapter import TunedAdapter
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.sdxl.layers import build_catalogue
 from spectune.training.callbacks import Callbacks, StepInfo
@@ -143,7 +143,7 @@ def assert_trained(path: Path, recipe: Recipe) -> None:
     """Check that exactly the parts of the recipe changed, and that the file declares the new prediction."""
     with open_checkpoint(recipe.model.checkpoint) as source:
         catalogue = build_catalogue(source, all_layers=True)
-    with open_adapter(path, catalogue, replaced=True) as tuned:
+    with open_any_adapter(path, catalogue) as tuned:
         assert isinstance(tuned, TunedAdapter)
         parts = {name.partition(".")[0] for name in tuned.layers}
         changed = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from PIL import Image
 
-from spectune.adapters.adapter import Adapter, TunedAdapter
-from spectune.adapters.reader import open_adapter
+from spectune.adapters.adapter import AnyAdapter, TunedAdapter
+from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.pipeline import report_progress
@@ -50,9 +50,7 @@ def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
             return
         catalogue = build_catalogue(base, all_layers=True)
         with ExitStack() as stack:
-            adapters = [
-                stack.enter_context(open_adapter(a.path, catalogue, replaced=True)) for a in spec.adapters
-            ]
+            adapters = [stack.enter_context(open_any_adapter(a.path, catalogue)) for a in spec.adapters]
             for warning in (warning for adapter in adapters for warning in adapter.warnings):
                 notify(warning)
             _check_bases(base, adapters)
@@ -62,7 +60,7 @@ def open_model(spec: ModelSpec, notify: Notify) -> Generator[WeightSource]:
             yield model
 
 
-def _check_bases(base: WeightSource, adapters: Sequence[Adapter | TunedAdapter]) -> None:
+def _check_bases(base: WeightSource, adapters: Sequence[AnyAdapter]) -> None:
     """Raise PairingError if a tuned adapter records another base. Hashes the base only if one is recorded."""
     if BaseKind.of(base) is BaseKind.RESIDUAL:
         return
