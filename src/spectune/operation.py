@@ -127,6 +127,11 @@ class OperationOptions:
         default=None, help="Called with each warning as soon as it occurs."
     )
 
+    def tell(self, text: str) -> None:
+        """Pass a message to `notify`, if it is set."""
+        if self.notify is not None:
+            self.notify(text)
+
 
 def problem_text(details: dict[str, Any]) -> str:
     """Return a message that names the field, for one validation error of pydantic."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spectune.cli.next_commands import commands_after_training
+from spectune.cli.reports.train import commands_after_training
 from spectune.training.recipe.recipe import parse_recipe
 
 

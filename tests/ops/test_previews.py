@@ -46,8 +46,7 @@ def model() -> StagedModel:
     """Return a model with the size step and the samplers of SDXL; it keeps its messages."""
     sdxl = SimpleNamespace(
         prediction=make_prediction("eps"),
-        pixels_per_latent=8,
-        layout=SimpleNamespace(unet=SimpleNamespace(channels=(320, 640, 1280))),
+        size_step=32,
     )
     return StagedModel(cast("Any", sdxl), notify=[].append)
 

@@ -10,9 +10,8 @@ import pytest
 
 from spectune.errors import InputError
 from spectune.model.prediction import Prediction, make_prediction
-from spectune.sampling.generate import Request, SampleSettings
+from spectune.sampling.generate import Request, SampleSettings, find_sampler
 from spectune.sampling.prompts import Prompt, read_prompts
-from spectune.sampling.sampler_names import find_sampler
 
 DEFAULTS = SampleSettings(width=512, height=512)
 

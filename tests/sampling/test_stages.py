@@ -21,8 +21,7 @@ from spectune.ops.drawing.models import draw, sample_settings
 from spectune.ops.drawing.specs import ModelSpec
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.sampling.generate import Request, SampleSettings
-from spectune.sampling.memory import drawing_bytes
-from spectune.sampling.stages import draw_in_stages
+from spectune.sampling.stages import draw_in_stages, drawing_bytes
 from spectune.sdxl.inference import layout_of
 from spectune.training.denoiser import encode_captions
 from spectune.training.memory.account import CONTEXT_BYTES, FRAGMENTED_SHARE

@@ -231,7 +231,7 @@ def test_a_run_with_aligned_frames_starts_from_its_base(make_recipe: MakeRecipe,
     # the last layer of the first text encoder is not used, so it gets no gradient
     unreached = [name for name, frame in frames.items() if not frame.up.any()]
     assert all(name.startswith("te1.") for name in unreached)
-    warned = any("plain frames are used: te1." in warning for warning in first.warnings)
+    warned = any("plain frames are used: te1." in warning for warning in first.warnings.entries)
     assert bool(unreached) == warned == (kind == "gradient")
     assert all(
         parameter.grad is None and not parameter.any() for parameter in first.optimization.parameters.values()

@@ -63,17 +63,6 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The five columns of the contact sheet."""
-
-    original: list[Image.Image]
-    residual: list[Image.Image]
-    pair: list[Image.Image]
-    tuned: list[Image.Image]
-    lora: list[Image.Image]
-
-
-@dataclass(frozen=True)
 class DemoReport:
     """The measurements of the demo. PSNR is in dB, the mean over all pictures of a column."""
 
@@ -146,21 +135,31 @@ def demo(options: DemoOptions) -> DemoReport:
         exported = export(tuned, lora, base=source.base, force=True, progress=report)
     captions = [line for line in source.captions.read_text(encoding="utf-8").splitlines() if line]
     with clock.stage("draw the same captions and seeds with each model"):
-        drawn = Drawn(
-            original=_draw(ModelSpec(source.base, ()), captions),
-            residual=_draw(ModelSpec(pair.residual, ()), captions),
-            pair=_draw(ModelSpec(pair.residual, (Weighted(pair.principal, 1.0),)), captions),
-            tuned=_draw(ModelSpec(rebuilt, ()), captions),
-            lora=_draw(ModelSpec(source.base, (Weighted(lora, 1.0),)), captions),
+        original, residual, restored, changed, merged = (
+            _draw(ModelSpec(model, adapters), captions)
+            for model, adapters in (
+                (source.base, ()),
+                (pair.residual, ()),
+                (pair.residual, (Weighted(pair.principal, 1.0),)),
+                (rebuilt, ()),
+                (source.base, (Weighted(lora, 1.0),)),
+            )
         )
+    columns = [
+        Column("original", original),
+        Column("residual", residual),
+        Column("res. + principal", restored),
+        Column("tuned", changed),
+        Column("original + LoRA", merged, reference=3),
+    ]
     sheet = folder / "demo.png"
-    contact_sheet(_columns(drawn), captions, cell_px=128).save(sheet)
+    contact_sheet(columns, captions, cell_px=128).save(sheet)
     report = DemoReport(
         sheet=sheet,
         share=proof.share,
-        pair_db=mean_psnr(drawn.original, drawn.pair),
-        tuned_db=mean_psnr(drawn.original, drawn.tuned),
-        lora_db=mean_psnr(drawn.tuned, drawn.lora),
+        pair_db=mean_psnr(original, restored),
+        tuned_db=mean_psnr(original, changed),
+        lora_db=mean_psnr(changed, merged),
         export_error=exported.error,
         loss_before=trained.validation_before,
         loss_after=trained.validation_after,
@@ -199,16 +198,6 @@ def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
     with progress(spec.label) as report:
         options = DrawingOptions(seed=SEED, progress=report)
         return draw(spec, captions, options, PICTURES, dtype=torch.float32)
-
-
-def _columns(drawn: Drawn) -> list[Column]:
-    return [
-        Column("original", drawn.original),
-        Column("residual", drawn.residual),
-        Column("res. + principal", drawn.pair),
-        Column("tuned", drawn.tuned),
-        Column("original + LoRA", drawn.lora, reference=3),
-    ]
 
 
 def _print_summary(clock: Clock, report: DemoReport, written: list[Path]) -> None:

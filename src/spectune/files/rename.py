@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 _TRIES, _PAUSE_SECONDS = 6, 0.3
+
+
+@contextmanager
+def replacing(target: Path) -> Generator[Path]:
+    """Give a path to write to, which becomes `target` after the block. A crash leaves the old file."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -73,7 +73,14 @@ class Sdxl:
     @property
     def pixels_per_latent(self) -> int:
         """Edge length in pixels of one latent (8 in SDXL)."""
-        return 2 ** (len(self._vae_layout.channels) - 1)
+        return self._vae_layout.pixels_per_latent
+
+    @property
+    def size_step(self) -> int:
+        """The number of pixels that the sides of pictures are multiples of."""
+        if self.layout.vae is None:
+            raise no_vae()
+        return self.layout.size_step
 
     def encode_text(self, ids: TokenIds) -> TextStates:
         """Encode captions.
@@ -184,11 +191,10 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype = torch.float32,
 ) -> Sdxl:
     """Build a model from a checkpoint, frozen and in eval mode.
 
-    `vae_dtype` is float32 by default because SDXL's own VAE overflows in float16.
+    The autoencoder is float32, because SDXL's own one overflows in float16.
 
     Raises:
         InputError: Tensors are missing, or their shapes do not match the layout.
@@ -204,7 +210,7 @@ def build_model(
     _load_part(te1, "te1", source, layout, device, dtype)
     _load_part(te2, "te2", source, layout, device, dtype)
     if vae is not None:
-        _load_part(vae, "vae", source, layout, device, vae_dtype)
+        _load_part(vae, "vae", source, layout, device, torch.float32)
     return Sdxl(unet=unet, te1=te1, te2=te2, vae=vae, layout=layout, prediction=source_prediction(source))
 
 

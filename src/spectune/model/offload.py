@@ -72,10 +72,6 @@ class Offload:
             module.to(device)
 
 
-def _ignore(text: str) -> None:
-    """Drop a message."""
-
-
 @dataclass(frozen=True)
 class StagedModel:
     """A model that draws in stages: it encodes all captions, samples all latents, and decodes them.
@@ -90,7 +86,7 @@ class StagedModel:
     sdxl: Sdxl
     networks: Offload = field(default_factory=lambda: Offload({}, working=_CPU))
     encoded: Mapping[str, TextStates] = field(default_factory=dict[str, TextStates])
-    notify: Callable[[str], None] = _ignore
+    notify: Callable[[str], None] = lambda text: None
 
 
 def offload(

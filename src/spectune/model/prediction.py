@@ -9,69 +9,24 @@ of Karras et al. 2022 (arXiv 2206.00364, eq. 7), x0 = c_skip x_t + c_out F(c_in 
     flow  (1-s) x0 + s n      n - x0              1        -s            1     1000 s
 
 Times are a tensor of shape (batch,): DDPM steps t in 0..999 for eps and v, noise levels s in 0..1 for flow.
+`pixels` is the area of an image, height * width. Only flow with a shift by resolution needs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spectune.errors import InputError
-from spectune.files.provenance import PredictionName
 
 TRAIN_STEPS = 1000
 UNSHIFTED_PIXELS = 1024 * 1024  # the image area where the shift by resolution is 1
 Shift = float | Literal["resolution"]
-
-
-class Prediction(Protocol):
-    """The noising, targets and inverses of one prediction type, in float32.
-
-    `pixels` is the image area, height * width. Only flow with a shift by resolution needs it.
-    """
-
-    @property
-    def name(self) -> PredictionName: ...
-
-    def sample_times(
-        self, batch: int, generator: torch.Generator | None = None, *, pixels: int | None = None
-    ) -> Tensor:
-        """Draw random training times, shape (batch,), on the CPU."""
-        ...
-
-    def even_times(self, count: int, *, pixels: int | None = None) -> Tensor:
-        """Return `count` fixed times, spread evenly over the training distribution, for validation."""
-        ...
-
-    def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return the noised latents x_t, with the shape of `x0`."""
-        ...
-
-    def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return the training target for x_t."""
-        ...
-
-    def x0(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
-        """Return the clean latents implied by `output`: c_skip * noised + c_out * output."""
-        ...
-
-    def noise(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
-        """Return the noise implied by `output`."""
-        ...
-
-    def timestep(self, times: Tensor) -> Tensor:
-        """Return the timestep input of the UNet (c_noise), float32 or int64 of shape (batch,)."""
-        ...
-
-    def snr(self, times: Tensor) -> Tensor:
-        """Return the signal-to-noise ratio of x_t, shape (batch,): 0 for pure noise, infinite for x0."""
-        ...
 
 
 @cache
@@ -122,9 +77,11 @@ class Ddpm:
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, *, pixels: int | None = None
     ) -> Tensor:
+        """Draw random training times, shape (batch,), on the CPU."""
         return torch.randint(self.steps, (batch,), generator=generator)
 
     def even_times(self, count: int, *, pixels: int | None = None) -> Tensor:
+        """Return `count` fixed times, spread evenly over the training distribution, for validation."""
         return ((torch.arange(count) + 0.5) * self.steps / count).long()
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -138,6 +95,7 @@ class Ddpm:
         return alpha * noise - sigma * x0
 
     def x0(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
+        """Return the clean latents implied by `output`: c_skip * noised + c_out * output."""
         alpha, sigma = self._alpha_sigma(times, noised)
         if self.name == "eps":
             assert bool((times < self.steps).all()), "eps does not determine x0 at pure noise"
@@ -145,15 +103,18 @@ class Ddpm:
         return alpha * noised - sigma * output
 
     def noise(self, noised: Tensor, output: Tensor, times: Tensor) -> Tensor:
+        """Return the noise implied by `output`."""
         if self.name == "eps":
             return output
         alpha, sigma = self._alpha_sigma(times, noised)
         return alpha * output + sigma * noised
 
     def timestep(self, times: Tensor) -> Tensor:
+        """Return the timestep input of the UNet (c_noise), shape (batch,)."""
         return times
 
     def snr(self, times: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio of x_t, shape (batch,): 0 for pure noise, infinite for x0."""
         alpha_squared = self._alpha_squared(times)
         return (alpha_squared / (1 - alpha_squared)).to(device=times.device, dtype=torch.float32)
 
@@ -252,6 +213,9 @@ class Flow:
         return ((1 - times) / times).square()
 
 
+Prediction = Ddpm | Flow
+
+
 def make_prediction(
     name: str,
     *,
@@ -266,16 +230,11 @@ def make_prediction(
     Raises:
         InputError: The name is unknown, or the shift is not positive.
     """
-    makers: dict[str, Callable[[], Prediction]] = {
-        "eps": lambda: Ddpm("eps", zero_terminal_snr),
-        "v": lambda: Ddpm("v", zero_terminal_snr),
-        "flow": lambda: Flow(flow_shift, flow_levels),
-    }
-    if name not in makers:
-        raise InputError(f"unknown prediction type {name!r}: expected one of {', '.join(makers)}")
+    if name not in ("eps", "v", "flow"):
+        raise InputError(f"unknown prediction type {name!r}: expected one of eps, v, flow")
     if flow_shift != "resolution" and not flow_shift > 0:  # also NaN
         raise InputError(
             f"flow shift {flow_shift} is not positive",
             hint="SDXL flow models use shifts of 1 to 12; the guide uses 2.5",
         )
-    return makers[name]()
+    return Flow(flow_shift, flow_levels) if name == "flow" else Ddpm(name, zero_terminal_snr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,30 +17,36 @@ from spectune.model.packed_linear import PackedLinear, Packing, pack, unpack
 from spectune.sdxl.names import Part, modules_of
 
 
-@dataclass(frozen=True)
-class LayerError:
-    """The error of quantizing one layer, in squared Frobenius norms, which can be summed over layers."""
-
-    part: Part
-    weight: float  # of W, the weight with its principal
-    residual: float  # of R, the quantized matrix; without a principal, R = W
-    residual_error: float  # of Q(R) - R
-    weight_error: float  # of Q(W) - W: the error if W itself were quantized
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class PartError:
-    """The error of quantizing the layers of one part, relative to the norm of their weights W."""
+    """The error of quantizing the layers of one part, with squares of Frobenius norms, summed over layers."""
 
     part: Part
-    layers: int
-    residual_share: float  # |R| / |W|
-    residual_error: float  # |Q(R) - R| / |W|: the error of the model
-    weight_error: float  # |Q(W) - W| / |W|: the error if W itself were quantized
-    bytes_before: int
-    bytes_after: int
+    layers: int = 0
+    weight_square: float = 0.0  # of W, the weights with their principals
+    residual_square: float = 0.0  # of R, the quantized matrices; without a principal, R = W
+    residual_error_square: float = 0.0  # of Q(R) - R
+    weight_error_square: float = 0.0  # of Q(W) - W: the error if W itself were quantized
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def residual_share(self) -> float:
+        """|R| / |W|."""
+        return self._relative(self.residual_square)
+
+    @property
+    def residual_error(self) -> float:
+        """|Q(R) - R| / |W|: the error of the model."""
+        return self._relative(self.residual_error_square)
+
+    @property
+    def weight_error(self) -> float:
+        """|Q(W) - W| / |W|: the error if W itself were quantized."""
+        return self._relative(self.weight_error_square)
+
+    def _relative(self, square: float) -> float:
+        return math.sqrt(square / (self.weight_square or 1.0))  # weights of zeros have no error
 
     def __str__(self) -> str:
         return (
@@ -50,48 +56,37 @@ class PartError:
         )
 
 
-@dataclass(frozen=True)
-class QuantizationReport:
-    """The memory and the error of a quantized model."""
-
-    packing: Packing
-    layers: Mapping[str, LayerError]  # by layer name
-
-    @property
-    def parts(self) -> tuple[PartError, ...]:
-        """One record for each part with quantized layers: UNet, first and second text encoder."""
-        by_part = {part: [e for e in self.layers.values() if e.part is part] for part in Part}
-        return tuple(_summed(part, errors) for part, errors in by_part.items() if errors)
-
-
+@torch.no_grad()
 def quantize_layers(
     model: Sdxl,
-    names: Iterable[str] | None,
     packing: Packing,
     *,
     frames: Mapping[str, LowRank] | None = None,
     device: torch.device | None = None,
-) -> QuantizationReport:
-    """Quantize linear layers of the UNet and the text encoders in place.
+) -> list[PartError]:
+    """Quantize the `linear_layers` of the UNet and the text encoders in place; return the error of each part.
 
     In an adapted layer, the base is quantized. Convolutions, norms and embeddings are not quantized.
 
     Args:
         model: The model to change.
-        names: Layer names; None means `linear_layers`.
         packing: The format of the quantized weights.
         frames: The principals that were subtracted from the weights, by layer name. They are used to measure
             the error of quantizing the full weights instead.
         device: The device of the quantized weights; None means their current device.
 
     Raises:
-        InputError: A named layer is not linear or is already quantized.
+        InputError: A layer is already quantized.
     """
-    chosen = linear_layers(model) if names is None else list(names)
-    frames = frames or {}
-    return QuantizationReport(
-        packing, {name: _quantize_layer(model, name, packing, frames.get(name), device) for name in chosen}
-    )
+    errors = {part: PartError(part) for part in Part}
+    for name in linear_layers(model):
+        base = base_layer(model, name)
+        if isinstance(base, PackedLinear):
+            raise InputError(f"{name} is already quantized")
+        packed = PackedLinear(base, packing, device)
+        setattr(*_base_place(model, name), packed)
+        _add_error(errors[Part(name.partition(".")[0])], base, packed, (frames or {}).get(name))
+    return [error for error in errors.values() if error.layers]
 
 
 def linear_layers(model: Sdxl) -> list[str]:
@@ -106,7 +101,7 @@ def linear_layers(model: Sdxl) -> list[str]:
         module.layer
         for part in Part
         for module in modules_of(model.layout, part.value)
-        if part in parts and module.default and isinstance(_base(model, module.layer), nn.Linear)
+        if part in parts and module.default and isinstance(base_layer(model, module.layer), nn.Linear)
     ]
 
 
@@ -122,25 +117,12 @@ def _base_place(model: Sdxl, name: str) -> tuple[nn.Module, str]:
     return (layer, "base") if isinstance(layer, AdaptedLayer) else (parent, attribute)
 
 
-def _base(model: Sdxl, name: str) -> nn.Module:
+def base_layer(model: Sdxl, name: str) -> nn.Linear:
+    """Return a layer of `linear_layers`, without its adapter if it has one."""
     return getattr(*_base_place(model, name))
 
 
-@torch.no_grad()
-def _quantize_layer(
-    model: Sdxl, name: str, packing: Packing, frame: LowRank | None, device: torch.device | None
-) -> LayerError:
-    base = _base(model, name)
-    if isinstance(base, PackedLinear):
-        raise InputError(f"{name} is already quantized")
-    if not isinstance(base, nn.Linear):
-        raise InputError(f"{name} is a {type(base).__name__}: only linear layers can be quantized")
-    packed = PackedLinear(base, packing, device)
-    setattr(*_base_place(model, name), packed)
-    return _measured(Part(name.partition(".")[0]), base, packed, frame)
-
-
-def _measured(part: Part, base: nn.Linear, packed: PackedLinear, frame: LowRank | None) -> LayerError:
+def _add_error(error: PartError, base: nn.Linear, packed: PackedLinear, frame: LowRank | None) -> None:
     residual = base.weight.to(packed.scales.device, torch.float32)
     residual_error = _square(packed.unpacked(torch.float32) - residual)
     weight, weight_error = residual, residual_error
@@ -149,37 +131,18 @@ def _measured(part: Part, base: nn.Linear, packed: PackedLinear, frame: LowRank 
         shape = (base.out_features, base.in_features)
         rounded = unpack(pack(weight, packed.packing), packed.packing, shape, torch.float32)
         weight_error = _square(rounded - weight)
-    return LayerError(
-        part=part,
-        weight=_square(weight),
-        residual=_square(residual),
-        residual_error=residual_error,
-        weight_error=weight_error,
-        bytes_before=base.weight.nbytes,
-        bytes_after=packed.nbytes,
-    )
+    error.layers += 1
+    error.weight_square += _square(weight)
+    error.residual_square += _square(residual)
+    error.residual_error_square += residual_error
+    error.weight_error_square += weight_error
+    error.bytes_before += base.weight.nbytes
+    error.bytes_after += packed.nbytes
 
 
 def _square(matrix: Tensor) -> float:
     """Return the squared Frobenius norm."""
     return float(torch.linalg.vector_norm(matrix.float())) ** 2
-
-
-def _summed(part: Part, errors: list[LayerError]) -> PartError:
-    weight = sum(error.weight for error in errors) or 1.0  # weights of zeros have no error
-
-    def relative(squares: Iterable[float]) -> float:
-        return math.sqrt(sum(squares) / weight)
-
-    return PartError(
-        part=part,
-        layers=len(errors),
-        residual_share=relative(error.residual for error in errors),
-        residual_error=relative(error.residual_error for error in errors),
-        weight_error=relative(error.weight_error for error in errors),
-        bytes_before=sum(error.bytes_before for error in errors),
-        bytes_after=sum(error.bytes_after for error in errors),
-    )
 
 
 def _megabytes(count: int) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
-import torch
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
@@ -21,16 +18,15 @@ from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.training import output
 from spectune.training.callbacks import Callbacks, WarningLog
+from spectune.training.data.buckets import training_sizes
 from spectune.training.data.gather import check_sizes
 from spectune.training.data.plan import BatchPlan
-from spectune.training.data.sizes import training_sizes
 from spectune.training.memory.account import Memory, Setup
-from spectune.training.memory.meta_model import empty_model
 from spectune.training.memory.meter import MemoryMeter
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.saving.disk import SavePlan
-from spectune.training.saving.intervals import Task, falls_on, previews_at_end
+from spectune.training.saving.disk import SavePlan, free_disk
+from spectune.training.saving.intervals import Task, is_due, previews_at_end
 from spectune.training.setup import find_images, total_steps
 from spectune.training.trainable_model import model_warnings
 
@@ -119,7 +115,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
         setup = setup_of(recipe, _rank(recipe, base))
         meter = MemoryMeter(layout, build_catalogue(base))
     _check_vae(recipe)
-    check_sizes(empty_model(layout, torch.float32), training_sizes(recipe.data))
+    check_sizes(layout, training_sizes(recipe.data))
     memory = meter.measure(setup)
     warnings.add(cpu_warnings(device, memory.fixed.unet // 2))
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
@@ -140,7 +136,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
         schedule=schedule,
         memory=_memory(memory, device),
         saves=str(saves),
-        disk=Space(saves.nbytes, _free_disk(recipe.run.output)),
+        disk=Space(saves.nbytes, free_disk(recipe.run.output)),
         warnings=tuple(warnings.entries),
     )
 
@@ -199,7 +195,7 @@ def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bo
     def times(task: Task, *, last: int = steps) -> int:
         numbers = range(first_step + 1, last + 1)
         return sum(
-            falls_on(run, task, step=number, position=number * run.accumulation, span=span)
+            is_due(run, task, step=number, position=number * run.accumulation, span=span)
             for number in numbers
         )
 
@@ -232,12 +228,3 @@ def _saves(recipe: Recipe, memory: Memory, saves: int) -> SavePlan:
         adapter_bytes=fixed.frame + fixed.trained,
         state_bytes=fixed.trained + memory.optimizer + memory.average + frames,
     )
-
-
-def _free_disk(folder: Path) -> int | None:
-    existing = next(_existing(folder), None)
-    return None if existing is None else shutil.disk_usage(existing).free
-
-
-def _existing(folder: Path) -> Iterator[Path]:
-    yield from (path for path in (folder, *folder.parents) if path.is_dir())

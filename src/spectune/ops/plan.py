@@ -65,10 +65,6 @@ def parse_memory(size: str | int) -> int:
     return parse_bytes(f"{size}GB" if re.fullmatch(r"\s*\d{1,3}(\.\d+)?\s*", size) else size)
 
 
-def _ignore(message: str) -> None:
-    """Drop a progress message."""
-
-
 @operation(PlanOptions)
 def plan(options: PlanOptions) -> PlanReport:
     """Find the best training settings that fit into the memory of a GPU.
@@ -76,7 +72,6 @@ def plan(options: PlanOptions) -> PlanReport:
     Raises InputError if no settings fit.
     """
     nbytes = _vram(options.vram)
-    notify = options.notify or _ignore
     requested = Setup(
         rank=options.rank,
         parts=parse_parts(options.parts),
@@ -93,13 +88,13 @@ def plan(options: PlanOptions) -> PlanReport:
         layout = infer_layout(source)
         meter = MemoryMeter(layout, build_catalogue(source))
     _check_resolution(layout, options.resolution)
-    found = plan_training(meter, requested, nbytes, notify)
+    found = plan_training(meter, requested, nbytes, options.tell)
     best = found.best.setup
     return PlanReport(
         found=found,
         weights=_weights_by_precision(meter, best),
         optimizers=_optimizer_states(meter, best),
-        activations=_activations(meter, best, notify) if options.activations else (),
+        activations=_activations(meter, best, options.tell) if options.activations else (),
         recipe=recipe_text(best, str(options.model)),
     )
 
@@ -132,8 +127,7 @@ def _known_optimizer(name: str) -> str:
 def _check_resolution(layout: Layout, resolution_px: int) -> None:
     if layout.vae is None:
         raise no_vae()
-    step = 2 ** (len(layout.vae.channels) - 1) * 2 ** (len(layout.unet.channels) - 1)
-    if resolution_px % step:
+    if resolution_px % (step := layout.size_step):
         raise InputError(
             f"`resolution` is {resolution_px}: this model needs a multiple of {step} pixels",
             hint=f"for example {max(resolution_px // step, 1) * step}",

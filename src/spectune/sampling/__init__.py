@@ -1,10 +1,8 @@
 """Draw pictures with a running model.
 
 * stages: draw pictures, with one kind of network at a time.
-* memory: the memory of all networks and their activations.
 * generate: sample latents with the schedulers of diffusers.
 * terminal_ddim: DDIM for schedules with zero terminal SNR.
 * prompts: read a file of prompts in the format of sd-scripts.
-* sampler_names: samplers by the names of other programs.
 * contact_sheet: pictures side by side, with captions and PSNR.
 """

@@ -50,13 +50,11 @@ def format_psnr(decibel: float) -> str:
     return "identical" if math.isinf(decibel) else f"{decibel:.1f} dB"
 
 
-def contact_sheet(
-    columns: Sequence[Column], captions: Sequence[str], *, cell_px: int = 128, numbers: bool = True
-) -> Image.Image:
+def contact_sheet(columns: Sequence[Column], captions: Sequence[str], *, cell_px: int = 128) -> Image.Image:
     """Draw a sheet with one row per caption and one column per model.
 
-    With `numbers`, the PSNR against the reference column is printed below each picture, and its mean below
-    the label. A column that is its own reference has no numbers.
+    The PSNR against the reference column is printed below each picture, and its mean below the label. A
+    column that is its own reference has no numbers.
 
     Raises:
         InputError: A column has more or fewer pictures than there are captions.
@@ -72,7 +70,7 @@ def contact_sheet(
     head = 2 * line + _MARGIN
     side = max([0, *(int(plain.getlength(caption)) for caption in captions)]) + 2 * _MARGIN
     side = min(side, 2 * cell_px)
-    across, down = cell_px + _MARGIN, cell_px + _MARGIN + (line if numbers else 0)
+    across, down = cell_px + _MARGIN, cell_px + _MARGIN + line
     sheet, draw = _blank(side + across * len(columns) + _MARGIN, head + down * len(captions) + _MARGIN)
     for row, caption in enumerate(captions):
         lines = _wrapped(caption, plain, side - 2 * _MARGIN)
@@ -80,7 +78,7 @@ def contact_sheet(
     for number, column in enumerate(columns):
         left = side + number * across
         draw.text((left, _MARGIN), column.label, _INK, plain)
-        mean, *values = _psnr_texts(columns, number) if numbers else [""] * (1 + len(captions))
+        mean, *values = _psnr_texts(columns, number)
         draw.text((left, _MARGIN + line), mean, _FAINT, small)
         for row, (picture, value) in enumerate(zip(column.pictures, values, strict=True)):
             top = head + row * down

@@ -49,6 +49,18 @@ _FLOW_SAMPLERS: Mapping[str, Callable[[float], Any]] = {
 }
 
 ALL_SAMPLERS = tuple(dict.fromkeys([*_DDPM_SAMPLERS, *_FLOW_SAMPLERS]))
+# The same sampler under another name.
+_ALIASES = {"dpmsolver++": "dpmpp_2m", "dpm++_2m": "dpmpp_2m"}
+# Samplers of sd-scripts that are not offered, and the offered one that is most like them.
+_CLOSEST = {
+    "pndm": "ddim",
+    "lms": "euler",
+    "heun": "euler",
+    "dpm_2": "euler",
+    "dpm_2_a": "euler_a",
+    "dpmsolver": "dpmpp_2m",
+    "dpmsingle": "dpmpp_2m",
+}
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,37 @@ def samplers_of(prediction: Prediction) -> tuple[str, ...]:
     return tuple(_FLOW_SAMPLERS if isinstance(prediction, Flow) else _DDPM_SAMPLERS)
 
 
+def check_sampler_name(name: str) -> str:
+    """Return `name`; raise InputError if neither spectune nor sd-scripts has a sampler of this name."""
+    _plain_name(name)
+    return name
+
+
+def find_sampler(name: str, prediction: Prediction) -> tuple[str, str | None]:
+    """Return the sampler for a model, and a note if it is another one than `name` says.
+
+    Raises:
+        InputError: The name is unknown.
+    """
+    plain, offered = _plain_name(name), samplers_of(prediction)
+    if plain in offered:
+        return plain, None
+    closest = _CLOSEST.get(plain, "euler")
+    sampler = closest if closest in offered else "euler"
+    return sampler, f"{name} is not offered for this {prediction.name} model: {sampler} is used instead"
+
+
+def _plain_name(name: str) -> str:
+    plain = name.strip().lower().replace(" ", "_").removeprefix("k_")
+    plain = _ALIASES.get(plain, plain)
+    if plain not in ALL_SAMPLERS and plain not in _CLOSEST:
+        raise InputError(
+            f"unknown sampler {name!r}{did_you_mean(plain, (*ALL_SAMPLERS, *_CLOSEST))}",
+            hint=f"the samplers are {', '.join(ALL_SAMPLERS)}",
+        )
+    return plain
+
+
 def _terminal(prediction: Prediction) -> Ddpm | None:
     """Return `prediction` if its schedule has zero terminal SNR."""
     return prediction if isinstance(prediction, Ddpm) and prediction.zero_terminal_snr else None
@@ -162,14 +205,9 @@ def _guided(output: Tensor, cfg: float) -> Tensor:
     return negative + cfg * (positive - negative)
 
 
-def size_step(model: Sdxl) -> int:
-    """Return the number of pixels that the sides of pictures are multiples of."""
-    return model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
-
-
 def check_size(model: Sdxl, settings: SampleSettings) -> None:
     """Raise InputError if the UNet does not support the size of the pictures."""
-    step = size_step(model)
+    step = model.size_step
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value <= 0 or value % step:
             raise InputError(f"{name} {value} is not a positive multiple of {step} pixels")

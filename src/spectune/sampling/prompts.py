@@ -19,8 +19,7 @@ from typing import Any, cast
 from spectune.errors import InputError, counted, did_you_mean, printable
 from spectune.files.text import UTF8, UnreadableText, read_text
 from spectune.model.text import has_weights
-from spectune.sampling.generate import Request, SampleSettings
-from spectune.sampling.sampler_names import check_sampler_name
+from spectune.sampling.generate import Request, SampleSettings, check_sampler_name
 
 _LARGEST = 1024 * 1024  # bytes
 _EXAMPLE = "a line looks like this: a red balloon --n blurry --w 1024 --h 1024 --d 1 --l 5 --s 25"

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spectune.files.source import WeightSource
+from spectune.model.drawing_memory import denoising_bytes
 from spectune.model.network import TextStates, stack_states
 from spectune.model.offload import StagedModel
-from spectune.model.vae.fitting import decode_within_memory
+from spectune.model.vae.fitting import decode_within_memory, decoding_bytes
 from spectune.sampling.generate import (
     Request,
     SampleSettings,
@@ -19,6 +21,8 @@ from spectune.sampling.generate import (
     sample_latents,
     to_images,
 )
+from spectune.sdxl.inference import infer_layout
+from spectune.sdxl.layout import VAE_ROOT
 
 
 @torch.no_grad()
@@ -60,3 +64,21 @@ def _encode(model: StagedModel, batches: Sequence[Sequence[str]], max_tokens: in
     with model.networks.at_work("text"):
         states = [model.sdxl.encode_captions(batch, max_tokens=max_tokens) for batch in batches]
         return [state.to("cpu") for state in states]
+
+
+def drawing_bytes(source: WeightSource, settings: SampleSettings, dtype: torch.dtype) -> int:
+    """Return the bytes of all networks of a checkpoint, with the largest activations of drawing.
+
+    The autoencoder is float32, the other networks have `dtype`.
+    """
+    layout = infer_layout(source)
+    weights = sum(
+        info.numel * (4 if name.startswith(VAE_ROOT) else dtype.itemsize)
+        for name, info in source.tensors.items()
+    )
+    edge = 1 if layout.vae is None else layout.vae.pixels_per_latent
+    pixels = settings.width * settings.height
+    rows = settings.batch * (1 if settings.cfg == 1.0 else 2)
+    denoising = denoising_bytes(layout.unet, rows * pixels // edge**2, dtype.itemsize)
+    decoding = 0 if layout.vae is None else decoding_bytes(layout.vae, pixels)
+    return weights + max(denoising, decoding)

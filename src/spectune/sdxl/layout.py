@@ -80,6 +80,11 @@ class VaeLayout:
     shift: float
     quant_convs: bool = True  # whether it has quant_conv and post_quant_conv; Flux's VAE has none
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """The edge length of a latent in pixels."""
+        return 2 ** (len(self.channels) - 1)
+
 
 @dataclass(frozen=True)
 class PartLayouts:
@@ -102,6 +107,12 @@ class Layout(PartLayouts):
 
     te1: TextLayout
     te2: TextLayout
+
+    @property
+    def size_step(self) -> int:
+        """The number of pixels that the sides of images are multiples of, with SDXL's VAE if it has none."""
+        edge = 8 if self.vae is None else self.vae.pixels_per_latent
+        return edge * 2 ** (len(self.unet.channels) - 1)
 
 
 # The original SDXL. Adapters that are opened without a model get their layer names from it.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +35,6 @@ UNIT_LENGTH = 1 / math.sqrt(3)
 
 Matrices = Mapping[str, Tensor]  # by layer
 Losses = Callable[[], Iterable[Tensor]]  # the scalar loss of each batch; the same batches at each call
-
-
-class Products(Protocol):
-    """Products with the matrix M (out, in*kh*kw) of every layer; each call is one pass over the batches."""
-
-    def right(self, omegas: Matrices) -> dict[str, Tensor]:
-        """Return M Omega, (out, width), for the transposed Omega, (width, in*kh*kw)."""
-        ...
-
-    def left(self, bases: Matrices) -> dict[str, Tensor]:
-        """Return Q^T M, (width, in*kh*kw), for Q, (out, width)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,6 @@ def align(
     *,
     seed: int,
     length: float | None = None,
-    power_rounds: int = POWER_ROUNDS,
 ) -> Alignment:
     """Return frames for layers in the delta form, with their current ranks; float32, on the CPU.
 
@@ -85,7 +72,6 @@ def align(
         losses: Runs the batches and returns their losses.
         seed: The seed of the range finder.
         length: The length of every direction; None takes that of the kind.
-        power_rounds: The number of power iterations.
 
     Raises:
         SpectuneError: The batches give values that are not finite.
@@ -98,7 +84,7 @@ def align(
     unreached: list[str] = []
     with _without_dropout(layers), _frames_restored(layers):
         products = Gradients(layers, losses) if kind == "gradient" else Inputs(layers, losses)
-        bases, cores = range_of(products, shapes, widths, seed=seed, power_rounds=power_rounds)
+        bases, cores = range_of(products, shapes, widths, seed=seed)
         for name, layer in layers.items():
             core = cores.pop(name).double()  # (width, in*kh*kw)
             if not core.any():
@@ -129,7 +115,7 @@ def projected_frame(weight: Tensor, u: Tensor) -> LowRank:
 
 
 def range_of(
-    products: Products,
+    products: Gradients | Inputs,
     shapes: Mapping[str, tuple[int, ...]],
     widths: Mapping[str, int],
     *,
@@ -168,7 +154,9 @@ def _checked(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Gradients:
-    """M = G, the sum of the gradients of the weight, from the gradients of the trained change.
+    """Products with M = G, the sum of the gradients of the weight, from gradients of the trained change.
+
+    Each call is one pass over the batches.
 
     At dA = dB = 0, the gradient of dB is G A0^T and the gradient of dA is B0^T G.
     """
@@ -177,6 +165,7 @@ class Gradients:
         self._layers, self._losses = layers, losses
 
     def right(self, omegas: Matrices) -> dict[str, Tensor]:
+        """Return M Omega, (out, width), for the transposed Omega, (width, in*kh*kw), of each layer."""
         for name, layer in self._layers.items():
             shape = tuple(layer.base.weight.shape)
             self._set_frame(layer, omegas[name].new_zeros(shape[0], len(omegas[name])), omegas[name])
@@ -184,6 +173,7 @@ class Gradients:
         return self._gradients("up")
 
     def left(self, bases: Matrices) -> dict[str, Tensor]:
+        """Return Q^T M, (width, in*kh*kw), for Q, (out, width), of each layer."""
         for name, layer in self._layers.items():
             columns = to_matrix(layer.base.weight).shape[1]
             self._set_frame(layer, bases[name], bases[name].new_zeros(bases[name].shape[1], columns))
@@ -209,9 +199,10 @@ class Gradients:
 
 
 class Inputs:
-    """M = W C with C = sum x x^T over the inputs x of the layer; for a convolution, over its input patches.
+    """Products with M = W C, where C = sum x x^T over the inputs x of the layer.
 
-    C is symmetric, so W C Omega = W (Omega^T C)^T and Q^T W C = (Q^T W) C need only products of rows with C.
+    For a convolution, x are its input patches. C is symmetric, so W C Omega = W (Omega^T C)^T and
+    Q^T W C = (Q^T W) C need only products of rows with C.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLayer], losses: Losses) -> None:

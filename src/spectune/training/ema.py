@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from spectune.training.optim.modes import restored
+
 
 class MovingAverage:
     """An exponential moving average in float32, updated once per step.
@@ -40,13 +42,8 @@ class MovingAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Set the parameters to the average inside the block, then restore them bit for bit."""
-        trained = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
-        with torch.no_grad():
-            for name, tensor in self._trained.items():
-                tensor.copy_(self.average[name])
-        try:
-            yield
-        finally:
+        with restored(self._trained.values()):
             with torch.no_grad():
                 for name, tensor in self._trained.items():
-                    tensor.copy_(trained[name])
+                    tensor.copy_(self.average[name])
+            yield

@@ -72,7 +72,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         warnings.add(fallback_warnings(damaged, saved))
         run = assemble(recipe, accelerator, observers, saved)
         progress = Progress() if saved is None else restore(run, saved)
-        progress.warnings = warnings.entries + progress.warnings
+        run.warnings.entries[:0] = warnings.entries
         accelerator.wait_for_everyone()  # every process must read the folder before it changes
         if main:
             output.prepare_output(recipe, claim)
@@ -136,9 +136,7 @@ def _announce_saves(run: Run, progress: Progress) -> None:
         return
     saves, folder = plan_saves(run, progress), run.recipe.run.output
     run.callbacks.on_message(f"saves: {saves} in {folder}")
-    for warning in disk_warnings(saves, folder):
-        progress.warnings.append(warning)
-        run.callbacks.on_message(f"warning: {warning}")
+    run.warnings.add(disk_warnings(saves, folder))
 
 
 def _divergence_hint(run: Run, progress: Progress) -> str:
@@ -210,7 +208,7 @@ def _logs_norms(run: Run, progress: Progress) -> bool:
 
 def _between_steps(run: Run, progress: Progress, *, save_state: bool) -> bool:
     """Validate, save and draw a preview if they are due; return whether a state was saved."""
-    due = partial(is_due, run, step=progress.step, position=progress.position)
+    due = partial(is_due, run.recipe.run, step=progress.step, position=progress.position, span=run.span)
     is_last = progress.step == run.steps  # `_finish` validates and saves
     saves = due("save") and not is_last
     if due("validate") and not is_last:
@@ -269,17 +267,16 @@ def _preview(run: Run, progress: Progress) -> None:
             run.callbacks.on_preview(progress.step, run.preview_model)
     except Exception as error:  # whatever a callback raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warning = f"no preview of step {progress.step}: {reason}"
-        progress.warnings.append(warning)
-        run.callbacks.on_message(f"warning: {warning}")
+        run.warnings.add([f"no preview of step {progress.step}: {reason}"])
         if run.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _report(run: Run, progress: Progress, *, interrupted: bool) -> TrainReport:
     recent = list(progress.losses.values())[-RECENT_STEPS:]
+    warnings = list(run.warnings.entries)
     if progress.skipped_steps:
-        progress.warnings.append(
+        warnings.append(
             f"{counted(progress.skipped_steps, 'step')} of {progress.step - progress.first_step} changed "
             "nothing: gradients overflowed in fp16, and the loss scale was halved each time"
         )
@@ -292,5 +289,5 @@ def _report(run: Run, progress: Progress, *, interrupted: bool) -> TrainReport:
         validation_after=progress.validation_after,
         files=tuple(file for file in progress.files if file.exists()),
         interrupted=interrupted,
-        warnings=(*run.warnings, *progress.warnings),
+        warnings=tuple(warnings),
     )

@@ -153,7 +153,7 @@ def save_step(run: Run, progress: Progress) -> None:
     save_state(run, progress)
     if run.accelerator.is_main_process and settings.keep_last_adapters is not None:
         adapters = step_files(settings.output, settings.name)
-        _warn(run, progress, keep_newest(adapters, settings.keep_last_adapters))
+        run.warnings.add(keep_newest(adapters, settings.keep_last_adapters))
 
 
 def save_final(run: Run, progress: Progress) -> None:
@@ -189,15 +189,7 @@ def save_state(run: Run, progress: Progress) -> None:
     progress.files.append(folder)
     run.callbacks.on_state(progress.step, folder)
     states = saved_states(settings.output, settings.name)
-    _warn(run, progress, keep_newest(states, settings.keep_last))
-
-
-def _warn(run: Run, progress: Progress, warnings: Sequence[str]) -> None:
-    """Show and keep warnings that were not shown before."""
-    for warning in warnings:
-        if warning not in progress.warnings:
-            progress.warnings.append(warning)
-            run.callbacks.on_message(f"warning: {warning}")
+    run.warnings.add(keep_newest(states, settings.keep_last))
 
 
 def _save_adapter(run: Run, progress: Progress, path: Path) -> None:

@@ -19,7 +19,7 @@ from spectune.model.inject import Injection
 from spectune.model.network import Sdxl
 from spectune.model.offload import Offload, StagedModel
 from spectune.training import state
-from spectune.training.callbacks import Callbacks
+from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.dataset import Batch, Pictures
 from spectune.training.data.plan import BatchPlan, PlannedBatches
 from spectune.training.denoiser import Denoiser
@@ -100,12 +100,17 @@ class Run:
     objective: Objective
     optimization: Optimization
     steps: int  # in total, including those before a resume
-    warnings: tuple[str, ...]  # from the setup
+    warnings: WarningLog
 
     @property
     def batches_per_step(self) -> int:
         """The batches of one optimizer step, on all processes."""
         return self.recipe.run.accumulation * self.accelerator.num_processes
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The number of batches of an epoch, and of a step on all processes."""
+        return self.data.plan.batches_per_epoch, self.batches_per_step
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
@@ -137,7 +142,7 @@ class Run:
         if optimization.average is not None:
             swapped = optimization.average.in_place()
         else:
-            swapped = finished_weights(optimization.optimizer, list(optimization.parameters.values()))
+            swapped = finished_weights(optimization.optimizer, optimization.parameters.values())
         try:
             with swapped:
                 factors.refresh()
@@ -191,4 +196,3 @@ class Progress:
     in_step: bool = False  # the weights are between two steps, or broken: they must not be saved
     skipped_steps: int = 0  # because gradients overflowed in fp16, since this process started
     files: list[Path] = field(default_factory=list[Path])
-    warnings: list[str] = field(default_factory=list[str])  # from resuming

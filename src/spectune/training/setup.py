@@ -23,6 +23,7 @@ from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
 from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
+from spectune.training.data.buckets import training_buckets, training_sizes
 from spectune.training.data.dataset import Batch, Pictures, Variation
 from spectune.training.data.encoding import encode_images, with_saved_way, with_way
 from spectune.training.data.folders import scan_training, scan_validation
@@ -35,7 +36,6 @@ from spectune.training.data.gather import (
 from spectune.training.data.pictures.epoch import described_epoch
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
-from spectune.training.data.sizes import training_buckets, training_sizes
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
@@ -112,7 +112,7 @@ def assemble(
         objective=objective,
         optimization=_build_optimization(recipe, accelerator, model, weighting),
         steps=total_steps(recipe, data.plan, accelerator.num_processes),
-        warnings=tuple(warnings.entries),
+        warnings=warnings,
     )
 
 
@@ -122,9 +122,8 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
     Raises:
         InputError: The state belongs to another run.
     """
-    warnings = WarningLog(run.callbacks)
     now = run.state_header(Progress())
-    warnings.add(check_continues(saved, now))
+    run.warnings.add(check_continues(saved, now))
     optimization, conversion = run.optimization, run.objective.conversion
     saved.restore(optimization.parameters, optimization.optimizer)
     for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
@@ -148,7 +147,6 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         first_step=header.step,
         validation_before=header.validation_before,
         changes=(*header.changes, *recorded(changes, header.step)),
-        warnings=warnings.entries,
     )
 
 
@@ -179,7 +177,7 @@ def _encode(
     Networks that are not offloaded stay there. The recipe is returned with the way of encoding.
     """
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
-    check_sizes(model.sdxl, {*pictures.targets, *training_sizes(recipe.data)})
+    check_sizes(model.sdxl.layout, {*pictures.targets, *training_sizes(recipe.data)})
     model.offload.park()
     _place(model, "vae", device)
     with model.offload.at_work("vae"):

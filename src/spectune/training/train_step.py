@@ -16,7 +16,6 @@ from spectune.model.inject import Injection
 from spectune.training.callbacks import StepInfo
 from spectune.training.data.dataset import Batch
 from spectune.training.optim.groups import learning_rates, step_sizes
-from spectune.training.optim.schedules import rate_factor, warmup_length
 from spectune.training.resume.divergence import NotFinite
 from spectune.training.run import Progress, Run
 from spectune.training.seeds import derived_seed
@@ -86,17 +85,7 @@ def _set_learning_rates(run: Run, step: int) -> None:
     settings, optimization = run.recipe.optimizer, run.optimization
     if settings.traits.schedule_free:
         return
-    factor = rate_factor(
-        settings.schedule,
-        step,
-        steps=run.steps,
-        warmup_steps=warmup_length(
-            run.steps, warmup_steps=settings.warmup_steps, warmup_share=settings.warmup_share
-        ),
-        cycles=settings.cycles,
-        power=settings.power,
-        final_share=settings.final_share,
-    )
+    factor = settings.rate_factor(step, run.steps)
     for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
         group["lr"] = rate * factor
 

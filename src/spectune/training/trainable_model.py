@@ -359,7 +359,7 @@ def quantize(
     The networks are in main memory afterwards.
     """
     frames = trainable.injection.frames()
-    for part in quantize_layers(trainable.sdxl, None, kind, frames=frames, device=device).parts:
+    for part in quantize_layers(trainable.sdxl, kind, frames=frames, device=device):
         log(f"{kind} {part}")
     sdxl = trainable.sdxl
     networks: list[nn.Module] = [sdxl.unet, sdxl.te1, sdxl.te2]

@@ -47,7 +47,7 @@ def encode_validation(
             latents=torch.stack([latents[image, False] for image, _ in members]),
             captions=tuple(scan.images[image].caption for image, _ in members),
             time_ids=torch.tensor(
-                [pictures.centered(image).time_ids for image, _ in members], dtype=torch.float32
+                [pictures.placements[image].time_ids for image, _ in members], dtype=torch.float32
             ),
             names=tuple(scan.images[image].path.name for image, _ in members),
         )

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spectune.errors import InputError
-from spectune.training.callbacks import RunStart, StepInfo, TrainReport, loss_table
+from spectune.training.callbacks import RunStart, StepInfo, TrainReport
 from spectune.training.callbacks.loss_curve import LossCurve
 from spectune.training.callbacks.loss_plot import smoothed
 from spectune.training.callbacks.loss_table import LossRow, read_table
@@ -80,7 +80,7 @@ def test_a_file_that_is_open_elsewhere_is_a_warning(tmp_path: Path, monkeypatch:
 
     messages: list[str] = []
     curve = LossCurve(tmp_path, "t", messages.append)
-    monkeypatch.setattr(loss_table, "rename", rename)
+    monkeypatch.setattr("spectune.files.rename.rename", rename)
     log(curve, 0, 2)
     end(curve)
     assert messages == [

@@ -10,9 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spectune.training.data.buckets import Buckets, Size, bucket_sizes, nearest_bucket, place
+from spectune.training.data.buckets import (
+    Buckets,
+    Size,
+    bucket_sizes,
+    covering,
+    nearest_bucket,
+    training_buckets,
+)
 from spectune.training.data.images import render
-from spectune.training.data.sizes import training_buckets
 from spectune.training.recipe.sections.data import DataSection
 
 SIZES = st.builds(Size, st.integers(20, 3000), st.integers(20, 3000))
@@ -34,7 +40,7 @@ def test_the_nearest_bucket() -> None:
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
 def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped: bool, seed: int) -> None:
     for random in (None, Random(seed)):
-        placed = place(original, target, flipped=flipped, random=random)
+        placed = covering(original, target).varied(flipped=flipped, random=random)
         assert 0 <= placed.left <= placed.resized.width - target.width
         assert 0 <= placed.top <= placed.resized.height - target.height
         # the resized image covers the target and is no larger than needed
@@ -48,7 +54,7 @@ def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped
 
 def test_time_ids_give_the_crop_after_mirroring() -> None:
     original, target = Size(20, 10), Size(8, 10)
-    placed = place(original, target, flipped=True, random=Random(0))
+    placed = covering(original, target).varied(flipped=True, random=Random(0))
     ramp = Image.new("RGB", (20, 10))
     ramp.putdata([(x, y, 0) for y in range(10) for x in range(20)])
     left = placed.time_ids[3]
@@ -68,13 +74,13 @@ def test_default_buckets_lose_little_of_60_random_pictures() -> None:
     random = Random(0)
     (buckets,) = training_buckets(data_section())
     sizes = [Size(random.randint(256, 2048), random.randint(256, 2048)) for _ in range(60)]
-    mean = sum(buckets.fit(size).area_lost for size in sizes) / len(sizes)
+    mean = sum(buckets.fit(size).cropped_share for size in sizes) / len(sizes)
     print(f"mean area lost of 60 random pictures: {100 * mean:.2f} %")
     assert mean == pytest.approx(0.0395, abs=0.0005)
     assert buckets.fit(Size(1920, 1080)).target == Size(1344, 768)
-    assert buckets.fit(Size(832, 1216)).area_lost == 0
+    assert buckets.fit(Size(832, 1216)).cropped_share == 0
     square = Buckets((Size(1024, 1024),))
-    assert square.fit(Size(832, 1216)).area_lost == pytest.approx(0.316, abs=0.001)
+    assert square.fit(Size(832, 1216)).cropped_share == pytest.approx(0.316, abs=0.001)
 
 
 @pytest.mark.parametrize(

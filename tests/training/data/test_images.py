@@ -11,7 +11,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 import spectune
-from spectune.training.data.buckets import Size, place
+from spectune.training.data.buckets import Size, covering
 from spectune.training.data.color import ColorChange
 from spectune.training.data.images import (
     alpha_of,
@@ -125,7 +125,7 @@ def test_the_first_frame_of_an_mpo_file_is_read(tmp_path: Path) -> None:
 
 def test_render_range_and_shape() -> None:
     image = Image.new("RGB", (6, 4), (0, 255, 0))
-    pixels = render(image, place(Size(6, 4), Size(4, 4)))
+    pixels = render(image, covering(Size(6, 4), Size(4, 4)))
     assert pixels.shape == (3, 4, 4)
     assert pixels.dtype == torch.float32
     assert [pixels[channel].unique().tolist() for channel in range(3)] == [[-1.0], [1.0], [-1.0]]
@@ -193,13 +193,13 @@ def test_alpha(tmp_path: Path) -> None:
 
 
 def test_an_image_of_one_pixel_fills_its_bucket() -> None:
-    pixels = render(Image.new("RGB", (1, 1), (255, 0, 0)), place(Size(1, 1), Size(64, 32)))
+    pixels = render(Image.new("RGB", (1, 1), (255, 0, 0)), covering(Size(1, 1), Size(64, 32)))
     assert pixels.shape == (3, 32, 64)
     assert pixels.amin((1, 2)).tolist() == [1.0, -1.0, -1.0]
 
 
 def test_color_changes_apply_to_the_image() -> None:
-    placement = place(Size(4, 4), Size(4, 4))
+    placement = covering(Size(4, 4), Size(4, 4))
     image = Image.new("RGB", (4, 4), (51, 255, 0))
     pixels = render(image, placement, ColorChange(hue=0.0, saturation=1.0, gamma=2.0))
     assert pixels[:, 0, 0].tolist() == pytest.approx([2 * 0.04 - 1, 1.0, -1.0], abs=1e-6)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from spectune.errors import InputError
-from spectune.training.data.buckets import Placement, Size, place
+from spectune.training.data.buckets import Placement, Size, covering
 from spectune.training.data.images import render
 from spectune.training.data.masks import is_mask, mask_file, open_mask, render_mask
 
@@ -24,14 +24,14 @@ def ramp(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mask_is_placed_like_its_image(flipped: bool, seed: int) -> None:
     gray = ramp(20, 12)
-    placed = place(Size(20, 12), Size(8, 12), flipped=flipped, random=Random(seed))
+    placed = covering(Size(20, 12), Size(8, 12)).varied(flipped=flipped, random=Random(seed))
 
     mask = render_mask(gray, placed, 4)
 
     image = (render(gray.convert("RGB"), placed)[:1] + 1) / 2
     assert mask.shape == (1, 3, 2)
     torch.testing.assert_close(mask, avg_pool2d(image, 4), rtol=0, atol=1e-6)
-    other = place(Size(20, 12), Size(8, 12), flipped=not flipped, random=Random(seed))
+    other = covering(Size(20, 12), Size(8, 12)).varied(flipped=not flipped, random=Random(seed))
     assert (mask - render_mask(gray, other, 4)).abs().max() > 0.05
 
 
@@ -47,14 +47,14 @@ def test_areas_are_averaged() -> None:
 
 def test_a_mask_of_another_scale_is_resized_with_its_image() -> None:
     left_half = Image.fromarray(np.repeat([[255, 255, 0, 0]], 2, axis=0).astype(np.uint8))
-    placed = place(Size(40, 20), Size(32, 16), flipped=True)
+    placed = covering(Size(40, 20), Size(32, 16)).varied(flipped=True)
     mask = render_mask(left_half, placed, 8)
     assert mask[0, 0, [0, -1]].tolist() == pytest.approx([0, 1], abs=0.01)
     assert mask.mean() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_without_a_mask_all_weights_are_1() -> None:
-    mask = render_mask(None, place(Size(9, 9), Size(16, 32)), 8)
+    mask = render_mask(None, covering(Size(9, 9), Size(16, 32)), 8)
     assert torch.equal(mask, torch.ones(1, 4, 2))
 
 

@@ -203,7 +203,7 @@ def test_streamed_weights_are_counted_in_main_memory(
     memory = meters["demo"].measure(replace(setup, stream=True))
     model, injection = real_model(checkpoints["demo"], setup)
     if setup.quantize != "none":
-        quantize_layers(model, None, setup.quantize)
+        quantize_layers(model, setup.quantize)
     stream = stream_weights(model, torch.device("cpu"))
     trained = {id(tensor) for tensor in injection.parameters()}
     frames = {id(b) for layer in injection.layers.values() for b in layer.buffers(recurse=False)}

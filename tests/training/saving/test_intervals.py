@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from spectune.training.callbacks import Callbacks
 from spectune.training.loop import train
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.run import Run
 from spectune.training.saving import intervals
 from spectune.training.saving.intervals import SaveClock, agreed, is_due
 from tests.training.conftest import MakeRecipe
@@ -22,20 +20,14 @@ def steps_due(
     recipe: Recipe, batches_per_epoch: int, *, processes: int = 1, steps: int = 12
 ) -> dict[str, list[int]]:
     """Return the steps after which each task is due."""
-    run = cast(
-        "Run",
-        SimpleNamespace(
-            recipe=recipe,
-            data=SimpleNamespace(plan=SimpleNamespace(batches_per_epoch=batches_per_epoch)),
-            batches_per_step=recipe.run.accumulation * processes,
-        ),
-    )
+    batches_per_step = recipe.run.accumulation * processes
+    span = (batches_per_epoch, batches_per_step)
     tasks: tuple[intervals.Task, ...] = ("save", "validate", "preview")
     return {
         task: [
             step
             for step in range(1, steps + 1)
-            if is_due(run, task, step=step, position=step * run.batches_per_step)
+            if is_due(recipe.run, task, step=step, position=step * batches_per_step, span=span)
         ]
         for task in tasks
     }

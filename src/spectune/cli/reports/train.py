@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from spectune.cli.console import err, say
-from spectune.cli.next_commands import commands_after_training
 from spectune.cli.reports.starting import dry_run
+from spectune.errors import quoted
 from spectune.ops.forecast import TrainForecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.recipe.file import load_recipe
+from spectune.training.recipe.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -52,3 +54,39 @@ def show(report: TrainReport, options: TrainOptions, seconds: float) -> None:
     say("next, as you need:")
     for command in commands_after_training(load_recipe(options.recipe, options.overrides)):
         say(f"  {command}")
+
+
+def commands_after_training(recipe: Recipe, *, folder: Path | None = None) -> list[str]:
+    """Return the commands that turn the result of a recipe into a checkpoint, a LoRA and pictures.
+
+    cmd, PowerShell and bash read their paths alike.
+
+    Args:
+        recipe: A recipe whose training is finished.
+        folder: The working directory, to which paths are relative where possible.
+    """
+    output, name = recipe.run.output, recipe.run.name
+    base, tuned, checkpoint, lora, pictures = (
+        quoted(_from(path, folder or Path.cwd()))
+        for path in (
+            recipe.model.checkpoint,
+            output / f"{name}.safetensors",
+            output / f"{name}-checkpoint.safetensors",
+            output / f"{name}-lora.safetensors",
+            output / f"{name}-pictures",
+        )
+    )
+    size = recipe.data.resolution_px
+    return [
+        f"spectune rebuild {base} {tuned} -o {checkpoint}",
+        f"spectune export {base} {tuned} -o {lora}",
+        f'spectune sample {base} {tuned} -c "a picture" --size {size} -o {pictures}',
+    ]
+
+
+def _from(path: Path, folder: Path) -> Path:
+    absolute = folder / path
+    if not absolute.is_relative_to(folder):
+        return absolute
+    relative = absolute.relative_to(folder)
+    return absolute if str(relative).startswith("-") else relative  # else it would be an option

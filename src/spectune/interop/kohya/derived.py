@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from spectune.interop.kohya.command_line import Command
 from spectune.interop.kohya.rules import literal, number
-from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
+from spectune.training.optim.kinds import OPTIMIZERS, OptimizerKind, check_options, traits_of
 from spectune.training.recipe.sections.model import ALL_PARTS, PartName
 
 Objective = Literal["eps", "v", "flow"]
@@ -82,7 +82,7 @@ def _fits(name: str, options: Mapping[str, Any]) -> bool:
     return True
 
 
-def traits(command: Command) -> Traits:
+def traits(command: Command) -> OptimizerKind:
     """Return the traits of the recipe's optimizer with its options."""
     name = optimizer_name(kohya_optimizer(command)) or "adamw"
     return traits_of(name, check_options(name, options_of(command)))

@@ -25,25 +25,17 @@ _NAMES: Mapping[str, str] = {
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
     "sdxl_no_half_vae": "no_half_vae",
 }
-# LoRA_type -> the network module, and the algorithm of LyCORIS.
-_NETWORKS: Mapping[str, tuple[str, str]] = {
-    "Standard": ("networks.lora", ""),
-    "Kohya LoCon": ("networks.lora", ""),
-    "Kohya DyLoRA": ("networks.dylora", ""),
-    "Kohya LoHa": ("networks.loha", ""),
-    "Kohya LoKr": ("networks.lokr", ""),
-    "LoRA-FA": ("networks.lora_fa", ""),
-    "LoCon": ("lycoris.kohya", "locon"),
-    "LyCORIS/LoCon": ("lycoris.kohya", "locon"),
-    "LyCORIS/LoHa": ("lycoris.kohya", "loha"),
-    "LyCORIS/LoKr": ("lycoris.kohya", "lokr"),
-    "LyCORIS/BOFT": ("lycoris.kohya", "boft"),
-    "LyCORIS/Diag-OFT": ("lycoris.kohya", "diag-oft"),
-    "LyCORIS/DyLoRA": ("lycoris.kohya", "dylora"),
-    "LyCORIS/GLoRA": ("lycoris.kohya", "glora"),
-    "LyCORIS/iA3": ("lycoris.kohya", "ia3"),
-    "LyCORIS/Native Fine-Tuning": ("lycoris.kohya", "full"),
+# LoRA_type -> the network module. Those of LyCORIS are named after their algorithm.
+_NETWORKS: Mapping[str, str] = {
+    "Standard": "networks.lora",
+    "Kohya LoCon": "networks.lora",
+    "Kohya DyLoRA": "networks.dylora",
+    "Kohya LoHa": "networks.loha",
+    "Kohya LoKr": "networks.lokr",
+    "LoRA-FA": "networks.lora_fa",
 }
+_LYCORIS = "LyCORIS/"
+_ALGORITHMS = {"native fine-tuning": "full"}
 _BLOCK_ARGS = (
     "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "block_dims",
     "block_alphas", "conv_block_dims", "conv_block_alphas",
@@ -238,14 +230,19 @@ def _network(settings: _Settings) -> Iterator[Flag]:
     if settings.tab != "lora":
         return
     kind = settings.text("LoRA_type") or "Standard"
-    module, algorithm = _NETWORKS.get(kind, (kind, ""))
+    kind = f"{_LYCORIS}LoCon" if kind == "LoCon" else kind
+    algorithm = kind.removeprefix(_LYCORIS).lower() if kind.startswith(_LYCORIS) else ""
+    module = "lycoris.kohya" if algorithm else _NETWORKS.get(kind, kind)
     yield Flag("network_module", (module,))
     names = ["module_dropout", "rank_dropout", *_LORAPLUS_ARGS]
     names += ["conv_dim", "conv_alpha"] if kind not in ("Standard", "LoRA-FA") else []
     names += _LYCORIS_ARGS if module == "lycoris.kohya" else _BLOCK_ARGS
     arguments = [f"{name}={settings.values[name]}" for name in names if settings.is_on(name)]
     if algorithm:
-        arguments += [f"algo={algorithm}", f"preset={settings.text('LyCORIS_preset') or 'full'}"]
+        arguments += [
+            f"algo={_ALGORITHMS.get(algorithm, algorithm)}",
+            f"preset={settings.text('LyCORIS_preset') or 'full'}",
+        ]
     if arguments:
         yield Flag("network_args", tuple(arguments))
 

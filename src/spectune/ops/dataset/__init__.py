@@ -24,12 +24,11 @@ from spectune.ops.dataset.sheet import write_sheet
 from spectune.ops.drawing.pictures import check_sheet_name, refuse_existing
 from spectune.ops.options.dataset import DatasetOptions
 from spectune.sdxl.layout import SDXL
-from spectune.training.data.buckets import Buckets
+from spectune.training.data.buckets import Buckets, training_buckets
 from spectune.training.data.captions.findings import finding_warnings
 from spectune.training.data.folders import scan_training
 from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.scan import Scan
-from spectune.training.data.sizes import training_buckets
 from spectune.training.recipe.defaults import bucket_defaults
 from spectune.training.recipe.sections.data import BucketSection, DataSection
 
@@ -103,7 +102,7 @@ def _pictures(
             repeats=image.repeats,
             caption=image.caption,
             tokens=count,
-            placement=buckets.fit(image.size).centered(image.size),
+            placement=buckets.fit(image.size),
             sharpness=measurer.results[image.path].sharpness,
         )
         for image, count in zip(scan.images, tokens, strict=True)

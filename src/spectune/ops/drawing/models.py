@@ -32,8 +32,7 @@ from spectune.ops.options.pictures import DrawingOptions
 from spectune.pairs.merged import merged
 from spectune.pairs.rules import BaseKind, check_base_hash
 from spectune.sampling.generate import Request, SampleSettings
-from spectune.sampling.memory import drawing_bytes
-from spectune.sampling.stages import draw_in_stages
+from spectune.sampling.stages import draw_in_stages, drawing_bytes
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.prediction_type import assumed_prediction
 from spectune.sdxl.vocabulary import CHUNK_TOKENS

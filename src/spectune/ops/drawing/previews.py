@@ -11,9 +11,8 @@ from spectune.model.drawing_memory import pictures_at_once
 from spectune.model.offload import StagedModel
 from spectune.ops.drawing.pictures import save_pictures
 from spectune.sampling.contact_sheet import picture_grid
-from spectune.sampling.generate import Request, SampleSettings, size_step
+from spectune.sampling.generate import Request, SampleSettings, check_sampler_name, find_sampler
 from spectune.sampling.prompts import Prompt, read_prompts
-from spectune.sampling.sampler_names import check_sampler_name, find_sampler
 from spectune.sampling.stages import draw_in_stages
 from spectune.training.callbacks import Callbacks, RunStart
 from spectune.training.recipe.recipe import Recipe
@@ -82,7 +81,7 @@ class Previews(Callbacks):
         sampler, note = find_sampler(settings.sampler, model.sdxl.prediction)
         if note is not None:
             self._show_once(model, f"previews: {note}")
-        step = size_step(model.sdxl)
+        step = model.sdxl.size_step
         width, height = (max(step, side - side % step) for side in (settings.width, settings.height))
         if (width, height) != (settings.width, settings.height):
             self._show_once(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from spectune.files.rename import rename
+from spectune.files.rename import replacing
 from spectune.pairs.spectrum_report import CURVE_RANKS, GroupSpectrum, SpectrumReport
 from spectune.sdxl.layers import RANKS
 
@@ -49,12 +48,8 @@ def draw_spectrum(spectra: SpectrumReport, target: Path) -> None:
     _draw_curves(figure.add_subplot(grid[0, 0]), spectra)
     _draw_costs(figure.add_subplot(grid[0, 1]), spectra)
     _draw_blocks(figure.add_subplot(grid[1, :]), spectra.blocks)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with replacing(target) as partial:
         figure.savefig(partial, format="png", metadata={"Title": f"Spectrum of {spectra.label}"})
-        rename(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw_curves(axes: Axes, spectra: SpectrumReport) -> None:

@@ -103,11 +103,7 @@ def choose_memory(
     if vram is None:
         note = "the memory of the card is not known: nothing was planned for it; `vram` sets it"
         return Chosen(setup, full, False, (note,))
-    return _planned(MemoryMeter(layout, build_catalogue(source)), setup, vram, options.notify or _ignore)
-
-
-def _ignore(message: str) -> None:
-    """Drop a progress message."""
+    return _planned(MemoryMeter(layout, build_catalogue(source)), setup, vram, options.tell)
 
 
 def _vram(options: NewOptions, answers: Answers) -> int | None:

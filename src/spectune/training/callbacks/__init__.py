@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -128,10 +130,11 @@ class WarningLog:
         self.entries: list[str] = []
 
     def add(self, warnings: Iterable[str]) -> None:
-        """Show warnings and keep them for the report."""
+        """Show warnings and keep them for the report, except those that were shown before."""
         for warning in warnings:
-            self.callbacks.on_message(f"warning: {warning}")
-            self.entries.append(warning)
+            if warning not in self.entries:
+                self.callbacks.on_message(f"warning: {warning}")
+                self.entries.append(warning)
 
 
 class CallbackList(Callbacks):
@@ -139,26 +142,13 @@ class CallbackList(Callbacks):
 
     def __init__(self, callbacks: Sequence[Callbacks]) -> None:
         self.callbacks = callbacks
+        for name in vars(Callbacks):
+            if name.startswith("on_") and name != "on_preview":
+                setattr(self, name, partial(self._call_all, name))
 
-    def on_message(self, text: str) -> None:
+    def _call_all(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            callback.on_message(text)
-
-    def on_progress(self, stage: str, done: int, total: int) -> None:
-        for callback in self.callbacks:
-            callback.on_progress(stage, done, total)
-
-    def on_start(self, start: RunStart) -> None:
-        for callback in self.callbacks:
-            callback.on_start(start)
-
-    def on_step(self, info: StepInfo) -> None:
-        for callback in self.callbacks:
-            callback.on_step(info)
-
-    def on_validation(self, step: int, loss: float) -> None:
-        for callback in self.callbacks:
-            callback.on_validation(step, loss)
+            getattr(callback, name)(*arguments)
 
     def on_preview(self, step: int, model: StagedModel) -> Image.Image | None:
         sheet = None
@@ -168,19 +158,3 @@ class CallbackList(Callbacks):
                 self.on_picture(step, drawn)
                 sheet = drawn
         return sheet
-
-    def on_picture(self, step: int, sheet: Image.Image) -> None:
-        for callback in self.callbacks:
-            callback.on_picture(step, sheet)
-
-    def on_save(self, step: int, file: Path) -> None:
-        for callback in self.callbacks:
-            callback.on_save(step, file)
-
-    def on_state(self, step: int, folder: Path) -> None:
-        for callback in self.callbacks:
-            callback.on_state(step, folder)
-
-    def on_end(self, report: TrainReport) -> None:
-        for callback in self.callbacks:
-            callback.on_end(report)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spectune.files.rename import rename
+from spectune.files.rename import replacing
 from spectune.training.callbacks.loss_table import LossRow
 
 # Okabe and Ito's palette, which color-blind people can tell apart.
@@ -42,12 +41,8 @@ def draw_losses(rows: Sequence[LossRow], target: Path, *, title: str) -> None:
         _style(axes)
     losses.tick_params(labelbottom=False)
     rates.set_ylim(bottom=0)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with replacing(target) as partial:
         figure.savefig(partial, format="png", metadata={"Title": f"Loss of {title}"})
-        rename(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw_losses(axes: Axes, rows: Sequence[LossRow]) -> None:

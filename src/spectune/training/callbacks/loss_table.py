@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from spectune.errors import InputError
-from spectune.files.rename import rename
+from spectune.files.rename import replacing
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,10 @@ _NUMBERS = [field.name for field in fields(LossRow)][1:]
 
 def write_table(rows: Sequence[LossRow], target: Path) -> None:
     """Write the rows; a crash leaves the old table."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([field.name for field in fields(LossRow)])
-            writer.writerows(astuple(row) for row in rows)
-        rename(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(LossRow)])
+        writer.writerows(astuple(row) for row in rows)
 
 
 def read_table(file: Path) -> list[LossRow]:

@@ -5,12 +5,10 @@ scan: the contents of one folder.
 pictures: find picture files, open them, convert their colors.
 images, masks: read one file.
 captions: read captions, and vary them between draws.
-sizes: the training sizes of a recipe.
-buckets: sizes of nearly equal area, and the placement of an image in one of them.
+buckets: the training sizes of a recipe, and the placement of an image in one of them.
 color: random changes of color.
-views: crop, orientation and color of an image in one draw.
 plan: the images of each batch.
-dataset: batches.
+dataset: batches, and the view of an image in one draw: its crop, orientation and color.
 latents, store: encode images, and keep latents on disk.
 encoding: encode all images of a run in the way of its recipe, or as exactly as the memory allows.
 gather: checks, warnings and caches for the images of a run.

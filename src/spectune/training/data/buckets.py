@@ -1,11 +1,16 @@
-"""Bucket sizes, and the placement of an image in one of them."""
+"""Bucket sizes, and the placement of an image in one of them.
+
+This module loads no network library: `dataset` and `new` use it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
+
+from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, BucketSection, DataSection
 
 
 @dataclass(frozen=True, order=True)
@@ -43,20 +48,58 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The training size of an image, and the size that the image is resized to before it is cropped."""
+class Placement:
+    """The resizing, cropping and mirroring that fit an image to a training size, in pixels."""
 
-    target: Size
+    original: Size
     resized: Size
+    target: Size
+    left: int  # of the crop, in the resized image before it is mirrored
+    top: int
+    flipped: bool = False
 
     @property
-    def area_lost(self) -> float:
-        """The share of the image that a crop removes, in 0..1."""
+    def cropped_share(self) -> float:
+        """The share of the image's area that is cropped away, in 0..1."""
         return 1 - self.target.width * self.target.height / (self.resized.width * self.resized.height)
 
-    def centered(self, original: Size) -> Placement:
-        """Return the placement of the image, cropped at the center."""
-        return place(original, self.target, resized=self.resized)
+    def varied(self, *, flipped: bool, random: Random | None = None) -> Placement:
+        """Return the placement, mirrored if `flipped`, and with `random` cropped at a random position."""
+        if random is None:
+            return replace(self, flipped=flipped)
+        left = random.randint(0, self.resized.width - self.target.width)
+        top = random.randint(0, self.resized.height - self.target.height)
+        return replace(self, left=left, top=top, flipped=flipped)
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's size conditioning: original height, width; crop top, left; target height, width.
+
+        In a mirrored image, the left margin of the crop is measured after the mirroring.
+        """
+        left = self.resized.width - self.left - self.target.width if self.flipped else self.left
+        return (
+            self.original.height,
+            self.original.width,
+            self.top,
+            left,
+            self.target.height,
+            self.target.width,
+        )
+
+
+def covering(original: Size, target: Size) -> Placement:
+    """Return the placement of an image in the smallest size with its aspect that covers `target`."""
+    scale = max(target.width / original.width, target.height / original.height)
+    resized = Size(
+        max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale))
+    )
+    return _centered(original, resized, target)
+
+
+def _centered(original: Size, resized: Size, target: Size) -> Placement:
+    left, top = (resized.width - target.width) // 2, (resized.height - target.height) // 2
+    return Placement(original, resized, target, left, top)
 
 
 @dataclass(frozen=True)
@@ -71,18 +114,17 @@ class Buckets:
     step: int = 64
     kept_area: int | None = None
 
-    def fit(self, original: Size) -> Fit:
-        """Return the training size of an image."""
+    def fit(self, original: Size) -> Placement:
+        """Return the placement of an image in its training size, cropped at the center."""
         if self.kept_area is None:
-            target = nearest_bucket(original, self.sizes)
-            return Fit(target, _covering(original, target))
+            return covering(original, nearest_bucket(original, self.sizes))
         resized = original
         if original.width * original.height > self.kept_area:
             resized = self._shrunk(original)
         target = Size(self._steps(resized.width), self._steps(resized.height))
         if target.width > resized.width or target.height > resized.height:  # a side is shorter than a step
-            resized = _covering(original, target)
-        return Fit(target, resized)
+            return covering(original, target)
+        return _centered(original, resized, target)
 
     def _shrunk(self, original: Size) -> Size:
         """Return a size of about `kept_area` pixels with the aspect of an image.
@@ -103,64 +145,22 @@ class Buckets:
         return max(1, int(side) // self.step) * self.step
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The resizing, cropping and mirroring that fit an image to a training size, in pixels."""
-
-    original: Size
-    resized: Size
-    target: Size
-    left: int  # of the crop, in the resized image before it is mirrored
-    top: int
-    flipped: bool
-
-    @property
-    def cropped_share(self) -> float:
-        """Return the share of the image's area that is cropped away."""
-        return Fit(self.target, self.resized).area_lost
-
-    @property
-    def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size conditioning: original height, width; crop top, left; target height, width.
-
-        In a mirrored image, the left margin of the crop is measured after the mirroring.
-        """
-        left = self.resized.width - self.left - self.target.width if self.flipped else self.left
-        return (
-            self.original.height,
-            self.original.width,
-            self.top,
-            left,
-            self.target.height,
-            self.target.width,
-        )
+def training_sizes(data: DataSection) -> tuple[Size, ...]:
+    """Return all training sizes in pixels; with `no_upscale`, the largest square of each resolution."""
+    return tuple(size for buckets in training_buckets(data) for size in buckets.sizes)
 
 
-def place(
-    original: Size,
-    target: Size,
-    *,
-    resized: Size | None = None,
-    flipped: bool = False,
-    random: Random | None = None,
-) -> Placement:
-    """Return the placement of an image in a bucket, cropped at the center, or randomly with `random`.
-
-    Without `resized`, the image is resized to cover `target`.
-    """
-    resized = resized or _covering(original, target)
-    free_x, free_y = resized.width - target.width, resized.height - target.height
-    left, top = (
-        (free_x // 2, free_y // 2)
-        if random is None
-        else (random.randint(0, free_x), random.randint(0, free_y))
-    )
-    return Placement(original=original, resized=resized, target=target, left=left, top=top, flipped=flipped)
+def training_buckets(data: DataSection) -> tuple[Buckets, ...]:
+    """Return the training sizes of each resolution of a recipe with its defaults filled in."""
+    return tuple(_buckets(resolution, data.bucket) for resolution in data.resolutions)
 
 
-def _covering(original: Size, target: Size) -> Size:
-    """Return the smallest size with the aspect of an image that covers `target`."""
-    scale = max(target.width / original.width, target.height / original.height)
-    return Size(
-        max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale))
-    )
+def _buckets(resolution: int, bucket: BucketSection) -> Buckets:
+    if not bucket.enabled:
+        return Buckets((Size(resolution, resolution),))
+    step = bucket.step_px or DEFAULT_STEP_PX
+    if bucket.no_upscale:
+        side = resolution // step * step
+        return Buckets((Size(side, side),), step, kept_area=resolution**2)
+    minimum, maximum = bucket.sides(resolution)
+    return Buckets(bucket_sizes(resolution, minimum=minimum, maximum=maximum, step=step), step)

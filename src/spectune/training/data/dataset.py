@@ -15,20 +15,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spectune.errors import InputError
-from spectune.training.data.buckets import Buckets, Placement, Size, place
+from spectune.training.data.buckets import Buckets, Placement, Size
 from spectune.training.data.captions.draws import draw_caption
-from spectune.training.data.color import draw_color
+from spectune.training.data.color import ColorChange, draw_color
 from spectune.training.data.images import alpha_of, load_image, open_image, render
 from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.pictures.formats import UnusableImage
 from spectune.training.data.plan import Draw
 from spectune.training.data.scan import CaptionedImage
-from spectune.training.data.views import View
 from spectune.training.recipe.sections.captions import CaptionSection
 from spectune.training.recipe.sections.data import DataSection, MaskSource
 from spectune.training.seeds import derived_random
 
 CacheKey = tuple[int, bool]  # image, flipped
+
+
+@dataclass(frozen=True)
+class View:
+    """An image with a placement and a color. `variant` is the number of the view in the cache."""
+
+    image: int  # index into the dataset
+    placement: Placement
+    color: ColorChange | None = None
+    variant: int = 0
+
+    @property
+    def pixels_name(self) -> str:
+        """A name for the pixels of the view, such as `1100x1024+38+0-1024x1024-mirrored`."""
+        at = self.placement
+        name = (
+            f"{at.resized.width}x{at.resized.height}+{at.left}+{at.top}-{at.target.width}x{at.target.height}"
+        )
+        if at.flipped:
+            name += "-mirrored"
+        if self.color is not None:
+            # hex: changes that differ in the last bit get different names
+            name += "".join(f"-{v.hex()}" for v in (self.color.hue, self.color.saturation, self.color.gamma))
+        return name
 
 
 @dataclass(frozen=True)
@@ -103,8 +126,9 @@ class Pictures(Dataset[Batch]):
     ) -> None:
         """Assign each image to a training size in each of `buckets`, one for each resolution."""
         self.images = tuple(image for _ in buckets for image in images)
-        self.fits = tuple(sizes.fit(image.size) for sizes in buckets for image in images)
-        self.targets = tuple(fit.target for fit in self.fits)
+        # cropped at the center and not mirrored
+        self.placements = tuple(sizes.fit(image.size) for sizes in buckets for image in images)
+        self.targets = tuple(placement.target for placement in self.placements)
         self.variation = variation
         self.seed = seed
         self.masks: MaskSource = masks
@@ -128,8 +152,8 @@ class Pictures(Dataset[Batch]):
         return list(
             {
                 image.path: image
-                for image, fit in zip(self.images, self.fits, strict=True)
-                if image.size.width < fit.resized.width or image.size.height < fit.resized.height
+                for image, placed in zip(self.images, self.placements, strict=True)
+                if image.size.width < placed.resized.width or image.size.height < placed.resized.height
             }.values()
         )
 
@@ -157,14 +181,6 @@ class Pictures(Dataset[Batch]):
             raise InputError(
                 f"{path} {error}", hint="the file was valid when the run started: restore it and resume"
             ) from error
-
-    def centered(self, image: int, *, flipped: bool = False) -> Placement:
-        """Return the placement of an image with a centered crop."""
-        return self._placed(image, flipped, None)
-
-    def _placed(self, image: int, flipped: bool, random: Random | None) -> Placement:
-        fit = self.fits[image]
-        return place(self.images[image].size, fit.target, resized=fit.resized, flipped=flipped, random=random)
 
     def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:
         """Return a view of an image for the cache.
@@ -206,9 +222,8 @@ class Pictures(Dataset[Batch]):
 
     def _view(self, image: int, flipped: bool, random: Random) -> View:
         crop = random if self.variation.random_crop else None
-        return View(
-            image, self._placed(image, flipped, crop), draw_color(self.variation.color_probability, random)
-        )
+        placement = self.placements[image].varied(flipped=flipped, random=crop)
+        return View(image, placement, draw_color(self.variation.color_probability, random))
 
     def _cached_latents(self, view: View) -> Tensor:
         assert self.latents is not None

@@ -12,11 +12,11 @@ from spectune.model.network import Sdxl
 from spectune.model.vae.encoding import ENCODE_WAYS, encoder_of, encoding_bytes, most_exact_way
 from spectune.model.vae.ways import ENCODE_ERRORS, EncodeWay
 from spectune.training.callbacks import WarningLog, stage
+from spectune.training.data.buckets import training_buckets, training_sizes
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.gather import cache_latents
 from spectune.training.data.latents import LatentsNotFiniteError, images_per_call
 from spectune.training.data.scan import Scan
-from spectune.training.data.sizes import training_buckets, training_sizes
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 from spectune.training.validation import ValidationImages, encode_validation
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from spectune.errors import InputError, counted
-from spectune.model.network import Sdxl
+from spectune.model.network import Sdxl, no_vae
 from spectune.model.vae.ways import ENCODE_ERRORS, EncodeWay
+from spectune.sdxl.layout import Layout
 from spectune.training.callbacks import Callbacks, stage
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
@@ -22,9 +22,11 @@ from spectune.training.validation import ValidationImages
 MOST_AREA_LOST = 0.05  # mean share that is cropped away without a warning
 
 
-def check_sizes(model: Sdxl, sizes: Iterable[Size]) -> None:
+def check_sizes(layout: Layout, sizes: Iterable[Size]) -> None:
     """Raise InputError if the model cannot be trained at one of `sizes`."""
-    step = model.pixels_per_latent * 2 ** (len(model.layout.unet.channels) - 1)
+    if layout.vae is None:
+        raise no_vae()
+    step = layout.size_step
     for size in sizes:
         if size.width % step or size.height % step:
             raise InputError(
@@ -53,7 +55,7 @@ def data_warnings(
 
 def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
     """Return a line if crops remove more than MOST_AREA_LOST of the images."""
-    lost = [fit.area_lost for fit in pictures.fits]
+    lost = [placement.cropped_share for placement in pictures.placements]
     if not lost or (mean := sum(lost) / len(lost)) <= MOST_AREA_LOST:
         return []
     worst = max(range(len(lost)), key=lost.__getitem__)
@@ -79,20 +81,17 @@ def cache_latents(
     if not recipe.caches_latents:
         return []
     callbacks.on_message(f"encoding {counted(len(pictures), 'image')}: {described_way(way)}")
-    stage, folder = "encoding images", recipe.data.cache_folder
+    folder = recipe.data.cache_folder
     store = None if folder is None else LatentStore(folder, vae_key(model))
-    try:
+    with stage(callbacks, "encoding images") as progressed:
         pictures.latents = encode_pictures(
             model,
             pictures,
             flips=pictures.variation.flips,
             seed=recipe.run.seed,
-            progress=partial(callbacks.on_progress, stage),
+            progress=progressed,
             store=store,
         )
-    finally:
-        # also after an error: the progress bar must release the terminal
-        callbacks.on_progress(stage, 1, 1)
     return [] if store is None else store.warnings()
 
 

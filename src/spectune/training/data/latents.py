@@ -17,9 +17,8 @@ from spectune.model.network import Sdxl, no_vae
 from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
-from spectune.training.data.dataset import CacheKey, Pictures
+from spectune.training.data.dataset import CacheKey, Pictures, View
 from spectune.training.data.store import LatentStore
-from spectune.training.data.views import View
 from spectune.training.seeds import derived_generator
 
 # Pixels per call of the encoder, which needs 2.7 GB per million pixels in float32.

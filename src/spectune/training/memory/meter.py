@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from spectune.core.rank import FixedRank
 from spectune.files.dtypes import parse_dtype
-from spectune.model.inject import AdaptedLayer, Injection, inject
-from spectune.model.network import Sdxl
+from spectune.model.drawing_memory import denoising_bytes, pictures_at_once
+from spectune.model.inject import Injection, inject
+from spectune.model.network import Sdxl, new_vae
 from spectune.model.packed_linear import NF4_BLOCK
-from spectune.model.quantize import linear_layers
+from spectune.model.quantize import base_layer, linear_layers
 from spectune.model.streamed_layers import large_layers
 from spectune.model.vae.encoding import encoder_of
+from spectune.model.vae.fitting import decoding_bytes
+from spectune.model.vae.tiles import TILE_PX
 from spectune.model.vae.ways import ENCODE_WAYS
 from spectune.model.weight_stream import ring_size
 from spectune.sdxl.layers import Layer
@@ -24,7 +27,6 @@ from spectune.sdxl.layout import Layout
 from spectune.training.memory.account import Fixed, Memory, Setup
 from spectune.training.memory.meta_model import empty_frame, empty_model
 from spectune.training.memory.optimizer_state import optimizer_bytes
-from spectune.training.memory.previews import previews_of
 from spectune.training.memory.step import StepBytes, encoding_bytes, measure_step
 from spectune.training.recipe.sections.model import Quantization
 from spectune.training.state import trained_tensors
@@ -105,7 +107,8 @@ class MemoryMeter:
         optimizer = optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta")
         average = sum(4 * tensor.numel() for tensor in inventory.trained.values()) if setup.ema else 0
         # between two steps, without gradients
-        previews = previews_of(self._layout, setup, fixed.total + optimizer + average + weights.unpacked)
+        resident = fixed.total + optimizer + average + weights.unpacked
+        sampling, decoding = _preview_bytes(self._layout, setup)
         return Memory(
             fixed=fixed,
             gradients=_bytes(updated),
@@ -116,8 +119,10 @@ class MemoryMeter:
             unpacked=weights.unpacked,
             encoding={way: weights.vae + nbytes for way, nbytes in self._encoding(setup).items()},
             encoding_text=weights.encoders + (0 if vae else weights.vae),
-            sampling=previews.sampling,
-            decoding={way: nbytes + (weights.vae if vae else 0) for way, nbytes in previews.decoding.items()},
+            sampling=resident + sampling,
+            decoding={
+                way: resident + nbytes + (weights.vae if vae else 0) for way, nbytes in decoding.items()
+            },
             streamed=weights.unet_streamed + weights.encoders_streamed if setup.stream else 0,
         )
 
@@ -163,6 +168,23 @@ class MemoryMeter:
         return self._encodings[resolution_px]
 
 
+def _preview_bytes(layout: Layout, setup: Setup) -> tuple[int, dict[str, int]]:
+    """Return the bytes of sampling a preview and, by the ways of `decode_within_memory`, of decoding it.
+
+    Previews are squares of the training size, with classifier-free guidance.
+    """
+    assert layout.vae is not None
+    pixels = setup.resolution_px**2
+    latents = 2 * pictures_at_once(pixels) * pixels // layout.vae.pixels_per_latent**2
+    with torch.device("meta"):
+        halved = sum(2 * parameter.numel() for parameter in new_vae(layout.vae).parameters())
+    return denoising_bytes(layout.unet, latents, parse_dtype(setup.precision).itemsize), {
+        "float32": decoding_bytes(layout.vae, pixels),
+        "bfloat16": halved + decoding_bytes(layout.vae, pixels, 2),
+        "bfloat16 and tiles": halved + decoding_bytes(layout.vae, min(pixels, TILE_PX**2), 2),
+    }
+
+
 def _step_key(setup: Setup) -> Setup:
     """Return `setup` with default values of the settings that do not change activations.
 
@@ -184,7 +206,13 @@ def _inventory(model: Sdxl, injection: Injection) -> Inventory:
 
 
 def _weights(model: Sdxl, separate: set[int], quantize: Quantization) -> Weights:
-    packed = {} if quantize == "none" else {id(weight): weight for weight in _linear_weights(model)}
+    packed = (
+        {}
+        if quantize == "none"
+        else {
+            id(weight): weight for weight in (base_layer(model, name).weight for name in linear_layers(model))
+        }
+    )
 
     def stored(tensor: Tensor) -> int:
         return quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes
@@ -230,16 +258,6 @@ def _large_weights(model: Sdxl) -> dict[str, list[Tensor]]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _linear_weights(model: Sdxl) -> list[Tensor]:
-    """Return the weights that quantization replaces, with and without adapters."""
-    weights: list[Tensor] = []
-    for name in linear_layers(model):
-        parent, attribute = model.place(name)
-        layer = getattr(parent, attribute)
-        weights.append(layer.base.weight if isinstance(layer, AdaptedLayer) else layer.weight)
-    return weights
 
 
 def quantized_bytes(weight: Tensor, quantize: Quantization) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -57,7 +57,7 @@ class OptimizerKind:
     learning_rate: float  # if the recipe sets none
     distribution: str = "torch"  # the package; its version decides whether a saved state fits
     arguments: Callable[[Arguments], Arguments] = _unchanged
-    fixed_learning_rate: float | None = None
+    fixed_learning_rate: float | None = None  # the only one that works; None: any
     schedule_free: bool = False
     rounds_stochastically: bool = False  # updates of bf16 parameters are not lost in rounding
 
@@ -163,24 +163,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> Options:
         raise ValueError(f"option `{key}` of {name}: {details['msg']}, got {details['input']!r}") from None
 
 
-@dataclass(frozen=True)
-class Traits:
-    """The properties of an optimizer with given options. An option can turn off a property of its kind."""
-
-    fixed_learning_rate: float | None  # the only learning rate that works; None: any
-    schedule_free: bool
-    rounds_stochastically: bool
-
-
-def traits_of(name: str, options: Options) -> Traits:
-    """Return the traits of the optimizer `name` with checked `options`."""
+def traits_of(name: str, options: Options) -> OptimizerKind:
+    """Return the optimizer `name` without the traits that the checked `options` turn off."""
     kind = OPTIMIZERS[name]
-    fixed = kind.fixed_learning_rate
     if isinstance(options, AdafactorOptions) and options.relative_step:
-        fixed = 1.0
-    plus = options if isinstance(options, ProdigyPlusOptions) else None
-    return Traits(
-        fixed_learning_rate=fixed,
-        schedule_free=kind.schedule_free and (plus is None or plus.use_schedulefree),
-        rounds_stochastically=kind.rounds_stochastically and (plus is None or plus.stochastic_rounding),
-    )
+        return replace(kind, fixed_learning_rate=1.0)
+    if isinstance(options, ProdigyPlusOptions):
+        return replace(
+            kind,
+            schedule_free=options.use_schedulefree,
+            rounds_stochastically=options.stochastic_rounding,
+        )
+    return kind

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -18,7 +18,19 @@ def set_mode(optimizer: Optimizer, *, training: bool) -> None:
 
 
 @contextmanager
-def finished_weights(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def restored(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of parameters after the block, bit for bit."""
+    before = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+
+@contextmanager
+def finished_weights(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Iterator[None]:
     """Set the parameters to the weights to save, sample and validate, inside the block.
 
     Schedule-free optimizers compute the trained weights from the average, with rounding errors. They are
@@ -27,12 +39,9 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -
     if not hasattr(optimizer, "eval"):
         yield
         return
-    trained = [parameter.detach().clone() for parameter in parameters]
-    set_mode(optimizer, training=False)
-    try:
-        yield
-    finally:
-        set_mode(optimizer, training=True)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, trained, strict=True):
-                parameter.copy_(value)
+    with restored(parameters):
+        set_mode(optimizer, training=False)
+        try:
+            yield
+        finally:
+            set_mode(optimizer, training=True)

@@ -27,11 +27,6 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def warmup_length(steps: int, *, warmup_steps: int, warmup_share: float) -> int:
-    """Return the steps of the warm-up of a run of `steps` steps; at most one of the settings is not 0."""
-    return warmup_steps or int(warmup_share * steps)
-
-
 def rate_factor(
     schedule: str,
     step: int,

@@ -105,14 +105,7 @@ def bucket_defaults(data: DataSection, layout: Layout) -> Keys:
     step = bucket.step_px
     if step is None:
         # at lower resolutions, steps of 64 px would crop away more
-        allowed = _size_step(layout)
+        allowed = layout.size_step
         step = min(DEFAULT_STEP_PX, max(allowed, smallest // 16 // allowed * allowed))
     enabled = smallest >= step if bucket.enabled is None else bucket.enabled
     return {"enabled": enabled, "step_px": step}
-
-
-def _size_step(layout: Layout) -> int:
-    """Return the number of pixels that the sides of images must be multiples of."""
-    vae = SDXL.vae if layout.vae is None else layout.vae
-    assert vae is not None
-    return 2 ** (len(vae.channels) - 1) * 2 ** (len(layout.unet.channels) - 1)

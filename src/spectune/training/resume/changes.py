@@ -10,7 +10,7 @@ from typing import Any, cast
 from spectune.errors import InputError, counted, printable
 from spectune.pairs.rules import short_hash
 from spectune.training.optim.kinds import OPTIMIZERS, check_options, traits_of
-from spectune.training.optim.schedules import rate_factor, warmup_length
+from spectune.training.recipe.sections.run import OptimizerSection
 from spectune.training.state import NEW_RUN_HINT, SavedState, StateHeader
 
 # Keys that may change, with all keys below them.
@@ -164,22 +164,11 @@ def described(changes: list[Change], saved: SavedState, now: StateHeader) -> lis
 
 def _next_rates(header: StateHeader, step: int) -> dict[str, float]:
     """Return the learning rate of each part after `step` steps."""
-    section = header.recipe.get("optimizer", {})
-    factor = rate_factor(
-        section["schedule"],
-        step,
-        steps=header.steps,
-        warmup_steps=warmup_length(
-            header.steps, warmup_steps=section["warmup_steps"], warmup_share=section["warmup_share"]
-        ),
-        cycles=section["cycles"],
-        power=section["power"],
-        final_share=section["final_share"],
-    )
-    return {
-        part: section["part_learning_rates"].get(part, _common_rate(section)) * factor
-        for part in header.recipe["model"]["parts"]
-    }
+    section = OptimizerSection.model_validate(header.recipe["optimizer"])
+    factor = section.rate_factor(step, header.steps)
+    rates = {str(part): rate for part, rate in section.part_learning_rates.items()}
+    common = section.learning_rate or section.traits.learning_rate
+    return {part: rates.get(part, common) * factor for part in header.recipe["model"]["parts"]}
 
 
 def _common_rate(section: Mapping[str, Any]) -> float:

@@ -54,10 +54,11 @@ def plan_saves(run: Run, progress: Progress) -> SavePlan:
     """Return the saves from here to the end of the run, with the final ones."""
     saves = sum(
         is_due(
-            run,
+            run.recipe.run,
             "save",
             step=progress.step + number,
             position=progress.position + number * run.batches_per_step,
+            span=run.span,
         )
         for number in range(1, run.steps - progress.step)
     )
@@ -68,14 +69,18 @@ def plan_saves(run: Run, progress: Progress) -> SavePlan:
 
 def disk_warnings(plan: SavePlan, output: Path) -> list[str]:
     """Return a warning if the disk of the output folder does not hold the saves."""
-    folder = next(path for path in (output, *output.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = free_disk(output)
     if plan.nbytes <= free:
         return []
     return [
         f"the saves need {_size(plan.nbytes)}, but the disk of {output} has {_size(free)} free: save less "
         "often, or set run.keep_last_adapters"
     ]
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _adapter_bytes(run: Run) -> int:

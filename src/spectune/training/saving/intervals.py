@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from spectune.training.recipe.sections.run import RunSection
-from spectune.training.run import Run
 
 Task = Literal["save", "validate", "preview"]
 
@@ -26,24 +25,19 @@ def intervals_of(settings: RunSection, task: Task) -> tuple[int | None, int | No
             return settings.preview_every_steps, settings.preview_every_epochs
 
 
-def is_due(run: Run, task: Task, *, step: int, position: int) -> bool:
+def is_due(settings: RunSection, task: Task, *, step: int, position: int, span: tuple[int, int]) -> bool:
     """Return whether a task follows a step.
 
     An epoch ends with the first step that leaves no batch of it. With several batches per step, that step may
     contain batches of the next epoch.
 
     Args:
-        run: The run.
+        settings: The section [run].
         task: What may follow.
         step: The number of finished steps.
         position: The number of batches that they took from the plan, on all processes.
+        span: The number of batches of an epoch, and of a step on all processes.
     """
-    settings, per_epoch = run.recipe.run, run.data.plan.batches_per_epoch
-    return falls_on(settings, task, step=step, position=position, span=(per_epoch, run.batches_per_step))
-
-
-def falls_on(settings: RunSection, task: Task, *, step: int, position: int, span: tuple[int, int]) -> bool:
-    """Return whether a task follows a step; `span` has the batches of an epoch and of a step."""
     steps, epochs = intervals_of(settings, task)
     if steps is not None and step % steps == 0:
         return True

@@ -1,10 +1,11 @@
-"""The base class of all sections of a recipe, and a validator."""
+"""The base class of all sections of a recipe, the types of their numbers, and a validator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from spectune.errors import did_you_mean
@@ -15,6 +16,14 @@ MOST_EPOCHS = 1_000_000
 MOST_IMAGES = 100_000  # in one batch, or that are looked at before the training
 MOST_RANK = 16_384  # no layer of SDXL has more singular directions
 LARGEST_SEED = 2**63 - 1  # TOML has integers of 64 bits
+
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
+Count = Annotated[int, Field(ge=1, le=MOST_IMAGES)]  # of images or batches
+Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
+Share = Annotated[float, Field(ge=0, le=1)]  # or a probability
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 def is_plain_name(text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spectune.sdxl.vocabulary import CHUNK_TOKENS, MAX_TOKENS, MOST_TOKENS
-from spectune.training.recipe.sections.base import Section, is_plain_name
+from spectune.training.recipe.sections.base import Section, Share, is_plain_name
 
 Lines = Literal["first", "all", "random"]
 
@@ -54,11 +54,11 @@ class CaptionSection(Section):
         default=False,
         description="Draw one of the words of `{a|b}` in each draw. `{{` and `}}` are braces.",
     )
-    dropout_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that the caption is replaced with an empty one."
+    dropout_probability: Share = Field(
+        default=0.0, description="Probability that the caption is replaced with an empty one."
     )
-    tag_dropout_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that a tag is dropped, for each tag separately."
+    tag_dropout_probability: Share = Field(
+        default=0.0, description="Probability that a tag is dropped, for each tag separately."
     )
 
     @model_validator(mode="after")

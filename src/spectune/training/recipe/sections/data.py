@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from spectune.training.recipe.sections.base import Section, is_plain_name
+from spectune.training.recipe.sections.base import Positive, Section, Share, is_plain_name
 from spectune.training.recipe.sections.captions import CaptionSection
 
 # Limits that keep mistakes from filling the memory, with room for every real use.
@@ -63,7 +63,7 @@ class ImageSetSection(Section):
         default=1, ge=1, le=MOST_REPEATS, description="Number of draws of each image in an epoch."
     )
     caption: str = Field(default="", description="Caption of images that have no caption.")
-    loss_weight: float = Field(default=1.0, gt=0, description="Factor of the loss of these images.")
+    loss_weight: Positive = Field(default=1.0, description="Factor of the loss of these images.")
     regularisation: bool = Field(
         default=False,
         description="Regularization images show a class that the model should keep. "
@@ -85,8 +85,8 @@ class DataSection(Section):
         default=(),
         description="Like `folders`, for regularization images, which show a class that the model must keep.",
     )
-    regularisation_weight: float = Field(
-        default=1.0, gt=0, description="Factor of the loss of regularization images."
+    regularisation_weight: Positive = Field(
+        default=1.0, description="Factor of the loss of regularization images."
     )
     recursive: bool = Field(
         default=False, description="Use the images in all nested folders too, at any depth."
@@ -104,15 +104,10 @@ class DataSection(Section):
     )
     bucket: BucketSection = BucketSection()
     caption: CaptionSection = CaptionSection()
-    flip_probability: float = Field(
-        default=0.0, ge=0, le=1, description="Probability that an image is mirrored."
-    )
+    flip_probability: Share = Field(default=0.0, description="Probability that an image is mirrored.")
     random_crop: bool = Field(default=False, description="Crop at a random position instead of the center.")
-    color_probability: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Probability of a small change of hue, saturation and gamma.",
+    color_probability: Share = Field(
+        default=0.0, description="Probability of a small change of hue, saturation and gamma."
     )
     mask: MaskSource = Field(
         default="none",

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.convention import KNOWN_VAES
 from spectune.model.vae.ways import EncodeWay
-from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_RANK, OneOf, Section
+from spectune.training.recipe.sections.base import Count, OneOf, Positive, Rank, Section
 
 PartName = Literal["unet", "te1", "te2"]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -35,11 +35,9 @@ class ModelSection(Section):
         description="The principal adapter, written by `spectune split` or another tool. "
         "Give either `principal` or `rank`.",
     )
-    rank: int | None = Field(
-        default=None, ge=1, le=MOST_RANK, description="Split the base at this rank when the run starts."
-    )
-    conv_rank: int | None = Field(
-        default=None, ge=1, le=MOST_RANK, description="Rank of 3x3 convolutions. None: the same as `rank`."
+    rank: Rank | None = Field(default=None, description="Split the base at this rank when the run starts.")
+    conv_rank: Rank | None = Field(
+        default=None, description="Rank of 3x3 convolutions. None: the same as `rank`."
     )
     layers: tuple[str, ...] = Field(
         default=("default",),
@@ -48,17 +46,13 @@ class ModelSection(Section):
     frame: FrameKind = Field(
         default="principal", description="Directions that are trained, if `rank` is set."
     )
-    frame_norm: float | None = Field(
+    frame_norm: Positive | None = Field(
         default=None,
-        gt=0,
         description="Euclidean length of each row of A0 and each column of B0. "
         "None: the lengths that the frame defines.",
     )
-    frame_batches: int = Field(
-        default=4,
-        ge=1,
-        le=MOST_IMAGES,
-        description="Number of batches that `gradient` and `data` frames are computed from.",
+    frame_batches: Count = Field(
+        default=4, description="Number of batches that `gradient` and `data` frames are computed from."
     )
     form: Literal["delta", "residual"] = Field(
         default="delta",
@@ -135,7 +129,7 @@ class VaeSection(Section):
     name: Annotated[str, AfterValidator(OneOf(KNOWN_VAES))] | None = Field(
         default=None, description="A known autoencoder. It sets `scale`, `shift` and `padding`."
     )
-    scale: float | None = Field(default=None, gt=0, description="Factor of the latents.")
+    scale: Positive | None = Field(default=None, description="Factor of the latents.")
     shift: float | None = Field(default=None, description="Subtracted from z, before the factor.")
     padding: Literal["zeros", "reflect"] | None = Field(
         default=None, description="Padding of the autoencoder's convolutions."

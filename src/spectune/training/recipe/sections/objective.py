@@ -10,7 +10,14 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import PredictionName
 from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
-from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_STEPS, OneOf, Section
+from spectune.training.recipe.sections.base import (
+    MOST_STEPS,
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    Section,
+)
 
 CONVERSION_KEYS = ("start", "teacher", "bridge_steps")
 FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *CONVERSION_KEYS)
@@ -33,17 +40,15 @@ class ObjectiveSection(Section):
     flow_times_mean: float = Field(
         default=0.0, description="Mean of the normal distribution of `logit_normal`, in logits."
     )
-    flow_times_std: float = Field(
-        default=1.0, gt=0, description="Standard deviation of the normal distribution of `logit_normal`."
+    flow_times_std: Positive = Field(
+        default=1.0, description="Standard deviation of the normal distribution of `logit_normal`."
     )
     start: Literal["raw", "warm"] = Field(
         default="raw",
         description="`warm`: before the training, refit the layers of an EPS base that depend on the noise "
         "level; flow only.",
     )
-    warm_images: int = Field(
-        default=256, ge=1, le=MOST_IMAGES, description="Number of images that the warm start is fitted on."
-    )
+    warm_images: Count = Field(default=256, description="Number of images that the warm start is fitted on.")
     teacher: Literal["none", "eps"] = Field(
         default="none",
         description="`eps`: train on the velocity of the EPS base, not on that of the images; flow only.",
@@ -59,12 +64,11 @@ class ObjectiveSection(Section):
         description="Rescale the noise schedule so that it ends in pure noise; eps and v only. "
         "None: as the base declares.",
     )
-    noise_offset: float = Field(
-        default=0.0, ge=0, description="Standard deviation of an offset of each channel's noise."
+    noise_offset: NotNegative = Field(
+        default=0.0, description="Standard deviation of an offset of each channel's noise."
     )
-    input_perturbation: float = Field(
+    input_perturbation: NotNegative = Field(
         default=0.0,
-        ge=0,
         description="Standard deviation of noise that is added to the input only; eps and v only.",
     )
 
@@ -96,17 +100,15 @@ class ObjectiveSection(Section):
 class Edm2Section(Section):
     """The learned weighting of noise levels (`weighting = "edm2"`). It has its own optimizer."""
 
-    learning_rate: float = Field(default=2e-2, gt=0, description="Learning rate of the weighting.")
+    learning_rate: Positive = Field(default=2e-2, description="Learning rate of the weighting.")
     fourier_features: int = Field(
         default=128,
         ge=2,
         le=65_536,
         description="Number of Fourier features of the noise level that the weighting uses.",
     )
-    importance_gamma: float = Field(
-        default=1.0,
-        gt=0,
-        description="Signal-to-noise ratio of the noise level with the largest weight.",
+    importance_gamma: Positive = Field(
+        default=1.0, description="Signal-to-noise ratio of the noise level with the largest weight."
     )
 
 
@@ -114,9 +116,8 @@ class LossSection(Section):
     """The loss function and the weight of each noise level."""
 
     kind: Annotated[str, AfterValidator(OneOf(LOSSES))] = Field(default="mse", description="Loss function.")
-    huber_c: float | None = Field(
+    huber_c: Positive | None = Field(
         default=None,
-        gt=0,
         description="Error at which `huber` and `smooth_l1` change from quadratic to linear. "
         f"None: {HUBER_C}.",
     )
@@ -127,9 +128,8 @@ class LossSection(Section):
         default="none",
         description="Weighting of noise levels. Flow supports `none` and `edm2` only.",
     )
-    min_snr_gamma: float | None = Field(
+    min_snr_gamma: Positive | None = Field(
         default=None,
-        gt=0,
         description="Signal-to-noise ratio gamma of `min_snr` and `soft_min_snr`. None: 5, as in the paper.",
     )
     scale_v_like_noise: bool = Field(

@@ -7,15 +7,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from spectune.training.optim.kinds import OPTIMIZERS, Traits, check_options, traits_of
-from spectune.training.optim.schedules import SCHEDULES
+from spectune.training.optim.kinds import OPTIMIZERS, OptimizerKind, check_options, traits_of
+from spectune.training.optim.schedules import SCHEDULES, rate_factor
 from spectune.training.recipe.sections.base import (
     LARGEST_SEED,
-    MOST_EPOCHS,
-    MOST_IMAGES,
     MOST_STEPS,
+    Count,
+    Epochs,
+    NotNegative,
     OneOf,
+    Positive,
     Section,
+    Share,
+    Steps,
 )
 from spectune.training.recipe.sections.model import PartName
 
@@ -35,8 +39,8 @@ class OptimizerSection(Section):
     """The optimizer, its learning rates and their schedule."""
 
     name: Annotated[str, AfterValidator(OneOf(OPTIMIZERS))] = Field(default="adamw", description="Optimizer.")
-    learning_rate: float | None = Field(
-        default=None, gt=0, description="Learning rate. None: the default of the optimizer."
+    learning_rate: Positive | None = Field(
+        default=None, description="Learning rate. None: the default of the optimizer."
     )
     part_learning_rates: dict[PartName, float] = Field(
         default_factory=dict,
@@ -54,13 +58,13 @@ class OptimizerSection(Section):
     warmup_share: float = Field(
         default=0.0, ge=0, lt=1, description="Like `warmup_steps`, as a share of all steps of the run."
     )
-    cycles: int = Field(default=1, ge=1, le=MOST_STEPS, description="Number of cycles of `cosine_restarts`.")
-    power: float = Field(default=1.0, gt=0, description="Exponent of `polynomial`.")
-    final_share: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the learning rate at the end of a decaying schedule."
+    cycles: Steps = Field(default=1, description="Number of cycles of `cosine_restarts`.")
+    power: Positive = Field(default=1.0, description="Exponent of `polynomial`.")
+    final_share: Share = Field(
+        default=0.0, description="Share of the learning rate at the end of a decaying schedule."
     )
-    max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Gradients are clipped to this total norm; 0 turns clipping off."
+    max_grad_norm: NotNegative = Field(
+        default=1.0, description="Gradients are clipped to this total norm; 0 turns clipping off."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the optimizer, listed below for each optimizer."
@@ -94,9 +98,21 @@ class OptimizerSection(Section):
         return self
 
     @property
-    def traits(self) -> Traits:
+    def traits(self) -> OptimizerKind:
         """The traits of the optimizer with these options."""
         return traits_of(self.name, check_options(self.name, self.options))
+
+    def rate_factor(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rate after `step` finished steps of `steps`."""
+        return rate_factor(
+            self.schedule,
+            step,
+            steps=steps,
+            warmup_steps=self.warmup_steps or int(self.warmup_share * steps),
+            cycles=self.cycles,
+            power=self.power,
+            final_share=self.final_share,
+        )
 
 
 class RunSection(Section):
@@ -113,13 +129,9 @@ class RunSection(Section):
         le=MOST_STEPS,
         description="Number of optimizer steps. Set either `steps` or `epochs`.",
     )
-    epochs: int | None = Field(
-        default=None, ge=1, le=MOST_EPOCHS, description="Number of passes over all images."
-    )
-    batch: int = Field(default=1, ge=1, le=MOST_IMAGES, description="Images per process and forward pass.")
-    accumulation: int = Field(
-        default=1, ge=1, le=MOST_IMAGES, description="Forward passes per optimizer step."
-    )
+    epochs: Epochs | None = Field(default=None, description="Number of passes over all images.")
+    batch: Count = Field(default=1, description="Images per process and forward pass.")
+    accumulation: Count = Field(default=1, description="Forward passes per optimizer step.")
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
@@ -160,48 +172,31 @@ class RunSection(Section):
         "them. None: no average.",
     )
     seed: int = Field(default=1, ge=0, le=LARGEST_SEED, description="Seed of all random choices of the run.")
-    save_every_steps: int | None = Field(
+    save_every_steps: Steps | None = Field(
         default=None,
-        ge=1,
-        le=MOST_STEPS,
         description="Optimizer steps between saves of the adapter and the state. The end is always saved.",
     )
-    save_every_epochs: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_EPOCHS,
-        description="Epochs between saves, also in addition to `save_every_steps`.",
+    save_every_epochs: Epochs | None = Field(
+        default=None, description="Epochs between saves, also in addition to `save_every_steps`."
     )
-    save_every_minutes: float | None = Field(
+    save_every_minutes: NotNegative | None = Field(
         default=None,
-        ge=0,
         description="Save the state if the last save is this many minutes ago; 0 turns this off. "
         "None: 30 for a base of SDXL's size, otherwise 0.",
     )
-    keep_last: int = Field(
-        default=3,
-        ge=1,
-        le=MOST_STEPS,
-        description="Number of states to keep. A run resumes from the newest one.",
+    keep_last: Steps = Field(
+        default=3, description="Number of states to keep. A run resumes from the newest one."
     )
-    keep_last_adapters: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_STEPS,
-        description="Number of adapters to keep besides the final one. None: all of them.",
+    keep_last_adapters: Steps | None = Field(
+        default=None, description="Number of adapters to keep besides the final one. None: all of them."
     )
-    validate_every_steps: int | None = Field(
+    validate_every_steps: Steps | None = Field(
         default=None,
-        ge=1,
-        le=MOST_STEPS,
         description="Optimizer steps between validations. Validation images are always evaluated before and "
         "after the training.",
     )
-    validate_every_epochs: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_EPOCHS,
-        description="Epochs between validations, also in addition to `validate_every_steps`.",
+    validate_every_epochs: Epochs | None = Field(
+        default=None, description="Epochs between validations, also in addition to `validate_every_steps`."
     )
     validation_times: int = Field(
         default=4, ge=1, le=1000, description="Number of noise levels for each validation image."
@@ -217,26 +212,19 @@ class RunSection(Section):
         description="Sampler of the previews, unless a prompt names one with `--ss`: `euler`, `euler_a`, "
         "`ddim`, `dpmpp_2m`; for flow `euler`, `heun`.",
     )
-    preview_every_steps: int | None = Field(
+    preview_every_steps: Steps | None = Field(
         default=None,
-        ge=1,
-        le=MOST_STEPS,
         description="Optimizer steps between previews. If `preview` is set without an interval, one preview "
         "is drawn at the end.",
     )
-    preview_every_epochs: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_EPOCHS,
-        description="Epochs between previews, also in addition to `preview_every_steps`.",
+    preview_every_epochs: Epochs | None = Field(
+        default=None, description="Epochs between previews, also in addition to `preview_every_steps`."
     )
     preview_at_start: bool = Field(
         default=False, description="Draw a preview before the first step, in which nothing is trained yet."
     )
-    log_every_steps: int = Field(
+    log_every_steps: Steps = Field(
         default=1,
-        ge=1,
-        le=MOST_STEPS,
         description="Optimizer steps between log entries. The residual form logs the norms of the change "
         "every 50 steps.",
     )
