@@ -218,3 +218,9 @@ def test_nothing_of_a_stranger_reaches_the_terminal_raw(capfd: pytest.CaptureFix
         assert not set(shown) & set("\x1b\x07\u202e")
     heading(name)
     assert not set(capfd.readouterr().err) & set("\x1b\x07\u202e")
+
+
+def test_all_missing_files_are_one_error(tmp_path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    assert run(["rebuild", *names, "-o", str(tmp_path / "c.safetensors")]) == 2
+    assert capfd.readouterr().err == f"error: no such files: {names[0]}, {names[1]}\n"

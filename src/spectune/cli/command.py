@@ -87,6 +87,7 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
         bar = progress(command.name) if command.bar else nullcontext()
         with file_notes(), bar as report_progress:
             options = command.options(**values, progress=report_progress, notify=warn)
+            _check_inputs(options)
             if flags.dry_run:
                 assert command.dry_run is not None
                 forecast = getattr(operations, command.dry_run)(options)
@@ -110,6 +111,17 @@ def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> in
         error.what = with_flags(command, error.what)
         error.hint = None if error.hint is None else with_flags(command, error.hint)
         raise
+
+
+def _check_inputs(options: OperationOptions) -> None:
+    """Raise InputError if several input files are missing. A single one is left to the operation."""
+    written = ("out", "sheet", "plot")
+    paths = [
+        getattr(options, field.name) for field in option_fields(type(options)) if field.name not in written
+    ]
+    missing = [str(path) for path in paths if isinstance(path, Path) and not path.exists()]
+    if len(missing) > 1:
+        raise InputError(f"no such files: {', '.join(missing)}")
 
 
 def _show_dry_run(reports: Any, forecast: Any, options: OperationOptions, flags: Flags) -> int:
