@@ -171,6 +171,6 @@ def test_finished_shards_are_kept_if_they_cannot_be_renamed(
 
 def test_a_full_disk_is_detected_before_any_work(tmp_path: Path) -> None:
     huge = [TensorInfo("x", torch.float32, (1 << 60,))]
-    with pytest.raises(InputError, match=r"needs \d+\.\d\d GB: .* GB free"):
+    with pytest.raises(InputError, match=r"needs [\d.,]+ MB: .* MB free"):
         ShardedWriter(tmp_path / INDEX, huge)
     assert names(tmp_path) == []

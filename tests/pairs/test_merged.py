@@ -115,6 +115,16 @@ def test_values_beyond_fp16_are_refused(base: Checkpoint) -> None:
     assert merged(base, [(huge, 1.0)], dtype=torch.bfloat16).load(tensor).dtype == torch.bfloat16
 
 
+def test_a_damaged_base_is_refused_where_an_adapter_changes_it(base: Checkpoint) -> None:
+    name = "unet.middle_block.0.in_layers.2"
+    tensor = build_catalogue(base).by_name[name].tensor
+    values = {key: base.load(key).clone() for key in base.tensors}
+    values[tensor].view(-1)[3] = float("inf")
+    damaged = MemorySource(values, base.metadata, "damaged.safetensors")
+    with pytest.raises(InputError, match=r"of damaged.safetensors: 1 of \d+ values are NaN or infinite"):
+        merged(damaged, [(lora(base, [name]), 1.0)]).load(tensor)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_infinite_and_nan_changes_are_refused(base: Checkpoint, number: float) -> None:
     name = "unet.middle_block.0.in_layers.2"

@@ -153,7 +153,7 @@ def check_target(path: Path, nbytes: int, *, force: bool) -> None:
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
         raise InputError(
-            f"{path.name} needs {nbytes / 1e9:.2f} GB: {path.parent} has {free / 1e9:.2f} GB free"
+            f"{path.name} needs {nbytes / 1e6:,.1f} MB: {path.parent} has {free / 1e6:,.1f} MB free"
         )
 
 

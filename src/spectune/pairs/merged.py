@@ -53,6 +53,7 @@ C = TypeVar("C", Change, Factors)
 
 _ENCODERS = "conditioner."
 _TOO_LARGE = "rebuild in bfloat16 or float32, or lower the strength"
+_DAMAGED = "the checkpoint is damaged or was saved with overflow: download it again or use its fp32 version"
 _DIVERGED = "the training may have diverged: rebuild an earlier step"
 
 
@@ -102,6 +103,7 @@ class Merged(HasProvenance):
         changed += [addition.add_to(result) for addition in added]
         if replacement is None and not any(changed) and dtype == stored.dtype:
             return stored
+        check_finite(result, f"{name} of {self.base.label}", hint=_DAMAGED)
         return self._rounded(result, dtype, name)
 
     def _add(self, weight: Tensor, layer: Layer, change: LowRank | Amount) -> bool:
