@@ -209,7 +209,7 @@ def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> Non
         unknown, count = some_of([printable(key) for key in table.unexpected]), len(table.unexpected)
         raise InputError(
             f"{source.label} has {counted(count, 'key')} of no known kind of adapter: {unknown}",
-            hint="`spectune convert --drop PATTERN` removes keys",
+            hint="merge it with the program that made it, or use `spectune convert --drop PATTERN`",
         )
     if table.duplicates:
         one, other = table.duplicates[0]
