@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from spectune.errors import (
+    FileNote,
     InputError,
     PairingError,
     SpectuneError,
@@ -37,6 +38,7 @@ def test_names_of_strangers_cannot_control_a_terminal() -> None:
     error = InputError(f"no {HOSTILE}", hint=HOSTILE)
     seen = "a\ufffd]0;t\ufffd hint: run this\ufffd\ufffd\ufffd.safetensors"
     assert (error.what, error.hint, str(error)) == (f"no {seen}", seen, f"no {seen}")
+    assert str(FileNote(HOSTILE)) == seen
     assert one_line("caf\xe9 \u3000 \u65e5\u672c") == "caf\xe9 \u3000 \u65e5\u672c"
 
 

@@ -37,6 +37,9 @@ class PairingError(SpectuneError):
 class FileNote(UserWarning):
     """A file was read in a way that the user should know. The command line prints it as `note:`."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(one_line(what))
+
 
 def each(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
     """Return the results of a function that checks its items; raise one InputError for all wrong ones.
