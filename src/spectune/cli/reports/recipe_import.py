@@ -30,6 +30,7 @@ def show(report: ImportReport, options: ImportOptions, seconds: float) -> None:
             say(f"The trainer stores the factors in {dtype}. With --dtype {dtype}, the residual is computed")
             say("from factors in that dtype, so that the trainer rounds nothing.")
         say("`spectune split` writes the principal with these keys, and the residual. Run this instead:")
+        assert report.replaced_by is not None
         show_result(report.replaced_by)
         return
     assert report.path is not None
