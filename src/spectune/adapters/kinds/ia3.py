@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectune.adapters.kinds.change import ChangeKind, Shape, Shapes, Tensors, no_rank
 from spectune.adapters.kinds.dora import channel_shapes
+from spectune.errors import InputError
 
 _FACTORS, ON_INPUT = "weight", "on_input"
 
@@ -25,8 +26,15 @@ class IA3:
 
 def _read(tensors: Tensors, alpha: float | None, weight: Shape) -> IA3:
     per_output, per_input = channel_shapes(weight)
-    shape = per_input if bool(tensors[ON_INPUT].item()) else per_output
-    return IA3(tensors[_FACTORS].reshape(shape))
+    is_input = bool(tensors[ON_INPUT].item())
+    shape, factors = per_input if is_input else per_output, tensors[_FACTORS]
+    if factors.numel() != math.prod(shape):
+        raise InputError(
+            f"an (IA)^3 layer has {factors.numel()} factors: expected {math.prod(shape)}, one per "
+            f"{'input' if is_input else 'output'} channel, because its `{ON_INPUT}` is {is_input}",
+            hint="the file is damaged, or was made for another model",
+        )
+    return IA3(factors.reshape(shape))
 
 
 def _fits(shapes: Shapes, weight: Shape) -> bool:
