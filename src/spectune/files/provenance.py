@@ -62,6 +62,8 @@ class Provenance:
     base_hash: str | None = None  # weights hash of the original model
     base_name: str | None = None  # file name of the original model, for messages only
     principal_hash: str | None = None
+    start_name: str | None = None  # file of the tuned adapter that the training started from
+    start_hash: str | None = None  # its weights hash
     frame: FrameKind | None = None  # kind of frame if training computed it from the base
     prediction: PredictionName | None = None
     flow_shift: float | None = None

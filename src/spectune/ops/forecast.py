@@ -165,12 +165,13 @@ def setup_of(recipe: Recipe, rank: int) -> Setup:
 
 def _rank(recipe: Recipe, base: WeightSource) -> int:
     """Return the rank of the recipe, or the largest rank in the principal file."""
-    if recipe.model.principal is None:
-        assert recipe.model.rank is not None
+    if recipe.model.rank is not None:
         return recipe.model.rank
+    path = recipe.model.start or recipe.model.principal
+    assert path is not None
     catalogue: Catalogue = build_catalogue(base, all_layers=True)
-    with open_adapter(recipe.model.principal, catalogue) as principal:
-        if not isinstance(principal, Adapter):
+    with open_adapter(path, catalogue) as principal:
+        if recipe.model.start is None and not isinstance(principal, Adapter):
             raise InputError(
                 f"{principal.label} holds trained deltas: expected a principal",
                 hint="set model.principal to a file that `spectune split` wrote",

@@ -221,7 +221,8 @@ TRAIN: Mapping[AdapterKind, Rule] = {
     AdapterKind.DELTAS: Rule(
         Action.REFUSE,
         "{adapter} is a tuned adapter: expected a principal",
-        "to continue a run, start it again: it reads the latest state in run.output",
+        "to train on from it, set model.start to it, without model.principal and model.rank; to resume an "
+        "interrupted run, start it again",
         InputError,
     ),
     AdapterKind.LORA: Rule(Action.FRAME),

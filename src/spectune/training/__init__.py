@@ -9,6 +9,7 @@
 * setup:           build a run from a recipe
 * run:             the records of a run: its setup and its progress
 * trainable_model: build a model with trainable changes from files
+* tuned_start:     start from the deltas of a tuned adapter
 * aligned_frames:  compute frames from the first batches
 * denoiser:        the trained networks as one module
 * validation:      the loss on validation images

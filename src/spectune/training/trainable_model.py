@@ -44,9 +44,11 @@ from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
 from spectune.sdxl.selection import select_layers
+from spectune.training.recipe.defaults import start_provenance
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
 from spectune.training.seeds import derived_generator
+from spectune.training.tuned_start import open_start
 
 Log = Callable[[str], None]
 
@@ -85,13 +87,21 @@ def model_warnings(recipe: Recipe) -> list[str]:
     with open_checkpoint(recipe.model.checkpoint) as base:
         check_prediction(base)
         check_channels(base, recipe.vae)
+        start = start_provenance(recipe.model.start)
         assumed = assumed_prediction(base)
-        if assumed is not None and recipe.objective.kind is None:
+        if assumed is not None and start.prediction is None and recipe.objective.kind is None:
             warnings.append(f"{assumed}; set objective.kind if it is another one")
-        declared = declared_prediction(base)
+        declared, label = declared_prediction(base), base.label
+        if start.prediction is not None and recipe.model.start is not None:
+            declared, label = start.prediction, recipe.model.start.name
+        if start.vae_name is not None and recipe.vae.path is None:
+            warnings.append(
+                f"{label} was trained with the VAE {start.vae_name}, but [vae] path is not set: the VAE of "
+                f"{base.label} is used"
+            )
         if declared is not None and recipe.objective.kind not in (None, declared):
             warnings.append(
-                f"{base.label} predicts {declared}, but objective.kind is {recipe.objective.kind}: this run "
+                f"{label} predicts {declared}, but objective.kind is {recipe.objective.kind}: this run "
                 "converts the model"
             )
     return warnings
@@ -160,8 +170,12 @@ def build_trainable(
         base_hash = weights_hash(base)
         catalogue = build_catalogue(base, all_layers=True)
         frames: Mapping[str, LowRank]
-        principal_hash = None
-        if section.principal is not None:
+        principal_hash, start = None, None
+        if section.start is not None:
+            start = open_start(section, catalogue, base_hash, base.label)
+            log(f"starting from {section.start.name}")
+            frames = {name: delta.frame for name, delta in start.deltas.items()}
+        elif section.principal is not None:
             adapter = _open_principal(section, catalogue)
             _check_pair(section, base, base_hash, adapter)
             frames, principal_hash = adapter.layers, adapter_hash(adapter)
@@ -183,6 +197,9 @@ def build_trainable(
     dropout = section.dropout_probability
     injection = inject(sdxl, chosen, form=section.form, dtype=trained_dtype, dropout=dropout)
     provenance = _provenance(section, declared, base_hash, principal_hash)
+    if start is not None:
+        start.load_into(injection)
+        provenance = start.recorded(provenance)
     return TrainableModel(sdxl, injection, provenance, hash_of_frames(chosen))
 
 
@@ -190,7 +207,7 @@ def _choose(section: ModelSection, catalogue: Catalogue, frames: Mapping[str, Lo
     """Return the frames of the parts to train."""
     names = [name for name in frames if catalogue.by_name[name].part.value in section.parts]
     if not names:
-        owner = section.principal or f"model.layers = {', '.join(section.layers)}"
+        owner = section.principal or section.start or f"model.layers = {', '.join(section.layers)}"
         raise InputError(
             f"no layer to train: {owner} has no layers in {', '.join(section.parts)}",
             hint="choose other parts in model.parts",
@@ -212,7 +229,7 @@ def _provenance(
         base_hash=original_hash,
         base_name=declared.base_name if is_residual else section.checkpoint.name,
         principal_hash=principal_hash,
-        frame=section.frame if section.principal is None else None,
+        frame=section.frame if section.rank is not None else None,
         vae_scale=declared.vae_scale,
         vae_shift=declared.vae_shift,
         vae_padding=declared.vae_padding,

@@ -47,6 +47,9 @@ def show(result: ExportReport, options: ExportOptions, seconds: float) -> None:
         f"{len(result.layers)} layers; rounding and truncation cause a relative error of "
         f"{percent(result.error)} in total, at most {percent(result.worst.error)} in {result.worst.name}"
     )
+    if options.form == "tuned":
+        zero = sum(not layer.norm for layer in result.layers)
+        say(f"{zero} of {len(result.layers)} layers have no change; train from the file with model.start")
     if result.unchanged:
         say(f"{len(result.unchanged)} layers are left out: they did not change")
     if result.lost:

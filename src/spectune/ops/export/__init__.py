@@ -10,6 +10,7 @@ from spectune.operation import operation
 from spectune.ops.export.adapter import export_adapter
 from spectune.ops.export.difference import export_difference
 from spectune.ops.export.report import ExportReport
+from spectune.ops.export.tuned import export_tuned
 from spectune.ops.model_card import check_card, write_card
 from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import is_checkpoint
@@ -20,6 +21,7 @@ def export(options: ExportOptions) -> ExportReport:
     """Write a plain LoRA of a tuned adapter, a LoRA, a trained principal, or a tuned checkpoint.
 
     For a checkpoint, `base` is required and the default rank is 64. Adapters keep their full rank by default.
+    With `form` tuned, write a tuned adapter of the principal of `base`, from which a training can continue.
 
     Raises InputError or PairingError for files that cannot be exported as a LoRA.
     """
@@ -33,6 +35,8 @@ def export(options: ExportOptions) -> ExportReport:
 
 def _export(options: ExportOptions) -> ExportReport:
     name = options.tuned.name
+    if options.form == "tuned":
+        return export_tuned(options)
     if not is_checkpoint(options.tuned):
         if options.layers is not None:
             raise InputError(

@@ -38,7 +38,7 @@ from spectune.pairs.rules import check_exportable
 from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, Layer
 
-ExportForm = Literal["lora", "principal"]
+ExportForm = Literal["lora", "principal", "tuned"]
 _ALL = 1 << 30  # a rank that truncates nothing
 
 _PLAIN_LORA = "leave out `form`: a plain LoRA works with the original model"

@@ -95,7 +95,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         refuse_overwriting(out, [after, before])
         for source in (after, before):
             check_whole_model(source)
-        compared, warnings = _compared(after, before)
+        compared, warnings = compared_tensors(after, before)
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
         both = tuple(layer for layer in catalogue if layer.tensor in after.tensors)
@@ -151,7 +151,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         layers=tuple(factorizer.reports[layer.name] for layer in changed),
         left_out=tuple(factorizer.left_out),
         outside=factorizer.outside,
-        warnings=(*warnings, *_prediction_warning(after, before)),
+        warnings=(*warnings, *prediction_warning(after, before)),
     )
 
 
@@ -235,7 +235,7 @@ class _DifferenceFactorizer:
         return self.difference.hasher.hexdigest()
 
 
-def _compared(after: WeightSource, before: WeightSource) -> tuple[list[str], tuple[str, ...]]:
+def compared_tensors(after: WeightSource, before: WeightSource) -> tuple[list[str], tuple[str, ...]]:
     """Return the tensors to compare, and warnings. A text encoder that one file lacks is not compared.
 
     Raises InputError if the UNets or text encoders do not have the same tensors.
@@ -304,7 +304,8 @@ def _same_bits(after: WeightSource, before: WeightSource, name: str) -> bool:
     return torch.equal(after.load(name).float(), before.load(name).float())
 
 
-def _prediction_warning(after: WeightSource, before: WeightSource) -> tuple[str, ...]:
+def prediction_warning(after: WeightSource, before: WeightSource) -> tuple[str, ...]:
+    """Return a warning if the two checkpoints have different prediction types."""
     tuned, original = declared_prediction(after) or "eps", declared_prediction(before) or "eps"
     if tuned == original:
         return ()

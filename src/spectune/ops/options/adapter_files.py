@@ -89,15 +89,17 @@ class ExportOptions(OperationOptions):
     size: str | int | None = option(
         default=None, help="Instead of a rank: the size of the output file, such as 150MB."
     )
-    form: Literal["lora", "principal"] = option(
+    form: Literal["lora", "principal", "tuned"] = option(
         default="lora",
-        help="lora (for the original model) or principal (replaces the principal of a residual).",
+        help="lora (for the original model), principal (replaces the principal of a residual), or tuned "
+        "(deltas of the principal of MODEL: `train` continues from it with model.start).",
     )
     keys: Keys = option(default="kohya", help=KEYS_HELP)
     dtype: FactorDtype = option(default="float16", help="Dtype of the stored factors.")
     principal: Path | None = option(
         default=None,
-        help="The original principal, if TUNED is that principal after training with another program.",
+        help="The original principal, if TUNED is that principal after training with another program. With "
+        "`form` tuned: the principal to use, instead of computing it.",
     )
     layers: tuple[str, ...] | None = option(default=None, help=f"For a checkpoint only. {LAYERS_HELP}")
     device: str = option(default="auto", help=f"For a checkpoint only. {DEVICE_HELP}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
+from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.device import drawing_dtype
 from spectune.sdxl.inference import infer_layout
@@ -29,7 +31,7 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
     """
     data = recipe.model_dump()
     with open_checkpoint(recipe.model.checkpoint) as base:
-        objective = _objective(recipe.objective, base)
+        objective = _objective(recipe.objective, base, start_provenance(recipe.model.start))
         data["objective"] |= objective
         if _missing(recipe):
             layout = infer_layout(base)
@@ -67,8 +69,16 @@ def _missing(recipe: Recipe) -> bool:
     )
 
 
-def _objective(section: ObjectiveSection, base: WeightSource) -> Keys:
-    declared = declared_prediction(base) or "eps"
+def start_provenance(start: Path | None) -> Provenance:
+    """Return what the tuned adapter in `model.start` declares; empty without one."""
+    if start is None:
+        return Provenance()
+    with open_checkpoint(start) as file:
+        return file.provenance
+
+
+def _objective(section: ObjectiveSection, base: WeightSource, start: Provenance) -> Keys:
+    declared = start.prediction or declared_prediction(base) or "eps"
     kind = section.kind or declared
     if section.converts and (kind != "flow" or declared != "eps" or declared_zero_snr(base)):
         raise InputError(
@@ -78,7 +88,9 @@ def _objective(section: ObjectiveSection, base: WeightSource) -> Keys:
         )
     shift, zero = section.flow_shift, section.zero_terminal_snr
     if kind == "flow" and shift is None:
-        shift = base.provenance.flow_shift or 1.0
+        shift = start.flow_shift or base.provenance.flow_shift or 1.0
+    if zero is None and start.noise_schedule is not None:
+        zero = kind != "flow" and start.noise_schedule == "zero_terminal_snr"
     if zero is None:
         zero = kind != "flow" and declared_zero_snr(base)
     return {"kind": kind, "flow_shift": shift, "zero_terminal_snr": zero}

@@ -45,6 +45,11 @@ class Recipe(Section):
                 'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base '
                 "weights"
             )
+        if self.objective.converts and self.model.start is not None:
+            raise ValueError(
+                "objective.start, teacher and bridge_steps convert the base, but model.start continues from "
+                "a tuned adapter: remove these keys"
+            )
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             yield f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"'
 

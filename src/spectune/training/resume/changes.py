@@ -18,6 +18,7 @@ FREE = (
     "model.base",  # files may move: their hashes identify them
     "model.residual",
     "model.principal",
+    "model.start",
     "data.folders",
     "data.cache_folder",
     "data.workers",

@@ -93,7 +93,9 @@ def _state_bytes(run: Run) -> int:
     frames = _frame_bytes(run) if run.recipe.model.rank is not None else 0
     average = 0 if run.optimization.average is None else _nbytes(run.optimization.average.average.values())
     optimizer = optimizer_bytes(
-        run.recipe.optimizer.name, trained, from_zero=run.recipe.model.form == "delta"
+        run.recipe.optimizer.name,
+        trained,
+        from_zero=run.recipe.model.form == "delta" and run.recipe.model.start is None,
     )
     return _nbytes(trained) + optimizer + frames + average + _nbytes(run.replaced.values())
 

@@ -62,7 +62,11 @@ def effective(forecast: TrainForecast) -> dict[str, Any]:
 
 def _trained(forecast: TrainForecast) -> str:
     model, run = forecast.recipe.model, forecast.recipe.run
-    rank = "ranks of the principal" if model.rank is None else f"rank {model.rank}"
+    rank = (
+        f"ranks of the {'start' if model.start else 'principal'}"
+        if model.rank is None
+        else f"rank {model.rank}"
+    )
     return f"{', '.join(model.parts)} at {rank}, {model.form} form, {run.precision} model"
 
 

@@ -33,7 +33,12 @@ class ModelSection(Section):
     principal: Path | None = Field(
         default=None,
         description="The principal adapter, written by `spectune split` or another tool. "
-        "Give either `principal` or `rank`.",
+        "Give one of `principal`, `rank` and `start`.",
+    )
+    start: Path | None = Field(
+        default=None,
+        description="A tuned adapter to continue from, with new optimizer states: the result of an earlier "
+        "run, or of `spectune export --form tuned`. It contains its frame.",
     )
     rank: Rank | None = Field(default=None, description="Split the base at this rank when the run starts.")
     conv_rank: Rank | None = Field(
@@ -73,8 +78,11 @@ class ModelSection(Section):
     def _one_frame(self) -> Self:
         if (self.base is None) == (self.residual is None):
             raise ValueError("set either `base` (the original checkpoint) or `residual`")
-        if (self.principal is None) == (self.rank is None):
-            raise ValueError("set either `principal` (a file made by `spectune split`) or `rank`")
+        if sum(value is not None for value in (self.principal, self.rank, self.start)) != 1:
+            raise ValueError(
+                "set either `principal` (a file made by `spectune split`), `rank`, or `start` (a tuned "
+                "adapter)"
+            )
         if self.residual is not None and (self.principal is None or self.form != "residual"):
             raise ValueError('`residual` needs its `principal` and `form = "residual"`')
         if self.conv_rank is not None and self.rank is None:
