@@ -168,7 +168,8 @@ def test_frame_keys_need_rank(tmp_path: Path, override: str) -> None:
     path.write_text(MINIMAL.replace("rank = 16", 'principal = "p.safetensors"'))
     load_recipe(path)
     with pytest.raises(
-        InputError, match=r"needs `rank`, because a principal file already contains its frame"
+        InputError,
+        match=r"needs `rank`, because the file in `principal` or `start` already contains its frame",
     ):
         load_recipe(path, [f"model.{override}"])
 

@@ -100,8 +100,8 @@ class ModelSection(Section):
         for key in ("frame", "frame_norm", "layers"):
             if self.rank is None and self.differs(key):
                 raise ValueError(
-                    f"`{key}` needs `rank`, because a principal file already contains its frame: "
-                    "set `rank` instead of `principal`"
+                    f"`{key}` needs `rank`, because the file in `principal` or `start` already contains its "
+                    "frame: set `rank` instead"
                 )
         if self.aligned and self.form != "delta":
             raise ValueError(
