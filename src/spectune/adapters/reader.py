@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,6 @@ from spectune.core.low_rank import LowRank, common_dtype
 from spectune.errors import InputError, counted, printable, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
-from spectune.files.source import WeightSource
 from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
 from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
@@ -97,9 +96,9 @@ def open_any_adapter(
         raise
 
 
-def is_general_file(source: WeightSource) -> bool:
-    """Return whether an adapter file has more than a product of two factors per layer."""
-    return any(stem_and_suffix(key)[1] in OTHER_SUFFIXES for key in source.tensors)
+def is_general(keys: Iterable[str]) -> bool:
+    """Return whether the keys of an adapter are more than a product of two factors per layer."""
+    return any(stem_and_suffix(key)[1] in OTHER_SUFFIXES for key in keys)
 
 
 def _opened(

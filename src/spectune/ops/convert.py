@@ -33,6 +33,7 @@ from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import spectune_version
 from spectune.operation import operation
 from spectune.ops.options.adapter_files import ConvertOptions
+from spectune.ops.other_kinds import check_no_options, copy_tensors, difference_of_drop, is_other_kind
 from spectune.ops.shared import (
     STALE,
     catalogue_of,
@@ -105,6 +106,8 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
     spelling, even = parse_spelling(options.keys), options.even_alphas
     store = None if options.dtype is None else parse_dtype(options.dtype)
     dropped = _dropped(options.source, options.drop)
+    if is_other_kind(options.source, without=dropped):
+        return _copy_other_kind(options, dropped)
     with ExitStack() as stack:
         catalogue = None if options.base is None else catalogue_of(options.base, out)
         opened = stack.enter_context(open_adapter(options.source, catalogue, without=dropped))
@@ -141,18 +144,42 @@ def _convert_adapter(options: ConvertOptions) -> ConvertReport:
             run_pipeline(layers, work, take, size=lambda layer: ranks[layer.name] * sum(_sides(layer)) * 16)
             report_progress(progress, len(layers), len(layers), "")
         with open_checkpoint(out) as made:
-            warnings = (*opened.warnings, *scale_problems(made), *_changes(dropped))
+            warnings = (*opened.warnings, *scale_problems(made), *_changes(options, dropped))
     return ConvertReport(out, writer.hash, tuple(reports), dropped, len(layers), warnings)
 
 
-def _changes(dropped: Sequence[str]) -> tuple[str, ...]:
-    """Return a warning if a dropped key was a part of what its layer does."""
+def _copy_other_kind(options: ConvertOptions, dropped: Sequence[str]) -> ConvertReport:
+    """Copy an adapter that is more than a product of two factors per layer. Progress counts tensors."""
+    names = ("keys", "dtype", "even_alphas", "principal")
+    check_no_options(options, ConvertOptions(options.source, options.out), names, options.source.name)
+    with open_checkpoint(options.source) as source:
+        refuse_overwriting(options.out, [source])
+        places = {key: source for key in source.tensors if key not in dropped}
+        written = copy_tensors(
+            options.out, places, source.metadata, force=options.force, progress=options.progress
+        )
+    warnings = _changes(options, dropped)
+    return ConvertReport(options.out, written, (), tuple(dropped), len(places), warnings)
+
+
+def _changes(options: ConvertOptions, dropped: Sequence[str]) -> tuple[str, ...]:
+    """Return a warning if a dropped key was a part of what its layer does; measure it on the base."""
     essential = [key for key in dropped if is_essential(key)]
     if not essential:
         return ()
+    if options.base is None:
+        measure = "pass `base` to measure by how much it differs"
+    else:
+        try:
+            share = difference_of_drop(options.source, options.base, dropped, essential)
+            measure = (
+                f"its change of {options.base.name} differs by {share:.1%} of the original change (norms)"
+            )
+        except InputError as error:
+            measure = f"by how much cannot be measured: {error.what}"
     return (
         f"{counted(len(essential), 'dropped key')} took part in the change of a layer: {some_of(essential)}. "
-        "The new file is another adapter, not the same one with fewer keys",
+        f"The new file is another adapter, not the same one with fewer keys; {measure}",
     )
 
 

@@ -206,7 +206,7 @@ EXPORT: Mapping[AdapterKind, Cell] = {
         ),
         Place.UNRELATED: Rule(Action.CUT),
     },
-    AdapterKind.OTHER: _NO_FACTORS,
+    AdapterKind.OTHER: Rule(Action.EXPORT),
 }
 
 # Rules for `model.principal` of a recipe, for any base.

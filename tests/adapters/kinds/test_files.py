@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, GeneralAdapter
-from spectune.adapters.reader import is_general_file, open_adapter, open_any_adapter
+from spectune.adapters.reader import is_general, open_adapter, open_any_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError, PairingError
 from spectune.ops.rebuild import rebuild
@@ -66,7 +66,7 @@ def test_a_mixed_file_keeps_its_pairs_and_a_plain_file_stays_plain(
         assert isinstance(two, GeneralAdapter)
         assert one.file is not None
         assert two.file is not None
-        assert (is_general_file(one.file), is_general_file(two.file)) == (False, True)
+        assert (is_general(one.file.tensors), is_general(two.file.tensors)) == (False, True)
         assert two.kinds == {NAME: "LoHa", other.name: "LoRA"}
         assert AdapterKind.of(two) is AdapterKind.OTHER
         assert two.warnings == (f"1 layer of mixed.safetensors without alpha, read as scale 1: {NAME}",)

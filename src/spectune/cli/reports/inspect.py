@@ -7,6 +7,7 @@ from typing import Any
 
 from spectune.cli.console import megabytes, print_hint, print_warning, say, table
 from spectune.cli.report_parts import loading_json, loading_table
+from spectune.errors import counted, some_of
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
 from spectune.ops.options.model_files import InspectOptions
 from spectune.pairs.spectrum_report import GroupSpectrum, LayerSpectrum, SpectrumReport
@@ -87,7 +88,11 @@ def _print_adapter(summary: AdapterSummary) -> None:
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
     say(f"{summary.label}: {summary.role} adapter in {summary.spelling} spelling")
     say(f"  layers        {layers}")
-    say(f"  ranks         {ranks}")
+    if summary.kinds:
+        kinds = ", ".join(f"{kind} ({count} layers)" for kind, count in summary.kinds.items())
+        say(f"  kinds         {kinds}")
+    if ranks:
+        say(f"  ranks         {ranks}")
     if list(summary.scales) not in ([], [1.0]):
         scales = ", ".join(f"{scale:g} ({count} layers)" for scale, count in summary.scales.items())
         say(f"  alpha / rank  {scales}")
@@ -95,6 +100,8 @@ def _print_adapter(summary: AdapterSummary) -> None:
         f"  size          {summary.parameters:,} parameters, {megabytes(summary.nbytes)}, "
         f"{' '.join(summary.dtypes)}"
     )
+    if summary.ignored:
+        say(f"  ignored       {counted(len(summary.ignored), 'key')}: {some_of(summary.ignored)}")
     if summary.replaced:
         say(f"  replaced      {summary.replaced} complete tensors of the base")
     if summary.provenance.frame:

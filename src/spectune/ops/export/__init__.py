@@ -13,6 +13,7 @@ from spectune.ops.export.report import ExportReport
 from spectune.ops.export.tuned import export_tuned
 from spectune.ops.model_card import check_card, write_card
 from spectune.ops.options.adapter_files import ExportOptions
+from spectune.ops.other_kinds import is_other_kind
 from spectune.ops.shared import is_checkpoint
 
 
@@ -43,15 +44,16 @@ def _export(options: ExportOptions) -> ExportReport:
                 f"`layers` works with checkpoints only: {name} is an adapter",
                 hint="select layers of an adapter with `spectune slice`",
             )
-        return export_adapter(options)
+        if not is_other_kind(options.tuned):
+            return export_adapter(options)
+        kind = "more than a product of two factors per layer: its LoRA is the change of a checkpoint"
+    else:
+        kind = "a checkpoint: its LoRA is the difference from another checkpoint"
     if options.base is None:
-        raise InputError(
-            f"{name} is a checkpoint: its LoRA is the difference from another checkpoint",
-            hint="pass the model it was made from as `base`",
-        )
+        raise InputError(f"{name} is {kind}", hint="pass the model it was made from as `base`")
     if options.form != "lora" or options.principal is not None:
         raise InputError(
-            f"{name} is a checkpoint: only a plain LoRA can be exported",
+            f"{name} is {kind.partition(':')[0]}: only a plain LoRA can be exported",
             hint="leave out `form` and `principal`",
         )
     return export_difference(options, options.base)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from spectune.adapters.adapter import GeneralAdapter
+from spectune.adapters.reader import open_any_adapter
 from spectune.adapters.spellings import parse_spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter, check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
@@ -21,13 +24,15 @@ from spectune.errors import InputError, some_of
 from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import Provenance, Role, spectune_version
+from spectune.files.reader import Checkpoint
 from spectune.files.source import TensorInfo, WeightSource, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import check_target
 from spectune.model.device import parse_device
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions
-from spectune.ops.shared import refuse_overwriting
+from spectune.ops.shared import is_checkpoint, refuse_overwriting
+from spectune.pairs.merged import Merged, merged
 from spectune.pairs.rank_plan import choose_ranks, rank_request
 from spectune.pairs.rules import check_whole_model
 from spectune.sdxl.inference import infer_parts
@@ -80,8 +85,9 @@ class Difference:
 def export_difference(options: ExportOptions, base: Path) -> ExportReport:
     """Write the LoRA of the requested ranks that is closest to the difference `tuned` - `base`.
 
-    Both are complete checkpoints. The default rank is 64 for every layer. Values are not clamped. The report
-    contains the error of each layer, the changed tensors that a LoRA cannot hold, and the unchanged layers.
+    `tuned` is a checkpoint, or an adapter that is more than a product of two factors per layer. The default
+    rank is 64 for every layer. Values are not clamped. The report contains the error of each layer, the
+    changed tensors that a LoRA cannot hold, and the unchanged layers.
     Progress counts tensors.
 
     Raises InputError if the checkpoints do not have the same tensors.
@@ -91,17 +97,22 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
     store, device = parse_dtype(options.dtype), parse_device(options.device)
     check_adapter_name(out)
     check_target(out, 0, force=force)
-    with open_checkpoint(tuned) as after, open_checkpoint(base) as before:
-        refuse_overwriting(out, [after, before])
+    with open_checkpoint(base) as before, _open_tuned(tuned, before) as opened:
+        after = opened.source
+        refuse_overwriting(out, [opened.file, before])
         for source in (after, before):
             check_whole_model(source)
         compared, warnings = compared_tensors(after, before)
+        compared = [name for name in compared if opened.touched is None or name in opened.touched]
         difference = Difference.of(after, before)
         catalogue = build_catalogue(before, all_layers=True)
         both = tuple(layer for layer in catalogue if layer.tensor in after.tensors)
         if not both:
             infer_parts(after)  # says what the file is instead
-        chosen = select_layers(replace(catalogue, layers=both), options.layers or ("default",))
+        if opened.layers is None:
+            chosen = select_layers(replace(catalogue, layers=both), options.layers or ("default",))
+        else:
+            chosen = tuple(layer for layer in both if layer.name in opened.layers)
         for layer in chosen:
             for source in (after, before):
                 check_dtype(source.tensors[layer.tensor].dtype, f"layer {layer.name} of {source.label}")
@@ -151,8 +162,35 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         layers=tuple(factorizer.reports[layer.name] for layer in changed),
         left_out=tuple(factorizer.left_out),
         outside=factorizer.outside,
-        warnings=(*warnings, *prediction_warning(after, before)),
+        warnings=(*opened.warnings, *warnings, *prediction_warning(after, before)),
     )
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """The tuned model: a checkpoint, or the original with an adapter."""
+
+    source: WeightSource
+    file: Checkpoint | GeneralAdapter
+    touched: Collection[str] | None = None  # tensors that can differ; None: all
+    layers: Collection[str] | None = None  # names of the layers to export; None: `layers` selects them
+    warnings: tuple[str, ...] = ()
+
+
+@contextmanager
+def _open_tuned(path: Path, original: WeightSource) -> Generator[_Tuned]:
+    if is_checkpoint(path):
+        with open_checkpoint(path) as file:
+            yield _Tuned(file, file)
+        return
+    with open_any_adapter(path, build_catalogue(original, all_layers=True)) as adapter:
+        assert isinstance(adapter, GeneralAdapter)
+        # float32: the change of a layer is often smaller than the rounding of its weight
+        model = merged(original, [(adapter, 1.0)], dtype=torch.float32)
+        assert isinstance(model, Merged)
+        yield _Tuned(
+            model, adapter, model.touched, frozenset(adapter.layers), (*adapter.warnings, *model.warnings)
+        )
 
 
 @dataclass(frozen=True)
@@ -240,8 +278,8 @@ def compared_tensors(after: WeightSource, before: WeightSource) -> tuple[list[st
 
     Raises InputError if the UNets or text encoders do not have the same tensors.
     """
-    parts = {source: _parts_of(source) for source in (after, before)}
-    both = tuple(PART_ROOTS[part] for part in _COMPARED if all(part in found for found in parts.values()))
+    parts = [(source, _parts_of(source)) for source in (after, before)]
+    both = tuple(PART_ROOTS[part] for part in _COMPARED if all(part in found for _, found in parts))
     ours, theirs = (
         [name for name, info in source.tensors.items() if name.startswith(both) and _is_weight(info)]
         for source in (before, after)
@@ -265,8 +303,8 @@ def compared_tensors(after: WeightSource, before: WeightSource) -> tuple[list[st
     warnings = [
         f"{part} was not compared: {source.label} has none"
         for part in _COMPARED
-        for source, found in parts.items()
-        if part not in found and any(part in other for other in parts.values())
+        for source, found in parts
+        if part not in found and any(part in other for _, other in parts)
     ]
     return ours, (*warnings, *_vae_warning(after, before))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectune.adapters.adapter import ALPHA, DOWN, FRAME_DOWN, REPLACED
 from spectune.adapters.alphas import alpha_problems, read_alphas, scale_problems
 from spectune.adapters.loading import Loading, loading_table
+from spectune.adapters.reader import is_general
 from spectune.adapters.spellings import adapter_part, factor_of, spelling_of
 from spectune.checkpoints.ema import ema_names
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import WeightSource, declared_prediction
+from spectune.ops.inspect.other_kinds import count_kinds
 from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import RANKS, Catalogue, RankCost, build_catalogue, rank_cost
 from spectune.sdxl.layout import PART_ROOTS, PartLayouts, part_of
@@ -66,6 +68,9 @@ class AdapterSummary:
     problems: tuple[str, ...]  # with its alphas
     programs: tuple[Loading, ...]  # what each program loads from it, on SDXL
     replaced: int = 0  # full tensors that replace those of the base; not counted in layers and parameters
+    # kind -> layers, if the file is more than a product of two factors per layer
+    kinds: Mapping[str, int] = field(default_factory=dict[str, int])
+    ignored: tuple[str, ...] = ()  # keys that change nothing
 
 
 def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelSummary:
@@ -89,6 +94,8 @@ def describe_model(source: WeightSource, ranks: Sequence[int] = RANKS) -> ModelS
 
 def describe_adapter(source: WeightSource) -> AdapterSummary:
     """Return the layers, ranks and scales of an adapter in any spelling. Raises InputError if it has none."""
+    if is_general(source.tensors):
+        return _describe_other_kinds(source)
     downs = [
         info
         for name, info in source.tensors.items()
@@ -119,6 +126,27 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
         problems=(*alpha_problems(source), *scale_problems(source)),
         programs=loading_table(source),
         replaced=sum(name.startswith(REPLACED) for name in source.tensors),
+    )
+
+
+def _describe_other_kinds(source: WeightSource) -> AdapterSummary:
+    found, provenance = count_kinds(source), source.provenance
+    alphas = read_alphas(source, all_spellings=True).values()
+    return AdapterSummary(
+        label=source.label,
+        role=str(provenance.role or Role.LORA),
+        spelling=" and ".join(sorted({spelling_of(key) for key in found.keys})),
+        provenance=provenance,
+        layers=found.parts,
+        ranks=found.ranks,
+        scales=dict(Counter(a.value / a.rank for a in alphas if a.value and a.rank).most_common()),
+        parameters=sum(source.tensors[key].numel for key in found.keys),
+        nbytes=sum(info.nbytes for info in source.tensors.values()),
+        dtypes=_dtypes(source, found.keys),
+        problems=(*alpha_problems(source), *scale_problems(source)),
+        programs=loading_table(source),
+        kinds=found.kinds,
+        ignored=found.ignored,
     )
 
 
