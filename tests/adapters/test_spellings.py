@@ -260,6 +260,22 @@ def test_keys_other_than_factors_are_named(
     assert factor_of(unexpected) is None
 
 
+def test_all_keys_that_cannot_be_read_are_one_error(catalogue: Catalogue, tmp_path: Path) -> None:
+    layer = catalogue.by_name["unet.middle_block.1.proj_in"]
+    plain = lora_tensors([layer])
+    tensors = plain | {
+        f"{layer.diffusers}.lora_A.weight": plain[f"{layer.kohya}.lora_down.weight"].clone(),
+        "lora_unet_input_blocks_99_1_proj_in.alpha": torch.tensor(1.0),
+        f"{layer.kohya}.oft_R.weight": torch.zeros(3),
+    }
+    error = refused(tensors, tmp_path / "a.safetensors", catalogue)
+    assert [part.partition(":")[0] for part in error.what.split("; ")] == [
+        "1 of 2 layers of a.safetensors have no counterpart in the model",
+        "a.safetensors has 1 key of no known kind of adapter",
+        "a.safetensors has 1 factor twice",
+    ]
+
+
 def test_layers_that_sdxl_does_not_have_are_named(catalogue: Catalogue, tmp_path: Path) -> None:
     name = "unet.input_blocks.99.1.proj_in"
     stem = "lora_" + name.replace(".", "_")

@@ -123,6 +123,7 @@ def test_declared_prediction() -> None:
     assert of({"ss_v_parameterization": "True"}) == "v"
     assert of({"ss_v_parameterization": "False"}) is None
     assert of({"modelspec.predict_key": "nonsense"}, v_pred=torch.empty(0)) == "v"
+    assert of({"modelspec.predict_key": "epsilon"}, v_pred=torch.empty(0)) == "v"
 
 
 def test_a_source_parses_its_provenance_once_and_refuses_damaged_metadata_at_first_use() -> None:

@@ -196,26 +196,26 @@ def _check_general(source: Checkpoint, table: KeyTable, *, factors_only: bool, h
 
 
 def _check_keys(source: Checkpoint, table: KeyTable, *, among_sdxl: bool) -> None:
+    """Raise one InputError for all keys that cannot be read."""
+    problems: dict[str, str] = {}  # what is wrong -> hint
     if table.foreign:
         count = len(table.keys) + len(table.foreign)
         model = "SDXL" if among_sdxl else "the model"
-        raise InputError(
+        what = (
             f"{len(table.foreign)} of {count} layers of {source.label} have no counterpart in {model}: "
-            f"{some_of(table.foreign)}",
-            hint=_foreign_hint(table.foreign, among_sdxl=among_sdxl),
+            f"{some_of(table.foreign)}"
         )
+        problems[what] = _foreign_hint(table.foreign, among_sdxl=among_sdxl)
     if table.unexpected:
         unknown, count = some_of([printable(key) for key in table.unexpected]), len(table.unexpected)
-        raise InputError(
-            f"{source.label} has {counted(count, 'key')} of no known kind of adapter: {unknown}",
-            hint="merge it with the program that made it, or use `spectune convert --drop PATTERN`",
-        )
+        what = f"{source.label} has {counted(count, 'key')} of no known kind of adapter: {unknown}"
+        problems[what] = "merge it with the program that made it, or use `spectune convert --drop PATTERN`"
     if table.duplicates:
         one, other = table.duplicates[0]
-        raise InputError(
-            f"{source.label} has {counted(len(table.duplicates), 'factor')} twice: {one} and {other}",
-            hint="the file has the same layers in two spellings" + _DROP,
-        )
+        what = f"{source.label} has {counted(len(table.duplicates), 'factor')} twice: {one} and {other}"
+        problems[what] = "the file has the same layers in two spellings" + _DROP
+    if problems:
+        raise InputError("; ".join(problems), hint="; ".join(dict.fromkeys(problems.values())))
 
 
 def _check_factors(source: Checkpoint, table: KeyTable) -> None:

@@ -133,18 +133,18 @@ class MemorySource(HasProvenance):
 def declared_prediction(source: WeightSource) -> PredictionName | None:
     """Return the prediction that a file declares, or None.
 
-    The sources, in order: spectune's metadata; the metadata of modelspec, also under the key that ComfyUI
-    writes; the tensor `v_pred`, which ComfyUI and Forge recognize; the metadata of sd-scripts.
+    The sources, in order: spectune's metadata; the tensor `v_pred`, which ComfyUI and Forge follow whatever
+    the metadata say; the metadata of modelspec, also under the key that ComfyUI writes; those of sd-scripts.
     """
     if source.provenance.prediction is not None:
         return source.provenance.prediction
+    if V_KEY in source.tensors:
+        return "v"
     for key in (MODELSPEC_PREDICTION_KEY, COMFYUI_PREDICTION_KEY):
         word = re.sub(r"[\s-]+", "_", source.metadata.get(key, "").strip().lower())
         if word in MODELSPEC_PREDICTIONS:
             return MODELSPEC_PREDICTIONS[word]
-    if V_KEY in source.tensors or source.metadata.get(KOHYA_V_KEY, "").lower() == "true":
-        return "v"
-    return None
+    return "v" if source.metadata.get(KOHYA_V_KEY, "").lower() == "true" else None
 
 
 def declared_zero_snr(source: WeightSource) -> bool:
