@@ -11,8 +11,8 @@ from spectune.errors import (
     InputError,
     PairingError,
     SpectuneError,
+    check_all,
     did_you_mean,
-    each,
     one_line,
     quoted,
     some_of,
@@ -56,13 +56,13 @@ def test_all_wrong_items_are_one_error() -> None:
             raise InputError(f"{number} is odd", hint=f"add 1 to {number}")
         return number // 2
 
-    assert each([2, 4], half) == [1, 2]
+    assert check_all([2, 4], half) == [1, 2]
     with pytest.raises(InputError, match=r"^3 is odd$"):
-        each([2, 3], half)
+        check_all([2, 3], half)
     with pytest.raises(InputError) as caught:
-        each(range(10), half)
+        check_all(range(10), half)
     assert caught.value.what == "1 is odd; 3 is odd; 5 is odd (2 more)"
-    assert caught.value.hint == "add 1 to 1"
+    assert caught.value.hint == "add 1 to 1; add 1 to 3; add 1 to 5"
 
 
 def test_did_you_mean() -> None:

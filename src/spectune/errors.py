@@ -41,10 +41,10 @@ class FileNote(UserWarning):
         super().__init__(one_line(what))
 
 
-def each(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
-    """Return the results of a function that checks its items; raise one InputError for all wrong ones.
+def check_all(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
+    """Return `function(item)` of all items; raise one InputError for all items that it refuses.
 
-    It has the messages of the first three, the number of the others, and the first hint.
+    The error has the first three messages with their hints, and the number of the others.
     """
     results: list[R] = []
     errors: list[InputError] = []
@@ -60,7 +60,9 @@ def each(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
     if count == 1:
         raise errors[0]
     rest = f" ({count - len(errors)} more)" if count > len(errors) else ""
-    raise InputError("; ".join(error.what for error in errors) + rest, hint=errors[0].hint) from errors[0]
+    hints = dict.fromkeys(error.hint for error in errors if error.hint)
+    what = "; ".join(error.what for error in errors) + rest
+    raise InputError(what, hint="; ".join(hints) or None) from errors[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -245,8 +245,8 @@ def test_adapters_for_other_models_are_recognized(
 @pytest.mark.parametrize(
     ("suffix", "way"),
     [
-        ("dora_scale", "then extract a LoRA from it: `spectune export ORIGINAL REBUILT`"),
-        ("hada_w1_a", "then extract a LoRA from it: `spectune export ORIGINAL REBUILT`"),
+        ("dora_scale", "write it as a plain LoRA first: `spectune export MODEL FILE`"),
+        ("hada_w1_a", "write it as a plain LoRA first: `spectune export MODEL FILE`"),
         ("diff_b", "`spectune convert --drop PATTERN` removes keys"),
     ],
 )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import spectune
 from spectune.checkpoints.open import open_checkpoint
+from spectune.cli.app import run
 from spectune.errors import InputError
 from spectune.files.provenance import Role
 from spectune.files.weights_hash import weights_hash
@@ -124,3 +125,19 @@ def test_weights_follow_the_last_colon(word: str, path: str, weights: ModelWeigh
     summand = parse_summand(word)
     assert summand == Summand(Path(path), weights)
     assert parse_summand(f"{path}:{weights}") == summand if weights else str(summand) == "the rest"
+
+
+def test_copies_that_are_cast_are_counted(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cast.safetensors"
+    words = [f"{tiny_checkpoint}:0.5", f"{tiny_checkpoint}:0.5", "--dtype", "bfloat16", "-o", str(out)]
+    assert run(["merge", *words]) == 0
+    with open_checkpoint(tiny_checkpoint) as before, open_checkpoint(out) as after:
+        cast = sum(before.tensors[name].dtype != info.dtype for name, info in after.tensors.items())
+        count = len(after.tensors)
+    assert cast > 0
+    text = (
+        f"0 of {count} tensors are sums, {cast} are cast to bfloat16, {count - cast} are copied byte for byte"
+    )
+    assert text in capsys.readouterr().err

@@ -89,9 +89,8 @@ class ParameterDifference:
 class GeneralAdapter(_Layers[WeightChange]):
     """An adapter that is more than a product of two factors per layer."""
 
-    differences: Mapping[str, ParameterDifference] = field(
-        default_factory=dict[str, ParameterDifference]
-    )  # "unet.out.0.bias"
+    # parameter, such as "unet.out.0.bias" -> its difference
+    differences: Mapping[str, ParameterDifference] = field(default_factory=dict[str, ParameterDifference])
     # layer or other module -> suffix -> key in the file
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     kinds: Mapping[str, str] = field(default_factory=dict[str, str])  # layer -> "LoHa", "DoRA of LoKr"
@@ -123,7 +122,7 @@ class LazyMapping(Mapping[str, T], Generic[T]):
 
 
 class LazyLayers(LazyMapping[T]):
-    """The layers of a file, with ranks and dtypes that need no reading."""
+    """A mapping that reads a layer on every access. Its rank and dtype are known without reading it."""
 
     def __init__(
         self, ranks: Mapping[str, int], dtypes: Mapping[str, torch.dtype], read: Callable[[str], T]

@@ -131,9 +131,8 @@ class PeftAlphas:
             return None
         patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
         matches = [patterns[key] for key in _pattern_keys(module) if key in patterns]
-        configured = (
-            matches[0] if matches else config.get("lora_alpha", config.get("alpha"))
-        )  # `alpha` in LoHa and LoKr
+        # `alpha` in LoHa and LoKr
+        configured = matches[0] if matches else config.get("lora_alpha", config.get("alpha"))
         alpha = float(rank if configured is None else configured)
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 

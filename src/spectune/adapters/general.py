@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from spectune.adapters.kinds.table import (
     DIFFERENCES,
     KINDS,
     MAGNITUDES,
+    SHARED,
     kinds_with,
 )
 from spectune.adapters.spellings import KeyTable
@@ -31,7 +33,6 @@ from spectune.sdxl.layers import Catalogue, Layer
 from spectune.sdxl.names import TensorView
 
 _DIVERGED = "the training may have diverged: use an earlier file of it"
-_SHARED = frozenset({ALPHA, BIAS_DIFFERENCE, *MAGNITUDES})  # suffixes that layers of several kinds can have
 
 
 def read_general(
@@ -87,16 +88,16 @@ class _Found:
     @property
     def candidates(self) -> tuple[ChangeKind, ...]:
         """Return the kinds with exactly these keys; empty if keys are missing or belong to two kinds."""
-        kinds = kinds_with(frozenset(self.keys) - _SHARED)
+        kinds = kinds_with(frozenset(self.keys) - SHARED)
         if not self.magnitudes:
             return kinds
         return tuple(kind for kind in kinds if kind in DECOMPOSABLE and len(self.magnitudes) == 1)
 
-    @property
+    @cached_property
     def kind(self) -> ChangeKind | None:
         """Return the kind whose shapes fit the layer."""
         shapes, weight = self.shapes, self.layer.shape
-        own = {suffix: shape for suffix, shape in shapes.items() if suffix not in _SHARED}
+        own = {suffix: shape for suffix, shape in shapes.items() if suffix not in SHARED}
         sized = all(magnitude_fits(suffix, shapes[suffix], weight) for suffix in self.magnitudes)
         if not sized or any(0 in shape for shape in own.values()) or shapes.get(ALPHA, ()) not in ((), (1,)):
             return None
@@ -118,7 +119,7 @@ class _Found:
     def read(self, alpha: float | None) -> WeightChange:
         assert self.kind is not None
         shape = self.layer.shape
-        own = self.keys.keys() - _SHARED
+        own = self.keys.keys() - SHARED
         change = self.kind.read({suffix: self._load(suffix) for suffix in own}, alpha, shape)
         for suffix in self.magnitudes:
             change = decomposed(change, suffix, self._load(suffix), shape)
@@ -195,7 +196,10 @@ def _differences(source: Checkpoint, table: KeyTable, catalogue: Catalogue) -> d
 def _product(
     source: Checkpoint, module: str, keys: Mapping[str, str], view: TensorView
 ) -> ParameterDifference:
-    """Return the difference of an embedding or projection as a pair, as ComfyUI's LoraSave writes it."""
+    """Return the difference of an embedding or projection that the file stores as two factors.
+
+    The node LoraSave of ComfyUI writes such files.
+    """
     shapes = {suffix: source.tensors[key].shape for suffix, key in keys.items()}
     down, up = shapes.get(DOWN, ()), shapes.get(UP, ())
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or 0 in (*down, *up):

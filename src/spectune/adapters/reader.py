@@ -37,7 +37,7 @@ from spectune.adapters.spellings import KeyTable, sort_keys, stem_and_suffix
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_dtype
-from spectune.errors import InputError, counted, printable, some_of
+from spectune.errors import InputError, check_all, counted, printable, some_of
 from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.reader import Checkpoint
 from spectune.sdxl.layers import Catalogue, Layer, layer_of, squeezed
@@ -45,10 +45,7 @@ from spectune.sdxl.layout import SDXL
 from spectune.sdxl.names import Module, Part, diffusers_name, modules_of
 
 _KINDS = "spectune reads the keys of LoRA, LyCORIS and PEFT"
-REBUILD_FIRST = (
-    "rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
-    "`spectune export ORIGINAL REBUILT`"
-)
+AS_PLAIN_LORA = "write it as a plain LoRA first: `spectune export MODEL FILE`"
 # Keys without which a layer does something else, unlike differences of biases and norms.
 ESSENTIAL = (OTHER_SUFFIXES | {MID}) - {BIAS_DIFFERENCE, *NORM_DIFFERENCES}
 _DROP = "; `spectune convert --drop PATTERN` removes keys"
@@ -130,8 +127,7 @@ def _read_factors(
 ) -> Adapter | TunedAdapter:
     by_name = {layer.name: layer for layer in catalogue if layer.name in table.keys}
     reader = _Reader(source, table, peft)
-    for layer in by_name.values():
-        reader.check(layer)
+    check_all(by_name.values(), reader.check)
     warnings = missing_alphas(
         source, [n for n, layer in by_name.items() if reader.stored_alpha(layer) is None]
     )
@@ -186,7 +182,7 @@ def _check_general(source: Checkpoint, table: KeyTable, *, factors_only: bool, h
         raise InputError(
             f"{source.label} has {counted(len(other), 'key')} other than factors: {some_of(list(other))}; "
             f"expected {', '.join(LOW_RANK_SUFFIXES)}",
-            hint=REBUILD_FIRST + ("" if ESSENTIAL.intersection(other.values()) else _DROP),
+            hint=AS_PLAIN_LORA + ("" if ESSENTIAL.intersection(other.values()) else _DROP),
         )
     if not has_base:
         raise InputError(

@@ -140,9 +140,8 @@ class KeyTable:
     unexpected: tuple[str, ...]  # keys of layers with unknown suffixes
     duplicates: tuple[tuple[str, str], ...]  # pairs of keys of the same factor
     replaced: tuple[str, ...] = ()  # names in the base of the tensors that the file replaces
-    others: Mapping[str, Mapping[str, str]] = field(
-        default_factory=dict[str, Mapping[str, str]]
-    )  # norms, ...
+    # the same for norms, embeddings and the text projection
+    others: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     embeddings: tuple[str, ...] = ()  # names of embedded textual inversions, which are not read
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectune.core.linalg import empty
-from spectune.errors import InputError, each
+from spectune.errors import InputError, check_all
 from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME
 from spectune.files.provenance import HasProvenance
 from spectune.files.source import TensorFile, TensorInfo
@@ -183,7 +183,7 @@ def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) 
         raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
     # an empty tensor begins at the same byte as the next one: sort it first
     spans = sorted(
-        each(header.items(), lambda item: _span(*item, path)),
+        check_all(header.items(), lambda item: _span(*item, path)),
         key=lambda span: (span.begin, span.info.nbytes),
     )
     end = 0

@@ -23,9 +23,8 @@ class TrainedLayer(Protocol):
     down: nn.Parameter
     up: nn.Parameter
     joined: dict[torch.dtype, Joined]
-    joined_versions: (
-        tuple[int, ...] | None
-    )  # of down and up when `joined` was computed; None: compute it anew
+    # versions of down and up when `joined` was computed; None: compute it anew
+    joined_versions: tuple[int, ...] | None
 
 
 def versions_of(layer: TrainedLayer) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectune.adapters.detect import is_adapter
 from spectune.checkpoints.open import open_checkpoint, open_writer
-from spectune.errors import InputError
+from spectune.errors import InputError, check_all
 from spectune.files.dtypes import parse_weight_dtype
 from spectune.files.provenance import MERGED_KEY, modelspec_model
 from spectune.files.reader import Checkpoint
@@ -37,7 +37,8 @@ class MergeReport:
     path: Path
     hash: str
     models: tuple[MergedFile, ...]
-    summed: int  # tensors that were computed; the others are copies
+    summed: int  # tensors that were computed from several
+    cast: int  # copies in another dtype; the others are copied byte for byte
     tensors: int
     warnings: tuple[str, ...] = ()
 
@@ -47,8 +48,8 @@ def merge(options: MergeOptions) -> MergeReport:
     """Write the weighted sum of checkpoints, such as ["a.safetensors:0.7", "b.safetensors:0.3"].
 
     Each tensor is computed in float32 and rounded once. Tensors whose only weight is 1 are copied byte for
-    byte. With weights that sum to 1, values that are equal in all checkpoints are unchanged. Progress counts
-    tensors.
+    byte, or cast to `dtype`. With weights that sum to 1, values that are equal in all checkpoints are
+    unchanged. Progress counts tensors.
 
     Raises InputError for adapters and residuals, and for models of different sizes.
     """
@@ -57,7 +58,7 @@ def merge(options: MergeOptions) -> MergeReport:
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in paths]
         refuse_overwriting(out, opened)
-        _check_models(opened)
+        check_all(opened, _check_model)
         summands = [(paths.index(summand.path), summand.weights) for summand in options.models]
         model = weighted_sum(opened, summands, dtype=dtype)
         hashed = [Hashed(source, WeightsHasher()) for source in opened]
@@ -74,26 +75,17 @@ def merge(options: MergeOptions) -> MergeReport:
                 for summand, (index, _) in zip(options.models, summands, strict=True)
             )
             writer.metadata[MERGED_KEY] = json.dumps([vars(one) for one in models])
-    return MergeReport(out, writer.hash, models, model.summed, len(infos), model.warnings)
+    return MergeReport(out, writer.hash, models, model.summed, model.cast, len(infos), model.warnings)
 
 
-def _check_models(sources: list[Checkpoint]) -> None:
-    """Raise one InputError that names every file that is no complete checkpoint."""
-    problems: list[InputError] = []
-    for source in sources:
-        try:
-            if is_adapter(source):
-                raise InputError(
-                    f"{source.label} is an adapter: expected a checkpoint",
-                    hint="`spectune rebuild` adds an adapter to a checkpoint, and `spectune slice` combines "
-                    "adapters",
-                )
-            check_whole_model(source, hint="rebuild the complete model with `spectune rebuild` first")
-        except InputError as error:
-            problems.append(error)
-    if problems:
-        hints = dict.fromkeys(error.hint for error in problems if error.hint)
-        raise InputError("; ".join(error.what for error in problems), hint="; ".join(hints))
+def _check_model(source: Checkpoint) -> None:
+    """Raise InputError if a file is not a complete checkpoint."""
+    if is_adapter(source):
+        raise InputError(
+            f"{source.label} is an adapter: expected a checkpoint",
+            hint="`spectune rebuild` adds an adapter to a checkpoint, and `spectune slice` combines adapters",
+        )
+    check_whole_model(source, hint="rebuild the complete model with `spectune rebuild` first")
 
 
 def _hash_of(source: Hashed) -> str:

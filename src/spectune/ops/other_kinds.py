@@ -37,7 +37,7 @@ def check_no_options(options: object, defaults: object, names: Sequence[str], la
         raise InputError(
             f"{label} is more than a product of two factors per layer: its tensors are copied, so "
             f"{', '.join(extra)} cannot apply",
-            hint=f"`spectune export MODEL {label}` writes it as a plain LoRA, in any spelling and dtype",
+            hint=f"`spectune export MODEL {label}` writes it as a plain LoRA, with `keys` and `dtype`",
         )
 
 
@@ -63,9 +63,10 @@ def copy_tensors(
 
 
 def difference_of_drop(path: Path, base: Path, dropped: Sequence[str], essential: Sequence[str]) -> float:
-    """Return by how much an adapter without `essential` keys changes a base differently, relative to it.
+    """Return how much the change of a base differs if the `essential` keys of an adapter are dropped.
 
-    `dropped` are all keys that are left out of both.
+    The difference is relative to the change with these keys, in Frobenius norms. The other `dropped` keys are
+    left out of both.
     """
     others = [key for key in dropped if key not in essential]
     with open_checkpoint(base) as source:

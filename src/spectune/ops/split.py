@@ -12,7 +12,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.agreement import Agreement, total_share
 from spectune.core.rounding import check_dtype
 from spectune.core.split import LayerReport, total_energy
-from spectune.errors import each
+from spectune.errors import check_all
 from spectune.files.atomic_group import AtomicGroup
 from spectune.files.dtypes import SAFETENSORS_NAMES, parse_dtype, parse_residual_dtype
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
@@ -147,7 +147,7 @@ def split(options: SplitOptions) -> SplitReport:
     with open_checkpoint(options.model) as base:
         check_whole_model(base)
         chosen = select_layers(build_catalogue(base, all_layers=True), options.layers)
-        each(
+        check_all(
             chosen,
             lambda layer: check_dtype(
                 base.tensors[layer.tensor].dtype, f"layer {layer.name} of {base.label}"

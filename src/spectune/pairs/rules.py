@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from spectune.adapters.adapter import Adapter, AnyAdapter, GeneralAdapter, TunedAdapter
-from spectune.adapters.reader import REBUILD_FIRST
+from spectune.adapters.reader import AS_PLAIN_LORA
 from spectune.adapters.writer import adapter_hash
 from spectune.errors import InputError, PairingError, SpectuneError
 from spectune.files.provenance import Role
@@ -122,7 +122,7 @@ _ADD, _ADD_CHANGE, _APPLY = Rule(Action.ADD), Rule(Action.ADD_CHANGE), Rule(Acti
 _NO_FACTORS = Rule(
     Action.REFUSE,
     "{adapter} is not a product of two factors per layer",
-    REBUILD_FIRST,
+    AS_PLAIN_LORA,
     InputError,
 )
 _ON_MODEL = {Place.INSIDE: _TWICE_BY_VALUES, Place.UNRELATED: _ADD}

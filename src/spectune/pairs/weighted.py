@@ -36,7 +36,7 @@ Terms = tuple[tuple[int, float], ...]  # index of the checkpoint and its weight,
 class WeightedSum(HasProvenance):
     """A source of the tensors sum of weight * tensor, each computed in float32 and rounded once.
 
-    A tensor whose only weight is 1 is loaded unchanged.
+    A tensor whose only weight is 1 is a copy, cast if the sum has another dtype.
     """
 
     sources: Sequence[WeightSource]
@@ -54,6 +54,15 @@ class WeightedSum(HasProvenance):
     def summed(self) -> int:
         """Return the number of tensors that are not copies."""
         return sum(not _is_copy(terms) for terms in self.terms.values())
+
+    @property
+    def cast(self) -> int:
+        """Return the number of copies in another dtype than in their checkpoint."""
+        copies = {name: terms[0][0] for name, terms in self.terms.items() if _is_copy(terms)}
+        return sum(
+            self.tensors[name].dtype != self.sources[index].tensors[name].dtype
+            for name, index in copies.items()
+        )
 
     def load(self, name: str) -> Tensor:
         """Return a tensor of the sum. Raises InputError if it is not finite or overflows its dtype."""

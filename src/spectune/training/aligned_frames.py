@@ -154,7 +154,7 @@ def _checked(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Gradients:
-    """Products with M = G, the sum of the gradients of the weight, from gradients of the trained change.
+    """Multiply matrices by M = G of each layer, the sum of the gradients of its weight.
 
     Each call is one pass over the batches.
 
@@ -199,10 +199,10 @@ class Gradients:
 
 
 class Inputs:
-    """Products with M = W C, where C = sum x x^T over the inputs x of the layer.
+    """Multiply matrices by M = W C of each layer, where C is the sum of x x^T over its inputs x.
 
-    For a convolution, x are its input patches. C is symmetric, so W C Omega = W (Omega^T C)^T and
-    Q^T W C = (Q^T W) C need only products of rows with C.
+    Each call is one pass over the batches. For a convolution, x are its input patches. C is not stored: it is
+    symmetric, so W C Omega = W (Omega^T C)^T and Q^T W C = (Q^T W) C need only products of rows with C.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLayer], losses: Losses) -> None:

@@ -210,5 +210,5 @@ def test_a_residual_and_commands_that_need_factors_refuse_other_kinds(
     with pytest.raises(InputError, match="4 keys other than factors") as caught:
         open_adapter(path, catalogue)
     assert caught.value.hint is not None
-    assert caught.value.hint.startswith("rebuild the checkpoint with `spectune rebuild`")
+    assert caught.value.hint.startswith("write it as a plain LoRA first")
     assert "requires its model" in refused(loha((32, 32)), tmp_path, None).what

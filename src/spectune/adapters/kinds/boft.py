@@ -56,9 +56,8 @@ def _fits(shapes: Shapes, weight: Shape) -> bool:
     stages, count, size, other = shapes[BLOCKS]
     if size != other or size % 2 or count * size != weight[0] or stages > weight[0]:
         return False
-    return (
-        weight[0] % (2 ** (stages - 1) * size) == 0
-    )  # the last stage joins the rows that are farthest apart
+    # the last stage joins the rows that are farthest apart
+    return weight[0] % (2 ** (stages - 1) * size) == 0
 
 
 BOFT_KIND = ChangeKind("BOFT", OFT_SUFFIXES, _fits, no_rank, _read)

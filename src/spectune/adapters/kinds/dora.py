@@ -36,9 +36,8 @@ class DoRA:
 
 def magnitude_fits(suffix: str, shape: Shape, weight: Shape) -> bool:
     """Return whether a magnitude has one number per output or input channel of a weight of this shape."""
-    per_output, per_input = (size for size in channel_shapes(weight))
     if suffix == LYCORIS_MAGNITUDE:
-        return _padded(shape, weight) in (per_output, per_input)
+        return _padded(shape, weight) in channel_shapes(weight)
     # PEFT: (out,) for linear layers, (1, out, 1, 1) for convolutions
     return math.prod(shape) == weight[0] and max(shape, default=0) == weight[0]
 

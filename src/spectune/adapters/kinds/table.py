@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spectune.adapters.adapter import LOW_RANK_SUFFIXES, MID
+from spectune.adapters.adapter import ALPHA, LOW_RANK_SUFFIXES, MID
 from spectune.adapters.kinds.boft import BOFT_KIND
 from spectune.adapters.kinds.change import ChangeKind
 from spectune.adapters.kinds.difference import FULL_DIFFERENCE
@@ -23,6 +23,8 @@ BIAS_DIFFERENCE = "diff_b"
 NORM_DIFFERENCES = ("w_norm", "b_norm")
 # Differences of the parameters of norms and embeddings: suffix -> name of the parameter.
 DIFFERENCES: Mapping[str, str] = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
+# Suffixes that layers of several kinds can have.
+SHARED = frozenset({ALPHA, BIAS_DIFFERENCE, *MAGNITUDES})
 # Suffixes that no product of two factors has.
 OTHER_SUFFIXES: frozenset[str] = frozenset(
     {*MAGNITUDES, *DIFFERENCES}.union(*(names for kind in KINDS for names in kind.suffixes))

@@ -12,5 +12,6 @@ def show(result: MergeReport, options: MergeOptions, seconds: float) -> None:
     say(written(result.path, seconds))
     for model in result.models:
         say(f"  {model.weights:8}  {model.file}")
-    copies = result.tensors - result.summed
-    say(f"{result.summed} of {result.tensors} tensors are sums, {copies} are copied byte for byte")
+    copies = result.tensors - result.summed - result.cast
+    cast = f"{result.cast} are cast to {options.dtype}, " if result.cast else ""
+    say(f"{result.summed} of {result.tensors} tensors are sums, {cast}{copies} are copied byte for byte")

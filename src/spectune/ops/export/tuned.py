@@ -34,6 +34,7 @@ from spectune.ops.export.extraction import Extracted, extract_delta
 from spectune.ops.export.report import ExportReport
 from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import is_checkpoint, refuse_overwriting
+from spectune.pairs.rank_plan import DEFAULT_RANK
 from spectune.pairs.rules import (
     AdapterKind,
     check_base_hash,
@@ -45,7 +46,6 @@ from spectune.pairs.trained_principal import trained_deltas
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.selection import select_layers
 
-DEFAULT_RANK = 64
 _LARGE_LOSS = 0.3
 
 
@@ -178,7 +178,10 @@ def _check_options(options: ExportOptions) -> None:
 
 
 def _opened(stack: ExitStack, options: ExportOptions, base: Path) -> tuple[_Extraction, list[str]]:
-    """Open the files and check that they fit together; return warnings."""
+    """Open the model, its tuned version and the principal; return them with warnings.
+
+    Raises InputError or PairingError if they do not belong together.
+    """
     before = stack.enter_context(open_checkpoint(base))
     check_whole_model(before)
     every = build_catalogue(before, all_layers=True)

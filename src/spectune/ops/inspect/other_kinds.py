@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spectune.adapters.adapter import ALPHA, DOWN
-from spectune.adapters.kinds.table import BIAS_DIFFERENCE, DIFFERENCES, MAGNITUDES, kinds_with
+from spectune.adapters.kinds.table import DIFFERENCES, MAGNITUDES, SHARED, kinds_with
 from spectune.adapters.spellings import adapter_part, stem_and_suffix
 from spectune.files.source import WeightSource
 
-_SHARED = {ALPHA, BIAS_DIFFERENCE, *MAGNITUDES}
 _DIFFERENCES = "differences of biases, norms or embeddings"
 
 
@@ -42,7 +41,7 @@ def count_kinds(source: WeightSource) -> KindCounts:
     ranks: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
     for keys in layers.values():
-        found = kinds_with(frozenset(keys) - _SHARED)
+        found = kinds_with(frozenset(keys) - SHARED)
         magnitude = "DoRA of " if any(name in keys for name in MAGNITUDES) else ""
         names = " or ".join(kind.name for kind in found)
         other = _DIFFERENCES if keys.keys() <= DIFFERENCES.keys() else "incomplete"

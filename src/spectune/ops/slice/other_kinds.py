@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spectune.adapters.adapter import AnyAdapter, GeneralAdapter
-from spectune.adapters.reader import open_any_adapter
+from spectune.adapters.reader import AS_PLAIN_LORA, open_any_adapter
 from spectune.adapters.traits import TraitRule, read_traits, trait_layers
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import Role
@@ -63,11 +63,10 @@ def _selected(
     piece: Slice, adapter: AnyAdapter, traits: dict[str, TraitRule]
 ) -> tuple[SliceResult, list[str]]:
     """Return the names of the layers that a slice keeps and removes, and the keys that it keeps."""
-    hint = "write it as a plain LoRA first: `spectune export MODEL FILE`"
     if not isinstance(adapter, GeneralAdapter):
-        raise InputError(f"{adapter.label} is of another kind than the other files", hint=hint)
+        raise InputError(f"{adapter.label} is of another kind than the other files", hint=AS_PLAIN_LORA)
     if piece.weight != 1:
-        raise InputError(f"{piece}: the tensors are copied, so a weight cannot apply", hint=hint)
+        raise InputError(f"{piece}: the tensors are copied, so a weight cannot apply", hint=AS_PLAIN_LORA)
     assert adapter.catalogue is not None
     assert adapter.file is not None
     layers = tuple(layer for layer in adapter.catalogue if layer.name in adapter.layers)

@@ -21,13 +21,13 @@ class Stage:
     seconds: float = 0.0  # since it began
 
     def __str__(self) -> str:
-        return f"{self.name}{' ' if self.total > 1 else ''}{self.progress}"
+        return f"{self.name}{' ' if self.total > 1 else ', '}{self.progress}"
 
     @property
     def progress(self) -> str:
         """The count, if there is one, and the seconds."""
-        count = f"{self.done}/{self.total}" if self.total > 1 else ""
-        return f"{count}, {self.seconds:.0f} s"
+        count = f"{self.done}/{self.total}, " if self.total > 1 else ""
+        return f"{count}{self.seconds:.0f} s"
 
     @property
     def share(self) -> float:
@@ -87,11 +87,7 @@ def fitted_line(status: Status, width: int, *, ascii_only: bool = False) -> str:
     """Return a line of at most `width` columns. The name, then the less important values, give way."""
     stage = status.stage
     if not status.steps:
-        return (
-            ""
-            if stage is None
-            else _with_bar(stage.name, stage.share, stage.progress.removeprefix(", "), width, ascii_only)
-        )
+        return "" if stage is None else _with_bar(stage.name, stage.share, stage.progress, width, ascii_only)
     values = [f"{status.step}/{status.steps}", status.left]
     name = min(cell_len(status.name), _LEAST_NAME)
     for part in status.parts():

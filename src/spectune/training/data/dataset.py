@@ -41,7 +41,10 @@ class View:
 
     @property
     def pixels_name(self) -> str:
-        """A name for the pixels of the view, such as `1100x1024+38+0-1024x1024-mirrored`."""
+        """Size, crop, orientation and color as text: views of an image with equal pixels have equal names.
+
+        For example `1100x1024+38+0-1024x1024-mirrored`.
+        """
         at = self.placement
         name = (
             f"{at.resized.width}x{at.resized.height}+{at.left}+{at.top}-{at.target.width}x{at.target.height}"

@@ -42,7 +42,7 @@ class BatchPlan:
         if count > MOST_DRAWS:
             raise InputError(
                 f"an epoch has {count:,} draws: at most {MOST_DRAWS:,}, because they are kept in memory",
-                hint="lower the repeats, and raise run.epochs or run.steps",
+                hint="use fewer repeats and more epochs: raise run.epochs or run.steps",
             )
         self._draws = [
             [(image, repeat) for image, repeats in buckets[size] for repeat in range(repeats)]

@@ -206,13 +206,8 @@ def _inventory(model: Sdxl, injection: Injection) -> Inventory:
 
 
 def _weights(model: Sdxl, separate: set[int], quantize: Quantization) -> Weights:
-    packed = (
-        {}
-        if quantize == "none"
-        else {
-            id(weight): weight for weight in (base_layer(model, name).weight for name in linear_layers(model))
-        }
-    )
+    quantized = [] if quantize == "none" else [base_layer(model, name) for name in linear_layers(model)]
+    packed = {id(layer.weight): layer.weight for layer in quantized}
 
     def stored(tensor: Tensor) -> int:
         return quantized_bytes(tensor, quantize) if id(tensor) in packed else tensor.nbytes

@@ -39,14 +39,14 @@ class Recipe(Section):
     def _objective_problems(self) -> Iterator[str]:
         kind = self.objective.kind
         if kind == "flow" and self.loss.weighting not in ("none", "edm2"):
-            yield (f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow')
+            yield f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow'
         if self.objective.converts and self.model.form != "delta":
             yield (
                 'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base '
                 "weights"
             )
         if self.objective.converts and self.model.start is not None:
-            raise ValueError(
+            yield (
                 "objective.start, teacher and bridge_steps convert the base, but model.start continues from "
                 "a tuned adapter: remove these keys"
             )
@@ -57,7 +57,7 @@ class Recipe(Section):
         name, traits = self.optimizer.name, self.optimizer.traits
         frozen = [part for part in self.optimizer.part_learning_rates if part not in self.model.parts]
         if frozen:
-            yield (f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train")
+            yield f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train"
         if self.run.ema_decay is not None and traits.schedule_free:
             yield f"run.ema_decay: {name} already averages its steps; remove run.ema_decay"
         if self.run.trained_precision == "bf16" and not traits.rounds_stochastically:
@@ -78,7 +78,7 @@ class Recipe(Section):
             yield 'run.offload = ["vae"] needs cached latents'
         trained = [part for part in self.model.parts if part != "unet"]
         if self.data.cache_text and trained:
-            yield (f"data.cache_text needs frozen text encoders, but model.parts trains {', '.join(trained)}")
+            yield f"data.cache_text needs frozen text encoders, but model.parts trains {', '.join(trained)}"
 
     @property
     def caches_latents(self) -> bool:

@@ -62,11 +62,8 @@ def effective(forecast: TrainForecast) -> dict[str, Any]:
 
 def _trained(forecast: TrainForecast) -> str:
     model, run = forecast.recipe.model, forecast.recipe.run
-    rank = (
-        f"ranks of the {'start' if model.start else 'principal'}"
-        if model.rank is None
-        else f"rank {model.rank}"
-    )
+    file = "start" if model.start else "principal"
+    rank = f"ranks of the {file}" if model.rank is None else f"rank {model.rank}"
     return f"{', '.join(model.parts)} at {rank}, {model.form} form, {run.precision} model"
 
 

@@ -12,7 +12,7 @@ SHOWN_SIZES = 8
 
 
 def described_epoch(pictures: Pictures, run: RunSection, processes: int) -> str:
-    """Return the counts of an epoch as one line or, for several sizes, as a small table."""
+    """Return how many images, draws, batches and steps an epoch has; with several sizes, also a table."""
     rows = [
         (f"{size.width}x{size.height}", len(images), sum(repeats for _, repeats in images))
         for size, images in pictures.buckets().items()
