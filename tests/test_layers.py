@@ -26,10 +26,11 @@ LEVELS = {
     "interop": 10,
     "ops": 11,
     "cli": 12,
+    "studio": 13,
 }
 # errors.py is below every room, `python -m spectune` above. The package forwards the operations, but imports
 # nothing until one is used.
-BOTTOM, TOP = 0, 13
+BOTTOM, TOP = 0, 14
 MOST_FILES_PER_FOLDER = 15
 
 INDEPENDENT = {("sampling", "training"), ("training", "sampling")}

@@ -252,7 +252,8 @@ def test_every_pin_is_one_exact_version_without_a_local_part() -> None:
 
 def test_pinned_versions_are_in_the_ranges_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["dev"], *extras["studio"]]:
         requirement = Requirement(text)
         version = str(pins()[canonicalize_name(requirement.name)].specifier).removeprefix("==")
         assert requirement.specifier.contains(version), text

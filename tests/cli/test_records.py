@@ -79,7 +79,7 @@ def test_every_option_has_a_help_text() -> None:
 
 
 def test_the_package_offers_every_operation() -> None:
-    names = {command.function for command in COMMANDS} - {"demo"}
+    names = {command.function for command in COMMANDS} - {"demo", "studio"}
     others = {"Callbacks", "Recipe"}  # arguments of `train`
     assert names == {name for name in spectune.__all__ if not name.endswith("Error")} - others
 

@@ -195,12 +195,11 @@ def test_every_extra_for_users_has_a_purpose() -> None:
     extras = tomllib.loads((dev.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    # `gui`: nothing uses it yet
-    assert set(packages.PURPOSES) == set(extras) - {"dev", "gui"}
+    assert set(packages.PURPOSES) == set(extras) - {"dev"}
 
 
 def test_packages_out_of_range_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["torch>=2.4", "numpy>=1.26", 'bitsandbytes>=0.50; extra == "bnb"', 'gradio>=5; extra == "gui"']
+    lines = ["torch>=2.4", "numpy>=1.26", 'bitsandbytes>=0.50; extra == "bnb"', 'mkdocs>=1; extra == "docs"']
     monkeypatch.setattr(packages, "requires", lambda name: lines)
     installed = {"torch": "2.3.1+cpu", "numpy": "2.4.6"}
     monkeypatch.setattr(packages, "_installed", installed.get)

@@ -18,6 +18,7 @@ from spectune.ops.options.model_files import (
     VerifyOptions,
 )
 from spectune.ops.options.pictures import CompareOptions, SampleOptions
+from spectune.ops.options.studio import StudioOptions
 from spectune.ops.options.training import (
     DemoOptions,
     DoctorOptions,
@@ -28,6 +29,8 @@ from spectune.ops.options.training import (
 )
 
 START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
+# Commands whose operation and output are one module, outside of `ops`.
+_OWN_MODULES = {"demo": "spectune.cli.demo", "studio": "spectune.studio.serve"}
 
 
 def _command(
@@ -35,13 +38,14 @@ def _command(
 ) -> CommandSpec:
     word = name.replace(" ", "_")
     operation, report = f"spectune.ops.{word}", f"spectune.cli.reports.{report or word}"
-    if name == "demo":
-        operation = report = "spectune.cli.demo"
+    if module := _OWN_MODULES.get(name):
+        operation = report = module
     return CommandSpec(name, options, operation, report, panel, example, **more)  # pyright: ignore[reportArgumentType]
 
 
 COMMANDS = (
     _command("demo", DemoOptions, START, "spectune demo", json=False, bar=False),
+    _command("studio", StudioOptions, START, "spectune studio", json=False, bar=False),
     _command("doctor", DoctorOptions, START, "spectune doctor", bar=False),
     _command("inspect", InspectOptions, START, "spectune inspect model.safetensors"),
     _command(

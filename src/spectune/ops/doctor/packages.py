@@ -16,6 +16,7 @@ PURPOSES = {
     "heif": "reading .heic pictures",
     "dataset": "near duplicates in `spectune dataset`",
     "dadapt": "the optimizer dadapt_adam",
+    "studio": "the page in the browser, `spectune studio`",
 }
 
 

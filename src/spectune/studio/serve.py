@@ -1,0 +1,144 @@
+"""The command `spectune studio`: serve the page and open it in a browser."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import time
+import webbrowser
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from spectune.cli.console import print_note, say
+from spectune.errors import InputError, SpectuneError
+from spectune.operation import operation
+from spectune.ops.options.studio import StudioOptions
+
+PASSWORD_VARIABLE = "SPECTUNE_STUDIO_PASSWORD"
+INSTALL = 'pip install "spectune[studio]"'
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class StudioReport:
+    """The address that was served."""
+
+    url: str
+
+
+@operation(StudioOptions)
+def studio(options: StudioOptions) -> StudioReport:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        InputError: A folder is missing, the address needs a password, or the port is in use.
+        SpectuneError: The packages of the page are not installed.
+    """
+    uvicorn, create_app = _packages()
+    password = options.password or os.environ.get(PASSWORD_VARIABLE) or None
+    remote = options.host not in LOOPBACK
+    if remote and password is None:
+        raise InputError(
+            f"`host` {options.host} lets other computers connect: it requires `password`",
+            hint=f"pass `password`, or set the environment variable {PASSWORD_VARIABLE}",
+        )
+    workspace = _workspace(options, password, remote=remote)
+    listener = _listen(options.host, options.port)
+    url = _url(options.host, listener.getsockname()[1])
+    config = uvicorn.Config(
+        create_app(workspace), log_level="warning", access_log=False, server_header=False, ws="none",
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    say(f"spectune studio: {url}")
+    say("Ctrl-C ends it; runs continue, and are there again at the next start.")
+    if options.browser:
+        _open_when_ready(url)
+    uvicorn.Server(config).run(sockets=[listener])
+    return StudioReport(url)
+
+
+def show(report: StudioReport, options: StudioOptions, seconds: float) -> None:
+    """Print nothing: the address was printed at the start."""
+
+
+def _packages() -> tuple[Any, Any]:
+    """Import the packages of the extra. Raises SpectuneError with the command that installs them."""
+    try:
+        import python_multipart  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import uvicorn
+
+        from spectune.studio.app import create_app
+    except ModuleNotFoundError as error:
+        raise SpectuneError(f"the Studio needs the package {error.name}", hint=INSTALL) from error
+    return uvicorn, create_app
+
+
+def _workspace(options: StudioOptions, password: str | None, *, remote: bool) -> Any:
+    from spectune.studio.workspace import Workspace, default_home, default_output
+
+    missing = [folder for folder in (*options.models, *options.data) if not folder.is_dir()]
+    if missing:
+        raise InputError(f"{missing[0]} is not a folder")
+    home = (options.home or default_home()).absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`home` {home} cannot be created: {error.strerror}") from error
+    return Workspace(
+        home=home,
+        models=tuple(folder.absolute() for folder in options.models),
+        data=tuple(folder.absolute() for folder in options.data),
+        hosts=_hosts(options.host),
+        password=password,
+        remote=remote,
+        default_output=None if options.home else default_output(),
+    )
+
+
+def _hosts(host: str) -> tuple[str, ...]:
+    """Return the names under which browsers may address the server."""
+    if host not in ANY_ADDRESS:
+        return tuple(dict.fromkeys((*LOOPBACK, host.lower())))
+    addresses = [address.address for card in psutil.net_if_addrs().values() for address in card]
+    name = socket.gethostname().lower()
+    return tuple(dict.fromkeys((*LOOPBACK, name, f"{name}.local", *addresses)))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address. Raises InputError if the port is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    if os.name != "nt":  # on Windows, this option would let two servers share the port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise InputError(
+                f"port {port} of {host} is in use: perhaps the Studio runs already at {_url(host, port)}",
+                hint="open that address, or pass another `port`",
+            ) from error
+        raise InputError(f"cannot listen on `host` {host}: {error.strerror}") from error
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    shown = "127.0.0.1" if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _open_when_ready(url: str) -> None:
+    """Open the page in a browser as soon as the server accepts connections."""
+
+    def wait_and_open() -> None:
+        time.sleep(0.3)
+        if not webbrowser.open(url):
+            print_note(f"no browser was found: open {url}")
+
+    threading.Thread(target=wait_and_open, daemon=True).start()
