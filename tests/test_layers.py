@@ -132,14 +132,17 @@ def test_tensor_rooms_and_file_operations_load_no_network_library() -> None:
     assert [rebuild, *rest] == [{"torch"}] * 3
 
 
-def test_help_loads_neither_torch_nor_an_operation_and_dataset_no_network() -> None:
+def test_help_loads_neither_torch_nor_an_operation_and_errors_in_recipes_wait_for_no_network() -> None:
     """Counting tokens needs transformers. The networks are in diffusers, which takes seconds to load."""
-    shown, dataset = loaded_after(
-        "from spectune.cli.commands import make_app; make_app()", "import spectune.ops.dataset"
+    shown, train, dataset = loaded_after(
+        "from spectune.cli.commands import make_app; make_app()",
+        "import spectune.ops.train, spectune.cli.reports.train",
+        "import spectune.ops.dataset",
     )
     assert "torch" not in shown
-    assert "torch" in dataset
-    assert dataset & {"accelerate", "diffusers", "peft"} == set()
+    assert "torch" in train
+    for loaded in (train, dataset):
+        assert loaded & {"accelerate", "diffusers", "peft"} == set()
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,26 @@
-"""Train a recipe to its end, or continue from its newest state."""
+"""Train a recipe to its end, or continue from its newest state.
+
+The networks are imported after the recipe was checked, because they take seconds to load.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from spectune.model.device import parse_device
 from spectune.model.memory_errors import explained_memory_errors
 from spectune.operation import operation
-from spectune.ops.drawing.previews import Previews
-from spectune.ops.forecast import TrainForecast, forecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import CallbackList, Callbacks, TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
-from spectune.training.callbacks.loss_curve import LossCurve
-from spectune.training.loop import train as run_training
 from spectune.training.memory.remedies import remedies
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.file import check_paths, load_recipe
 from spectune.training.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from spectune.ops.forecast import TrainForecast
 
 
 @operation(TrainOptions)
@@ -28,8 +31,12 @@ def train(options: TrainOptions) -> TrainReport:
     `recipe` may also be a dict of its sections or a Recipe, `callbacks` are instances of
     `spectune.Callbacks`, and `show_progress=False` turns the progress line off.
     """
-    recipe = load_recipe(options.recipe, options.overrides)
-    check_paths(recipe)
+    recipe = _checked_recipe(options)
+
+    from spectune.ops.drawing.previews import Previews
+    from spectune.training.callbacks.loss_curve import LossCurve
+    from spectune.training.loop import train as run_training
+
     given: list[Callbacks] = list(options.callbacks or ())
     if options.show_progress and not any(isinstance(one, ConsoleProgress) for one in given):
         given.append(ConsoleProgress())
@@ -41,10 +48,19 @@ def train(options: TrainOptions) -> TrainReport:
 
 def plan_train(options: TrainOptions) -> TrainForecast:
     """Check everything that a run needs without running it."""
-    recipe = load_recipe(options.recipe, options.overrides)
-    check_paths(recipe)
+    recipe = _checked_recipe(options)
+
+    from spectune.ops.drawing.previews import Previews
+    from spectune.ops.forecast import forecast
+
     Previews(recipe)  # reads the prompts
     return forecast(recipe, force=options.force)
+
+
+def _checked_recipe(options: TrainOptions) -> Recipe:
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_paths(recipe)
+    return recipe
 
 
 def _with_defaults(recipe: Recipe) -> Recipe:

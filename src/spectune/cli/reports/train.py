@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import err, say
 from spectune.cli.reports.starting import dry_run
 from spectune.errors import quoted
-from spectune.ops.forecast import TrainForecast
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.recipe.file import load_recipe
 from spectune.training.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from spectune.ops.forecast import TrainForecast
 
 INTERRUPTED = 130
 

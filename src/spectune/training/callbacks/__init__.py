@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+if TYPE_CHECKING:  # loading the networks takes seconds, which an error in a recipe must not wait for
+    from PIL import Image
 
-from spectune.model.offload import StagedModel
+    from spectune.model.offload import StagedModel
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
 from spectune.cli.console import megabytes, print_warning, say, show_result, table
 from spectune.errors import counted
-from spectune.ops.forecast import PictureCounts, RunSchedule, Space, TrainForecast
+
+if TYPE_CHECKING:
+    from spectune.ops.forecast import PictureCounts, RunSchedule, Space, TrainForecast
 
 SHOWN_SIZES = 6
 
