@@ -69,6 +69,7 @@ def test_one_step_changes_the_model(folder):
     assert not same_bits(base, rebuilt)
 
 
+@pytest.mark.slow
 def test_previews_are_drawn_on_request(folder):
     recipe = str(folder / "recipe.toml")
     assert run(["train", recipe, "--set", "run.steps=2", "--set", "run.preview_every_steps=2"]) == 0

@@ -78,6 +78,7 @@ def test_a_quantized_residual_model_trains_close_to_the_original(source, frames,
 
 
 @needs_bnb
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["nf4", "int8"])
 def test_the_report_gives_the_relative_error_of_the_weights(source, frames, packing):
     """Compare the figures of one part with norms computed here from the original weights."""

@@ -253,7 +253,14 @@ def test_bf16_runs_compute_frames(make_recipe: MakeRecipe) -> None:
     assert row_norms(to_matrix(layer.frame_down)).tolist() == pytest.approx([1.0, 1.0])
 
 
-@pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "minor",
+        "gradient",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("principal", "plain", "data")),
+    ],
+)
 def test_every_frame_trains_and_is_rebuilt_from_its_file(
     make_recipe: MakeRecipe, tiny_checkpoint: Path, tmp_path: Path, frame: str
 ) -> None:

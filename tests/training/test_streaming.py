@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = ("delta", "gradient frames", "data frames, dropout")
+SLOW = ("delta", "residual, unet", "gradient frames", "data frames, dropout")
 
 
 @pytest.mark.parametrize(

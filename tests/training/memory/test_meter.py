@@ -195,6 +195,7 @@ def test_the_planned_peak_is_that_of_the_allocator(
     [DEMO_STEP, replace(DEMO_STEP, parts=("unet",), form="residual", quantize="nf4", precision="bf16")],
     ids=["delta", "nf4"],
 )
+@pytest.mark.slow
 def test_streamed_weights_are_counted_in_main_memory(
     setup: Setup, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
@@ -251,6 +252,7 @@ def test_previews_are_counted_beside_the_tensors_of_a_step(meters: dict[str, Mem
     assert memory.sampling == resident + denoising_bytes(meters["demo"]._layout.unet, 2 * 256 * 256, 4)
 
 
+@pytest.mark.slow
 def test_twice_the_rank_doubles_the_frame_and_the_trained_tensors(meters: dict[str, MemoryMeter]) -> None:
     meter = meters["demo"]
     one, two = (meter.measure(replace(DEMO_STEP, rank=rank, parts=("te2",))) for rank in (4, 8))
@@ -298,6 +300,7 @@ def test_full_sdxl_by_hand(full_infos: Mapping[str, TensorInfo]) -> None:
     assert inventory.weights["nf4"].unpacked == 2 * 10240 * 1280
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_activations_only(meters: dict[str, MemoryMeter]) -> None:
     plain = meters["tiny"].measure(TINY_STEP)
     slow = meters["tiny"].measure(replace(TINY_STEP, gradient_checkpointing=True))

@@ -35,13 +35,13 @@ def lost_in_rounding(*, stochastic: bool, schedule_free: bool) -> float:
     return 1 - distances[1] / distances[0]
 
 
-@pytest.mark.parametrize("schedule_free", [True, False])
+@pytest.mark.parametrize("schedule_free", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_stochastic_rounding_keeps_small_updates(schedule_free: bool) -> None:
     assert OPTIMIZERS["prodigy_plus_schedule_free"].rounds_stochastically
     assert abs(lost_in_rounding(stochastic=True, schedule_free=schedule_free)) < 0.03
 
 
-@pytest.mark.parametrize("schedule_free", [True, False])
+@pytest.mark.parametrize("schedule_free", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_plain_rounding_loses_small_updates(schedule_free: bool) -> None:
     # the bf16 numbers next to 1 are 0.4% away
     assert lost_in_rounding(stochastic=False, schedule_free=schedule_free) == 1.0

@@ -116,12 +116,12 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 
-SLOW = ("emoji3d_to_flow", "emoji3d_8gb", "emoji3d_vae")
+QUICK = ("emoji3d_eps", "emoji3d_flow", "emoji3d_encoders", "emoji3d_edm2")
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in RECIPES],
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
     ids=lambda path: path.stem,
 )
 def test_every_recipe_trains(path: Path, few_images: dict[str, Path], tmp_path: Path) -> None:
