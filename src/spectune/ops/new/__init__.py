@@ -24,7 +24,7 @@ from spectune.ops.new.prompts import prompts_path, write_prompts
 from spectune.ops.new.text import Parts, recipe_of
 from spectune.ops.options.training import NewOptions
 from spectune.sdxl.inference import infer_layout
-from spectune.training.recipe.commented import nested
+from spectune.training.recipe.commented import Setting, nested
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.trainable_model import check_trainable
 
@@ -44,6 +44,21 @@ class NewReport:
     warnings: tuple[str, ...]  # what to look at before training
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A recipe that is not written."""
+
+    path: Path
+    settings: tuple[Setting, ...]
+    text: str
+    command: str
+    captions: tuple[str, ...]  # of the pictures; some become prompts
+    pictures: int
+    steps: int
+    notes: tuple[str, ...]  # what was chosen and why
+    warnings: tuple[str, ...]
+
+
 @operation(NewOptions)
 def new(options: NewOptions) -> NewReport:
     """Write a commented recipe for a model and a folder of pictures.
@@ -54,9 +69,28 @@ def new(options: NewOptions) -> NewReport:
     Raises:
         InputError: The model cannot be trained, the folder has no usable picture, or the recipe exists.
     """
-    name = options.name or name_of(options.folder)
-    out = options.out or Path(f"{name}.toml")
-    check_target(out, 0, force=options.force)
+    check_target(_target(options), 0, force=options.force)
+    made = draft(options)
+    prompts = write_prompts(prompts_path(made.path), made.captions, force=options.force)
+    made.path.write_text(made.text, encoding="utf-8")
+    return NewReport(
+        path=made.path,
+        text=made.text,
+        command=made.command,
+        pictures=made.pictures,
+        steps=made.steps,
+        notes=(*made.notes, *prompts),
+        warnings=made.warnings,
+    )
+
+
+def draft(options: NewOptions) -> Draft:
+    """Return the recipe that `new` would write.
+
+    Raises:
+        InputError: The model cannot be trained, or the folder has no usable picture.
+    """
+    out = _target(options)
     answers = Answers(None if options.yes else options.ask)
     with open_checkpoint(options.model) as source:
         check_trainable(source)
@@ -66,21 +100,27 @@ def new(options: NewOptions) -> NewReport:
         memory = choose_memory(source, layout, pictures, options, answers)
     vae = () if layout.vae else (f"{options.model.name} has no VAE: set vae.path to the file of one",)
     length = choose_length(len(pictures.images), memory.batch, options.steps)
+    name = options.name or name_of(options.folder)
     parts = Parts(name, out, options.model, prediction, pictures, memory, length)
     command = f"spectune train {quoted(out)}"
     settings, text = recipe_of(parts, command)
     parse_recipe(nested(settings), label=out.name)
-    prompts = write_prompts(prompts_path(out), pictures.captions, force=options.force)
-    out.write_text(text, encoding="utf-8")
-    return NewReport(
+    return Draft(
         path=out,
+        settings=tuple(settings),
         text=text,
         command=command,
+        captions=tuple(pictures.captions),
         pictures=len(pictures.images),
         steps=length.steps,
-        notes=(*memory.notes, *length.notes, *prompts),
+        notes=(*memory.notes, *length.notes),
         warnings=(*answers.warnings, *vae, *pictures.warnings),
     )
+
+
+def _target(options: NewOptions) -> Path:
+    """Return the path of the recipe."""
+    return options.out or Path(f"{options.name or name_of(options.folder)}.toml")
 
 
 def name_of(folder: Path) -> str:

@@ -10,6 +10,7 @@ import traceback
 from typing import IO, Any
 
 from spectune.cli.allocators import set_allocators
+from spectune.errors import SpectuneError
 
 
 def main() -> None:
@@ -23,17 +24,21 @@ def main() -> None:
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C goes to the server and its children
         for line in sys.stdin:
             _reply(out, json.loads(line), questions)
+            if questions.holds_card():
+                return  # the memory of the card is for trainings; the next process does not hold any
 
 
 def _reply(out: IO[str], question: dict[str, Any], questions: Any) -> None:
+    """Reply to one question; `last` says that this process ends."""
     reply: dict[str, Any] = {"id": question["id"]}
     try:
         reply["answer"] = questions.reply(question["ask"], question["values"], question["roots"])
     except Exception as error:
         what, hint = questions.explained(error)
-        if hint is None and not hasattr(error, "hint"):
+        if not isinstance(error, SpectuneError):
             traceback.print_exc()
         reply["error"] = {"what": what, "hint": hint}
+    reply["last"] = questions.holds_card()
     out.write(json.dumps(reply, default=str) + "\n")
     out.flush()
 

@@ -8,7 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +25,9 @@ class Superseded(SpectuneError):
 class Assistant:
     """The child process. One question at a time; a child that ends or hangs is replaced by a new one."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, command: Sequence[str] = ("-m", "spectune.studio.assistant")) -> None:
         self._log = log
+        self._command = command  # arguments of Python
         self._child: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
         self._turn = threading.Condition()
@@ -114,7 +115,11 @@ class Assistant:
                 f"the assistant ended while it worked on `{question}`; the next question starts it",
                 hint=f"the reason is at the end of {self._log}",
             )
-        answer = json.loads(reply)
+        # NaN is not JSON, and no page can read it
+        answer = json.loads(reply, parse_constant=lambda _: None)
+        if answer["last"]:
+            self.close()
+            self.start()
         if "error" in answer:
             raise InputError(answer["error"]["what"], hint=answer["error"]["hint"])
         return answer["answer"]
@@ -132,7 +137,7 @@ class Assistant:
         replies: queue.Queue[str | None] = queue.Queue()
         with self._log.open("w" if too_large else "a", encoding="utf-8") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "spectune.studio.assistant"],
+                [sys.executable, *self._command],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
                 env={**os.environ, "PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error"},
             )  # fmt: skip

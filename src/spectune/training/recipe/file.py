@@ -38,7 +38,7 @@ def load_recipe(source: Path | Mapping[str, Any] | BaseModel, overrides: Sequenc
     elif isinstance(source, BaseModel):
         raise InputError(f"`recipe` is of type {type(source).__name__}: expected a path, a dict or a Recipe")
     else:
-        data = _read_file(source)
+        data = read_recipe_file(source)
     data = _without_replaced_length(data, overrides)
     for text in overrides:
         data = _overridden(data, text)
@@ -65,7 +65,7 @@ def check_paths(recipe: Recipe) -> None:
         )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_recipe_file(path: Path) -> dict[str, Any]:
     """Return the sections in a TOML file, with absolute paths."""
     text = _read_text(path)
     try:

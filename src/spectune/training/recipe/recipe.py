@@ -102,7 +102,7 @@ def parse_recipe(data: Mapping[str, Any], *, label: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(dict(details)) for details in error.errors()]
+        problems = [problem_of(dict(details)) for details in error.errors()]
         more = f"; ... ({len(problems) - 10} more)" if len(problems) > 10 else ""
         raise InputError(f"{label}: {'; '.join(problems[:10])}{more}", hint=EXAMPLES_HINT) from error
 
@@ -115,7 +115,8 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _problem(details: dict[str, Any]) -> str:
+def problem_of(details: dict[str, Any]) -> str:
+    """Return the message for one error of pydantic, with its section and key."""
     location = [str(part) for part in details["loc"]]
     where = f"[{'.'.join(location[:-1])}] " if len(location) > 1 else ""
     key = location[-1] if location else ""
