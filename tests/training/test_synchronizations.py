@@ -61,6 +61,9 @@ class Reads(TorchDispatchMode):
         ("adamw", {"form": "residual"}, {"precision": "bf16", "gradient_checkpointing": True}),
         ("adamw", {"parts": ["unet"]}, {"precision": "fp16", "stream": True}),
         ("prodigy_plus_schedule_free", {}, {"precision": "bf16"}),
+        ("prodigy", {}, {}),
+        ("lion", {}, {}),
+        ("adafactor", {}, {}),
     ],
 )
 def test_a_step_reads_at_most_two_values(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,13 +10,10 @@ import torch
 from prodigyplus import ProdigyPlusScheduleFree
 from torch import Tensor, nn
 
-from spectune.files.source import TensorInfo
-from spectune.sdxl.layers import build_catalogue
 from spectune.training.optim.stacked_prodigy_plus import StackedProdigyPlus
 from spectune.training.state import _restore_dtypes
-from tests.launches import Launches
+from tests.training.optim.adjacent import SHAPES, adjacent, tensors, train, two_groups
 
-SHAPES = [(4, 40), (40, 4), (4, 40), (3, 5, 3, 3), (40, 4), (4, 40), (7, 4), (3, 5, 3, 3)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "not factored": {"factored": False},
@@ -40,35 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tensors(dtype: torch.dtype = torch.float32, start: float = 1.0) -> list[nn.Parameter]:
-    """Parameters of SHAPES; those of one shape follow each other in memory."""
-    generator = torch.Generator().manual_seed(0)
-    values = [(start * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES]
-    return adjacent([nn.Parameter(value) for value in values])
-
-
-def adjacent(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    for shape in dict.fromkeys(p.shape for p in parameters):
-        alike = [p for p in parameters if p.shape == shape]
-        for p, view in zip(alike, torch.stack([p.detach() for p in alike]), strict=True):
-            p.data = view
-    return parameters
-
-
 def optimizer_of(cls: type, parameters: list[nn.Parameter], **options: Any) -> Any:
-    half = len(parameters) // 2
-    groups = [{"params": parameters[:half]}, {"params": parameters[half:]}]
-    return cls(groups, lr=1.0, d0=1e-4, **options)
-
-
-def train(optimizer: Any, parameters: list[nn.Parameter], steps: range, *, frozen: int | None = None) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for index, p in enumerate(parameters):
-            noise = torch.randn(p.shape, generator=generator)
-            p.grad = None if index == frozen else (p.detach().float() + 0.3 * noise - 0.5).to(p.dtype)
-        optimizer.step()
-        optimizer.zero_grad()
+    return cls(two_groups(parameters), lr=1.0, d0=1e-4, **options)
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0])
@@ -150,23 +119,3 @@ def test_tensors_that_move_in_memory_keep_their_state() -> None:
     train(optimizers[1], moved, range(3, 6))
     for p, q in zip(still, moved, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-
-
-def test_sdxl_takes_at_most_3000_launches(full_infos: Mapping[str, TensorInfo]) -> None:
-    """All trained tensors of SDXL, with one small size for each size of the real ones."""
-    sizes: dict[int, int] = {}
-    parameters: list[nn.Parameter] = []
-    for layer in build_catalogue(full_infos):
-        out, inside, *kernel = layer.shape
-        out, inside = (sizes.setdefault(size, 2 + len(sizes)) for size in (out, inside))
-        ones = [1] * len(kernel)
-        for shape in ((32, inside, *kernel), (out, 32, *ones)):
-            parameters.append(nn.Parameter(torch.zeros(shape)))
-    assert len(parameters) == 2104
-    optimizer = StackedProdigyPlus([{"params": adjacent(parameters)}])
-    for _ in range(2):
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        with Launches() as launches:
-            optimizer.step()
-    assert launches.total <= 3000, launches.by_name.most_common(12)

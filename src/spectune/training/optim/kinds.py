@@ -24,6 +24,7 @@ from spectune.training.optim.options import (
     ProdigyOptions,
     ProdigyPlusOptions,
 )
+from spectune.training.optim.stacks import stacked_class
 
 Groups = Sequence[dict[str, Any]]  # for torch: {"params": [...], "part": "unet"}
 Arguments = dict[str, Any]  # of the class: `lr` and the options
@@ -60,6 +61,7 @@ class OptimizerKind:
     fixed_learning_rate: float | None = None  # the only one that works; None: any
     schedule_free: bool = False
     rounds_stochastically: bool = False  # updates of bf16 parameters are not lost in rounding
+    elementwise: bool = False  # the library's loop works on stacks of tensors as it is; see stacks.py
 
     def build(self, groups: Groups, learning_rate: float, options: Mapping[str, Any]) -> Optimizer:
         """Build the optimizer for parameter groups.
@@ -69,12 +71,14 @@ class OptimizerKind:
         """
         module, _, name = self.class_path.partition(":")
         try:
-            optimizer_class = getattr(import_module(module), name)
+            optimizer_class: Any = getattr(import_module(module), name)
         except ImportError as error:
             raise SpectuneError(
                 f"the optimizer needs {self.distribution}, which is not installed",
                 hint=f"pip install {self.distribution}",
             ) from error
+        if self.elementwise:
+            optimizer_class = stacked_class(optimizer_class)
         optimizer = optimizer_class(list(groups), **self.arguments({"lr": learning_rate, **options}))
         if hasattr(optimizer, "log"):
             optimizer.log = _print_to_stderr  # ProdigyPlus prints with it, but stdout is for pipes
@@ -106,7 +110,13 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         arguments=_own_rate,
     ),
     # Chen et al. 2023, section 5: a learning rate 3 to 10 times smaller than that of AdamW
-    "lion": OptimizerKind(LionOptions, "lion_pytorch:Lion", learning_rate=5e-5, distribution="lion-pytorch"),
+    "lion": OptimizerKind(
+        LionOptions,
+        "lion_pytorch:Lion",
+        learning_rate=5e-5,
+        distribution="lion-pytorch",
+        elementwise=True,
+    ),
     "dadapt_adam": OptimizerKind(
         DAdaptAdamOptions,
         "dadaptation:DAdaptAdam",
@@ -114,10 +124,11 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         distribution="dadaptation",
         arguments=_any_growth,
         fixed_learning_rate=1.0,
+        elementwise=True,
     ),
     "prodigy": OptimizerKind(
         ProdigyOptions,
-        "prodigyopt:Prodigy",
+        "spectune.training.optim.prodigy:StackedProdigy",
         learning_rate=1.0,
         distribution="prodigyopt",
         arguments=_any_growth,
