@@ -33,7 +33,7 @@ from fastapi import Depends, Request
 
 from spectune.studio.workspace import Workspace
 
-PAGES = ("home", "new_tune", "recipe", "data", "run", "result", "tools", "settings")
+PAGES = ("home", "new_tune", "recipe", "data", "run", "result", "tools", "settings", "thumbnails")
 
 
 def _space(request: Request) -> Workspace:

@@ -1,0 +1,138 @@
+"""What the files of a training tell, without torch: its recipe, its results, its speed."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from spectune.errors import InputError
+
+TAIL_BYTES = 64_000  # of an event file, for the newest steps
+LARGEST_RECIPE = 1_000_000
+JOBS_READ = 30  # for the speed
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """A training: its recipe, and the paths of its files."""
+
+    recipe: Path
+    name: str
+    base: Path
+    output: Path
+    batch: int
+    resolution_px: int
+    prompts: Path | None
+
+    @property
+    def tuned(self) -> Path:
+        """Return the adapter of the last step."""
+        return self.output / f"{self.name}.safetensors"
+
+    @property
+    def saves(self) -> list[tuple[int, Path]]:
+        """Return the adapters that were saved on the way, with their steps."""
+        pattern = re.compile(re.escape(self.name) + r"-step(\d{8})\.safetensors")
+        found = (
+            (pattern.fullmatch(path.name), path) for path in self.output.glob(f"{_escaped(self.name)}-step*")
+        )
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    @property
+    def previews(self) -> list[tuple[int, list[Path]]]:
+        """Return the pictures of each preview, with its step."""
+        folders = (self.output / "previews").glob(f"{_escaped(self.name)}-step*/")
+        found = ((folder, folder.name.removeprefix(f"{self.name}-step")) for folder in folders)
+        return sorted((int(step), sorted(folder.glob("*.png"))) for folder, step in found if step.isdecimal())
+
+
+def training_files(recipe: Path) -> TrainingFiles:
+    """Return the files of the training of a recipe.
+
+    Raises:
+        InputError: The recipe cannot be read, or lacks the keys that name its files.
+    """
+    try:
+        if recipe.stat().st_size > LARGEST_RECIPE:
+            raise ValueError("the file is too large")
+        data = tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
+        run, model = data["run"], data["model"]
+        folder = recipe.parent
+        preview = run.get("preview")
+        return TrainingFiles(
+            recipe=recipe,
+            name=str(run["name"]),
+            base=folder / str(model["base"]),
+            output=folder / str(run["output"]),
+            batch=int(run.get("batch", 1)),
+            resolution_px=int(data.get("data", {}).get("resolution_px", 1024)),
+            prompts=None if preview is None else folder / str(preview),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the files of the training cannot be found with its recipe {recipe.name}: {error}",
+            hint="use the page Tools with the files themselves",
+        ) from error
+
+
+def recipe_path(job: Mapping[str, Any]) -> Path | None:
+    """Return the recipe of a job that trains, otherwise None."""
+    argv = [str(word) for word in job.get("argv", ())]
+    names = [word for word in argv if word.lower().endswith(".toml")]
+    if "train" not in argv or not names:
+        return None
+    return Path(str(job.get("cwd", ""))) / names[0]
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """Return the prompts of a file without their options, or [] if there are none."""
+    if path is None or not path.is_file() or path.stat().st_size > LARGEST_RECIPE:
+        return []
+    lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line.split(" --")[0].strip() for line in lines if line and not line.startswith(("#", "//"))]
+
+
+def seconds_per_picture(jobs: Path, base: Path) -> float | None:
+    """Return the time per picture of the newest training of a checkpoint, or None if there is none."""
+    folders = sorted(jobs.glob("*/job.json"), key=lambda path: -path.stat().st_mtime)
+    for file in folders[:JOBS_READ]:
+        seconds = _seconds_per_picture(file, base)
+        if seconds is not None:
+            return seconds
+    return None
+
+
+def _seconds_per_picture(job: Path, base: Path) -> float | None:
+    try:
+        recipe = recipe_path(json.loads(job.read_text(encoding="utf-8")))
+        if recipe is None:
+            return None
+        files = training_files(recipe)
+        seconds = [event["seconds"] for event in _last_steps(job.with_name("events.jsonl"))]
+    except (OSError, ValueError, InputError, KeyError):
+        return None
+    if not seconds or files.base.resolve() != base.resolve():
+        return None
+    return median(seconds) / files.batch
+
+
+def _last_steps(events: Path) -> Iterator[Mapping[str, Any]]:
+    with events.open("rb") as file:
+        file.seek(max(0, events.stat().st_size - TAIL_BYTES))
+        for line in file.read().splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut at the begin of what was read
+                continue
+            if isinstance(event, dict) and event.get("event") == "step":
+                yield event
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
