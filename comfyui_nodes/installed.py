@@ -1,13 +1,22 @@
-"""Check that the library is installed. Imported before the nodes."""
+"""Check that the library and the packages that it needs are installed. Imported before the nodes."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-_spec = find_spec("spectune")
-if _spec is None or _spec.loader is None:  # no loader: a folder of that name without the library
+# What the nodes import. ComfyUI has all of these but the library.
+_NEEDED = ("numpy", "psutil", "pydantic", "spectune", "torch", "yaml")
+
+
+def _is_installed(module: str) -> bool:
+    spec = find_spec(module)
+    return spec is not None and spec.loader is not None  # no loader: a folder of that name
+
+
+_missing = [module for module in _NEEDED if not _is_installed(module)]
+if _missing:
     raise ImportError(
-        "the Python of ComfyUI does not have the library spectune, which the spectune nodes need\n"
-        "hint: with the Python of ComfyUI, run `pip install spectune`, or `pip install -e FOLDER` for a "
-        "clone; or put the complete clone into custom_nodes"
+        f"the Python of ComfyUI does not have {', '.join(_missing)}, which the spectune nodes need\n"
+        "hint: with the Python of ComfyUI, run `pip install spectune`, or `pip install FOLDER` for a clone. "
+        "This is the core of spectune: it does not change the packages of ComfyUI"
     )

@@ -66,8 +66,11 @@ _CLASSES = {"Callbacks": "spectune.training.callbacks", "Recipe": "spectune.trai
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from spectune.extras import extras_named
+
     module = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
-    return getattr(import_module(_CLASSES.get(name, module)), name)
+    with extras_named():
+        return getattr(import_module(_CLASSES.get(name, module)), name)
 
 
 def __dir__() -> list[str]:

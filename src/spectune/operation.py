@@ -37,6 +37,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from spectune.errors import InputError, did_you_mean
+from spectune.extras import extras_named
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -231,6 +232,7 @@ def operation(options: Callable[P, OptionsType]) -> Callable[[Callable[[OptionsT
     """
 
     def decorate(run: Callable[[OptionsType], R]) -> Callable[P, R]:
+        @extras_named()
         def call(*args: P.args, **values: P.kwargs) -> R:
             return run(options(*args, **values))
 

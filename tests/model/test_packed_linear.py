@@ -118,6 +118,6 @@ def test_a_change_of_dtype_keeps_the_scales():
 
 def test_without_bitsandbytes_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(SpectuneError, match="need bitsandbytes, which is not installed") as caught:
+    with pytest.raises(SpectuneError, match="needs bitsandbytes, which is not installed") as caught:
         pack(matrix(), "nf4")
-    assert caught.value.hint == "pip install bitsandbytes"
+    assert caught.value.hint == 'pip install "spectune[bnb]"'

@@ -200,15 +200,22 @@ def test_every_extra_for_users_has_a_purpose() -> None:
 
 def test_packages_out_of_range_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["torch>=2.4", "numpy>=1.26", 'bitsandbytes>=0.50; extra == "bnb"', 'mkdocs>=1; extra == "docs"']
+    lines += ['transformers>=5.8; extra == "train"', 'diffusers>=0.36; extra == "train"']
     monkeypatch.setattr(packages, "requires", lambda name: lines)
-    installed = {"torch": "2.3.1+cpu", "numpy": "2.4.6"}
+    # the transformers of ComfyUI is not wrong: only with diffusers is it part of an installation for training
+    installed = {"torch": "2.3.1+cpu", "numpy": "2.4.6", "transformers": "4.57.6"}
     monkeypatch.setattr(packages, "_installed", installed.get)
     (line,) = wrong_packages()
     assert line.startswith("torch 2.3.1+cpu is not in the range: spectune needs torch>=2.4: ")
     assert line.endswith(' -m pip install "torch>=2.4"')
-    (package,) = optional_packages()
+    train, package = optional_packages()
+    assert (train.name, train.version) == ("spectune[train]", None)
+    assert train.install.endswith(' -m pip install "spectune[train]"')
     assert (package.name, package.version) == ("bitsandbytes", None)
-    assert package.install.endswith('pip install "bitsandbytes>=0.50"')
+    assert package.install.endswith(' -m pip install "spectune[bnb]"')
+    installed["diffusers"] = "0.42.1"
+    assert wrong_packages()[1].startswith("transformers 4.57.6 is not in the range")
+    assert optional_packages()[0].version is not None
 
 
 def test_the_command_reports_this_machine(
@@ -225,7 +232,7 @@ def test_the_command_reports_this_machine(
     assert "[bold]" in text
     monkeypatch.setattr(packages, "_installed", lambda name: None)
     assert run(["doctor", "--folder", str(folder)]) == 0
-    assert '-m pip install "bitsandbytes>=0.50"\n' in capfd.readouterr().err
+    assert '-m pip install "spectune[bnb]"\n' in capfd.readouterr().err
     assert run(["doctor", "--json", "--folder", str(folder)]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["machine"]["versions"]["torch"] == torch.__version__

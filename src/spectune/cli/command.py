@@ -16,6 +16,7 @@ import typer
 
 from spectune.cli.console import file_notes, print_json, print_note, print_warning, progress
 from spectune.errors import InputError, SpectuneError, counted
+from spectune.extras import extras_named
 from spectune.operation import OperationOptions, OptionField, flags_of, option_fields, run_operation
 
 
@@ -73,6 +74,7 @@ def add_command(app: typer.Typer, command: CommandSpec) -> None:
     )
 
 
+@extras_named()
 def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> int:
     """Run an operation, print its report and return the exit code."""
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spectune.errors import SpectuneError
+from spectune.extras import extras_named
 from spectune.model.frozen_linear import FrozenLinear
 from spectune.model.weight_stream import StreamedTensor, WeightStream
 
@@ -34,7 +34,7 @@ def pack(weight: Tensor, packing: Packing) -> Packed:
     """Quantize a matrix (out, in) to 4-bit normal floats or 8-bit integers. Inverse: unpack.
 
     Raises:
-        SpectuneError: bitsandbytes is not installed.
+        InputError: bitsandbytes is not installed.
     """
     bnb = _bitsandbytes()
     weight = weight.detach().contiguous()
@@ -66,13 +66,8 @@ def unpack(packed: Packed, packing: Packing, shape: tuple[int, int], dtype: torc
 
 
 def _bitsandbytes() -> Any:
-    try:
+    with extras_named("a weight in nf4 or int8"):
         import bitsandbytes.functional as functional
-    except ImportError as error:
-        raise SpectuneError(
-            "weights in nf4 or int8 need bitsandbytes, which is not installed",
-            hint="pip install bitsandbytes",
-        ) from error
     return functional
 
 

@@ -101,7 +101,7 @@ def test_a_missing_package_is_reported_with_its_install_command(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(SpectuneError, match="needs bitsandbytes, which is not installed") as caught:
         build_optimizer("adamw8bit", groups_by_part(trained()))
-    assert caught.value.hint == "pip install bitsandbytes"
+    assert caught.value.hint == 'pip install "spectune[bnb]"'
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

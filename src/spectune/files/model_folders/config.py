@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import platformdirs
 import yaml
 
 from spectune.errors import InputError, did_you_mean, printable
@@ -33,6 +32,8 @@ class ModelFolders:
 
 def config_path() -> Path:
     """Return the path of the configuration file, which need not exist."""
+    import platformdirs  # not at the top: ComfyUI lacks it, and the nodes need no configuration file
+
     return Path(platformdirs.user_config_dir("spectune", appauthor=False)) / "config.toml"
 
 

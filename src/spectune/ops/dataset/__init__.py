@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectune.errors import counted, printable
-from spectune.model.device import pip_install
+from spectune.extras import install_line
 from spectune.model.text import count_tokens
 from spectune.operation import operation
 from spectune.ops.dataset.measures import Measurer
@@ -66,7 +66,7 @@ def dataset(options: DatasetOptions) -> DatasetReport:
         near_duplicates=tuple(tuple(pictures[index].path for index in group) for group in groups)
         if hashes
         else None,
-        install=None if hashes else f'{pip_install()} "imagehash>=4.3"',
+        install=None if hashes else install_line("dataset"),
         sheet=options.sheet,
         shown=shown,
     )

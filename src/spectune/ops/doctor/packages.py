@@ -8,10 +8,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
+from spectune.extras import install_line
+from spectune.files.provenance import spectune_version
 from spectune.model.device import pip_install
 
 # The extras of pyproject.toml that are of use to users, and what they are for.
 PURPOSES = {
+    "train": "training, pictures, datasets and recipes",
     "bnb": "quantized bases (nf4, int8) and the optimizer adamw8bit",
     "heif": "reading .heic pictures",
     "dataset": "near duplicates in `spectune dataset`",
@@ -31,23 +34,28 @@ class OptionalPackage:
 
 
 def optional_packages() -> tuple[OptionalPackage, ...]:
-    """Return the packages of all extras in PURPOSES."""
-    return tuple(
-        OptionalPackage(
-            requirement.name,
-            PURPOSES[extra],
-            _installed(requirement.name),
-            f'{pip_install()} "{requirement.name}{requirement.specifier}"',
-        )
-        for extra in PURPOSES
-        for requirement in _requirements(extra)
-    )
+    """Return the extras in PURPOSES. An extra of one package has the name of that package."""
+    found: list[OptionalPackage] = []
+    for extra, purpose in PURPOSES.items():
+        versions = {requirement.name: _installed(requirement.name) for requirement in _requirements(extra)}
+        if not versions:  # a source tree that is not installed
+            continue
+        if len(versions) == 1:
+            ((name, shown),) = versions.items()
+        else:
+            name, shown = f"spectune[{extra}]", None if None in versions.values() else spectune_version()
+        found.append(OptionalPackage(name, purpose, shown, install_line(extra, pip_install())))
+    return tuple(found)
 
 
 def wrong_packages() -> tuple[str, ...]:
     """Return a line for each required package that is missing or not in its range."""
     lines: list[str] = []
-    for requirement in _requirements(""):
+    # the core alone leaves the other packages to other programs, such as ComfyUI
+    train = list(_requirements("train"))
+    if any(_installed(requirement.name) is None for requirement in train):
+        train = []
+    for requirement in (*_requirements(""), *train):
         found = _installed(requirement.name)
         if found is not None and requirement.specifier.contains(found, prereleases=True):
             continue

@@ -16,13 +16,13 @@ from typing import Any
 from PIL import Image
 
 from spectune.errors import counted, some_of
+from spectune.extras import install_line
 from spectune.training.data.buckets import Size
 from spectune.training.data.captions.findings import CaptionFinding, finding_warnings
 from spectune.training.data.captions.reading import read_captions
 from spectune.training.data.images import Header, as_rgb, has_alpha, load_image, read_header
 from spectune.training.data.masks import is_mask, mask_file, open_mask
 from spectune.training.data.pictures.formats import (
-    HEIF_INSTALL,
     HEIF_SUFFIXES,
     UnusableImage,
     is_picture,
@@ -124,7 +124,7 @@ class Scan:
                 "image",
                 "beside `N_name` folders not used; move them into one, or set data.recursive = true",
             ),
-            (heif, "file", f"skipped: reading HEIC needs pillow-heif; {HEIF_INSTALL}"),
+            (heif, "file", f"skipped: reading HEIC needs pillow-heif; {install_line('heif')}"),
             (others, "file", "skipped: the format is not read; convert to PNG or JPEG"),
             ([f"{path.name} {reason}" for path, reason in self.skipped], "image", "skipped"),
             (self.several_frames, "image", "with several frames or pages, of which the first is used"),

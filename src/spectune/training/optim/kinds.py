@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch.optim import Optimizer
 
-from spectune.errors import SpectuneError, did_you_mean
+from spectune.errors import did_you_mean
+from spectune.extras import extras_named
 from spectune.training.optim.options import (
     AdafactorOptions,
     AdamW8bitOptions,
@@ -67,16 +68,11 @@ class OptimizerKind:
         """Build the optimizer for parameter groups.
 
         Raises:
-            SpectuneError: The package of the optimizer is not installed.
+            InputError: The package of the optimizer is not installed.
         """
         module, _, name = self.class_path.partition(":")
-        try:
+        with extras_named("the optimizer"):
             optimizer_class: Any = getattr(import_module(module), name)
-        except ImportError as error:
-            raise SpectuneError(
-                f"the optimizer needs {self.distribution}, which is not installed",
-                hint=f"pip install {self.distribution}",
-            ) from error
         if self.elementwise:
             optimizer_class = stacked_class(optimizer_class)
         optimizer = optimizer_class(list(groups), **self.arguments({"lr": learning_rate, **options}))

@@ -20,7 +20,6 @@ _SUFFIXES = {
     "HEIF": (".heic", ".heif", ".hif"),
 }
 HEIF_SUFFIXES = frozenset(_SUFFIXES["HEIF"])
-HEIF_INSTALL = 'pip install "spectune[heif]"'
 
 # Formats that are counted when they lie beside images.
 _OTHER_SUFFIXES = frozenset(
