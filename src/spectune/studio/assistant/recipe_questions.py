@@ -29,7 +29,8 @@ _OPTIONS = "optimizer.options"  # a table whose keys depend on the optimizer
 def check(values: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """Check a recipe as `train --dry-run` does: `{"problems": [{"key", "what", "hint"}], "forecast"}`.
 
-    Fields: `values`, the sections of the recipe; `folder`, to which its paths are relative; `force`.
+    Fields: `values`, the sections of the recipe; `folder`, to which its paths are relative; `force`;
+    `quick` to check only the keys.
     The key of a problem is `run.steps`, or empty if it is not about one key. Leave out `run.preview` if its
     file is written later.
     """
@@ -42,7 +43,7 @@ def check(values: Mapping[str, Any], places: Places) -> dict[str, Any]:
         ]
         return {"problems": problems, "forecast": None}
     outside = list(_outside(recipe, places, ""))
-    if outside:
+    if outside or values.get("quick"):
         return {"problems": outside, "forecast": None}
     try:
         forecast = plan_train(TrainOptions(recipe, force=bool(values.get("force"))))

@@ -46,7 +46,8 @@ def commented_recipe(
             if setting.key in TABLES:
                 table.add(name, _tables(setting))
             else:
-                table.add(name, toml_item(setting.value).comment(one_line(setting.source)))
+                item = toml_item(setting.value)
+                table.add(name, item.comment(one_line(setting.source)) if setting.source else item)
         *parents, name = section.split(".")
         place: Any = document
         for parent in parents:
