@@ -1,0 +1,110 @@
+// A command as a form: it runs as a job; progress, messages and the result appear beside it.
+import { el, get, onClick, poll, post, toast } from "./app.js";
+
+const $ = (id) => document.getElementById(id);
+const form = $("form");
+let job = null;
+
+// The values that differ from the defaults, and all required ones; a text with lines is a list.
+function values() {
+  const found = {};
+  for (const input of form.elements) {
+    if (!input.name) continue;
+    const text = input.type === "checkbox" ? String(input.checked) : input.value.trim();
+    if (text === "" || (text === input.dataset.default && !input.required)) continue;
+    if (input.type === "checkbox") found[input.name] = input.checked;
+    else if ("lines" in input.dataset) found[input.name] = text.split("\n").map((line) => line.trim()).filter(Boolean);
+    else found[input.name] = "number" in input.dataset ? Number(text) : text;
+  }
+  return found;
+}
+
+// A value of a report: a table of its members, or a text.
+function shown(value) {
+  if (value === null || value === undefined) return el("span", { class: "quiet" }, "none");
+  if (Array.isArray(value)) {
+    if (!value.length) return el("span", { class: "quiet" }, "none");
+    if (value.every((one) => typeof one !== "object")) return el("span", {}, value.join(", "));
+    if (value.every((one) => one && !Array.isArray(one))) return tableOf(value);
+    return el("div", {}, value.slice(0, 50).map(shown));
+  }
+  if (typeof value === "object") {
+    return el("dl", { class: "facts" }, Object.entries(value).flatMap(([name, one]) => [el("dt", {}, words(name)), el("dd", {}, shown(one))]));
+  }
+  if (typeof value === "number" && !Number.isInteger(value)) return document.createTextNode(String(Number(value.toPrecision(6))));
+  return document.createTextNode(typeof value === "boolean" ? (value ? "yes" : "no") : String(value));
+}
+
+const MOST_ROWS = 40;
+function tableOf(rows) {
+  const names = [...new Set(rows.flatMap((row) => Object.keys(row)))].slice(0, 8);
+  const head = el("thead", {}, el("tr", {}, names.map((name) => el("th", {}, words(name)))));
+  const body = el("tbody", {}, rows.slice(0, MOST_ROWS).map((row) => el("tr", {}, names.map((name) => el("td", {}, shown(row[name]))))));
+  const more = rows.length > MOST_ROWS ? el("p", { class: "quiet small" }, `and ${rows.length - MOST_ROWS} more`) : null;
+  return el("div", { class: "scroll" }, el("table", {}, head, body), more);
+}
+const words = (name) => name.replaceAll("_", " ");
+
+// Pictures that the command wrote, for the fields that name one.
+function pictures() {
+  const named = ["plot", "sheet", "out"].map((name) => form.elements[name]?.value).filter((path) => path?.endsWith(".png"));
+  return named.map((path) => el("img", { class: "picture", src: `/api/picture?path=${encodeURIComponent(path)}`, alt: `Written to ${path}` }));
+}
+
+const HANDLERS = {
+  start: () => { $("state").textContent = "Running"; },
+  progress: (event) => {
+    $("progress").max = event.total || 1;
+    $("progress").value = event.done;
+    $("current").textContent = `${event.done} of ${event.total} ${event.name}`;
+  },
+  message: (event) => $("messages").append(el("p", { class: event.level === "warning" ? "notice warn" : "quiet" }, event.text)),
+  error: (event) => $("messages").append(el("p", { class: "notice bad" }, [event.what, event.hint].filter(Boolean).join(" "))),
+  result: (event) => $("result").replaceChildren(...pictures(), shown(event.report)),
+  end: (event) => {
+    const states = { 0: "Finished", 1: "Finished, with differences or open points", 130: "Stopped" };
+    $("state").textContent = states[event.exit_code] ?? "Failed";
+    if (event.exit_code === 0 && !$("result").childElementCount) $("result").replaceChildren(...pictures());
+    over();
+  },
+};
+
+function over() {
+  $("progress").hidden = true;
+  $("current").textContent = "";
+  $("run").disabled = false;
+  $("stop").hidden = true;
+}
+
+function follow(id) {
+  job = id;
+  $("stop").hidden = false;
+  poll((next) => `/api/jobs/${id}/events?after=${next}`, (reply) => {
+    for (const event of reply.events) HANDLERS[event.event]?.(event);
+    const ended = reply.events.some((event) => event.event === "end");
+    if (!ended && reply.state === "lost") { $("state").textContent = "The process ended without a result"; over(); }
+    return !ended && reply.state !== "lost";
+  }, 500);
+}
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  $("run").disabled = true;
+  for (const id of ["messages", "result"]) $(id).replaceChildren();
+  $("outcome").hidden = false;
+  $("progress").hidden = false;
+  $("progress").removeAttribute("value");
+  $("state").textContent = "Waiting for its turn";
+  try {
+    const made = await post("/api/jobs", { command: form.dataset.command, values: values() });
+    follow(made.id);
+  } catch (error) {
+    $("outcome").hidden = true;
+    $("run").disabled = false;
+    toast(error);
+  }
+});
+onClick($("stop"), () => post(`/api/jobs/${job}/stop`));
+
+const found = await get("/api/tools/files").catch(() => ({ files: [] }));
+$("files").append(...found.files.map((path) => el("option", { value: path })));
