@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from spectune.errors import InputError, SpectuneError
+from spectune.studio.assistant import client
 from spectune.studio.assistant.client import Assistant, Superseded
 
 CHILD = """
 import json, sys, time
+print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
     question = json.loads(line)
     values = question["values"]
@@ -58,6 +60,15 @@ def test_a_question_that_takes_too_long_is_stopped(assistant: Assistant) -> None
     with pytest.raises(SpectuneError, match=r"took more than 0\.3 seconds"):
         assistant.ask("sleep", {"seconds": 60}, seconds=0.3)
     assert assistant.ask("echo", {"a": 1}) == {"a": 1}
+
+
+def test_the_time_of_a_question_begins_when_the_child_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "START_SECONDS", 0.3)
+    slow = Assistant(tmp_path / "assistant.log", command=("-c", "import time; time.sleep(60)"))
+    with pytest.raises(SpectuneError, match=r"the start of the assistant took more than 0\.3 seconds"):
+        slow.ask("echo", {}, seconds=60)
 
 
 def test_a_child_that_holds_a_card_is_replaced(assistant: Assistant) -> None:

@@ -5,5 +5,5 @@ questions: the table of questions.
 __main__: the child: JSON lines on stdin and stdout.
 
 A question is `{"id", "ask", "values", "roots"}`, a reply `{"id", "answer"}` or
-`{"id", "error": {"what", "hint"}}`.
+`{"id", "error": {"what", "hint"}}`. The child's first line is `{"ready": true}`.
 """

@@ -21,6 +21,7 @@ def main() -> None:
     set_allocators()
     from spectune.studio.assistant import questions
 
+    _write(out, {"ready": True})
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C goes to the server and its children
         for line in sys.stdin:
             _reply(out, json.loads(line), questions)
@@ -39,7 +40,11 @@ def _reply(out: IO[str], question: dict[str, Any], questions: Any) -> None:
             traceback.print_exc()
         reply["error"] = {"what": what, "hint": hint}
     reply["last"] = questions.holds_card()
-    out.write(json.dumps(reply, default=str) + "\n")
+    _write(out, reply)
+
+
+def _write(out: IO[str], line: dict[str, Any]) -> None:
+    out.write(json.dumps(line, default=str) + "\n")
     out.flush()
 
 

@@ -16,6 +16,7 @@ from spectune.errors import InputError, SpectuneError
 
 LOG_BYTES = 1_000_000  # a larger log is started anew
 DEFAULT_SECONDS = 120.0
+START_SECONDS = 600.0  # a virus scanner that reads torch for the first time takes minutes
 
 
 class Superseded(SpectuneError):
@@ -30,6 +31,7 @@ class Assistant:
         self._command = command  # arguments of Python
         self._child: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
+        self._ready = False  # the child has imported what it needs
         self._turn = threading.Condition()
         self._busy = False
         self._newest: dict[str, int] = {}
@@ -101,12 +103,14 @@ class Assistant:
         try:
             child.stdin.write(json.dumps(line) + "\n")
             child.stdin.flush()
-            reply = self._replies.get(timeout=seconds)
+            if not self._ready:
+                self._ready = self._replies.get(timeout=START_SECONDS) is not None
+            reply = self._replies.get(timeout=seconds) if self._ready else None
         except queue.Empty:
+            what = f"the question `{question}`" if self._ready else "the start of the assistant"
+            limit = seconds if self._ready else START_SECONDS
             self.close()
-            raise SpectuneError(
-                f"the question `{question}` took more than {seconds:g} seconds and was stopped"
-            ) from None
+            raise SpectuneError(f"{what} took more than {limit:g} seconds and was stopped") from None
         except OSError:
             reply = None
         if reply is None:
@@ -143,7 +147,7 @@ class Assistant:
             )  # fmt: skip
         assert child.stdout is not None
         threading.Thread(target=_read, args=(child.stdout, replies), daemon=True).start()
-        self._child, self._replies = child, replies
+        self._child, self._replies, self._ready = child, replies, False
 
 
 def _read(stream: IO[str], replies: queue.Queue[str | None]) -> None:
