@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +21,8 @@ from spectune.model.device import (
     find_nvidia_driver,
     install_line,
     parse_device,
+    send,
+    tf32_products,
 )
 
 
@@ -37,6 +39,34 @@ def test_cards_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [parse_device(word) for word in ("auto", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
     with pytest.raises(InputError, match="no device cuda:2: torch finds 2 CUDA devices"):
         parse_device("cuda:2")
+
+
+def test_copies_to_a_card_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append("pinned")
+        return tensor.clone()
+
+    def to(tensor: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        calls.append((*args, options))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert torch.equal(send(torch.arange(3), "cuda:1"), torch.arange(3))
+    assert calls == ["pinned", ("cuda:1", {"non_blocking": True})]
+    calls.clear()
+    send(torch.arange(3), "mps")
+    assert calls == [("mps", {})]
+
+
+def test_float32_products_use_tf32_on_a_card_inside_the_block_only() -> None:
+    for name, inside in (("cuda", "high"), ("cpu", "highest")):
+        with suppress(ZeroDivisionError), tf32_products(torch.device(name)):
+            assert torch.get_float32_matmul_precision() == inside
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_card_is_described_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

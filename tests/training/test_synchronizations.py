@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectune.training import loop
+from spectune.model.device import tf32_products
+from spectune.training import loop, train_step
+from spectune.training.denoiser import Denoiser
 from spectune.training.loop import train
 from tests.training.conftest import MakeRecipe
 
@@ -94,3 +98,27 @@ def test_a_step_reads_at_most_two_values(
     train(make_recipe(model=model, loss=loss, optimizer={"name": optimizer, "learning_rate": ...}, run=run))
     assert len(counts) == 3
     assert all(1 <= count <= 2 for count in counts[1:]), counts  # the first step makes the optimizer's state
+
+
+def test_only_training_steps_use_tf32(
+    make_recipe: MakeRecipe, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames, validation and previews keep all bits of float32 on a GPU."""
+    inside: list[str] = []
+    monkeypatch.setattr(train_step, "tf32_products", lambda device: tf32_products(torch.device("cuda")))
+    plain = Denoiser.forward
+
+    def forward(denoiser: Denoiser, *args: Any) -> Tensor:
+        inside.append(f"{denoiser.training} {torch.get_float32_matmul_precision()}")
+        return plain(denoiser, *args)
+
+    monkeypatch.setattr(Denoiser, "forward", forward)
+    held_out = picture_folder / "held_out"
+    train(
+        make_recipe(
+            model={"frame": "gradient", "frame_batches": 1},
+            data={"validation_folder": held_out},
+            run={"steps": 1},
+        )
+    )
+    assert set(inside) == {"True highest", "True high", "False highest"}, set(inside)

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import Tensor
 
 from spectune.errors import InputError, printable
 
@@ -54,6 +57,29 @@ def drawing_dtype(device: str) -> torch.dtype:
     with torch.cuda.device(device):  # the next question is about the current device
         # older GPUs emulate bf16 slowly
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device. For CUDA it goes through pinned memory, and the host does not wait.
+
+    A plain copy waits until the GPU has finished all earlier work. Kernels that start later on the same
+    stream see the copy, and torch keeps the pinned memory until it is complete.
+    """
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def tf32_products(device: torch.device) -> Iterator[None]:
+    """Let an NVIDIA card round the factors of float32 products to TF32 (10 bits) inside the block."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def describe_device(device: torch.device | str) -> str:

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spectune.errors import InputError, counted
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
+from spectune.model.device import send
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import TokenIds, tokenize
 from spectune.model.vae.tiles import TILE_PX, in_tiles
@@ -40,8 +41,8 @@ class TextStates:
 
     def to(self, device: torch.device | str) -> TextStates:
         """Return the states on a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return TextStates(self.context.to(device), self.pooled.to(device), mask)
+        mask = None if self.mask is None else send(self.mask, device)
+        return TextStates(send(self.context, device), send(self.pooled, device), mask)
 
 
 def stack_states(states: Sequence[TextStates]) -> TextStates:

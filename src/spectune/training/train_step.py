@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.model.device import tf32_products
 from spectune.model.inject import Injection
 from spectune.training.callbacks import StepInfo
 from spectune.training.data.dataset import Batch
@@ -34,7 +35,7 @@ def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Ten
     torch.manual_seed(derived_seed(seed, "step", batch.position))
     grad_norm = None
     share = len(batch) / run.data.plan.batch
-    with accelerator.accumulate(optimization.network):
+    with accelerator.accumulate(optimization.network), tf32_products(accelerator.device):
         noised, costs = run.objective.image_costs(optimization.network, batch, step=step)
         accelerator.backward(
             optimization.scaler.scale(run.objective.cost.of_batch(noised, costs, share=share))

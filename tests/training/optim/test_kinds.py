@@ -92,8 +92,8 @@ def test_only_large_tensors_have_8_bit_moments() -> None:
     for parameter in (small, large):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert optimizer.state[small]["state1"].dtype == torch.float32
-    assert optimizer.state[large]["state1"].dtype == torch.uint8
+    state = optimizer.state_dict()["state"]
+    assert [state[index]["state1"].dtype for index in (0, 1)] == [torch.float32, torch.uint8]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import lion_pytorch
 import prodigyopt
 import pytest
 import torch
-from torch import Tensor
+from bitsandbytes.optim import AdamW8bit
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.files.source import TensorInfo
 from spectune.training.optim.adafactor import Adafactor, PacedAdafactor
+from spectune.training.optim.eight_bit import PlainStateAdamW8bit
 from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.optim.prodigy import StackedProdigy
 from spectune.training.optim.stacks import StackedOptimizer, stacked_class
@@ -110,11 +112,29 @@ def test_a_loaded_state_continues_bit_for_bit(name: str) -> None:
     optimizer = ours_class(two_groups(whole), **options)
     train(optimizer, whole, range(5))
     saved = deepcopy(optimizer.state_dict())
-    parts = adjacent([torch.nn.Parameter(p.detach().clone()) for p in whole])
+    parts = adjacent([nn.Parameter(p.detach().clone()) for p in whole])
     second = ours_class(two_groups(parts), **options)
     second.load_state_dict(saved)
     train(optimizer, whole, range(5, 10)), train(second, parts, range(5, 10))
     assert all(torch.equal(p, q) for p, q in zip(whole, parts, strict=True))
+
+
+def test_8_bit_steps_equal_the_librarys() -> None:
+    """Tensors of whole blocks are stacked; small ones and those that end within a block are not."""
+    shapes = [(8, 640), (640, 8), (8, 640), (8, 640), (8, 20), (8, 20), (12, 341), (12, 341)]
+    both = [adjacent([nn.Parameter(torch.ones(shape)) for shape in shapes]) for _ in range(2)]
+    ours, theirs = both
+    one, other = PlainStateAdamW8bit(ours, lr=1e-2), AdamW8bit(theirs, lr=1e-2)
+    for optimizer, parameters in ((one, ours), (other, theirs)):
+        train(optimizer, parameters, range(20))
+    assert [len(members) for members in one._members.values()] == [3, 1, 1, 1, 1, 1]
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    saved, expected = one.state_dict()["state"], Optimizer.state_dict(other)["state"]
+    for index, state in expected.items():
+        assert saved[index].keys() == state.keys()
+        assert all(
+            torch.equal(torch.as_tensor(saved[index][k]), torch.as_tensor(v)) for k, v in state.items()
+        )
 
 
 def test_gradients_are_stored_once() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spectune.errors import InputError
+from spectune.model.device import send
 from spectune.training.data.buckets import Buckets, Placement, Size
 from spectune.training.data.captions.draws import draw_caption
 from spectune.training.data.color import ColorChange, draw_color
@@ -74,10 +75,10 @@ class Batch:
         return len(self.captions)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """Return the batch on another device (called by accelerate)."""
+        """Return the batch on another device (called by accelerate, which decides about `non_blocking`)."""
         tensors = {"pixels": self.pixels, "latents": self.latents, "masks": self.masks}
         tensors |= {"time_ids": self.time_ids, "weights": self.weights}
-        moved = {k: t.to(device, non_blocking=non_blocking) for k, t in tensors.items() if t is not None}
+        moved = {name: send(tensor, device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved)
 
 

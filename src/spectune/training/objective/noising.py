@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectune.model.device import send
 from spectune.model.prediction import Prediction
 
 SDXL_PIXELS_PER_LATENT = 8
@@ -73,5 +74,6 @@ def noise_at_random(
         drawn = drawn + noise.offset * torch.randn(batch, channels, 1, 1, generator=generator)
     perturbation = None
     if noise.perturbation:
-        perturbation = (noise.perturbation * torch.randn(x0.shape, generator=generator)).to(x0.device)
-    return noise_latents(prediction, x0, drawn.to(x0.device), times.to(x0.device), perturbation=perturbation)
+        perturbation = send(noise.perturbation * torch.randn(x0.shape, generator=generator), x0.device)
+    drawn, times = send(drawn, x0.device), send(times, x0.device)
+    return noise_latents(prediction, x0, drawn, times, perturbation=perturbation)

@@ -39,8 +39,8 @@ class StackedOptimizer(Optimizer):
 
     # Options that need numbers of single tensors in more places: with them each tensor is its own stack.
     unstacked_options: ClassVar[tuple[str, ...]] = ()
-    # Keys of state that is a vector of some of a tensor's values, or a single zero.
-    vectors: ClassVar[tuple[str, ...]] = ()
+    vectors: ClassVar[tuple[str, ...]] = ()  # keys of state that is flat, or a single zero
+    shared: ClassVar[tuple[str, ...]] = ()  # keys of state that is the same for all tensors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,16 +133,19 @@ class StackedOptimizer(Optimizer):
             if self._takes_part(p):
                 kind = tuple((key, _kind(value)) for key, value in self.state.get(p, {}).items())
                 alike.setdefault((p.untyped_storage().data_ptr(), p.shape, p.dtype, kind), []).append(p)
-        single = any(group[option] for option in self.unstacked_options)
         runs: list[list[nn.Parameter]] = []
         for tensors in alike.values():
             end = None
             for p in sorted(tensors, key=lambda p: p.storage_offset()):
-                if single or not p.is_contiguous() or p.storage_offset() != end:
+                if not self._can_stack(p, group) or p.storage_offset() != end:
                     runs.append([])
                 runs[-1].append(p)
                 end = p.storage_offset() + p.numel()
         return runs
+
+    def _can_stack(self, p: nn.Parameter, group: State) -> bool:
+        """Return whether a tensor can follow another one in a stack."""
+        return p.is_contiguous() and not any(group[option] for option in self.unstacked_options)
 
     def _unstack_state(self) -> None:
         """Give each tensor its part of the state of its stack."""
@@ -160,7 +163,9 @@ class StackedOptimizer(Optimizer):
         def stacked(key: str, value: Any) -> Any:
             if key == _AXES:
                 return tuple(axis + 1 for axis in value)
-            if not isinstance(value, Tensor) or (key in self.vectors and value.dim() == 0):
+            if not isinstance(value, Tensor) or key in self.shared:
+                return value
+            if key in self.vectors and value.dim() == 0:
                 return value
             values = torch.stack([state[key] for state in states])
             return values.flatten() if key in self.vectors else values
@@ -171,7 +176,7 @@ class StackedOptimizer(Optimizer):
         """Return the part of a stack's state that belongs to one of its `count` tensors."""
         if key == _AXES:
             return tuple(axis - 1 for axis in value)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or key in self.shared:
             return value
         if key in self.vectors:
             return value.clone() if value.dim() == 0 else value.view(count, -1)[index]
