@@ -23,6 +23,9 @@ spectune split --help
 ```
 
 `--json` prints the result as JSON on stdout. Everything else goes to stderr.
+
+Every command also has `--job FOLDER`: it writes its progress to a file for other programs, and they can
+stop it. See [Events and flag files](events.md).
 """
 
 

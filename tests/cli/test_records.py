@@ -21,7 +21,7 @@ from spectune.errors import InputError
 from spectune.operation import OptionField, flags_of, option_fields
 from spectune.ops.options.adapter_files import ExportOptions, RebuildOptions
 
-SHARED_FLAGS = {"json", "dry_run"}
+SHARED_FLAGS = {"json", "dry_run", "job"}
 
 
 def click_command(command: CommandSpec) -> Any:

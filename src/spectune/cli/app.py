@@ -9,8 +9,7 @@ import typer
 
 from spectune.cli.allocators import set_allocators
 from spectune.cli.commands import make_app
-from spectune.cli.console import print_error
-from spectune.errors import SpectuneError
+from spectune.cli.console import print_error, user_error
 
 app = make_app()
 
@@ -41,23 +40,13 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     set_allocators()
     try:
-        app(args=arguments, prog_name="spectune")
-    except SpectuneError as error:
-        print_error(error)
-        return error.exit_code
-    except RuntimeError as error:
-        # Compare by name: importing torch for the class would slow down `--help`.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        from spectune.model.memory_errors import CARD_REMEDIES, out_of_memory
-
-        memory_error = out_of_memory(error, CARD_REMEDIES[:1])
-        print_error(memory_error)
-        return memory_error.exit_code
-    except OSError as error:
-        # A full disk or missing permissions: the message of the system names the file and the cause.
-        print_error(SpectuneError(str(error)))
-        return SpectuneError.exit_code
+        app(args=arguments, prog_name="spectune", obj=sys.argv[1:] if arguments is None else arguments)
     except SystemExit as finished:  # typer exits this way, after its own messages about wrong arguments
         return finished.code if isinstance(finished.code, int) else 0
+    except Exception as error:
+        shown = user_error(error)
+        if shown is None:
+            raise
+        print_error(shown)
+        return shown.exit_code
     return 0

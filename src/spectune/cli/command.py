@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from spectune.cli.console import file_notes, print_json, print_note, print_warning, progress
+from spectune.cli.console import Report, file_notes, print_json, print_note, print_warning, progress
+from spectune.cli.job import Job, recorded
 from spectune.errors import InputError, SpectuneError, counted
 from spectune.extras import extras_named
 from spectune.operation import OperationOptions, OptionField, flags_of, option_fields, run_operation
@@ -27,7 +28,7 @@ class CommandSpec:
     The operation is the function `name` in the module `operation`. The module `report` prints the result with
     `show(report, options, seconds)`. It may also define `as_json(report, options, seconds)`,
     `exit_code(report)`, `show_dry_run(forecast, options)`, `dry_run_json(forecast)`,
-    `dry_run_exit_code(forecast)` and `prepare(options)`.
+    `dry_run_exit_code(forecast)`, `prepare(options)` and `events(options, job)`.
     """
 
     name: str
@@ -51,19 +52,22 @@ class Flags:
 
     json: bool = False
     dry_run: bool = False
+    job: Path | None = None
 
 
 def add_command(app: typer.Typer, command: CommandSpec) -> None:
     """Register a command. Torch and the operation are imported when it runs, not for `--help`."""
     fields = option_fields(command.options)
 
-    def run(**values: Any) -> None:
-        flags = Flags(json=values.pop("json", False), dry_run=values.pop("dry_run", False))
-        code = execute(command, _record_values(fields, values), flags)
-        if code:
-            raise typer.Exit(code)
+    def run(context: typer.Context, **values: Any) -> None:
+        flags = Flags(**{name: values.pop(name) for name in ("json", "dry_run", "job") if name in values})
+        with recorded(flags.job, command.name, context.find_root().obj or []) as job:
+            job.exit_code = execute(command, _record_values(fields, values), flags, job)
+        if job.exit_code:
+            raise typer.Exit(job.exit_code)
 
-    parameters = [*_parameters(command, fields), *_shared_flags(command)]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *_parameters(command, fields), *_shared_flags(command)]
     made = cast("Any", run)
     made.__signature__ = inspect.Signature(parameters)
     made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -75,44 +79,83 @@ def add_command(app: typer.Typer, command: CommandSpec) -> None:
 
 
 @extras_named()
-def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags) -> int:
-    """Run an operation, print its report and return the exit code."""
+def execute(command: CommandSpec, values: Mapping[str, Any], flags: Flags, job: Job | None = None) -> int:
+    """Run an operation, print its report, write its events and return the exit code."""
     try:
-        operations, reports = import_module(command.operation), import_module(command.report)
-        shown: list[str] = []
-
-        def warn(text: str) -> None:
-            shown.append(text)
-            print_warning(with_flags(command, text))
-
-        started = time.perf_counter()
-        bar = progress(command.name) if command.bar else nullcontext()
-        with file_notes(), bar as report_progress:
-            options = command.options(**values, progress=report_progress, notify=warn)
-            _check_inputs(options)
-            if flags.dry_run:
-                assert command.dry_run is not None
-                forecast = getattr(operations, command.dry_run)(options)
-                return _show_dry_run(reports, forecast, options, flags)
-            prepare = getattr(reports, "prepare", None)
-            options = options if prepare is None else prepare(options)
-            result = run_operation(getattr(operations, command.function), options)
-        seconds = time.perf_counter() - started
-        for text in getattr(result, "warnings", ()):
-            if text not in shown:
-                warn(text)
-        if flags.json:
-            as_json = getattr(reports, "as_json", _as_json)
-            print_json(as_json(result, options, seconds))
-        else:
-            reports.show(result, options, seconds)
-        exit_code = getattr(reports, "exit_code", None)
-        return 0 if exit_code is None else exit_code(result)
+        return _run(command, values, flags, job or Job())
     except SpectuneError as error:
         # The library names fields. Replace them by flags.
         error.what = with_flags(command, error.what)
         error.hint = None if error.hint is None else with_flags(command, error.hint)
         raise
+
+
+def _run(command: CommandSpec, values: Mapping[str, Any], flags: Flags, job: Job) -> int:
+    operations, reports = import_module(command.operation), import_module(command.report)
+    shown: list[str] = []
+
+    def warn(text: str) -> None:
+        shown.append(text)
+        print_warning(with_flags(command, text))
+        job.message(with_flags(command, text), "warning")
+
+    def note(text: str) -> None:
+        print_note(text)
+        job.message(text, "note")
+
+    started = time.perf_counter()
+    bar = progress(command.name) if command.bar else nullcontext()
+    with file_notes(note), bar as shown_progress:
+        options = command.options(**values, progress=_watched(shown_progress, job), notify=warn)
+        _check_inputs(options)
+        if flags.dry_run:
+            assert command.dry_run is not None
+            forecast = getattr(operations, command.dry_run)(options)
+            return _show_dry_run(reports, forecast, options, flags, job)
+        options = getattr(reports, "prepare", lambda options: options)(options)
+        if job.folder is not None:
+            if options.notify is not warn:  # `prepare` has replaced it
+                options = replace(options, notify=_announced(options, job))
+            options = getattr(reports, "events", lambda options, job: options)(options, job)
+        result = run_operation(getattr(operations, command.function), options)
+    seconds = time.perf_counter() - started
+    for text in getattr(result, "warnings", ()):
+        if text not in shown:
+            warn(text)
+    as_json = getattr(reports, "as_json", _as_json) if command.json else _as_json
+    if job.folder is not None:
+        job.write("result", report=as_json(result, options, seconds))
+    if flags.json:
+        print_json(as_json(result, options, seconds))
+    else:
+        reports.show(result, options, seconds)
+    exit_code = getattr(reports, "exit_code", None)
+    return 0 if exit_code is None else exit_code(result)
+
+
+def _watched(show: Report | None, job: Job) -> Report | None:
+    """Return a progress function that also writes events and stops the command on request."""
+    if job.folder is None:
+        return show
+
+    def report(done: int, total: int, name: str) -> None:
+        job.check_stop()
+        if show is not None:
+            show(done, total, name)
+        job.progress(done, total, name)
+
+    return report
+
+
+def _announced(options: OperationOptions, job: Job) -> Callable[[str], None]:
+    """Return a function for messages that also writes events and stops the command on request."""
+
+    def tell(text: str) -> None:
+        job.check_stop()
+        options.tell(text)
+        job.message(text)
+
+    return tell
 
 
 def _check_inputs(options: OperationOptions) -> None:
@@ -126,10 +169,12 @@ def _check_inputs(options: OperationOptions) -> None:
         raise InputError(f"no such files: {', '.join(missing)}")
 
 
-def _show_dry_run(reports: Any, forecast: Any, options: OperationOptions, flags: Flags) -> int:
+def _show_dry_run(reports: Any, forecast: Any, options: OperationOptions, flags: Flags, job: Job) -> int:
     """Print a forecast and return the exit code."""
+    as_json = getattr(reports, "dry_run_json", asdict)(forecast)
+    job.write("result", report=as_json)
     if flags.json:
-        print_json(getattr(reports, "dry_run_json", asdict)(forecast))
+        print_json(as_json)
     else:
         reports.show_dry_run(forecast, options)
     exit_code = getattr(reports, "dry_run_exit_code", None)
@@ -235,7 +280,12 @@ def usage_of(arguments: Sequence[OptionField]) -> str:
 
 
 def _shared_flags(command: CommandSpec) -> list[inspect.Parameter]:
-    flags: list[inspect.Parameter] = []
+    info = typer.Option(
+        "--job",
+        metavar="FOLDER",
+        help="Write events to FOLDER/events.jsonl, and obey the files stop, save and preview in FOLDER.",
+    )
+    flags = [_parameter("job", Path | None, info, default=None)]
     if command.dry_run is not None:
         info = typer.Option("--dry-run", help="Print the plan and stop.")
         flags.append(_parameter("dry_run", bool, info, default=False))

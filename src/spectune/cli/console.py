@@ -48,6 +48,19 @@ def print_error(error: SpectuneError) -> None:
         print_hint(error.hint)
 
 
+def user_error(error: BaseException) -> SpectuneError | None:
+    """Return the message for an error that a user can fix, or None for a bug."""
+    if isinstance(error, SpectuneError):
+        return error
+    # Compare by name: importing torch for the class would slow down `--help`.
+    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
+        from spectune.model.memory_errors import CARD_REMEDIES, out_of_memory
+
+        return out_of_memory(error, CARD_REMEDIES[:1])
+    # A full disk or missing permissions: the message of the system names the file and the cause.
+    return SpectuneError(str(error)) if isinstance(error, OSError) else None
+
+
 def print_hint(what: str) -> None:
     """Print `hint:` and a message on stderr."""
     err.print(Text.assemble(("hint: ", "bold cyan"), one_line(what)), soft_wrap=True)
@@ -64,8 +77,8 @@ def print_note(what: str) -> None:
 
 
 @contextmanager
-def file_notes() -> Iterator[None]:
-    """Print every FileNote as a note, once; other Python warnings are shown as before."""
+def file_notes(note: Callable[[str], None] = print_note) -> Iterator[None]:
+    """Pass every FileNote to `note`, once; other Python warnings are shown as before."""
     shown: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", FileNote)
@@ -76,7 +89,7 @@ def file_notes() -> Iterator[None]:
                 show_other(message, category, *place)
             elif str(message) not in shown:
                 shown.add(str(message))
-                print_note(str(message))
+                note(str(message))
 
         warnings.showwarning = cast("Any", show)
         yield

@@ -16,7 +16,8 @@ from PIL import Image
 
 from spectune.cli.console import err, heading, megabytes, progress, say, show_result, table
 from spectune.errors import InputError, SpectuneError
-from spectune.operation import operation
+from spectune.files.pipeline import report_progress
+from spectune.operation import Progress, operation
 from spectune.ops.drawing.models import draw
 from spectune.ops.drawing.specs import ModelSpec, Weighted
 from spectune.ops.export import export
@@ -27,7 +28,7 @@ from spectune.ops.split import split
 from spectune.ops.verify import verify
 from spectune.sampling.contact_sheet import Column, contact_sheet, format_psnr, mean_psnr
 from spectune.sampling.generate import SampleSettings
-from spectune.training.callbacks import TrainReport
+from spectune.training.callbacks import Callbacks, RunStart, StepInfo, TrainReport
 from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.loop import train
 from spectune.training.recipe.file import load_recipe
@@ -117,26 +118,26 @@ def demo(options: DemoOptions) -> DemoReport:
     with clock.stage("check the embedded base model"):
         digest = check_hash(source.base, source.checksum)
         say(f"   {source.base.name}, {megabytes(source.base.stat().st_size)}, sha256 {digest[:16]}...")
-    with clock.stage(f"split it into principal (rank {RANK}) and residual"), progress("split") as report:
+    with clock.stage(f"split it into principal (rank {RANK}) and residual"), _bar("split", options) as report:
         pair = split(source.base, folder, rank=RANK, residual_dtype="float32", force=True, progress=report)
     say(f"   {len(pair.layers)} layers; the principal holds {pair.energy:.1%} of their energy (squared norm)")
     assert pair.residual is not None
-    with clock.stage("verify that residual + principal equal the base"), progress("verify") as report:
+    with clock.stage("verify that residual + principal equal the base"), _bar("verify", options) as report:
         proof = verify(source.base, pair.residual, pair.principal, progress=report)
     _require(proof.exact, "residual + principal differ from the base")
     say(f"   {proof.exact_tensors} of {len(proof.records)} tensors are bit-identical")
     with clock.stage("train the principal spectrum on 120 pictures in 3D style (delta form)"):
-        trained = _train(source, folder, pair.principal, steps)
+        trained = _train(source, folder, pair.principal, options)
     tuned = folder / "emoji3d.safetensors"
     rebuilt, lora = folder / "base-emoji3d.safetensors", folder / "emoji3d-lora.safetensors"
-    with clock.stage("rebuild the full model"), progress("rebuild") as report:
+    with clock.stage("rebuild the full model"), _bar("rebuild", options) as report:
         rebuild(source.base, tuned, rebuilt, force=True, progress=report)
-    with clock.stage("export a plain LoRA"), progress("export") as report:
+    with clock.stage("export a plain LoRA"), _bar("export", options) as report:
         exported = export(tuned, lora, base=source.base, force=True, progress=report)
     captions = [line for line in source.captions.read_text(encoding="utf-8").splitlines() if line]
     with clock.stage("draw the same captions and seeds with each model"):
         original, residual, restored, changed, merged = (
-            _draw(ModelSpec(model, adapters), captions)
+            _draw(ModelSpec(model, adapters), captions, options)
             for model, adapters in (
                 (source.base, ()),
                 (pair.residual, ()),
@@ -182,22 +183,48 @@ def _check_report(report: DemoReport, *, full_run: bool) -> None:
         _require(improved, "training did not lower the validation loss")
 
 
-def _train(source: DemoFiles, folder: Path, principal: Path, steps: int | None) -> TrainReport:
+def _train(source: DemoFiles, folder: Path, principal: Path, options: DemoOptions) -> TrainReport:
     overrides = [
         f"model.principal={json.dumps(str(principal.resolve()))}",  # a JSON string is a TOML string
         f"run.output={json.dumps(str(folder.resolve()))}",
         "run.resume=false",
     ]
-    if steps is not None:
-        overrides.append(f"run.steps={steps}")
-    return train(load_recipe(source.recipe, overrides), callbacks=[ConsoleProgress(err)], force=True)
+    if options.steps is not None:
+        overrides.append(f"run.steps={options.steps}")
+    callbacks = [ConsoleProgress(err), _Steps(options)]
+    return train(load_recipe(source.recipe, overrides), callbacks=callbacks, force=True)
 
 
-def _draw(spec: ModelSpec, captions: list[str]) -> list[Image.Image]:
+class _Steps(Callbacks):
+    """Passes the steps of the training to the progress function of the demo."""
+
+    def __init__(self, options: DemoOptions) -> None:
+        self._options, self._steps = options, 0
+
+    def on_start(self, start: RunStart) -> None:
+        self._steps = start.steps
+
+    def on_step(self, info: StepInfo) -> None:
+        report_progress(self._options.progress, info.step, self._steps, "training")
+
+
+@contextmanager
+def _bar(title: str, options: DemoOptions) -> Iterator[Progress]:
+    """Show a progress bar, and pass the progress to the function of the options."""
+    with progress(title) as show:
+
+        def report(done: int, total: int, name: str) -> None:
+            report_progress(options.progress, done, total, name)
+            show(done, total, name)
+
+        yield report
+
+
+def _draw(spec: ModelSpec, captions: list[str], options: DemoOptions) -> list[Image.Image]:
     # float32 on every device, so that 16-bit arithmetic does not change the pictures
-    with progress(spec.label) as report:
-        options = DrawingOptions(seed=SEED, progress=report)
-        return draw(spec, captions, options, PICTURES, dtype=torch.float32)
+    with _bar(spec.label, options) as report:
+        drawing = DrawingOptions(seed=SEED, progress=report)
+        return draw(spec, captions, drawing, PICTURES, dtype=torch.float32)
 
 
 def _print_summary(clock: Clock, report: DemoReport, written: list[Path]) -> None:

@@ -40,9 +40,11 @@ def train(options: TrainOptions) -> TrainReport:
     given: list[Callbacks] = list(options.callbacks or ())
     if options.show_progress and not any(isinstance(one, ConsoleProgress) for one in given):
         given.append(ConsoleProgress())
-    curve = LossCurve(recipe.run.output, recipe.run.name, CallbackList(given).on_message)
+    observers = CallbackList(given)
+    curve = LossCurve(recipe.run.output, recipe.run.name, observers.on_message)
+    previews = Previews(recipe, observers.on_preview_files)
     with explained_memory_errors(lambda: remedies(_with_defaults(recipe))):
-        report = run_training(recipe, callbacks=[*given, Previews(recipe), curve], force=options.force)
+        report = run_training(recipe, callbacks=[*given, previews, curve], force=options.force)
     return replace(report, files=(*report.files, *curve.files))
 
 

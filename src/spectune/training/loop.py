@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from spectune.errors import counted
 from spectune.model.device import describe_device, parse_device
 from spectune.training import output
-from spectune.training.callbacks import CallbackList, Callbacks, RunStart, TrainReport, WarningLog, stage
+from spectune.training.callbacks import (
+    CallbackList,
+    Callbacks,
+    Request,
+    RunStart,
+    TrainReport,
+    WarningLog,
+    stage,
+)
 from spectune.training.callbacks.trackers import TrackerLog, check_trackers, tensorboard_line
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
@@ -108,6 +116,7 @@ def _run(run: Run, progress: Progress) -> TrainReport:
             images=len(run.data.pictures),
             trained_parameters=sum(tensor.numel() for tensor in run.optimization.parameters.values()),
             captions=run.data.captions,
+            output=run.recipe.run.output,
         )
     )
     is_complete = False
@@ -173,15 +182,22 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         progress.losses[info.step] = info.loss
         if is_logged:
             run.callbacks.on_step(info)
-        stops, saves = agreed(run.accelerator, stop=stop.requested, save=clock.is_due)
+        requests = _requests(run, stop)
+        stops, saves = agreed(run.accelerator, stop="stop" in requests, save=clock.is_due)
         if not stops:
-            if _between_steps(run, progress, save_state=saves):
+            if _between_steps(run, progress, requests, save_state=saves):
                 clock.restart()
             # during a save, a validation or a preview
-            stops, _ = agreed(run.accelerator, stop=stop.requested, save=False)
+            stops, _ = agreed(run.accelerator, stop="stop" in _requests(run, stop), save=False)
         if stops:
             break
         started = time.perf_counter()
+
+
+def _requests(run: Run, stop: StopRequest) -> frozenset[Request]:
+    """Return what a user wants after this step: by a callback of the main process, or by a signal."""
+    stops: frozenset[Request] = frozenset(["stop"] if stop.requested else [])
+    return stops | run.callbacks.requests()
 
 
 def _batches(run: Run, progress: Progress) -> Iterable[Batch]:
@@ -206,19 +222,21 @@ def _logs_norms(run: Run, progress: Progress) -> bool:
     return is_cheap or progress.step % RESIDUAL_NORM_STEPS == 0 or progress.step == run.steps
 
 
-def _between_steps(run: Run, progress: Progress, *, save_state: bool) -> bool:
-    """Validate, save and draw a preview if they are due; return whether a state was saved."""
+def _between_steps(run: Run, progress: Progress, requests: frozenset[Request], *, save_state: bool) -> bool:
+    """Validate, save and draw a preview if they are due or requested; return whether a state was saved."""
     due = partial(is_due, run.recipe.run, step=progress.step, position=progress.position, span=run.span)
     is_last = progress.step == run.steps  # `_finish` validates and saves
-    saves = due("save") and not is_last
+    saves = (due("save") or "save" in requests) and not is_last
     if due("validate") and not is_last:
         _validate(run, progress)
     if saves:
         output.save_step(run, progress)
     elif save_state and not is_last:
         output.save_state(run, progress)
-    if due("preview") or (is_last and previews_at_end(run.recipe.run)):
+    if due("preview") or "preview" in requests or (is_last and previews_at_end(run.recipe.run)):
         _preview(run, progress)
+    for request in requests - {"stop"}:
+        run.callbacks.on_request_done(request)
     return saves or save_state
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import err, say
+from spectune.cli.job import INTERRUPTED, Job
 from spectune.cli.reports.starting import dry_run
+from spectune.cli.training_events import TrainingEvents
 from spectune.errors import quoted
 from spectune.ops.options.training import TrainOptions
 from spectune.training.callbacks import TrainReport
@@ -18,11 +20,13 @@ from spectune.training.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from spectune.ops.forecast import TrainForecast
 
-INTERRUPTED = 130
-
 
 def prepare(options: TrainOptions) -> TrainOptions:
     return replace(options, callbacks=(*(options.callbacks or ()), ConsoleProgress(err)))
+
+
+def events(options: TrainOptions, job: Job) -> TrainOptions:
+    return replace(options, callbacks=(*(options.callbacks or ()), TrainingEvents(job)))
 
 
 def exit_code(report: TrainReport) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 
@@ -24,12 +26,20 @@ _CELL_PX = 256
 class Previews(Callbacks):
     """Draws the prompts of `run.preview`; without it validation captions, or else training captions.
 
+    Args:
+        recipe: The recipe of the run.
+        saved: Called with the step, the pictures of a preview, and their prompts.
+
     Raises:
         InputError: The file of prompts cannot be read, or the recipe names an unknown sampler.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(
+        self,
+        recipe: Recipe,
+        saved: Callable[[int, Sequence[Path], Sequence[str]], None] = lambda step, files, prompts: None,
+    ) -> None:
+        self._recipe, self._saved = recipe, saved
         edge = recipe.data.resolution_px
         sampler = check_sampler_name(recipe.run.preview_sampler)
         self._defaults = SampleSettings(
@@ -60,6 +70,7 @@ class Previews(Callbacks):
         widest = max(max(picture.size) for picture in pictures)
         sheet = picture_grid(pictures, captions, cell_px=min(widest, _CELL_PX))
         sheet.save(folder.with_name(f"{stem}.png"))
+        self._saved(step, targets, captions)
         return sheet
 
     def _current_prompts(self, model: StagedModel) -> list[Prompt]:

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # loading the networks takes seconds, which an error in a recipe must not wait for
     from PIL import Image
 
     from spectune.model.offload import StagedModel
+
+Request = Literal["stop", "save", "preview"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RunStart:
     images: int
     trained_parameters: int
     captions: tuple[str, ...] = ()  # different ones, of the validation images or else of the training images
+    output: Path = Path()  # folder of the results
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class Callbacks:
     def on_picture(self, step: int, sheet: Image.Image) -> None:
         """Receive a finished preview image."""
 
+    def on_preview_files(self, step: int, files: Sequence[Path], prompts: Sequence[str]) -> None:
+        """Receive the pictures of a preview, one file for each prompt."""
+
     def on_save(self, step: int, file: Path) -> None:
         """Handle an adapter file that was just written."""
 
@@ -106,6 +112,13 @@ class Callbacks:
 
     def on_end(self, report: TrainReport) -> None:
         """Handle the end of a run. Also called after an interruption or an error."""
+
+    def requests(self) -> frozenset[Request]:
+        """Return what to do now, after a step: save and stop, save, or draw a preview."""
+        return frozenset()
+
+    def on_request_done(self, request: Request) -> None:
+        """Handle that a save or a preview of `requests` is finished. Withdraw the request."""
 
 
 @contextmanager
@@ -150,6 +163,9 @@ class CallbackList(Callbacks):
     def _call_all(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(*arguments)
+
+    def requests(self) -> frozenset[Request]:
+        return frozenset(request for callback in self.callbacks for request in callback.requests())
 
     def on_preview(self, step: int, model: StagedModel) -> Image.Image | None:
         sheet = None
