@@ -2,6 +2,7 @@
 """Install spectune in .venv and run it. Needs only Python 3.11 or newer, on Linux, macOS or Windows.
 
     python dev.py demo            run the whole workflow on the embedded model
+    python dev.py studio          open spectune as a page in the browser; start-studio.bat and .sh do the same
     python dev.py setup           install everything for development; further arguments go to `pip install`
                                   --torch cu130: install this build of torch (see below)
     python dev.py test            run the tests except the slow ones; further arguments go to pytest
@@ -314,6 +315,12 @@ def demo(args: list[str]) -> int:
     return run(ensure(RUN_LOCK), "-m", "spectune", "demo", *args)
 
 
+def studio(args: list[str]) -> int:
+    python = ensure(RUN_LOCK)
+    warn_of_unused_card(python)
+    return run(python, "-m", "spectune", "studio", *args)
+
+
 def test(args: list[str]) -> int:
     # One process per core with one thread each: small tensors gain nothing from more threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -367,6 +374,7 @@ def experiment(args: list[str]) -> int:
 COMMANDS = {
     "setup": setup,
     "demo": demo,
+    "studio": studio,
     "test": test,
     "lint": lint,
     "docs": docs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -107,6 +108,47 @@ def test_the_demo_installs_no_development_tools(installed: list[list[str]]) -> N
     dev.ensure(dev.DEV_LOCK)
     assert len(installed) == 4
     assert "pytest==" in (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
+
+
+def test_the_studio_installs_what_the_demo_installs(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dev, "find_build", lambda: None)
+    dev.demo([])
+    assert installed[-1] == ["python", "-m", "spectune", "demo"]
+    del installed[:]
+    assert dev.studio(["--port", "7000"]) == 0
+    assert installed == [["python", "-m", "spectune", "studio", "--port", "7000"]]
+    names = {line.partition("==")[0] for line in dev.read_lock(dev.RUN_LOCK)}
+    assert {"fastapi", "uvicorn", "starlette", "python-multipart", "jinja2"} <= names
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script for other systems")
+@pytest.mark.parametrize(("version", "code"), [("3.10", 1), ("3.12", 0)])
+def test_the_start_script_finds_a_new_python(tmp_path: Path, version: str, code: int) -> None:
+    """The stand-in for Python runs dev.py only if its version is new enough."""
+    shown = f"sys.version_info = ({version.replace('.', ', ')}, 0)"
+    stand_in = tmp_path / "python3.12"
+    stand_in.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "import sys; {shown}; $2"\necho "$@"\n',
+        encoding="utf-8",
+    )
+    stand_in.chmod(0o755)
+    for program in ("dirname", "sh"):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    done = subprocess.run(
+        ["sh", dev.ROOT / "start-studio.sh", "--port", "7000"],
+        env={"PATH": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    expected = "dev.py studio --port 7000\n" if code == 0 else "spectune needs Python 3.11 or newer"
+    assert done.stdout.startswith(expected)
+
+
+def test_the_batch_file_has_the_line_ends_of_windows() -> None:
+    text = (dev.ROOT / "start-studio.bat").read_bytes()
+    assert text.count(b"\r\n") == text.count(b"\n") > 10
+    assert b"%PYTHON% dev.py studio %*" in text
 
 
 def test_a_failed_installation_is_repeated(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -54,6 +55,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SpectuneError)
     def library_error(request: Request, error: SpectuneError) -> Response:
         return error_response(request, 404 if isinstance(error, Refused) else 422, error.what, error.hint)
+
+    @app.exception_handler(OSError)  # a full disk, or no permission
+    def system_error(request: Request, error: OSError) -> Response:
+        name = "" if error.filename is None else f"{Path(str(error.filename)).name}: "
+        return error_response(request, 422, one_line(f"{name}{error.strerror or error}"))
 
     @app.exception_handler(RequestValidationError)
     def wrong_values(request: Request, error: RequestValidationError) -> Response:

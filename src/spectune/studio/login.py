@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import time
+from time import monotonic
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
@@ -26,7 +26,7 @@ class Login:
         self._digest = _digest(password)
         self._sessions: set[str] = set()
         self._wrong = 0
-        self._closed_until = 0.0  # of time.monotonic
+        self._closed_until = 0.0  # of monotonic()
         self.router = self._make_router()
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
@@ -48,7 +48,7 @@ class Login:
         self._wrong += 1
         if self._wrong >= FREE_TRIES:
             pause = min(2.0 ** (self._wrong - FREE_TRIES), LONGEST_WAIT_SECONDS)
-            self._closed_until = time.monotonic() + pause
+            self._closed_until = monotonic() + pause
         return False
 
     def _is_open(self, request: Request) -> bool:
@@ -64,7 +64,7 @@ class Login:
 
         @router.post("/login")
         def submit(request: Request, password: Annotated[str, Form(max_length=1000)]) -> Response:
-            wait = self._closed_until - time.monotonic()
+            wait = self._closed_until - monotonic()
             if wait > 0:
                 problem = f"Too many wrong passwords. Try again in {wait:.0f} seconds."
                 response = render(request, "login.html", 429, title="Log in", problem=problem)

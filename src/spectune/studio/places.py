@@ -10,7 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
 from spectune.errors import SpectuneError, printable
 
-LONGEST_PATH, LONGEST_NAME_BYTES = 4096, 200
+LONGEST_PATH, LONGEST_NAME, LONGEST_NEW_NAME = 4096, 255, 200  # characters, bytes, bytes
 _FORBIDDEN_IN_NAMES = re.compile(r'[<>:"/\\|?*]')
 # Windows opens a device for these names, with any extension.
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])(\..*)?", re.IGNORECASE)
@@ -62,14 +62,14 @@ class Places:
     def file(self, text: str, roots: Iterable[Path] | None = None) -> Path:
         """Return the path of an existing file. Raises Refused otherwise."""
         path = self.inside(text, roots)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises without permission
             raise Refused(f"{printable(text)} is not a file")
         return path
 
     def folder(self, text: str, roots: Iterable[Path] | None = None) -> Path:
         """Return the path of an existing folder. Raises Refused otherwise."""
         path = self.inside(text, roots)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112
             raise Refused(f"{printable(text)} is not a folder")
         return path
 
@@ -86,6 +86,8 @@ def plain_path(text: str, *, windows: bool = os.name == "nt") -> PurePath:
     names = path.parts[1:]
     if ".." in names:
         raise Refused(f"{printable(text)} contains ..")
+    if any(len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME for name in names):
+        raise Refused(f"{printable(text)} has a name of more than {LONGEST_NAME} bytes")
     if windows:
         odd = [name for name in names if ":" in name or _DEVICES.fullmatch(name) or name[-1] in ". "]
         if odd or path.drive.startswith(("\\\\?\\", "\\\\.\\")):
@@ -102,8 +104,8 @@ def plain_name(text: str) -> str:
         problem = 'not a plain name: it contains a control character or one of < > : " / \\ | ? *'
     elif _DEVICES.fullmatch(text):
         problem = "the name of a device on Windows"
-    elif len(text.encode("utf-8", "surrogatepass")) > LONGEST_NAME_BYTES:
-        problem = f"longer than {LONGEST_NAME_BYTES} bytes"
+    elif len(text.encode("utf-8", "surrogatepass")) > LONGEST_NEW_NAME:
+        problem = f"longer than {LONGEST_NEW_NAME} bytes"
     if problem:
         raise Refused(f"the name `{printable(text, 60)}` is {problem}")
     return text

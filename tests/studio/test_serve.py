@@ -1,0 +1,89 @@
+"""The command: its options, addresses, and errors."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune.cli.app import run
+from spectune.errors import InputError
+from spectune.studio import serve
+
+
+class Server:
+    """A stand-in for uvicorn's server."""
+
+    served: Any = None
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def run(self, sockets: list[socket.socket]) -> None:
+        Server.served = self.config.app.state.workspace
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.delenv(serve.PASSWORD_VARIABLE, raising=False)
+
+
+def start(tmp_path: Path, *options: str) -> int:
+    return run(["studio", "--no-browser", "--port", "0", "--home", str(tmp_path / "home"), *options])
+
+
+def test_the_options_make_a_workspace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    assert start(tmp_path, "--models", str(tmp_path / "a"), "--data", str(tmp_path / "a")) == 0
+    made = Server.served
+    assert (made.models, made.data) == ((tmp_path / "a",), (tmp_path / "a",))
+    assert (made.remote, made.password) == (False, None)
+    assert made.output == tmp_path / "home" / "output"
+    assert "spectune studio: http://127.0.0.1:" in capfd.readouterr().err
+
+
+def test_other_addresses_require_a_password(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(tmp_path, "--host", "0.0.0.0") == 2
+    assert "it requires --password" in capfd.readouterr().err
+    monkeypatch.setenv(serve.PASSWORD_VARIABLE, "secret")
+    assert start(tmp_path, "--host", "0.0.0.0") == 0
+    assert (Server.served.remote, Server.served.password) == (True, "secret")
+    assert socket.gethostname().lower() in Server.served.hosts
+    assert "0.0.0.0" not in Server.served.hosts
+    assert "secret" not in capfd.readouterr().err
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(tmp_path, "--models", str(tmp_path / "nothing")) == 2
+    assert "nothing is not a folder" in capfd.readouterr().err
+
+
+def test_a_port_in_use_names_the_address(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            InputError, match=f"port {port} of 127.0.0.1 is in use: .*http://127.0.0.1:{port}"
+        ):
+            serve._listen("127.0.0.1", port)
+
+
+def test_without_the_extra_the_error_says_how_to_install_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert start(tmp_path) == 2
+    text = capfd.readouterr().err
+    assert "error: the Studio needs the package uvicorn" in text
+    assert 'hint: pip install "spectune[studio]"' in text
