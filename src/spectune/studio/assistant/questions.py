@@ -22,7 +22,7 @@ from spectune.model.device import memory_to_plan, total_memory
 from spectune.operation import option_fields, run_operation
 from spectune.ops.options.model_files import SplitOptions
 from spectune.ops.split import plan_split
-from spectune.studio.assistant import recipe_questions
+from spectune.studio.assistant import picture_questions, recipe_questions
 from spectune.studio.assistant.recipe_schema import recipe_schema
 from spectune.studio.places import Places
 
@@ -95,6 +95,8 @@ QUESTIONS: Mapping[str, Question] = {
     "inspect": _report_of("inspect"),
     "plan": _report_of("plan"),
     "dataset": _report_of("dataset"),
+    "pictures": picture_questions.pictures,
+    "caption_tokens": picture_questions.caption_tokens,
     "split_forecast": _split_forecast,
     "new": recipe_questions.new,
     "check": recipe_questions.check,

@@ -1,0 +1,40 @@
+"""Write caption files beside pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectune.errors import InputError
+from spectune.files.rename import replacing
+
+EXTENSIONS = (".txt", ".caption")  # of text files, in the order in which training looks for them
+LARGEST_CHARACTERS = 20_000
+
+
+def caption_file(picture: Path) -> Path:
+    """Return the caption file that training reads for a picture, or the one to create."""
+    for extension in EXTENSIONS:
+        for path in (picture.with_suffix(extension), picture.with_name(picture.name + extension)):
+            if path.is_file():
+                return path
+    return picture.with_suffix(EXTENSIONS[0])
+
+
+def read_caption(picture: Path) -> str | None:
+    """Return the text of the caption file, or None if there is none or it is no UTF-8 text."""
+    try:
+        return caption_file(picture).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+
+
+def write_caption(picture: Path, text: str | None) -> None:
+    """Write the caption of a picture as UTF-8; None removes the file."""
+    path = caption_file(picture)
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    if len(text) > LARGEST_CHARACTERS:
+        raise InputError(f"the caption has {len(text):,} characters: expected at most {LARGEST_CHARACTERS:,}")
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
