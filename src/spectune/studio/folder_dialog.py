@@ -25,7 +25,7 @@ def choose_folder(title: str) -> str:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, title], capture_output=True, timeout=_SECONDS, check=False
+            [sys.executable, "-P", "-c", _CODE, title], capture_output=True, timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return ""

@@ -140,8 +140,9 @@ class Assistant:
         too_large = self._log.exists() and self._log.stat().st_size > LOG_BYTES
         replies: queue.Queue[str | None] = queue.Queue()
         with self._log.open("w" if too_large else "a", encoding="utf-8") as log:
+            # -P: no module is imported from the working folder
             child = subprocess.Popen(
-                [sys.executable, *self._command],
+                [sys.executable, "-P", *self._command],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
                 env={**os.environ, "PYTHONUTF8": "1", "TRANSFORMERS_VERBOSITY": "error"},
             )  # fmt: skip
