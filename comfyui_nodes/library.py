@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,11 @@ def library() -> Iterator[None]:
             yield
     except SpectuneError as error:
         raise RuntimeError(error_text(error)) from error
+
+
+def log_warning(text: str) -> None:
+    """Write a warning of an operation to the log of ComfyUI."""
+    logging.warning("spectune: %s", text)
 
 
 def progress_bar() -> Callable[[int, int, str], None]:

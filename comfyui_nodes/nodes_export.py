@@ -8,9 +8,9 @@ from typing import Any
 import spectune
 from spectune.ops.options.adapter_files import ExportOptions
 
-from .library import library, progress_bar
+from .library import library, log_warning, progress_bar
 from .places import listed_of_both, listed_or_none, optional_path, path_of_both, stamp, target
-from .widgets import list_widget, widget
+from .widgets import list_widget, values, widgets
 
 
 class SpectuneExport:
@@ -30,14 +30,11 @@ class SpectuneExport:
         return {
             "required": {
                 "source": list_widget(listed_of_both(), ExportOptions, "tuned"),
-                "rank": widget(ExportOptions, "rank"),
-                "keys": widget(ExportOptions, "keys"),
-                "dtype": widget(ExportOptions, "dtype"),
                 "name": ("STRING", {"default": "spectune_lora"}),
-                "overwrite": widget(ExportOptions, "force"),
             },
             "optional": {
                 "base": list_widget(listed_or_none("checkpoints"), ExportOptions, "base"),
+                **widgets(ExportOptions),
             },
         }
 
@@ -45,23 +42,19 @@ class SpectuneExport:
     def IS_CHANGED(cls, source: str, base: str = "none", **others: object) -> str:
         return f"{stamp(lambda: path_of_both(source))} {stamp(lambda: optional_path('checkpoints', base))}"
 
-    def export(
-        self, source: str, rank: int, keys: str, dtype: str, name: str, overwrite: bool, base: str = "none"
-    ) -> tuple[str]:
-        tuned, out = path_of_both(source), target("loras", name, overwrite=overwrite)
+    def export(self, source: str, name: str, base: str = "none", **inputs: Any) -> tuple[str]:
+        options = values(ExportOptions, inputs)
+        tuned, out = path_of_both(source), target("loras", name, overwrite=options.get("force", False))
         with library():
             report = spectune.export(
                 tuned,
                 out.path,
                 base=optional_path("checkpoints", base),
-                rank=rank or None,
-                keys=keys,
-                dtype=dtype,
-                force=overwrite,
                 progress=progress_bar(),
+                **options,
             )
         for warning in report.warnings:
-            logging.warning("spectune: %s", warning)
+            log_warning(warning)
         logging.info(
             "spectune: %s, %d layers, relative error %.2g", out.name, len(report.layers), report.error
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +13,9 @@ from spectune.errors import InputError
 from spectune.ops.options.adapter_files import SliceOptions
 from spectune.ops.options.values import Slice, parse_slice
 
-from .library import library, progress_bar
+from .library import library, log_warning, progress_bar
 from .places import listed_or_none, optional_path, path_of, target
-from .widgets import list_widget, widget
+from .widgets import help_of, list_widget, values, widgets
 
 _EXAMPLE = "style.safetensors:unet:0.8\nface.safetensors:te"
 
@@ -36,9 +34,11 @@ class SpectuneSlice:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "slices": widget(SliceOptions, "slices", multiline=True, default=_EXAMPLE),
+                "slices": (
+                    "STRING",
+                    {"multiline": True, "default": _EXAMPLE, "tooltip": help_of(SliceOptions, "slices")},
+                ),
                 "name": ("STRING", {"default": "spectune_slice"}),
-                "overwrite": widget(SliceOptions, "force"),
             },
             "optional": {
                 "traits": (
@@ -46,6 +46,7 @@ class SpectuneSlice:
                     {"multiline": True, "default": "", "tooltip": "Additional traits, as JSON."},
                 ),
                 "base": list_widget(listed_or_none("checkpoints"), SliceOptions, "base"),
+                **widgets(SliceOptions, "slices"),
             },
         }
 
@@ -54,20 +55,21 @@ class SpectuneSlice:
         return float("nan")  # files are named in the text, so always run
 
     def slice(
-        self, slices: str, name: str, overwrite: bool, traits: str = "", base: str = "none"
+        self, slices: str, name: str, traits: str = "", base: str = "none", **inputs: Any
     ) -> tuple[str]:
-        out = target("loras", name, overwrite=overwrite)
+        options = values(SliceOptions, inputs)
+        out = target("loras", name, overwrite=options.get("force", False))
         with library(), _traits_file(traits) as traits_path:
             report = spectune.slice(
                 list(read_slices(slices)),
                 out.path,
                 traits=traits_path,
                 base=optional_path("checkpoints", base),
-                force=overwrite,
                 progress=progress_bar(),
+                **options,
             )
-        for warning in report.warnings:
-            logging.warning("spectune: %s", warning)
+        for warning in getattr(report, "warnings", ()):  # none if checkpoints were sliced
+            log_warning(warning)
         return (out.name,)
 
 
@@ -76,13 +78,12 @@ def read_slices(text: str) -> Iterator[Slice]:
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
             continue
-        piece = parse_slice(line)
-        yield replace(piece, path=_lora(str(piece.path)))
+        yield parse_slice(line, find=_lora)
 
 
-def _lora(name: str) -> Path:
+def _lora(name: Path) -> Path:
     try:
-        return path_of("loras", name)
+        return path_of("loras", str(name))
     except FileNotFoundError:
         raise InputError(
             f"{name} is not in the list of LoRAs", hint="write the name as the node Load LoRA shows it"

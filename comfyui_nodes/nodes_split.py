@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import spectune
+from spectune.operation import run_operation
 from spectune.ops.options.model_files import SplitOptions
-from spectune.ops.split import principal_name, residual_name
-from spectune.pairs.rank_plan import DEFAULT_RANK
+from spectune.ops.split import principal_name, residual_name, split
+from spectune.pairs.rank_plan import rank_request, request_label
 
-from .library import library, progress_bar
-from .places import Target, listed, path_of, put, stamp, target
-from .widgets import list_widget, widget
-
-RESIDUAL_TYPES = {"model's own": None, "float32": "float32"}
+from .library import library, log_warning, progress_bar
+from .places import listed, path_of, put, stamp, target
+from .widgets import list_widget, values, widgets
 
 
 class SpectuneSplit:
@@ -33,13 +32,10 @@ class SpectuneSplit:
         return {
             "required": {
                 "checkpoint": list_widget(listed("checkpoints"), SplitOptions, "model"),
-                "rank": widget(SplitOptions, "rank", default=DEFAULT_RANK, min=1),
-                "residual_type": list_widget(list(RESIDUAL_TYPES), SplitOptions, "residual_dtype"),
-                "layers": list_widget(["default", "all"], SplitOptions, "layers"),
                 "residual_folder": ("STRING", {"default": "", "tooltip": "A folder inside checkpoints."}),
                 "principal_folder": ("STRING", {"default": "", "tooltip": "A folder inside loras."}),
-                "overwrite": widget(SplitOptions, "force"),
-            }
+            },
+            "optional": widgets(SplitOptions, "with_residual"),
         }
 
     @classmethod
@@ -47,44 +43,23 @@ class SpectuneSplit:
         return stamp(lambda: path_of("checkpoints", checkpoint))
 
     def split(
-        self,
-        checkpoint: str,
-        rank: int,
-        residual_type: str,
-        layers: str,
-        residual_folder: str,
-        principal_folder: str,
-        overwrite: bool,
+        self, checkpoint: str, residual_folder: str, principal_folder: str, **inputs: Any
     ) -> tuple[str, str]:
         source = path_of("checkpoints", checkpoint)
         # the name in the list, because the file behind a link may have another name
         stem = PurePath(checkpoint.replace("\\", "/")).stem
-        residual = target("checkpoints", f"{residual_folder}/{residual_name(stem)}", overwrite=overwrite)
-        principal_file = f"{principal_folder}/{principal_name(stem, f'r{rank}')}"
-        principal = target("loras", principal_file, overwrite=overwrite)
+        with library():
+            options = SplitOptions(
+                model=source, progress=progress_bar(), notify=log_warning, **values(SplitOptions, inputs)
+            )
+            request = rank_request(options.rank, options.conv_rank, options.energy, options.budget)
+        name = principal_name(stem, request_label(request))
+        principal = target("loras", f"{principal_folder}/{name}", overwrite=options.force)
+        residual = target("checkpoints", f"{residual_folder}/{residual_name(stem)}", overwrite=options.force)
         # on the disk of the residual, so that gigabytes are renamed, not copied
         with library(), TemporaryDirectory(prefix=".spectune-", dir=residual.path.parent) as work:
-            self._split_into(source, Path(work), rank, residual_type, layers, residual, principal)
+            report = run_operation(split, replace(options, out=Path(work)))
+            assert report.residual is not None
+            put(report.principal, principal.path)
+            put(report.residual, residual.path)
         return residual.name, principal.name
-
-    def _split_into(
-        self,
-        source: Path,
-        work: Path,
-        rank: int,
-        residual_type: str,
-        layers: str,
-        residual: Target,
-        principal: Target,
-    ) -> None:
-        report = spectune.split(
-            source,
-            work,
-            rank=rank,
-            residual_dtype=RESIDUAL_TYPES[residual_type],
-            layers=(layers,),
-            progress=progress_bar(),
-        )
-        assert report.residual is not None
-        put(report.principal, principal.path)
-        put(report.residual, residual.path)

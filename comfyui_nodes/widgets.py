@@ -1,38 +1,69 @@
-"""Build node inputs from the options records: defaults, ranges, choices and tooltips."""
+"""Build the inputs of nodes from the options records: names, defaults, ranges, choices and tooltips."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from spectune.operation import OperationOptions, OptionField, option_fields
 
 Input = tuple[str | list[str], dict[str, Any]]
 Options = type[OperationOptions]
-_TYPES = {int: "INT", float: "FLOAT", bool: "BOOLEAN", str: "STRING"}
-_LARGEST_INT = 4096  # ComfyUI requires a maximum
+DEFAULT = "default"  # the choice for None
+_LARGEST = {int: 4096, float: 4096.0}  # ComfyUI requires a maximum
+_OWN_NAMES = {"force": "overwrite"}
 
 
-def widget(options: Options, name: str, **changes: Any) -> Input:
-    """Return the widget of an option. `changes` override its settings.
+def widgets(options: Options, *left_out: str) -> dict[str, Input]:
+    """Return a widget for each option that is not a file and not left out.
 
-    ComfyUI has no empty number: for an optional number, 0 means None.
+    Widgets have no empty value: 0, an empty text and `default` mean None for an option that may be None.
     """
-    field = _field(options, name)
-    if field.choices:
-        return list(field.choices), {"default": field.default, "tooltip": field.help} | changes
-    settings: dict[str, Any] = {"default": field.default, "tooltip": field.help}
-    if field.kind is int:
-        settings |= {"default": field.default or 0, "min": field.minimum, "max": _LARGEST_INT}
-        if field.optional and not changes:
-            settings |= {"min": 0, "tooltip": f"{field.help} 0: the default."}
-    return _TYPES[field.kind], settings | changes
+    return {name: _widget(field) for name, field in _named(options) if field.name not in left_out}
+
+
+def values(options: Options, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of widgets as options of the operation."""
+    fields = dict(_named(options))
+    return {fields[name].name: _value(fields[name], value) for name, value in inputs.items()}
 
 
 def list_widget(entries: Sequence[str], options: Options, name: str) -> Input:
     """Return a list input of `entries`, such as files, with the tooltip of an option."""
-    return list(entries), {"tooltip": _field(options, name).help}
+    return list(entries), {"tooltip": help_of(options, name)}
 
 
-def _field(options: Options, name: str) -> OptionField:
-    return next(field for field in option_fields(options) if field.name == name)
+def help_of(options: Options, name: str) -> str:
+    """Return the help text of an option."""
+    return next(field.help for field in option_fields(options) if field.name == name)
+
+
+def _named(options: Options) -> Iterator[tuple[str, OptionField]]:
+    for field in option_fields(options):
+        if field.kind is not Path:
+            yield _OWN_NAMES.get(field.name, field.name), field
+
+
+def _widget(field: OptionField) -> Input:
+    default, tooltip = field.default, field.help
+    if field.choices:
+        none = [DEFAULT] if field.optional else []
+        return [*none, *field.choices], {"default": DEFAULT if none else default, "tooltip": tooltip}
+    if field.kind is bool:
+        return "BOOLEAN", {"default": default, "tooltip": tooltip}
+    if field.kind is str or field.many:
+        text = ",".join(default or ()) if field.many else default or ""
+        return "STRING", {"default": text, "tooltip": tooltip}
+    limits = {"min": field.minimum or 0, "max": field.maximum or _LARGEST[field.kind]}
+    if field.kind is float:
+        limits |= {"step": 0.001, "round": False}
+    if field.optional:
+        limits["min"], default, tooltip = 0, default or 0, f"{tooltip} 0: not set."
+    return field.kind.__name__.upper(), {"default": default, "tooltip": tooltip, **limits}
+
+
+def _value(field: OptionField, value: Any) -> Any:
+    if field.optional and value in (0, "", DEFAULT):
+        return None
+    return (value,) if field.many else value

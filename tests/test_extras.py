@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dev
+from spectune import extras
 from spectune.errors import InputError
-from spectune.extras import EXTRA_OF, extras_named
+from spectune.extras import EXTRA_OF, check_version, extras_named
 
 FILE_COMMANDS = ["inspect", "split", "verify", "null", "merge", "export", "slice", "convert", "rebuild"]
 
@@ -62,3 +63,17 @@ def test_other_missing_modules_are_not_explained() -> None:
     with pytest.raises(InputError, match=match) as caught, extras_named("the optimizer"):
         raise ModuleNotFoundError("No module named 'lion_pytorch.x'", name="lion_pytorch.x")
     assert caught.value.hint == 'pip install "spectune[train]"'
+
+
+def test_a_package_of_another_program_in_the_wrong_version_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["torch>=2.4", 'transformers>=5.8,<6; extra == "train"']
+    monkeypatch.setattr(extras, "requires", lambda name: lines)
+    monkeypatch.setattr(extras, "version", lambda name: "4.57.6")
+    with pytest.raises(
+        InputError, match=r"transformers 4\.57\.6 is installed: this needs transformers<6,>=5\.8"
+    ):
+        check_version("transformers", "train")
+    monkeypatch.setattr(extras, "version", lambda name: "5.23.0")
+    check_version("transformers", "train")

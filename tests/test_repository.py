@@ -17,6 +17,7 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pathspec import PathSpec
 
 import dev
 from spectune.cli.app import app
@@ -228,6 +229,17 @@ def test_versions_in_different_files_agree() -> None:
         "hooks"
     ]
     assert {name for hook in hooks for name in hook["additional_dependencies"]} == {str(pins()["ruff"])}
+
+
+def test_the_package_of_the_comfy_registry_has_the_nodes_and_the_library_only() -> None:
+    """comfy-cli packs the tracked files that .comfyignore does not match."""
+    ignored = PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text("utf-8").splitlines())
+    names = [path.relative_to(ROOT).as_posix() for path in repository_files()]
+    kept = [name for name in names if not ignored.match_file(name)]
+    assert {"__init__.py", "comfyui_nodes/__init__.py", "pyproject.toml", "LICENSE"} <= set(kept)
+    assert [name for name in names if name.startswith("src/") and name not in kept] == []
+    assert {name.split("/")[0] for name in kept if "/" in name} == {"comfyui_nodes", "src"}
+    assert "requirements.txt" not in names  # ComfyUI-Manager would install it into ComfyUI
 
 
 def test_the_package_is_marked_as_typed() -> None:

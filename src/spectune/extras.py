@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from spectune.errors import InputError
 
@@ -43,3 +44,23 @@ def extras_named(user: str = "this") -> Iterator[None]:
             raise
         hint = install_line(EXTRA_OF[module])
         raise InputError(f"{user} needs {module}, which is not installed", hint=hint) from error
+
+
+def check_version(package: str, extra: str) -> None:
+    """Raise InputError if the installed version of a package is not in the range of pyproject.toml.
+
+    pip checks the range when it installs the extra. Another program, such as ComfyUI, may have installed the
+    package without it.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        lines, found = requires("spectune") or [], version(package)
+    except PackageNotFoundError:  # a source tree that is not installed
+        return
+    for needed in map(Requirement, lines):
+        if needed.name == package and not needed.specifier.contains(found, prereleases=True):
+            raise InputError(
+                f"{package} {found} is installed: this needs {package}{needed.specifier}",
+                hint=f"{install_line(extra)}, in an environment without ComfyUI",
+            )

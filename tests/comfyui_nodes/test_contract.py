@@ -39,6 +39,8 @@ def problems(node: type[Any]) -> list[str]:
         found.append(f"category {node.CATEGORY}")
     parameters = dict(list(inspect.signature(getattr(node, node.FUNCTION)).parameters.items())[1:])
     optional = set(inputs.get("optional", {}))
+    if parameters.pop("inputs", None):  # **inputs takes the options of a record, which have defaults
+        optional &= set(parameters)
     if set(parameters) != set(inputs["required"]) | optional:
         found.append(f"parameters {sorted(parameters)}")
     if optional != {name for name, param in parameters.items() if param.default is not param.empty}:

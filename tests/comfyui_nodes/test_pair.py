@@ -27,14 +27,14 @@ def original(comfy: Comfy) -> dict[str, Tensor]:
     return model | clip
 
 
-def split_here(comfy: Comfy, residual_type: str = "float32", **changes: Any) -> tuple[str, str]:
+def split_here(comfy: Comfy, residual_dtype: str = "float32", **changes: Any) -> tuple[str, str]:
     inputs: dict[str, Any] = {
         "residual_folder": "",
         "principal_folder": "",
         "layers": "default",
         "overwrite": False,
     }
-    inputs |= {"checkpoint": BASE, "rank": RANK, "residual_type": residual_type, **changes}
+    inputs |= {"checkpoint": BASE, "rank": RANK, "residual_dtype": residual_dtype, **changes}
     return comfy.run("SpectuneSplit", **inputs)
 
 
@@ -57,7 +57,7 @@ def test_the_patched_residual_equals_the_original_up_to_float32_rounding(
 
 
 def test_a_16_bit_residual_has_the_error_of_its_rounding(comfy: Comfy, original: dict[str, Tensor]) -> None:
-    error = worst(load(comfy, *split_here(comfy, "model's own")), original)
+    error = worst(load(comfy, *split_here(comfy, "default")), original)
     assert 4 * RANK * EPS < error < 2 * HALF
 
 
@@ -96,8 +96,8 @@ def test_restore_gives_the_original_bit_for_bit(comfy: Comfy, original: dict[str
 
 @pytest.mark.parametrize("method", ["patch", "restore"])
 def test_a_wrong_pair_is_an_error_with_both_hashes(comfy: Comfy, method: str) -> None:
-    residual, _ = split_here(comfy, "model's own")
-    _, other = split_here(comfy, "model's own", rank=2, residual_folder="two", principal_folder="two")
+    residual, _ = split_here(comfy, "default")
+    _, other = split_here(comfy, "default", rank=2, residual_folder="two", principal_folder="two")
     with pytest.raises(
         RuntimeError,
         match=r"belongs to principal [0-9a-f]{16}, .* is principal [0-9a-f]{16}\nhint: pass the two",

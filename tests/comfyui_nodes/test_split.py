@@ -15,11 +15,8 @@ from tests.comfyui_nodes.fakes import Comfy, Interrupted
 INPUTS: dict[str, Any] = {
     "checkpoint": BASE,
     "rank": 4,
-    "residual_type": "model's own",
-    "layers": "default",
     "residual_folder": "",
     "principal_folder": "",
-    "overwrite": False,
 }
 RESIDUAL, PRINCIPAL = "tiny.residual.safetensors", "tiny.principal-r4.safetensors"
 
@@ -44,7 +41,7 @@ def test_both_files_appear_in_the_lists(comfy: Comfy) -> None:
 
 
 def test_split_writes_the_same_files_as_the_library(comfy: Comfy, tmp_path: Path) -> None:
-    run(comfy, residual_type="float32", layers="all")
+    run(comfy, residual_dtype="float32", layers="all")
     made = spectune.split(
         comfy.folders["checkpoints"] / BASE,
         tmp_path / "out",

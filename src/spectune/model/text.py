@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from spectune.extras import check_version
 from spectune.sdxl.vocabulary import BOS_ID, CHUNK_TOKENS, EOS_ID, MAX_TOKENS, clip_vocabulary
 
 __all__ = ["BOS_ID", "EOS_ID", "TokenIds", "clip_tokenizer", "count_tokens", "has_weights", "tokenize"]
+
+check_version("transformers", "train")  # here, because everything that uses transformers imports this module
 
 _WEIGHT = re.compile(r"\([^()]*:\s*[+-]?(\d(\.\d*)?|\.\d+)\s*\)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -72,8 +73,8 @@ class Slice:
         return f"{self.path.name}{trait}" + ("" if self.weight == 1 else f" x {self.weight:g}")
 
 
-def parse_slice(word: str | Path | Slice) -> Slice:
-    """Parse `FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`.
+def parse_slice(word: str | Path | Slice, *, find: Callable[[Path], Path] = find_model) -> Slice:
+    """Parse `FILE`, `FILE:TRAIT`, `FILE:TRAIT:WEIGHT` or `FILE:WEIGHT`; `find` returns the path of a file.
 
     The colon of a drive letter belongs to the file. If a file or folder whose name contains a colon exists,
     the longest such name is used.
@@ -88,7 +89,7 @@ def parse_slice(word: str | Path | Slice) -> Slice:
     number = 1.0 if weight is None else float(weight)
     if not math.isfinite(number):
         raise InputError(f"the weight in {word!r} is {number}: expected a finite number")
-    return Slice(find_model(Path(path)), trait, number)
+    return Slice(find(Path(path)), trait, number)
 
 
 def _split_slice(word: str) -> tuple[str, str | None, str | None]:
