@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from spectune.errors import InputError
+from spectune.errors import InputError, printable
+from spectune.studio.places import Refused, plain_name
+from spectune.studio.workspace import Workspace
 
 TAIL_BYTES = 64_000  # of an event file, for the newest steps
 LARGEST_RECIPE = 1_000_000
 JOBS_READ = 30  # for the speed
+_PARTS = {"unet": "unet", "te1": "te", "te2": "te"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class TrainingFiles:
     batch: int
     resolution_px: int
     prompts: Path | None
+    parts: tuple[str, ...]  # of the model that are trained: unet, te
 
     @property
     def tuned(self) -> Path:
@@ -68,17 +73,44 @@ def training_files(recipe: Path) -> TrainingFiles:
         return TrainingFiles(
             recipe=recipe,
             name=str(run["name"]),
-            base=folder / str(model["base"]),
-            output=folder / str(run["output"]),
+            base=_below(folder, model["base"]),
+            output=_below(folder, run["output"]),
             batch=int(run.get("batch", 1)),
             resolution_px=int(data.get("data", {}).get("resolution_px", 1024)),
-            prompts=None if preview is None else folder / str(preview),
+            prompts=None if preview is None else _below(folder, preview),
+            parts=tuple(dict.fromkeys(_PARTS[part] for part in model.get("parts", _PARTS))),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"the files of the training cannot be found with its recipe {recipe.name}: {error}",
             hint="use the page Tools with the files themselves",
         ) from error
+
+
+def read_job(space: Workspace, job: str) -> dict[str, Any]:
+    """Return the record of a job. Raises Refused if there is no such job."""
+    file = space.home / "jobs" / plain_name(job) / "job.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"there is no run {printable(job, 60)}") from error
+
+
+def files_of_job(space: Workspace, job: str) -> TrainingFiles:
+    """Return the files of the training of a job; its folders are those of the Studio.
+
+    Raises:
+        Refused: There is no such job, it does not train, or its files are outside of the folders.
+        InputError: Its recipe cannot be read.
+    """
+    recipe = recipe_path(read_job(space, job))
+    if recipe is None:
+        raise Refused(f"the job {printable(job, 60)} is not a training")
+    places = space.places()
+    files = training_files(places.file(str(recipe)))
+    for path in (files.base, files.output):
+        places.inside(str(path))
+    return files
 
 
 def recipe_path(job: Mapping[str, Any]) -> Path | None:
@@ -132,6 +164,11 @@ def _last_steps(events: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             if isinstance(event, dict) and event.get("event") == "step":
                 yield event
+
+
+def _below(folder: Path, text: Any) -> Path:
+    """Return a path of a recipe, without `..`; a relative one starts at the recipe's folder."""
+    return Path(os.path.normpath(folder / str(text)))
 
 
 def _escaped(name: str) -> str:

@@ -1,15 +1,38 @@
-"""A run: curves, previews, and its controls."""
+"""A run: curves, previews, and its controls. The events of the job bring everything that moves."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from spectune.studio import runs
+from spectune.studio.pages import Space
 from spectune.studio.rendering import render
 
 router = APIRouter()
 
 
 @router.get("/runs/{job}")
-def page(request: Request, job: str) -> Response:
-    return render(request, "run.html", title="Run", job=job)
+def page(request: Request, space: Space, job: str) -> Response:
+    return render(request, "run.html", title=runs.read_job(space, job).get("title") or "Run", job=job)
+
+
+@router.get("/api/runs/{job}/files")
+def files(space: Space, job: str) -> dict[str, Any]:
+    """Return the files of a training."""
+    found = runs.files_of_job(space, job)
+    return {
+        "name": found.name,
+        "recipe": str(found.recipe),
+        "base": str(found.base),
+        "output": str(found.output),
+        "tuned": str(found.tuned) if found.tuned.exists() else None,
+    }
+
+
+@router.get("/api/runs/card")
+def card(space: Space) -> dict[str, Any]:
+    """Return the graphics card and its memory."""
+    return space.ask("device", {})

@@ -133,25 +133,30 @@ async function showSpeed(path) {
 // ---- the pictures
 
 const showFolder = newest(async () => {
-  const [path, { resolution }] = [folderPath(), state];
   [state.pictures, state.normalSteps] = [null, null];
   stale();
-  if (!path) return;
+  if (!folderPath()) return;
   at("picture-facts").replaceChildren(el("p", { class: "quiet" }, "Looking at the pictures..."));
   fieldError(form, fieldOf("folder"), "");
   try {
-    const found = await get(`/api/new/pictures?path=${encodeURIComponent(path)}&resolution=${resolution}`);
-    if (path !== folderPath()) return;
-    state.pictures = found;
-    remember("folder", path);
-    if (!state.nameEdited) form.name.value = found.name;
-    at("picture-facts").replaceChildren(...pictureFacts(found, path));
+    await judgePictures();
   } catch (error) {
     at("picture-facts").replaceChildren();
     fieldError(form, fieldOf("folder"), [error.what, error.hint].filter(Boolean).join(" "));
   }
   check();
 });
+
+// Ask for the facts about the pictures at the resolution of the recipe, and show them.
+async function judgePictures() {
+  const path = folderPath();
+  const found = await get(`/api/new/pictures?path=${encodeURIComponent(path)}&resolution=${state.resolution}`);
+  if (path !== folderPath()) return;
+  state.pictures = found;
+  remember("folder", path);
+  if (!state.nameEdited && form.name.value !== found.name) form.name.value = found.name;
+  at("picture-facts").replaceChildren(...pictureFacts(found, path));
+}
 
 function pictureFacts(found, path) {
   const captions = found.captioned === found.pictures ? "all with a caption" : `${count(found.captioned)} with a caption of their own`;
@@ -198,7 +203,7 @@ function showRank() {
   at("rank-value").textContent = rank();
   form.rank.setAttribute("aria-valuetext", `${rank()} directions`);
   const ranks = state.model?.ranks;
-  at("rank-file").textContent = ranks ? bytes(costAt(ranks, rank(), "file_bytes")) : "-";
+  at("rank-file").textContent = ranks ? bytes(2 * costAt(ranks, rank(), "file_bytes")) : "-";
   const required = requiredAt(rank());
   at("rank-memory").textContent = required ? bytes(required) : "-";
   if (state.energies) at("rank-energy").textContent = `${Math.round(energyAt(state.energies, rank()) * 100)} %`;
@@ -301,7 +306,7 @@ function check() {
 function showCheck(found) {
   if (found.resolution !== state.resolution) { // the pictures were judged for another size
     state.resolution = found.resolution;
-    showFolder();
+    judgePictures().catch(toast);
   }
   if (asUsual()) state.normalSteps = found.steps;
   if (!state.rankChosen) {
