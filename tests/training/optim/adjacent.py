@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectune.files.source import TensorInfo
 from spectune.model.joined_factors import JoinedFactors
 from spectune.sdxl.layers import build_catalogue
+from spectune.training.optim import stacks
 from spectune.training.state import trained_tensors
 
 SHAPES = [(4, 40), (40, 4), (4, 40), (3, 5, 3, 3), (40, 4), (4, 40), (7, 4), (3, 5, 3, 3)]
@@ -56,14 +58,24 @@ def train(
         optimizer.zero_grad()
 
 
-def small_sdxl(full_infos: Mapping[str, TensorInfo]) -> dict[str, nn.Parameter]:
-    """Return all trained tensors of SDXL, with one small size for each size of the real ones."""
+def small_sdxl(
+    full_infos: Mapping[str, TensorInfo], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, nn.Parameter]:
+    """Return all trained tensors of SDXL, with one small size for each size of the real ones.
+
+    Stacks have as many tensors as those of the real size, at rank 64 in float32.
+    """
     sizes: dict[int, int] = {}
+    real: dict[torch.Size, Tensor] = {}
     layers: dict[str, Any] = {}
     for layer in build_catalogue(full_infos):
         out, inside, *kernel = layer.shape
+        rank = min(64, layer.full_rank)
+        large = (rank, inside, *kernel), (out, rank)
         out, inside = (sizes.setdefault(size, 2 + len(sizes)) for size in (out, inside))
         down, up = torch.zeros(32, inside, *kernel), torch.zeros(out, 32, *[1] * len(kernel))
+        for small, shape in zip((down, up), large, strict=True):
+            real[small.shape] = torch.empty(shape, device="meta")
         layers[layer.name] = SimpleNamespace(
             form="delta",
             scale=1.0,
@@ -72,5 +84,7 @@ def small_sdxl(full_infos: Mapping[str, TensorInfo]) -> dict[str, nn.Parameter]:
             down=nn.Parameter(down.clone()),
             up=nn.Parameter(up.clone()),
         )
+    plain = stacks.most_members
+    monkeypatch.setattr(stacks, "most_members", lambda p: plain(real[p.shape]))
     JoinedFactors([*layers.values()]).refresh()
     return trained_tensors({name: (layer.down, layer.up) for name, layer in layers.items()})

@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+# A step makes up to four temporary tensors of the size of a stack. They must not need more memory than the
+# activations, which are free by then: 0.2 GB for SDXL at 512 px with checkpointing.
+STACK_BYTES = 64 << 20
+
 _AXES = "exp_avg_sq_metadata"  # state of ProdigyPlus: the two axes of a factored average square
 
 State = dict[str, Any]
@@ -137,7 +141,8 @@ class StackedOptimizer(Optimizer):
         for tensors in alike.values():
             end = None
             for p in sorted(tensors, key=lambda p: p.storage_offset()):
-                if not self._can_stack(p, group) or p.storage_offset() != end:
+                follows = p.storage_offset() == end and len(runs[-1]) < most_members(p)
+                if not follows or not self._can_stack(p, group):
                     runs.append([])
                 runs[-1].append(p)
                 end = p.storage_offset() + p.numel()
@@ -181,6 +186,11 @@ class StackedOptimizer(Optimizer):
         if key in self.vectors:
             return value.clone() if value.dim() == 0 else value.view(count, -1)[index]
         return value[index]
+
+
+def most_members(p: Tensor) -> int:
+    """Return the largest number of tensors like `p` in a stack."""
+    return max(1, STACK_BYTES // p.nbytes)
 
 
 def _kind(value: Any) -> object:
