@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from spectune.errors import SpectuneError, one_line
+from spectune.studio.jobs.api import router_of
 from spectune.studio.login import Login
 from spectune.studio.pages import PAGES
 from spectune.studio.places import Refused
@@ -29,9 +30,11 @@ def create_app(workspace: Workspace) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         workspace.assistant.start()
+        workspace.jobs.start()
         try:
             yield
         finally:
+            workspace.jobs.close()
             workspace.assistant.close()
 
     # The pages of FastAPI about its API load scripts of another site.
@@ -40,6 +43,7 @@ def create_app(workspace: Workspace) -> FastAPI:
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     for name in PAGES:
         app.include_router(import_module(f"spectune.studio.pages.{name}").router)
+    app.include_router(router_of(workspace.jobs))
     # The last one that is added sees a request first.
     if workspace.password is not None:
         login = Login(workspace.password)

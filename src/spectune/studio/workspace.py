@@ -1,4 +1,4 @@
-"""What all pages share: the folders, the settings, the assistant."""
+"""What all pages share: the folders, the settings, the assistant, the jobs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import platformdirs
 from spectune.errors import InputError
 from spectune.files.model_folders.config import read_model_folders
 from spectune.studio.assistant.client import Assistant
+from spectune.studio.jobs.queue import JobQueue
 from spectune.studio.places import Places
 from spectune.studio.settings import SettingsFile
 
@@ -31,9 +32,11 @@ class Workspace:
     remote: bool = False  # other computers can connect; then no page changes the folders
     default_output: Path | None = None
     assistant: Assistant = field(init=False)
+    jobs: JobQueue = field(init=False)
 
     def __post_init__(self) -> None:
         self.assistant = Assistant(log=self.home / "assistant.log")
+        self.jobs = JobQueue(self.home / "jobs", places=self.places, check=self._check_job)
 
     @cached_property
     def settings(self) -> SettingsFile:
@@ -59,6 +62,16 @@ class Workspace:
         A newer question with the same `topic` cancels this one, if it still waits.
         """
         return self.assistant.ask(question, values, roots=self.places().roots, topic=topic)
+
+    def _check_job(self, command: str, values: Mapping[str, Any]) -> None:
+        """Raise InputError if a recipe has errors, or paths outside of the folders."""
+        if command != "train":
+            return
+        recipe = Path(str(values["recipe"]))
+        sections = self.ask("recipe_values", {"path": str(recipe)})["values"]
+        found = self.ask("check", {"values": sections, "folder": str(recipe.parent), "quick": True})
+        for problem in found["problems"]:
+            raise InputError(f"{recipe.name}: {problem['key']}: {problem['what']}", hint=problem["hint"])
 
 
 def default_home() -> Path:
