@@ -47,7 +47,7 @@ def test_every_script_and_style_is_used(client: TestClient) -> None:
 def test_every_input_has_a_label(client: TestClient) -> None:
     for path in PATHS:
         text = client.get(path).text
-        labels = set(re.findall(r'<label for="([^"]+)"', text))
+        labels = set(re.findall(r'<label\b[^>]*\bfor="([^"]+)"', text))
         for field in re.findall(r"<(?:input|select|textarea)\b[^>]*>", text):
             name = re.search(r'\bid="([^"]+)"', field)
             in_label = 'type="radio"' in field or 'type="checkbox"' in field or "aria-label" in field
