@@ -10,6 +10,7 @@
     python dev.py docs            build the documentation site; warnings are errors
                                   --serve: show it in a browser; --write: regenerate the generated pages first
     python dev.py bench NAME      run benchmarks/NAME.py; further arguments go to it
+    python dev.py fuzz MINUTES    try bad files, recipes and commands; --seed N, --only TARGET
     python dev.py experiment ...  repeat the experiments of docs/concepts/evidence.md, by name or all
 
 Every command first installs packages that are missing or out of date. A torch that is already in .venv
@@ -367,6 +368,12 @@ def bench(args: list[str]) -> int:
     return run(ensure(DEV_LOCK), BENCHMARKS / f"{args[0]}.py", *args[1:])
 
 
+def fuzz(args: list[str]) -> int:
+    # Small tensors gain nothing from more threads, and the CPU time of an input is measured.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run(ensure(DEV_LOCK), "-m", "tests.fuzz", *args)
+
+
 def experiment(args: list[str]) -> int:
     return run(ensure(DEV_LOCK), EXPERIMENTS, *args)
 
@@ -379,6 +386,7 @@ COMMANDS = {
     "lint": lint,
     "docs": docs,
     "bench": bench,
+    "fuzz": fuzz,
     "experiment": experiment,
 }
 

@@ -199,3 +199,34 @@ def test_frames_are_restored(tmp_path: Path) -> None:
     assert torch.equal(loaded["a"].down, frames["a"].down)
     assert torch.equal(loaded["a"].up, frames["a"].up)
     assert loaded["a"].alpha == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("step", -1, "greater than or equal to 0"),
+        ("position", "many", "valid integer"),
+        ("optimizer", {"$code": "x"}, "`$code` is not a kind of value"),
+        ("files", [], "has no attribute"),
+    ],
+)
+def test_a_state_of_another_structure_is_refused(tmp_path: Path, key: str, value: Any, reason: str) -> None:
+    """Its checksum is right: another program wrote it."""
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "x.state"
+    state.save_state(folder, header(), trained, optimizer)
+    document = json.loads((folder / state.STATE).read_text()) | {key: value}
+    del document["sha256"]
+    document["sha256"] = state._text_hash(json.dumps(document))
+    (folder / state.STATE).write_text(json.dumps(document))
+    with pytest.raises(state.DamagedState) as error:
+        state.load_state(folder)
+    assert reason in error.value.what
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "x.state"
+    state.save_state(folder, header(), trained, build_optimizer("adamw", [{"params": [trained["a.up"]]}]))
+    with pytest.raises(InputError, match=r"the optimizer in x\.state is not that of this run: loaded state"):
+        state.load_state(folder).restore(trained, optimizer)

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,15 +40,16 @@ FORMAT = 5  # 3: extras; 4: kinds of frames, conversions to flow; 5: checksums, 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 FRAMES, EXTRAS = "frames.safetensors", "extras.safetensors"
 _CHECKSUM = "sha256"  # key of state.json: the hash of the rest of it
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
 class StateHeader:
     """The identity and the position of a run, as state.json stores them."""
 
-    step: int  # finished optimizer steps
-    steps: int  # in total
-    position: int  # batches taken from the plan, by all processes
+    step: Count  # finished optimizer steps
+    steps: Count  # in total
+    position: Count  # batches taken from the plan, by all processes
     recipe: Mapping[str, Any]
     base_hash: str | None
     frame_hash: str  # of the frames that the trained tensors belong to
@@ -102,7 +104,8 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content].clone()
     if kind == "$tuple":
         return tuple(unflatten(item, tensors) for item in content)
-    assert kind == "$map", kind
+    if kind != "$map":
+        raise ValueError(f"`{kind}` is not a kind of value")
     return {key: unflatten(item, tensors) for key, item in content}
 
 
@@ -200,7 +203,7 @@ class SavedState:
         """Restore the trained tensors and the optimizer state, bit for bit.
 
         Raises:
-            InputError: The run trains tensors of other names or shapes.
+            InputError: The run trains tensors of other names or shapes, or with another optimizer.
         """
         differing = sorted(
             name
@@ -218,10 +221,17 @@ class SavedState:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(self.trained[name])
-        optimizer.load_state_dict(cast("dict[str, Any]", self.optimizer))
-        _restore_dtypes(optimizer, self.optimizer["state"])
+        try:
+            optimizer.load_state_dict(cast("dict[str, Any]", self.optimizer))
+            _restore_dtypes(optimizer, self.optimizer["state"])
+        except _WRONG_VALUES as error:
+            raise InputError(
+                f"the optimizer in {self.folder.name} is not that of this run: {error}", hint=NEW_RUN_HINT
+            ) from error
 
 
+# What torch and this module raise for data of another structure.
+_WRONG_VALUES = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
 NEW_RUN_HINT = "undo the change, or start a new run: set run.resume = false and another run.output"
 
 
@@ -264,13 +274,13 @@ def load_state(folder: Path) -> SavedState:
         document["changes"] = tuple(document["changes"])
         return SavedState(
             folder,
-            StateHeader(**document),
+            TypeAdapter(StateHeader).validate_python(asdict(StateHeader(**document))),
             {name: trained[name] for name in order},
             structure,
             frames,
             extras,
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *_WRONG_VALUES) as error:
         raise _damaged(folder, error) from error
 
 
