@@ -47,6 +47,15 @@ def test_a_sheet_shows_every_picture():
     assert {10, 20, 30, 40} <= found
 
 
+def test_a_long_caption_stays_in_its_row():
+    """The rows below and above a caption that does not fit have no ink."""
+    sheet = contact_sheet([Column("one", [flat(0)] * 3)], ["", "red fox, " * 99, ""], cell_px=64)
+    ink = [y for y in range(sheet.height) if min(sheet.crop((0, y, 128, y + 1)).tobytes()) < 128]
+    down = 64 + 8 + 64 // 7
+    head = sheet.height - 8 - 3 * down
+    assert head + down <= min(ink) < max(ink) < head + 2 * down
+
+
 def test_a_missing_picture_is_an_error():
     with pytest.raises(InputError, match="column 'one' has 1 picture for 2 captions"):
         contact_sheet([Column("one", [flat(0)])], ["a", "b"])

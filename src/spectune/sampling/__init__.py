@@ -5,4 +5,5 @@
 * terminal_ddim: DDIM for schedules with zero terminal SNR.
 * prompts: read a file of prompts in the format of sd-scripts.
 * contact_sheet: pictures side by side, with captions and PSNR.
+* fonts: the text of sheets, in all scripts for which the computer has a font.
 """

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from spectune.errors import InputError, counted
+from spectune.sampling.fonts import SheetFont, note_missing
 
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _MARGIN = 8
 _INK, _FAINT, _PAPER = (32, 32, 32), (120, 120, 120), (250, 250, 250)
 
@@ -65,25 +65,28 @@ def contact_sheet(columns: Sequence[Column], captions: Sequence[str], *, cell_px
                 f"column {column.label!r} has {counted(len(column.pictures), 'picture')} for "
                 f"{counted(len(captions), 'caption')}"
             )
-    small, plain = _font(cell_px // 10, 10), _font(cell_px // 9, 11)
+    small, plain = SheetFont(max(10, cell_px // 10)), SheetFont(max(11, cell_px // 9))
     line = cell_px // 7
-    head = 2 * line + _MARGIN
-    side = max([0, *(int(plain.getlength(caption)) for caption in captions)]) + 2 * _MARGIN
-    side = min(side, 2 * cell_px)
+    labels = [plain.wrapped(column.label, cell_px, 2) for column in columns]
+    named = _MARGIN + max(map(len, labels), default=1) * line
+    head = named + line
+    side = min(max([0, *(int(plain.length(caption)) for caption in captions)]), 2 * cell_px) + 2 * _MARGIN
     across, down = cell_px + _MARGIN, cell_px + _MARGIN + line
     sheet, draw = _blank(side + across * len(columns) + _MARGIN, head + down * len(captions) + _MARGIN)
     for row, caption in enumerate(captions):
-        lines = _wrapped(caption, plain, side - 2 * _MARGIN)
-        _write(draw, (_MARGIN, head + row * down + cell_px // 3), lines, line, plain)
+        lines = plain.wrapped(caption, side - 2 * _MARGIN, cell_px // line)
+        top = head + row * down + (cell_px - len(lines) * line) // 2
+        _write(draw, (_MARGIN, top), lines, line, plain)
     for number, column in enumerate(columns):
         left = side + number * across
-        draw.text((left, _MARGIN), column.label, _INK, plain)
+        _write(draw, (left, _MARGIN), labels[number], line, plain)
         mean, *values = _psnr_texts(columns, number)
-        draw.text((left, _MARGIN + line), mean, _FAINT, small)
+        small.draw(draw, (left, named), small.shortened(mean, cell_px), _FAINT)
         for row, (picture, value) in enumerate(zip(column.pictures, values, strict=True)):
             top = head + row * down
             sheet.paste(_fitted(picture, cell_px), (left, top))
-            draw.text((left, top + cell_px), value, _FAINT, small)
+            small.draw(draw, (left, top + cell_px), value, _FAINT)
+    note_missing([*captions, *(column.label for column in columns)])
     return sheet
 
 
@@ -103,7 +106,7 @@ def picture_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, cell_px: int = 128, columns: int = 6
 ) -> Image.Image:
     """Draw pictures in rows of `columns`, each with its caption below."""
-    font = _font(cell_px // 10, 10)
+    font = SheetFont(max(10, cell_px // 10))
     line = cell_px // 8
     across, down = cell_px + _MARGIN, cell_px + 2 * line + _MARGIN
     columns = min(columns, len(pictures))
@@ -112,12 +115,9 @@ def picture_grid(
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = _MARGIN + number % columns * across, _MARGIN + number // columns * down
         sheet.paste(_fitted(picture, cell_px), (left, top))
-        _write(draw, (left, top + cell_px), _wrapped(caption, font, cell_px)[:2], line, font)
+        _write(draw, (left, top + cell_px), font.wrapped(caption, cell_px, 2), line, font)
+    note_missing(captions)
     return sheet
-
-
-def _font(size: int, smallest: int) -> _Font:
-    return ImageFont.load_default(max(smallest, size))
 
 
 def _blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -126,23 +126,13 @@ def _blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], height: int, font: _Font
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], height: int, font: SheetFont
 ) -> None:
     left, top = corner
     for index, text in enumerate(lines):
-        draw.text((left, top + index * height), text, _INK, font)
+        font.draw(draw, (left, top + index * height), text, _INK)
 
 
 def _fitted(picture: Image.Image, cell_px: int) -> Image.Image:
     """Scale a picture into a square cell and keep its aspect ratio."""
     return ImageOps.pad(picture, (cell_px, cell_px), Image.Resampling.LANCZOS, color=_PAPER)
-
-
-def _wrapped(text: str, font: _Font, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines

@@ -107,7 +107,7 @@ def test_without_imagehash_the_report_says_so(
     assert run(["dataset", str(pictures), "--resolution", "64"]) == 0
     text = capsys.readouterr().err
     assert "near duplicates were not looked for" in text
-    assert 'pip install "imagehash' in text
+    assert 'pip install "spectune[dataset]"' in text
     assert report_of(pictures).near_duplicates is None
 
 

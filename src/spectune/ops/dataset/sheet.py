@@ -65,4 +65,4 @@ def _labels(picture: DatasetPicture, *, doubled: bool) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}...{name[-6:]}"
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 7]}…{name[-6:]}"
