@@ -68,7 +68,7 @@ def _value(field: OptionField) -> str:
         return ""
     text = ", ".join(f"`{choice}`" for choice in field.choices) or WORDS[field.kind]
     if field.minimum is not None and field.maximum is not None:
-        return f"{text} {field.minimum:g} to {field.maximum:g}"
+        return f"{text} {field.minimum:,g} to {field.maximum:,g}"
     if field.minimum is not None:
         return f"{text} ≥ {field.minimum:g}"
     return f"{text}, several times" if field.many else text

@@ -108,7 +108,9 @@ def _range(constraints: Iterable[Any]) -> str:
     """Return the bounds of a number, such as ` ≥ 1` or ` 0 to 1`, or an empty string."""
     signs: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
     bounds = {
-        signs[type(one)][1]: getattr(one, signs[type(one)][0]) for one in constraints if type(one) in signs
+        signs[type(one)][1]: f"{getattr(one, signs[type(one)][0]):,g}"
+        for one in constraints
+        if type(one) in signs
     }
     if bounds.keys() == {"≥", "≤"}:
         return f" {bounds['≥']} to {bounds['≤']}"

@@ -47,14 +47,13 @@ def check_all(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
     The error has the first three messages with their hints, and the number of the others.
     """
     results: list[R] = []
-    errors: list[InputError] = []
-    count = 0
+    by_message: dict[str, InputError] = {}
     for item in items:
         try:
             results.append(function(item))
         except InputError as error:
-            count += 1
-            errors = [*errors, error][:3]
+            by_message.setdefault(error.what, error)
+    count, errors = len(by_message), [*by_message.values()][:3]
     if not errors:
         return results
     if count == 1:

@@ -147,3 +147,41 @@ def test_the_header_of_another_program_is_kept(folder: Path) -> None:
     save_file(load_file(path), path, metadata={"format": "pt", "spectune.role": "model", "other": "1"})
     found = metadata(folder)
     assert (found["spectune.role"], found["other"]) == ("model", "1")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("unet/config.json", {"attention_head_dim": "4"}, "unet/config.json: unet_heads is '4'"),
+        ("unet/config.json", {"attention_head_dim": True}, "unet_heads is True: expected a list of positive"),
+        ("unet/config.json", {"attention_head_dim": [4, 10**30, 4]}, "at most 65536"),
+        (
+            "unet/config.json",
+            {"norm_num_groups": [8]},
+            "unet_norm_groups is [8]: expected a positive integer",
+        ),
+        ("vae/config.json", {"norm_num_groups": {"a": 1}}, "vae_norm_groups is {'a': 1}"),
+        ("vae/config.json", {"scaling_factor": [0.1]}, "scaling_factor is [0.1]: expected a number"),
+        ("vae/config.json", {"scaling_factor": 10**90}, "scaling_factor is 1000"),
+        ("vae/config.json", {"shift_factor": float("nan")}, "shift_factor is nan: expected a number"),
+        ("text_encoder/config.json", {"hidden_act": ["gelu"]}, "hidden_act is ['gelu']"),
+        ("text_encoder/config.json", {"num_attention_heads": 2.0}, "te1_heads is 2.0"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": ["epsilon"]},
+            "prediction_type is ['epsilon']",
+        ),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": "no"}, "expected true or false"),
+    ],
+)
+def test_configurations_with_values_of_another_type_are_refused(
+    file: str, changes: dict[str, Any], expected: str, folder: Path
+) -> None:
+    edit_json(folder / file, **changes)
+    assert expected in message(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"attention_head_dim": ' + "9" * 400 + "}"])
+def test_a_hostile_configuration_is_refused(text: str, folder: Path) -> None:
+    (folder / "unet/config.json").write_text(text)
+    assert "unet/config.json is not valid JSON: " in message(folder)

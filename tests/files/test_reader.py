@@ -244,3 +244,32 @@ def test_a_dtype_that_is_not_a_string_is_refused(tmp_path: Path) -> None:
     header = {"x": {**entry(0, 4, [1]), "dtype": ["F32"]}}
     path = raw(tmp_path / "x.safetensors", header, b"\0" * 4)
     assert message(path) == "the header of x.safetensors has an invalid entry for tensor x"
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (b'{"a":' * 5000, "the header of x.safetensors is invalid: it is nested too deeply"),
+        (b'{"\\ud800": 1}', "is invalid: a text contains half of a surrogate pair"),
+        ({"__metadata__": {"a": "\ud800"}}, "is invalid: a text contains half of a surrogate pair"),
+        ({"a\0b": entry(0, 4, [1])}, "has an invalid entry for tensor a"),
+        ({"a": entry(0, 0, [0, 10**30])}, "tensor a of x.safetensors has the impossible shape 0, 1000"),
+        ({"a": entry(0, 0, [0, 2**62, 2**62])}, "impossible shape 0, 4611686018427387904"),
+        ({"a": entry(0, 4, [1] * 17)}, "impossible shape 1, 1, 1, 1, 1, 1, 1, 1 (9 more)"),
+        ({"a": entry(0, 4, [10**90] * 16)}, "impossible shape"),
+        (b'{"a":{"shape":[' + b"9" * 5000 + b"]}}", "is invalid: a number has too many digits"),
+        ({f"t{n}": 0 for n in range(100_001)}, "x.safetensors lists 100,001 tensors: expected at most"),
+        (b"[" + b"0," * 1_000_001 + b"0]", "is invalid: it lists more than 100,000 tensors"),
+    ],
+)
+def test_headers_that_would_crash_or_fill_the_memory_are_refused(
+    header: object, expected: str, tmp_path: Path
+) -> None:
+    assert expected in message(raw(tmp_path / "x.safetensors", header, b"\0" * 4))
+
+
+def test_sixteen_axes_and_large_empty_tensors_are_read(tmp_path: Path) -> None:
+    header = {"a": entry(0, 4, [1] * 16), "b": entry(4, 4, [0, 2**30, 2**20])}
+    with open_checkpoint(raw(tmp_path / "x.safetensors", header, b"\0" * 4)) as source:
+        assert source.load("a").shape == (1,) * 16
+        assert source.load("b").shape == (0, 2**30, 2**20)

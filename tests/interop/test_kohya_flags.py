@@ -300,6 +300,27 @@ def test_metadata_of_captions() -> None:
     assert captions["sets"] == [{"path": "d", "repeats": 2}]
 
 
+@pytest.mark.parametrize(
+    ("file", "folder", "sidecar"),
+    [
+        ("D:\\train\\meta_lat.json", "d:\\train\\img", "../meta_lat.json"),
+        ("/meta/cap.json", "/train/img", "../../meta/cap.json"),
+        ("/train/img/cap.json", "/train/img", "cap.json"),
+        ("/meta/cap.json", "/a/b/img", None),  # three folders up
+        ("E:\\cap.json", "D:\\train\\img", None),
+        ("/cap.json", "img", None),
+    ],
+)
+def test_a_file_of_captions_far_from_the_images_is_reported(
+    file: str, folder: str, sidecar: str | None
+) -> None:
+    flags = f'--in_json="{file}" --train_data_dir="{folder}"'
+    if sidecar is None:
+        assert "copy the file into the folder of the images" in result_of(flags, "in_json")
+    else:
+        assert recipe(flags)["data"]["caption"]["sidecar"] == [sidecar]
+
+
 def test_a_warmup_in_parts_of_epochs_is_a_share() -> None:
     flags = "--lr_scheduler=cosine --lr_warmup_steps=0.1 --max_train_epochs=3"
     assert recipe(flags)["optimizer"]["warmup_share"] == 0.1

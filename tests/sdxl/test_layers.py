@@ -126,3 +126,26 @@ def test_a_missing_tensor_is_named(full_infos: Mapping[str, TensorInfo]) -> None
 def test_other_files_are_recognized(name: str, kind: str) -> None:
     with pytest.raises(InputError, match=kind):
         build_catalogue({name: TensorInfo(name, torch.float16, (1,))})
+
+
+TE2_QKV = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        (TE2_QKV, (3 * 1280 * 1280,), "expected 2 axes"),
+        (TE2_QKV, (1280, 1280), "expected 3840 rows, 1280 each for q, k and v"),
+        ("model.diffusion_model.middle_block.1.proj_in.weight", (1280, 1280, 1, 1), "expected 2 axes"),
+        ("model.diffusion_model.middle_block.0.out_layers.3.weight", (1280, 1280), "expected 4 axes"),
+        ("model.diffusion_model.output_blocks.0.0.skip_connection.weight", (0, 2560, 1, 1), "not empty"),
+    ],
+)
+def test_a_layer_with_another_number_of_axes_is_refused(
+    name: str, shape: tuple[int, ...], expected: str, full_infos: Mapping[str, TensorInfo]
+) -> None:
+    infos = {**full_infos, name: TensorInfo(name, torch.float16, shape)}
+    with pytest.raises(InputError, match=re.escape(f"{name} of the checkpoint has shape {shape}")) as caught:
+        build_catalogue(infos)
+    assert expected in caught.value.what
+    assert caught.value.what.count(name) == 1  # once, not for each of q, k and v

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import cast
 
 from spectune.adapters.adapter import DOWN, UP
 from spectune.errors import InputError, did_you_mean
+from spectune.files.text import load_json
 from spectune.sdxl.layers import Catalogue, Layer
 from spectune.sdxl.selection import layers_named
 
@@ -47,8 +47,8 @@ def read_traits(path: Path) -> dict[str, TraitRule]:
     Raises InputError for a file with another structure.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read traits from {path}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object", hint=_FORM)

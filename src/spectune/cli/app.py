@@ -6,10 +6,12 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from spectune.cli.allocators import set_allocators
 from spectune.cli.commands import make_app
-from spectune.cli.console import print_error, user_error
+from spectune.cli.console import print_error, print_json, user_error
+from spectune.errors import SpectuneError
 
 app = make_app()
 
@@ -37,16 +39,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
+    """Run a command line and return its exit code; docs/reference/exit-codes.md lists them.
+
+    An error is printed on stderr. With `--json`, an object `error` is printed on stdout too.
+    """
     set_allocators()
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, prog_name="spectune", obj=sys.argv[1:] if arguments is None else arguments)
-    except SystemExit as finished:  # typer exits this way, after its own messages about wrong arguments
+        return app(args=arguments, prog_name="spectune", obj=words, standalone_mode=False) or 0
+    except SystemExit as finished:  # of typer, if the program that reads a pipe has ended
         return finished.code if isinstance(finished.code, int) else 0
     except Exception as error:
-        shown = user_error(error)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is already printed
+            return SpectuneError.exit_code
+        shown = _usage_error(error) if isinstance(error, TyperException) else user_error(error)
         if shown is None:
             raise
         print_error(shown)
+        if "--json" in words:
+            print_json({"error": {"what": shown.what, "hint": shown.hint}})
         return shown.exit_code
-    return 0
+
+
+def _usage_error(error: TyperException) -> SpectuneError:
+    """Return the error for a wrong option, argument or command."""
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = "spectune" if context is None else context.command_path
+    return SpectuneError(text[:1].lower() + text[1:], hint=f"see {command} --help")

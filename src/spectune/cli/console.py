@@ -52,13 +52,15 @@ def user_error(error: BaseException) -> SpectuneError | None:
     """Return the message for an error that a user can fix, or None for a bug."""
     if isinstance(error, SpectuneError):
         return error
-    # Compare by name: importing torch for the class would slow down `--help`.
-    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
-        from spectune.model.memory_errors import CARD_REMEDIES, out_of_memory
+    if isinstance(error, OSError):
+        # A full disk or missing permissions: the message of the system names the file and the cause.
+        return SpectuneError(str(error))
+    if isinstance(error, MemoryError) or "torch" in sys.modules:
+        # Only then: importing torch for its class would slow down `--help`.
+        from spectune.model.memory_errors import is_out_of_memory, out_of_memory
 
-        return out_of_memory(error, CARD_REMEDIES[:1])
-    # A full disk or missing permissions: the message of the system names the file and the cause.
-    return SpectuneError(str(error)) if isinstance(error, OSError) else None
+        return out_of_memory(error) if is_out_of_memory(error) else None
+    return None
 
 
 def print_hint(what: str) -> None:

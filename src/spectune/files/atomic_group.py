@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
 
+from spectune.files.text import load_json
+
 
 class HeldWriter(Protocol):
     """A writer that keeps its finished file under the temporary name until `commit`."""
@@ -56,7 +58,7 @@ class AtomicGroup:
 def _roll_back(journal: Path) -> None:
     """Remove the files that a killed program had already renamed."""
     try:
-        names = cast(Sequence[object], json.loads(journal.read_text(encoding="utf-8")))
+        names = cast(Sequence[object], load_json(journal.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return
     for name in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 from spectune.errors import InputError, did_you_mean
+from spectune.files.text import load_json
 
 PREFIX = "spectune."
 LAYOUT_KEY = "spectune.layout"
@@ -167,6 +167,6 @@ def spectune_version() -> str:
 def parse_json(text: str) -> object:
     """Parse a JSON text; return None if it is invalid, because metadata may come from any program."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: a thousand opening brackets
+        return load_json(text)
+    except ValueError:
         return None

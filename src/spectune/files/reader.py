@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,21 @@ import torch
 from torch import Tensor
 
 from spectune.core.linalg import empty
-from spectune.errors import InputError, check_all
+from spectune.errors import InputError, check_all, some_of
 from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME
 from spectune.files.provenance import HasProvenance
 from spectune.files.source import TensorFile, TensorInfo
+from spectune.files.text import load_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 INDEX_SUFFIX = ".index.json"
 MODEL_INDEX = "model_index.json"  # marks a diffusers folder
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# SDXL has 2,515 tensors, and no kind of adapter more than ten for each of its layers.
+MOST_TENSORS = 100_000
+MOST_COMMAS = 10 * MOST_TENSORS  # limits the values in a header before they are parsed into 60 bytes each
+MOST_AXES = 16
+LARGEST_SIZE = 2**63  # bytes; torch counts in 64 bits
 DOWNLOAD_AGAIN = "the file is damaged or has the wrong extension: download or copy it again"
 USE_SAFETENSORS = "use the .safetensors version of the model, or convert it in a sandbox"
 # How other files begin: what they are, and what to do.
@@ -143,8 +149,8 @@ def open_binary(path: Path) -> BufferedReader:
         return path.open("rb")
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: the path contains a character that no path has
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def _read_header(file: BufferedReader, path: Path) -> _Header:
@@ -155,10 +161,13 @@ def _read_header(file: BufferedReader, path: Path) -> _Header:
         file.seek(0)
         raise _not_safetensors(path, file.read(64).lstrip())
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        raw = file.read(length)
+        if raw.count(b",") > MOST_COMMAS:
+            raise ValueError(f"it lists more than {MOST_TENSORS:,} tensors")
+        header = load_json(raw, unique=True)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+    except ValueError as error:
         raise InputError(f"the header of {path.name} is invalid: {error}", hint=DOWNLOAD_AGAIN) from None
     return _parse_header(cast(dict[str, Any], header), path, start=8 + length, size=size)
 
@@ -170,17 +179,15 @@ def _not_safetensors(path: Path, head: bytes) -> InputError:
     return InputError(f"{path.name} is not a safetensors file{kind and f': it is {kind}'}", hint=hint)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise ValueError("it contains a name twice")
-    return record
-
-
 def _parse_header(header: dict[str, Any], path: Path, *, start: int, size: int) -> _Header:
     metadata = cast(object, header.pop("__metadata__", None) or {})
     if not _is_table_of_strings(metadata):
         raise InputError(f"the metadata of {path.name} is not a table of strings", hint=DOWNLOAD_AGAIN)
+    if len(header) > MOST_TENSORS:
+        raise InputError(
+            f"{path.name} lists {len(header):,} tensors: expected at most {MOST_TENSORS:,}",
+            hint=DOWNLOAD_AGAIN,
+        )
     # an empty tensor begins at the same byte as the next one: sort it first
     spans = sorted(
         check_all(header.items(), lambda item: _span(*item, path)),
@@ -226,7 +233,7 @@ def _span(name: str, entry: Any, path: Path) -> _Span:
     try:
         dtype, shape = entry["dtype"], tuple(_integer(n) for n in entry["shape"])
         begin, end = (_integer(n) for n in entry["data_offsets"])
-        if not isinstance(dtype, str):
+        if not isinstance(dtype, str) or "\0" in name:
             raise TypeError
     except (KeyError, TypeError, ValueError):
         raise InputError(
@@ -238,6 +245,13 @@ def _span(name: str, entry: Any, path: Path) -> _Span:
             hint=f"expected one of {', '.join(DTYPES_BY_SAFETENSORS_NAME)}",
         )
     info = TensorInfo(name, DTYPES_BY_SAFETENSORS_NAME[dtype], shape)
+    # also of an empty tensor: torch multiplies the other sizes
+    size = info.dtype.itemsize * math.prod(max(n, 1) for n in shape[:MOST_AXES])
+    if len(shape) > MOST_AXES or size >= LARGEST_SIZE:
+        raise InputError(
+            f"tensor {name} of {path.name} has the impossible shape {some_of([*map(str, shape)], 8)}",
+            hint=DOWNLOAD_AGAIN,
+        )
     if min(shape, default=0) < 0 or end - begin != info.nbytes:
         raise InputError(
             f"tensor {name} of {path.name}: expected {info.nbytes} bytes for {dtype} {shape}, "

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectune.errors import InputError, some_of
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
-from spectune.files.reader import INDEX_SUFFIX, Checkpoint, SafetensorsFile, open_binary
+from spectune.files.reader import INDEX_SUFFIX, MAX_HEADER_BYTES, Checkpoint, SafetensorsFile, open_binary
 from spectune.files.rename import rename
 from spectune.files.source import TensorInfo
+from spectune.files.text import load_json
 from spectune.files.writer import RESERVE_BYTES, check_target
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -138,22 +139,23 @@ def open_sharded(index: Path, *, label: str | None = None) -> Checkpoint:
 def read_index(index: Path) -> dict[str, str]:
     """Read {tensor name: shard}. Raises InputError for a file that is not an index."""
     with open_binary(index) as file:
-        raw = file.read()
+        raw = file.read(MAX_HEADER_BYTES)
     try:
-        weight_map = json.loads(raw)["weight_map"]
-        items = cast(dict[str, Any], dict(weight_map))
+        items = load_json(raw)["weight_map"]
+        if not isinstance(items, dict):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{index.name} is not an index of shards: expected JSON with a `weight_map`"
         ) from None
     if not items:
         raise InputError(f"{index.name} lists no tensors")
-    for name, shard in items.items():
+    for name, shard in cast("dict[str, Any]", items).items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(
                 f"{index.name} places tensor {name} in {shard!r}: expected the name of a file in its folder"
             )
-    return items
+    return cast("dict[str, str]", items)
 
 
 def _check_shards(index: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:

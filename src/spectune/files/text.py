@@ -1,11 +1,15 @@
-"""Read text files in the encodings that people have."""
+"""Read text files in the encodings that people have, and JSON and TOML that may come from a stranger."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import re
+import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 UTF8 = "UTF-8"
 # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -18,6 +22,12 @@ _MARKS: tuple[tuple[bytes, str, str], ...] = (
 )
 # Western text has short runs of letters beyond ASCII. Long runs are another encoding, such as Shift-JIS.
 _NOT_WESTERN = re.compile(rb"[\x80-\xff]{6}|[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")
+
+_DEEPEST = 100  # levels of JSON and TOML; the formats that are read have at most ten
+_MOST_DIGITS = 100  # of a whole number
+_MOST_DOTS = 300  # in a line of TOML: the time for a key with n dots grows with the square of n
+_TOO_DEEP = "it is nested too deeply"
+_TOO_LONG = "a number has too many digits"
 
 
 class UnreadableText(Exception):
@@ -81,3 +91,87 @@ def _unmarked(data: bytes) -> tuple[str, str]:
         if not _NOT_WESTERN.search(data):
             return "cp1252", "cp1252"
     return UTF8, "utf-8"
+
+
+def load_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """Parse JSON; with `unique`, no object may have a name twice.
+
+    Raises:
+        ValueError: The text is not JSON in UTF-8, is nested too deeply, or contains a number with very many
+            digits or half of a surrogate pair, which no file can store.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(decoded, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(_plain(error)) from None
+    _check_values(value)
+    return value
+
+
+def load_toml(text: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Raises:
+        ValueError: The text is not TOML, is nested too deeply, or contains a number with very many digits.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots: divide it")
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(_plain(error)) from None
+    _check_values(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("it contains a name twice")
+    return record
+
+
+def _plain(error: ValueError) -> str:
+    """Return the message of the library, without its advice to change a setting of Python."""
+    return _TOO_LONG if "integer string conversion" in str(error) else str(error)
+
+
+def _check_values(value: object) -> None:
+    """Raise ValueError for values that later code cannot print or store."""
+    level: list[object] = [value]
+    for _ in range(_DEEPEST):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                table = cast("dict[str, object]", item)
+                below += [*table, *table.values()]
+            elif isinstance(item, list):
+                below += cast("Iterable[object]", item)
+            elif isinstance(item, str) and not (item.isascii() or is_storable(item)):
+                raise ValueError("a text contains half of a surrogate pair")
+            elif isinstance(item, int) and abs(item) >= 10**_MOST_DIGITS:
+                raise ValueError(_TOO_LONG)
+        level = below
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def storable(text: str) -> str:
+    """Return a text that UTF-8 can store: halves of surrogate pairs, as in odd file names, become `?`."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def is_storable(text: str) -> bool:
+    """Return whether a text can be stored in UTF-8: it contains no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -19,6 +19,7 @@ from spectune.files.dtypes import SAFETENSORS_NAMES
 from spectune.files.rename import rename
 from spectune.files.source import TensorInfo
 from spectune.files.tensor_writer import TensorWriter
+from spectune.files.text import storable
 from spectune.files.weights_hash import tensor_bytes
 
 RESERVE_BYTES = 16384  # room for metadata that is only known at the end (hashes)
@@ -114,7 +115,9 @@ class StreamWriter(TensorWriter):
             self._partial.unlink(missing_ok=True)
 
     def _header(self) -> bytes:
-        header: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
+        # a file name on Linux need not be Unicode, but readers of safetensors accept nothing else
+        metadata = {storable(key): storable(value) for key, value in self.metadata.items()}
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
         for name, info in self._infos.items():
             begin = self._begin[name]
             header[name] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO, cast
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.reader import Checkpoint
+from spectune.files.text import load_json
 from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
 from spectune.operation import operation
 from spectune.ops.options.model_files import NullOptions
@@ -92,7 +92,7 @@ def _check_model(source: Checkpoint) -> None:
 def _read_spans(file: BinaryIO) -> list[_TensorSpan]:
     """Return the byte ranges of all tensors. The reader has checked the header before."""
     length = int.from_bytes(file.read(8), "little")
-    header = cast(dict[str, Any], json.loads(file.read(length)))
+    header = cast(dict[str, Any], load_json(file.read(length)))
     header.pop("__metadata__", None)
     offsets = {name: cast(list[int], entry["data_offsets"]) for name, entry in header.items()}
     return [_TensorSpan(name, 8 + length + begin, end - begin) for name, (begin, end) in offsets.items()]

@@ -20,6 +20,7 @@ from spectune.errors import InputError
 from spectune.files.dtypes import DTYPES_BY_SAFETENSORS_NAME, SAFETENSORS_NAMES
 from spectune.files.provenance import PREFIX
 from spectune.files.source import WeightSource
+from spectune.files.text import load_json
 
 EXCEPTIONS = f"{PREFIX}exceptions."
 BASE_DTYPES_KEY = f"{PREFIX}base_dtypes"
@@ -80,7 +81,7 @@ def read_base_dtypes(source: WeightSource) -> dict[str, torch.dtype]:
     """Read the original dtypes of tensors stored in another dtype; inverse of base_dtypes_metadata."""
     text = source.metadata.get(BASE_DTYPES_KEY, "{}")
     try:
-        names = cast(dict[str, str], json.loads(text))
+        names = cast(dict[str, str], load_json(text))
         return {name: DTYPES_BY_SAFETENSORS_NAME[dtype] for name, dtype in names.items()}
     except (ValueError, AttributeError, KeyError, TypeError):
         raise InputError(

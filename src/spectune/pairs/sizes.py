@@ -12,6 +12,7 @@ from spectune.errors import InputError, did_you_mean
 
 # Largest first: format_bytes takes the first unit that divides a size.
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10, "B": 1}
+_MOST_DIGITS = 18  # an exabyte; Decimal is exact up to 28 digits
 _WRITE = "write it like 600MB or 1.5GB; MB is 1,000,000 bytes, MiB 1,048,576"
 
 
@@ -27,6 +28,8 @@ def parse_bytes(word: str) -> int:
     unit = match[2].lower() or "b"
     if unit not in units:
         raise InputError(f"unknown unit {match[2]!r} in {word!r}{did_you_mean(match[2], UNITS)}", hint=_WRITE)
+    if len(match[1]) > _MOST_DIGITS:
+        raise InputError(f"the size {word!r} has more than {_MOST_DIGITS} digits", hint=_WRITE)
     # Decimal: in binary floats, 0.7 GB is not an integer number of bytes
     nbytes = Decimal(match[1]) * units[unit]
     if nbytes != int(nbytes):

@@ -8,18 +8,17 @@ In TOML, `[prompt]` holds the defaults of all `[[prompt.subset]]`. In JSON, a li
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError, counted, did_you_mean, printable
-from spectune.files.text import UTF8, UnreadableText, read_text
+from spectune.files.text import UTF8, UnreadableText, load_json, load_toml, read_text
 from spectune.model.text import has_weights
 from spectune.sampling.generate import Request, SampleSettings, check_sampler_name
+from spectune.sampling.limits import LARGEST_SIDE, MOST_GUIDANCE, SMALLEST_SIDE
 
 _LARGEST = 1024 * 1024  # bytes
 _EXAMPLE = "a line looks like this: a red balloon --n blurry --w 1024 --h 1024 --d 1 --l 5 --s 25"
@@ -51,7 +50,7 @@ def _whole(low: int, high: int) -> _Value:
 
 
 def _scale(text: str) -> float:
-    if not 0 <= float(text) <= 100:
+    if not 0 <= float(text) <= MOST_GUIDANCE:
         raise ValueError
     return float(text)
 
@@ -66,10 +65,10 @@ _TEXT = _Value("text", str)
 _VALUES: Mapping[str, _Value] = {
     "prompt": _TEXT,
     "negative": _TEXT,
-    "width": _whole(8, 16384),
-    "height": _whole(8, 16384),
+    "width": _whole(SMALLEST_SIDE, LARGEST_SIDE),
+    "height": _whole(SMALLEST_SIDE, LARGEST_SIDE),
     "seed": _Value("a whole number", _seed),
-    "cfg": _Value("a number from 0 to 100", _scale),
+    "cfg": _Value(f"a number from 0 to {MOST_GUIDANCE}", _scale),
     "steps": _whole(1, 1000),
     "sampler": _Value("the name of a sampler", check_sampler_name),
 }
@@ -120,7 +119,7 @@ def read_prompts(file: Path, defaults: SampleSettings) -> tuple[list[Prompt], li
     text = "\n".join(re.split(r"\r\n|\r|\n", decoded.text))
     try:
         entries = list(_entries(text, file.suffix.lower(), unused))
-    except (ValueError, RecursionError) as error:  # of the TOML or JSON library
+    except ValueError as error:
         raise InputError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
     except InputError as error:
         raise InputError(f"{file}, {error}", hint=error.hint) from error
@@ -146,9 +145,9 @@ def _prompt(fields: Fields, number: int, defaults: SampleSettings) -> Prompt:
 def _entries(text: str, suffix: str, unused: dict[str, None]) -> Iterator[Fields]:
     """Yield the fields of each prompt; add options without effect to `unused`."""
     if suffix == ".toml":
-        yield from _from_toml(tomllib.loads(text), unused)
+        yield from _from_toml(load_toml(text), unused)
     elif suffix == ".json":
-        yield from _from_list(json.loads(text), unused)
+        yield from _from_list(load_json(text), unused)
     else:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip() and not line.lstrip().startswith("#"):

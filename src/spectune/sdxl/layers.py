@@ -10,9 +10,10 @@ from functools import cached_property
 
 from torch import Tensor
 
+from spectune.errors import InputError, check_all
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.sdxl.inference import part_layouts
-from spectune.sdxl.layout import UNetLayout, require
+from spectune.sdxl.layout import NOT_SDXL, UNetLayout, require
 from spectune.sdxl.names import Module, Part, diffusers_name, kohya_stem, modules_of
 
 __all__ = ["Catalogue", "Kind", "Layer", "Part", "build_catalogue", "layer_weight", "squeezed"]
@@ -120,8 +121,12 @@ def build_catalogue(
         (part, module) for part, module in modules if (module.factorable if all_layers else module.default)
     ]
     require(tensors, list(dict.fromkeys(module.weight.tensor for _, module in chosen)), label)
-    layers = (layer_of(part, module, _shape(module, tensors), layout.unet) for part, module in chosen)
-    return Catalogue(tuple(layers), layout.unet, tuple(module for _, module in modules))
+
+    def layer(entry: tuple[Part, Module]) -> Layer:
+        part, module = entry
+        return layer_of(part, module, _shape(module, tensors, label), layout.unet)
+
+    return Catalogue(tuple(check_all(chosen, layer)), layout.unet, tuple(module for _, module in modules))
 
 
 def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayout) -> Layer:
@@ -143,10 +148,24 @@ def layer_of(part: Part, module: Module, shape: tuple[int, ...], unet: UNetLayou
     )
 
 
-def _shape(module: Module, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    """Return the shape of a module's weight, which may be a block of rows of a tensor."""
+def _shape(module: Module, tensors: Mapping[str, TensorInfo], label: str) -> tuple[int, ...]:
+    """Return the shape of a module's weight, which may be a third of the rows of a tensor."""
     view, shape = module.weight, tensors[module.weight.tensor].shape
-    return shape if view.rows is None else (view.rows[1] - view.rows[0], *shape[1:])
+    if len(shape) != module.axes or 0 in shape:
+        raise InputError(
+            f"{view.tensor} of {label} has shape {shape}: expected {module.axes} axes that are not empty",
+            hint=NOT_SDXL,
+        )
+    if view.rows is None:
+        return shape
+    rows = view.rows[1] - view.rows[0]
+    if shape[0] != 3 * rows:
+        raise InputError(
+            f"{view.tensor} of {label} has shape {shape}: expected {3 * rows} rows, {rows} each for q, k and "
+            "v",
+            hint=NOT_SDXL,
+        )
+    return (rows, *shape[1:])
 
 
 def layer_weight(source: WeightSource, layer: Layer) -> Tensor:

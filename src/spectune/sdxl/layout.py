@@ -28,6 +28,7 @@ PART_ROOTS: Mapping[PartName, str] = {
 }
 
 HEAD_CHANNELS = 64
+MOST_HEADS = 65_536  # also of norm groups: no layer has more channels
 NORM_GROUPS = 32
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 SDXL_VAE_SCALE = 0.13025
@@ -175,12 +176,19 @@ def read_hints(metadata: Mapping[str, str]) -> dict[str, Any]:
                 f"metadata {LAYOUT_KEY} has an unknown key `{key}`{did_you_mean(key, HINTS)}",
                 hint=f"expected one of {', '.join(HINTS)}",
             )
-        per_level = key == "unet_heads"
-        counts = cast(list[Any], value) if isinstance(value, list) else [value]
-        if isinstance(value, list) != per_level or not all(type(n) is int and n > 0 for n in counts):
-            expected = "a list of positive integers" if per_level else "a positive integer"
-            raise InputError(f"metadata {LAYOUT_KEY}: {key} is {value!r}: expected {expected}")
+        check_hint(key, value, f"metadata {LAYOUT_KEY}")
     return cast(dict[str, Any], hints)
+
+
+def check_hint(key: str, value: Any, where: str) -> None:
+    """Raise InputError unless an entry of `spectune.layout` has a possible value."""
+    per_level = key == "unet_heads"
+    counts = cast(list[Any], value) if isinstance(value, list) else [value]
+    if isinstance(value, list) != per_level or not all(
+        type(n) is int and 0 < n <= MOST_HEADS for n in counts
+    ):
+        expected = "a list of positive integers" if per_level else "a positive integer"
+        raise InputError(f"{where}: {key} is {value!r}: expected {expected}, at most {MOST_HEADS}")
 
 
 def part_of(tensor: str) -> str:

@@ -106,6 +106,11 @@ class Module:
         return self.parameters[0][1]
 
     @property
+    def axes(self) -> int:
+        """The number of axes of the weight, if it can be factored."""
+        return 4 if self.path.rpartition(".")[2].startswith("conv") else 2
+
+    @property
     def default(self) -> bool:
         """Whether LyCORIS preset=full trains it."""
         return self.factoring is Factoring.DEFAULT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from spectune.errors import InputError, printable
+from spectune.files.text import load_json, load_toml
 from spectune.studio.places import Refused, plain_name
 from spectune.studio.workspace import Workspace
 
@@ -66,7 +66,7 @@ def training_files(recipe: Path) -> TrainingFiles:
     try:
         if recipe.stat().st_size > LARGEST_RECIPE:
             raise ValueError("the file is too large")
-        data = tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
+        data = load_toml(recipe.read_text(encoding="utf-8-sig"))
         run, model = data["run"], data["model"]
         folder = recipe.parent
         preview = run.get("preview")
@@ -142,7 +142,7 @@ def seconds_per_picture(jobs: Path, base: Path) -> float | None:
 
 def _seconds_per_picture(job: Path, base: Path) -> float | None:
     try:
-        recipe = recipe_path(json.loads(job.read_text(encoding="utf-8")))
+        recipe = recipe_path(load_json(job.read_text(encoding="utf-8")))
         if recipe is None:
             return None
         files = training_files(recipe)

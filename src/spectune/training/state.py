@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError, counted
 from spectune.files.rename import rename
+from spectune.files.text import load_json
 from spectune.training.optim.kinds import OPTIMIZERS
 
 FORMAT = 5  # 3: extras; 4: kinds of frames, conversions to flow; 5: checksums, changes of the recipe
@@ -287,10 +288,10 @@ def load_state(folder: Path) -> SavedState:
 def _load_document(folder: Path) -> dict[str, Any]:
     """Return the content of state.json without its checksum, which must be right."""
     try:
-        document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        document = load_json((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise ValueError(f"{STATE} is not an object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
     content = cast("dict[str, Any]", document)
     if content.get("format") != FORMAT:

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 from spectune.errors import InputError
 from spectune.files.provenance import LAYOUT_KEY, PREFIX, PredictionName, Provenance
+from spectune.files.text import load_json
 from spectune.sdxl.layout import (
     HEAD_CHANNELS,
     NORM_GROUPS,
     SDXL_VAE_SCALE,
     SDXL_VAE_SHIFT,
     Layout,
+    check_hint,
     read_hints,
 )
 
@@ -24,7 +26,15 @@ UNET = "unet/config.json"
 TE1 = "text_encoder/config.json"
 TE2 = "text_encoder_2/config.json"
 VAE = "vae/config.json"
+_HINT_FILES = {
+    "unet_heads": UNET,
+    "te1_heads": TE1,
+    "te2_heads": TE2,
+    "unet_norm_groups": UNET,
+    "vae_norm_groups": VAE,
+}
 
+_LARGEST_NUMBER = 1e30  # a whole number in JSON may be too large for a float
 _PREDICTIONS: Mapping[str, PredictionName] = {
     "epsilon": "eps",
     "v_prediction": "v",
@@ -66,6 +76,9 @@ def read_facts(folder: Path, layout: Layout) -> FolderFacts:
         "unet_norm_groups": unet.get("norm_num_groups"),
         "vae_norm_groups": vae.get("norm_num_groups"),
     }
+    for key, value in hints.items():
+        if value is not None:
+            check_hint(key, value, str(folder / _HINT_FILES[key]))
     return FolderFacts(
         hints={key: value for key, value in hints.items() if value is not None},
         schedule=read_schedule(read_config(folder / SCHEDULER), str(folder / SCHEDULER)),
@@ -82,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def parse_config(raw: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object; raise InputError with `where` for anything else."""
     try:
-        config = json.loads(raw)
+        config = load_json(raw)
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
@@ -102,7 +115,12 @@ def config_number(
     value = config.get(key, default)
     if value is None and default is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or (positive and not value > 0):
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not abs(value) < _LARGEST_NUMBER  # also for NaN
+        or (positive and not value > 0)
+    ):
         expected = "a positive number" if positive else "a number"
         raise InputError(f"{where}: {key} is {value!r}: expected {expected}")
     return float(value)
@@ -110,13 +128,15 @@ def config_number(
 
 def read_schedule(config: Mapping[str, Any], where: str) -> Schedule:
     """Return the schedule in a scheduler's configuration; raise InputError for an unknown prediction."""
-    zero_snr = bool(config.get("rescale_betas_zero_snr", False))
+    zero_snr = config.get("rescale_betas_zero_snr") or False
+    if not isinstance(zero_snr, bool):
+        raise InputError(f"{where}: rescale_betas_zero_snr is {zero_snr!r}: expected true or false")
     if "FlowMatch" in str(config.get("_class_name", "")):
         return Schedule("flow", config_number(config, "shift", where, default=1.0, positive=True), zero_snr)
     word = config.get("prediction_type")
     if word is None:
         return Schedule(zero_snr=zero_snr)
-    if word not in _PREDICTIONS:
+    if not isinstance(word, str) or word not in _PREDICTIONS:
         raise InputError(
             f"{where}: prediction_type is {word!r}: expected one of {', '.join(sorted(_PREDICTIONS))}"
         )
@@ -131,7 +151,7 @@ def read_schedule(config: Mapping[str, Any], where: str) -> Schedule:
 
 def per_level(value: Any, levels: int) -> Any:
     """Return one value per level; diffusers writes a single number if all are equal."""
-    return [value] * levels if isinstance(value, int) else value
+    return [value] * levels if type(value) is int else value
 
 
 def folder_metadata(

@@ -5,7 +5,6 @@ model_folders = ["D:/ComfyUI", "E:/models/checkpoints", "D:/ComfyUI/extra_model_
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from spectune.errors import InputError, did_you_mean, printable
+from spectune.files.text import load_toml
 
 KEY = "model_folders"
 EXAMPLE = f'a line like {KEY} = ["D:/ComfyUI/models/checkpoints"]; write paths with /'
@@ -55,8 +55,8 @@ def _entries(path: Path) -> list[Path]:
     if not path.is_file():
         return []
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = load_toml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {printable(str(error))}", hint=EXAMPLE) from error
     unknown = [key for key in values if key != KEY]
     if unknown:
@@ -85,7 +85,7 @@ def _extra_folders(path: Path) -> Iterator[Path]:
     """Yield the folders of checkpoints in an extra_model_paths.yaml of ComfyUI."""
     try:
         programs: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read: {printable(str(error))}",
             hint=f"correct it, or remove it from {config_path()}",

@@ -7,14 +7,13 @@ once for all images, so a setting that differs between subsets is reported.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from spectune.errors import InputError, printable
+from spectune.files.text import load_json, load_toml
 from spectune.interop.kohya.command_line import LONGEST_TEXT, SCRIPTS, Command, Dataset, Flag, parse_command
 from spectune.interop.kohya.gui import parse_gui_json
 from spectune.interop.kohya.rules import PathText
@@ -31,8 +30,8 @@ _REPLACED = ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats")  # 
 def parse_toml(text: str, label: str) -> Command:
     """Return the command with the settings of a configuration file. sd-scripts ignores its sections."""
     try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        data = load_toml(text)
+    except ValueError as error:
         raise InputError(f"{label} is not valid TOML: {printable(str(error))}") from error
     if is_dataset_config(data):
         note = f"{label} is a --dataset_config: its subsets become [[data.sets]]; it names no model to train"
@@ -143,8 +142,8 @@ def parse_dataset_config(text: str, label: str) -> Table:
         InputError: It is neither, or has no list of datasets.
     """
     try:
-        data: Any = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        data: Any = load_json(text) if text.lstrip().startswith("{") else load_toml(text)
+    except ValueError as error:
         raise InputError(f"{label} is not a valid dataset config: {printable(str(error))}") from error
     if not isinstance(data, dict) or not is_dataset_config(cast("Table", data)):
         raise InputError(f"{label} is no dataset config: expected [[datasets]] with [[datasets.subsets]]")

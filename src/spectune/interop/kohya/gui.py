@@ -5,13 +5,13 @@ Sources: lora_gui.py, finetune_gui.py and dreambooth_gui.py of kohya_ss 26.0. It
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from spectune.errors import InputError, counted, printable
+from spectune.files.text import load_json
 from spectune.interop.kohya.command_line import SCRIPTS, Command, Flag, group_flags
 
 Tab = Literal["lora", "finetune", "dreambooth"]
@@ -180,11 +180,9 @@ def parse_gui_json(text: str, label: str) -> Command:
 
 def _json_object(text: str, label: str) -> dict[str, Any]:
     try:
-        data: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+        data: Any = load_json(text)
+    except ValueError as error:
         raise InputError(f"{label} is not valid JSON: {printable(str(error))}") from error
-    except (RecursionError, ValueError) as error:  # deep nesting, numbers with thousands of digits
-        raise InputError(f"{label} contains no settings: expected an object of names and values") from error
     if not isinstance(data, dict) or not data:
         raise InputError(f"{label} contains no settings: expected an object of names and values")
     return cast("dict[str, Any]", data)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spectune.errors import InputError
 from spectune.files.model_folders.search import find_model
+from spectune.sampling.limits import LARGEST_SIDE, SMALLEST_SIDE
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,18 @@ class ImageSize:
 
 def parse_size(word: str) -> ImageSize:
     """Parse `1024` or `1216x832` (width x height)."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", word.strip().lower())
-    if match is None:
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", word.strip().lower())
+    sides = [] if match is None else [int(side) for side in match.groups() if side]
+    if not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in sides):
+        raise InputError(
+            f"`size` is {word}: expected sides of {SMALLEST_SIDE} to {LARGEST_SIDE:,} pixels",
+            hint="for example 1024 or 1216x832",
+        )
+    if not sides:
         raise InputError(
             f"cannot parse `size` {word!r}: expected pixels", hint="for example 1024 or 1216x832"
         )
-    width = int(match[1])
-    return ImageSize(width=width, height=int(match[2] or width))
+    return ImageSize(width=sides[0], height=sides[-1])
 
 
 @dataclass(frozen=True)

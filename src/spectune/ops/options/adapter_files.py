@@ -25,6 +25,7 @@ from spectune.ops.options.values import (
     WeightDtype,
     check_one_rank,
 )
+from spectune.training.recipe.sections.base import MOST_RANK
 
 
 @record
@@ -76,14 +77,17 @@ class ExportOptions(OperationOptions):
     rank: int | None = option(
         default=None,
         ge=1,
+        le=MOST_RANK,
         help="Cut to this rank. Default: the full rank of an adapter (twice the trained rank), 64 for a "
         "checkpoint.",
     )
     conv_rank: int | None = option(
-        default=None, ge=1, help="A different rank for convolutions larger than 1x1."
+        default=None, ge=1, le=MOST_RANK, help="A different rank for convolutions larger than 1x1."
     )
     energy: float | None = option(
         default=None,
+        ge=0,
+        le=1,
         help="Instead of a rank: the share of each layer's squared change to keep, such as 0.99.",
     )
     size: str | int | None = option(

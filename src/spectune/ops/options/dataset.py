@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.options.values import FORCE_HELP
+from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_PX
 
 
 @record
@@ -23,6 +24,7 @@ class DatasetOptions(OperationOptions):
     resolution_px: int = option(
         default=1024,
         ge=64,
+        le=MOST_PX,
         flag="--resolution",
         help="Training resolution: pictures are scaled to the area of a square with this side in pixels.",
     )
@@ -32,7 +34,7 @@ class DatasetOptions(OperationOptions):
     no_upscale: bool = option(
         default=False, help="Do not enlarge small pictures, as with data.bucket.no_upscale."
     )
-    tags: int = option(default=20, ge=0, help="Number of the most frequent tags to list.")
+    tags: int = option(default=20, ge=0, le=MOST_IMAGES, help="Number of the most frequent tags to list.")
     sheet: Path | None = option(
         default=None,
         help="Also write a contact sheet: the parts that training crops away are darkened. Worst first.",

@@ -21,6 +21,7 @@ from spectune.ops.options.values import (
     WeightDtype,
     check_one_rank,
 )
+from spectune.training.recipe.sections.base import MOST_RANK
 
 
 @record
@@ -98,12 +99,17 @@ class SplitOptions(OperationOptions):
     model: ModelPath = argument(help="The original checkpoint.")
     out: Path = option(default=Path(), flag="-o", help="Folder for the two files.")
     _: KW_ONLY
-    rank: int | None = option(default=None, ge=1, help="Singular directions kept per layer. Default: 64.")
+    rank: int | None = option(
+        default=None, ge=1, le=MOST_RANK, help="Singular directions kept per layer. Default: 64."
+    )
     conv_rank: int | None = option(
-        default=None, ge=1, help="A different rank for convolutions larger than 1x1."
+        default=None, ge=1, le=MOST_RANK, help="A different rank for convolutions larger than 1x1."
     )
     energy: float | None = option(
-        default=None, help="Instead of a rank: the share of each layer's energy to keep, such as 0.9."
+        default=None,
+        ge=0,
+        le=1,
+        help="Instead of a rank: the share of each layer's energy to keep, such as 0.9.",
     )
     budget: str | int | None = option(
         default=None, help="Instead of a rank: the size of the principal's file, such as 600MB."

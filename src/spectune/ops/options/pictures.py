@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from spectune.operation import OperationOptions, argument, option, record
+from spectune.ops.drawing.specs import parse_size
 from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP, ModelPath
+from spectune.sampling.limits import MOST_GUIDANCE, MOST_PICTURES
 from spectune.sdxl.vocabulary import CHUNK_TOKENS, MAX_TOKENS, MOST_TOKENS
+from spectune.training.recipe.sections.base import LARGEST_FACTOR, LARGEST_SEED
 
 
 @record
@@ -21,11 +26,14 @@ class DrawingOptions(OperationOptions):
         default=None, flag="--captions", help="A text file with one caption per line."
     )
     seed: int = option(
-        default=0, help="Seed of the first picture. It increases by 1 for each further picture."
+        default=0,
+        ge=0,
+        le=LARGEST_SEED,
+        help="Seed of the first picture. It increases by 1 for each further picture.",
     )
     size: str = option(default="1024", help="Pixels: 1024 or 1216x832 (width x height).")
     steps: int = option(default=25, ge=1, le=1000, help="Sampling steps.")
-    cfg: float = option(default=5.0, help="Guidance scale; 1 turns guidance off.")
+    cfg: float = option(default=5.0, ge=0, le=MOST_GUIDANCE, help="Guidance scale; 1 turns guidance off.")
     sampler: str = option(
         default="euler", help="For eps and v: euler, euler_a, ddim, dpmpp_2m. For flow: euler, heun."
     )
@@ -36,13 +44,13 @@ class DrawingOptions(OperationOptions):
         le=MOST_TOKENS,
         help="Tokens of a caption that are used, in chunks of 75, as data.caption.max_tokens in training.",
     )
-    batch: int = option(default=4, ge=1, help="Pictures drawn at once.")
+    batch: int = option(default=4, ge=1, le=MOST_PICTURES, help="Pictures drawn at once.")
     device: str = option(default="auto", help=DRAWING_DEVICE_HELP)
     prediction: Literal["eps", "v", "flow"] | None = option(
         default=None, help="Prediction type, if the file does not declare it."
     )
     flow_shift: float | None = option(
-        default=None, help="Shift of flow sampling, if the file does not declare it."
+        default=None, ge=0, le=LARGEST_FACTOR, help="Shift of flow sampling, if the file does not declare it."
     )
     vae: Path | None = option(
         default=None, help="Another autoencoder: a .safetensors file or a diffusers folder."
@@ -52,6 +60,11 @@ class DrawingOptions(OperationOptions):
         help="Name of the latent scaling: sdxl, eq-kblueleaf, eq-anzhc. Default: that of the training, "
         "otherwise the one that the files declare.",
     )
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        parse_size(self.size)
+        return self
 
 
 @record
@@ -83,5 +96,5 @@ class CompareOptions(DrawingOptions):
     )
     _: KW_ONLY
     out: Path = option(default=Path("compare.png"), flag="-o", help="The contact sheet to write.")
-    cell: int = option(default=256, ge=32, help="Width of each picture on the sheet, in pixels.")
+    cell: int = option(default=256, ge=32, le=2048, help="Width of each picture on the sheet, in pixels.")
     force: bool = option(default=False, help=FORCE_HELP)

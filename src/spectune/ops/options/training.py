@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from spectune.operation import OperationOptions, argument, hook, option, record
 from spectune.ops.options.values import FORCE_HELP, ModelPath
+from spectune.training.recipe.sections.base import MOST_IMAGES, MOST_PX, MOST_RANK, MOST_STEPS
 
 
 @record
@@ -53,9 +54,14 @@ class NewOptions(OperationOptions):
         "Default: this machine's card, less 7 % for the desktop.",
     )
     rank: int | None = option(
-        default=None, ge=1, help="Singular directions trained per layer, if the card has the memory."
+        default=None,
+        ge=1,
+        le=MOST_RANK,
+        help="Singular directions trained per layer, if the card has the memory.",
     )
-    steps: int | None = option(default=None, ge=1, help="Training steps. Default: by the number of pictures.")
+    steps: int | None = option(
+        default=None, ge=1, le=MOST_STEPS, help="Training steps. Default: by the number of pictures."
+    )
     yes: bool = option(default=False, help="Ask nothing: take the most likely value and warn about it.")
     force: bool = option(default=False, help=FORCE_HELP)
     ask: Callable[[str, str, Sequence[str]], str] | None = hook(
@@ -74,10 +80,10 @@ class PlanOptions(OperationOptions):
         help="Memory of the GPU: 12GB; or less, such as 11.5GiB, if a desktop uses some of it. "
         "Default: this machine's card, less 7 % for the desktop.",
     )
-    rank: int = option(default=64, ge=1, help="Singular directions trained per layer.")
+    rank: int = option(default=64, ge=1, le=MOST_RANK, help="Singular directions trained per layer.")
     parts: str = option(default="unet,te1,te2", help="The parts to train, separated by commas.")
-    resolution: int = option(default=1024, ge=16, help="Side of a square picture in pixels.")
-    batch: int = option(default=1, ge=1, help="Pictures per forward pass.")
+    resolution: int = option(default=1024, ge=16, le=MOST_PX, help="Side of a square picture in pixels.")
+    batch: int = option(default=1, ge=1, le=MOST_IMAGES, help="Pictures per forward pass.")
     optimizer: str = option(default="adamw", help="Name of the optimizer, as in recipes.")
     ema: bool = option(default=False, help="Keep a moving average of the trained tensors.")
     activations: bool = option(
@@ -109,7 +115,7 @@ class DemoOptions(OperationOptions):
     out: Path = option(default=Path("spectune-demo"), flag="-o", help="Folder for the files of the demo.")
     _: KW_ONLY
     steps: int | None = option(
-        default=None, ge=0, help="Training steps. Default: as in the recipe of the demo."
+        default=None, ge=0, le=MOST_STEPS, help="Training steps. Default: as in the recipe of the demo."
     )
 
 

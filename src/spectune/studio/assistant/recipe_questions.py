@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from spectune.cli.reports.train import dry_run_json
 from spectune.errors import InputError, SpectuneError
+from spectune.files.text import load_toml
 from spectune.interop.kohya.command_line import parse_command
 from spectune.interop.kohya.importer import import_command, replaced_by_split
 from spectune.interop.kohya.recipe_file import recipe_text
@@ -101,8 +101,8 @@ def recipe_values(values: Mapping[str, Any], places: Places) -> dict[str, Any]:
     if values.get("path"):
         return {"values": read_recipe_file(places.file(values["path"]))}
     try:
-        data = tomllib.loads(values["text"])
-    except tomllib.TOMLDecodeError as error:
+        data = load_toml(values["text"])
+    except ValueError as error:
         raise InputError(f"this is not valid TOML: {error}") from error
     return {"values": with_absolute_paths(data, Path(values["folder"]))}
 

@@ -9,30 +9,35 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from spectune.training.recipe.sections.base import LARGEST_FACTOR, MOST_STEPS, NotNegative, Positive
+
+MOST_VALUES = 2**31  # of a tensor
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 DividingBeta = Annotated[float, Field(gt=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 
 Betas = Annotated[
     tuple[Beta, Beta], Field(description="Decay rates of the averages of the gradient and of its square.")
 ]
 Epsilon = Annotated[
-    float, Field(gt=0, description="Added to the root of the average square, the divisor of a step.")
+    Positive, Field(description="Added to the root of the average square, the divisor of a step.")
 ]
 WeightDecay = Annotated[
-    float, Field(ge=0, description="Pulls the trained tensors towards 0; in the delta form, 0 is the base.")
+    NotNegative, Field(description="Pulls the trained tensors towards 0; in the delta form, 0 is the base.")
 ]
 Beta3 = Annotated[
     Beta | None,
     Field(description="Decay rate of the averages that estimate d. None: the root of the second of `betas`."),
 ]
-FirstDistance = Annotated[float, Field(gt=0, description="First estimate of the distance d to the solution.")]
+FirstDistance = Annotated[Positive, Field(description="First estimate of the distance d to the solution.")]
 DistanceFactor = Annotated[
-    float, Field(gt=0, description="Factor of the estimate of d. Larger values make larger steps.")
+    Positive, Field(description="Factor of the estimate of d. Larger values make larger steps.")
 ]
 GrowthRate = Annotated[
-    float | None, Field(gt=1, description="Largest growth of d from one step to the next. None: no limit.")
+    float | None,
+    Field(
+        gt=1, le=LARGEST_FACTOR, description="Largest growth of d from one step to the next. None: no limit."
+    ),
 ]
 Decouple = Annotated[bool, Field(description="Decay weights directly, like AdamW, not through the gradient.")]
 BiasCorrection = Annotated[
@@ -58,7 +63,10 @@ class AdamW8bitOptions(AdamWOptions):
     """AdamW with 8-bit averages, Dettmers et al. 2022, arXiv:2110.02861; as in bitsandbytes."""
 
     min_8bit_size: int = Field(
-        default=4096, ge=1, description="Tensors with fewer values keep their averages in float32."
+        default=4096,
+        ge=1,
+        le=MOST_VALUES,
+        description="Tensors with fewer values keep their averages in float32.",
     )
 
 
@@ -75,7 +83,7 @@ class AdafactorOptions(Options):
     )
     clip_threshold: Positive = Field(default=1.0, description="Largest root mean square of an update.")
     decay_rate: float = Field(
-        default=-0.8, lt=0, description="The average square decays with `1 - step ** decay_rate`."
+        default=-0.8, ge=-100, lt=0, description="The average square decays with `1 - step ** decay_rate`."
     )
     beta1: Beta | None = Field(
         default=None, description="Decay rate of an average of the gradient. None: no such average."
@@ -127,7 +135,9 @@ class ProdigyOptions(DAdaptAdamOptions):
     safeguard_warmup: bool = Field(
         default=False, description="Keep d from growing too large after a warm-up of the learning rate."
     )
-    slice_p: int = Field(default=1, ge=1, description="Estimate d from every p-th value of a tensor.")
+    slice_p: int = Field(
+        default=1, ge=1, le=MOST_VALUES, description="Estimate d from every p-th value of a tensor."
+    )
 
 
 class AdamWScheduleFreeOptions(Options):
@@ -141,7 +151,10 @@ class AdamWScheduleFreeOptions(Options):
     eps: Epsilon = 1e-8
     weight_decay: WeightDecay = 0.0
     warmup_steps: int = Field(
-        default=0, ge=0, description="Steps over which the learning rate rises to its full value."
+        default=0,
+        ge=0,
+        le=MOST_STEPS,
+        description="Steps over which the learning rate rises to its full value.",
     )
     r: NotNegative = Field(default=0.0, description="The average weights each step by `step ** r`.")
     weight_lr_power: NotNegative = Field(
@@ -161,7 +174,7 @@ class ProdigyPlusOptions(Options):
     d_coef: DistanceFactor = 1.0
     d_limiter: bool = Field(default=True, description="Limit the growth of d in each step.")
     prodigy_steps: int = Field(
-        default=0, ge=0, description="Freeze d after this step and free its memory. 0: never."
+        default=0, ge=0, le=MOST_STEPS, description="Freeze d after this step and free its memory. 0: never."
     )
     schedulefree_c: NotNegative = Field(
         default=0,

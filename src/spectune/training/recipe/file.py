@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
@@ -15,8 +14,10 @@ from typing import Any, cast, get_args, get_origin
 from pydantic import BaseModel
 
 from spectune.errors import InputError, some_of
+from spectune.files.text import load_toml
 from spectune.training.recipe.recipe import EXAMPLES_HINT, Recipe, parse_recipe, section_of
 
+_LARGEST = 1024 * 1024  # bytes; a recipe with all keys and a thousand folders has a tenth of it
 _PATH_HINT = "write paths with / or in single quotes: 'C:\\models\\base.safetensors'"
 
 
@@ -69,8 +70,8 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     """Return the sections in a TOML file, with absolute paths."""
     text = _read_text(path)
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = load_toml(text)
+    except ValueError as error:
         hint = _backslash_hint(text, str(error))
         raise InputError(f"{path} is not valid TOML: {error}", hint=hint) from error
     return with_absolute_paths(data, path.parent.resolve())
@@ -79,11 +80,14 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     """Read UTF-8 with or without a byte order mark, or UTF-16, which PowerShell writes with `>`."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist", hint="recipes/ contains examples") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no path has such a character
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if len(raw) > _LARGEST:
+        raise InputError(f"{path} is larger than {_LARGEST // 1024} KiB: expected a recipe in TOML")
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         return raw.decode(encoding).replace("\r\n", "\n")
@@ -156,8 +160,8 @@ def _overridden(data: dict[str, Any], text: str) -> dict[str, Any]:
 def _parsed_value(text: str) -> Any:
     """Return `text` as a TOML value, or unchanged if it is not one."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return load_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spectune.errors import InputError, printable
+from spectune.files.text import load_json
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def _this_process() -> dict[str, Any]:
 
 def _described(owner: Path) -> str:
     try:
-        content = json.loads(owner.read_text(encoding="utf-8"))
+        content: Any = load_json(owner.read_text(encoding="utf-8"))
         return printable(f"process {content['pid']} on {content['host']}, started {content['started']}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "a process that is not recorded"

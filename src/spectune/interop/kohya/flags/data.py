@@ -31,6 +31,7 @@ from spectune.interop.kohya.rules import (
     unsupported,
     whole_number,
 )
+from spectune.training.recipe.sections.base import is_nearby
 
 
 def train_data_dir(flag: Flag, command: Command) -> Results:
@@ -54,17 +55,25 @@ def dataset_repeats(flag: Flag, command: Command) -> Results:
     return ignored(flag, "`repeats` in data.sets")
 
 
+_MOVE_SIDECAR = "copy the file into the folder of the images and name it in data.caption.sidecar"
+
+
 def in_json(flag: Flag, command: Command) -> Results:
     if command.has("generate_caption_database"):
         return ignored(flag, "it is made from the caption files, which spectune reads itself")
     file, folder = (
         PureWindowsPath(text) for text in (only_value(flag), command.value("train_data_dir") or "")
     )
-    if not file.is_absolute() and not file.root:
-        if folder.is_absolute() or folder.root:
-            return unsupported(flag, "data.caption.sidecar is relative to the folder of the images")
-        file = PureWindowsPath(posixpath.relpath(file.as_posix(), folder.as_posix()))
-    return taken(flag, {"data.caption.sidecar": [file.as_posix()]}, "relative to the folder of the images")
+    if (file.drive.lower(), file.root) != (folder.drive.lower(), folder.root):
+        return unsupported(flag, _MOVE_SIDECAR)
+    relative = posixpath.relpath(_below_root(file), _below_root(folder))
+    if not is_nearby(relative):
+        return unsupported(flag, _MOVE_SIDECAR)
+    return taken(flag, {"data.caption.sidecar": [relative]}, "relative to the folder of the images")
+
+
+def _below_root(path: PureWindowsPath) -> str:
+    return "/".join(path.parts[1:] if path.anchor else path.parts)
 
 
 def wildcards(flag: Flag, command: Command) -> Results:

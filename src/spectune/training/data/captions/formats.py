@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from spectune.files.text import UnreadableText
+from spectune.files.text import UnreadableText, load_json
 
 # What an image shows, in the order of booru prompts. Others, such as `meta` and `rating`, are not captions.
 KINDS = ("character", "copyright", "artist", "species", "general")
@@ -20,8 +19,8 @@ def parse_json(text: str) -> object:
         UnreadableText: The text is not JSON.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers with thousands of digits
+        return load_json(text)
+    except ValueError as error:
         raise UnreadableText(f"is not JSON: {error}") from error
 
 

@@ -15,6 +15,8 @@ MOST_STEPS = 100_000_000  # a year at 3 steps per second
 MOST_EPOCHS = 1_000_000
 MOST_IMAGES = 100_000  # in one batch, or that are looked at before the training
 MOST_RANK = 16_384  # no layer of SDXL has more singular directions
+MOST_PX = 8192  # of a side: at 8192x8192 px, a step of SDXL needs more than 500 GB
+LARGEST_FACTOR = 1e9  # of a rate, weight or factor: far above every use, and its products stay finite
 LARGEST_SEED = 2**63 - 1  # TOML has integers of 64 bits
 
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -22,13 +24,26 @@ Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Count = Annotated[int, Field(ge=1, le=MOST_IMAGES)]  # of images or batches
 Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
 Share = Annotated[float, Field(ge=0, le=1)]  # or a probability
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
+Number = Annotated[float, Field(ge=-LARGEST_FACTOR, le=LARGEST_FACTOR)]
+
+LONGEST_NAME = 100  # characters of a part of a file name; file systems allow 255 bytes in all
+MOST_LEVELS_UP = 2  # from a folder `3_cat` to the one above its dataset
 
 
 def is_plain_name(text: str) -> bool:
     """Return whether a text can be a part of a file name, so that a file stays in its folder."""
-    return text.isprintable() and not set(text) & set('/\\:*?"<>|')
+    return text.isprintable() and len(text) <= LONGEST_NAME and not set(text) & set('/\\:*?"<>|')
+
+
+def is_nearby(path: str) -> bool:
+    """Return whether a path leads into a folder, or from the folders up to MOST_LEVELS_UP above it."""
+    names = path.replace("\\", "/").split("/")
+    ups = next((index for index, name in enumerate(names) if name != ".."), len(names))
+    return ups <= MOST_LEVELS_UP and all(
+        is_plain_name(name) and name not in ("", ".", "..") for name in names[ups:]
+    )
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spectune.sdxl.vocabulary import CHUNK_TOKENS, MAX_TOKENS, MOST_TOKENS
-from spectune.training.recipe.sections.base import Section, Share, is_plain_name
+from spectune.training.recipe.sections.base import MOST_LEVELS_UP, Section, Share, is_nearby, is_plain_name
 
 Lines = Literal["first", "all", "random"]
 
@@ -22,7 +22,8 @@ class CaptionSection(Section):
     )
     sidecar: str | tuple[str, ...] = Field(
         default=("metadata.jsonl", "meta_lat.json", "meta_cap.json"),
-        description="Files with the captions of many images, relative to the folder of images: JSONL with "
+        description="Files with the captions of many images, in the folder of images or up to two folders "
+        "above it (`../meta_cap.json`): JSONL with "
         '`{"file_name": ..., "text": ...}` on each line, or metadata of sd-scripts. The first that exists is '
         "used. Empty: none.",
     )
@@ -68,8 +69,12 @@ class CaptionSection(Section):
                 raise ValueError(f"`extensions` must begin with a dot, like `.txt`; got `{extension}`")
             if not is_plain_name(extension):
                 raise ValueError("`extensions` must be ends of file names, like `.txt`")
-        if any(not name.lower().endswith((".json", ".jsonl")) or "\0" in name for name in self.sidecars):
-            raise ValueError("`sidecar` must name .json or .jsonl files")
+        wrong = [one for one in self.sidecars if not one.lower().endswith((".json", ".jsonl"))]
+        if wrong or not all(map(is_nearby, self.sidecars)):
+            raise ValueError(
+                "`sidecar` must name .json or .jsonl files in the folder of the images, or up to "
+                f"{MOST_LEVELS_UP} folders above it, such as `../meta_cap.json`"
+            )
         if self.keep_tokens and not self.changes_tags:
             raise ValueError(
                 "`keep_tokens` does nothing without `shuffle` or `tag_dropout_probability`: "

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from spectune.training.recipe.sections.base import Positive, Section, Share, is_plain_name
+from spectune.training.recipe.sections.base import MOST_PX, Positive, Section, Share, is_plain_name
 from spectune.training.recipe.sections.captions import CaptionSection
 
 # Limits that keep mistakes from filling the memory, with room for every real use.
 MOST_REPEATS = 10_000  # an epoch of one image is then longer than most runs
-MOST_PX = 8192  # at 8192x8192 px, a step of SDXL needs more than 500 GB
 MOST_VARIANTS = 1000  # of one image in the cache
 DEFAULT_STEP_PX = 64
 
+Side = Annotated[int, Field(ge=0, le=MOST_PX)]
 MaskSource = Literal["none", "alpha", "file"]
 
 
@@ -98,7 +98,7 @@ class DataSection(Section):
         description="Training resolution: images are scaled to the area of a square with this side. A list "
         "trains every image at each of its resolutions: `[768, 1024]` is 1024 with `smaller_px = [768]`.",
     )
-    smaller_px: tuple[int, ...] = Field(
+    smaller_px: tuple[Side, ...] = Field(
         default=(),
         description="Smaller resolutions. An epoch trains every image at each of them too.",
     )

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.convention import KNOWN_VAES
 from spectune.model.vae.ways import EncodeWay
-from spectune.training.recipe.sections.base import Count, OneOf, Positive, Rank, Section
+from spectune.training.recipe.sections.base import Count, Number, OneOf, Positive, Rank, Section
 
 PartName = Literal["unet", "te1", "te2"]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -138,7 +138,7 @@ class VaeSection(Section):
         default=None, description="A known autoencoder. It sets `scale`, `shift` and `padding`."
     )
     scale: Positive | None = Field(default=None, description="Factor of the latents.")
-    shift: float | None = Field(default=None, description="Subtracted from z, before the factor.")
+    shift: Number | None = Field(default=None, description="Subtracted from z, before the factor.")
     padding: Literal["zeros", "reflect"] | None = Field(
         default=None, description="Padding of the autoencoder's convolutions."
     )

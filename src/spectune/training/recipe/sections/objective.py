@@ -14,6 +14,7 @@ from spectune.training.recipe.sections.base import (
     MOST_STEPS,
     Count,
     NotNegative,
+    Number,
     OneOf,
     Positive,
     Section,
@@ -29,7 +30,7 @@ class ObjectiveSection(Section):
     kind: Annotated[str, AfterValidator(OneOf(get_args(PredictionName)))] | None = Field(
         default=None, description="Prediction type. None: the type that the base declares, else `eps`."
     )
-    flow_shift: float | Literal["resolution"] | None = Field(
+    flow_shift: Number | Literal["resolution"] | None = Field(
         default=None,
         description="Shift of noise levels, above 0; flow only. `resolution`: computed from the image area. "
         "None: the shift that a flow base declares, else 1.",
@@ -37,7 +38,7 @@ class ObjectiveSection(Section):
     flow_times: Literal["uniform", "logit_normal"] = Field(
         default="uniform", description="Distribution of noise levels before the shift; flow only."
     )
-    flow_times_mean: float = Field(
+    flow_times_mean: Number = Field(
         default=0.0, description="Mean of the normal distribution of `logit_normal`, in logits."
     )
     flow_times_std: Positive = Field(

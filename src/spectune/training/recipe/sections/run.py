@@ -11,10 +11,12 @@ from spectune.training.optim.kinds import OPTIMIZERS, OptimizerKind, check_optio
 from spectune.training.optim.schedules import SCHEDULES, rate_factor
 from spectune.training.recipe.sections.base import (
     LARGEST_SEED,
+    LONGEST_NAME,
     MOST_STEPS,
     Count,
     Epochs,
     NotNegative,
+    Number,
     OneOf,
     Positive,
     Section,
@@ -42,7 +44,7 @@ class OptimizerSection(Section):
     learning_rate: Positive | None = Field(
         default=None, description="Learning rate. None: the default of the optimizer."
     )
-    part_learning_rates: dict[PartName, float] = Field(
+    part_learning_rates: dict[PartName, Number] = Field(
         default_factory=dict,
         description="Learning rates of single parts, above 0. They replace `learning_rate` there.",
     )
@@ -120,6 +122,7 @@ class RunSection(Section):
 
     name: str = Field(
         pattern=r"^[\w.-]+$",
+        max_length=LONGEST_NAME,
         description="Start of the names of all files of the run: letters, digits, `_`, `-` and `.`.",
     )
     output: Path = Field(description="Folder for adapters, previews, logs and states.")
