@@ -19,32 +19,6 @@ function values() {
   return found;
 }
 
-// A value of a report: a table of its members, or a text.
-function shown(value) {
-  if (value === null || value === undefined) return el("span", { class: "quiet" }, "none");
-  if (Array.isArray(value)) {
-    if (!value.length) return el("span", { class: "quiet" }, "none");
-    if (value.every((one) => typeof one !== "object")) return el("span", {}, value.join(", "));
-    if (value.every((one) => one && !Array.isArray(one))) return tableOf(value);
-    return el("div", {}, value.slice(0, 50).map(shown));
-  }
-  if (typeof value === "object") {
-    return el("dl", { class: "facts" }, Object.entries(value).flatMap(([name, one]) => [el("dt", {}, words(name)), el("dd", {}, shown(one))]));
-  }
-  if (typeof value === "number" && !Number.isInteger(value)) return document.createTextNode(String(Number(value.toPrecision(6))));
-  return document.createTextNode(typeof value === "boolean" ? (value ? "yes" : "no") : String(value));
-}
-
-const MOST_ROWS = 40;
-function tableOf(rows) {
-  const names = [...new Set(rows.flatMap((row) => Object.keys(row)))].slice(0, 8);
-  const head = el("thead", {}, el("tr", {}, names.map((name) => el("th", {}, words(name)))));
-  const body = el("tbody", {}, rows.slice(0, MOST_ROWS).map((row) => el("tr", {}, names.map((name) => el("td", {}, shown(row[name]))))));
-  const more = rows.length > MOST_ROWS ? el("p", { class: "quiet small" }, `and ${rows.length - MOST_ROWS} more`) : null;
-  return el("div", { class: "scroll" }, el("table", {}, head, body), more);
-}
-const words = (name) => name.replaceAll("_", " ");
-
 // Pictures that the command wrote, for the fields that name one.
 function pictures() {
   const named = ["plot", "sheet", "out"].map((name) => form.elements[name]?.value).filter((path) => path?.endsWith(".png"));
@@ -59,15 +33,26 @@ const HANDLERS = {
     $("current").textContent = `${event.done} of ${event.total} ${event.name}`;
   },
   message: (event) => $("messages").append(el("p", { class: event.level === "warning" ? "notice warn" : "quiet" }, event.text)),
-  error: (event) => $("messages").append(el("p", { class: "notice bad" }, [event.what, event.hint].filter(Boolean).join(" "))),
-  result: (event) => $("result").replaceChildren(...pictures(), shown(event.report)),
+  error: (event) => $("messages").append(el("div", { class: "notice bad" }, el("p", {}, event.what), event.hint ? el("p", {}, event.hint) : null)),
   end: (event) => {
     const states = { 0: "Finished", 1: "Finished, with differences or open points", 130: "Stopped" };
     $("state").textContent = states[event.exit_code] ?? "Failed";
-    if (event.exit_code === 0 && !$("result").childElementCount) $("result").replaceChildren(...pictures());
     over();
+    showOutcome(event.exit_code).catch(toast);
   },
 };
+
+// The pictures that were written, and what the command printed.
+async function showOutcome(exitCode) {
+  let [text, next] = ["", 0];
+  for (;;) {
+    const part = await get(`/api/jobs/${job}/log?after=${next}`);
+    if (!part.text) break;
+    [text, next] = [text + part.text, part.next];
+  }
+  const log = exitCode === 2 ? [] : [el("pre", { tabindex: 0 }, text)]; // 2: the error is shown above
+  $("result").replaceChildren(...(exitCode === 0 ? pictures() : []), ...log);
+}
 
 function over() {
   $("progress").hidden = true;
