@@ -11,6 +11,7 @@
                                   --serve: show it in a browser; --write: regenerate the generated pages first
     python dev.py bench NAME      run benchmarks/NAME.py; further arguments go to it
     python dev.py fuzz MINUTES    try bad files, recipes and commands; --seed N, --only TARGET
+    python dev.py faults [COUNT]  kill commands, fill the disk, change inputs; --help lists the options
     python dev.py experiment ...  repeat the experiments of docs/concepts/evidence.md, by name or all
 
 Every command first installs packages that are missing or out of date. A torch that is already in .venv
@@ -38,6 +39,7 @@ EXPERIMENTS = ROOT / "experiments" / "run_all.py"
 PAGE_GENERATOR = ROOT / "docs" / "generate.py"
 RUN_LOCK = "requirements.lock"
 DEV_LOCK = "requirements-dev.lock"
+HASHES = "requirements.hashes"
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 4)
 # The builds of the locked torch on download.pytorch.org.
@@ -158,6 +160,19 @@ def read_lock(name: str) -> list[str]:
     return lines
 
 
+def pin_of(line: str) -> str:
+    """Return `name==version` of a requirement line, without its marker."""
+    return line.split(";")[0].strip()
+
+
+def with_hashes(lines: list[str]) -> list[str]:
+    """Return the requirement lines with the hashes of their files, without torch, whose builds have none."""
+    rows = (line.split() for line in (ROOT / HASHES).read_text(encoding="utf-8").splitlines())
+    hashes = {row[0]: row[1:] for row in rows if row}
+    pins = [line for line in lines if not re.match(r"torch\s*==", line)]
+    return [" ".join([line, *(f"--hash=sha256:{one}" for one in hashes[pin_of(line)])]) for line in pins]
+
+
 def read_stamps() -> dict[str, str]:
     """Read {lock file: fingerprint} of the installation, or {} if the record is missing or damaged."""
     try:
@@ -273,6 +288,17 @@ def make_venv() -> Path:
     return python
 
 
+def install(python: Path, pip_args: list[str] | None, lines: list[str], *options: str) -> None:
+    """Install requirement lines."""
+    pinned = VENV / "spectune-requirements.txt"
+    pinned.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if run(*pip_install(python), *(pip_args or []), *options, "-r", pinned) != 0:
+        raise DevError(
+            "pip failed; its message is above\n"
+            "hint: if it names a hash, a file is not the one that was tested: do not install it"
+        )
+
+
 def ensure(lock: str, pip_args: list[str] | None = None, *, build: str | None = None) -> Path:
     """Install `lock` and spectune itself into .venv, and return the interpreter of .venv.
 
@@ -290,14 +316,15 @@ def ensure(lock: str, pip_args: list[str] | None = None, *, build: str | None = 
         return python
 
     lines = read_lock(lock)
+    say(f"installing {lock} into {VENV.name}")
+    install(python, pip_args, with_hashes(lines), "--require-hashes", "--no-deps")
     place_torch(python, lines, build)
     torch = query(python, "import importlib.metadata as m; print(m.version('torch'))")
-    say(f"installing {lock} into {VENV.name}" + (f"; keeping torch {torch}" if keeps_torch(torch) else ""))
-    pinned = VENV / "spectune-requirements.txt"
-    pinned.write_text("\n".join(with_torch(lines, torch)) + "\n", encoding="utf-8")
-    for target in (["-r", pinned], ["--no-deps", "-e", ROOT]):
-        if run(*pip_install(python), *(pip_args or []), *target) != 0:
-            raise DevError("pip failed; its message is above")
+    if keeps_torch(torch):
+        say(f"keeping torch {torch}")
+    install(python, pip_args, with_torch(lines, torch))
+    if run(*pip_install(python), *(pip_args or []), "--no-deps", "-e", ROOT) != 0:
+        raise DevError("pip failed; its message is above")
     compile_modules(python)
     # Written last, so that an interrupted installation is repeated.
     STAMP.write_text(json.dumps({**stamps, **current}, indent=1) + "\n", encoding="utf-8")
@@ -374,6 +401,12 @@ def fuzz(args: list[str]) -> int:
     return run(ensure(DEV_LOCK), "-m", "tests.fuzz", *args)
 
 
+def faults(args: list[str]) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return run(ensure(DEV_LOCK), "-m", "tests.faults", *args)
+
+
 def experiment(args: list[str]) -> int:
     return run(ensure(DEV_LOCK), EXPERIMENTS, *args)
 
@@ -387,6 +420,7 @@ COMMANDS = {
     "docs": docs,
     "bench": bench,
     "fuzz": fuzz,
+    "faults": faults,
     "experiment": experiment,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -87,17 +88,17 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
 
 def test_an_up_to_date_installation_is_not_repeated(installed: list[list[str]]) -> None:
     dev.ensure(dev.DEV_LOCK)
-    assert len(installed) == 2
+    assert len(installed) == 3
     dev.ensure(dev.DEV_LOCK)
     dev.ensure(dev.RUN_LOCK)
-    assert len(installed) == 2
+    assert len(installed) == 3
 
 
 def test_modules_are_compiled_once(installed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev.sys, "dont_write_bytecode", True)
     dev.ensure(dev.DEV_LOCK)
-    assert all("--no-compile" in command for command in installed[:2])
-    assert [command[1:3] for command in installed[2:]] == [["-m", "compileall"]]
+    assert all("--no-compile" in command for command in installed[:3])
+    assert [command[1:3] for command in installed[3:]] == [["-m", "compileall"]]
 
 
 def test_the_demo_installs_no_development_tools(installed: list[list[str]]) -> None:
@@ -106,7 +107,7 @@ def test_the_demo_installs_no_development_tools(installed: list[list[str]]) -> N
     assert "torch==2.12.0+cu130\n" in pinned
     assert "pytest==" not in pinned
     dev.ensure(dev.DEV_LOCK)
-    assert len(installed) == 4
+    assert len(installed) == 6
     assert "pytest==" in (dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8")
 
 
@@ -156,19 +157,48 @@ def test_a_failed_installation_is_repeated(
 ) -> None:
     with monkeypatch.context() as failing:
         failing.setattr(dev, "run", lambda *_command: 1)
-        with pytest.raises(dev.DevError, match="pip failed"):
+        with pytest.raises(dev.DevError, match=r"pip failed.*\nhint: if it names a hash"):
             dev.ensure(dev.RUN_LOCK)
     dev.ensure(dev.RUN_LOCK)
-    assert len(installed) == 2
+    assert len(installed) == 3
 
 
 def test_arguments_of_setup_are_passed_to_pip(installed: list[list[str]]) -> None:
     dev.ensure(dev.DEV_LOCK)
     dev.ensure(dev.DEV_LOCK, ["--upgrade"])
     assert [command[-3:-1] for command in installed if "--upgrade" in command] == [
+        ["--no-deps", "-r"],
         ["--upgrade", "-r"],
         ["--no-deps", "-e"],
     ]
+
+
+def test_all_packages_but_torch_are_installed_by_hash(
+    installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    install = dev.install
+
+    def read(python: Path, pip_args: list[str] | None, lines: list[str], *options: str) -> None:
+        install(python, pip_args, lines, *options)
+        written.append((dev.VENV / "spectune-requirements.txt").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(dev, "install", read)
+    dev.ensure(dev.DEV_LOCK)
+    assert "--require-hashes" in installed[0]
+    lines = written[0].splitlines()
+    assert len(lines) == len(dev.read_lock(dev.DEV_LOCK)) - 1
+    assert [line for line in lines if not re.search(r" --hash=sha256:[0-9a-f]{64}$", line)] == []
+    assert not any(line.startswith("torch==") for line in lines)
+
+
+def test_the_hashes_belong_to_the_pins_of_the_locks() -> None:
+    rows = [row.split() for row in (dev.ROOT / dev.HASHES).read_text(encoding="utf-8").splitlines()]
+    pins = {dev.pin_of(line) for line in dev.read_lock(dev.DEV_LOCK)}
+    assert {row[0] for row in rows} == {pin for pin in pins if not pin.startswith("torch==")}, (
+        "run lock_hashes.py"
+    )
+    assert all(len(row) > 1 and all(re.fullmatch("[0-9a-f]{64}", one) for one in row[1:]) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +299,8 @@ def test_the_build_for_the_card_is_installed_first(
     said = with_torch_installed(monkeypatch, "")
     dev.ensure(dev.RUN_LOCK)
     assert index_urls(installed) == [("torch==2.13.0+cu130", "https://download.pytorch.org/whl/cu130")]
-    assert index_urls(installed[:1]) != []
-    assert said[0] == "installing torch 2.13.0+cu130"
+    assert index_urls(installed[1:2]) != []  # before pip would choose a build
+    assert said[1] == "installing torch 2.13.0+cu130"
 
 
 def test_without_a_card_pip_chooses_the_build(
@@ -278,7 +308,7 @@ def test_without_a_card_pip_chooses_the_build(
 ) -> None:
     with_torch_installed(monkeypatch, "", card=False)
     dev.ensure(dev.RUN_LOCK)
-    assert [command[-2:] for command in installed] == [
+    assert [command[-2:] for command in installed[1:]] == [
         ["-r", str(dev.VENV / "spectune-requirements.txt")],
         ["-e", str(dev.ROOT)],
     ]
@@ -307,7 +337,7 @@ def test_a_requested_build_replaces_another_one_after_saying_so(
     del said[:], installed[:]
     assert dev.setup(["--torch", "cu126"]) == 0
     assert index_urls(installed) == [("torch==2.13.0+cu126", "https://download.pytorch.org/whl/cu126")]
-    assert said[0] == "replacing torch 2.13.0+cpu by torch 2.13.0+cu126"
+    assert said[1] == "replacing torch 2.13.0+cpu by torch 2.13.0+cu126"
     del installed[:]
     assert dev.setup(["--torch", "cpu"]) == 0  # it is there
     assert index_urls(installed) == []
@@ -317,7 +347,7 @@ def test_a_build_that_cannot_be_installed_is_an_error_with_a_hint(
     installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_torch_installed(monkeypatch, "")
-    monkeypatch.setattr(dev, "run", lambda *_command: 1)
+    monkeypatch.setattr(dev, "run", lambda *command: int("--index-url" in command))
     with pytest.raises(dev.DevError, match=r"pip failed.*\nhint: install a torch of your choice"):
         dev.ensure(dev.RUN_LOCK)
 

@@ -297,3 +297,20 @@ def test_the_locks_are_complete_on_every_platform() -> None:
                 if pin is None or not applies(pin, environment):
                     missing.add(f"{need.name}, needed by {name} on {environment['sys_platform']}")
     assert missing == set()
+
+
+def promised_tests(page: Path) -> list[str]:
+    """Return every `tests/...py::test_name` on a page."""
+    return re.findall(r"`(tests/[\w/]+\.py::\w+)`", page.read_text(encoding="utf-8"))
+
+
+def test_the_tests_that_hold_the_promises_exist() -> None:
+    named = promised_tests(DOCS / "reference" / "promises.md")
+    assert len(named) > 30
+    missing = []
+    for name in named:
+        file, _, function = name.partition("::")
+        path = ROOT / file
+        if not path.is_file() or f"def {function}(" not in path.read_text(encoding="utf-8"):
+            missing.append(name)
+    assert missing == []

@@ -10,6 +10,7 @@ Each module is imported when its function is first used. Every error that a user
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from spectune.ops.verify import verify
     from spectune.training.callbacks import Callbacks
     from spectune.training.recipe.recipe import Recipe
+
+# No library may report how it is used. They read these variables when they are imported.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
 
 __all__ = [
     "Callbacks",

@@ -1,13 +1,16 @@
 """Test commands end to end on a tiny SDXL, through the function of the console script."""
 
+import errno
 import json
+import re
+import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spectune.cli.app import run
+from spectune.cli.app import main, run
 from spectune.cli.console import heading, print_hint, print_note, print_warning, say, table
 from spectune.ops.drawing.pictures import SIDECAR
 from spectune.training.data.captions.sidecars import read_sidecar
@@ -224,3 +227,33 @@ def test_all_missing_files_are_one_error(tmp_path, capfd: pytest.CaptureFixture[
     names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
     assert run(["rebuild", *names, "-o", str(tmp_path / "c.safetensors")]) == 2
     assert capfd.readouterr().err == f"error: no such files: {names[0]}, {names[1]}\n"
+
+
+def test_a_full_disk_is_an_error_with_the_free_space(tiny_checkpoint, tmp_path, capfd, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    out = tmp_path / "new" / "folder"
+    assert run(["split", str(tiny_checkpoint), "-o", str(out), "--rank", "2"]) == 2
+    shown = capfd.readouterr().err
+    assert re.search(
+        r"error: .*tiny.principal-r2.safetensors: No space left on device \([\d.,]+ MB free\)", shown
+    )
+    assert "hint: make room on this disk; no incomplete file was left" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_command_that_is_asked_to_end_leaves_no_partial_file(tiny_checkpoint, tmp_path, monkeypatch, name):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr("os.fsync", lambda descriptor: signal.raise_signal(number))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["split", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--rank", "2"])
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -273,3 +274,17 @@ def test_sixteen_axes_and_large_empty_tensors_are_read(tmp_path: Path) -> None:
     with open_checkpoint(raw(tmp_path / "x.safetensors", header, b"\0" * 4)) as source:
         assert source.load("a").shape == (1,) * 16
         assert source.load("b").shape == (0, 2**30, 2**20)
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["overwritten", "cut"])
+def test_a_file_that_changes_while_it_is_read_is_an_error(file: Path, cut: int) -> None:
+    with open_checkpoint(file) as source:
+        source.load("a")
+        data = file.read_bytes()
+        with file.open("rb+") as changed:
+            changed.seek(-1, 2)
+            changed.write(b"x")
+            changed.truncate(len(data) - cut)
+        os.utime(file, ns=(1, 1))  # a clock of low resolution may show no change
+        with pytest.raises(InputError, match=r"^model.safetensors was changed by another program while"):
+            source.load("a")

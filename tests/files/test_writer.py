@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_a_finished_file_is_kept_if_it_cannot_be_renamed(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(InputError, match=r"cannot rename the finished file to .*: Permission") as caught:
-        write_tensors(tmp_path / "x.safetensors", TENSORS)
+        write_tensors(tmp_path / "x.safetensors", TENSORS, force=True)
     (left,) = tmp_path.iterdir()
     assert caught.value.hint == f"rename {left} yourself; it is complete"
     left.rename(tmp_path / "y.safetensors")
@@ -231,3 +232,29 @@ def test_metadata_that_is_not_unicode_can_be_read_again(tmp_path: Path) -> None:
     write_tensors(path, {"a": torch.zeros(1)}, metadata={"spectune.base_name": "caf\udce9.safetensors"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"spectune.base_name": "caf?.safetensors"}
+
+
+def test_a_file_that_another_run_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    writer = StreamWriter(path, [TensorInfo("a", torch.float32, (2,))])
+    writer.write("a", torch.ones(2))
+    path.write_bytes(b"of another run")
+    with pytest.raises(InputError, match=r"x.safetensors exists: another program wrote it while"):
+        writer.__exit__(None, None, None)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"of another run"]
+
+
+def test_a_full_disk_leaves_no_file_and_names_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing the file writes its last bytes, which fails too."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.safetensors"
+    writer = StreamWriter(path, [TensorInfo("a", torch.float32, (2,))])
+    monkeypatch.setattr(writer, "_file", SimpleNamespace(write=full, seek=full, close=full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*x.safetensors'"), writer:
+        writer.write("a", torch.ones(2))
+    assert list(tmp_path.iterdir()) == []

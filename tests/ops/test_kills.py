@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from spectune.checkpoints.open import open_checkpoint
+from spectune.errors import InputError
 from spectune.files.atomic_group import AtomicGroup
-from spectune.files.writer import StreamWriter, partial_path
+from spectune.files.rename import partial_path
+from spectune.files.writer import StreamWriter
 from spectune.ops.rebuild import rebuild
 from spectune.ops.split import split
 from spectune.ops.verify import verify
@@ -88,38 +91,49 @@ def test_killed_rebuilds_leave_no_half_model(mid: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == expected
 
 
-class Killed(BaseException):
-    """Simulates the end of the process."""
-
-
 def test_a_half_renamed_pair_is_removed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named: list[Path] = []
-    commit = StreamWriter.commit
-
-    def once(writer: StreamWriter) -> None:
-        if named:
-            raise Killed
-        commit(writer)
-        named.append(writer.path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StreamWriter, "commit", once)
-        with pytest.raises(Killed):
-            split(tiny_checkpoint, tmp_path, rank=2)
-    assert [path.exists() for path in named] == [True]  # one of two is renamed, and the journal records it
     report = split(tiny_checkpoint, tmp_path, rank=2)
     assert report.residual is not None
-    assert {path.name for path in tmp_path.iterdir()} == {report.principal.name, report.residual.name}
+    names = {report.principal.name, report.residual.name}
+    # As a kill between the two renames leaves it:
+    report.residual.unlink()
+    partial_path(report.principal, ".journal").write_text(json.dumps(sorted(names)), encoding="utf-8")
+    with pytest.raises(InputError, match="exists"):
+        split(tiny_checkpoint, tmp_path, rank=2)  # the journal is that of a process that runs
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    split(tiny_checkpoint, tmp_path, rank=2)
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_a_journal_never_leaves_its_folder(tmp_path: Path) -> None:
+def test_a_pair_whose_second_file_another_run_wrote_is_removed(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = StreamWriter.commit
+
+    def late(writer: StreamWriter) -> None:
+        commit(writer)
+        residual = tmp_path / "tiny.residual.safetensors"
+        residual.write_bytes(b"of another run")
+
+    monkeypatch.setattr(StreamWriter, "commit", late)
+    with pytest.raises(InputError, match=r"residual.safetensors exists: another program wrote it while"):
+        split(tiny_checkpoint, tmp_path, rank=2)
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"of another run"
+
+
+def test_a_journal_never_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious = tmp_path / "precious.safetensors"
     precious.write_bytes(b"mine")
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / ".x.safetensors.journal").write_text('["../precious.safetensors", 7]', encoding="utf-8")
+    journal = partial_path(folder / "x.safetensors", ".journal")
+    journal.write_text('["../precious.safetensors", 7]', encoding="utf-8")
+    AtomicGroup(folder / "x.safetensors")
+    assert journal.exists()  # of a process that runs
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
     AtomicGroup(folder / "x.safetensors")
     assert precious.read_bytes() == b"mine"
     assert list(folder.iterdir()) == []

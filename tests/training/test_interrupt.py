@@ -34,3 +34,14 @@ def test_a_request_to_end_the_process_is_announced_once() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
     assert announced(messages) == ["saving after this step"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the signal of a closed terminal on this system")
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)

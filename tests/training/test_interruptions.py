@@ -50,14 +50,14 @@ def test_a_save_that_cannot_be_removed_is_a_warning(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Windows, where another program has the file open."""
-    plain = output.remove
+    plain = output.remove_whole
 
     def remove(path: Path) -> None:
         if "step00000001" in path.name:
             raise PermissionError(13, "The process cannot access the file")
         plain(path)
 
-    monkeypatch.setattr(output, "remove", remove)
+    monkeypatch.setattr(output, "remove_whole", remove)
     report = train(make_recipe(run={"save_every_steps": 1, "keep_last": 1, "steps": 3}))
     kept = "cannot remove the old save t-step00000001.state: The process cannot access the file"
     assert report.warnings.count(kept) == 1

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from spectune.core.low_rank import LowRank
-from spectune.errors import InputError
+from spectune.errors import InputError, SpectuneError
 from spectune.training import output, state
 from spectune.training.optim.groups import build_optimizer
 from spectune.training.optim.kinds import OPTIMIZERS
@@ -230,3 +231,18 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     state.save_state(folder, header(), trained, build_optimizer("adamw", [{"params": [trained["a.up"]]}]))
     with pytest.raises(InputError, match=r"the optimizer in x\.state is not that of this run: loaded state"):
         state.load_state(folder).restore(trained, optimizer)
+
+
+def test_a_full_disk_leaves_the_older_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, optimizer = trained_pair("adamw")
+    state.save_state(tmp_path / "t.state", header(3), trained, optimizer)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(SpectuneError, match=r"after step 4 was not saved .* MB free$") as caught:
+        state.save_state(tmp_path / "t.state", header(4), trained, optimizer)
+    assert "make room on the disk" in (caught.value.hint or "")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.state"]
+    assert state.load_state(tmp_path / "t.state").header.step == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -35,7 +37,24 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit. An error that a user can fix prints a message and exits with code 2."""
+    _stop_cleanly()
     sys.exit(run(arguments))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _stop_cleanly() -> None:
+    """Let a request to end the process and a closed terminal end it like an error: no partial file stays.
+
+    A training replaces these handlers by ones that save.
+    """
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        # Started by nohup, a command ignores the closed terminal.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
 
 
 def run(arguments: list[str] | None = None) -> int:

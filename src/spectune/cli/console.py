@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
@@ -54,13 +57,24 @@ def user_error(error: BaseException) -> SpectuneError | None:
         return error
     if isinstance(error, OSError):
         # A full disk or missing permissions: the message of the system names the file and the cause.
-        return SpectuneError(str(error))
+        return _explained(error)
     if isinstance(error, MemoryError) or "torch" in sys.modules:
         # Only then: importing torch for its class would slow down `--help`.
         from spectune.model.memory_errors import is_out_of_memory, out_of_memory
 
         return out_of_memory(error) if is_out_of_memory(error) else None
     return None
+
+
+def _explained(error: OSError) -> SpectuneError:
+    """Return the error of a failed write or read, with a hint if the disk is full."""
+    what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return SpectuneError(what)
+    if error.filename:
+        folder = next(path for path in Path(error.filename).absolute().parents if path.exists())
+        what += f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
+    return SpectuneError(what, hint="make room on this disk; no incomplete file was left")
 
 
 def print_hint(what: str) -> None:

@@ -19,6 +19,7 @@ from spectune.errors import InputError, SpectuneError
 from spectune.files.pipeline import report_progress
 from spectune.operation import Progress, operation
 from spectune.ops.drawing.models import draw
+from spectune.ops.drawing.pictures import save_picture
 from spectune.ops.drawing.specs import ModelSpec, Weighted
 from spectune.ops.export import export
 from spectune.ops.options.pictures import DrawingOptions
@@ -154,7 +155,7 @@ def demo(options: DemoOptions) -> DemoReport:
         Column("original + LoRA", merged, reference=3),
     ]
     sheet = folder / "demo.png"
-    contact_sheet(columns, captions, cell_px=128).save(sheet)
+    save_picture(contact_sheet(columns, captions, cell_px=128), sheet)
     report = DemoReport(
         sheet=sheet,
         share=proof.share,

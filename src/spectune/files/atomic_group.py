@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
 
+from spectune.files.rename import leftovers, partial_path, replace_text
 from spectune.files.text import load_json
+
+_JOURNAL = ".journal"
 
 
 class HeldWriter(Protocol):
@@ -28,9 +32,9 @@ class AtomicGroup:
     """
 
     def __init__(self, journal_of: Path) -> None:
-        self._journal = journal_of.with_name(f".{journal_of.name}.journal")
+        self._journal = partial_path(journal_of, _JOURNAL)
         self._held: list[HeldWriter] = []
-        _roll_back(self._journal)
+        _roll_back(journal_of)
 
     def add(self, writer: HeldWriter) -> None:
         """Take ownership of `writer`: commit it with the group or abandon it."""
@@ -44,24 +48,36 @@ class AtomicGroup:
     ) -> None:
         try:
             if kind is None:
-                # only new files: a rollback must not delete a file that existed before
-                new = [writer.path.name for writer in self._held if not writer.path.exists()]
-                self._journal.write_text(json.dumps(new), encoding="utf-8")
-                for writer in self._held:
-                    writer.commit()
-                self._journal.unlink()
+                self._commit()
         finally:
             for writer in self._held:
                 writer.abandon()
 
+    def _commit(self) -> None:
+        # only new files: a rollback must not delete a file that existed before
+        new = {writer.path for writer in self._held if not writer.path.exists()}
+        replace_text(self._journal, json.dumps([path.name for path in new]))
+        committed: list[Path] = []
+        try:
+            for writer in self._held:
+                writer.commit()
+                committed.append(writer.path)
+        except BaseException:
+            for path in new.intersection(committed):
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            self._journal.unlink(missing_ok=True)
 
-def _roll_back(journal: Path) -> None:
+
+def _roll_back(journal_of: Path) -> None:
     """Remove the files that a killed program had already renamed."""
-    try:
-        names = cast(Sequence[object], load_json(journal.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return
-    for name in names:
-        if isinstance(name, str) and Path(name).name == name:
-            journal.with_name(name).unlink(missing_ok=True)
-    journal.unlink(missing_ok=True)
+    for journal, _ in leftovers(journal_of.parent, re.escape(journal_of.name), _JOURNAL):
+        try:
+            names = cast(Sequence[object], load_json(journal.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            names = ()
+        for name in names:
+            if isinstance(name, str) and Path(name).name == name:
+                journal.with_name(name).unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)

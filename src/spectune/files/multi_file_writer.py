@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectune.files.rename import partial_path, remove_leftovers
 from spectune.files.source import TensorInfo
 from spectune.files.tensor_writer import TensorWriter
-from spectune.files.writer import StreamWriter, partial_path, remove_leftovers
+from spectune.files.writer import StreamWriter
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class MultiFileWriter(TensorWriter):
         self, path: Path, infos: Sequence[TensorInfo], *, metadata: Mapping[str, str] | None, hold: bool
     ) -> None:
         super().__init__(path, infos, metadata=metadata, hold=hold)
+        remove_leftovers(self.path)
         self._files: dict[str, StreamWriter] = {}
 
     def abandon(self) -> None:
@@ -51,7 +53,7 @@ class MultiFileWriter(TensorWriter):
         return partial_path(self.path)
 
     def _open_files(self, plan: Mapping[str, PlannedFile], *, reserve_bytes: int) -> None:
-        remove_leftovers(self.path)
+        shutil.rmtree(self._partial, ignore_errors=True)  # of an earlier process with the same number
         try:
             for name, planned in plan.items():
                 path = self._partial / name

@@ -64,6 +64,7 @@ class SafetensorsFile:
         self.paths = (path,)
         self._lock = threading.Lock()
         self._file = open_binary(path)
+        self._version = version_of(self._file)
         try:
             header = _read_header(self._file, path)
         except BaseException:
@@ -84,6 +85,7 @@ class SafetensorsFile:
                 f"{self.path.name} ended inside tensor {name}: expected {info.nbytes} bytes, got {count}",
                 hint="the file was probably changed while it was read: try again",
             )
+        check_unchanged(self._file, self._version, self.path)
         return data.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
@@ -151,6 +153,20 @@ def open_binary(path: Path) -> BufferedReader:
         raise InputError(f"no such file: {path}") from None
     except (OSError, ValueError) as error:  # ValueError: the path contains a character that no path has
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def version_of(file: BufferedReader) -> tuple[int, int]:
+    """Return the size of an open file and the time of its last change."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(file: BufferedReader, version: tuple[int, int], path: Path) -> None:
+    """Raise InputError if a file has changed since `version`: its tensors may be of two versions."""
+    if version_of(file) != version:
+        raise InputError(
+            f"{path.name} was changed by another program while it was read", hint="run the command again"
+        )
 
 
 def _read_header(file: BufferedReader, path: Path) -> _Header:

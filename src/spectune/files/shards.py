@@ -47,12 +47,8 @@ class ShardedWriter(MultiFileWriter):
         stem = self.path.name.removesuffix(f".safetensors{INDEX_SUFFIX}")
         names = [f"{stem}-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
         check_target(self.path, sum(info.nbytes for info in infos), force=force)
-        existing = [name for name in names if (self.path.parent / name).exists()]
-        if existing and not force:
-            raise InputError(
-                f"{len(existing)} shards exist in {self.path.parent}: {some_of(existing)}",
-                hint="pass `force` to overwrite them, or choose another `out`",
-            )
+        self._force = force
+        self._check_free(names)
         self._old = _listed_shards(self.path)
         self._home = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
         plan = {
@@ -74,8 +70,17 @@ class ShardedWriter(MultiFileWriter):
         }
         (self._partial / self.path.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def _check_free(self, names: Sequence[str]) -> None:
+        existing = [name for name in names if (self.path.parent / name).exists()]
+        if existing and not self._force:
+            raise InputError(
+                f"{len(existing)} shards exist in {self.path.parent}: {some_of(existing)}",
+                hint="pass `force` to overwrite them, or choose another `out`",
+            )
+
     def commit(self) -> None:
         folder = self.path.parent
+        self._check_free([*self._files, self.path.name])  # again: another program may have written them
         try:
             self.path.unlink(missing_ok=True)
             for name in (*self._files, self.path.name):

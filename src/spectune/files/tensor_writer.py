@@ -11,6 +11,7 @@ from typing import Self
 from torch import Tensor
 
 from spectune.errors import some_of
+from spectune.files.rename import with_file
 from spectune.files.source import TensorInfo
 from spectune.files.weights_hash import WeightsHasher
 
@@ -116,9 +117,13 @@ class TensorWriter(ABC):
     ) -> None:
         if kind is not None:
             self.abandon()
+            if isinstance(error, OSError):
+                with_file(error, self.path)
             return
         try:
             self.close()
-        except BaseException:
+        except BaseException as failure:
             self.abandon()
+            if isinstance(failure, OSError):
+                with_file(failure, self.path)
             raise

@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
 from torch import Tensor
 
 from spectune.errors import InputError
 from spectune.files.dtypes import SAFETENSORS_NAMES
-from spectune.files.rename import rename
+from spectune.files.rename import partial_path, publish, remove_leftovers
 from spectune.files.source import TensorInfo
 from spectune.files.tensor_writer import TensorWriter
 from spectune.files.text import storable
@@ -24,7 +22,6 @@ from spectune.files.weights_hash import tensor_bytes
 
 RESERVE_BYTES = 16384  # room for metadata that is only known at the end (hashes)
 _CHUNK_BYTES = 1 << 22
-_PARTIAL = ".partial"
 
 
 class StreamWriter(TensorWriter):
@@ -52,8 +49,9 @@ class StreamWriter(TensorWriter):
         self._begin = dict(_begins(order))
         self._header_bytes = _aligned(len(self._header()) + reserve_bytes)
         self._end = sum(info.nbytes for info in order)
+        remove_leftovers(self.path)  # first: they take space, and an old folder may return
         check_target(self.path, self._header_bytes + self._end, force=force)
-        remove_leftovers(self.path)
+        self._force = force
         self._partial = partial_path(self.path)
         self._file = self._partial.open("w+b")
 
@@ -101,7 +99,7 @@ class StreamWriter(TensorWriter):
 
     def commit(self) -> None:
         try:
-            rename(self._partial, self.path)
+            publish(self._partial, self.path, force=self._force)
         except OSError as error:
             self._keep = True
             raise InputError(
@@ -110,7 +108,8 @@ class StreamWriter(TensorWriter):
             ) from error
 
     def abandon(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes the last bytes, and the disk may be full
+            self._file.close()
         if not self._keep:
             self._partial.unlink(missing_ok=True)
 
@@ -158,29 +157,6 @@ def check_target(path: Path, nbytes: int, *, force: bool) -> None:
         raise InputError(
             f"{path.name} needs {nbytes / 1e6:,.1f} MB: {path.parent} has {free / 1e6:,.1f} MB free"
         )
-
-
-def partial_path(path: Path) -> Path:
-    """Return the temporary name under which this process writes a file."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}{_PARTIAL}")
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of `path` left by killed processes of this machine."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}-(\d+){re.escape(_PARTIAL)}")
-    for leftover in path.parent.glob(f".*{_PARTIAL}"):
-        match = pattern.fullmatch(leftover.name)
-        if match is None or psutil.pid_exists(int(match[1])):
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    """Return the name of this machine for temporary names: several machines may share a folder."""
-    return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "local"
 
 
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:

@@ -15,6 +15,7 @@ from spectune.ops.drawing.pictures import (
     read_captions,
     read_pictures,
     refuse_existing,
+    save_picture,
 )
 from spectune.ops.drawing.specs import parse_model, unique_labels
 from spectune.ops.options.pictures import CompareOptions
@@ -58,8 +59,7 @@ def compare(options: CompareOptions) -> CompareReport:
             Column(label, draw(spec, captions, options, settings))
             for spec, label in zip(specs, unique_labels(specs), strict=True)
         ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(columns, captions, cell_px=options.cell).save(options.out)
+    save_picture(contact_sheet(columns, captions, cell_px=options.cell), options.out)
     reference = columns[0].pictures
     psnr_db = tuple((column.label, mean_psnr(reference, column.pictures)) for column in columns)
     return CompareReport(options.out, psnr_db)

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.reader import Checkpoint
+from spectune.files.reader import Checkpoint, check_unchanged, version_of
+from spectune.files.rename import partial_path, publish, remove_leftovers
 from spectune.files.text import load_json
-from spectune.files.writer import check_target, partial_path, refuse_inputs, remove_leftovers
+from spectune.files.writer import check_target, refuse_inputs
 from spectune.operation import operation
 from spectune.ops.options.model_files import NullOptions
 from spectune.pairs.rules import check_whole_model
@@ -58,11 +59,12 @@ def null(options: NullOptions) -> NullReport:
         _check_model(source)
         refuse_inputs(out, source.paths)
     nbytes = model.stat().st_size
-    check_target(out, nbytes, force=options.force)
     remove_leftovers(out)
+    check_target(out, nbytes, force=options.force)
     partial = partial_path(out)
     try:
         with model.open("rb") as original, partial.open("wb") as target:
+            before = version_of(original)
             spans = _read_spans(original)
             kept = [span for span in spans if span.name.endswith(KEPT_SUFFIXES)]
             # Bytes that are never written read as zeros. Sparse files use no disk space for them.
@@ -70,9 +72,10 @@ def null(options: NullOptions) -> NullReport:
             _copy(original, target, 0, min(span.begin for span in spans))
             for span in kept:
                 _copy(original, target, span.begin, span.nbytes)
+            check_unchanged(original, before, model)
             target.flush()
             os.fsync(target.fileno())
-        partial.replace(out)
+        publish(partial, out, force=options.force)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectune.errors import InputError
+from spectune.files.rename import replace_text
 from spectune.files.writer import check_target
 from spectune.interop.kohya.command_line import Command, parse_command
 from spectune.interop.kohya.config_files import parse_file, with_config_file, with_dataset_config
@@ -44,7 +45,7 @@ def recipe_import(options: ImportOptions) -> ImportReport:
     imported = import_command(command, folder=out.parent)
     text = recipe_text(imported, command=f"spectune train {out.as_posix()}")
     check_target(out, len(text.encode()), force=options.force)
-    out.write_text(text, encoding="utf-8")
+    replace_text(out, text)
     return ImportReport(out, imported)
 
 

@@ -14,6 +14,7 @@ from spectune.ops.drawing.pictures import (
     picture_files,
     read_captions,
     refuse_existing,
+    save_picture,
     save_pictures,
     save_sidecar,
 )
@@ -53,6 +54,5 @@ def sample(options: SampleOptions) -> SampleReport:
     if sidecar is not None:
         save_sidecar(sidecar, targets, captions)
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(pictures, captions).save(sheet)
+        save_picture(picture_grid(pictures, captions), sheet)
     return SampleReport(options.out, tuple(targets), sheet)

@@ -18,6 +18,7 @@ from spectune.files.dtypes import SAFETENSORS_NAMES, parse_dtype, parse_residual
 from spectune.files.pipeline import Progress, report_progress, run_pipeline
 from spectune.files.provenance import Role
 from spectune.files.reader import INDEX_SUFFIX
+from spectune.files.rename import made_folder
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, StreamWriter, check_target
@@ -161,10 +162,9 @@ def split(options: SplitOptions) -> SplitReport:
         catalogue = Catalogue(
             tuple(layer for layer in chosen if plan.ranks.get(layer.name, 0)), build_catalogue(base).unet
         )
-        options.out.mkdir(parents=True, exist_ok=True)
         principal, residual = _targets(options, rank_plan)
         origin = origin_of(base)
-        with AtomicGroup(principal) as group:
+        with made_folder(options.out), AtomicGroup(principal) as group:
             # Check both first: a new principal with an old residual would not be a pair.
             for path in filter(None, (principal, residual)):
                 check_target(path, 0, force=force)

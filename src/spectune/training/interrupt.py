@@ -32,6 +32,8 @@ class StopRequest:
         # Python allows signal handlers in the main thread only. A user interface may train in another thread.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, *_CLOSED):
+                if signal.getsignal(number) is signal.SIG_IGN:  # started by nohup
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from spectune.adapters.writer import save_tuned
 from spectune.core.delta import Delta
 from spectune.errors import InputError, counted, some_of
 from spectune.files.provenance import NoiseSchedule, Role
+from spectune.files.rename import remove_leftovers_of, remove_whole
 from spectune.model.prediction import Flow
 from spectune.training import state
 from spectune.training.callbacks import stage
@@ -75,18 +75,10 @@ def keep_newest(paths: Sequence[Path], count: int) -> list[str]:
     warnings: list[str] = []
     for path in paths[:-count]:
         try:
-            remove(path)
+            remove_whole(path)
         except OSError as error:
             warnings.append(f"cannot remove the old save {path.name}: {error.strerror}")
     return warnings
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- before the run
@@ -138,8 +130,9 @@ def _check_inputs_stay(recipe: Recipe, existing: Sequence[Path]) -> None:
 
 def prepare_output(recipe: Recipe, claim: Claim) -> None:
     """Remove the results to replace and create the output folder."""
+    remove_leftovers_of(recipe.run.output, rf"{re.escape(recipe.run.name)}[.-].*")
     for path in claim.replaced:
-        remove(path)
+        remove_whole(path)
     recipe.run.output.mkdir(parents=True, exist_ok=True)
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
-from spectune.errors import InputError, counted
-from spectune.files.rename import rename
+from spectune.errors import InputError, SpectuneError, counted
+from spectune.files.rename import partial_path, remove_whole, rename
 from spectune.files.text import load_json
 from spectune.training.optim.kinds import OPTIMIZERS
 
@@ -126,10 +126,10 @@ def save_state(
 
     `extras` may hold plain data and tensors, such as state dictionaries.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         structure = flatten(optimizer.state_dict(), tensors, "optimizer")
         save_file(
@@ -154,10 +154,21 @@ def save_state(
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_whole(folder)
         rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise SpectuneError(
+            f"the state after step {header.step} was not saved to {folder.parent}: {_reason(error, folder)}",
+            hint="make room on the disk and run the same command again: it resumes from the last state",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return why a state was not saved. The error of the safetensors library has no number of the system."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{reason}; the disk has {shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB free"
 
 
 def _file_hash(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from spectune.errors import InputError, some_of
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
 from spectune.files.provenance import ZERO_SNR_KEY, HasProvenance
 from spectune.files.reader import MODEL_INDEX
-from spectune.files.rename import rename
+from spectune.files.rename import old_path, rename
 from spectune.files.source import TensorInfo, declared_prediction
 from spectune.files.weights_hash import WeightsHasher
 from spectune.files.writer import RESERVE_BYTES, check_target
@@ -64,6 +63,7 @@ class FolderWriter(MultiFileWriter):
         # resolve: the temporary folder is named after the target, and `.` has no name
         super().__init__(Path(path).resolve(), infos, metadata=metadata, hold=hold)
         _check_folder(self.path, sum(info.nbytes for info in infos), force=force)
+        self._force = force
         self._template = None if template is None else read_template(template)
         source = self._announced()
         layout = infer_layout(source)
@@ -132,10 +132,15 @@ class FolderWriter(MultiFileWriter):
         if not self._spelling() and self._extras.equal(self._derived()):
             (self._partial / EXTRAS_FILE).unlink(missing_ok=True)
         try:
+            if not self._force:  # again: another program may have written it
+                _check_folder(self.path, 0, force=False)
             _replace_folder(self.path, self._partial)
-        except InputError:
+        except OSError as error:
             self._keep = True
-            raise
+            raise InputError(
+                f"cannot rename the finished folder to {self.path}: {error.strerror}",
+                hint=f"{self._partial} is complete: rename it yourself",
+            ) from error
 
     def _derived(self) -> dict[str, Tensor]:
         """Return the tensors that are not stored: a reader computes them from the folder's configuration."""
@@ -191,23 +196,18 @@ _UNET_FILE = _weights_file("unet")
 def _replace_folder(target: Path, finished: Path) -> None:
     """Rename a finished folder to `target` and delete the previous `target`.
 
-    If renaming fails, keeps both folders and raises InputError.
+    If renaming fails, keeps both folders and raises OSError. After a crash, the next run restores or deletes
+    the previous folder.
     """
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = old_path(target)
+    if target.exists():
+        rename(target, old)
     try:
-        if target.exists():
-            rename(target, old)
-        try:
-            rename(finished, target)
-        except OSError:
-            if old.exists():
-                rename(old, target)
-            raise
-    except OSError as error:
-        raise InputError(
-            f"cannot rename the finished folder to {target}: {error.strerror}",
-            hint=f"{finished} is complete: rename it yourself",
-        ) from error
+        rename(finished, target)
+    except OSError:
+        if old.exists():
+            rename(old, target)
+        raise
     try:
         if old.exists():
             shutil.rmtree(old)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from spectune.ops.dataset.problems import is_blurred, is_cropped, is_tiny
 from spectune.ops.dataset.records import DatasetPicture
+from spectune.ops.drawing.pictures import save_picture
 from spectune.sampling.contact_sheet import picture_grid
 from spectune.training.data.images import open_image
 
@@ -29,8 +30,7 @@ def write_sheet(target: Path, pictures: Sequence[DatasetPicture], doubled: Colle
     worst = sorted(range(len(pictures)), key=badness, reverse=True)[:MOST_PICTURES]
     captions = [", ".join([*labels[index], _short(pictures[index].path.name)]) for index in worst]
     drawn = [draw_crop(pictures[index]) for index in worst]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid(drawn, captions, cell_px=CELL_PX, columns=_COLUMNS).save(target)
+    save_picture(picture_grid(drawn, captions, cell_px=CELL_PX, columns=_COLUMNS), target)
     return len(worst)
 
 

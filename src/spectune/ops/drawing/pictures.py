@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spectune.errors import InputError
+from spectune.files.rename import made_folder, replace_text, replacing
 from spectune.files.text import UTF8, UnreadableText, read_text
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.sampling.contact_sheet import Column
@@ -44,10 +46,16 @@ def refuse_existing(targets: Sequence[Path], *, force: bool) -> None:
 def save_pictures(targets: Sequence[Path], captions: Sequence[str], pictures: Sequence[Image.Image]) -> None:
     """Write PNG files, each with its caption as a text chunk."""
     for target, caption, picture in zip(targets, captions, pictures, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
         text.add_itxt("caption", caption)
-        picture.save(target, pnginfo=text)
+        save_picture(picture, target, pnginfo=text)
+
+
+def save_picture(picture: Image.Image, target: Path, **options: Any) -> None:
+    """Write a picture completely or not at all, in a folder that may not exist yet."""
+    kind = Image.registered_extensions()[target.suffix.lower()]
+    with made_folder(target.parent), replacing(target) as partial:
+        picture.save(partial, kind, **options)
 
 
 def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]) -> None:
@@ -57,7 +65,7 @@ def save_sidecar(target: Path, pictures: Sequence[Path], captions: Sequence[str]
         for picture, caption in zip(pictures, captions, strict=True)
     )
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    replace_text(target, "\n".join(lines) + "\n")
 
 
 def read_pictures(folder: Path, label: str) -> tuple[Column, list[str]]:

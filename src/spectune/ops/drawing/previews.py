@@ -11,7 +11,7 @@ from PIL import Image
 from spectune.errors import InputError, SpectuneError
 from spectune.model.drawing_memory import pictures_at_once
 from spectune.model.offload import StagedModel
-from spectune.ops.drawing.pictures import save_pictures
+from spectune.ops.drawing.pictures import save_picture, save_pictures
 from spectune.sampling.contact_sheet import picture_grid
 from spectune.sampling.generate import Request, SampleSettings, check_sampler_name, find_sampler
 from spectune.sampling.prompts import Prompt, read_prompts
@@ -69,7 +69,7 @@ class Previews(Callbacks):
         save_pictures(targets, captions, pictures)
         widest = max(max(picture.size) for picture in pictures)
         sheet = picture_grid(pictures, captions, cell_px=min(widest, _CELL_PX))
-        sheet.save(folder.with_name(f"{stem}.png"))
+        save_picture(sheet, folder.with_name(f"{stem}.png"))
         self._saved(step, targets, captions)
         return sheet
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spectune.checkpoints.open import open_checkpoint
+from spectune.files.rename import replace_text
 from spectune.files.writer import check_target
 from spectune.ops.model_card.card import card_text
 from spectune.ops.model_card.run_facts import run_facts
@@ -33,5 +34,5 @@ def write_card(model: Path, made_from: Path, weights_hash: str) -> Path:
     with open_checkpoint(model) as written, open_checkpoint(made_from) as source:
         facts = run_facts(made_from, source.provenance.base_hash)
         text = card_text(written, source, facts, folder=target.parent, weights_hash=weights_hash)
-    target.write_text(text, encoding="utf-8", newline="\n")
+    replace_text(target, text)
     return target

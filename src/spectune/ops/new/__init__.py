@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import quoted
+from spectune.files.rename import replace_text
 from spectune.files.writer import check_target
 from spectune.operation import operation
 from spectune.ops.new.answers import Answers
@@ -72,7 +73,7 @@ def new(options: NewOptions) -> NewReport:
     check_target(_target(options), 0, force=options.force)
     made = draft(options)
     prompts = write_prompts(prompts_path(made.path), made.captions, force=options.force)
-    made.path.write_text(made.text, encoding="utf-8")
+    replace_text(made.path, made.text)
     return NewReport(
         path=made.path,
         text=made.text,

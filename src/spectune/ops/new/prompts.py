@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectune.errors import counted
+from spectune.files.rename import replace_text
 
 SHOWN = 4  # prompts, from captions spread over the pictures
 HEAD = """\
@@ -33,7 +34,7 @@ def write_prompts(path: Path, captions: Sequence[str], *, force: bool) -> tuple[
     if path.exists() and not force:
         return (f"the prompts in {path} stay as they are",)
     text = "".join(f"{line} --d {seed}\n" for seed, line in enumerate(lines, start=1))
-    path.write_text(HEAD + text, encoding="utf-8")
+    replace_text(path, HEAD + text)
     return (f"wrote {path} with {counted(len(lines), 'prompt')} for the previews",)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spectune.errors import InputError, printable
+from spectune.files.rename import made_folder
 from spectune.files.text import load_json
 
 
@@ -26,8 +27,12 @@ def locked_output(output: Path, name: str, warn: Callable[[str], None]) -> Itera
     Raises:
         InputError: Another process trains a run of this name into this folder.
     """
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    output.mkdir(parents=True, exist_ok=True)
+    with made_folder(output), _locked(output, name, warn):  # an error before any work leaves no empty folder
+        yield
+
+
+@contextmanager
+def _locked(output: Path, name: str, warn: Callable[[str], None]) -> Iterator[None]:
     lock, owner = output / f".{name}.lock", output / f".{name}.owner.json"
     held = FileLock(lock, timeout=0)
     try:
@@ -44,12 +49,6 @@ def locked_output(output: Path, name: str, warn: Callable[[str], None]) -> Itera
             warn(f"the lock of {_described(owner)} was taken over: that process ended without removing it")
         owner.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
-    except InputError:
-        _release(held, lock, owner)
-        for folder in missing:  # an error before any work leaves no empty folders
-            with suppress(OSError):
-                folder.rmdir()
-        raise
     finally:
         _release(held, lock, owner)
 
