@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -19,12 +20,12 @@ from spectune.studio.workspace import Workspace
 SECRET = "the content of a file outside"
 QUICK = [
     "{outside}/secret.png",
-    "{inside}/../outside/secret.txt",
     "{inside}/link/secret.txt",
-    "{inside}/a.png\0.txt",
     "<script>alert(1)</script>",
 ]
 SLOW = [
+    "{inside}/../outside/secret.txt",
+    "{inside}/a.png\0.txt",
     "{outside}",
     "{outside}/secret.txt",
     "{inside}/%2e%2e/outside/secret.txt",
@@ -89,6 +90,7 @@ def prepared(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise InputError("the assistant is not asked here")
 
     monkeypatch.setattr(workspace.assistant, "ask", ask)
+    monkeypatch.setattr(workspace.assistant, "start", lambda: None)
     monkeypatch.setattr("spectune.studio.pages.settings.choose_folder", lambda title: "")
     return workspace
 
@@ -115,28 +117,32 @@ def answers(client: TestClient, route: APIRoute, value: str) -> Iterator[Any]:
         )
 
 
+def problems_of(response: Any, where: str) -> Iterator[str]:
+    """Yield what is wrong with a response to a hostile value."""
+    where = f"{response.request.method} {where}: {response.status_code}"
+    if response.status_code >= 500 or SECRET in response.text:
+        yield f"{where} {response.text[:200]}"
+    if "<script>alert(1)" in response.text and "html" in response.headers["content-type"]:
+        yield f"{where} not escaped"
+    if "set-cookie" in response.headers:
+        yield f"{where} a header was injected"
+
+
 @pytest.mark.parametrize("values", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
 def test_every_route_with_hostile_values(
     prepared: Workspace, browse: Callable[..., TestClient], tmp_path: Path, values: list[str]
 ) -> None:
-    client = browse(prepared)
     before = sorted((path, path.read_bytes()) for path in (tmp_path / "outside").iterdir())
-    routes = list(routes_of(client))
-    assert len(routes) > 10
     places = {"{outside}": str(tmp_path / "outside"), "{inside}": str(tmp_path / "pictures")}
     problems: list[str] = []
-    for route in routes:
-        for value in values:
+    with browse(prepared) as client:  # one event loop for all requests
+        routes = list(routes_of(client))
+        assert len(routes) > 10
+        for route, value in product(routes, values):
             for name, folder in places.items():
                 value = value.replace(name, folder)
             for response in answers(client, route, value):
-                where = f"{response.request.method} {route.path} {value[:60]!r}: {response.status_code}"
-                if response.status_code >= 500 or SECRET in response.text:
-                    problems.append(f"{where} {response.text[:200]}")
-                if "<script>alert(1)" in response.text and "html" in response.headers["content-type"]:
-                    problems.append(f"{where} not escaped")
-                if "set-cookie" in response.headers:
-                    problems.append(f"{where} a header was injected")
+                problems += problems_of(response, f"{route.path} {value[:60]!r}")
     assert problems == []
     assert sorted((path, path.read_bytes()) for path in (tmp_path / "outside").iterdir()) == before
     # only files with plain names were added, and only in the folders of the Studio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,34 @@ def test_a_port_in_use_names_the_address(tmp_path: Path, capfd: pytest.CaptureFi
             InputError, match=f"port {port} of 127.0.0.1 is in use: .*http://127.0.0.1:{port}"
         ):
             serve._listen("127.0.0.1", port)
+
+
+def test_the_browser_opens_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The socket accepts connections before the browser opens."""
+    opened: list[str] = []
+
+    def open_page(url: str) -> bool:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+        opened.append(url)
+        return False
+
+    def wait(self: Server, sockets: list[socket.socket]) -> None:
+        while not opened:
+            threading.Event().wait(0.01)
+        sockets[0].close()
+
+    monkeypatch.setattr(serve.webbrowser, "open", open_page)
+    monkeypatch.setattr(Server, "run", wait)
+    assert run(["studio", "--port", "0", "--home", str(tmp_path / "home")]) == 0
+    text = ""
+    for _ in range(100):
+        text = capfd.readouterr().err
+        if "no browser was found" in text:
+            break
+        threading.Event().wait(0.01)
+    assert opened[0] in text
 
 
 def test_without_the_extra_the_error_says_how_to_install_it(

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import threading
-import time
 import webbrowser
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,7 @@ def studio(options: StudioOptions) -> StudioReport:
     say(f"spectune studio: {url}")
     say("Ctrl-C ends it; runs continue, and are there again at the next start.")
     if options.browser:
-        _open_when_ready(url)
+        threading.Thread(target=_open, args=(url,), daemon=True).start()
     uvicorn.Server(config).run(sockets=[listener])
     return StudioReport(url)
 
@@ -117,6 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
+        listener.listen()  # so that the browser waits until the server is ready
     except OSError as error:
         listener.close()
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
@@ -133,12 +133,7 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
-def _open_when_ready(url: str) -> None:
-    """Open the page in a browser as soon as the server accepts connections."""
-
-    def wait_and_open() -> None:
-        time.sleep(0.3)
-        if not webbrowser.open(url):
-            print_note(f"no browser was found: open {url}")
-
-    threading.Thread(target=wait_and_open, daemon=True).start()
+def _open(url: str) -> None:
+    """Open the page in a browser."""
+    if not webbrowser.open(url):
+        print_note(f"no browser was found: open {url}")

@@ -233,10 +233,12 @@ def _between_steps(run: Run, progress: Progress, requests: frozenset[Request], *
         output.save_step(run, progress)
     elif save_state and not is_last:
         output.save_state(run, progress)
+    if "save" in requests:
+        run.callbacks.on_request_done("save")
     if due("preview") or "preview" in requests or (is_last and previews_at_end(run.recipe.run)):
         _preview(run, progress)
-    for request in requests - {"stop"}:
-        run.callbacks.on_request_done(request)
+    if "preview" in requests:
+        run.callbacks.on_request_done("preview")
     return saves or save_state
 
 

@@ -146,6 +146,26 @@ def test_a_killed_job_is_lost_and_the_next_one_starts(
     reaches(queue, second, "running")
 
 
+def test_a_job_that_does_not_obey_is_killed(
+    queue: JobQueue, tmp_path: Path, started: list[list[str]]
+) -> None:
+    job = add(queue, tmp_path)
+    with pytest.raises(InputError, match="does not run: it is queued"):
+        queue.kill(job.record.id)
+    reaches(queue, job, "running")
+    assert queue.kill(job.record.id).state == "lost"
+    assert queue.resume(job.record.id).state == "queued"
+
+
+def test_a_damaged_record_of_a_process_starts_nothing(
+    queue: JobQueue, tmp_path: Path, started: list[list[str]]
+) -> None:
+    job = add(queue, tmp_path)
+    (queue.folder / job.record.id / ProcessRecord.FILE).write_text("")
+    queue.advance()
+    assert (queue.job(job.record.id).state, started) == ("lost", [])
+
+
 def test_a_process_that_is_dead_but_not_yet_collected_does_not_run(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     created = psutil.Process(child.pid).create_time()

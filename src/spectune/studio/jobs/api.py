@@ -25,8 +25,8 @@ def router_of(jobs: JobQueue) -> APIRouter:
     router = APIRouter(prefix="/api/jobs")
 
     @router.get("")
-    def listed() -> dict[str, Any]:
-        return {"jobs": [job.as_json() for job in jobs.jobs()]}
+    def listed(limit: Annotated[int, Query(ge=1, le=10_000)] = 200) -> dict[str, Any]:
+        return {"jobs": [job.as_json() for job in jobs.jobs()[:limit]]}
 
     @router.post("")
     def add(wanted: JobRequest) -> dict[str, Any]:
@@ -43,6 +43,10 @@ def router_of(jobs: JobQueue) -> APIRouter:
     @router.get("/{id}/log")
     def log(id: str, after: _After = 0) -> dict[str, Any]:
         return jobs.log(id, after)
+
+    @router.post("/{id}/kill")
+    def kill(id: str) -> dict[str, Any]:
+        return jobs.kill(id).as_json()
 
     @router.post("/{id}/resume")
     def resume(id: str) -> dict[str, Any]:

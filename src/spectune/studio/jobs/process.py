@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,19 @@ def start(argv: Sequence[str], folder: Path, cwd: Path) -> subprocess.Popen[byte
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, env=environment,
             creationflags=flags, start_new_session=True,
         )  # fmt: skip
+
+
+def end(process: ProcessRecord) -> None:
+    """End a process and its children, and wait until they are gone."""
+    try:
+        main = psutil.Process(process.pid)
+        ended = [*main.children(recursive=True), main]
+    except psutil.Error:
+        return
+    for one in ended:
+        with suppress(psutil.Error):
+            one.kill()
+    psutil.wait_procs(ended, timeout=5)
 
 
 def is_running(process: ProcessRecord, folder: Path) -> bool:

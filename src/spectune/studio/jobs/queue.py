@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from spectune.cli.job import EVENTS, FLAGS, INTERRUPTED, Job
 from spectune.errors import InputError, printable
 from spectune.studio.jobs.arguments import WRITTEN, arguments_of, command_named
-from spectune.studio.jobs.process import LOG, is_running, start
+from spectune.studio.jobs.process import LOG, end, is_running, start
 from spectune.studio.jobs.reading import ending_of, read_events, read_log
 from spectune.studio.jobs.records import JobRecord, ProcessRecord, State
 from spectune.studio.places import Places, Refused
@@ -60,8 +60,8 @@ class JobQueue:
         self._children: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        # what has ended: by id, the records that it follows from and the job
-        self._final: dict[str, tuple[tuple[JobRecord, ProcessRecord], JobView]] = {}
+        # what has ended: by id, the versions of the files that it follows from, and the job
+        self._final: dict[str, tuple[list[int | None], JobView]] = {}
 
     # ---- the background
 
@@ -138,17 +138,20 @@ class JobQueue:
 
     def _view(self, id: str) -> JobView | None:
         folder = self.folder / id
+        version = [_changed(folder / name) for name in (JobRecord.FILE, ProcessRecord.FILE)]
+        if id in self._final and self._final[id][0] == version:
+            return self._final[id][1]
         record = JobRecord.read(folder / JobRecord.FILE)
         if record is None or record.id != id:
             return None
-        process = ProcessRecord.read(folder / ProcessRecord.FILE)
-        if process is None:
+        if version[1] is None:
             return JobView(record, "queued", None)
-        if self._final.get(id, (None,))[0] != (record, process):
-            if is_running(process, folder):  # before the events: it may write its end meanwhile
-                return JobView(record, "running", None)
-            code, failed = ending_of(folder / EVENTS, process.events_from)
-            self._final[id] = (record, process), JobView(record, _state(code, failed=failed), code)
+        # a damaged file is no reason to run a command again
+        process = ProcessRecord.read(folder / ProcessRecord.FILE) or ProcessRecord(0, 0.0, 0)
+        if is_running(process, folder):  # before the events: it may write its end meanwhile
+            return JobView(record, "running", None)
+        code, failed = ending_of(folder / EVENTS, process.events_from)
+        self._final[id] = version, JobView(record, _state(code, failed=failed), code)
         return self._final[id][1]
 
     def events(self, id: str, after: int = 0) -> dict[str, Any]:
@@ -208,6 +211,14 @@ class JobQueue:
                 (self.folder / id / flag).touch()
         return self.job(id)
 
+    def kill(self, id: str) -> JobView:
+        """End a job at once, without a save: one that does not obey `stop`. Its results stay as they are."""
+        job, process = self.job(id), ProcessRecord.read(self.folder / id / ProcessRecord.FILE)
+        if job.state != "running" or process is None:
+            raise InputError(f"{job.record.title} does not run: it is {job.state}")
+        end(process)
+        return self.job(id)
+
     def resume(self, id: str) -> JobView:
         """Put a training that was stopped, failed or got lost into the queue again: it continues."""
         record = self.job(id).record
@@ -229,6 +240,14 @@ class JobQueue:
                 raise InputError(f"{job.record.title} is running", hint="stop it first")
             shutil.rmtree(self.folder / id)
             self._final.pop(id, None)
+
+
+def _changed(file: Path) -> int | None:
+    """Return the time of the last change of a file, None if there is no such file."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _state(exit_code: int | None, *, failed: bool) -> State:

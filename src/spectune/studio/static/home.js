@@ -87,13 +87,13 @@ function showRecent(jobs) {
     el("td", {}, el("a", { href: pageOf(job) }, job.title)),
     el("td", {}, el("span", { class: `badge ${job.state}` }, job.state)),
     el("td", { class: "quiet" }, ago(job.created)),
-    el("td", { class: "row" },
+    el("td", {}, el("div", { class: "row" },
       canResume(job) ? button("Resume", () => post(`/api/jobs/${job.id}/resume`), job) : null,
-      button("Remove", () => post(`/api/jobs/${job.id}/remove`), job)))));
+      button("Remove", () => post(`/api/jobs/${job.id}/remove`), job, "Removes this entry. Its results stay."))))));
 }
 
-function button(text, action, job) {
-  const made = el("button", { type: "button", class: "plain", ...(job ? { "aria-label": `${text} ${job.title}` } : {}) }, text);
+function button(text, action, job, title) {
+  const made = el("button", { type: "button", class: "plain", title, ...(job ? { "aria-label": `${text} ${job.title}` } : {}) }, text);
   onClick(made, async () => { await action(); show(await get("/api/jobs")); });
   return made;
 }
