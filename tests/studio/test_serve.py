@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,31 @@ def test_a_port_in_use_names_the_address(tmp_path: Path, capfd: pytest.CaptureFi
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(
-            InputError, match=f"port {port} of 127.0.0.1 is in use: .*http://127.0.0.1:{port}"
-        ):
+        with pytest.raises(InputError, match=rf"port {port} of 127\.0\.0\.1 is in use by another program"):
             serve._listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("server", "found"), [("spectune-studio", True), ("uvicorn", False)])
+def test_a_second_start_opens_the_page_of_the_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], server: str, found: bool
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def version_string(self) -> str:
+            return server
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        port = str(other.server_port)
+        code = run(["studio", "--no-browser", "--port", port, "--home", str(tmp_path / "home")])
+    text = capfd.readouterr().err
+    assert code == (0 if found else 2)
+    assert ("the Studio runs already" if found else "in use by another program") in text
 
 
 def test_the_browser_opens_the_page(

@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spectune.studio.rendering import error_response
 
+SERVER = "spectune-studio"
 HEADERS: Mapping[str, str] = {
+    "server": SERVER,
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
         "form-action 'self'; frame-ancestors 'none'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import os
 import socket
 import threading
@@ -47,6 +48,12 @@ def studio(options: StudioOptions) -> StudioReport:
             hint=f"pass `password`, or set the environment variable {PASSWORD_VARIABLE}",
         )
     workspace = _workspace(options, password, remote=remote)
+    url = _url(options.host, options.port)
+    if options.port and _serves_already(options.host, options.port):  # a second double click
+        say(f"the Studio runs already: {url}")
+        if options.browser:
+            _open(url)
+        return StudioReport(url)
     listener = _listen(options.host, options.port)
     url = _url(options.host, listener.getsockname()[1])
     config = uvicorn.Config(
@@ -108,6 +115,21 @@ def _hosts(host: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*LOOPBACK, name, f"{name}.local", *addresses)))
 
 
+def _serves_already(host: str, port: int) -> bool:
+    """Return whether a Studio listens on the port."""
+    from spectune.studio.security import SERVER
+
+    address = "127.0.0.1" if host in ANY_ADDRESS else host.strip("[]")
+    connection = http.client.HTTPConnection(address, port, timeout=2)
+    try:
+        connection.request("HEAD", "/static/icon.svg")
+        return connection.getresponse().getheader("server") == SERVER
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to the address. Raises InputError if the port is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -121,8 +143,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             raise InputError(
-                f"port {port} of {host} is in use: perhaps the Studio runs already at {_url(host, port)}",
-                hint="open that address, or pass another `port`",
+                f"port {port} of {host} is in use by another program", hint="pass another `port`: 7862"
             ) from error
         raise InputError(f"cannot listen on `host` {host}: {error.strerror}") from error
     return listener
