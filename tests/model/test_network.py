@@ -1,13 +1,15 @@
 """A model built from the tensors of a checkpoint, without configuration files."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
-from spectune.model.network import build_model
+from spectune.model.network import attention_of_unet, build_model
 from spectune.model.prediction import Ddpm
 from spectune.model.text import TokenIds, clip_tokenizer, tokenize
 
@@ -29,6 +31,22 @@ def test_every_stage_runs(model):
     assert out.shape == latents.shape
     assert torch.isfinite(out).all()
     assert model.decode_latents(latents).shape == pixels.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_equals_that_of_diffusers(model, dtype):
+    unet = deepcopy(model.unet).to(dtype)
+    blocks = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert {block.rescale_output_factor for block in blocks} == {1.0}
+    x = torch.randn(2, 9, blocks[1].to_q.in_features, dtype=dtype)
+    context = torch.randn(2, 7, blocks[1].to_k.in_features, dtype=dtype)
+    mask = torch.zeros(2, 1, 7, dtype=dtype)
+    mask[1, 0, 4:] = -10000.0
+    for attention, inputs in ((blocks[0], (x, None, None)), (blocks[1], (x, context, mask))):
+        with torch.no_grad():
+            ours = attention(*inputs)
+            assert torch.equal(ours, AttnProcessor2_0()(attention, *inputs))
+            assert attention.processor is attention_of_unet
 
 
 def test_modules_hold_the_weights_of_the_file(model, source):

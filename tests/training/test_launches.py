@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def with_peft(layers: list[Layer]) -> Sdxl:
     """Return a model with PEFT's LoRA in the same layers, its factors in bf16."""
     model = empty_model(SDXL, torch.bfloat16)
     names = [layer.diffusers.removeprefix("unet.") for layer in layers]
+    model.unet.set_attn_processor(AttnProcessor2_0())  # as without spectune
     model.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK // 2, target_modules=names))
     return model
 

@@ -70,12 +70,6 @@ class TrainReport:
     interrupted: bool
     warnings: tuple[str, ...]
 
-    @property
-    def steps_per_second(self) -> float | None:
-        """Steps of this process per second; None if it made no step."""
-        done = self.steps - self.first_step
-        return done / self.seconds if done and self.seconds else None
-
 
 class Callbacks:
     """The methods that a run calls on its main process. The defaults do nothing; override what you need."""
