@@ -57,6 +57,7 @@ function show() {
   showCharts();
   showPreviews();
   showMessages();
+  if (state !== "running") at("kill").hidden = true;
 }
 
 const WORDS = { queued: "waiting", running: "running", finished: "finished", stopped: "stopped", failed: "failed", lost: "ended without a result" };
@@ -209,6 +210,9 @@ onClick(at("resume"), async () => {
   const made = await post(`${api}/resume`);
   if (made?.id && made.id !== job) location.assign(`/runs/${made.id}`);
 });
+// A process that does not stop, for example because it waits for a disk, can be ended without a save.
+at("stop").addEventListener("click", () => setTimeout(() => { at("kill").hidden = state !== "running"; }, 30_000));
+onClick(at("kill"), () => post(`${api}/kill`));
 at("close-large").addEventListener("click", () => at("large").close());
 at("large").addEventListener("click", (event) => { if (event.target === at("large")) at("large").close(); });
 
