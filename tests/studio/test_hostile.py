@@ -148,6 +148,17 @@ def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
     assert response.status_code == 413
 
 
+def test_files_and_the_captions_of_an_undo_may_be_larger(client: TestClient) -> None:
+    content = {"content": b" " * 2_000_000, "headers": {"content-type": "application/json"}}
+    codes = [
+        client.post(path, **content).status_code  # pyright: ignore[reportArgumentType]
+        for path in ("/api/settings", "/api/data/captions", "/api/uploads/data")
+    ]
+    assert codes == [413, 422, 422]
+    declared = {"content-length": "300000000"}
+    assert client.post("/api/uploads/data", content=b"", headers=declared).status_code == 413
+
+
 @pytest.mark.parametrize("length", ["-1", "1e3", "999999999999999999999", "1, 2"])
 def test_a_wrong_length_is_refused(client: TestClient, length: str) -> None:
     check_refused(client.post("/api/settings", content=b"{}", headers={"content-length": length}))

@@ -91,7 +91,7 @@ def test_a_second_start_opens_the_page_of_the_first(
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Handler) as other:
         threading.Thread(target=other.handle_request, daemon=True).start()

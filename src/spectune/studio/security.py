@@ -30,9 +30,9 @@ HEADERS: Mapping[str, str] = {
     "cross-origin-resource-policy": "same-origin",
 }
 LONGEST_URL = 8192
-LARGEST_BODY = 1_000_000  # bytes; JSON and forms
-LARGEST_UPLOAD = 256_000_000
-UPLOADS = "/api/uploads/"  # routes that receive files start with this
+LARGEST_BODY = 1_000_000  # bytes
+# Other limits, by the begin of the address: files, and the undo of a replacement in many captions.
+LIMITS = {"/api/uploads/": 256_000_000, "/api/data/captions": 32_000_000}
 _SAFE = {"GET", "HEAD"}
 
 
@@ -55,8 +55,7 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, secured)
             return
-        limit = LARGEST_UPLOAD if request.url.path.startswith(UPLOADS) else LARGEST_BODY
-        await self.app(scope, _limited(receive, limit), secured)
+        await self.app(scope, _limited(receive, _limit_of(scope["path"])), secured)
 
 
 def _refusal(request: Request) -> Response | None:
@@ -73,10 +72,15 @@ def _refusal(request: Request) -> Response | None:
     if not is_same_origin(request.headers):
         return error_response(request, 403, "only pages of the Studio may change something")
     length = request.headers.get("content-length", "0")
-    limit = LARGEST_UPLOAD if path.startswith(UPLOADS) else LARGEST_BODY
+    limit = _limit_of(path)
     if not length.isdecimal() or int(length) > limit:
         return error_response(request, 413, f"the request is too large: expected at most {limit:,} bytes")
     return None
+
+
+def _limit_of(path: str) -> int:
+    """Return the largest body of an address in bytes."""
+    return next((limit for begin, limit in LIMITS.items() if path.startswith(begin)), LARGEST_BODY)
 
 
 def is_same_origin(headers: Mapping[str, str]) -> bool:

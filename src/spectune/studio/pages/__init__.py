@@ -4,8 +4,8 @@ To add a page `name`:
 
 1. `pages/name.py`: `router = APIRouter()` with `@router.get("/name")`, which returns
    `render(request, "name.html", title="Name", ...)`. JSON routes are below `/api/name/`, and routes that
-   receive files below `/api/uploads/` (up to 256 MB; all others accept 1 MB). Add `name` to PAGES, and a
-   link to NAVIGATION in rendering.py.
+   receive files below `/api/uploads/` (up to 256 MB; others accept 1 MB, see LIMITS in security.py). Add
+   `name` to PAGES, and a link to NAVIGATION in rendering.py.
 2. `templates/name.html`: `{% extends "base.html" %}`, with the blocks `content` and `scripts`.
 3. `static/name.js`: `import { get, post, poll, toast } from "./app.js"`; put
    `<script type="module" src="/static/name.js"></script>` into the block `scripts`. Inline scripts,
