@@ -271,6 +271,7 @@ def test_a_folder_that_is_no_job_is_ignored(queue: JobQueue) -> None:
     assert queue.jobs() == []
 
 
+@pytest.mark.slow  # it imports torch
 def test_a_real_command_runs_and_survives_its_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
     first = JobQueue(tmp_path / "jobs")
     values = {"model": str(tiny_checkpoint), "out": str(tmp_path / "-null.safetensors")}
