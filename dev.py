@@ -6,6 +6,7 @@
     python dev.py setup           install everything for development; further arguments go to `pip install`
                                   --torch cu130: install this build of torch (see below)
     python dev.py test            run the tests except the slow ones; further arguments go to pytest
+                                  --browser: run the tests in Chromium instead; --shots FOLDER: screenshots
     python dev.py lint [--fix]    run ruff and pyright
     python dev.py docs            build the documentation site; warnings are errors
                                   --serve: show it in a browser; --write: regenerate the generated pages first
@@ -354,9 +355,18 @@ def test(args: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Workers print warnings of transformers about torchvision after the summary of pytest.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return run(
-        ensure(DEV_LOCK), "-m", "pytest", "-m", "not slow", "-n", "logical", "--dist", "worksteal", *args
-    )
+    python = ensure(DEV_LOCK)
+    if "--browser" in args:
+        return browser_test(python, [arg for arg in args if arg != "--browser"])
+    return run(python, "-m", "pytest", "-m", "not slow", "-n", "logical", "--dist", "worksteal", *args)
+
+
+def browser_test(python: Path, args: list[str]) -> int:
+    """Run the tests of the Studio in Chromium; without one on this machine, Playwright downloads its own."""
+    found = os.environ.get("SPECTUNE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not found and run(python, "-m", "playwright", "install", "chromium") != 0:
+        raise DevError("no browser was installed\nhint: set SPECTUNE_CHROMIUM to a Chromium or Chrome")
+    return run(python, "-m", "pytest", "-m", "browser", "tests/studio", *args)
 
 
 def lint(args: list[str]) -> int:

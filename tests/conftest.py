@@ -22,6 +22,27 @@ from tests.split_fixtures import tiny_split  # noqa: F401
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shots", metavar="FOLDER", help="Write the screenshots of the browser tests there.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the browser tests, unless `-m` names them: `-m "not slow"` would select them."""
+    if "browser" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def shots_folder(request: pytest.FixtureRequest) -> Path | None:
+    """Return the folder of `--shots`."""
+    chosen = request.config.getoption("--shots")
+    return None if chosen is None else Path(chosen)
+
+
 def pytest_collection_finish() -> None:
     """Take what is loaded out of garbage collection, which took a sixth of the time to visit it."""
     gc.collect()

@@ -69,6 +69,14 @@ def test_the_files_of_a_training(client: TestClient, space: Workspace) -> None:
     assert [one["step"] for one in found["saves"]] == [10, 20]
     assert [(one["step"], len(one["files"])) for one in found["previews"]] == [(20, 1)]
     assert (found["parts"], found["prompts"]) == (["unet", "te"], ["a cat", "a dog"])
+    assert (found["built"], found["compare"]) == ([], None)
+    for name in ("a[b]-lora.safetensors", "a[b]-te10-compare.png", "other-lora.safetensors"):
+        (space.output / "runs/a" / name).write_bytes(b"x")
+    made = client.get("/api/results/1/files").json()
+    assert [(one["kind"], Path(one["path"]).name) for one in made["built"]] == [
+        ("lora", "a[b]-lora.safetensors")
+    ]
+    assert Path(made["compare"]).name == "a[b]-te10-compare.png"
     assert found["tuned"] == str(space.output / "runs/a/a[b].safetensors")
     assert client.get("/api/runs/1/files").json()["recipe"] == str(space.output / "a.toml")
     assert client.get("/api/runs/2/files").status_code == 404  # trains nothing

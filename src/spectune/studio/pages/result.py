@@ -46,11 +46,11 @@ def page(request: Request, space: Space, job: str) -> Response:
 def files(space: Space, job: str) -> dict[str, Any]:
     """Return the files of a training and what was built of them."""
     found = runs.files_of_job(space, job)
+    sheets = _made(found, "compare")
     built = [
         {"kind": kind, "path": str(path), "nbytes": path.stat().st_size}
         for kind in ("checkpoint", "lora")
-        for path in sorted(found.output.glob(f"*{ENDINGS[kind]}"))
-        if path.name.startswith(found.name)
+        for path in _made(found, kind)
     ]
     return {
         "name": found.name,
@@ -64,6 +64,7 @@ def files(space: Space, job: str) -> dict[str, Any]:
         "parts": found.parts,
         "prompts": runs.read_prompts(found.prompts)[:PROMPTS],
         "built": built,
+        "compare": str(max(sheets, key=lambda path: path.stat().st_mtime)) if sheets else None,
     }
 
 
@@ -101,6 +102,11 @@ def verify(space: Space, path: str) -> dict[str, Any]:
         "programs": summary["programs"],
         "problems": summary.get("problems", []),
     }
+
+
+def _made(found: TrainingFiles, kind: str) -> list[Path]:
+    """Return the files of a kind that were made of a training."""
+    return sorted(path for path in found.output.glob(f"*{ENDINGS[kind]}") if path.name.startswith(found.name))
 
 
 def _adapter(found: TrainingFiles, parts: dict[Any, PartChoice]) -> tuple[Path, list[dict[str, Any]]]:

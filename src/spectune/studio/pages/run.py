@@ -1,4 +1,7 @@
-"""A run: curves, previews, and its controls. The events of the job bring everything that moves."""
+"""A run: curves, previews, and its controls. Everything that changes comes with the events of the job.
+
+Jobs that do not train have this page too, without curves and previews.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,15 @@ router = APIRouter()
 
 @router.get("/runs/{job}")
 def page(request: Request, space: Space, job: str) -> Response:
-    return render(request, "run.html", title=runs.read_job(space, job).get("title") or "Run", job=job)
+    record = runs.read_job(space, job)
+    return render(
+        request,
+        "run.html",
+        title=record.get("title") or "Run",
+        job=job,
+        trains=runs.recipe_path(record) is not None,
+        outputs=[str(path) for path in record.get("outputs", ())],
+    )
 
 
 @router.get("/api/runs/{job}/files")

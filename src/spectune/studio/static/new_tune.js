@@ -160,7 +160,7 @@ async function judgePictures() {
 
 function pictureFacts(found, path) {
   const captions = found.captioned === found.pictures ? "all with a caption" : `${count(found.captioned)} with a caption of their own`;
-  const facts = [el("p", {}, el("b", {}, `${count(found.pictures)} pictures`), `, ${captions}. `, el("a", { href: `/data?path=${encodeURIComponent(path)}` }, "Look at them"))];
+  const facts = [el("p", {}, el("b", {}, `${count(found.pictures)} pictures`), `, ${captions}. `, el("a", { href: `/data?folder=${encodeURIComponent(path)}` }, "Look at them"))];
   const strip = found.samples.map((file) => el("img", { src: thumbnail(file, 144), alt: fileName(file), loading: "lazy", width: 72, height: 72 }));
   facts.push(el("div", { class: "strip" }, strip));
   if (!found.problems.length) return [...facts, el("p", { class: "good small" }, "No problem was found.")];
@@ -223,6 +223,7 @@ function showMemory(required) {
   if (!forecast || required === null) { at("memory-line").replaceChildren(); return; }
   const { available } = forecast.memory;
   const card = forecast.device.startsWith("cuda");
+  at("memory-name").textContent = card ? "VRAM" : "Memory";
   const place = card ? forecast.device : "main memory";
   const share = available ? Math.min(100, (required / available) * 100) : 0;
   const fits = !available || required <= available;
@@ -251,7 +252,9 @@ function showLength() {
 
 function time(wanted, batch) {
   const seconds = state.speed?.seconds_per_picture;
-  return seconds && batch ? `, about ${duration(seconds * batch * wanted)}` : "";
+  if (!seconds || !batch) return "";
+  const all = seconds * batch * wanted;
+  return `, about ${all < 120 || all >= 3600 ? duration(all) : `${Math.round(all / 60)} min`}`;
 }
 
 // ---- the check

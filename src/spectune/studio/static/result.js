@@ -21,6 +21,7 @@ async function load() {
   showParts();
   showPreviews();
   showBuilt();
+  if (files.compare && !at("sheet").querySelector("img")) showSheet(files.compare);
   const possible = files.tuned !== null || files.saves.length > 0;
   for (const id of ["compare", "checkpoint", "lora"]) at(id).disabled = !possible;
   if (!possible) at("choice").textContent = "There is no result yet: the training has saved nothing.";
@@ -94,10 +95,13 @@ const failed = (error) => el("p", { class: "notice bad small" }, error ? [error.
 onClick(at("compare"), async () => {
   at("sheet").replaceChildren(el("p", { class: "quiet" }, "Drawing; this takes a while without a graphics card..."));
   const target = await make("compare");
-  at("sheet").replaceChildren(target
-    ? el("img", { class: "sheet", src: `${address("picture?", target)}&at=${Date.now()}`, alt: "Pictures of the base on the left and of the tuned model on the right, with the same prompts and seeds" })
-    : el("p", { class: "bad" }, "It could not be drawn; the reason is on the right."));
+  if (target) showSheet(target);
+  else at("sheet").replaceChildren(el("p", { class: "bad" }, "It could not be drawn; the reason is on the right."));
 });
+function showSheet(path) {
+  const alt = "Pictures of the base on the left and of the tuned model on the right, with the same prompts and seeds";
+  at("sheet").replaceChildren(el("img", { class: "sheet", src: `${address("picture?", path)}&at=${Date.now()}`, alt }), el("p", { class: "small quiet" }, fileName(path)));
+}
 for (const kind of ["checkpoint", "lora"]) {
   onClick(at(kind), async () => {
     const target = await make(kind);

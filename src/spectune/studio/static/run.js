@@ -4,6 +4,7 @@ import { lineChart, smoothed } from "./charts.js";
 
 const at = (id) => document.getElementById(id);
 const job = at("run").dataset.job;
+const trains = "trains" in at("run").dataset;
 const api = `/api/jobs/${encodeURIComponent(job)}`;
 const RECENT = 30; // steps whose median time gives the time left
 const MESSAGES = 200;
@@ -65,28 +66,29 @@ const WORDS = { queued: "waiting", running: "running", finished: "finished", sto
 function showState() {
   at("state").textContent = WORDS[state] ?? state;
   at("state").className = `badge ${state}`;
-  const running = state === "running", training = running && run.steps.length + run.total > 0;
+  const running = state === "running", training = trains && running && run.total > 0;
   at("stop").hidden = !(running || state === "queued");
   at("stop").textContent = state === "queued" ? "Remove from the queue" : "Stop";
   at("save").hidden = at("preview").hidden = !training;
-  at("resume").hidden = !["stopped", "failed", "lost"].includes(state);
+  at("resume").hidden = !trains || !["stopped", "failed", "lost"].includes(state);
   at("resume").textContent = run.saves.length ? "Resume" : "Start again";
-  at("result").hidden = state !== "finished" && !run.saves.length;
+  at("result").hidden = !trains || (state !== "finished" && !run.saves.length);
   at("result").classList.toggle("primary", state === "finished");
 }
 
 function showFailure() {
   const box = at("failure");
   if (state === "lost") {
-    box.replaceChildren(notice("The training ended without a message. Perhaps the computer was switched off, or its memory was full.", todo()));
+    box.replaceChildren(notice("The process ended without a message. Perhaps the computer was switched off, or its memory was full.", todo()));
   } else if (state === "failed") {
-    const { what, hint } = run.error ?? { what: "The training failed; the log below has the reason." };
+    const { what, hint } = run.error ?? { what: "The job failed; the log below has the reason." };
     box.replaceChildren(notice(what, hint ? `What to do: ${hint}.` : null, todo()));
     if (!run.error) at("log-box").open = true;
   } else box.replaceChildren();
 }
 const notice = (...parts) => el("div", { class: "notice bad stack" }, parts.filter(Boolean).map((part) => (typeof part === "string" ? el("p", {}, part) : part)));
 function todo() {
+  if (!trains) return null;
   const words = run.saves.length ? "Resume continues from the last save; or you " : "You ";
   return el("p", {}, words, "can ", el("a", { href: `/recipe?path=${encodeURIComponent(files?.recipe ?? "")}` }, "change the recipe"), " and start it again.");
 }
@@ -123,7 +125,7 @@ function showTiles() {
   const [first, newest] = [run.validations.at(0), run.validations.at(-1)];
   at("held-out").textContent = newest ? short(newest.loss) + change(first, newest) : "-";
   if (!last) return;
-  at("rate").textContent = short(last.learning_rate);
+  at("rate").textContent = String(+last.learning_rate.toPrecision(3));
   at("speed").textContent = `${+stepSeconds().toPrecision(3)} s`;
   at("memory-name").textContent = card?.memory ? "VRAM" : "Memory";
   at("memory").textContent = bytes(last.memory_bytes) + (card?.memory ? ` of ${bytes(card.memory)}` : "");
@@ -131,7 +133,7 @@ function showTiles() {
 function change(first, newest) {
   if (first === newest || !first.loss) return "";
   const percent = (newest.loss / first.loss - 1) * 100;
-  return ` (${percent > 0 ? "+" : ""}${percent.toFixed(1)} % of the base)`;
+  return ` (${percent > 0 ? "+" : ""}${percent.toFixed(1)} % against the base)`;
 }
 
 function showCharts() {
@@ -204,7 +206,7 @@ logScale.checked = remembered("log-scale", false);
 smoothing.addEventListener("input", () => { remember("smoothing", Number(smoothing.value)); showTiles(); showCharts(); });
 logScale.addEventListener("change", () => { remember("log-scale", logScale.checked); showCharts(); });
 
-const said = { stop: "The training saves after this step and stops.", save: "It saves after this step.", preview: "It draws after this step." };
+const said = { stop: trains ? "The training saves after this step and stops." : "It stops at the next item.", save: "It saves after this step.", preview: "It draws after this step." };
 for (const flag of ["stop", "save", "preview"]) onClick(at(flag), async () => { await post(`${api}/${flag}`); toast(said[flag]); });
 onClick(at("resume"), async () => {
   const made = await post(`${api}/resume`);
@@ -217,10 +219,12 @@ at("close-large").addEventListener("click", () => at("large").close());
 at("large").addEventListener("click", (event) => { if (event.target === at("large")) at("large").close(); });
 
 let files = null;
-get(`/api/runs/${encodeURIComponent(job)}/files`).then((found) => {
-  files = found;
-  at("files").replaceChildren("Recipe ", el("a", { href: `/recipe?path=${encodeURIComponent(found.recipe)}` }, fileName(found.recipe)), `, results in ${found.output}`);
-  show();
-}, () => {});
+if (trains) {
+  get(`/api/runs/${encodeURIComponent(job)}/files`).then((found) => {
+    files = found;
+    at("files").replaceChildren("Recipe ", el("a", { href: `/recipe?path=${encodeURIComponent(found.recipe)}` }, fileName(found.recipe)), `, results in ${found.output}`);
+    show();
+  }, () => {});
+  get("/api/runs/card").then((found) => { card = found; showTiles(); }, () => {});
+}
 poll((next) => `${api}/events?after=${next}`, take);
-get("/api/runs/card").then((found) => { card = found; showTiles(); }, () => {});
