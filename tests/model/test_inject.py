@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spectune.core.low_rank import LowRank, product
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.inject import AdaptedLayer, inject
-from spectune.model.network import build_model
+from spectune.model.network import PlainAttention, build_model
 from spectune.sdxl.layers import build_catalogue, layer_weight
 
 
@@ -212,3 +216,35 @@ def test_an_outer_autocast_changes_nothing(form, source, frames, predict, monkey
         if gradient is not None:
             assert gradients_inside[name].dtype is torch.float32
             torch.testing.assert_close(gradients_inside[name], gradient, rtol=0.2, atol=0.05 * largest)
+
+
+@pytest.mark.slow
+def test_a_checkpointed_block_compiles_without_a_graph_break() -> None:
+    def adapted_block() -> tuple[nn.Module, list[AdaptedLayer]]:
+        torch.manual_seed(0)
+        block = BasicTransformerBlock(32, 2, 16, cross_attention_dim=24).bfloat16().requires_grad_(False)
+        layers: list[AdaptedLayer] = []
+        for module in list(block.modules()):
+            if isinstance(module, Attention):
+                module.set_processor(PlainAttention())
+            for name, base in list(module.named_children()):
+                if type(base) is nn.Linear:
+                    frame = LowRank(torch.randn(4, base.in_features), torch.randn(base.out_features, 4), 4.0)
+                    layers.append(AdaptedLayer(base, frame, "delta", torch.float32))
+                    setattr(module, name, layers[-1])
+        for layer in layers:
+            layer.joined_factors.prepare(torch.bfloat16)  # as before a training
+        return block.train(), layers
+
+    x, context = torch.randn(2, 20, 32).bfloat16().requires_grad_(), torch.randn(2, 7, 24).bfloat16()
+    gradients: list[list[Tensor]] = []
+    for compiles in (False, True):
+        block, layers = adapted_block()
+        if compiles:
+            torch._dynamo.utils.counters.clear()
+            block.compile(backend="aot_eager")
+        checkpoint(block, x, None, context, use_reentrant=False).float().square().sum().backward()
+        gradients.append([layer.up.grad for layer in layers if layer.up.grad is not None])
+    assert len(gradients[0]) == len(layers) == 10
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert not torch._dynamo.utils.counters["graph_break"]

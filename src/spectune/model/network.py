@@ -286,32 +286,35 @@ def new_unet(layout: UNetLayout) -> UNet2DConditionModel:
         "norm_num_groups": layout.norm_groups,
     }
     unet = UNet2DConditionModel(**sizes)
-    unet.set_attn_processor(cast("Any", attention_of_unet))
+    unet.set_attn_processor(cast("Any", PlainAttention()))
     return unet
 
 
-def attention_of_unet(
-    attention: Any,  # diffusers' Attention, whose types are incomplete
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Compute the attention of a transformer block of the UNet, (batch, tokens, channels).
+class PlainAttention:
+    """The attention of a transformer block of the UNet, (batch, tokens, channels).
 
     The processor of diffusers also divides the result by 1, which is a kernel launch in each forward,
     recomputation and backward pass: 420 in a step of SDXL.
     """
-    x, heads = hidden_states, attention.heads
-    context = x if encoder_hidden_states is None else encoder_hidden_states
-    mask = None
-    if attention_mask is not None:
-        mask = attention.prepare_attention_mask(attention_mask, context.shape[1], len(x))
-        mask = mask.view(len(x), heads, -1, mask.shape[-1])
-    projected = (attention.to_q(x), attention.to_k(context), attention.to_v(context))
-    query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    out, dropout = attention.to_out
-    return dropout(out(mixed.transpose(1, 2).flatten(2)))
+
+    def __call__(
+        self,
+        attention: Any,  # diffusers' Attention, whose types are incomplete
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        x, heads = hidden_states, attention.heads
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        mask = None
+        if attention_mask is not None:
+            mask = attention.prepare_attention_mask(attention_mask, context.shape[1], len(x))
+            mask = mask.view(len(x), heads, -1, mask.shape[-1])
+        projected = (attention.to_q(x), attention.to_k(context), attention.to_v(context))
+        query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out, dropout = attention.to_out
+        return dropout(out(mixed.transpose(1, 2).flatten(2)))
 
 
 def text_config(layout: TextLayout) -> CLIPTextConfig:
