@@ -86,6 +86,13 @@ def test_wildcards_are_drawn_and_doubled_braces_are_braces() -> None:
     assert [has_wildcard(text) for text in ("a {b|c}", "a {{b|c}}", "{b}")] == [True, False, False]
 
 
+def test_braces_without_an_end_take_linear_time() -> None:
+    """A search from each of them to the end takes minutes."""
+    text = "{a" * 500_000
+    assert not has_wildcard(text)
+    assert fixed_caption(f"{{b|c}} {text}", CaptionSection(wildcards=True)) == f"b {text}"
+
+
 def test_a_line_is_drawn_with_prefix_and_suffix() -> None:
     rules = CaptionSection(lines="random", prefix="art of", suffix=", best")
     template = template_of(["a cat", "a dog"], rules)

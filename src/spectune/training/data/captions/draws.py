@@ -47,7 +47,12 @@ def draw_caption(template: str, rules: CaptionSection, random: Random) -> str:
 
 def has_wildcard(text: str) -> bool:
     """Return whether a text contains a wildcard with at least two words."""
-    return any("|" in words for words in _WILDCARD.findall(_escaped(text)))
+    return any("|" in words for words in _WILDCARD.findall(_to_last_brace(_escaped(text))))
+
+
+def _to_last_brace(text: str) -> str:
+    """Return the text that can have wildcards: behind it, every `{` would search up to the end."""
+    return text[: text.rfind("}") + 1]
 
 
 def _chosen(template: str, rules: CaptionSection, choose: Choose) -> str:
@@ -56,7 +61,9 @@ def _chosen(template: str, rules: CaptionSection, choose: Choose) -> str:
     text = choose(lines) if len(lines) > 1 else lines[0]
     if not rules.wildcards:
         return text
-    drawn = _WILDCARD.sub(lambda match: choose(match[1].split("|")), _escaped(text))
+    text = _escaped(text)
+    head = _to_last_brace(text)
+    drawn = _WILDCARD.sub(lambda match: choose(match[1].split("|")), head) + text[len(head) :]
     return drawn.replace(_OPEN, "{").replace(_CLOSE, "}")
 
 
