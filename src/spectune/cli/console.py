@@ -25,9 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
+from spectune.cli.tables import fitted_table
 from spectune.errors import FileNote, SpectuneError, one_line, visible
 
 
@@ -136,12 +136,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     """Print a table on stderr. The first `left` columns are text, the others are numbers."""
     if title:  # rich would wrap a Table title at the width of the table
         err.print(Text(title, style="italic"), soft_wrap=True)
-    grid = Table(header_style="bold")
-    for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(one_line(cell)) for cell in row))  # no markup: a path may contain square brackets
-    err.print(grid)
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    err.print(fitted_table(columns, cells, left=left, width=err.width), crop=False)
+
+
+# Of a progress bar: 2515/2515 1000.0/s 0:00:00 left 0:00:00, with a space before each and before the name.
+_BAR_COLUMNS = 9 + 8 + 7 + 4 + 7 + 7
 
 
 class _Rate(ProgressColumn):
@@ -155,9 +155,12 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
     """Show a progress bar with rate and remaining time; yield its update function (done, total, name)."""
+    bar_width = 30 if err.width >= 110 else 16
+    # the name gets what the other columns leave: rich would shorten all of them
+    room = max(0, min(48, err.width - len(title) - bar_width - _BAR_COLUMNS))
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=bar_width),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
@@ -172,7 +175,7 @@ def progress(title: str) -> Iterator[Report]:
         task = bar.add_task(title, total=None, name="")
 
         def report(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, name=name[-48:])
+            bar.update(task, completed=done, total=total, name=name[-room:] if room else "")
 
         yield report
 

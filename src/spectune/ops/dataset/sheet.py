@@ -16,7 +16,7 @@ from spectune.training.data.images import open_image
 MOST_PICTURES = 60
 CELL_PX = 192
 _COLUMNS = 6
-_LONGEST_NAME = 18
+_LONGEST_NAME = 16  # characters of a line
 _SHADE, _LINE = (200, 0, 0, 150), (255, 40, 40)
 
 
@@ -65,4 +65,4 @@ def _labels(picture: DatasetPicture, *, doubled: bool) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 7]}…{name[-6:]}"
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}…{name[-8:]}"
