@@ -85,7 +85,7 @@ def test_without_json_stdout_stays_empty(capfd: pytest.CaptureFixture[str]) -> N
             ImportError("lib.so: failed to map segment from shared object"),
             "main memory is full: lib.so: failed to map segment from shared object",
         ),
-        (OSError(28, "No space left on device", "x.png"), "[Errno 28] No space left on device: 'x.png'"),
+        (OSError(5, "Input/output error", "x.png"), "x.png: Input/output error"),
     ],
 )
 def test_a_failure_of_the_machine_is_one_message(

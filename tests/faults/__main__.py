@@ -83,43 +83,52 @@ class Faults:
 
 
 def draw(number: int, chance: Random, jobs: list[Job], kinds: list[str]) -> tuple[str, Job]:
-    """Return the kind and the job of a fault: all kinds in turn, and a third of the faults in trainings."""
+    """Return the kind and the job of a fault: all kinds in turn, and some faults more in trainings."""
     kind = kinds[number % len(kinds)]
     usable = [job for job in jobs if kind != "changed input" or (job.inputs and job.name != "train")]
     trainings = [job for job in usable if job.name == "train"]
-    return kind, chance.choice(trainings if trainings and chance.random() < 0.25 else usable or jobs)
+    return kind, chance.choice(trainings if trainings and chance.random() < 0.15 else usable or jobs)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dev.py faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("count", nargs="?", type=int, default=COUNT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[job.name for job in JOBS], help="faults in this command only")
+    parser.add_argument("--minutes", type=float, default=600, help="stop earlier, after this time")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[job.name for job in JOBS],
+        help="this command only; again for more",
+    )
     parser.add_argument("--kind", choices=list(KINDS), help="faults of this kind only")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if not hasattr(os, "fork"):
         print("error: faults needs processes that fork: run it on Linux or macOS", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    jobs = [job for job in JOBS if args.only in (None, job.name)]
+    jobs = [job for job in JOBS if args.only is None or job.name in args.only]
     kinds = [kind for kind in KINDS if args.kind in (None, kind)]
     root = Path(tempfile.mkdtemp(prefix="spectune-faults-"))
+    began = time.monotonic()
     place = make_place(root / "place", make_inputs)
     table: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    began = time.monotonic()
     try:
         faults = Faults(place)
         for number in range(args.count):
+            if time.monotonic() - began > 60 * args.minutes:
+                break
             chance = Random(f"{args.seed} {number}")
             kind, job = draw(number, chance, jobs, kinds)
+            print(f"{number + 1}/{args.count} {kind}, {job.name}", file=sys.stderr, flush=True)
             result = faults.inject(kind, job, chance)
             table[kind, job.name].append(result)
-            print(f"{number} {kind}, {job.name}", file=sys.stderr, flush=True)
             for problem in result.problems:
                 print(f"fault {number}: {kind}, {job.name}: {problem}", file=sys.stderr, flush=True)
     finally:
         place.heal()
         remove_place(place)
+        root.rmdir()
     return report(table, time.monotonic() - began, args.seed)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else ()
 LONGEST_SECONDS = 180.0  # a command that takes longer hangs
 # What Python reports to audit hooks about files. Writes are not among them: see `after_seconds`.
 _EVENTS = {
@@ -67,9 +68,12 @@ class Child:
         sys.stdout.flush()
         sys.stderr.flush()
         self._began = time.monotonic()
+        # A signal in the new process before `_run_and_exit` would make it go on as a second tool.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             _run_and_exit(arguments, watched, setting, said, notes)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(said)
         os.close(notes)
 
@@ -157,7 +161,9 @@ def _run_and_exit(arguments: list[str], watched: Path, setting: Setting, said: i
         # pytest replaces these streams.
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _tell_steps(notes)
         from spectune.cli.app import main
 

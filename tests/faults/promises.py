@@ -13,16 +13,15 @@ from PIL import Image
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import SpectuneError
 from spectune.training.state import load_state
-from tests.faults.children import Ended, run
+from tests.faults.children import SIGNALS, Ended, run
 from tests.faults.jobs import SAVE_STEPS, STEPS, Job
 from tests.faults.kinds import Scene
 from tests.faults.place import Files, Place, files_of, visible
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Exit codes by kind of fault, beside 0 and 2: 130 is a command that was asked to stop.
 _CODES = {
     "kill": {-signal.SIGKILL},
-    "signal": {sign * (number + more) for number in _SIGNALS for sign, more in ((1, 128), (-1, 0))},
+    "signal": {sign * (number + more) for number in SIGNALS for sign, more in ((1, 128), (-1, 0))},
 }
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from tests.faults.__main__ import main
 from tests.faults.children import Ended, Setting, Strike, run
 from tests.faults.jobs import Job
 from tests.faults.kinds import Scene
@@ -121,7 +120,4 @@ def test_a_mixture_of_two_versions_of_an_input_is_found(place: Place) -> None:
 
 @pytest.mark.slow
 def test_a_round_of_faults_breaks_no_promise() -> None:
-    words = [sys.executable, "-m", "tests.faults", "40", "--seed", "7"]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["40", "--seed", "7"]) == 0

@@ -158,7 +158,7 @@ def save_state(
         rename(partial, folder)
     except (OSError, SafetensorError) as error:
         raise SpectuneError(
-            f"the state after step {header.step} was not saved to {folder.parent}: {_reason(error, folder)}",
+            f"cannot write {folder}: {_reason(error, folder)}",
             hint="make room on the disk and run the same command again: it resumes from the last state",
         ) from error
     finally:
