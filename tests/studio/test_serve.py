@@ -28,6 +28,7 @@ class Server:
         Server.served = self.config.app.state.workspace
         for one in sockets:
             one.close()
+        raise KeyboardInterrupt  # as uvicorn after Ctrl-C
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import os
@@ -64,7 +65,8 @@ def studio(options: StudioOptions) -> StudioReport:
     say("Ctrl-C ends it; runs continue, and are there again at the next start.")
     if options.browser:
         threading.Thread(target=_open, args=(url,), daemon=True).start()
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end; uvicorn raises it after it has closed
+        uvicorn.Server(config).run(sockets=[listener])
     return StudioReport(url)
 
 

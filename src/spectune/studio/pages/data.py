@@ -72,7 +72,7 @@ class Changes(BaseModel):
     changes: Annotated[list[CaptionChange], Field(max_length=100_000)]
 
 
-class Replacement(Shown):
+class CaptionReplacement(Shown):
     """Replace a text in the captions of the pictures that are shown."""
 
     find: str = Field(min_length=1, max_length=1000)
@@ -144,7 +144,7 @@ def set_captions(space: Space, undo: Changes) -> dict[str, Any]:
 
 
 @router.post("/api/data/replace")
-def replace(space: Space, wanted: Replacement) -> dict[str, Any]:
+def replace(space: Space, wanted: CaptionReplacement) -> dict[str, Any]:
     """Replace a text in the captions that are shown, or count the pictures that contain it."""
     found = [row for row in _shown(space, wanted) if wanted.find in row["text"]]
     if not wanted.apply:
