@@ -17,8 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from tests.fuzz.corpus import smaller
 from tests.fuzz.harness import Limits, Outcome, Target, Trial, examine
 
-BATCH = 50  # inputs that are generated at once
-COMMAND_LINES = 10  # one of so many inputs also goes through the command line
+BATCH = 100  # inputs that are generated at once
+COMMAND_LINES = 20  # one of so many inputs also goes through the command line
 UNLIMITED = Limits(math.inf, sys.maxsize)
 _MINIMISE_SECONDS = 20
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from tests.fuzz.corpus import save, saved_inputs
+from tests.fuzz.corpus import LARGEST, save, saved_inputs
 
 
 def run_guided(options: argparse.Namespace) -> int:
@@ -37,15 +38,23 @@ def run_guided(options: argparse.Namespace) -> int:
     ):
         (starts / str(number)).write_bytes(data)
 
+    deadline = time.monotonic() + 60 * options.minutes
+    reported: list[float] = []
+
     def one_input(data: bytes) -> None:
         for kind, found in campaign.run(target, [data]):
             path = None if options.no_save else save(target.name, kind, found)
             print(f"{target.name}: {kind} ({path.name if path else 'not saved'})", flush=True)
-        tried = campaign.tallies[target.name].tried
-        if tried % 1000 == 0:
+        if time.monotonic() > deadline and not reported:
+            reported.append(deadline)  # atheris runs nothing after the last input
             report(campaign.tallies, print)
 
-    limits = [f"-max_total_time={round(60 * options.minutes)}", f"-seed={options.seed + 1}", "-timeout=120"]
-    atheris.Setup(["fuzz", *limits, "-rss_limit_mb=0", "-verbosity=0", str(starts)], one_input)
+    limits = [
+        f"-max_total_time={round(60 * options.minutes) + 10}",
+        f"-seed={options.seed + 1}",
+        f"-max_len={LARGEST}",
+        *("-timeout=120", "-rss_limit_mb=0", "-verbosity=0"),
+    ]
+    atheris.Setup(["fuzz", *limits, str(starts)], one_input)
     atheris.Fuzz()
     return 0

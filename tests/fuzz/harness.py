@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import signal
@@ -161,12 +162,14 @@ def run_command(arguments: Sequence[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(list(arguments))
+    if code == 2 and "--json" in arguments and err.getvalue():
+        _ = json.loads(out.getvalue())["error"]["what"]
     check_output(code, err.getvalue())
 
 
 def check_output(code: int, stderr: str) -> None:
     """Raise Refused for a good refusal, BadOutput for an output that is not as documented."""
-    errors = [line for line in stderr.splitlines() if line.startswith(("error: ", "╭─ Error"))]
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     if code not in _EXIT_CODES:
         raise BadOutput(f"exit code {code}")
     if "Traceback (most recent call last)" in stderr:

@@ -150,6 +150,24 @@ def mutated(values: Sequence[T], change: Callable[[T, Random], T], *, most: int 
     return st.builds(build, st.sampled_from(values), st.randoms(use_true_random=True), st.integers(1, most))
 
 
+def sometimes_grown(
+    common: SearchStrategy[bytes], starts: Sequence[bytes], most: int
+) -> SearchStrategy[bytes]:
+    """Return `common`; for one input of 50, a valid one in which a short piece is repeated to `most` bytes.
+
+    Work that grows faster than the input shows only in large ones.
+    """
+
+    def grow(start: bytes, random: Random) -> bytes:
+        place = random.randrange(len(start) + 1)
+        own = start[place : place + random.randrange(1, 20)] or b"a"
+        piece = random.choice((own, own, *(text_bytes(text) for text in TEXTS if 0 < len(text) < 10)))
+        return start[:place] + piece * ((most - len(start)) // len(piece)) + start[place:]
+
+    rare = st.builds(grow, st.sampled_from(starts), st.randoms(use_true_random=True))
+    return st.sampled_from([common] * 49 + [rare]).flatmap(lambda strategy: strategy)
+
+
 def change_bytes(data: bytes, random: Random) -> bytes:
     """Return `data` with one damage: changed bits, or a piece that is removed, repeated or inserted."""
     start = random.randrange(len(data) + 1)

@@ -105,7 +105,6 @@ def test_costs_are_found(data: bytes, kind: str, tmp_path: Path) -> None:
     [
         (0, "warning: a\n", None),
         (2, "error: a\nhint: b\n", Refused),
-        (2, "Usage: x\n╭─ Error ───╮\n│ a │\n╰──╯\n", Refused),
         (2, "hint: b\n", BadOutput),
         (2, "error: a\nerror: b\n", BadOutput),
         (0, "error: a\n", BadOutput),

@@ -117,3 +117,10 @@ def test_errors(config: str, message: str, capfd: pytest.CaptureFixture[str]) ->
 def test_a_file_that_is_missing_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["recipe", "import", f"{SHORT} --dataset_config K:/none.toml"]) == 1
     assert "not supported: the file is not here; its subsets become [[data.sets]]" in capfd.readouterr().err
+
+
+def test_too_many_subsets_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert imported("[[datasets]]\n" + "[[datasets.subsets]]\nimage_dir = 'a'\n" * 1001) == 2
+    assert (
+        "d.toml has 1,001 subsets with 0 settings: expected at most 1,000 and 500" in capfd.readouterr().err
+    )

@@ -45,6 +45,19 @@ VALUES = (
 SLOW = ("demo", "doctor", "plan", "sample", "compare", "train", "new", "studio")
 # A command that writes files could write them there.
 FOLDERS_OUTSIDE = ("/", "..", "../..", "\\", "C:\\", "//host/share", "~")
+# Valid command lines.
+LINES = (
+    "inspect base.safetensors --layers te1",
+    "split base.safetensors --rank 2 --layers te1 --dtype float16 -o out",
+    "null base.safetensors -o out.safetensors",
+    "export base.safetensors lora.safetensors --rank 2 --keys kohya -o out.safetensors",
+    "rebuild base.safetensors lora.safetensors --strength 0.5 -o out.safetensors",
+    "slice lora.safetensors:te:0.5 --base base.safetensors -o out.safetensors",
+    "merge base.safetensors:0.5 base.safetensors:te=0.5 -o out.safetensors",
+    "convert lora.safetensors --base base.safetensors --keys diffusers -o out.safetensors",
+    "--version",
+    "slice --help",
+)
 
 
 class Commands:
@@ -54,15 +67,7 @@ class Commands:
     is_for_bytes = False
 
     def seeds(self) -> Sequence[bytes]:
-        lines = (
-            "inspect base.safetensors",
-            "split base.safetensors --rank 2 --layers te1 -o out",
-            "null base.safetensors -o out.safetensors",
-            "export base.safetensors lora.safetensors -o out.safetensors",
-            "--version",
-            "slice --help",
-        )
-        return [json.dumps(line.split()).encode() for line in lines]
+        return [json.dumps(line.split()).encode() for line in LINES]
 
     def inputs(self) -> SearchStrategy[bytes]:
         commands = _options_of_commands()
@@ -70,7 +75,9 @@ class Commands:
         def build(name: str, random: Random) -> bytes:
             return json.dumps(_command_line(name.split(), commands[name], random)).encode()
 
-        return st.builds(build, st.sampled_from(list(commands)), st.randoms(use_true_random=True))
+        random = st.randoms(use_true_random=True)
+        changed = st.builds(_changed, st.sampled_from(LINES), random, st.integers(1, 2))
+        return changed | st.builds(build, st.sampled_from(list(commands)), random)
 
     def write(self, folder: Path, data: bytes) -> None:
         arguments = json.loads(data)
@@ -101,6 +108,19 @@ def _options_of_commands() -> dict[str, list[str]]:
         else:
             found[name] = sorted(flag for one in command.params for flag in one.opts if flag.startswith("-"))
     return dict(sorted(found.items()))
+
+
+def _changed(line: str, random: Random, count: int) -> bytes:
+    """Return a valid command line with words that are replaced, extended, removed, repeated or inserted."""
+    words = line.split()
+    for _ in range(count):
+        place = random.randrange(len(words))
+        piece, separator = random.choice((*VALUES, *FILES, *[_odd(random)] * 20)), random.choice(":=,+.")
+        words[place : place + 1] = random.choice(
+            ([piece], [f"{words[place]}{separator}{piece}"], [], [words[place]] * 2, [words[place], piece])
+        )
+        words = words or [piece]
+    return json.dumps(words).encode()
 
 
 def _command_line(name: list[str], options: Sequence[str], random: Random) -> list[str]:

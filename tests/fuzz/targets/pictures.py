@@ -18,7 +18,16 @@ from spectune.training.data.folders import scan_training
 from spectune.training.data.pictures.formats import formats
 from spectune.training.recipe.sections.captions import CaptionSection
 from spectune.training.recipe.sections.data import DataSection
-from tests.fuzz.mutation import TEXTS, change_bytes, change_json, change_text, mutated, odd_values, text_bytes
+from tests.fuzz.mutation import (
+    TEXTS,
+    change_bytes,
+    change_json,
+    change_text,
+    mutated,
+    odd_values,
+    sometimes_grown,
+    text_bytes,
+)
 
 
 class Pictures:
@@ -98,7 +107,8 @@ class Captions:
         words = st.lists(st.sampled_from([*TEXTS, "{a|b}", "{{", "}}", "(a:1.2)", "|||", ","]), max_size=6)
         texts = words.map(lambda found: text_bytes(f"x.txt\n{''.join(found)}"))
         seeds = self.seeds()
-        return structured | texts | mutated(seeds, text_changed) | mutated(seeds, bytes_changed)
+        common = structured | texts | mutated(seeds, text_changed) | mutated(seeds, bytes_changed)
+        return sometimes_grown(common, seeds, 130_000)
 
     def write(self, folder: Path, data: bytes) -> None:
         name, _, content = data.partition(b"\n")

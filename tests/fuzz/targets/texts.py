@@ -17,7 +17,16 @@ from spectune.interop.kohya.flags import RULES
 from spectune.ops.recipe_import import recipe_import
 from spectune.training.recipe.file import load_recipe
 from tests.fuzz.harness import BadOutput
-from tests.fuzz.mutation import NUMBERS, TEXTS, change_bytes, change_json, change_text, mutated, text_bytes
+from tests.fuzz.mutation import (
+    NUMBERS,
+    TEXTS,
+    change_bytes,
+    change_json,
+    change_text,
+    mutated,
+    sometimes_grown,
+    text_bytes,
+)
 from tests.interop.kohya_commands import GUIDE_FIX, GUIDE_TRAINING, SHORT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,11 +81,12 @@ class Recipes:
 
     def inputs(self) -> SearchStrategy[bytes]:
         texts = [seed.decode() for seed in self.seeds()]
-        return (
+        common = (
             mutated([_without_comments(text) for text in texts], _change_recipe).map(text_bytes)
             | mutated(texts, change_text).map(text_bytes)
             | mutated(self.seeds(), change_bytes, most=2)
         )
+        return sometimes_grown(common, self.seeds(), 200_000)
 
     def write(self, folder: Path, data: bytes) -> None:
         (folder / "recipe.toml").write_bytes(data)
@@ -179,12 +189,13 @@ class Kohya:
     def inputs(self) -> SearchStrategy[bytes]:
         texts = [*(seed.decode() for seed in self.seeds()), f".sh\n{GUIDE_FIX}"]
         flags = st.lists(st.builds(_flag, st.sampled_from(list(RULES)), st.randoms(use_true_random=True)))
-        return (
+        common = (
             flags.map(lambda found: text_bytes(f".sh\n{SHORT} {' '.join(found)}"))
             | mutated([SETTINGS], change_json).map(lambda value: text_bytes(f".json\n{json.dumps(value)}"))
             | mutated(texts, change_text).map(text_bytes)
             | mutated(self.seeds(), change_bytes, most=2)
         )
+        return sometimes_grown(common, self.seeds(), 400_000)
 
     def write(self, folder: Path, data: bytes) -> None:
         suffix, _, content = data.partition(b"\n")

@@ -16,7 +16,7 @@ LAUNCHER = "accelerate launch"
 SECRETS = ("wandb_api_key", "huggingface_token")
 
 # Limits on foreign text. sd-scripts has about 300 flags, and cmd.exe accepts lines of 8191 characters.
-LONGEST_TEXT = 1_000_000
+LONGEST_TEXT = 400_000
 LONGEST_VARIABLE = 32_767
 MOST_WORDS = 500
 _CONTROL = ("Cc", "Cs")  # control characters and lone surrogates

@@ -14,11 +14,20 @@ from typing import Any, cast
 
 from spectune.errors import InputError, printable
 from spectune.files.text import load_json, load_toml
-from spectune.interop.kohya.command_line import LONGEST_TEXT, SCRIPTS, Command, Dataset, Flag, parse_command
+from spectune.interop.kohya.command_line import (
+    LONGEST_TEXT,
+    MOST_WORDS,
+    SCRIPTS,
+    Command,
+    Dataset,
+    Flag,
+    parse_command,
+)
 from spectune.interop.kohya.gui import parse_gui_json
 from spectune.interop.kohya.rules import PathText
 
 PARENT = "dataset_config"
+MOST_SUBSETS = 1000  # each becomes a table of the recipe
 Table = Mapping[str, Any]
 
 # Settings of one subset. All others apply to all images.
@@ -154,7 +163,7 @@ def with_images(command: Command, config: Table, label: str) -> Command:
     """Return `command` with the sets of `config`, and with its other settings as flags.
 
     Raises:
-        InputError: No subset names a folder of images.
+        InputError: No subset names a folder of images, or there are too many.
     """
     subsets = list(_subsets(config))
     problems: list[tuple[Flag, str]] = []
@@ -164,6 +173,12 @@ def with_images(command: Command, config: Table, label: str) -> Command:
             f"{label} has no subset with `image_dir`", hint="each subset names a folder of images"
         )
     shared = sorted({key for subset in subsets for key in subset} - set(_OF_A_SET))
+    if len(subsets) > MOST_SUBSETS or len(shared) > MOST_WORDS:
+        raise InputError(
+            f"{label} has {len(subsets):,} subsets with {len(shared):,} settings: "
+            f"expected at most {MOST_SUBSETS:,} and {MOST_WORDS}",
+            hint="put the images into fewer folders",
+        )
     added: list[Flag] = []
     overridden: set[str] = set()
     for key in shared:

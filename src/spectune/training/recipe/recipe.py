@@ -102,9 +102,10 @@ def parse_recipe(data: Mapping[str, Any], *, label: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [problem_of(dict(details)) for details in error.errors()]
-        more = f"; ... ({len(problems) - 10} more)" if len(problems) > 10 else ""
-        raise InputError(f"{label}: {'; '.join(problems[:10])}{more}", hint=EXAMPLES_HINT) from error
+        found = error.errors()
+        problems = [problem_of(dict(details)) for details in found[:10]]
+        more = f"; ... ({len(found) - 10} more)" if len(found) > 10 else ""
+        raise InputError(f"{label}: {'; '.join(problems)}{more}", hint=EXAMPLES_HINT) from error
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -75,6 +75,6 @@ def test_a_file_that_is_no_caption(tmp_path: Path) -> None:
     with pytest.raises(UnreadableText, match="cannot be opened"):
         read_text(path)
     path.write_bytes(b"a" * (LARGEST_CAPTION + 1))
-    with pytest.raises(UnreadableText, match="is larger than 1024 KiB"):
+    with pytest.raises(UnreadableText, match="is larger than 128 KiB"):
         read_text(path, largest=LARGEST_CAPTION)
     assert len(read_text(path).text) == LARGEST_CAPTION + 1

@@ -8,7 +8,7 @@ from spectune.training.recipe.sections.captions import Lines
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _ENDS_SENTENCE_OR_TAG = (",", ".", ";", ":", "!", "?")
-LARGEST_CAPTION = 1024 * 1024  # bytes of a caption file
+LARGEST_CAPTION = 128 * 1024  # bytes of a caption file; a larger one takes seconds to check for mistakes
 
 
 def text_lines(text: str) -> list[str]:
