@@ -195,7 +195,7 @@ def test_every_extra_for_users_has_a_purpose() -> None:
     extras = tomllib.loads((dev.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    assert set(packages.PURPOSES) == set(extras) - {"dev"}
+    assert set(packages.PURPOSES) == set(extras) - {"dev", "fuzz"}
 
 
 def test_packages_out_of_range_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
