@@ -32,6 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md"
         (["slice", "a\0.safetensors:te", "-o", "b"], "cannot read a\ufffd.safetensors", None),
         (["slice", "\ud800.safetensors:te", "-o", "b"], "cannot read \ufffd.safetensors", None),
         (["sample", "m", "--size", "9" * 5000], "cannot parse --size", None),
+        (["sample", "m", "-c", "caf\udce9"], "a caption is not Unicode text", None),
         (["sample", "m", "--size", "1x1"], "--size is 1x1: expected sides of 8 to 16,384 pixels", None),
     ],
 )

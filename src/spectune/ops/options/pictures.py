@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from spectune.errors import InputError
+from spectune.files.text import is_storable
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.drawing.specs import parse_size
 from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP, ModelPath
@@ -62,8 +64,10 @@ class DrawingOptions(OperationOptions):
     )
 
     @model_validator(mode="after")
-    def _check_size(self) -> Self:
+    def _check_texts(self) -> Self:
         parse_size(self.size)
+        if not all(map(is_storable, (*self.captions, self.negative))):
+            raise InputError("a caption is not Unicode text", hint="the terminal may use another encoding")
         return self
 
 

@@ -11,6 +11,8 @@ import tomlkit
 from pydantic import BaseModel
 from tomlkit.items import AoT, Item, Table
 
+from spectune.errors import InputError, visible
+from spectune.files.text import is_storable
 from spectune.training.recipe.recipe import Recipe
 
 TABLES = ("data.sets",)  # settings that are lists of tables: they follow all other keys of their section
@@ -57,6 +59,12 @@ def commented_recipe(
         document.add(tomlkit.nl())
         _add_comment(document, text)
     written = tomlkit.dumps(document)
+    if not is_storable(written):
+        wrong = [setting.key for setting in settings if not is_storable(str(setting.value))]
+        raise InputError(
+            f"the name in {', '.join(wrong)} is not Unicode, but a recipe is",
+            hint="rename the file or folder",
+        )
     assert tomllib.loads(written) == nested(settings), "the text differs from the checked recipe"
     return written
 
@@ -104,13 +112,13 @@ def toml_item(value: Any) -> Item:
 
 
 def one_line(text: str) -> str:
-    """Return a text with single spaces for line breaks and runs of spaces."""
-    return " ".join(text.split())
+    """Return a text with single spaces for line breaks and runs of spaces, without control characters."""
+    return visible(" ".join(text.split()))
 
 
 def _add_comment(container: tomlkit.TOMLDocument | Table, text: str) -> None:
     for line in text.splitlines():
-        container.add(tomlkit.comment(line))
+        container.add(tomlkit.comment(visible(line)))  # the name of a file may have control characters
 
 
 def _by_section(settings: Sequence[Setting]) -> Iterator[tuple[str, list[Setting]]]:
