@@ -259,8 +259,8 @@ def test_a_dtype_that_is_not_a_string_is_refused(tmp_path: Path) -> None:
         ({"a": entry(0, 4, [1] * 17)}, "impossible shape 1, 1, 1, 1, 1, 1, 1, 1 (9 more)"),
         ({"a": entry(0, 4, [10**90] * 16)}, "impossible shape"),
         (b'{"a":{"shape":[' + b"9" * 5000 + b"]}}", "is invalid: a number has too many digits"),
-        ({f"t{n}": 0 for n in range(100_001)}, "x.safetensors lists 100,001 tensors: expected at most"),
-        (b"[" + b"0," * 1_000_001 + b"0]", "is invalid: it lists more than 100,000 tensors"),
+        ({f"t{n}": 0 for n in range(30_001)}, "x.safetensors lists 30,001 tensors: expected at most"),
+        (b"[" + b"0," * 300_001 + b"0]", "is invalid: it lists more than 30,000 tensors"),
     ],
 )
 def test_headers_that_would_crash_or_fill_the_memory_are_refused(
