@@ -78,3 +78,10 @@ def test_numbers_out_of_range(value: str) -> None:
     line = result_of(f"--resolution={value}", "resolution")
     assert "not supported: expected a whole number, found" in line
     assert len(line) < 400
+
+
+def test_a_path_with_a_line_break_is_refused() -> None:
+    """A recipe with it could not be read."""
+    settings = {"sdxl": True, "pretrained_model_name_or_path": "m.safetensors", "train_data_dir": "a\nb"}
+    with pytest.raises(InputError, match=r"the path 'a\\nb' contains a control character"):
+        import_command(parse_gui_json(json.dumps(settings), "x.json"), folder=Path())

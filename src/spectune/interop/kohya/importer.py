@@ -171,6 +171,8 @@ def rebased(value: Any, folder: Path) -> Any:
         return [rebased(item, folder) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
         return {key: rebased(item, folder) for key, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, PathText) and any(char < " " for char in value):
+        raise InputError(f"the path {str(value)!r} contains a control character")
     if not isinstance(value, PathText) or folder.resolve() == Path.cwd().resolve():
         return value
     windows = PureWindowsPath(value)
