@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
 
-from spectune.files.rename import leftovers, partial_path, replace_text
+from spectune.files.rename import leftovers, partial_path
 from spectune.files.text import load_json
 
 _JOURNAL = ".journal"
@@ -56,7 +56,8 @@ class AtomicGroup:
     def _commit(self) -> None:
         # only new files: a rollback must not delete a file that existed before
         new = {writer.path for writer in self._held if not writer.path.exists()}
-        replace_text(self._journal, json.dumps([path.name for path in new]))
+        # If it is incomplete, nothing has been renamed yet.
+        self._journal.write_text(json.dumps([path.name for path in new]), encoding="utf-8")
         committed: list[Path] = []
         try:
             for writer in self._held:

@@ -142,8 +142,9 @@ def prepare_output(recipe: Recipe, claim: Claim) -> None:
 def save_step(run: Run, progress: Progress) -> None:
     """Save the adapter and the state of this step."""
     settings = run.recipe.run
+    _check_finite(run, progress)
+    save_state(run, progress)  # first: an adapter without a state would stop the next run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name, progress.step))
-    save_state(run, progress)
     if run.accelerator.is_main_process and settings.keep_last_adapters is not None:
         adapters = step_files(settings.output, settings.name)
         run.warnings.add(keep_newest(adapters, settings.keep_last_adapters))
@@ -152,9 +153,10 @@ def save_step(run: Run, progress: Progress) -> None:
 def save_final(run: Run, progress: Progress) -> None:
     """Save the final adapter, and the state of the last step unless it exists."""
     settings = run.recipe.run
-    _save_adapter(run, progress, adapter_file(settings.output, settings.name))
+    _check_finite(run, progress)
     if not has_saved(run, progress):
         save_state(run, progress)
+    _save_adapter(run, progress, adapter_file(settings.output, settings.name))
 
 
 def has_saved(run: Run, progress: Progress) -> bool:
@@ -185,6 +187,11 @@ def save_state(run: Run, progress: Progress) -> None:
     run.warnings.add(keep_newest(states, settings.keep_last))
 
 
+def _check_finite(run: Run, progress: Progress) -> None:
+    with run.finished_weights():
+        _check_deltas(run.model.injection.deltas(), progress.step)
+
+
 def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
     if not run.accelerator.is_main_process:
         return
@@ -197,7 +204,6 @@ def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
     )
     with run.finished_weights(), stage(run.callbacks, "saving the adapter"):
         deltas = run.model.injection.deltas()
-        _check_deltas(deltas, progress.step)
         tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.replaced)
         save_tuned(path, tuned, provenance, force=True)
     progress.files.append(path)
