@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 BROWSER_VARIABLE = "SPECTUNE_CHROMIUM"
 START_SECONDS = 120.0
 PICTURES = 8
+# the controls without a name for screen readers
+UNLABELED = """() => [...document.querySelectorAll("input, select, textarea, button")]
+    .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
+    .filter((one) => !one.querySelector("img[alt]:not([alt=''])"))
+    .map((one) => one.outerHTML)"""
 
 
 @dataclass

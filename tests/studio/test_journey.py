@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.studio.browser import Clicks, Shots, Studio, open_page, serving
+from tests.studio.browser import UNLABELED, Clicks, Shots, Studio, open_page, serving
 
 pytestmark = pytest.mark.browser
 
@@ -17,11 +17,6 @@ MOST_CLICKS = 6
 STEPS = 8
 PROMPTS = ("a red balloon --d 1 --s 4", "an axe --d 2 --s 4")
 SECONDS = 240.0  # for one thing to happen: torch is imported by the assistant and by each job
-UNLABELED = """() => [...document.querySelectorAll("input, select, textarea, button")]
-    .filter((one) => one.getClientRects().length)
-    .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
-    .filter((one) => !one.querySelector("img[alt]"))
-    .map((one) => one.outerHTML)"""
 
 
 @pytest.fixture

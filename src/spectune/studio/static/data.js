@@ -130,7 +130,11 @@ function cardOf(row, index) {
       Object.assign(row, { text: wanted, tokens: reply.tokens, captioned: wanted.trim() !== "" });
       line.textContent = line.title = `saved; ${marks(row)}`;
       text.setAttribute("aria-invalid", "false");
-    } catch (error) { text.setAttribute("aria-invalid", "true"); toast(error); }
+    } catch (error) {
+      if (text.getAttribute("aria-invalid") !== "true") toast(error);
+      text.setAttribute("aria-invalid", "true");
+      if (error.status === 0) timer = setTimeout(save, 2000); // the server does not reply
+    }
   });
   text.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, 800); });
   text.addEventListener("change", save);
@@ -155,9 +159,10 @@ function remembering(changes) {
 }
 
 onClick($("undo"), async () => {
-  const changes = undone.pop();
+  const changes = undone.at(-1);
   if (!changes) return;
   await post("/api/data/captions", { changes });
+  undone.pop(); // not before: the request can fail
   $("undo").textContent = undone.length ? `Undo (${undone.length})` : "Undo";
   setTimeout(() => { $("undo").disabled = undone.length === 0; });
   await refreshFacts();

@@ -74,7 +74,7 @@ function typeWords(field) {
 
 function entry(field, id) {
   const fallback = field.default === null || field.default === undefined ? "" : shown(field, field.default);
-  const shared = { id, name: field.key, "data-key": field.key, "aria-describedby": `${id}-help` };
+  const shared = { id, name: field.key, "data-key": field.key, "aria-describedby": `${id}-help ${id}-error` };
   if (field.kind === "boolean" || field.kind === "choice") {
     const names = field.kind === "boolean" ? ["true", "false"] : field.choices;
     const first = fallback ? `default: ${fallback}` : "default";
@@ -207,7 +207,7 @@ function showProblems(problems) {
     const input = document.querySelector(`[data-key="${CSS.escape(problem.key)}"]`);
     if (!input) { general.push(problem); continue; }
     input.setAttribute("aria-invalid", "true");
-    input.closest(".key").append(el("p", { class: "error" }, coded(problem.what)));
+    input.closest(".key").append(el("p", { class: "error", id: `${input.id}-error` }, coded(problem.what)));
   }
   const inFields = problems.length - general.length;
   const lines = general.map((one) => el("li", {}, coded([one.what, one.hint].filter(Boolean).join(" "))));
