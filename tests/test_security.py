@@ -29,6 +29,7 @@ ALLOWED = {
     ("import_module", "studio/app.py"),
     ("import_module", "studio/assistant/questions.py"),
     ("socket", "studio/serve.py"),  # the Studio listens on this computer
+    ("http", "studio/serve.py"),  # and asks this computer whether it runs already
 }
 
 

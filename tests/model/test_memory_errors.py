@@ -12,8 +12,8 @@ from spectune.cli.app import run
 from spectune.errors import SpectuneError
 from spectune.model.memory_errors import MAIN_REMEDIES, explained_memory_errors
 from spectune.ops import split as split_module
-from spectune.ops import train as train_module
 from spectune.ops.drawing import models
+from spectune.training import loop
 
 CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 11.76 GiB\nProcess 1"
@@ -85,7 +85,7 @@ def test_split_sample_and_train_say_what_helps(
         f"[model]\nbase = '{tiny_checkpoint}'\nrank = 2\n[data]\nfolders = ['.']\nresolution_px = 64\n"
         "[run]\nname = 't'\noutput = 'out'\nsteps = 1\n"
     )
-    monkeypatch.setattr(train_module, "run_training", fail)
+    monkeypatch.setattr(loop, "train", fail)
     assert run(["train", str(recipe)]) == 2
     assert "the cheapest first: run.gradient_checkpointing = true; run.precision" in capfd.readouterr().err
     with pytest.raises(spectune.SpectuneError, match="ran out of memory"):
