@@ -85,7 +85,11 @@ def test_a_closed_terminal_saves(
                 signal.raise_signal(signal.SIGHUP)
             print("still running", file=sys.stderr)
 
-    report = train(make_recipe(), callbacks=[Close(), ConsoleProgress()])
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    try:
+        report = train(make_recipe(), callbacks=[Close(), ConsoleProgress()])
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (report.interrupted, report.steps) == (True, 2)
     assert (tmp_path / "out" / "t-step00000002.state" / state.STATE).is_file()
 
