@@ -232,9 +232,9 @@ def operation(options: Callable[P, OptionsType]) -> Callable[[Callable[[OptionsT
     """
 
     def decorate(run: Callable[[OptionsType], R]) -> Callable[P, R]:
-        @extras_named()
         def call(*args: P.args, **values: P.kwargs) -> R:
-            return run(options(*args, **values))
+            with extras_named():  # as a decorator, it would hide `call` from the generator of the API page
+                return run(options(*args, **values))
 
         call.__name__, call.__qualname__, call.__module__ = run.__name__, run.__qualname__, run.__module__
         made = cast("Any", call)
