@@ -24,7 +24,7 @@ def widgets(options: Options, *left_out: str) -> dict[str, Input]:
 
 
 def values(options: Options, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of widgets as options of the operation."""
+    """Return the options of an operation, from the inputs of a node. Inverse: `widgets`."""
     fields = dict(_named(options))
     return {fields[name].name: _value(fields[name], value) for name, value in inputs.items()}
 

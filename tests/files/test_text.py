@@ -52,6 +52,7 @@ def test_json_keeps_what_is_plain() -> None:
         (f"a = {DIGITS}", "too many digits"),
         (f"x = 1\na{'.a' * 100_000} = 1", "line 2 has more than 300 dots"),
         (f"[{'a.' * 5000}a]", "more than 300 dots"),
+        (f'x = {{a = "\\"", b{".b" * 5000} = 1}}', "more than 300 dots"),
         (f"a{'.a' * 200} = 1", "nested too deeply"),
         ("a = ", "Invalid value"),
     ],
@@ -63,6 +64,9 @@ def test_hostile_toml_is_a_value_error(text: str, message: str) -> None:
 
 def test_toml_keeps_what_is_plain() -> None:
     assert load_toml("a.b = [1, 'x.y']") == {"a": {"b": [1, "x.y"]}}
+    dots = "." * 1000
+    text = f'a = "\\"{dots}" # {dots}\nb = \'\\{dots}\''
+    assert load_toml(text) == {"a": f'"{dots}', "b": f"\\{dots}"}
 
 
 def test_texts_that_utf8_cannot_store_are_replaced() -> None:

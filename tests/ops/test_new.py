@@ -129,6 +129,7 @@ def test_steps_follow_the_rule_of_thumb(pictures: int, batch: int, steps: int) -
     [
         ("10_my style", "my_style"),
         ("mystyle/images", "mystyle"),
+        ("mystyle/data/images", "mystyle"),
         ("a.b", "a.b"),
         ("写真", "写真"),
         ("...!", "style"),

@@ -127,3 +127,19 @@ def test_added_files_keep_what_is_there_and_other_types_are_refused(client: Test
     assert reply.json() == {"added": ["up.png"]}
     assert (folder / "up.png").exists()
     assert "a-2.png" in names(client, folder), "the folder is read again"
+
+
+def test_captions_in_other_encodings_are_restored_and_what_is_no_text_is_not_replaced(
+    client: TestClient, folder: Path
+) -> None:
+    path = str(folder / "c.png")
+    (folder / "c.txt").write_text("ein Würfel", encoding="utf-16")
+    before = client.post("/api/data/caption", json={"path": path, "text": "a cube"}).json()["before"]
+    assert before == "ein Würfel"
+    client.post("/api/data/captions", json={"changes": [{"path": path, "text": before}]})
+    assert (folder / "c.txt").read_text(encoding="utf-8") == "ein Würfel"
+    (folder / "c.txt").write_bytes(b"a\x00\x00\x81\xff")
+    kept = (folder / "c.txt").read_bytes()
+    reply = client.post("/api/data/caption", json={"path": path, "text": "a cube"})
+    assert reply.status_code == 422
+    assert (folder / "c.txt").read_bytes() == kept

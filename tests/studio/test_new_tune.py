@@ -12,6 +12,7 @@ from PIL import Image
 
 from spectune.studio import finding, runs
 from spectune.studio.app import create_app
+from spectune.studio.jobs.records import JobRecord
 from spectune.studio.workspace import Workspace
 
 UNET, LABEL = "model.diffusion_model.x", "model.diffusion_model.label_emb.0.0.weight"
@@ -174,7 +175,11 @@ def test_the_speed_is_that_of_the_last_run_with_the_checkpoint(tmp_path: Path) -
     recipe.write_text('[model]\nbase = "base.safetensors"\n[run]\nname = "a"\noutput = "o"\nbatch = 4\n')
     job = tmp_path / "jobs/1"
     job.mkdir(parents=True)
-    (job / "job.json").write_text(json.dumps({"argv": ["train", str(recipe)], "cwd": str(tmp_path)}))
+    record = JobRecord(
+        id="1", title="a", command="train", values={"recipe": str(recipe)}, argv=["train", str(recipe)],
+        cwd=str(tmp_path), created=1.0, queued=1.0, outputs=[],
+    )  # fmt: skip
+    record.write(job / JobRecord.FILE)
     steps = [{"event": "step", "seconds": seconds} for seconds in (2.0, 8.0, 2.0)]
     (job / "events.jsonl").write_text('cut"}\n' + "".join(f"{json.dumps(one)}\n" for one in steps))
     assert runs.seconds_per_picture(tmp_path / "jobs", base) == 0.5

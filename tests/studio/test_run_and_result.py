@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from spectune.studio.app import create_app
+from spectune.studio.jobs.records import JobRecord
 from spectune.studio.workspace import Workspace
 
+TRAINING, OTHER = "20260101-120000-aaaaaa", "20260101-120000-bbbbbb"
 RECIPE = """
 [model]
 base = "../models/base.safetensors"
@@ -37,10 +38,15 @@ def space(tmp_path: Path) -> Workspace:
     (output / "runs/a/previews/a[b]-step00000020/1.png").write_bytes(b"x")
     (output / "a.toml").write_text(RECIPE)
     (output / "a.prompts.txt").write_text("# prompts\na cat --d 1\na dog\n")
-    for job, argv in {"1": ["train", str(output / "a.toml")], "2": ["doctor"]}.items():
-        (home / "jobs" / job).mkdir(parents=True)
-        record = {"title": "a <b>", "argv": argv, "cwd": str(home)}
-        (home / "jobs" / job / "job.json").write_text(json.dumps(record))
+    recipe = str(output / "a.toml")
+    for job, command, values in ((TRAINING, "train", {"recipe": recipe}), (OTHER, "doctor", {})):
+        folder = home / "jobs" / job
+        folder.mkdir(parents=True)
+        record = JobRecord(
+            id=job, title="a <b>", command=command, values=values, argv=[command, *values.values()],
+            cwd=str(home), created=1.0, queued=1.0, outputs=[],
+        )  # fmt: skip
+        record.write(folder / JobRecord.FILE)
     models = tmp_path / "models"
     models.mkdir()
     return Workspace(home, models=(models,), default_output=output)
@@ -53,41 +59,44 @@ def client(space: Workspace) -> TestClient:
 
 
 def planned(client: TestClient, kind: str, **parts: Any) -> dict[str, Any]:
-    reply = client.post("/api/results/1/plan", json={"kind": kind, "parts": parts})
+    reply = client.post(f"/api/results/{TRAINING}/plan", json={"kind": kind, "parts": parts})
     return {"status": reply.status_code, **reply.json()}
 
 
 @pytest.mark.parametrize("page", ["runs", "results"])
 def test_pages_show_escaped_titles_and_refuse_other_jobs(client: TestClient, page: str) -> None:
-    assert "a &lt;b&gt;" in client.get(f"/{page}/1").text
-    for other in ("3", "a%2Fb", ".hidden", "a b. "):
+    assert "a &lt;b&gt;" in client.get(f"/{page}/{TRAINING}").text
+    for other in ("20260101-120000-cccccc", "3", "a%2Fb", ".hidden", "a b. "):
         assert client.get(f"/{page}/{other}").status_code == 404
 
 
 def test_the_files_of_a_training(client: TestClient, space: Workspace) -> None:
-    found = client.get("/api/results/1/files").json()
+    found = client.get(f"/api/results/{TRAINING}/files").json()
     assert [one["step"] for one in found["saves"]] == [10, 20]
     assert [(one["step"], len(one["files"])) for one in found["previews"]] == [(20, 1)]
     assert (found["parts"], found["prompts"]) == (["unet", "te"], ["a cat", "a dog"])
     assert (found["built"], found["compare"]) == ([], None)
     for name in ("a[b]-lora.safetensors", "a[b]-te10-compare.png", "other-lora.safetensors"):
         (space.output / "runs/a" / name).write_bytes(b"x")
-    made = client.get("/api/results/1/files").json()
+    made = client.get(f"/api/results/{TRAINING}/files").json()
     assert [(one["kind"], Path(one["path"]).name) for one in made["built"]] == [
         ("lora", "a[b]-lora.safetensors")
     ]
     assert Path(made["compare"]).name == "a[b]-te10-compare.png"
     assert found["tuned"] == str(space.output / "runs/a/a[b].safetensors")
-    assert client.get("/api/runs/1/files").json()["recipe"] == str(space.output / "a.toml")
-    assert client.get("/api/runs/2/files").status_code == 404  # trains nothing
+    assert client.get(f"/api/runs/{TRAINING}/files").json()["recipe"] == str(space.output / "a.toml")
+    assert client.get(f"/api/runs/{OTHER}/files").status_code == 404  # trains nothing
 
 
 def test_files_outside_of_the_folders_are_refused(client: TestClient, space: Workspace) -> None:
     recipe = space.output / "a.toml"
     recipe.write_text(RECIPE.replace("../models/base.safetensors", "/etc/passwd"))
-    assert client.get("/api/results/1/files").status_code == 404
+    assert client.get(f"/api/results/{TRAINING}/files").status_code == 404
     recipe.write_text("[model]\n")
-    assert "cannot be found with its recipe" in client.get("/api/results/1/files").json()["error"]["what"]
+    assert (
+        "cannot be found with its recipe"
+        in client.get(f"/api/results/{TRAINING}/files").json()["error"]["what"]
+    )
 
 
 def test_the_checkpoint_is_built_from_the_last_step(client: TestClient, space: Workspace) -> None:

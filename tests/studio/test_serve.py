@@ -137,5 +137,5 @@ def test_without_the_extra_the_error_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert start(tmp_path) == 2
     text = capfd.readouterr().err
-    assert "error: the Studio needs the package uvicorn" in text
+    assert "error: this needs uvicorn, which is not installed" in text
     assert 'hint: pip install "spectune[studio]"' in text

@@ -211,7 +211,7 @@ class _Steps(Callbacks):
 
 @contextmanager
 def _bar(title: str, options: DemoOptions) -> Iterator[Progress]:
-    """Show a progress bar, and pass the progress to the function of the options."""
+    """Show the progress as a bar on the terminal, and call `options.progress` with it."""
     with progress(title) as show:
 
         def report(done: int, total: int, name: str) -> None:

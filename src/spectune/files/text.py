@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ _NOT_WESTERN = re.compile(rb"[\x80-\xff]{6}|[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\
 
 _DEEPEST = 100  # levels of JSON and TOML; the formats that are read have at most ten
 _MOST_DIGITS = 100  # of a whole number
-_MOST_DOTS = 300  # in a line of TOML: the time for a key with n dots grows with the square of n
+_MOST_DOTS = 300  # in the keys of a line of TOML: the time for a key with n dots grows with the square of n
 _TOO_DEEP = "it is nested too deeply"
 _TOO_LONG = "a number has too many digits"
 
@@ -100,15 +100,8 @@ def load_json(text: str | bytes, *, unique: bool = False) -> Any:
         ValueError: The text is not JSON in UTF-8, is nested too deeply, or contains a number with very many
             digits or half of a surrogate pair, which no file can store.
     """
-    try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, object_pairs_hook=_unique if unique else None)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    except ValueError as error:
-        raise ValueError(_plain(error)) from None
-    _check_values(value)
-    return value
+    decoded = text if isinstance(text, str) else text.decode("utf-8")
+    return _checked(lambda: json.loads(decoded, object_pairs_hook=_unique if unique else None))
 
 
 def load_toml(text: str) -> dict[str, Any]:
@@ -118,10 +111,33 @@ def load_toml(text: str) -> dict[str, Any]:
         ValueError: The text is not TOML, is nested too deeply, or contains a number with very many digits.
     """
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.count(".") > _MOST_DOTS:
-            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots: divide it")
+        if line.count(".") > _MOST_DOTS and _dots_in_keys(line) > _MOST_DOTS:
+            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots outside of texts: divide it")
+    return _checked(lambda: tomllib.loads(text))
+
+
+def _dots_in_keys(line: str) -> int:
+    """Return the number of dots in a line of TOML that are not in a text or a comment."""
+    dots, quote = 0, ""
+    characters = iter(line)
+    for character in characters:
+        if quote:
+            if quote == '"' and character == "\\":
+                next(characters, "")
+            elif character == quote:
+                quote = ""
+        elif character in "\"'":
+            quote = character
+        elif character == "#":
+            break
+        else:
+            dots += character == "."
+    return dots
+
+
+def _checked(parse: Callable[[], Any]) -> Any:
     try:
-        value = tomllib.loads(text)
+        value = parse()
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except ValueError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from spectune.errors import InputError
-from spectune.files.rename import replacing
+from spectune.files.rename import replace_text
+from spectune.files.text import UnreadableText, read_text
+from spectune.training.data.captions.text import LARGEST_CAPTION
 
 EXTENSIONS = (".txt", ".caption")  # of text files, in the order in which training looks for them
 LARGEST_CHARACTERS = 20_000
@@ -21,11 +23,18 @@ def caption_file(picture: Path) -> Path:
 
 
 def read_caption(picture: Path) -> str | None:
-    """Return the text of the caption file, or None if there is none or it is no UTF-8 text."""
-    try:
-        return caption_file(picture).read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, UnicodeDecodeError):
+    """Return the text of the caption file, in any encoding that training reads; None if there is no file.
+
+    Raises:
+        InputError: The file is no text. It must not be replaced, because it could not be restored.
+    """
+    path = caption_file(picture)
+    if not path.exists():
         return None
+    try:
+        return read_text(path, largest=LARGEST_CAPTION).text
+    except UnreadableText as error:
+        raise InputError(f"{path.name} {error}: it is not changed", hint="save it as UTF-8 first") from error
 
 
 def write_caption(picture: Path, text: str | None) -> None:
@@ -36,5 +45,4 @@ def write_caption(picture: Path, text: str | None) -> None:
         return
     if len(text) > LARGEST_CHARACTERS:
         raise InputError(f"the caption has {len(text):,} characters: expected at most {LARGEST_CHARACTERS:,}")
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+    replace_text(path, text)

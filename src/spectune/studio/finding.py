@@ -1,4 +1,4 @@
-"""Find checkpoints and folders of pictures in the user's folders, without torch."""
+"""Look for checkpoints, pictures and other files in the user's folders. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -71,6 +71,12 @@ def picture_folders(roots: Sequence[Path]) -> list[dict[str, Any]]:
     return [
         asdict(FoundFolder(str(path), path.name, pictures, modified)) for path, (pictures, modified) in newest
     ]
+
+
+def files_ending_in(suffix: str, roots: Sequence[Path]) -> list[Path]:
+    """Return the files below the folders that have a suffix, the newest first, each once."""
+    found = {entry.path: _modified(entry) for entry in _entries(roots) if entry.name.lower().endswith(suffix)}
+    return [Path(path) for path in sorted(found, key=lambda path: (-found[path], path))]
 
 
 def free_name(wanted: str, folder: Path) -> str:

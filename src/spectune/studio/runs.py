@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from spectune.cli.job import EVENTS
 from spectune.errors import InputError, printable
-from spectune.files.text import load_json, load_toml
-from spectune.studio.places import Refused, plain_name
+from spectune.files.text import load_toml
+from spectune.studio.jobs.reading import read_events
+from spectune.studio.jobs.records import JobRecord
+from spectune.studio.places import Refused
 from spectune.studio.workspace import Workspace
 
 TAIL_BYTES = 64_000  # of an event file, for the newest steps
@@ -87,15 +88,6 @@ def training_files(recipe: Path) -> TrainingFiles:
         ) from error
 
 
-def read_job(space: Workspace, job: str) -> dict[str, Any]:
-    """Return the record of a job. Raises Refused if there is no such job."""
-    file = space.home / "jobs" / plain_name(job) / "job.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"there is no run {printable(job, 60)}") from error
-
-
 def files_of_job(space: Workspace, job: str) -> TrainingFiles:
     """Return the files of the training of a job; its folders are those of the Studio.
 
@@ -103,7 +95,7 @@ def files_of_job(space: Workspace, job: str) -> TrainingFiles:
         Refused: There is no such job, it does not train, or its files are outside of the folders.
         InputError: Its recipe cannot be read.
     """
-    recipe = recipe_path(read_job(space, job))
+    recipe = recipe_path(space.jobs.job(job).record)
     if recipe is None:
         raise Refused(f"the job {printable(job, 60)} is not a training")
     places = space.places()
@@ -113,13 +105,9 @@ def files_of_job(space: Workspace, job: str) -> TrainingFiles:
     return files
 
 
-def recipe_path(job: Mapping[str, Any]) -> Path | None:
+def recipe_path(job: JobRecord) -> Path | None:
     """Return the recipe of a job that trains, otherwise None."""
-    argv = [str(word) for word in job.get("argv", ())]
-    names = [word for word in argv if word.lower().endswith(".toml")]
-    if "train" not in argv or not names:
-        return None
-    return Path(str(job.get("cwd", ""))) / names[0]
+    return Path(job.cwd) / str(job.values["recipe"]) if job.command == "train" else None
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -132,38 +120,27 @@ def read_prompts(path: Path | None) -> list[str]:
 
 def seconds_per_picture(jobs: Path, base: Path) -> float | None:
     """Return the time per picture of the newest training of a checkpoint, or None if there is none."""
-    folders = sorted(jobs.glob("*/job.json"), key=lambda path: -path.stat().st_mtime)
-    for file in folders[:JOBS_READ]:
-        seconds = _seconds_per_picture(file, base)
-        if seconds is not None:
-            return seconds
-    return None
+    records = sorted(jobs.glob(f"*/{JobRecord.FILE}"), key=lambda path: -path.stat().st_mtime)
+    found = (_seconds_per_picture(file, base) for file in records[:JOBS_READ])
+    return next((seconds for seconds in found if seconds is not None), None)
 
 
-def _seconds_per_picture(job: Path, base: Path) -> float | None:
-    try:
-        recipe = recipe_path(load_json(job.read_text(encoding="utf-8")))
-        if recipe is None:
-            return None
-        files = training_files(recipe)
-        seconds = [event["seconds"] for event in _last_steps(job.with_name("events.jsonl"))]
-    except (OSError, ValueError, InputError, KeyError):
+def _seconds_per_picture(file: Path, base: Path) -> float | None:
+    job = JobRecord.read(file)
+    recipe = None if job is None else recipe_path(job)
+    if recipe is None:
         return None
+    try:
+        files = training_files(recipe)
+    except InputError:  # its recipe was removed
+        return None
+    events = file.with_name(EVENTS)
+    size = events.stat().st_size if events.exists() else 0
+    newest, _ = read_events(events, max(0, size - TAIL_BYTES))
+    seconds = [event["seconds"] for event in newest if event.get("event") == "step"]
     if not seconds or files.base.resolve() != base.resolve():
         return None
     return median(seconds) / files.batch
-
-
-def _last_steps(events: Path) -> Iterator[Mapping[str, Any]]:
-    with events.open("rb") as file:
-        file.seek(max(0, events.stat().st_size - TAIL_BYTES))
-        for line in file.read().splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:  # cut at the begin of what was read
-                continue
-            if isinstance(event, dict) and event.get("event") == "step":
-                yield event
 
 
 def _below(folder: Path, text: Any) -> Path:

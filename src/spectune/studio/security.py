@@ -79,7 +79,7 @@ def _refusal(request: Request) -> Response | None:
 
 
 def _limit_of(path: str) -> int:
-    """Return the largest body of an address in bytes."""
+    """Return how many bytes a request to this address may send."""
     return next((limit for begin, limit in LIMITS.items() if path.startswith(begin)), LARGEST_BODY)
 
 

@@ -15,13 +15,10 @@ from typing import Any
 import psutil
 
 from spectune.cli.console import print_note, say
-from spectune.errors import InputError, SpectuneError
+from spectune.errors import InputError
 from spectune.operation import operation
-from spectune.ops.options.studio import StudioOptions
+from spectune.ops.options.studio import LOOPBACK, PASSWORD_VARIABLE, StudioOptions
 
-PASSWORD_VARIABLE = "SPECTUNE_STUDIO_PASSWORD"
-INSTALL = 'pip install "spectune[studio]"'
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -37,10 +34,14 @@ def studio(options: StudioOptions) -> StudioReport:
     """Serve the page until Ctrl-C.
 
     Raises:
-        InputError: A folder is missing, the address needs a password, or the port is in use.
-        SpectuneError: The packages of the page are not installed.
+        InputError: A folder or a package is missing, the address needs a password, or the port is in use.
     """
-    uvicorn, create_app = _packages()
+    # A missing package of the extra becomes an InputError: see `operation`.
+    import python_multipart  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import uvicorn
+
+    from spectune.studio.app import create_app
+
     password = options.password or os.environ.get(PASSWORD_VARIABLE) or None
     remote = options.host not in LOOPBACK
     if remote and password is None:
@@ -72,18 +73,6 @@ def studio(options: StudioOptions) -> StudioReport:
 
 def show(report: StudioReport, options: StudioOptions, seconds: float) -> None:
     """Print nothing: the address was printed at the start."""
-
-
-def _packages() -> tuple[Any, Any]:
-    """Import the packages of the extra. Raises SpectuneError with the command that installs them."""
-    try:
-        import python_multipart  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import uvicorn
-
-        from spectune.studio.app import create_app
-    except ModuleNotFoundError as error:
-        raise SpectuneError(f"the Studio needs the package {error.name}", hint=INSTALL) from error
-    return uvicorn, create_app
 
 
 def _workspace(options: StudioOptions, password: str | None, *, remote: bool) -> Any:

@@ -12,12 +12,11 @@ import platformdirs
 
 from spectune.errors import InputError
 from spectune.files.model_folders.config import read_model_folders
+from spectune.ops.options.studio import LOOPBACK
 from spectune.studio.assistant.client import Assistant
 from spectune.studio.jobs.queue import JobQueue
 from spectune.studio.places import Places
 from spectune.studio.settings import SettingsFile
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Workspace:
         return self.assistant.ask(question, values, roots=self.places().roots, topic=topic)
 
     def _check_job(self, command: str, values: Mapping[str, Any]) -> None:
-        """Raise InputError if a recipe has errors, or paths outside of the folders."""
+        """Raise InputError if the recipe of a training is wrong, or names a file outside of the folders."""
         if command != "train":
             return
         recipe = Path(str(values["recipe"]))

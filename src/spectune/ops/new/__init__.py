@@ -9,7 +9,6 @@ text: the recipe with its comments.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +24,10 @@ from spectune.ops.new.prompts import prompts_path, write_prompts
 from spectune.ops.new.text import Parts, recipe_of
 from spectune.ops.options.training import NewOptions
 from spectune.sdxl.inference import infer_layout
+from spectune.training.data.names import name_of
 from spectune.training.recipe.commented import Setting, nested
 from spectune.training.recipe.recipe import parse_recipe
 from spectune.training.trainable_model import check_trainable
-
-GENERIC_NAMES = {"data", "dataset", "images", "img", "imgs", "pictures", "train", "training"}
 
 
 @dataclass(frozen=True)
@@ -122,15 +120,3 @@ def draft(options: NewOptions) -> Draft:
 def _target(options: NewOptions) -> Path:
     """Return the path of the recipe."""
     return options.out or Path(f"{options.name or name_of(options.folder)}.toml")
-
-
-def name_of(folder: Path) -> str:
-    """Return a name for the run: that of the folder, without kohya's number of repeats.
-
-    A folder that only says that it contains pictures has the name of its parent.
-    """
-    folder = folder.resolve()
-    word = re.sub(r"^\d+_", "", folder.name)
-    if word.lower() in GENERIC_NAMES:
-        word = folder.parent.name
-    return re.sub(r"[^\w.-]+", "_", word).strip("._") or "style"

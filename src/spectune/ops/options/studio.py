@@ -7,6 +7,9 @@ from pathlib import Path
 
 from spectune.operation import OperationOptions, option, record
 
+PASSWORD_VARIABLE = "SPECTUNE_STUDIO_PASSWORD"  # of the environment
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")  # names of this computer
+
 
 @record
 class StudioOptions(OperationOptions):
@@ -23,7 +26,7 @@ class StudioOptions(OperationOptions):
     )
     password: str | None = option(
         default=None,
-        help="Ask for this password. Default: the environment variable SPECTUNE_STUDIO_PASSWORD, if set.",
+        help=f"Ask for this password. Default: the environment variable {PASSWORD_VARIABLE}, if set.",
     )
     home: Path | None = option(
         default=None,

@@ -1,4 +1,4 @@
-"""Processes of the command line that outlive the server."""
+"""Start the processes of jobs, and end them. They continue when the server ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from spectune.ops.options.studio import PASSWORD_VARIABLE
 from spectune.studio.jobs.records import ProcessRecord
 
 LOG = "log.txt"
 _CLOCK_SECONDS = 2.0  # the system computes the start of a process anew, with a clock that is adjusted
-_PASSWORD = "SPECTUNE_STUDIO_PASSWORD"
 
 
 def start(argv: Sequence[str], folder: Path, cwd: Path) -> subprocess.Popen[bytes]:
@@ -27,7 +27,7 @@ def start(argv: Sequence[str], folder: Path, cwd: Path) -> subprocess.Popen[byte
     flags = 0
     if sys.platform == "win32":  # a console of its own, which is not shown: closing ours does not end it
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-    environment = {name: value for name, value in os.environ.items() if name != _PASSWORD}
+    environment = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
     environment |= {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "110"}
     words = [*argv[:1], "--job", str(folder), *argv[1:]]
     with (folder / LOG).open("ab") as log:

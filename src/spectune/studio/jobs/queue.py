@@ -71,7 +71,7 @@ class JobQueue:
         threading.Thread(target=self._watch, name="jobs", daemon=True).start()
 
     def close(self) -> None:
-        """End the thread. Jobs continue."""
+        """Start no more jobs. Jobs that run continue."""
         self._closed.set()
 
     def _watch(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from spectune.errors import InputError, printable
+from spectune.files.rename import replacing
 from spectune.studio import finding
 from spectune.studio.captions import EXTENSIONS, LARGEST_CHARACTERS, read_caption, write_caption
 from spectune.studio.forms import free_path
@@ -170,9 +172,8 @@ def add_files(space: Space, folder: str, files: list[UploadFile]) -> dict[str, A
                 hint="expected a picture such as .png or .jpg, or a caption in .txt or .caption",
             )
         path = free_path(space.places().inside(str(target / name)))
-        with path.open("xb") as file:
-            while block := upload.file.read(1 << 20):
-                file.write(block)
+        with replacing(path) as partial, partial.open("wb") as file:
+            shutil.copyfileobj(upload.file, file)
         added.append(path.name)
     OPENED.folder = None
     return {"added": added}

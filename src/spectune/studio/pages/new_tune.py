@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from spectune.errors import InputError
+from spectune.files.rename import replace_text
 from spectune.studio import finding, runs
 from spectune.studio.pages import Space
 from spectune.studio.places import Refused, plain_name
 from spectune.studio.rendering import render
 from spectune.studio.workspace import Workspace
+from spectune.training.data.names import name_of
 
 router = APIRouter()
 
 SMALL_BYTES = 100_000_000  # a checkpoint whose energy is measured at once
 PROBLEMS_SHOWN, ITEMS_SHOWN = 12, 5
-GENERIC_NAMES = {"data", "dataset", "images", "img", "imgs", "pictures", "train", "training"}
 
 
 class TuneRequest(BaseModel):
@@ -116,7 +116,7 @@ def pictures(space: Space, path: str, resolution: int = 1024) -> dict[str, Any]:
         "captioned": report["captioned"],
         "problems": problems,
         "samples": [one["path"] for one in report["pictures"][:8]],
-        "name": finding.free_name(_suggested(folder), space.output),
+        "name": finding.free_name(name_of(folder), space.output),
     }
 
 
@@ -135,16 +135,19 @@ def write(space: Space, wanted: TuneRequest) -> dict[str, Any]:
         raise InputError(first["what"], hint=first["hint"])
     recipe, prompts = Path(draft["path"]), Path(draft["prompts_path"])
     recipe.parent.mkdir(parents=True, exist_ok=True)
+    for path in (recipe, prompts):
+        if path.exists():
+            raise Refused(f"{path.name} exists already", hint="choose another name for the tune")
     if draft["prompts"]:
-        _write_new(prompts, "".join(f"{line}\n" for line in _seeded(draft["prompts"])))
-    _write_new(recipe, draft["text"])
+        replace_text(prompts, "".join(f"{line}\n" for line in _seeded(draft["prompts"])))
+    replace_text(recipe, draft["text"])
     return {"path": str(recipe), "name": draft["name"]}
 
 
 def _checked(space: Workspace, wanted: TuneRequest, *, topic: str | None) -> dict[str, Any]:
     places = space.places()
     folder = places.folder(wanted.folder)
-    name = plain_name(wanted.name or finding.free_name(_suggested(folder), places.output))
+    name = plain_name(wanted.name or finding.free_name(name_of(folder), places.output))
     if finding.is_taken(name, places.output):
         raise InputError(f"there is a tune named {name} already", hint="choose another name")
     out = places.inside(str(places.output / f"{name}.toml"))
@@ -213,19 +216,3 @@ def _shown(forecast: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     names = ("base", "device", "pictures", "schedule", "memory", "saves", "disk", "warnings", "chosen")
     return {name: forecast[name] for name in names}
-
-
-def _suggested(folder: Path) -> str:
-    """Return a name for a tune of a folder of pictures, without the number of repeats of kohya's folders."""
-    words = [re.sub(r"^\d+_", "", one.name) for one in (folder, *folder.parents)]
-    word = next((one for one in words if one.lower() not in GENERIC_NAMES), "")
-    return re.sub(r"[^\w.-]+", "_", word).strip("._")[:60] or "style"
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that must not exist."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise Refused(f"{path.name} exists already", hint="choose another name for the tune") from None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from spectune.errors import InputError
+from spectune.files.rename import replace_text
+from spectune.studio import finding
 from spectune.studio.pages import Space
-from spectune.studio.places import Places, plain_name
+from spectune.studio.places import plain_name
 from spectune.studio.rendering import render
 from spectune.studio.workspace import Workspace
 
@@ -23,7 +23,7 @@ router = APIRouter()
 Values = dict[str, Any]  # the sections of a recipe
 
 LONGEST_TEXT = 500_000
-DEEPEST, MOST_RECIPES = 3, 200  # folders below a configured one; recipes in the list
+MOST_RECIPES = 200  # in the list
 # What a preset names for its own pictures and model: the user chooses these.
 OWN_OF_PRESETS = (
     ("model", "base"), ("model", "residual"), ("model", "principal"), ("model", "start"), ("vae", "path"),
@@ -33,7 +33,7 @@ OWN_OF_PRESETS = (
 
 
 class OpenRequest(BaseModel):
-    """One source of a recipe."""
+    """What the form shows next. Exactly one field is set."""
 
     path: str | None = Field(default=None, max_length=4096)
     preset: str | None = Field(default=None, max_length=100)
@@ -70,7 +70,8 @@ def schema(space: Space) -> dict[str, Any]:
 @router.get("/api/recipe/files")
 def files(space: Space) -> dict[str, Any]:
     """Return the presets, and the recipes in the folders, the newest first."""
-    found = sorted(set(_recipes(space.places())), key=lambda path: -path.stat().st_mtime)
+    places = space.places()
+    found = finding.files_ending_in(".toml", (places.output, *places.data))
     return {
         "presets": [{"name": path.stem, "about": _about(path)} for path in _presets()],
         "recipes": [str(path) for path in found[:MOST_RECIPES]],
@@ -127,21 +128,10 @@ def _written(space: Workspace, form: SaveRequest, text: str) -> Path:
     folder = space.output / "recipes"
     path = space.places().inside(str(folder / f"{plain_name(form.name.strip())}.toml"))
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".toml.part")
-    part.write_text(text, encoding="utf-8")
     if path.exists() and not form.overwrite:
-        part.unlink()
         raise InputError(f"{path.name} exists", hint="choose another name, or tick Overwrite")
-    part.replace(path)
+    replace_text(path, text)
     return path
-
-
-def _recipes(places: Places) -> Iterator[Path]:
-    for root in (places.output, *places.data):
-        for folder, below, names in os.walk(root):
-            if len(Path(folder).relative_to(root).parts) >= DEEPEST:
-                below.clear()
-            yield from (Path(folder, name) for name in names if name.endswith(".toml"))
 
 
 def _presets() -> list[Path]:

@@ -39,7 +39,7 @@ class BuildRequest(BaseModel):
 
 @router.get("/results/{job}")
 def page(request: Request, space: Space, job: str) -> Response:
-    return render(request, "result.html", title=runs.read_job(space, job).get("title") or "Result", job=job)
+    return render(request, "result.html", title=space.jobs.job(job).record.title or "Result", job=job)
 
 
 @router.get("/api/results/{job}/files")
@@ -105,7 +105,7 @@ def verify(space: Space, path: str) -> dict[str, Any]:
 
 
 def _made(found: TrainingFiles, kind: str) -> list[Path]:
-    """Return the files of a kind that were made of a training."""
+    """Return what was built from the result of a training: its checkpoints, LoRAs or comparisons."""
     return sorted(path for path in found.output.glob(f"*{ENDINGS[kind]}") if path.name.startswith(found.name))
 
 

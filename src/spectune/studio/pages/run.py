@@ -19,14 +19,14 @@ router = APIRouter()
 
 @router.get("/runs/{job}")
 def page(request: Request, space: Space, job: str) -> Response:
-    record = runs.read_job(space, job)
+    record = space.jobs.job(job).record
     return render(
         request,
         "run.html",
-        title=record.get("title") or "Run",
+        title=record.title or "Run",
         job=job,
         trains=runs.recipe_path(record) is not None,
-        outputs=[str(path) for path in record.get("outputs", ())],
+        outputs=record.outputs,
     )
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from spectune.studio import finding
 from spectune.studio.forms import TOOLS, tool_of
 from spectune.studio.pages import Space
-from spectune.studio.places import Places, Refused
+from spectune.studio.places import Refused
 from spectune.studio.rendering import render
 
 router = APIRouter()
 
-MOST_FILES, DEEPEST = 1000, 4
+MOST_FILES = 1000
 
 
 @router.get("/tools")
@@ -36,19 +35,6 @@ def page(request: Request, space: Space, name: str) -> Response:
 
 @router.get("/api/tools/files")
 def files(space: Space) -> dict[str, Any]:
-    """Return the weight files in the folders, to choose from."""
-    return {"files": sorted(_weight_files(space.places()))}
-
-
-def _weight_files(places: Places) -> Iterator[str]:
-    count = 0
-    for root in places.roots:
-        for folder, below, names in os.walk(root):
-            if folder.count(os.sep) - str(root).count(os.sep) >= DEEPEST:
-                below.clear()
-            for name in names:
-                if name.endswith(".safetensors"):
-                    count += 1
-                    yield os.path.join(folder, name)  # noqa: PTH118 - thousands of paths
-            if count >= MOST_FILES:
-                return
+    """Return the weight files in the folders, the newest first."""
+    found = finding.files_ending_in(".safetensors", space.places().roots)
+    return {"files": [str(path) for path in found[:MOST_FILES]]}

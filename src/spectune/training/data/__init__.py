@@ -1,6 +1,7 @@
 """Make batches from folders of captioned images. Batches depend on a seed only.
 
 folders: the folders of a recipe.
+names: a name for a run, from the folder of its pictures.
 scan: the contents of one folder.
 pictures: find picture files, open them, convert their colors.
 images, masks: read one file.

@@ -144,7 +144,8 @@ class RunSection(Section):
         default=None,
         description="Dtype of the frozen model and its activations. `fp16` scales the loss, because small "
         "gradients vanish in it. None: `bf16` for a base of SDXL's size, or `fp16` on a GPU without bf16; "
-        "`fp32` for a smaller base.",
+        "`fp32` for a smaller base. In `fp32`, NVIDIA cards since RTX 30 round the factors of products to "
+        "TF32 (10 bits of mantissa) in training steps.",
     )
     trained_precision: TrainedPrecision = Field(
         default="fp32",
