@@ -242,10 +242,10 @@ def test_a_training_writes_the_documented_events(train: Callable[..., int], tmp_
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     files = [(event["step"], *event["files"]) for event in events if event["event"] == "save"]
     assert files == [
-        (2, str(out / "t-step00000002.safetensors")),
         (2, str(out / "t-step00000002.state")),
-        (3, str(out / "t.safetensors")),
+        (2, str(out / "t-step00000002.safetensors")),
         (3, str(out / "t-step00000003.state")),
+        (3, str(out / "t.safetensors")),
     ]
     stages = [event["name"] for event in events if event["event"] == "progress"]
     assert stages.count("saving the state") == 4  # begin and end, twice
@@ -285,7 +285,7 @@ def test_save_and_preview_now_although_none_is_due(
     check_fields(job)
     events = events_of(job)
     saves = [(event["step"], Path(event["files"][0]).name) for event in events if event["event"] == "save"]
-    assert saves[:2] == [(1, "t-step00000001.safetensors"), (1, "t-step00000001.state")]
+    assert saves[:2] == [(1, "t-step00000001.state"), (1, "t-step00000001.safetensors")]
     assert len(saves) == 4  # once, and at the end
     assert (out / "t-step00000001.state" / state.STATE).is_file()
     assert load_file(out / "t-step00000001.safetensors").keys() == load_file(out / "t.safetensors").keys()

@@ -59,6 +59,20 @@ export function poll(url, show, every = 1000) {
   return stop;
 }
 
+// Wait until a job has ended; `take` gets its events. Returns the exit code, null if it ended without one.
+export async function ended(id, take = () => {}) {
+  for (let next = 0; ;) {
+    const reply = await get(`/api/jobs/${id}/events?after=${next}`);
+    next = reply.next;
+    for (const event of reply.events) {
+      take(event);
+      if (event.event === "end") return event.exit_code;
+    }
+    if (["lost", "failed", "stopped"].includes(reply.state)) return null;
+    await new Promise((done) => { setTimeout(done, 500); });
+  }
+}
+
 function connection(works) {
   const notice = document.getElementById("connection");
   if (notice) notice.hidden = works;
@@ -134,6 +148,9 @@ export function remember(key, value) {
 // Formats.
 export const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${Math.ceil(n / 1e3)} kB`);
 export const count = (n) => n.toLocaleString("en");
+// Addresses of a picture file: small, or whole.
+export const thumbnailOf = (path, size = 256) => `/api/thumbnail?size=${size}&path=${encodeURIComponent(path)}`;
+export const pictureOf = (path) => `/api/picture?path=${encodeURIComponent(path)}`;
 export const fileName = (path) => path.split(/[\\/]/).pop();
 export function duration(seconds) {
   const s = Math.round(seconds);

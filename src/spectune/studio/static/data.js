@@ -1,5 +1,5 @@
 // Pictures and captions: a grid of which only the visible part exists, captions that save themselves, undo.
-import { count, el, get, newest, onClick, post, remember, remembered, toast } from "./app.js";
+import { count, el, get, newest, onClick, pictureOf, post, remember, remembered, thumbnailOf, toast } from "./app.js";
 import { histogram } from "./charts.js";
 
 const $ = (id) => document.getElementById(id);
@@ -115,7 +115,7 @@ function marks(row) {
 }
 
 function cardOf(row, index) {
-  const picture = el("img", { src: `/api/thumbnail?path=${encodeURIComponent(row.path)}&size=256`, alt: "", loading: "lazy", decoding: "async" });
+  const picture = el("img", { src: thumbnailOf(row.path), alt: "", loading: "lazy", decoding: "async" });
   const line = el("p", { class: "marks", title: marks(row) }, marks(row));
   const text = el("textarea", { "aria-label": `Caption of ${row.name}`, spellcheck: "true", placeholder: "no caption" });
   text.value = row.text;
@@ -144,7 +144,7 @@ function cardOf(row, index) {
 }
 
 function enlarge(row) {
-  $("large-picture").src = `/api/picture?path=${encodeURIComponent(row.path)}`;
+  $("large-picture").src = pictureOf(row.path);
   $("large-picture").alt = row.text || row.name;
   $("large").querySelector("p").textContent = `${row.name}: ${row.text}`;
   $("large").showModal();

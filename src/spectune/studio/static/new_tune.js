@@ -1,5 +1,5 @@
 // New tune: what can be chosen, the live numbers of the rank, the check, and the start.
-import { ago, bytes, count, duration, el, fieldError, fileName, get, newest, onClick, post, remember, remembered, toast } from "./app.js";
+import { ago, bytes, count, duration, el, ended, fieldError, fileName, get, newest, onClick, post, remember, remembered, thumbnailOf, toast } from "./app.js";
 
 const RANKS = [4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 const LENGTHS = { quick: 0.25, normal: 1, long: 2 };
@@ -114,14 +114,10 @@ async function measure() {
   const path = modelPath();
   at("rank-energy").textContent = "measuring...";
   const job = await post("/api/jobs", { command: "inspect", values: { model: path, spectrum: true } });
-  for (let next = 0; ;) {
-    await new Promise((done) => { setTimeout(done, 1500); });
-    const reply = await get(`/api/jobs/${job.id}/events?after=${next}`);
-    next = reply.next;
-    const result = reply.events.find((one) => one.event === "result");
-    if (result) { keepEnergies(path, result.report.total.energies); break; }
-    if (reply.events.some((one) => one.event === "end")) { toast("The measurement ended without a result."); break; }
-  }
+  let energies = null;
+  await ended(job.id, (event) => { if (event.event === "result") energies = event.report.total.energies; });
+  if (energies) keepEnergies(path, energies);
+  else toast("The measurement ended without a result.");
   showRank();
 }
 
@@ -161,14 +157,12 @@ async function judgePictures() {
 function pictureFacts(found, path) {
   const captions = found.captioned === found.pictures ? "all with a caption" : `${count(found.captioned)} with a caption of their own`;
   const facts = [el("p", {}, el("b", {}, `${count(found.pictures)} pictures`), `, ${captions}. `, el("a", { href: `/data?folder=${encodeURIComponent(path)}` }, "Look at them"))];
-  const strip = found.samples.map((file) => el("img", { src: thumbnail(file, 144), alt: fileName(file), loading: "lazy", width: 72, height: 72 }));
+  const strip = found.samples.map((file) => el("img", { src: thumbnailOf(file, 144), alt: fileName(file), loading: "lazy", width: 72, height: 72 }));
   facts.push(el("div", { class: "strip" }, strip));
   if (!found.problems.length) return [...facts, el("p", { class: "good small" }, "No problem was found.")];
   const list = found.problems.map((one) => el("li", {}, one.text, one.items.length ? `: ${one.items.join(", ")}${one.more > 0 ? ` and ${count(one.more)} more` : ""}` : ""));
   return [...facts, el("details", {}, el("summary", {}, `${found.problems.length} ${found.problems.length === 1 ? "thing" : "things"} to look at; they do not stop the training`), el("ul", { class: "plain small" }, list))];
 }
-
-const thumbnail = (path, size) => `/api/thumbnail?size=${size}&path=${encodeURIComponent(path)}`;
 
 // ---- the live numbers of the rank
 

@@ -1,12 +1,10 @@
 // Result: compare, choose strengths and saves, build, verify.
-import { bytes, count, el, fileName, get, onClick, post, toast } from "./app.js";
+import { bytes, count, el, ended, fileName, get, onClick, pictureOf, post, thumbnailOf, toast } from "./app.js";
 
 const at = (id) => document.getElementById(id);
 const job = at("result").dataset.job;
 const api = `/api/results/${encodeURIComponent(job)}`;
 const NAMES = { unet: ["Picture (UNet)", "The part that draws."], te: ["Words (text encoders)", "The part that reads the prompt. It often learns enough early: choose an earlier step if prompts stop working."] };
-const address = (route, path) => `/api/${route}path=${encodeURIComponent(path)}`;
-const pause = (ms) => new Promise((done) => { setTimeout(done, ms); });
 
 let files = null;
 const choice = {}; // part -> {step, strength}
@@ -74,21 +72,13 @@ async function follow(id) {
   const bar = el("progress", { max: 1, "aria-label": "Progress" });
   const words = el("p", { class: "small" }, "Waiting...");
   at("work").replaceChildren(words, bar, el("a", { class: "small", href: `/runs/${id}` }, "Details"));
-  let next = 0, failure = null;
-  for (;;) {
-    const reply = await get(`/api/jobs/${id}/events?after=${next}`);
-    next = reply.next;
-    for (const event of reply.events) {
-      if (event.event === "progress") { words.textContent = `${event.name} (${count(event.done)} of ${count(event.total)})`; bar.max = event.total || 1; bar.value = event.done; }
-      if (event.event === "error") failure = event;
-      if (event.event === "end") {
-        at("work").replaceChildren(...(event.exit_code === 0 ? [] : [failed(failure)]));
-        return event.exit_code === 0;
-      }
-    }
-    if (["lost", "failed", "stopped"].includes(reply.state)) { at("work").replaceChildren(failed(failure)); return false; }
-    await pause(500);
-  }
+  let failure = null;
+  const code = await ended(id, (event) => {
+    if (event.event === "progress") { words.textContent = `${event.name} (${count(event.done)} of ${count(event.total)})`; bar.max = event.total || 1; bar.value = event.done; }
+    if (event.event === "error") failure = event;
+  });
+  at("work").replaceChildren(...(code === 0 ? [] : [failed(failure)]));
+  return code === 0;
 }
 const failed = (error) => el("p", { class: "notice bad small" }, error ? [error.what, error.hint].filter(Boolean).join(". ") : "The job ended without a result.");
 
@@ -100,7 +90,7 @@ onClick(at("compare"), async () => {
 });
 function showSheet(path) {
   const alt = "Pictures of the base on the left and of the tuned model on the right, with the same prompts and seeds";
-  at("sheet").replaceChildren(el("img", { class: "sheet", src: `${address("picture?", path)}&at=${Date.now()}`, alt }), el("p", { class: "small quiet" }, fileName(path)));
+  at("sheet").replaceChildren(el("img", { class: "sheet", src: `${pictureOf(path)}&at=${Date.now()}`, alt }), el("p", { class: "small quiet" }, fileName(path)));
 }
 for (const kind of ["checkpoint", "lora"]) {
   onClick(at(kind), async () => {
@@ -157,7 +147,7 @@ function comfy() {
 function showPreviews() {
   if (!files.previews.length) return;
   const rows = files.previews.map(({ step, files: pictures }) => el("tr", {}, el("th", { scope: "row" }, `step ${count(step)}`),
-    pictures.map((path) => el("td", {}, el("a", { href: address("picture?", path), target: "_blank" }, el("img", { src: address("thumbnail?size=256&", path), alt: `step ${count(step)}, ${fileName(path)}`, loading: "lazy" }))))));
+    pictures.map((path) => el("td", {}, el("a", { href: pictureOf(path), target: "_blank" }, el("img", { src: thumbnailOf(path), alt: `step ${count(step)}, ${fileName(path)}`, loading: "lazy" }))))));
   at("previews").replaceChildren(el("table", { class: "previews" }, el("tbody", {}, rows.reverse())));
 }
 

@@ -1,5 +1,5 @@
 // Run: everything on the page follows from the events of the job, so that a reload changes nothing.
-import { bytes, count, duration, el, fileName, get, onClick, poll, post, remember, remembered, toast } from "./app.js";
+import { bytes, count, duration, el, fileName, get, onClick, pictureOf, poll, post, remember, remembered, thumbnailOf, toast } from "./app.js";
 import { lineChart, smoothed } from "./charts.js";
 
 const at = (id) => document.getElementById(id);
@@ -163,14 +163,13 @@ function showPreviews() {
   at("previews").replaceChildren(el("table", { class: "previews" }, head, el("tbody", {}, body)));
 }
 const cut = (text) => (text.length > 60 ? `${text.slice(0, 57)}...` : text);
-const address = (route, path) => `/api/${route}path=${encodeURIComponent(path)}`;
 function thumbnail(file, prompt, step) {
   const words = `step ${count(step)}: ${prompt}`;
-  const picture = el("img", { src: address("thumbnail?size=256&", file), alt: words, loading: "lazy", width: 128, height: 128 });
+  const picture = el("img", { src: thumbnailOf(file), alt: words, loading: "lazy", width: 128, height: 128 });
   return el("button", { type: "button", title: "Enlarge", onclick: () => enlarge(file, words) }, picture);
 }
 function enlarge(file, words) {
-  at("large-picture").src = address("picture?", file);
+  at("large-picture").src = pictureOf(file);
   at("large-picture").alt = words;
   at("large-text").textContent = `${words} (${fileName(file)})`;
   at("large").showModal();

@@ -1,5 +1,5 @@
 // A command as a form: it runs as a job; progress, messages and the result appear beside it.
-import { el, get, onClick, poll, post, toast } from "./app.js";
+import { el, ended, get, onClick, pictureOf, post, toast } from "./app.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -22,7 +22,7 @@ function values() {
 // Pictures that the command wrote, for the fields that name one.
 function pictures() {
   const named = ["plot", "sheet", "out"].map((name) => form.elements[name]?.value).filter((path) => path?.endsWith(".png"));
-  return named.map((path) => el("img", { class: "picture", src: `/api/picture?path=${encodeURIComponent(path)}`, alt: `Written to ${path}` }));
+  return named.map((path) => el("img", { class: "picture", src: pictureOf(path), alt: `Written to ${path}` }));
 }
 
 const HANDLERS = {
@@ -34,12 +34,6 @@ const HANDLERS = {
   },
   message: (event) => $("messages").append(el("p", { class: event.level === "warning" ? "notice warn" : "quiet" }, event.text)),
   error: (event) => $("messages").append(el("div", { class: "notice bad" }, el("p", {}, event.what), event.hint ? el("p", {}, event.hint) : null)),
-  end: (event) => {
-    const states = { 0: "Finished", 1: "Finished, with differences or open points", 130: "Stopped" };
-    $("state").textContent = states[event.exit_code] ?? "Failed";
-    over();
-    showOutcome(event.exit_code).catch(toast);
-  },
 };
 
 // The pictures that were written, and what the command printed.
@@ -61,15 +55,14 @@ function over() {
   $("stop").hidden = true;
 }
 
-function follow(id) {
+async function follow(id) {
   job = id;
   $("stop").hidden = false;
-  poll((next) => `/api/jobs/${id}/events?after=${next}`, (reply) => {
-    for (const event of reply.events) HANDLERS[event.event]?.(event);
-    const ended = reply.events.some((event) => event.event === "end");
-    if (!ended && reply.state === "lost") { $("state").textContent = "The process ended without a result"; over(); }
-    return !ended && reply.state !== "lost";
-  }, 500);
+  const code = await ended(id, (event) => HANDLERS[event.event]?.(event));
+  const states = { 0: "Finished", 1: "Finished, with differences or open points", 130: "Stopped" };
+  $("state").textContent = code === null ? "The process ended without a result" : states[code] ?? "Failed";
+  over();
+  await showOutcome(code);
 }
 
 form.addEventListener("submit", async (event) => {
@@ -82,7 +75,7 @@ form.addEventListener("submit", async (event) => {
   $("state").textContent = "Waiting for its turn";
   try {
     const made = await post("/api/jobs", { command: form.dataset.command, values: values() });
-    follow(made.id);
+    follow(made.id).catch(toast);
   } catch (error) {
     $("outcome").hidden = true;
     $("run").disabled = false;
