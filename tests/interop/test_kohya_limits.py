@@ -22,15 +22,21 @@ DOUBLING = "set V=0123456789\n" + "set V=%V%%V%\n" * 40 + f"{SHORT} --output_nam
     [
         ("train" * 60_000, "no training command"),
         ("x" * (LONGEST_TEXT + 1), f"expected at most {LONGEST_TEXT:,} characters"),
-        (SHORT + " --seed=1" * 30_000, f"expected at most {MOST_WORDS} flags and values, found 60,006"),
-        (f"{SHORT} --network_args" + " a=1" * 50_000, f"expected at most {MOST_WORDS} flags and values"),
+        (SHORT + " --seed=1" * 9_000, f"expected at most {MOST_WORDS} flags and values, found 18,006"),
+        (SHORT + " --seed=1" * 30_000, "expected at most 20,000 words, found 30,"),
+        (f"{SHORT} --network_args" + " a=1" * 15_000, f"expected at most {MOST_WORDS} flags and values"),
         (DOUBLING, "the variable V makes a line longer than 32,767 characters"),
-        (SHORT + "\n--seed=1" * 30_000, f"expected at most {MOST_WORDS} flags and values"),
+        (SHORT + "\n--seed=1" * 9_000, f"expected at most {MOST_WORDS} flags and values"),
+        (SHORT + "\n--seed=1" * 30_000, "expected at most 10,000 lines, found 30,"),
+        ("a && " * 9_000, "no training command"),
         (f"set A={' ' * 200_000}x\n{SHORT} --no=\x07", "--no contains the control character U+0007"),
         (f"{SHORT} --output_name=a\x00b", "--output_name contains the control character U+0000"),
         (f"{SHORT} --training_comment=\x1b[2J", "--training_comment contains the control character U+001B"),
     ],
-    ids=["one word", "long", "flags", "values", "variables", "lines", "spaces", "null", "escape"],
+    ids=[
+        *("one word", "long", "flags", "words", "values", "variables", "flags on lines", "lines", "joined"),
+        *("spaces", "null", "escape"),
+    ],
 )
 def test_hostile_commands(text: str, message: str) -> None:
     with pytest.raises(InputError) as error:

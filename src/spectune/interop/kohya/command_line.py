@@ -18,6 +18,8 @@ SECRETS = ("wandb_api_key", "huggingface_token")
 # Limits on foreign text. sd-scripts has about 300 flags, and cmd.exe accepts lines of 8191 characters.
 LONGEST_TEXT = 400_000
 LONGEST_VARIABLE = 32_767
+MOST_LINES = 10_000
+MOST_WORDS_OF_TEXT = 20_000  # prose around a command included
 MOST_WORDS = 500
 _CONTROL = ("Cc", "Cs")  # control characters and lone surrogates
 
@@ -107,10 +109,7 @@ _PROTECTED_SPACE = "\ue000"
 
 def logical_lines(text: str) -> list[str]:
     """Return each command of `text` as one line, with comments removed and variables substituted."""
-    if len(text) > LONGEST_TEXT:
-        raise InputError(
-            f"expected at most {LONGEST_TEXT:,} characters, found {len(text):,}: this is no command"
-        )
+    _check_size(text)
     text = re.sub(r"(?<!\S)[—–]-?(?=[a-z])", "--", text.translate(_TYPOGRAPHY))
     lines: list[list[str]] = []
     names_script = False  # whether the last line names a script
@@ -138,6 +137,15 @@ def logical_lines(text: str) -> list[str]:
             names_script = _NAMES_SCRIPT.search(line) is not None
         continued = _CONTINUED.search(raw) is not None
     return [" ".join(parts) for parts in lines]
+
+
+def _check_size(text: str) -> None:
+    """Raise InputError for a text that is too long to be a script. Reading it would take seconds."""
+    limits = {"characters": LONGEST_TEXT, "lines": MOST_LINES, "words": MOST_WORDS_OF_TEXT}
+    found = {"characters": len(text), "lines": text.count("\n"), "words": len(text.split())}
+    for unit, limit in limits.items():
+        if found[unit] > limit:
+            raise InputError(f"expected at most {limit:,} {unit}, found {found[unit]:,}: this is no command")
 
 
 def _assignment(line: str) -> tuple[str, str] | None:
@@ -174,10 +182,10 @@ def _substitute(text: str, variables: dict[str, str], *, longest: int = LONGEST_
 # ---------------------------------------------------------------- words
 
 _PIECE = r"""(?P<space>\s+) | "(?P<double>{inside}*)" | (?<![^\s=])'(?P<single>[^']*)'
-    | (?P<open>") | (?P<plain>[^\s"'\\]+|{char})"""
+    | (?P<open>") | (?P<plain>(?:[^\s"'\\]+|{backslash}|(?<=[^\s=])')+|')"""
 # On Windows a backslash is part of a path. In a Unix shell it escapes the next character.
-_WINDOWS = re.compile(_PIECE.format(inside='[^"]', char="."), re.VERBOSE | re.DOTALL)
-_UNIX = re.compile(_PIECE.format(inside=r'(?:\\["\\]|[^"])', char=r"""\\[ "'\\]|."""), re.VERBOSE | re.DOTALL)
+_WINDOWS = re.compile(_PIECE.format(inside='[^"]', backslash=r"\\"), re.VERBOSE)
+_UNIX = re.compile(_PIECE.format(inside=r'(?:\\["\\]|[^"])', backslash=r"""\\[ "'\\]?"""), re.VERBOSE)
 
 
 def split_words(line: str) -> list[str]:
@@ -268,11 +276,13 @@ def _commands(text: str) -> Iterator[Command]:
 
 def _training_words(words: list[str]) -> list[str]:
     """Return the command with a training script among commands joined by `&&` etc., or the last command."""
+    start = 0
     for place, word in enumerate(words):
         if word in _SHELL:
-            before = words[:place]
-            return before if any(map(_script_name, before)) else _training_words(words[place + 1 :])
-    return words
+            if any(map(_script_name, words[start:place])):
+                return words[start:place]
+            start = place + 1
+    return words[start:]
 
 
 def _script_name(word: str) -> str | None:
