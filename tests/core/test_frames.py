@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectune.core.frames import aligned_frame, minor_frame, normalized, plain_frame, principal_frame
+from spectune.core.frames import (
+    aligned_frame,
+    minor_frame,
+    normalized,
+    plain_frame,
+    principal_frame,
+    rank_stabilized,
+    svd_down_frame,
+)
 from spectune.core.linalg import column_norms, row_norms, thin_svd
 from spectune.core.low_rank import LowRank, product, to_matrix
 from spectune.errors import InputError
@@ -79,6 +87,32 @@ def test_a_plain_frame_has_the_initial_factors_of_lora(shape: tuple[int, ...]) -
     assert 0.95 * bound < float(oracle.abs().max()) <= bound
     assert 0.95 * bound < float(frame.down.abs().max()) <= bound
     assert float(row_norms(to_matrix(frame.down)).mean()) == pytest.approx(1 / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_svd_down_frame_is_a_lora_along_the_largest_right_vectors(shape: tuple[int, ...]) -> None:
+    u, s, vh = thin_svd(to_matrix(weight(shape)).double())
+    frame = svd_down_frame(weight(shape), rank=3)
+    down, up = matrices(frame)
+    assert (frame.alpha, frame.down.shape) == (3.0, (3, *shape[1:]))
+    assert not up.any()
+    assert relative((down.T @ down), vh[:3].T @ vh[:3] / 3) < 1e-5  # the signs of the vectors are free
+    assert relative((1.01 * down).T @ (1.01 * down), vh[:3].T @ vh[:3] / 3) > 1e-2  # mutation
+    # the first step of gradient descent, G A0^T A0, is a share of the gradient of those inputs
+    gradient = (u * s) @ vh
+    assert relative(gradient @ down.T @ down, (u[:, :3] * s[:3]) @ vh[:3] / 3) < 1e-5
+
+
+def test_a_rank_stabilized_frame_takes_equally_long_first_steps_at_every_rank() -> None:
+    """The first step of gradient descent is scale^2 G A0^T A0, and E[A0^T A0] = rank / (3 columns) I."""
+    sizes = {True: [], False: []}
+    for rank in (4, 16, 64):
+        plain = plain_frame((96, 80), rank=rank, generator=torch.Generator().manual_seed(1))
+        for frame in (plain, rank_stabilized(plain)):
+            down, _ = matrices(frame)
+            sizes[frame is plain].append(frame.scale**2 * float(down.square().sum()))
+    assert sizes[False] == pytest.approx([16 / 3] * 3, rel=0.05)
+    assert sizes[True] == pytest.approx([4 / 3, 16 / 3, 64 / 3], rel=0.05)
 
 
 def test_no_frame_has_more_than_the_full_rank() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.linalg import row_norms
 from spectune.errors import InputError, PairingError
-from spectune.files.provenance import LAYOUT_KEY, Provenance, Role
+from spectune.files.provenance import LAYOUT_KEY, FrameKind, Provenance, Role
 from spectune.files.weights_hash import weights_hash
 from spectune.files.writer import write_tensors
 from spectune.model.inject import Injection
@@ -162,7 +163,7 @@ def test_a_complete_model_is_not_accepted_as_a_residual(
         build_trainable(section)
 
 
-@pytest.mark.parametrize("frame", ["principal", "minor", "plain", "gradient", "data"])
+@pytest.mark.parametrize("frame", get_args(FrameKind))
 def test_every_frame_starts_as_the_original_bit_for_bit(tiny_checkpoint: Path, frame: str) -> None:
     """Gradient and data frames are still plain frames here, because no batch has been read."""
     start = trainable(tiny_checkpoint, rank=4, frame=frame, layers=("all",))
@@ -173,7 +174,7 @@ def test_every_frame_starts_as_the_original_bit_for_bit(tiny_checkpoint: Path, f
         assert torch.equal(framed, predict(start.sdxl))
 
 
-@pytest.mark.parametrize("frame", ["minor", "plain"])
+@pytest.mark.parametrize("frame", ["minor", "plain", "svd-down"])
 def test_other_frames_of_the_residual_form(tiny_checkpoint: Path, frame: str) -> None:
     original = predict(trainable(tiny_checkpoint, rank=4).sdxl)
     start = trainable(tiny_checkpoint, rank=4, frame=frame, form="residual")
@@ -187,6 +188,16 @@ def test_the_seed_determines_a_plain_frame(tiny_checkpoint: Path) -> None:
     first, second = [layer.frame_down for layer in one.injection.layers.values()][:2]
     assert not torch.equal(first, second)
     assert row_norms(first).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_rank_stabilized_scaling_is_stored_as_alpha(tiny_checkpoint: Path) -> None:
+    keys: dict[str, Any] = {"rank": 4, "conv_rank": 1, "frame": "svd-down", "parts": ("unet",)}
+    frames = trainable(tiny_checkpoint, scaling="rank_stabilized", **keys).injection.frames()
+    assert {(frame.rank, frame.alpha) for frame in frames.values()} == {(4, 8.0), (1, 4.0)}
+    frames = trainable(tiny_checkpoint, **keys).injection.frames()
+    assert {(frame.rank, frame.alpha) for frame in frames.values()} == {(4, 4.0), (1, 1.0)}
+    with pytest.raises(ValidationError, match="with another B0 than zero, the scale would change the base"):
+        ModelSection(base=tiny_checkpoint, rank=4, scaling="rank_stabilized")
 
 
 def test_layers_are_selected_as_in_split(tiny_checkpoint: Path) -> None:

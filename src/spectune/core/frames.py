@@ -15,11 +15,17 @@ from spectune.core.spectrum import DAMAGED
 from spectune.core.split import split_weight
 from spectune.core.svd import canonical_signs
 
+# The length of a row of A0 in plain LoRA: a uniform value in +-1/sqrt(n) has the variance 1/(3n).
+UNIT_LENGTH = 1 / math.sqrt(3)
+# The rank at which both scalings of the change are equal.
+REFERENCE_RANK = 16
+
 
 def principal_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
     """Return B0 = U_r sqrt(S_r) and A0 = sqrt(S_r) V_r^T of the largest singular values, float32."""
     # float32: the tuned file stores the frame, so the frame need not equal that of a 16-bit principal file
-    return split_weight(weight, rank=rank, store=torch.float32, name=name).low_rank
+    device = weight.device
+    return split_weight(weight, rank=rank, store=torch.float32, device=device, name=name).low_rank
 
 
 def minor_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
@@ -66,6 +72,25 @@ def plain_frame(shape: tuple[int, ...], *, rank: int, generator: torch.Generator
     uniform = torch.rand(true_rank, columns, generator=generator)
     up, down = to_factors(torch.zeros(shape[0], true_rank), (2 * uniform - 1) / math.sqrt(columns), shape)
     return LowRank(down=down, up=up, alpha=float(true_rank))
+
+
+def svd_down_frame(weight: Tensor, *, rank: int, name: str = "weight") -> LowRank:
+    """Return A0 = V_r^T / sqrt(3) of the largest singular values and B0 = 0, float32.
+
+    The rows of A0 have the length of those of `plain_frame`. Raises InputError like `split_weight`.
+    """
+    principal = principal_frame(weight, rank=rank, name=name)
+    without_up = LowRank(principal.down, torch.zeros_like(principal.up), principal.alpha)
+    return normalized(without_up, UNIT_LENGTH)
+
+
+def rank_stabilized(frame: LowRank) -> LowRank:
+    """Return a frame with B0 = 0 at the scale sqrt(16 / rank) instead of 1, by its alpha.
+
+    From rsLoRA (Kalajdzievski 2023, arXiv 2312.03732), where the scale is alpha / sqrt(rank).
+    """
+    assert not frame.up.any(), "another scale would change the product of this frame"
+    return LowRank(frame.down, frame.up, math.sqrt(REFERENCE_RANK * frame.rank))
 
 
 def aligned_frame(u: Tensor, vh: Tensor, shape: tuple[int, ...], *, rank: int, length: float) -> LowRank:

@@ -24,7 +24,7 @@ NoiseSchedule = Literal["sdxl", "zero_terminal_snr"]  # of eps and v
 # Marker tensors: other programs infer prediction and schedule from their presence, not from their values.
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 Padding = Literal["zeros", "reflect"]
-FrameKind = Literal["principal", "minor", "plain", "gradient", "data"]  # docs/reference/frames.md
+FrameKind = Literal["principal", "minor", "plain", "svd-down", "gradient", "data"]  # docs/reference/frames.md
 MODELSPEC_PREDICTION_KEY = "modelspec.prediction_type"
 COMFYUI_PREDICTION_KEY = "modelspec.predict_key"  # of ComfyUI's save nodes, with the same values
 KOHYA_V_KEY = "ss_v_parameterization"  # "True" or "False"

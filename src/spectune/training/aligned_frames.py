@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from spectune.core.frames import aligned_frame, normalized
+from spectune.core.frames import UNIT_LENGTH, aligned_frame, normalized
 from spectune.core.linalg import thin_qr, thin_svd
 from spectune.core.low_rank import LowRank, to_factors, to_matrix
 from spectune.core.rank import full_rank
@@ -30,8 +30,6 @@ from spectune.training.seeds import derived_generator
 
 OVERSAMPLING = 16  # extra directions of the range finder
 POWER_ROUNDS = 1  # each takes two more passes and reduces the error of the range
-# Gradients determine directions but no lengths. This is the length of a row in plain LoRA.
-UNIT_LENGTH = 1 / math.sqrt(3)
 
 Matrices = Mapping[str, Tensor]  # by layer
 Losses = Callable[[], Iterable[Tensor]]  # the scalar loss of each batch; the same batches at each call
@@ -93,7 +91,9 @@ def align(
             v, _, pt = thin_svd(core.T)  # the transpose is several times faster for wide matrices
             u, vh, rank = bases.pop(name).double() @ pt.T, v.T, ranks[name]
             if kind == "gradient":
-                frame = aligned_frame(u, vh, shapes[name], rank=rank, length=length or UNIT_LENGTH)
+                frame = aligned_frame(
+                    u, vh, shapes[name], rank=rank, length=length or UNIT_LENGTH
+                )  # gradients define no length
             else:
                 frame = projected_frame(layer.base.weight, u[:, :rank])
                 frame = frame if length is None else normalized(frame, length)

@@ -14,7 +14,14 @@ from spectune.adapters.detect import is_adapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import adapter_hash
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.frames import minor_frame, normalized, plain_frame, principal_frame
+from spectune.core.frames import (
+    minor_frame,
+    normalized,
+    plain_frame,
+    principal_frame,
+    rank_stabilized,
+    svd_down_frame,
+)
 from spectune.core.low_rank import LowRank, product
 from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
@@ -41,7 +48,7 @@ from spectune.pairs.rules import (
     short_hash,
 )
 from spectune.sdxl.inference import infer_parts
-from spectune.sdxl.layers import Catalogue, Layer, build_catalogue, layer_weight
+from spectune.sdxl.layers import Catalogue, build_catalogue, layer_weight
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
 from spectune.sdxl.selection import select_layers
 from spectune.training.recipe.defaults import start_provenance
@@ -182,7 +189,7 @@ def build_trainable(
         elif saved is not None and saved.base_hash == base_hash:
             frames = saved.layers
         else:
-            verb = "splitting" if section.frame in ("principal", "minor") else "computing frames for"
+            verb = "splitting" if section.uses_weights else "computing frames for"
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
             frames = _make_frames(base, catalogue, section, seed)
         chosen = _choose(section, catalogue, frames)
@@ -295,19 +302,29 @@ def _make_frames(
     layers = [
         layer for layer in select_layers(catalogue, section.layers) if layer.part.value in section.parts
     ]
-    return {layer.name: _make_frame(base, layer, section, seed) for layer in layers}
+    return {
+        layer.name: make_frame(
+            layer_weight(base, layer), layer.name, section, derived_generator(seed, "frame", layer.name)
+        )
+        for layer in layers
+    }
 
 
-def _make_frame(base: WeightSource, layer: Layer, section: ModelSection, seed: int) -> LowRank:
+def make_frame(weight: Tensor, name: str, section: ModelSection, generator: torch.Generator) -> LowRank:
+    """Compute the frame of a layer on the device of its weight; `generator` is for plain frames."""
     assert section.rank is not None
-    rank = FixedRank(section.rank, section.conv_rank).requested(layer.shape)
-    if section.frame == "principal":
-        frame = principal_frame(layer_weight(base, layer), rank=rank, name=layer.name)
-    elif section.frame == "minor":
-        frame = minor_frame(layer_weight(base, layer), rank=rank, name=layer.name)
+    shape = tuple(weight.shape)
+    rank = FixedRank(section.rank, section.conv_rank).requested(shape)
+    if section.uses_weights:
+        frame = _OF_WEIGHTS[section.frame](weight, rank=rank, name=name)
     else:
-        frame = plain_frame(layer.shape, rank=rank, generator=derived_generator(seed, "frame", layer.name))
-    return frame if section.frame_norm is None else normalized(frame, section.frame_norm)
+        frame = plain_frame(shape, rank=rank, generator=generator)
+    if section.frame_norm is not None:
+        frame = normalized(frame, section.frame_norm)
+    return rank_stabilized(frame) if section.scaling == "rank_stabilized" else frame
+
+
+_OF_WEIGHTS = {"principal": principal_frame, "minor": minor_frame, "svd-down": svd_down_frame}
 
 
 def hash_of_frames(frames: Mapping[str, LowRank]) -> str:

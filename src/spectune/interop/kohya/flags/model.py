@@ -205,7 +205,11 @@ NETWORK_ARGS: Mapping[str, FlagRule] = {
     "dora_wd": refuses("spectune does not split off magnitudes", unless=_FALSE),
     "wd_on_output": ignores("it belongs to dora_wd"),
     "use_scalar": refuses("spectune has no scalar to train", unless=_FALSE),
-    "rs_lora": refuses("alpha always equals the rank", unless=_FALSE),
+    "rs_lora": refuses(
+        '`model.frame = "plain"` with `model.scaling = "rank_stabilized"` scales by 4 / sqrt(rank), without '
+        "another alpha",
+        unless=_FALSE,
+    ),
     **each(
         "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
         refuses("both factors have the same learning rate", unless=ZERO),

@@ -56,6 +56,10 @@ class ModelSection(Section):
         description="Euclidean length of each row of A0 and each column of B0. "
         "None: the lengths that the frame defines.",
     )
+    scaling: Literal["standard", "rank_stabilized"] = Field(
+        default="standard",
+        description="Scale of the change, for frames with B0 = 0: 1 at every rank, or sqrt(16 / rank).",
+    )
     frame_batches: Count = Field(
         default=4, description="Number of batches that `gradient` and `data` frames are computed from."
     )
@@ -97,7 +101,7 @@ class ModelSection(Section):
         return self
 
     def _check_frame(self) -> None:
-        for key in ("frame", "frame_norm", "layers"):
+        for key in ("frame", "frame_norm", "scaling", "layers"):
             if self.rank is None and self.differs(key):
                 raise ValueError(
                     f"`{key}` needs `rank`, because the file in `principal` or `start` already contains its "
@@ -108,6 +112,11 @@ class ModelSection(Section):
                 f'`frame = "{self.frame}"` needs `form = "delta"`: it is computed with the original weights, '
                 "which the residual form does not keep"
             )
+        if self.scaling != "standard" and self.frame not in ("plain", "svd-down"):
+            raise ValueError(
+                f'`scaling = "{self.scaling}"` needs `frame = "plain"` or "svd-down": with another B0 than '
+                "zero, the scale would change the base"
+            )
         if not self.aligned and self.differs("frame_batches"):
             raise ValueError('`frame_batches` does nothing without `frame = "gradient"` or "data"')
 
@@ -115,6 +124,11 @@ class ModelSection(Section):
     def aligned(self) -> bool:
         """Whether the frame is computed from the first batches of the run."""
         return self.frame in ("gradient", "data")
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether the frame is computed from the weights of the base."""
+        return self.frame in ("principal", "minor", "svd-down")
 
     @property
     def checkpoint(self) -> Path:
