@@ -7,14 +7,14 @@ from safetensors.torch import load_file, save_file
 
 from spectune.cli.app import run
 from spectune.files.provenance import Provenance
-from spectune.model.vae.convention import KNOWN_VAES, declare_vae
+from spectune.model.vae.convention import declare_vae, known_convention
 from spectune.ops.drawing.models import declared_vae
 from spectune.ops.drawing.models import load_model as load
 from spectune.ops.drawing.specs import ModelSpec, Weighted
 from spectune.ops.options.pictures import DrawingOptions
 from spectune.sdxl.layout import VAE_ROOT
 
-ANZHC = KNOWN_VAES["eq-anzhc"]
+ANZHC = known_convention("eq-anzhc")
 
 
 @pytest.fixture(scope="module")

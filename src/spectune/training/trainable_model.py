@@ -32,7 +32,7 @@ from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantize_layers
 from spectune.model.vae.convention import (
-    KNOWN_VAES,
+    ASSUMED,
     VaeConvention,
     declare_vae,
     merge_conventions,
@@ -405,7 +405,7 @@ def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> Trainable
     """Return the model with the autoencoder of the recipe, also recorded in its provenance."""
     own = trainable.sdxl.layout.vae
     provenance = trainable.provenance
-    usual = KNOWN_VAES["sdxl"] if own is None else VaeConvention(own.scale, own.shift, "zeros")
+    usual = ASSUMED if own is None else VaeConvention(own.scale, own.shift, "zeros")
     declared = merge_conventions(provenance, default=usual)
     convention = resolve_convention(
         section.path,

@@ -12,10 +12,10 @@ from spectune.errors import InputError
 from spectune.files.provenance import Provenance
 from spectune.model.network import build_model
 from spectune.model.vae.convention import (
-    KNOWN_VAES,
     VaeConvention,
     declare_vae,
     declares_vae,
+    known_convention,
     merge_conventions,
     resolve_convention,
 )
@@ -23,7 +23,7 @@ from spectune.model.vae.loading import choose_vae, load_vae, pad_convolutions, w
 from spectune.sdxl.layout import VAE_ROOT, hints_metadata
 from tests.layouts import TINY
 
-SDXL, ANZHC = KNOWN_VAES["sdxl"], KNOWN_VAES["eq-anzhc"]
+SDXL, ANZHC = known_convention("sdxl"), known_convention("eq-anzhc")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 

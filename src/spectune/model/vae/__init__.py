@@ -1,5 +1,6 @@
 """The autoencoder.
 
+* known: published autoencoders by name.
 * convention: scale, shift and padding, from several sources.
 * loading: load an autoencoder from its own file.
 * fitting: decode as exactly as the memory of the device allows.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from spectune.checkpoints.diffusers_folder.config import config_number, read_con
 from spectune.errors import InputError, did_you_mean
 from spectune.files.provenance import Padding, Provenance
 from spectune.files.reader import MODEL_INDEX, open_file
+from spectune.model.vae.known import KNOWN_VAES
 from spectune.sdxl.layout import SDXL_VAE_SCALE, SDXL_VAE_SHIFT
 
 CONFIG = "config.json"
@@ -23,15 +23,12 @@ class VaeConvention:
     scale: float
     shift: float
     padding: Padding
+    name: str | None = field(default=None, compare=False)  # of a known autoencoder
+    is_assumed: bool = field(default=False, compare=False)  # nothing declares the scale: it is SDXL's
 
 
-# From the model cards, because weight files do not contain scale and shift.
-_SDXL = VaeConvention(SDXL_VAE_SCALE, SDXL_VAE_SHIFT, "zeros")
-KNOWN_VAES: Mapping[str, VaeConvention] = {
-    "sdxl": _SDXL,
-    "eq-kblueleaf": _SDXL,  # no values are published; the examples on its card use SDXL's
-    "eq-anzhc": VaeConvention(0.1406, -0.4743, "reflect"),
-}
+# Used where neither the recipe nor a file declares values. They are right for fine-tunes of SDXL's VAE only.
+ASSUMED = VaeConvention(SDXL_VAE_SCALE, SDXL_VAE_SHIFT, "zeros", is_assumed=True)
 
 
 def resolve_convention(
@@ -41,7 +38,7 @@ def resolve_convention(
     scale: float | None = None,
     shift: float | None = None,
     padding: Padding | None = None,
-    default: VaeConvention = _SDXL,
+    default: VaeConvention = ASSUMED,
 ) -> VaeConvention:
     """Return the convention of the autoencoder at `path`, or of the checkpoint if `path` is None.
 
@@ -70,10 +67,11 @@ def known_convention(name: str) -> VaeConvention:
             f"unknown VAE {name!r}{did_you_mean(name, KNOWN_VAES)}",
             hint=f"choose one of {', '.join(KNOWN_VAES)}",
         )
-    return KNOWN_VAES[name]
+    known = KNOWN_VAES[name]
+    return VaeConvention(known.scale, known.shift, known.padding, name=name)
 
 
-def merge_conventions(*declared: Provenance, default: VaeConvention = _SDXL) -> VaeConvention:
+def merge_conventions(*declared: Provenance, default: VaeConvention = ASSUMED) -> VaeConvention:
     """Return scale, shift and padding, each from the first record of `declared` that has it."""
 
     def first(field: str, default: Any) -> Any:
@@ -84,6 +82,7 @@ def merge_conventions(*declared: Provenance, default: VaeConvention = _SDXL) -> 
         scale=first("vae_scale", default.scale),
         shift=first("vae_shift", default.shift),
         padding=first("vae_padding", default.padding),
+        is_assumed=default.is_assumed and all(record.vae_scale is None for record in declared),
     )
 
 

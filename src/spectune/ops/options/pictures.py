@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from spectune.errors import InputError
 from spectune.files.text import is_storable
+from spectune.model.vae.known import KNOWN_VAES
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.drawing.specs import parse_size
 from spectune.ops.options.values import DRAWING_DEVICE_HELP, FORCE_HELP, ModelPath
@@ -59,8 +60,8 @@ class DrawingOptions(OperationOptions):
     )
     vae_name: str | None = option(
         default=None,
-        help="Name of the latent scaling: sdxl, eq-kblueleaf, eq-anzhc. Default: that of the training, "
-        "otherwise the one that the files declare.",
+        help=f"Name of the latent scaling: {', '.join(KNOWN_VAES)}. Default: that of the training, otherwise "
+        "the one that the files declare.",
     )
 
     @model_validator(mode="after")

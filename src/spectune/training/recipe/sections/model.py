@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from spectune.files.provenance import FrameKind
-from spectune.model.vae.convention import KNOWN_VAES
+from spectune.model.vae.known import KNOWN_VAES
 from spectune.model.vae.ways import EncodeWay
 from spectune.training.recipe.sections.base import Count, Number, OneOf, Positive, Rank, Section
 
@@ -149,7 +149,7 @@ class VaeSection(Section):
         default=None, description="A file or a diffusers folder. None: the checkpoint's own autoencoder."
     )
     name: Annotated[str, AfterValidator(OneOf(KNOWN_VAES))] | None = Field(
-        default=None, description="A known autoencoder. It sets `scale`, `shift` and `padding`."
+        default=None, description="A known autoencoder, for its `scale`, `shift`, `padding` and channels."
     )
     scale: Positive | None = Field(default=None, description="Factor of the latents.")
     shift: Number | None = Field(default=None, description="Subtracted from z, before the factor.")
