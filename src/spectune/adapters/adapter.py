@@ -15,6 +15,7 @@ from spectune.core.delta import Delta
 from spectune.core.low_rank import LowRank, common_dtype
 from spectune.files.provenance import HasProvenance
 from spectune.files.reader import Checkpoint
+from spectune.files.source import TensorInfo
 from spectune.sdxl.layers import Catalogue
 from spectune.sdxl.names import TensorView
 
@@ -25,6 +26,7 @@ DELTA_DOWN, DELTA_UP = "delta_down.weight", "delta_up.weight"
 LOW_RANK_SUFFIXES = (DOWN, UP, ALPHA)
 DELTA_SUFFIXES = (FRAME_DOWN, FRAME_UP, DELTA_DOWN, DELTA_UP, ALPHA)
 REPLACED = "replaced."  # key prefix of tensors that replace a tensor of the base completely
+REPLACED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 T = TypeVar("T")
 
@@ -66,8 +68,15 @@ class Adapter(_Layers[LowRank]):
 class TunedAdapter(_Layers[Delta]):
     """A trained delta per layer, and tensors that replace those of the base completely."""
 
-    # in float32, by their names in the single-file checkpoint; deltas are added to them
+    # by their names in the single-file checkpoint; deltas are added to them
     replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def replaced_infos(self) -> Mapping[str, TensorInfo]:
+        """The shapes and dtypes of `replaced`, without reading it from a file."""
+        if isinstance(self.replaced, LazyTensors):
+            return self.replaced.infos
+        return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.replaced.items()}
 
     def rank(self, name: str) -> int:
         """Return the rank of a layer's frame without reading it."""
@@ -130,3 +139,11 @@ class LazyLayers(LazyMapping[T]):
         super().__init__(ranks, read)
         self.ranks = dict(ranks)
         self.dtypes = dict(dtypes)  # each wide enough for both factors
+
+
+class LazyTensors(LazyMapping[Tensor]):
+    """A mapping that reads a tensor on every access. Its shape and dtype are known without reading it."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
+        super().__init__(infos, read)
+        self.infos = dict(infos)

@@ -12,6 +12,8 @@ _ENDS = (".diff", ".diff_b")
 def is_adapter(source: WeightSource) -> bool:
     """Return whether a file holds factors or differences of layers, not a model."""
     return any(
-        name.startswith(("lora_", "lycoris_")) or name.endswith(_ENDS) or any(sign in name for sign in _SIGNS)
+        name.startswith(("lora_", "lycoris_", "replaced."))
+        or name.endswith(_ENDS)
+        or any(sign in name for sign in _SIGNS)
         for name in source.tensors
     )

@@ -22,11 +22,13 @@ from spectune.adapters.adapter import (
     LOW_RANK_SUFFIXES,
     MID,
     REPLACED,
+    REPLACED_DTYPES,
     UP,
     Adapter,
     AnyAdapter,
     GeneralAdapter,
     LazyLayers,
+    LazyTensors,
     TunedAdapter,
 )
 from spectune.adapters.alphas import PeftAlphas, missing_alphas, read_alpha, read_peft_alphas
@@ -135,7 +137,8 @@ def _read_factors(
     dtypes = {name: reader.dtype(layer) for name, layer in by_name.items()}
     if table.tuned:
         deltas = LazyLayers(ranks, dtypes, lambda name: reader.delta(by_name[name]))
-        tensors = {name: source.load(f"{REPLACED}{name}") for name in table.replaced}
+        infos = {name: source.tensors[f"{REPLACED}{name}"] for name in table.replaced}
+        tensors = LazyTensors(infos, lambda name: source.load(f"{REPLACED}{name}"))
         return TunedAdapter(deltas, source.metadata, source.label, warnings, source, catalogue, tensors)
     low_ranks = LazyLayers(ranks, dtypes, lambda name: reader.low_rank(by_name[name]))
     return Adapter(low_ranks, source.metadata, source.label, warnings, source, catalogue)
@@ -246,17 +249,17 @@ def _check_replaced(source: Checkpoint, table: KeyTable, *, used: bool) -> None:
         )
     if not used:
         raise InputError(
-            f"{source.label} replaces {replaces}, which a LoRA or slice cannot store",
-            hint="rebuild the checkpoint with `spectune rebuild`, then extract a LoRA from it: "
-            "`spectune export ORIGINAL REBUILT`",
+            f"{source.label} replaces {replaces}, which factors cannot store",
+            hint="rebuild the checkpoint with `spectune rebuild`, or write the closest LoRA with "
+            "`spectune export MODEL FILE`",
         )
     for name in table.replaced:
         dtype = source.tensors[f"{REPLACED}{name}"].dtype
-        if dtype != torch.float32:
+        if dtype not in REPLACED_DTYPES:
+            expected = ", ".join(SAFETENSORS_NAMES[known] for known in REPLACED_DTYPES)
             raise InputError(
-                f"{REPLACED}{name} of {source.label} is {SAFETENSORS_NAMES[dtype]}: "
-                f"expected {SAFETENSORS_NAMES[torch.float32]}",
-                hint="replacements must stay in float32: use the file as training wrote it, without a cast",
+                f"{REPLACED}{name} of {source.label} is {SAFETENSORS_NAMES[dtype]}: expected {expected}",
+                hint="use the file as training wrote it, without a cast",
             )
 
 

@@ -147,7 +147,8 @@ class KeyTable:
     @property
     def tuned(self) -> bool:
         """Whether the file holds trained deltas."""
-        return any(FRAME_DOWN in suffixes for suffixes in self.keys.values())
+        whole = bool(self.replaced) and not self.keys
+        return whole or any(FRAME_DOWN in suffixes for suffixes in self.keys.values())
 
     @property
     def general(self) -> bool:

@@ -18,6 +18,7 @@ from spectune.adapters.adapter import (
     FRAME_DOWN,
     FRAME_UP,
     REPLACED,
+    REPLACED_DTYPES,
     UP,
     Adapter,
     TunedAdapter,
@@ -154,7 +155,7 @@ def save_tuned(
 ) -> str:
     """Write a tuned adapter with its frame, without casting, and return the weights hash.
 
-    Tensors that replace those of the base are float32.
+    Tensors that replace those of the base keep their dtype too; they are read one at a time.
     """
     check_adapter_name(path)
     infos = [
@@ -162,16 +163,17 @@ def save_tuned(
         for name in tuned.layers
         for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items()
     ]
-    replaced = {f"{REPLACED}{name}": tensor.contiguous() for name, tensor in tuned.replaced.items()}
-    infos += [TensorInfo(key, torch.float32, tuple(tensor.shape)) for key, tensor in replaced.items()]
+    for name, info in tuned.replaced_infos.items():
+        assert info.dtype in REPLACED_DTYPES, f"{name} is {info.dtype}"
+        infos.append(replace(info, name=f"{REPLACED}{name}"))
     stamped = replace(provenance, role=Role.TUNED, version=spectune_version())
     entries = {**stamped.to_metadata(), **(metadata or {})}
     with StreamWriter(path, infos, metadata=entries, force=force) as writer:
         for name in tuned.layers:
             for key, tensor in delta_tensors(kohya_stem(name), tuned.layers[name]).items():
                 writer.write(key, tensor)
-        for key, tensor in replaced.items():
-            writer.write(key, tensor)
+        for name in tuned.replaced:
+            writer.write(f"{REPLACED}{name}", tuned.replaced[name].contiguous())
     return writer.hash
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from spectune.core.linalg import largest_magnitude
+from spectune.core.low_rank import to_matrix
 from spectune.core.rounding import check_finite
 
 DAMAGED = "the checkpoint is damaged or was saved with overflow: download it again or use its fp32 version"
@@ -72,6 +74,12 @@ def energy_curve(values: Tensor) -> Tensor:
 def energy_at(curve: Tensor, rank: int) -> float:
     """Return the share of energy at a rank; 0 at rank 0, 1 at and above the full rank."""
     return float(curve[min(rank, len(curve)) - 1]) if rank else 0.0
+
+
+def squares_at(weight: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Return the squared norm that the first directions of a weight hold at each rank, float64 (ranks,)."""
+    squares = singular_values(to_matrix(weight)).square().cumsum(0)
+    return torch.stack([squares[min(rank, len(squares)) - 1] for rank in ranks])
 
 
 def decay_exponent(values: Tensor, ranks: int = DECAY_RANKS) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spectune.adapters.adapter import AnyAdapter
+from spectune.adapters.adapter import REPLACED, AnyAdapter
 from spectune.adapters.reader import is_general, open_any_adapter
 from spectune.adapters.writer import check_adapter_name
 from spectune.checkpoints.open import open_checkpoint
@@ -28,6 +28,12 @@ def is_other_kind(path: Path, without: Collection[str] = ()) -> bool:
     """Return whether a file, without some of its keys, has more than a product of two factors per layer."""
     with open_checkpoint(path) as source:
         return is_general(key for key in source.tensors if key not in without)
+
+
+def has_whole_tensors(path: Path) -> bool:
+    """Return whether a file holds complete tensors that replace those of its base."""
+    with open_checkpoint(path) as source:
+        return any(key.startswith(REPLACED) for key in source.tensors)
 
 
 def check_no_options(options: object, defaults: object, names: Sequence[str], label: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spectune.adapters.adapter import AnyAdapter
+from spectune.adapters.adapter import AnyAdapter, TunedAdapter
 from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint, open_writer
 from spectune.files.dtypes import parse_weight_dtype
@@ -132,7 +132,10 @@ def _adapters_entry(metadata: Mapping[str, str], path: Path, adapter: AnyAdapter
 def _coverage(adapter: AnyAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """Return (layers in the adapter, all default layers) of each part."""
     counts = Counter(layer.part.value for layer in catalogue if layer.default)
+    replaced = adapter.replaced_infos if isinstance(adapter, TunedAdapter) else {}
     covered = Counter(
-        layer.part.value for layer in catalogue if layer.default and layer.name in adapter.layers
+        layer.part.value
+        for layer in catalogue
+        if layer.default and (layer.name in adapter.layers or layer.tensor in replaced)
     )
     return {part: (covered[part], count) for part, count in counts.items()}

@@ -31,7 +31,7 @@ from spectune.files.provenance import (
 )
 from spectune.files.source import TensorInfo, WeightSource
 from spectune.pairs.differences import Addition, add, additions
-from spectune.pairs.replaced import Replacement, check_none_replaced, replacements
+from spectune.pairs.replaced import Replacement, check_none_replaced, replacements, rounding_notes
 from spectune.pairs.residual_file import (
     BASE_DTYPES_KEY,
     PRINCIPAL_DTYPE_KEY,
@@ -95,6 +95,9 @@ class Merged(HasProvenance):
         replacement = self.replaced.get(name)
         if replacement is not None:
             result = replacement.over(stored)
+            if result.dtype == dtype and not (changes or added):
+                return result
+            result = result.float()
         elif changes or added:
             result = new_copy(stored, torch.float32)
         else:
@@ -321,7 +324,9 @@ def _merged(
         replaced=replacements(base, counted),
         added=additions(base, counted),
     )
-    return replace(model, tensors=_typed(model.tensors, model.touched, {}, dtype))
+    tensors = _typed(model.tensors, model.touched, {}, dtype)
+    notes = rounding_notes(model.replaced.values(), tensors, base.label)
+    return replace(model, tensors=tensors, warnings=notes)
 
 
 def _by_tensor(

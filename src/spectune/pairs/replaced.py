@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter, AnyAdapter, TunedAdapter
-from spectune.core.rounding import check_dtype, check_finite
+from spectune.core.rounding import check_dtype, check_finite, dtype_name
 from spectune.errors import InputError, counted, some_of
-from spectune.files.source import WeightSource
+from spectune.files.source import TensorInfo, WeightSource
 from spectune.pairs.strength import Strength
 from spectune.sdxl.layout import part_of
 
@@ -20,16 +22,26 @@ from spectune.sdxl.layout import part_of
 class Replacement:
     """The replacement of a tensor of the base: W + strength * (replaced - W)."""
 
-    tensor: Tensor  # float32, in the shape of W
+    info: TensorInfo  # of the tensor of the adapter, which has the shape of W
+    read: Callable[[], Tensor]
     strength: float
     adapter: str  # label of the adapter
 
     def over(self, stored: Tensor) -> Tensor:
-        """Return a new float32 tensor; at strength 1 it equals the replacement bit for bit."""
+        """Return a new tensor: the replacement bit for bit at strength 1, else a mixture in float32.
+
+        Raises InputError if the replacement is not finite.
+        """
+        tensor = self.read()
+        check_finite(
+            tensor,
+            f"the replacement of {self.info.name} in {self.adapter}",
+            hint="the training or the fit that computed it failed: use an earlier file, or train again",
+        )
         if self.strength == 1:
-            return self.tensor.clone()
+            return tensor.clone()
         base = stored.to(torch.float32)
-        return base + self.strength * (self.tensor - base)
+        return base + self.strength * (tensor.to(torch.float32) - base)
 
 
 def replacements(
@@ -45,8 +57,10 @@ def replacements(
         if not isinstance(adapter, TunedAdapter):
             continue
         _check_known(base, adapter)
-        for name, tensor in adapter.replaced.items():
-            replacement = Replacement(tensor, _strength(name, adapter, strength), adapter.label)
+        for name, info in adapter.replaced_infos.items():
+            read = partial(adapter.replaced.__getitem__, name)
+            own = replace(info, name=name)
+            replacement = Replacement(own, read, _strength(name, adapter, strength), adapter.label)
             if replacement.strength == 0:
                 continue
             _check_fits(base, name, replacement)
@@ -57,6 +71,27 @@ def replacements(
                 )
             by_name[name] = replacement
     return by_name
+
+
+def rounding_notes(
+    replaced: Iterable[Replacement], tensors: Mapping[str, TensorInfo], base: str
+) -> tuple[str, ...]:
+    """Return a warning for the replacements that have fewer bits in the model than in their adapter."""
+    counts: Counter[tuple[str, torch.dtype, torch.dtype]] = Counter()
+    for one in replaced:
+        stored, written = one.info.dtype, tensors[one.info.name].dtype
+        if _loses_bits(stored, written):
+            counts[one.adapter, stored, written] += 1
+    return tuple(
+        f"{counted(count, 'complete tensor')} of {adapter} rounded from {dtype_name(stored)} to "
+        f"{dtype_name(written)}, the dtype of {base}; `dtype` {dtype_name(stored)} keeps every bit"
+        for (adapter, stored, written), count in counts.items()
+    )
+
+
+def _loses_bits(stored: torch.dtype, written: torch.dtype) -> bool:
+    one, other = torch.finfo(stored), torch.finfo(written)
+    return other.eps > one.eps or other.tiny > one.tiny
 
 
 def check_none_replaced(residual: WeightSource, adapter: Adapter | TunedAdapter) -> None:
@@ -93,7 +128,7 @@ def _strength(name: str, adapter: TunedAdapter, strength: Strength) -> float:
 
 
 def _check_fits(base: WeightSource, name: str, replacement: Replacement) -> None:
-    expected, got = base.tensors[name].shape, tuple(replacement.tensor.shape)
+    expected, got = base.tensors[name].shape, replacement.info.shape
     if got != expected:
         raise InputError(
             f"{name} of {base.label} cannot be replaced by that of {replacement.adapter}: "
@@ -101,8 +136,3 @@ def _check_fits(base: WeightSource, name: str, replacement: Replacement) -> None
             hint="the adapter was made for a model of another size: pass that model",
         )
     check_dtype(base.tensors[name].dtype, f"{name} of {base.label}", residual=True)
-    check_finite(
-        replacement.tensor,
-        f"the replacement of {name} in {replacement.adapter}",
-        hint="the fit that computed it failed: train the adapter again",
-    )

@@ -24,6 +24,7 @@ def as_json(result: ExportReport, options: ExportOptions, seconds: float) -> dic
         "lost": result.lost,
         "outside": result.outside,
         "outside_share": result.outside_share,
+        "held_by_rank": result.held,
         "warnings": result.warnings,
         "card": result.card,
         "seconds": seconds,
@@ -59,6 +60,9 @@ def show(result: ExportReport, options: ExportOptions, seconds: float) -> None:
             f"{len(result.outside)} changed tensors do not fit into a LoRA (biases, norms, embeddings): "
             f"{result.outside_share:.2%} of the squared change is lost"
         )
+    if result.held:
+        shares = ", ".join(f"{share:.1%} at rank {rank}" for rank, share in result.held.items())
+        say(f"a LoRA can hold this share of the squared change: {shares}")
     if result.card is not None:
         say(f"wrote {result.card}")
 

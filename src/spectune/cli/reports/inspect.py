@@ -25,7 +25,12 @@ def show(
         return
     if isinstance(summary, AdapterSummary):
         _print_adapter(summary)
-        loading_table("what other programs load", summary.programs)
+        if summary.programs:
+            loading_table("what other programs load", summary.programs)
+        else:
+            print_hint(
+                "no other program loads this file: `spectune rebuild MODEL FILE` writes the checkpoint"
+            )
         for problem in summary.problems:
             print_warning(problem)
     else:
@@ -86,8 +91,10 @@ def _print_model(summary: ModelSummary) -> None:
 def _print_adapter(summary: AdapterSummary) -> None:
     layers = ", ".join(f"{count} {part}" for part, count in summary.layers.items())
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
-    say(f"{summary.label}: {summary.role} adapter in {summary.spelling} spelling")
-    say(f"  layers        {layers}")
+    spelling = f" in {summary.spelling} spelling" if summary.spelling else " of complete tensors"
+    say(f"{summary.label}: {summary.role} adapter{spelling}")
+    if layers:
+        say(f"  layers        {layers}")
     if summary.kinds:
         kinds = ", ".join(f"{kind} ({count} layers)" for kind, count in summary.kinds.items())
         say(f"  kinds         {kinds}")
@@ -103,7 +110,10 @@ def _print_adapter(summary: AdapterSummary) -> None:
     if summary.ignored:
         say(f"  ignored       {counted(len(summary.ignored), 'key')}: {some_of(summary.ignored)}")
     if summary.replaced:
-        say(f"  replaced      {summary.replaced} complete tensors of the base")
+        say(
+            f"  replaced      {summary.replaced} complete tensors of the base, "
+            f"{summary.replaced_parameters:,} parameters"
+        )
     if summary.provenance.frame:
         say(f"  frame         {summary.provenance.frame}")
     _print_origin(summary.provenance.base_hash, summary.provenance.principal_hash)

@@ -64,11 +64,11 @@ def show(result: VerifyReport, options: VerifyOptions, seconds: float) -> None:
         loading_table(f"what other programs load from {name}", programs)
     for problem in result.problems:
         print_warning(problem)
-    say(_verdict(result))
+    say(_verdict(result, "base + tuned adapter" if not result.hashes.principal else "residual + principal"))
 
 
-def _verdict(result: VerifyReport) -> str:
+def _verdict(result: VerifyReport, pair: str) -> str:
     if not result.ok:
-        return "FAILED: residual + principal do not restore the model"
+        return f"FAILED: {pair} do not restore the model"
     exactly = "bit for bit" if result.exact else "up to rounding"
-    return f"OK: residual + principal restore the model {exactly}"
+    return f"OK: {pair} restore the model {exactly}"

@@ -13,7 +13,7 @@ from spectune.ops.export.report import ExportReport
 from spectune.ops.export.tuned import export_tuned
 from spectune.ops.model_card import check_card, write_card
 from spectune.ops.options.adapter_files import ExportOptions
-from spectune.ops.other_kinds import is_other_kind
+from spectune.ops.other_kinds import has_whole_tensors, is_other_kind
 from spectune.ops.shared import is_checkpoint
 
 
@@ -39,12 +39,13 @@ def _export(options: ExportOptions) -> ExportReport:
     if options.form == "tuned":
         return export_tuned(options)
     if not is_checkpoint(options.tuned):
-        if options.layers is not None:
+        is_whole = has_whole_tensors(options.tuned)
+        if options.layers is not None and not is_whole:
             raise InputError(
                 f"`layers` works with checkpoints only: {name} is an adapter",
                 hint="select layers of an adapter with `spectune slice`",
             )
-        if not is_other_kind(options.tuned):
+        if not (is_whole or is_other_kind(options.tuned)):
             return export_adapter(options)
         kind = "more than a product of two factors per layer: its LoRA is the change of a checkpoint"
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import GeneralAdapter
+from spectune.adapters.adapter import AnyAdapter, TunedAdapter
 from spectune.adapters.reader import open_any_adapter
 from spectune.adapters.spellings import parse_spelling
 from spectune.adapters.writer import AdapterHeader, AdapterWriter, check_adapter_name
@@ -19,6 +19,7 @@ from spectune.core.linalg import norm
 from spectune.core.lora import Exported, ExportedLayer
 from spectune.core.low_rank import LowRank, Product, to_matrix
 from spectune.core.rounding import check_dtype
+from spectune.core.spectrum import squares_at
 from spectune.core.split import split_weight
 from spectune.errors import InputError, some_of
 from spectune.files.dtypes import parse_dtype
@@ -34,7 +35,7 @@ from spectune.ops.options.adapter_files import ExportOptions
 from spectune.ops.shared import is_checkpoint, refuse_overwriting
 from spectune.pairs.merged import Merged, merged
 from spectune.pairs.rank_plan import choose_ranks, rank_request
-from spectune.pairs.rules import check_whole_model
+from spectune.pairs.rules import check_base_hash, check_whole_model
 from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, Layer, build_catalogue
 from spectune.sdxl.layout import PART_ROOTS, VAE_ROOT, PartName, part_of
@@ -43,6 +44,7 @@ from spectune.sdxl.selection import select_layers
 _COMPARED: tuple[PartName, ...] = ("unet", "te1", "te2")
 # constants, not trained weights
 _NO_WEIGHTS = ("position_ids", "logit_scale")
+HELD_RANKS = (4, 16, 64, 128)  # at which a report gives the share of a change
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class Difference:
 def export_difference(options: ExportOptions, base: Path) -> ExportReport:
     """Write the LoRA of the requested ranks that is closest to the difference `tuned` - `base`.
 
-    `tuned` is a checkpoint, or an adapter that is more than a product of two factors per layer. The default
-    rank is 64 for every layer. Values are not clamped. The report contains the error of each layer, the
-    changed tensors that a LoRA cannot hold, and the unchanged layers.
-    Progress counts tensors.
+    `tuned` is a checkpoint, or an adapter that is more than a product of two factors per layer, such as a
+    full fine-tuning. The default rank is 64 for every layer. Values are not clamped. The report contains the
+    error of each layer, the changed tensors that a LoRA cannot hold, and the unchanged layers. Progress
+    counts tensors.
 
     Raises InputError if the checkpoints do not have the same tensors.
     """
@@ -109,7 +111,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         both = tuple(layer for layer in catalogue if layer.tensor in after.tensors)
         if not both:
             infer_parts(after)  # says what the file is instead
-        if opened.layers is None:
+        if opened.layers is None or options.layers is not None:
             chosen = select_layers(replace(catalogue, layers=both), options.layers or ("default",))
         else:
             chosen = tuple(layer for layer in both if layer.name in opened.layers)
@@ -123,6 +125,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         compared = [name for name in compared if name not in excluded]
         factors: dict[str, LowRank] = {}
         factorizer = _DifferenceFactorizer(difference, kept, plan.ranks, store, device, factors)
+        factorizer.measures_ranks = opened.measures_ranks
         done = 0
 
         def consume(name: str, result: _FactoredTensor) -> None:
@@ -141,11 +144,13 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
                 f"no layer of {after.label} differs from {before.label}",
                 hint="pass the tuned model as `tuned` and the model it was made from as `base`",
             )
+        base_hash = factorizer.base_hash(before)
+        opened.check_base(base_hash, before.label)
         provenance = replace(
             after.provenance,
             role=Role.LORA,
             version=spectune_version(),
-            base_hash=factorizer.base_hash(before),
+            base_hash=base_hash,
             base_name=before.label,
             principal_hash=None,
             prediction=declared_prediction(after),
@@ -162,6 +167,7 @@ def export_difference(options: ExportOptions, base: Path) -> ExportReport:
         layers=tuple(factorizer.reports[layer.name] for layer in changed),
         left_out=tuple(factorizer.left_out),
         outside=factorizer.outside,
+        held=factorizer.held,
         warnings=(*opened.warnings, *warnings, *prediction_warning(after, before)),
     )
 
@@ -171,10 +177,16 @@ class _Tuned:
     """The tuned model: a checkpoint, or the original with an adapter."""
 
     source: WeightSource
-    file: Checkpoint | GeneralAdapter
+    file: Checkpoint | AnyAdapter
     touched: Collection[str] | None = None  # tensors that can differ; None: all
     layers: Collection[str] | None = None  # names of the layers to export; None: `layers` selects them
     warnings: tuple[str, ...] = ()
+    measures_ranks: bool = False  # whether to compute the share of the change that each rank holds
+
+    def check_base(self, base_hash: str, label: str) -> None:
+        """Raise PairingError if the file is a tuned adapter of another base."""
+        if isinstance(self.file, TunedAdapter):
+            check_base_hash(base_hash, self.file, label)
 
 
 @contextmanager
@@ -184,13 +196,14 @@ def _open_tuned(path: Path, original: WeightSource) -> Generator[_Tuned]:
             yield _Tuned(file, file)
         return
     with open_any_adapter(path, build_catalogue(original, all_layers=True)) as adapter:
-        assert isinstance(adapter, GeneralAdapter)
         # float32: the change of a layer is often smaller than the rounding of its weight
         model = merged(original, [(adapter, 1.0)], dtype=torch.float32)
         assert isinstance(model, Merged)
-        yield _Tuned(
-            model, adapter, model.touched, frozenset(adapter.layers), (*adapter.warnings, *model.warnings)
-        )
+        warnings = (*adapter.warnings, *model.warnings)
+        if isinstance(adapter, TunedAdapter):
+            yield _Tuned(model, adapter, model.touched, None, warnings, measures_ranks=True)
+        else:
+            yield _Tuned(model, adapter, model.touched, frozenset(adapter.layers), warnings)
 
 
 @dataclass(frozen=True)
@@ -201,6 +214,7 @@ class _FactoredTensor:
         tuple[Layer, Exported | ExportedLayer], ...
     ]  # factors, or the report of a layer that is left out
     outside: float  # norm of the change outside of all layers
+    held: Tensor | None = None  # squared norms of the change of these layers at HELD_RANKS
 
 
 class _DifferenceFactorizer:
@@ -223,20 +237,25 @@ class _DifferenceFactorizer:
         self.reports: dict[str, ExportedLayer] = {}
         self.left_out: list[ExportedLayer] = []
         self.outside: dict[str, float] = {}
+        self.measures_ranks = False
+        self._held = torch.zeros(len(HELD_RANKS), dtype=torch.float64)
 
     def work(self, name: str) -> _FactoredTensor:
         change = self.difference.load(name)
         layers = self.catalogue.by_tensor.get(name, ())
+        held = None
+        if self.measures_ranks and layers:
+            held = torch.stack([squares_at(change[layer.row_slice], HELD_RANKS) for layer in layers]).sum(0)
         exported = tuple((layer, self._factored(layer, change[layer.row_slice])) for layer in layers)
         if not layers:
             return _FactoredTensor((), norm(change))
         rows = sum(layer.out_features for layer in layers)
         if rows == change.shape[0]:
-            return _FactoredTensor(exported, 0.0)
+            return _FactoredTensor(exported, 0.0, held)
         rest = torch.ones(change.shape[0], dtype=torch.bool)
         for layer in layers:
             rest[layer.row_slice] = False
-        return _FactoredTensor(exported, norm(change[rest]))
+        return _FactoredTensor(exported, norm(change[rest]), held)
 
     def _factored(self, layer: Layer, change: Tensor) -> Exported | ExportedLayer:
         """Return the factors of the change, or the report of a layer that is left out."""
@@ -264,6 +283,17 @@ class _DifferenceFactorizer:
                 self.reports[layer.name] = exported.report
         if result.outside:
             self.outside[name] = result.outside
+        if result.held is not None:
+            self._held += result.held
+
+    @property
+    def held(self) -> dict[int, float]:
+        """The share of the squared change, of layers and other tensors, that each of HELD_RANKS holds."""
+        layers = (*self.reports.values(), *self.left_out)
+        total = sum(size**2 for size in (*(layer.norm for layer in layers), *self.outside.values()))
+        if not (self.measures_ranks and total):
+            return {}
+        return {rank: float(square) / total for rank, square in zip(HELD_RANKS, self._held, strict=True)}
 
     def base_hash(self, before: WeightSource) -> str:
         """Return the weights hash of the original, including the tensors that were not compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from spectune.core.lora import ExportedLayer, total_error
@@ -32,6 +32,7 @@ class ExportReport:
         ExportedLayer, ...
     ] = ()  # layers that are not in the file: unchanged, or without room in `size`
     outside: Mapping[str, float] | None = None  # |change| of changed tensors that a LoRA cannot hold
+    held: Mapping[int, float] = field(default_factory=dict[int, float])  # rank -> share of the squared change
     warnings: tuple[str, ...] = ()
     card: Path | None = None
 

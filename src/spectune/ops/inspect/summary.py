@@ -67,7 +67,8 @@ class AdapterSummary:
     dtypes: tuple[str, ...]
     problems: tuple[str, ...]  # with its alphas
     programs: tuple[Loading, ...]  # what each program loads from it, on SDXL
-    replaced: int = 0  # full tensors that replace those of the base; not counted in layers and parameters
+    replaced: int = 0  # complete tensors that replace those of the base; not counted in layers
+    replaced_parameters: int = 0
     # kind -> layers, if the file is more than a product of two factors per layer
     kinds: Mapping[str, int] = field(default_factory=dict[str, int])
     ignored: tuple[str, ...] = ()  # keys that change nothing
@@ -101,7 +102,8 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
         for name, info in source.tensors.items()
         if factor_of(name) in (DOWN, FRAME_DOWN) and len(info.shape) > 1
     ]
-    if not downs:
+    whole = [info for name, info in source.tensors.items() if name.startswith(REPLACED)]
+    if not (downs or whole):
         raise InputError(
             f"{source.label} holds no pairs of low-rank factors: expected keys such as "
             "lora_unet_..._proj_in.lora_down.weight or unet....lora_A.weight",
@@ -120,12 +122,13 @@ def describe_adapter(source: WeightSource) -> AdapterSummary:
         layers=dict(parts),
         ranks=dict(sorted(Counter(info.shape[0] for info in downs).items())),
         scales=dict(scales.most_common()),
-        parameters=sum(source.tensors[name].numel for name in factors),
+        parameters=sum(source.tensors[name].numel for name in factors or source.tensors),
         nbytes=sum(info.nbytes for info in source.tensors.values()),
-        dtypes=_dtypes(source, factors),
-        problems=(*alpha_problems(source), *scale_problems(source)),
-        programs=loading_table(source),
-        replaced=sum(name.startswith(REPLACED) for name in source.tensors),
+        dtypes=_dtypes(source, factors or list(source.tensors)),
+        problems=(*alpha_problems(source), *scale_problems(source)) if downs else (),
+        programs=loading_table(source) if downs else (),
+        replaced=len(whole),
+        replaced_parameters=sum(info.numel for info in whole),
     )
 
 

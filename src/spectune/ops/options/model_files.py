@@ -141,8 +141,8 @@ class SplitOptions(OperationOptions):
 
 @record
 class VerifyOptions(OperationOptions):
-    """Check that residual + principal restore the original checkpoint."""
+    """Check that residual + principal, or base + tuned adapter, give a checkpoint."""
 
-    model: ModelPath = argument(help="The original checkpoint.")
-    residual: Path = argument(help="The residual model.")
-    principal: Path = argument(help="The principal adapter.")
+    model: ModelPath = argument(help="The original checkpoint, or a rebuilt one.")
+    residual: Path = argument(help="The residual model, or the base of the tuned adapter.")
+    principal: Path = argument(help="The principal, or the tuned adapter.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from spectune.errors import InputError
 from spectune.operation import operation
 from spectune.ops.options.adapter_files import SliceOptions
-from spectune.ops.other_kinds import is_other_kind
+from spectune.ops.other_kinds import has_whole_tensors, is_other_kind
 from spectune.ops.shared import is_checkpoint
 from spectune.ops.slice.adapters import SliceReport, slice_adapters
 from spectune.ops.slice.other_kinds import slice_other_kinds
 from spectune.ops.slice.parts import SwapReport, swap_parts
+from spectune.ops.slice.whole_tensors import slice_whole_tensors
 
 
 @operation(SliceOptions)
@@ -36,6 +37,8 @@ def slice(options: SliceOptions) -> SliceReport | SwapReport:
             hint="to merge an adapter into a checkpoint, use `spectune rebuild`",
         )
     if not all(checkpoints.values()):
+        if any(map(has_whole_tensors, checkpoints)):
+            return slice_whole_tensors(options)
         if any(map(is_other_kind, checkpoints)):
             return slice_other_kinds(options)
         return slice_adapters(options)
