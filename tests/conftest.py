@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from tests.layouts import TINY, Modules, build_modules
 from tests.split_fixtures import tiny_split  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C interrupt, also where a shell started the tests in the background and so has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from hypothesis.strategies import SearchStrategy
 
+import spectune
 from spectune.cli.app import run
 from spectune.errors import SpectuneError, visible
 
@@ -143,10 +144,13 @@ def _outcome(target: Target, folder: Path, arguments: list[str] | None) -> tuple
     return Outcome.ACCEPTED, "", ""
 
 
+PACKAGE = Path(spectune.__file__).parent
+
+
 def _place(error: BaseException) -> str:
     """Return the innermost function of spectune in a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "spectune" in Path(frame.filename).parts]
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
     if not own or isinstance(error, BadOutput):
         return re.sub(r"\W+", " ", str(error)).strip()[:40]
     return f"{Path(own[-1].filename).name} {own[-1].name}"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -122,7 +123,7 @@ class MemorySource(HasProvenance):
     metadata: Mapping[str, str]
     label: str = "memory"
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.values.items()}
 
