@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
+from spectune.files.rename import partial_path
 from spectune.files.shards import ShardedWriter, shared_out
 from spectune.files.source import MemorySource, TensorInfo, WeightSource
 from spectune.files.weights_hash import weights_hash
@@ -174,3 +175,38 @@ def test_a_full_disk_is_detected_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs [\d.,]+ MB: .* MB free"):
         ShardedWriter(tmp_path / INDEX, huge)
     assert names(tmp_path) == []
+
+
+def test_shards_without_an_index_of_a_killed_run_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renames: list[Path] = []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(renames) == 2:
+            raise SystemExit  # not an OSError: nothing is renamed back, as after a kill
+        source.replace(target)
+        renames.append(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spectune.files.shards.rename", killed)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # the journal stays
+        with pytest.raises(SystemExit):
+            write(SMALL, tmp_path / INDEX, max_shard_bytes=400)
+    assert set(renames) <= set(tmp_path.iterdir())
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    write(SMALL, tmp_path / INDEX, max_shard_bytes=2**20)
+    assert names(tmp_path) == [shard(1, 1), INDEX]
+
+
+def test_complete_shards_stay_although_a_journal_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(SMALL, tmp_path / INDEX)
+    journal = partial_path(tmp_path / INDEX, ".journal")
+    journal.write_text(json.dumps([shard(1, 1)]))
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    with pytest.raises(InputError, match=r"1 shards exist|exists"):
+        write(SMALL, tmp_path / INDEX)
+    write(SMALL, tmp_path / INDEX, force=True)
+    assert names(tmp_path) == [shard(1, 1), INDEX]

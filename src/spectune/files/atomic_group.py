@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
@@ -32,9 +33,9 @@ class AtomicGroup:
     """
 
     def __init__(self, journal_of: Path) -> None:
-        self._journal = partial_path(journal_of, _JOURNAL)
+        self._journal_of = journal_of
         self._held: list[HeldWriter] = []
-        _roll_back(journal_of)
+        roll_back(journal_of)
 
     def add(self, writer: HeldWriter) -> None:
         """Take ownership of `writer`: commit it with the group or abandon it."""
@@ -56,29 +57,41 @@ class AtomicGroup:
     def _commit(self) -> None:
         # only new files: a rollback must not delete a file that existed before
         new = {writer.path for writer in self._held if not writer.path.exists()}
-        # If it is incomplete, nothing has been renamed yet.
-        self._journal.write_text(json.dumps([path.name for path in new]), encoding="utf-8")
         committed: list[Path] = []
-        try:
-            for writer in self._held:
-                writer.commit()
-                committed.append(writer.path)
-        except BaseException:
-            for path in new.intersection(committed):
-                path.unlink(missing_ok=True)
-            raise
-        finally:
-            self._journal.unlink(missing_ok=True)
+        with journalled(self._journal_of, [path.name for path in new]):
+            try:
+                for writer in self._held:
+                    writer.commit()
+                    committed.append(writer.path)
+            except BaseException:
+                for path in new.intersection(committed):
+                    path.unlink(missing_ok=True)
+                raise
 
 
-def _roll_back(journal_of: Path) -> None:
-    """Remove the files that a killed program had already renamed."""
+@contextmanager
+def journalled(journal_of: Path, names: Sequence[str]) -> Generator[None]:
+    """Keep a journal of the files that appear beside `journal_of` in the block; `roll_back` removes them.
+
+    The journal is removed after the block, unless the program is killed or the disk refuses it.
+    """
+    journal = partial_path(journal_of, _JOURNAL)
+    journal.write_text(json.dumps(names), encoding="utf-8")  # if it is incomplete, no file has appeared yet
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the error that the block raised is the one to report
+            journal.unlink(missing_ok=True)
+
+
+def roll_back(journal_of: Path, *, is_complete: bool = False) -> None:
+    """Remove the files that a killed program had already renamed; if they are complete, only the journal."""
     for journal, _ in leftovers(journal_of.parent, re.escape(journal_of.name), _JOURNAL):
         try:
             names = cast(Sequence[object], load_json(journal.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             names = ()
-        for name in names:
+        for name in () if is_complete else names:
             if isinstance(name, str) and Path(name).name == name:
                 journal.with_name(name).unlink(missing_ok=True)
         journal.unlink(missing_ok=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
 from spectune.errors import InputError, some_of
+from spectune.files.atomic_group import journalled, roll_back
 from spectune.files.multi_file_writer import MultiFileWriter, PlannedFile
 from spectune.files.reader import INDEX_SUFFIX, MAX_HEADER_BYTES, Checkpoint, SafetensorsFile, open_binary
 from spectune.files.rename import rename
@@ -48,6 +50,7 @@ class ShardedWriter(MultiFileWriter):
         names = [f"{stem}-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
         check_target(self.path, sum(info.nbytes for info in infos), force=force)
         self._force = force
+        roll_back(self.path, is_complete=self.path.exists())
         self._check_free(names)
         self._old = _listed_shards(self.path)
         self._home = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
@@ -81,15 +84,22 @@ class ShardedWriter(MultiFileWriter):
     def commit(self) -> None:
         folder = self.path.parent
         self._check_free([*self._files, self.path.name])  # again: another program may have written them
+        new = [name for name in self._files if not (folder / name).exists()]
+        renamed: list[str] = []
         try:
-            self.path.unlink(missing_ok=True)
-            for name in (*self._files, self.path.name):
-                rename(self._partial / name, folder / name)
+            with journalled(self.path, new):
+                self.path.unlink(missing_ok=True)
+                for name in (*self._files, self.path.name):
+                    rename(self._partial / name, folder / name)
+                    renamed.append(name)
             for name in self._old - self._files.keys():
                 (folder / name).unlink(missing_ok=True)
             self._partial.rmdir()
         except OSError as error:
             self._keep = True
+            with suppress(OSError):  # a disk that became read-only; the next run removes the shards
+                for name in renamed:
+                    rename(folder / name, self._partial / name)
             raise InputError(
                 f"cannot rename the finished shards of {self.path}: {error.strerror}",
                 hint=f"move the files in {self._partial} there yourself; they are complete",

@@ -123,8 +123,12 @@ class MemorySource(HasProvenance):
     metadata: Mapping[str, str]
     label: str = "memory"
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.values.items()}
 
     def load(self, name: str) -> Tensor:
