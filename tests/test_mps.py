@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spectune.core.split import split_weight
 from spectune.core.svd import Method, top_singular
-from spectune.model.prediction import Ddpm, Flow, LogitNormal, Prediction
+from spectune.model.noise_levels import LogitNormal
+from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.sampling.generate import make_scheduler
 from spectune.training.eps_to_flow.bridge import Bridge
 from spectune.training.objective.losses import LOSSES, HuberThreshold

@@ -14,7 +14,8 @@ from spectune.errors import InputError
 _MODULES = {
     "train": (
         "PIL", "accelerate", "diffusers", "filelock", "huggingface_hub", "lion_pytorch", "matplotlib",
-        "prodigyopt", "prodigyplus", "safetensors", "schedulefree", "tensorboard", "tomlkit", "transformers",
+        "prodigyopt", "prodigyplus", "safetensors", "schedulefree", "scipy", "tensorboard", "tomlkit",
+        "transformers",
     ),
     "bnb": ("bitsandbytes",),
     "dadapt": ("dadaptation",),

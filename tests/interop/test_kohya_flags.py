@@ -130,7 +130,7 @@ def test_imported_flags(flags: str, section: str, expected: dict[str, Any]) -> N
         ("--seed=1 --seed=2", "seed", "ignored: a later value overrides it"),
         ("--mixed_precision=fp16", "mixed_precision", "ignored: the default is bf16, or fp16 on a GPU"),
         ("--min_timestep=0", "min_timestep", "ignored: spectune always does this"),
-        ("--min_timestep=10", "min_timestep", "not supported: spectune trains all noise levels"),
+        ("--min_timestep=10", "min_timestep", "not supported: eps and v train all noise levels"),
         ("--network_args algo=lokr", "algo", "not supported: spectune trains factors in the form of locon"),
         ("--dataset_config=d.toml", "dataset_config", "not supported: the file is not here"),
         ("--optimizer_type=Prodigy --learning_rate=0.5", "learning_rate", "its rate must be 1"),
@@ -248,6 +248,36 @@ def test_the_flags_of_the_rectified_flow_forks(flags: str, objective: dict[str, 
     assert recipe(flags)["objective"] == objective
 
 
+@pytest.mark.parametrize(
+    ("flags", "objective", "loss"),
+    [
+        (
+            f"{FORK} uniform --flow_use_ot --train_batch_size 4",
+            {"flow_times": "uniform", "flow_pairing": "optimal_transport"},
+            {},
+        ),
+        (f"{FORK} uniform --flow_use_ot --contrastive_flow_matching", {"flow_times": "uniform"}, {}),
+        (
+            f"{FORK} uniform --contrastive_flow_matching --train_batch_size=2",
+            {"flow_times": "uniform"},
+            {"contrastive_weight": 0.05},
+        ),
+        (
+            f"{FORK} uniform --cfm_lambda=0.02 --contrastive_flow_matching --train_batch_size=2",
+            {"flow_times": "uniform"},
+            {"contrastive_weight": 0.02},
+        ),
+        (f"{FORK} uniform --cfm_lambda=0.02 --train_batch_size=2", {"flow_times": "uniform"}, {}),
+    ],
+)
+def test_flags_that_use_the_other_images_of_a_batch(
+    flags: str, objective: dict[str, Any], loss: dict[str, Any]
+) -> None:
+    found = recipe(flags)
+    assert found["objective"] == {"kind": "flow", **objective}
+    assert found.get("loss", {}) == loss
+
+
 def test_the_autoencoders_of_the_forks() -> None:
     flags = (
         "--vae=v.safetensors --vae_custom_scale 0.1406 --vae_custom_shift -0.4743 --vae_reflection_padding"
@@ -256,7 +286,7 @@ def test_the_autoencoders_of_the_forks() -> None:
     assert recipe(flags)["vae"] == values
     assert recipe("--vae_type=flux --latent_channels=16")["vae"] == {"scale": 0.3611, "shift": 0.0}
     assert "vae" not in recipe("--vae_type=sdxl")
-    for flag in ("flow_use_ot", "contrastive_flow_matching", "flow_uniform_base_pixels=4096", "use_sga"):
+    for flag in ("flow_uniform_base_pixels=4096", "use_sga"):
         assert "not supported" in result_of(f"--flow_model --{flag}", flag.partition("=")[0])
 
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from spectune.errors import InputError
 from spectune.files.source import MemorySource
 from spectune.model.network import source_prediction
-from spectune.model.prediction import Ddpm, Flow, LogitNormal, alphas_cumprod, make_prediction
+from spectune.model.noise_levels import LogitNormal
+from spectune.model.prediction import Ddpm, Flow, alphas_cumprod, make_prediction
 
 LATENTS = (5, 4, 6, 7)
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from spectune.files.source import MemorySource, TensorInfo
-from spectune.model.drawing_memory import denoising_bytes
-from spectune.model.network import Sdxl, TextStates, build_model
+from spectune.model.network import Sdxl, TextStates, build_model, denoising_bytes
 from spectune.model.offload import Network, Offload, StagedModel
 from spectune.model.text import TokenIds
 from spectune.model.vae.fitting import decoding_bytes

@@ -7,7 +7,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 from accelerate import Accelerator
 
-from spectune.model.prediction import Ddpm, Flow, LogitNormal
+from spectune.model.noise_levels import LogitNormal
+from spectune.model.prediction import Ddpm, Flow
 from spectune.training.callbacks import Callbacks
 from spectune.training.setup import assemble
 from tests.training.conftest import MakeRecipe

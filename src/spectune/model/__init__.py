@@ -2,6 +2,7 @@
 
 * network: the UNet, text encoders and VAE, built from a checkpoint's tensors.
 * prediction: noising, targets and x0 for eps, v and flow, shared by training and sampling.
+* noise_levels: the distributions of noise levels that flow is trained on.
 * text: convert captions to token ids.
 * vae: scale, shift and padding of a VAE, and loading one from its own file.
 * inject: trainable low-rank changes of layers, in the delta or residual form.

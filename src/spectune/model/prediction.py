@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from spectune.errors import InputError
+from spectune.model.noise_levels import UNIFORM, NoiseLevels
 
 TRAIN_STEPS = 1000
 UNSHIFTED_PIXELS = 1024 * 1024  # the image area where the shift by resolution is 1
+SMALLEST_SHARE = 1e-6  # of the noise levels that limits may leave
 Shift = float | Literal["resolution"]
+Timesteps = Literal["continuous", "integer"]
 
 
 @cache
@@ -130,55 +133,63 @@ class Ddpm:
 
 
 @dataclass(frozen=True)
-class LogitNormal:
-    """A distribution of noise levels s = sigmoid(n) with normal n (Esser et al. 2024, section 3.1)."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-    def sample(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator))
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        """Return the noise levels below which these shares (0..1) of all samples lie."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(shares))
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """A uniform distribution of noise levels s in 0..1."""
-
-    def sample(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.rand(batch, generator=generator)
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        """Return the noise levels below which these shares (0..1) of all samples lie: the shares."""
-        return shares
-
-
-UNIFORM = Uniform()
-
-
-@dataclass(frozen=True)
 class Flow:
     """Rectified flow, x_s = (1-s)*x0 + s*noise; the network predicts noise - x0 (Liu et al. 2022).
 
     Noise levels are drawn from `levels`, then moved towards noise by the shift r: s <- r*s / (1 + (r-1)*s)
-    (Esser et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). The timestep input is
-    1000*s, not rounded, as in ComfyUI's ModelSamplingSD3.
+    (Esser et al. 2024, eq. 23). With `shift` "resolution", r = sqrt(pixels / 1048576). `lowest` and `highest`
+    limit the noise levels after the shift, as the network sees them: the distribution is that of the levels
+    between them. The timestep input is 1000*s, as in ComfyUI's ModelSamplingSD3. With `timesteps` "integer",
+    it is the whole number below, 0..999, as in public trainers.
     """
 
     shift: Shift = 1.0
-    levels: Uniform | LogitNormal = UNIFORM
+    levels: NoiseLevels = UNIFORM
     name: Literal["flow"] = "flow"
+    lowest: float = 0.0
+    highest: float = 1.0
+    timesteps: Timesteps = "continuous"
 
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, *, pixels: int | None = None
     ) -> Tensor:
-        return self.shifted(self.levels.sample(batch, generator), pixels=pixels)
+        if self._is_unlimited:
+            return self.shifted(self.levels.sample(batch, generator), pixels=pixels)
+        return self._limited(torch.rand(batch, generator=generator), pixels)
 
     def even_times(self, count: int, *, pixels: int | None = None) -> Tensor:
-        return self.shifted(self.levels.quantiles((torch.arange(count) + 0.5) / count), pixels=pixels)
+        shares = (torch.arange(count) + 0.5) / count
+        if self._is_unlimited:
+            return self.shifted(self.levels.quantiles(shares), pixels=pixels)
+        return self._limited(shares, pixels)
+
+    @property
+    def _is_unlimited(self) -> bool:
+        return (self.lowest, self.highest) == (0.0, 1.0)
+
+    def _limited(self, shares: Tensor, pixels: int | None) -> Tensor:
+        """Return the quantiles of the distribution between the limits, (batch,) float32."""
+        below, above = self.shares_of_limits(pixels)
+        levels = self.levels.quantiles(below + (above - below) * shares.double())
+        # the clamp only removes the rounding of the shift
+        return self.shifted(levels, pixels=pixels).clamp(self.lowest, self.highest).float()
+
+    def shares_of_limits(self, pixels: int | None = None) -> tuple[float, float]:
+        """Return the shares of all noise levels below `lowest` and below `highest`.
+
+        Raises:
+            InputError: Almost no noise levels are between the limits.
+        """
+        shift = self.shift_at(pixels)
+        limits = torch.tensor([self.lowest, self.highest], dtype=torch.float64)
+        below, above = self.levels.share_below(limits / (shift - (shift - 1) * limits)).tolist()
+        if not above - below >= SMALLEST_SHARE:
+            raise InputError(
+                f"a share of only {above - below:.1g} of the noise levels is between {self.lowest:g} and "
+                f"{self.highest:g}",
+                hint="widen `flow_times_min` and `flow_times_max`, or change the distribution",
+            )
+        return below, above
 
     def shifted(self, times: Tensor, *, pixels: int | None = None) -> Tensor:
         """Apply the shift to noise levels in 0..1."""
@@ -207,7 +218,8 @@ class Flow:
         return noised + (1 - _per_image(times, noised)) * output
 
     def timestep(self, times: Tensor) -> Tensor:
-        return times.float() * TRAIN_STEPS
+        exact = times.float() * TRAIN_STEPS
+        return exact if self.timesteps == "continuous" else exact.floor().clamp(max=TRAIN_STEPS - 1)
 
     def snr(self, times: Tensor) -> Tensor:
         return ((1 - times) / times).square()
@@ -220,7 +232,7 @@ def make_prediction(
     name: str,
     *,
     flow_shift: Shift = 1.0,
-    flow_levels: Uniform | LogitNormal = UNIFORM,
+    flow_levels: NoiseLevels = UNIFORM,
     zero_terminal_snr: bool = False,
 ) -> Prediction:
     """Return the prediction type called `name`: "eps", "v" or "flow".

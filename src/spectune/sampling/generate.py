@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from spectune.errors import InputError, did_you_mean
-from spectune.model.drawing_memory import DRAWING_BATCH
-from spectune.model.network import Sdxl, TextStates
+from spectune.model.network import DRAWING_BATCH, Sdxl, TextStates
 from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.sampling.terminal_ddim import TerminalDdim
 from spectune.sdxl.vocabulary import MAX_TOKENS

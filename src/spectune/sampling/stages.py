@@ -9,8 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from spectune.files.source import WeightSource
-from spectune.model.drawing_memory import denoising_bytes
-from spectune.model.network import TextStates, stack_states
+from spectune.model.network import TextStates, denoising_bytes, stack_states
 from spectune.model.offload import StagedModel
 from spectune.model.vae.fitting import decode_within_memory, decoding_bytes
 from spectune.sampling.generate import (

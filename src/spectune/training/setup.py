@@ -17,7 +17,7 @@ from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
 from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
-from spectune.model.prediction import UNIFORM, LogitNormal, Prediction, make_prediction
+from spectune.model.prediction import Flow, Prediction, make_prediction
 from spectune.model.streamed_layers import stream_weights
 from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
@@ -254,12 +254,16 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
     if section.converts:
         conversion = Conversion(has_teacher=section.teacher != "none", bridge_steps=section.bridge_steps)
     prediction, way = _prediction(recipe), recipe.vae.encode
+    training = prediction
+    if isinstance(prediction, Flow):
+        training = replace(prediction, timesteps=section.flow_timestep)
     assert way != "auto", "the images are not encoded"
     return Objective(
         denoiser=model.denoiser,
         injection=model.injection,
         prediction=prediction,
-        noise=NoiseOptions(section.noise_offset, section.input_perturbation),
+        training_prediction=training,
+        noise=NoiseOptions(section.noise_offset, section.input_perturbation, section.flow_pairing),
         cost=_cost(recipe, prediction, None if weighting is None else weighting.weighting),
         seed=recipe.run.seed,
         encoder=model.sdxl if recipe.caches_latents else encoder_of(model.sdxl, way),
@@ -268,19 +272,12 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
 
 
 def _prediction(recipe: Recipe) -> Prediction:
+    """Return the prediction type of the file: flow models are sampled with continuous timesteps."""
     section = recipe.objective
     assert section.kind is not None, "the objective is not resolved"
-    levels = (
-        LogitNormal(section.flow_times_mean, section.flow_times_std)
-        if section.flow_times == "logit_normal"
-        else UNIFORM
-    )
-    return make_prediction(
-        section.kind,
-        flow_shift=section.flow_shift or 1.0,
-        flow_levels=levels,
-        zero_terminal_snr=bool(section.zero_terminal_snr),
-    )
+    if section.kind == "flow":
+        return section.flow
+    return make_prediction(section.kind, zero_terminal_snr=bool(section.zero_terminal_snr))
 
 
 def _cost(recipe: Recipe, prediction: Prediction, learned: LearnedWeighting | None) -> Cost:
@@ -295,6 +292,7 @@ def _cost(recipe: Recipe, prediction: Prediction, learned: LearnedWeighting | No
         options=options,
         threshold=HuberThreshold(huber_c, section.huber_schedule),
         learned=learned,
+        contrastive_weight=section.contrastive_weight,
     )
 
 

@@ -79,7 +79,7 @@ def test_above_the_schedule_the_velocity_follows_from_the_clean_image() -> None:
 def test_a_flow_model_needs_no_scaling() -> None:
     x0, _ = latents_and_noise(2)
     levels = torch.tensor([0.2, 0.8])
-    coefficients = of_flow_model(levels)
+    coefficients = of_flow_model(1000 * levels)
     assert torch.equal(coefficients.network_input(x0), x0)
     assert torch.equal(coefficients.velocity(x0, x0 * 3), x0)
     assert torch.equal(coefficients.timestep, Flow().timestep(levels))
@@ -87,7 +87,7 @@ def test_a_flow_model_needs_no_scaling() -> None:
 
 def test_interpolate_starts_and_ends_at_its_arguments() -> None:
     levels = torch.tensor([0.1, 0.5, 0.97])
-    first, second = BRIDGE.at(levels), of_flow_model(levels)
+    first, second = BRIDGE.at(levels), of_flow_model(1000 * levels)
     for share, end in ((0.0, first), (1.0, second)):
         mixed = interpolate(first, second, share)
         for name in ("c_in", "timestep", "c_out", "c_skip"):

@@ -17,9 +17,8 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
 from spectune.files.source import TensorInfo
-from spectune.model.drawing_memory import denoising_bytes
 from spectune.model.inject import Injection, inject
-from spectune.model.network import Sdxl, build_model
+from spectune.model.network import Sdxl, build_model, denoising_bytes
 from spectune.model.packed_linear import pack
 from spectune.model.quantize import quantize_layers
 from spectune.model.streamed_layers import stream_weights

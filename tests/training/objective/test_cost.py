@@ -51,6 +51,35 @@ def test_masks_and_image_weights_by_hand() -> None:
     assert loss_of(PLAIN, predicted, noised).item() == (5 + 10) / 2
 
 
+def test_the_contrastive_term_by_hand() -> None:
+    predicted = torch.tensor([[1.0, 3.0], [2.0, 4.0], [0.0, 0.0]]).view(3, 1, 1, 2)
+    target = torch.tensor([[0.0, 0.0], [1.0, 2.0], [5.0, 0.0]]).view(3, 1, 1, 2)
+    noised = noised_batch(Flow(), target, torch.tensor([0.5, 0.5, 0.5]))
+    cost = Cost(LOSSES["mse"], WEIGHTINGS["none"], WeightingOptions("flow"), contrastive_weight=0.1)
+    # own targets: (1+9)/2, (1+4)/2, 25/2
+    # the other targets are [5, 0], [0, 0], [1, 2]: (16+9)/2, (4+16)/2, (1+4)/2
+    expected = [5 - 1.25, 2.5 - 1.0, 12.5 - 0.25]
+    assert cost.images(predicted, noised).tolist() == pytest.approx(expected)
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]).view(3, 1, 1, 2)
+    weights = torch.tensor([2.0, 1.0, 1.0])
+    # the mask and the weight of an image apply to both terms: 2 (1/2 - 0.1 * 16/2)
+    weighted = cost.images(predicted, noised, image_weights=weights, mask=mask)
+    assert weighted.tolist() == pytest.approx([2 * (0.5 - 0.8), *expected[1:]])
+    alone = noised_batch(Flow(), target[:1], torch.tensor([0.5]))
+    assert cost.images(predicted[:1], alone).tolist() == [5.0]
+
+
+def test_the_best_contrastive_prediction_by_hand() -> None:
+    # minimum of (F-3)^2 - 0.2 (F+1)^2: 2 (F-3) = 0.4 (F+1), F = (3 + 0.2)/0.8 = 4: the target 3 is exceeded
+    cost = Cost(LOSSES["mse"], WEIGHTINGS["none"], WeightingOptions("flow"), contrastive_weight=0.2)
+    predicted = torch.tensor([4.0, 0.0]).view(2, 1, 1, 1).requires_grad_()
+    target = torch.tensor([3.0, -1.0]).view(2, 1, 1, 1)
+    costs = cost.images(predicted, noised_batch(Flow(), target, torch.tensor([0.5, 0.5])))
+    costs[0].backward()
+    assert predicted.grad is not None
+    assert predicted.grad[0].item() == pytest.approx(0, abs=1e-6)
+
+
 def test_a_v_loss_can_be_weighted_like_an_eps_loss() -> None:
     v, times = Ddpm("v"), torch.tensor([300])
     cost = Cost(LOSSES["mse"], WEIGHTINGS["none"], WeightingOptions("v", scale_v_like_noise=True))

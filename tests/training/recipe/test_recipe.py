@@ -112,6 +112,28 @@ def test_overrides_are_toml_values(
         ('model.principal="p"', "[model] set either `principal`"),
         ("model.parts=[]", "[model] `parts` is empty"),
         ("objective={kind='eps', flow_shift=2.5}", '`flow_shift` needs `kind = "flow"`, not "eps"'),
+        ("objective={kind='v', flow_times_min=0.1}", '`flow_times_min` needs `kind = "flow"`, not "v"'),
+        (
+            "objective={kind='flow', flow_times_mean=1}",
+            '`flow_times_mean` does nothing without `flow_times = "logit_normal"`',
+        ),
+        ("objective={kind='flow', flow_times='beta'}", "`flow_times_alpha` or `flow_times_beta`"),
+        (
+            "objective={kind='flow', flow_times='bta'}",
+            "is not one of uniform, logit_normal, beta; did you mean",
+        ),
+        (
+            "objective={kind='flow', flow_times_uniform_share=0.1}",
+            '`flow_times_uniform_share` does nothing with `flow_times = "uniform"`',
+        ),
+        (
+            "objective={kind='flow', flow_times_min=0.5, flow_times_max=0.5}",
+            "`flow_times_min` is 0.5 and `flow_times_max` 0.5: expected a smaller minimum",
+        ),
+        (
+            "objective={kind='flow', flow_times='logit_normal', flow_times_std=0.01, flow_times_min=0.9}",
+            "a share of only 0 of the noise levels is between 0.9 and 1",
+        ),
         (
             "data.cache_text=true",
             "data.cache_text needs frozen text encoders, but model.parts trains te1, te2",
@@ -132,6 +154,24 @@ def test_messages(recipe_file: Path, override: str, message: str) -> None:
     ("overrides", "message"),
     [
         (["objective.kind=flow", "loss.weighting=min_snr"], "use none or edm2 for flow"),
+        (
+            ["objective={kind='flow', flow_pairing='optimal_transport'}", "run.batch=1"],
+            "objective.flow_pairing uses several images of a batch, but run.batch is 1: raise run.batch",
+        ),
+        (
+            ["loss.contrastive_weight=0.05", "run.batch=1"],
+            "contrastive_weight uses several images of a batch",
+        ),
+        (
+            ["objective.kind=eps", "loss.contrastive_weight=0.05", "run.batch=2"],
+            'contrastive_weight needs objective.kind = "flow", not "eps"',
+        ),
+        (
+            ["objective={kind='flow', teacher='eps'}", "loss.contrastive_weight=0.05", "run.batch=2"],
+            "contrastive_weight contrasts the velocities of images, but objective.teacher replaces them",
+        ),
+        (["loss.contrastive_weight=0.05", "loss.weighting=edm2"], "learns their logarithm: set only one"),
+        (["loss.contrastive_weight=1"], "`contrastive_weight`: input should be less than 1"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.learning_rate=1e-3"], "set it to 1"),
         (["optimizer.name=prodigy_plus_schedule_free", "optimizer.schedule=cosine"], "is schedule-free"),
         (["run.steps=1", "run.epochs=1"], r"\[run\] set either `steps` or `epochs`"),

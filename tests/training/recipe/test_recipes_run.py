@@ -29,7 +29,10 @@ EDGE_PX = 32  # half the resolution of the base: a quarter of the work
 
 # Overrides for recipes that need bitsandbytes, if it is not installed.
 HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
-WITHOUT_BITSANDBYTES = {"emoji3d_8gb": ('model.quantize="none"', 'optimizer.name="adamw"')}
+WITHOUT_BITSANDBYTES = {
+    "emoji3d_8gb": ('model.quantize="none"', 'optimizer.name="adamw"'),
+    "emoji3d_flow_noobai": ('optimizer.name="adamw"',),
+}
 
 # Objective, loss, weighting and trained parts of each recipe, from the guide and its tips.
 UNET, ENCODERS = ("unet",), ("te1", "te2")
@@ -39,6 +42,8 @@ CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "emoji3d_encoders": ("eps", "mse", "debiased", ENCODERS),
     "emoji3d_eps": ("eps", "mse", "min_snr", UNET),
     "emoji3d_flow": ("flow", "fft", "none", UNET + ENCODERS),
+    "emoji3d_flow_bigasp": ("flow", "mse", "none", UNET),
+    "emoji3d_flow_noobai": ("flow", "mse", "none", UNET),
     "emoji3d_gpus": ("eps", "mse", "min_snr", UNET + ENCODERS),
     "emoji3d_to_flow": ("flow", "mse", "none", UNET),
     "emoji3d_unet": ("eps", "mse", "min_snr", UNET),
@@ -110,6 +115,7 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert recipes["emoji3d_flow"].optimizer.name == "prodigy_plus_schedule_free"
     assert recipes["emoji3d_to_flow"].objective.start == "warm"
     assert recipes["emoji3d_to_flow"].objective.teacher == "eps"
+    assert recipes["emoji3d_flow_noobai"].objective.flow_pairing == "optimal_transport"
     assert recipes["emoji3d_vae"].vae.name == "eq-anzhc"
     assert recipes["emoji3d_8gb"].model.quantize == "nf4"
     launch = "accelerate launch --num_processes 2 -m spectune train recipes/emoji3d_gpus.toml"

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from spectune.errors import InputError, SpectuneError
-from spectune.model.drawing_memory import pictures_at_once
+from spectune.model.network import pictures_at_once
 from spectune.model.offload import StagedModel
 from spectune.ops.drawing.pictures import save_picture, save_pictures
 from spectune.sampling.contact_sheet import picture_grid

@@ -88,10 +88,10 @@ class Bridge:
         return Preconditioning(c_in, self.timestep(levels), c_out, c_skip)
 
 
-def of_flow_model(levels: Tensor) -> Preconditioning:
-    """Return the preconditioning of a flow model: inputs x_flow and 1000 s, output the velocity."""
-    one = torch.ones_like(levels, dtype=torch.float32)
-    return Preconditioning(one, levels.float() * TRAIN_STEPS, one, torch.zeros_like(one))
+def of_flow_model(timestep: Tensor) -> Preconditioning:
+    """Return the preconditioning of a flow model: inputs x_flow and `timestep`, output the velocity."""
+    one = torch.ones_like(timestep, dtype=torch.float32)
+    return Preconditioning(one, timestep, one, torch.zeros_like(one))
 
 
 def interpolate(first: Preconditioning, second: Preconditioning, share: float) -> Preconditioning:

@@ -91,16 +91,16 @@ class Conversion:
     bridge: Bridge = field(default_factory=Bridge)
     swapped: SwappedTensors = field(default_factory=SwappedTensors)
 
-    def preconditioning(self, levels: Tensor, step: int) -> Preconditioning:
+    def preconditioning(self, noised: NoisedBatch, step: int) -> Preconditioning:
         """Return the preconditioning of the network after `step` finished steps."""
-        flow = of_flow_model(levels)
+        flow = of_flow_model(noised.timestep)
         if step >= self.bridge_steps:
             return flow
-        return interpolate(self.bridge.at(levels), flow, step / self.bridge_steps)
+        return interpolate(self.bridge.at(noised.times), flow, step / self.bridge_steps)
 
     def predict(self, network: Network, noised: NoisedBatch, batch: Batch, *, step: int) -> Tensor:
         """Return the velocity (batch, channels, h, w) after `step` finished steps."""
-        return _velocity(network, noised, batch, self.preconditioning(noised.times, step))
+        return _velocity(network, noised, batch, self.preconditioning(noised, step))
 
     def with_teacher(
         self, noised: NoisedBatch, batch: Batch, network: Network, injection: Injection

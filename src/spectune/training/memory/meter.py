@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from spectune.core.rank import FixedRank
 from spectune.files.dtypes import parse_dtype
-from spectune.model.drawing_memory import denoising_bytes, pictures_at_once
 from spectune.model.inject import Injection, inject
-from spectune.model.network import Sdxl, new_vae
+from spectune.model.network import Sdxl, denoising_bytes, new_vae, pictures_at_once
 from spectune.model.packed_linear import NF4_BLOCK
 from spectune.model.quantize import base_layer, linear_layers
 from spectune.model.streamed_layers import large_layers

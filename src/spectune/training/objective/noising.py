@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spectune.model.device import send
 from spectune.model.prediction import Prediction
+from spectune.training.objective.pairing import optimal_order
 
 SDXL_PIXELS_PER_LATENT = 8
+Pairing = Literal["random", "optimal_transport"]
 
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """The options that make training noise differ from white noise."""
+    """The options that make the noise of a batch differ from independent white noise."""
 
     offset: float = 0.0  # standard deviation of a shift of each channel's mean
     perturbation: float = 0.0  # standard deviation of extra noise in the network's input only
+    pairing: Pairing = "random"  # of the noises and the images of a batch
 
 
 WHITE = NoiseOptions()
@@ -72,6 +76,8 @@ def noise_at_random(
     drawn = torch.randn(x0.shape, generator=generator)
     if noise.offset:
         drawn = drawn + noise.offset * torch.randn(batch, channels, 1, 1, generator=generator)
+    if noise.pairing == "optimal_transport":
+        drawn = drawn[optimal_order(x0, drawn)]
     perturbation = None
     if noise.perturbation:
         perturbation = send(noise.perturbation * torch.randn(x0.shape, generator=generator), x0.device)

@@ -22,12 +22,14 @@ from spectune.training.seeds import derived_generator
 class Objective:
     """The training objective of a run.
 
-    The noise of a batch is a function of `seed` and of the position of the batch.
+    The noise of a batch is a function of `seed` and of the position of the batch. `prediction` is that of the
+    file: sampling and validation use it. `training_prediction` noises the batches; its timesteps may differ.
     """
 
     denoiser: Denoiser
     injection: Injection
     prediction: Prediction
+    training_prediction: Prediction
     noise: NoiseOptions
     cost: Cost
     seed: int
@@ -41,7 +43,7 @@ class Objective:
             assert batch.pixels is not None
             latents = encode_drawn(self.encoder, batch.pixels, batch.views, seed=self.seed)
         noised = noise_at_random(
-            self.prediction,
+            self.training_prediction,
             latents,
             derived_generator(self.seed, "noise", batch.position),
             noise=self.noise,

@@ -50,8 +50,22 @@ class Recipe(Section):
                 "objective.start, teacher and bridge_steps convert the base, but model.start continues from "
                 "a tuned adapter: remove these keys"
             )
+        yield from self._batch_problems()
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             yield f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"'
+
+    def _batch_problems(self) -> Iterator[str]:
+        pairs, contrasts = self.objective.differs("flow_pairing"), bool(self.loss.contrastive_weight)
+        for name, used in (("objective.flow_pairing", pairs), ("loss.contrastive_weight", contrasts)):
+            if used and self.run.batch == 1:
+                yield f"{name} uses several images of a batch, but run.batch is 1: raise run.batch"
+        if contrasts and self.objective.kind not in (None, "flow"):
+            yield f'loss.contrastive_weight needs objective.kind = "flow", not "{self.objective.kind}"'
+        if contrasts and self.objective.teacher != "none":
+            yield (
+                "loss.contrastive_weight contrasts the velocities of images, but objective.teacher replaces "
+                "them: set only one"
+            )
 
     def _optimizer_problems(self) -> Iterator[str]:
         name, traits = self.optimizer.name, self.optimizer.traits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from spectune.errors import did_you_mean
 from spectune.interop.kohya import derived
@@ -69,6 +70,25 @@ def flow_resolution(flag: Flag, command: Command) -> Results:
     if command.has("flow_uniform_static_ratio"):
         return ignored(flag, "--flow_uniform_static_ratio overrides it")
     return taken(flag, {"objective.flow_shift": "resolution"})
+
+
+def flow_of_several(setting: Mapping[str, Any], note: str = "") -> Convert:
+    """Return the converter of a switch that uses the other images of a batch."""
+
+    def convert(flag: Flag, command: Command) -> Results:
+        if not command.has("flow_model"):
+            return ignored(flag, "it requires --flow_model")
+        if command.value("train_batch_size") in (None, "1"):
+            return ignored(flag, "it needs a --train_batch_size of at least 2")
+        return taken(flag, setting, note)
+
+    return convert
+
+
+def cfm_lambda(flag: Flag, command: Command) -> Results:
+    if not command.has("contrastive_flow_matching"):
+        return ignored(flag, "it requires --contrastive_flow_matching")
+    return flow_of_several({"loss.contrastive_weight": number(only_value(flag))})(flag, command)
 
 
 def flow_objective(flag: Flag, command: Command) -> Results:
@@ -143,6 +163,7 @@ def huber(flag: Flag, command: Command) -> Results:
     return taken(flag, {"loss.huber_schedule": only_value(flag)})
 
 
+CFM_LAMBDA = 0.05  # the fork's default
 _DIT_ONLY = "sd-scripts uses it for SD3, FLUX and Lumina only"
 _EDM2_OWN = "[loss.edm2] has its own optimizer and starts from zero"
 
@@ -157,10 +178,21 @@ FLOW_FORKS: Mapping[str, FlagRule] = {
     "flow_uniform_base_pixels": refuses(
         "the shift by resolution is 1 at 1024 x 1024 pixels", unless=("1048576", "1048576.0")
     ),
-    "flow_continuous_timesteps": ignores("the UNet always sees the exact noise level"),
-    "flow_use_ot": refuses("noise is paired with images at random, not by optimal transport"),
-    "contrastive_flow_matching": refuses("the loss has no contrastive term"),
-    "cfm_lambda": ignores("it belongs to --contrastive_flow_matching"),
+    "flow_continuous_timesteps": ignores(
+        'it is the default; `objective.flow_timestep = "integer"` does what the fork does without it'
+    ),
+    "flow_use_ot": custom_switch(
+        '`objective.flow_pairing = "optimal_transport"`',
+        flow_of_several(
+            {"objective.flow_pairing": "optimal_transport"},
+            "by squared distances; the fork compares directions only",
+        ),
+    ),
+    "contrastive_flow_matching": custom_switch(
+        f"`loss.contrastive_weight`, {CFM_LAMBDA} without --cfm_lambda",
+        flow_of_several({"loss.contrastive_weight": CFM_LAMBDA}),
+    ),
+    "cfm_lambda": custom("`loss.contrastive_weight`, with --contrastive_flow_matching", cfm_lambda),
     # For the models of sd-scripts that are not SDXL.
     "weighting_scheme": refuses(_DIT_ONLY, unless=("uniform", "none")),
     **each("logit_mean logit_std mode_scale", ignores(_DIT_ONLY)),
@@ -181,8 +213,8 @@ OBJECTIVE: Mapping[str, FlagRule] = {
     "multires_noise_discount": ignores("it belongs to --multires_noise_iterations"),
     "ip_noise_gamma": eps_and_v_only("objective.input_perturbation"),
     "ip_noise_gamma_random_strength": refuses("the perturbation is the same in every step"),
-    "min_timestep": refuses("spectune trains all noise levels", unless=("0",)),
-    "max_timestep": refuses("spectune trains all noise levels", unless=("1000",)),
+    "min_timestep": refuses("eps and v train all noise levels", unless=("0",)),
+    "max_timestep": refuses("eps and v train all noise levels", unless=("1000",)),
     "loss_type": custom("`loss.kind`; l2 is `mse`", loss_type),
     "huber_c": custom("`loss.huber_c`; ignored for other losses", huber),
     "huber_schedule": custom("`loss.huber_schedule`; ignored for other losses", huber),

@@ -7,8 +7,12 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
+from spectune.errors import InputError
 from spectune.files.provenance import PredictionName
+from spectune.model.noise_levels import DISTRIBUTIONS, make_levels
+from spectune.model.prediction import Flow, Timesteps
 from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
+from spectune.training.objective.noising import Pairing
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
 from spectune.training.recipe.sections.base import (
     MOST_STEPS,
@@ -18,10 +22,19 @@ from spectune.training.recipe.sections.base import (
     OneOf,
     Positive,
     Section,
+    Share,
 )
 
 CONVERSION_KEYS = ("start", "teacher", "bridge_steps")
-FLOW_KEYS = ("flow_shift", "flow_times", "flow_times_mean", "flow_times_std", *CONVERSION_KEYS)
+TIMES_KEYS = {  # the keys of the parameters of each distribution of noise levels
+    name: {parameter: f"flow_times_{parameter}" for parameter in distribution.parameters}
+    for name, distribution in DISTRIBUTIONS.items()
+}
+FLOW_KEYS = (
+    *("flow_shift", "flow_times", *(key for keys in TIMES_KEYS.values() for key in keys.values())),
+    *("flow_times_uniform_share", "flow_times_min", "flow_times_max", "flow_timestep", "flow_pairing"),
+    *CONVERSION_KEYS,
+)
 
 
 class ObjectiveSection(Section):
@@ -35,7 +48,7 @@ class ObjectiveSection(Section):
         description="Shift of noise levels, above 0; flow only. `resolution`: computed from the image area. "
         "None: the shift that a flow base declares, else 1.",
     )
-    flow_times: Literal["uniform", "logit_normal"] = Field(
+    flow_times: Annotated[str, AfterValidator(OneOf(DISTRIBUTIONS))] = Field(
         default="uniform", description="Distribution of noise levels before the shift; flow only."
     )
     flow_times_mean: Number = Field(
@@ -43,6 +56,29 @@ class ObjectiveSection(Section):
     )
     flow_times_std: Positive = Field(
         default=1.0, description="Standard deviation of the normal distribution of `logit_normal`."
+    )
+    flow_times_alpha: Positive = Field(
+        default=1.0, description="Exponent of the noise level in the density of `beta`, plus 1."
+    )
+    flow_times_beta: Positive = Field(
+        default=1.0, description="Exponent of 1 minus the noise level in the density of `beta`, plus 1."
+    )
+    flow_times_uniform_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Share of noise levels that are uniform before the shift. The others follow "
+        "`flow_times`.",
+    )
+    flow_times_min: Share = Field(default=0.0, description="Lowest noise level, after the shift; flow only.")
+    flow_times_max: Share = Field(default=1.0, description="Highest noise level, after the shift; flow only.")
+    flow_timestep: Timesteps = Field(
+        default="continuous",
+        description="Timestep input of the UNet in training: 1000 times the noise level, or the `integer` "
+        "below it; flow only.",
+    )
+    flow_pairing: Pairing = Field(
+        default="random",
+        description="`optimal_transport`: assign the noises of a batch to its images by the smallest sum of "
+        "squared distances; flow only.",
     )
     start: Literal["raw", "warm"] = Field(
         default="raw",
@@ -80,6 +116,7 @@ class ObjectiveSection(Section):
             raise ValueError(f'`{given[0]}` needs `kind = "flow"`, not "{self.kind}"')
         if isinstance(self.flow_shift, float | int) and not 0 < self.flow_shift < math.inf:
             raise ValueError(f'`flow_shift` is {self.flow_shift}: expected a positive number or "resolution"')
+        self._check_times()
         if self.start == "warm" and self.bridge_steps:
             raise ValueError(
                 '`bridge_steps` needs the unchanged base, but `start = "warm"` refits it: set only one'
@@ -91,6 +128,41 @@ class ObjectiveSection(Section):
         if self.kind == "flow" and self.input_perturbation:
             raise ValueError("`input_perturbation` is for eps and v only")
         return self
+
+    def _check_times(self) -> None:
+        for name, keys in TIMES_KEYS.items():
+            given = [key for key in keys.values() if self.differs(key)]
+            if given and self.flow_times != name:
+                raise ValueError(f'`{given[0]}` does nothing without `flow_times = "{name}"`')
+        if self.flow_times == "beta" and not (
+            self.differs("flow_times_alpha") or self.differs("flow_times_beta")
+        ):
+            raise ValueError(
+                '`flow_times = "beta"` needs `flow_times_alpha` or `flow_times_beta`: with 1 and 1 it is '
+                '"uniform"'
+            )
+        if self.flow_times == "uniform" and self.flow_times_uniform_share:
+            raise ValueError('`flow_times_uniform_share` does nothing with `flow_times = "uniform"`')
+        if not self.flow_times_min < self.flow_times_max:
+            raise ValueError(
+                f"`flow_times_min` is {self.flow_times_min:g} and `flow_times_max` {self.flow_times_max:g}: "
+                "expected a smaller minimum"
+            )
+        if self.flow_shift != "resolution" and (
+            self.differs("flow_times_min") or self.differs("flow_times_max")
+        ):
+            try:
+                self.flow.shares_of_limits()
+            except InputError as error:
+                raise ValueError(f"{error}: {error.hint}") from error
+
+    @property
+    def flow(self) -> Flow:
+        """The noise levels of flow, with continuous timesteps."""
+        parameters = {name: getattr(self, key) for name, key in TIMES_KEYS[self.flow_times].items()}
+        levels = make_levels(self.flow_times, parameters, uniform_share=self.flow_times_uniform_share)
+        shift = 1.0 if self.flow_shift is None else self.flow_shift
+        return Flow(shift, levels, lowest=self.flow_times_min, highest=self.flow_times_max)
 
     @property
     def converts(self) -> bool:
@@ -133,6 +205,11 @@ class LossSection(Section):
         default=None,
         description="Signal-to-noise ratio gamma of `min_snr` and `soft_min_snr`. None: 5, as in the paper.",
     )
+    contrastive_weight: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Weight of the loss against the target of another image of the batch, which is "
+        "subtracted; flow only. 0.05 in the paper.",
+    )
     scale_v_like_noise: bool = Field(
         default=False, description="Weight the loss of a v model like the eps loss of the same network."
     )
@@ -146,4 +223,9 @@ class LossSection(Section):
             raise ValueError(f"`huber_c` and `huber_schedule` need `kind` {' or '.join(HUBER_LOSSES)}")
         if self.weighting != "edm2" and self.differs("edm2"):
             raise ValueError('[loss.edm2] does nothing without `weighting = "edm2"`')
+        if self.weighting == "edm2" and self.contrastive_weight:
+            raise ValueError(
+                '`contrastive_weight` makes costs negative, but `weighting = "edm2"` learns their logarithm: '
+                "set only one"
+            )
         return self
