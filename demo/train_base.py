@@ -16,7 +16,7 @@ import io
 import math
 import tarfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,12 @@ _VAE = VaeLayout(
 LAYOUT = Layout(unet=_UNET, te1=_TE1, te2=_TE2, vae=_VAE)
 
 
+def layout_of(width: int) -> Layout:
+    """Return the layout with `width` times the channels and the heads of the UNet."""
+    channels, heads = (tuple(width * one for one in ones) for ones in (_UNET.channels, _UNET.heads))
+    return replace(LAYOUT, unet=replace(_UNET, channels=channels, heads=heads))
+
+
 @dataclass(frozen=True)
 class Picture:
     name: str
@@ -86,11 +92,12 @@ def _read_picture(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], nam
 class Denoiser(torch.nn.Module):
     """UNet and both text encoders, trained together."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.unet = new_unet(LAYOUT.unet)
-        self.te1 = CLIPTextModel(text_config(LAYOUT.te1))
-        self.te2 = CLIPTextModelWithProjection(text_config(LAYOUT.te2))
+        self.layout = layout
+        self.unet = new_unet(layout.unet)
+        self.te1 = CLIPTextModel(text_config(layout.te1))
+        self.te2 = CLIPTextModelWithProjection(text_config(layout.te2))
 
     def forward(self, x: Tensor, timestep: Tensor, ids: TokenIds, time_ids: Tensor) -> Tensor:
         first = self.te1(ids.te1, output_hidden_states=True).hidden_states[-2]
@@ -223,11 +230,13 @@ def encode_all(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return SDXL_SCALE * torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors])
 
 
-def train_denoiser(pictures: list[Picture], vae: AutoencoderKL, work: Path, steps: int) -> Denoiser:
+def train_denoiser(
+    pictures: list[Picture], vae: AutoencoderKL, work: Path, steps: int, layout: Layout
+) -> Denoiser:
     """Train with the EPS objective and min-SNR weighting (gamma 5); a tenth of the captions is dropped."""
     latents = encode_all(vae, torch.stack([p.pixels for p in pictures]))
     ids = tokenize([p.caption for p in pictures] + [""])
-    denoiser = Denoiser()
+    denoiser = Denoiser(layout)
     denoiser.unet.to(memory_format=torch.channels_last)
     run = Run(denoiser, work / "denoiser.pt", steps, peak=1e-3, decay=0.9995)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -279,14 +288,15 @@ def zero_unseen_tokens(denoiser: Denoiser, captions: list[str]) -> None:
 def write_base(denoiser: Denoiser, vae: AutoencoderKL, path: Path) -> None:
     """Write an fp16 file in SDXL's single-file spelling; the metadata adds what tensors cannot declare."""
     parts = (denoiser.unet, denoiser.te1, denoiser.te2, vae)
-    tensors = single_file_tensors(LAYOUT, *(part.state_dict() for part in parts))
+    layout = denoiser.layout
+    tensors = single_file_tensors(layout, *(part.state_dict() for part in parts))
     halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     provenance = Provenance(role=Role.MODEL, prediction="eps")
     license_entry = {"license": "MIT: trained on Fluent Emoji, Copyright (c) Microsoft Corporation"}
     write_tensors(
         path,
         halves,
-        metadata={**provenance.to_metadata(), **hints_metadata(LAYOUT), **license_entry},
+        metadata={**provenance.to_metadata(), **hints_metadata(layout), **license_entry},
         force=True,
     )
 
@@ -302,6 +312,7 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=3900)
     parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoders")
+    parser.add_argument("--width", type=int, default=1, help="factor of the UNet's channels and heads")
     args = parser.parse_args()
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -309,7 +320,7 @@ def main() -> None:
     both = flat + read_pictures(args.three_d)
     vae = train_vae(both, args.work, args.vae_steps)
     vae = rescale_latents(vae, torch.stack([p.pixels for p in flat]))
-    denoiser = train_denoiser(flat, vae, args.work, args.steps)
+    denoiser = train_denoiser(flat, vae, args.work, args.steps, layout_of(args.width))
     zero_unseen_tokens(denoiser, [picture.caption for picture in flat])
     write_base(denoiser, vae, args.work / "base.safetensors")
 

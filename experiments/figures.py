@@ -79,6 +79,24 @@ def rates(name: str, title: str, groups: Mapping[str, Sequence[tuple[float, floa
     return save(figure, name)
 
 
+def paths(
+    name: str,
+    title: str,
+    groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Plot curves of points. The first curve of a group is solid, the others are dashed."""
+    figure, axes = new_axes(title, x_label, y_label)
+    for color, (label, curves_of_group) in zip(COLORS, groups.items(), strict=False):
+        for number, points in enumerate(curves_of_group):
+            xs, ys = zip(*points, strict=True)
+            style = {"linestyle": "--", "linewidth": 1.2} if number else {"linewidth": 2, "label": label}
+            axes.plot(xs, ys, color=color, marker="o", markersize=4, **style)
+    axes.legend(frameon=False, fontsize=_TEXT_PT - 1)
+    return save(figure, name)
+
+
 def dots(
     name: str,
     title: str,

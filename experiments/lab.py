@@ -120,9 +120,18 @@ def train_recipe(
 
 
 def train_full(
-    trial: Trial, work: Path, more: Sections | None = None, *, recorder: Recorder | None = None
+    trial: Trial,
+    work: Path,
+    more: Sections | None = None,
+    *,
+    recorder: Recorder | None = None,
+    preview_every: int | None = None,
 ) -> Outcome:
-    """Train every weight of the UNet, with the batches and the noise of the same recipe."""
+    """Train every weight of the UNet, with the batches and the noise of the same recipe.
+
+    The recorder gets the model every `preview_every` steps, by default after the last one.
+    """
+    recorder = recorder or Recorder()
     run = assemble(recipe_of(trial, work, more), Accelerator(), Callbacks())
     run.model.injection.eject()
     unet = run.model.sdxl.unet
@@ -133,8 +142,8 @@ def train_full(
         full_step(run, parameters, optimizer, draws, step)
         if step % trial.validate_every == 0 or step == trial.steps:
             curve.append((step, validation_loss(run)))
-    recorder = recorder or Recorder()
-    recorder.on_preview(trial.steps, StagedModel(run.model.sdxl))
+        if step % (preview_every or trial.steps) == 0:
+            recorder.on_preview(step, StagedModel(run.model.sdxl))
     return Outcome(tuple(curve), sum(weight.numel() for weight in parameters), recorder.extra())
 
 

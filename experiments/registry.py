@@ -5,13 +5,17 @@ from __future__ import annotations
 from experiments.bf16 import BF16
 from experiments.encoders import ENCODERS
 from experiments.experiment import Experiment
+from experiments.forgetting import FORGETTING
 from experiments.frames import FRAMES_EXPERIMENT
 from experiments.half_steps import HALF_STEPS
+from experiments.large_data import LARGE_DATA
 from experiments.latent_space import LATENT_SPACE
 from experiments.near_full import NEAR_FULL
 from experiments.quantised import QUANTISED
 from experiments.sensitivity import SENSITIVITY
+from experiments.tenth import TENTH
 from experiments.to_flow import TO_FLOW
+from experiments.wide import WIDE
 
 __all__ = ["EXPERIMENTS", "Experiment"]
 
@@ -27,5 +31,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         QUANTISED,
         ENCODERS,
         FRAMES_EXPERIMENT,
+        FORGETTING,
+        TENTH,
+        LARGE_DATA,
+        WIDE,
     )
 }

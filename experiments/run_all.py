@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.lab import picture_folder
 from experiments.registry import EXPERIMENTS, Experiment
 from experiments.trial import RESULTS, Trial
+from spectune.errors import InputError
 
 HERE = Path(__file__).resolve().parent
+MADE = {"own", "all_3d"}  # image sets that `prepare` of an experiment writes
 
 
 def run_one(trial: Trial, work: Path) -> bool:
@@ -46,14 +48,24 @@ def run_one(trial: Trial, work: Path) -> bool:
     return code == 0
 
 
+def prepared(experiment: Experiment, work: Path) -> bool:
+    """Write the files that an experiment needs; return False and print why if an input is missing."""
+    if experiment.prepare is None or experiment.done:
+        return True
+    try:
+        experiment.prepare(work)
+    except InputError as error:
+        print(f"{experiment.name}: not run: {error}; {error.hint}", flush=True)
+        return False
+    return True
+
+
 def run_experiment(experiment: Experiment, work: Path, processes: int) -> bool:
     """Run the trials stage by stage, because a stage may use results of earlier ones."""
-    if experiment.prepare is not None:
-        experiment.prepare(work)
     succeeded = True
     for stage in experiment.stages:
         missing = [trial for trial in stage() if not trial.done]
-        for pictures in sorted({trial.pictures for trial in missing} - {"own"}):
+        for pictures in sorted({trial.pictures for trial in missing} - MADE):
             picture_folder(pictures, work)  # unpack before the processes start
         with ThreadPoolExecutor(processes) as pool:
             succeeded &= all(list(pool.map(lambda trial: run_one(trial, work), missing)))
@@ -99,7 +111,10 @@ def main() -> int:
         for experiment in chosen:
             shutil.rmtree(RESULTS / experiment.name, ignore_errors=True)
     for experiment in with_needed(chosen):
-        succeeded = succeeded and run_experiment(experiment, args.work, args.processes)
+        if prepared(experiment, args.work):
+            succeeded = succeeded and run_experiment(experiment, args.work, args.processes)
+        else:
+            succeeded = succeeded and experiment.name not in args.names
     if succeeded:
         from experiments import page
 
