@@ -21,6 +21,7 @@ from spectune.extras import EXTRA_OF, check_version, extras_named
 FILE_COMMANDS = ["inspect", "split", "verify", "null", "merge", "export", "slice", "convert", "rebuild"]
 
 
+@pytest.mark.slow
 def test_the_core_is_enough_for_the_nodes_and_the_commands_on_files(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -190,6 +190,7 @@ def test_the_demo_and_the_commands_work_without_a_network(tmp_path: Path) -> Non
         assert (done.returncode, "NETWORK" in done.stderr) == (0, False), (line, done.stderr[-2000:])
 
 
+@pytest.mark.slow
 def test_a_split_works_without_a_network(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = run_blocked("split", str(tiny_checkpoint), "--rank", "2", "-o", "out", folder=tmp_path)
     assert (done.returncode, "NETWORK" in done.stderr) == (0, False), done.stderr[-2000:]

@@ -202,6 +202,7 @@ CHANGES: Mapping[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.slow
 def test_lycoris_and_diffusers_agree_with_the_table(
     name: str, catalogue: Catalogue, layer: Layer, oracles: Oracles
 ) -> None:
@@ -217,6 +218,7 @@ def test_the_oracles_detect_a_missing_layer(catalogue: Catalogue, layer: Layer, 
     assert oracles.lycoris_file(tensors) == oracles.lycoris(tensors) == oracles.diffusers(tensors) == 191
 
 
+@pytest.mark.slow
 def test_diffusers_uses_the_most_frequent_alpha_for_a_missing_one(
     catalogue: Catalogue, oracles: Oracles
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_full_size_has_the_names_and_shapes_of_sdxl(full_infos: Mapping[str,
     assert len(infos) == len(read_keys()) == 2515
 
 
+@pytest.mark.slow
 def test_every_size_has_the_names_of_sdxl() -> None:
     known = read_keys()
     for size in ("mid", "narrow"):

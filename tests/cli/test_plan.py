@@ -16,6 +16,7 @@ from spectune.training.recipe.recipe import parse_recipe
 SMALL = ["--rank", "4", "--resolution", "64", "--parts", "te2"]
 
 
+@pytest.mark.slow
 def test_the_recipe_is_on_stdout_and_the_tables_are_on_stderr(
     tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_missing_devices_are_refused() -> None:
         (torch.float8_e4m3fn, "float32"),
     ],
 )
+@pytest.mark.slow
 def test_a_wider_residual_is_exact_for_every_dtype(
     tiny_checkpoint: Path,
     tmp_path: Path,

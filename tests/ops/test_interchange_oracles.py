@@ -149,6 +149,7 @@ def _comfyui_stem(layer: Layer) -> str:
     return f"{roots[part]}.{rest}" if part == "unet" else f"text_encoders.{roots[part]}.transformer.{rest}"
 
 
+@pytest.mark.slow
 def test_diffusers_needs_even_alphas(
     tiny_modules: Modules, tiny_checkpoint: Path, tmp_path: Path, catalogue: Catalogue
 ) -> None:

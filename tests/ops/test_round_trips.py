@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,7 @@ def tuned_on(base: Path, folder: Path, subset: int, rank: int, size: float) -> P
     store=st.sampled_from([(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)]),
 )
 @few
+@pytest.mark.slow
 def test_original_and_exported_lora_give_the_tuned_model(
     tiny_checkpoint: Path, subset: int, rank: int, size: float, store: tuple[torch.dtype, float]
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_budget_keeps_more_energy_than_a_fixed_rank_of_the_same_size(
     assert budget.energy > share + 0.01
 
 
+@pytest.mark.slow
 def test_a_larger_budget_never_keeps_less_energy(source: MemorySource, catalogue: Catalogue) -> None:
     shares = [
         chosen(source, catalogue, BudgetRank(nbytes)).energy or 0.0

@@ -261,6 +261,7 @@ def test_bf16_runs_compute_frames(make_recipe: MakeRecipe) -> None:
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("principal", "plain", "data")),
     ],
 )
+@pytest.mark.slow
 def test_every_frame_trains_and_is_rebuilt_from_its_file(
     make_recipe: MakeRecipe, tiny_checkpoint: Path, tmp_path: Path, frame: str
 ) -> None:

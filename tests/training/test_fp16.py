@@ -52,6 +52,7 @@ def test_fp16_trains_like_float32(make_recipe: MakeRecipe, tmp_path: Path) -> No
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.95
 
 
+@pytest.mark.slow
 def test_the_scale_does_not_change_the_result(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

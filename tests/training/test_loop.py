@@ -445,6 +445,7 @@ def test_encoding_reports_its_progress(make_recipe: MakeRecipe) -> None:
     assert progress[1:12] == [("encoding images", done, 12) for done in range(1, 12)]
 
 
+@pytest.mark.slow
 def test_a_configured_autocast_of_accelerate_changes_nothing(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_streaming_changes_no_byte(
 
 @needs_bnb
 @pytest.mark.parametrize("packing", ["nf4", "int8"])
+@pytest.mark.slow
 def test_quantized_weights_are_streamed_as_codes(
     packing: str, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

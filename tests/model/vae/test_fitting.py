@@ -44,6 +44,7 @@ def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(10 * torch.log10(4 / (found - expected).square().mean()))
 
 
+@pytest.mark.slow
 def test_pictures_are_decoded_as_exactly_as_the_memory_allows(
     demo: Sdxl, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def change_deltas(run: Run) -> None:
 
 
 @pytest.mark.parametrize("start", ["raw", "warm"])
+@pytest.mark.slow
 def test_the_teacher_does_not_depend_on_the_training(make_run: MakeRun, start: str) -> None:
     run = make_run(teacher="eps", start=start)
     change_deltas(run)

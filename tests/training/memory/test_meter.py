@@ -175,6 +175,7 @@ def test_planned_bytes_are_those_of_a_real_step(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow
 def test_the_planned_peak_is_that_of_the_allocator(
     checkpointing: bool, checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:
@@ -219,6 +220,7 @@ def test_streamed_weights_are_counted_in_main_memory(
     assert (text > 0) == setup.trains_text
 
 
+@pytest.mark.slow
 def test_encoding_bytes_are_those_of_the_allocator(
     checkpoints: dict[str, Path], meters: dict[str, MemoryMeter]
 ) -> None:

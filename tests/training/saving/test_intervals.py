@@ -108,6 +108,7 @@ class Saves(Callbacks):
         self.messages.append(text)
 
 
+@pytest.mark.slow
 def test_a_run_saves_its_state_by_the_clock_with_the_same_result(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
