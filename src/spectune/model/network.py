@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -19,6 +20,7 @@ from spectune.files.source import WeightSource, declared_prediction, declared_ze
 from spectune.model.device import send
 from spectune.model.prediction import Prediction, make_prediction
 from spectune.model.text import TokenIds, tokenize
+from spectune.model.vae.packing import pack, unpack
 from spectune.model.vae.tiles import TILE_PX, in_tiles
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import Layout, PartName, TextLayout, UNetLayout, VaeLayout
@@ -26,6 +28,8 @@ from spectune.sdxl.names import Part, module_path
 from spectune.sdxl.prediction_type import check_prediction
 from spectune.sdxl.state_dicts import module_tensors
 from spectune.sdxl.vocabulary import BOS_ID, EOS_ID, MAX_TOKENS
+
+Autoencoder = AutoencoderKL | AutoencoderDC  # that of FLUX.2 is an AutoencoderKL with statistics
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Sdxl:
     unet: UNet2DConditionModel
     te1: CLIPTextModel
     te2: CLIPTextModelWithProjection
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     layout: Layout
     prediction: Prediction
     vae_tiles: bool = False  # run the autoencoder on overlapping tiles of one picture at a time
@@ -106,7 +110,7 @@ class Sdxl:
         return self.encode_text(tokenize(captions, self.layout.te1.context, max_tokens=max_tokens))
 
     def denoise(self, noised: Tensor, timestep: Tensor, text: TextStates, time_ids: Tensor) -> Tensor:
-        """Run the UNet on latents (batch, 4, h, w); `time_ids` are (batch, 6), in pixels, float32."""
+        """Run the UNet on latents (batch, channels, h, w); `time_ids` are (batch, 6), in pixels, float32."""
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
         output = self.unet(
             noised, timestep, text.context, added_cond_kwargs=added, encoder_attention_mask=text.mask
@@ -129,14 +133,23 @@ class Sdxl:
         `pixels` are (batch, 3, H, W) in -1..1.
         """
         vae, layout = self._vae, self._vae_layout
+        step = layout.pixels_per_z
 
         def encode(part: Tensor) -> Tensor:
-            posterior = cast("Any", vae.encode(part)).latent_dist
-            mean = (posterior.mean.float() - layout.shift) * layout.scale
-            return torch.cat([mean, posterior.std.float() * layout.scale], dim=1)
+            mean, deviation = _posterior(vae, part)
+            if layout.packed is None:
+                mean, deviation = (mean - layout.shift) * layout.scale, deviation * layout.scale
+            return torch.cat([mean, deviation], dim=1)
 
         pixels = pixels.to(vae.device, vae.dtype)
-        return in_tiles(encode, pixels, edge=TILE_PX, network=vae) if self.vae_tiles else encode(pixels)
+        if not self.vae_tiles:
+            encoded = encode(pixels)
+        else:
+            encoded = in_tiles(encode, pixels, edge=TILE_PX, network=vae, step=step)
+        if layout.packed is None:
+            return encoded
+        mean, deviation = encoded.chunk(2, dim=1)
+        return torch.cat(pack(mean, deviation, layout.packed), dim=1)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents to float32 pixels (batch, 3, H, W) in -1..1."""
@@ -145,8 +158,11 @@ class Sdxl:
         def decode(part: Tensor) -> Tensor:
             return cast("Any", vae).decode(part).sample.float().clamp(-1, 1)
 
-        raw = (latents / layout.scale + layout.shift).to(vae.dtype)
-        edge = TILE_PX // self.pixels_per_latent
+        if layout.packed is None:
+            raw = (latents / layout.scale + layout.shift).to(vae.dtype)
+        else:
+            raw = unpack(latents, layout.packed).to(vae.dtype)
+        edge = TILE_PX // layout.pixels_per_z
         return in_tiles(decode, raw, edge=edge, network=vae) if self.vae_tiles else decode(raw)
 
     def place(self, layer_name: str) -> tuple[nn.Module, str]:
@@ -167,7 +183,7 @@ class Sdxl:
             raise InputError(f"the model has no layer {layer_name}") from error
 
     @property
-    def _vae(self) -> AutoencoderKL:
+    def _vae(self) -> Autoencoder:
         if self.vae is None:
             raise no_vae()
         return self.vae
@@ -177,6 +193,15 @@ class Sdxl:
         if self.layout.vae is None:
             raise no_vae()
         return self.layout.vae
+
+
+def _posterior(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of z, float32. An AutoencoderDC has no deviation."""
+    encoded = cast("Any", vae.encode(pixels))
+    if isinstance(vae, AutoencoderDC):
+        mean = encoded.latent.float()
+        return mean, torch.zeros_like(mean)
+    return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
 
 
 def no_vae() -> InputError:
@@ -333,8 +358,10 @@ def text_config(layout: TextLayout) -> CLIPTextConfig:
     )
 
 
-def new_vae(layout: VaeLayout) -> AutoencoderKL:
+def new_vae(layout: VaeLayout) -> Autoencoder:
     """Return an autoencoder, initialized by diffusers."""
+    if layout.deep_config is not None:
+        return cast(AutoencoderDC, AutoencoderDC.from_config(json.loads(layout.deep_config)))
     levels = len(layout.channels)
     sizes: dict[str, Any] = {
         "block_out_channels": layout.channels,

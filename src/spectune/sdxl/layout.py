@@ -70,21 +70,42 @@ class TextLayout:
 
 
 @dataclass(frozen=True)
+class LatentStatistics:
+    """The means and standard deviations of packed latents, by channel."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class VaeLayout:
     """The sizes of the VAE, and scale and shift of its latents: latents = (z - shift) * scale."""
 
     channels: tuple[int, ...]  # per level, from full resolution downwards
     resnets: int  # per level of the encoder, one more in the decoder
-    latent_channels: int
+    latent_channels: int  # of z
     norm_groups: int
     scale: float
     shift: float
     quant_convs: bool = True  # whether it has quant_conv and post_quant_conv; Flux's VAE has none
+    # 2 x 2 of z are one latent, normalized by these instead of scale and shift (FLUX.2)
+    packed: LatentStatistics | None = None
+    deep_config: str | None = None  # the config.json of an AutoencoderDC; None: an AutoencoderKL
+
+    @property
+    def pixels_per_z(self) -> int:
+        """The edge length in pixels of one position of z."""
+        return 2 ** (len(self.channels) - 1)
 
     @property
     def pixels_per_latent(self) -> int:
         """The edge length of a latent in pixels."""
-        return 2 ** (len(self.channels) - 1)
+        return self.pixels_per_z * (1 if self.packed is None else 2)
+
+    @property
+    def unet_channels(self) -> int:
+        """The channels of latents."""
+        return self.latent_channels * (1 if self.packed is None else 4)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from spectune.model.device import drawing_dtype, free_bytes
-from spectune.model.network import Sdxl
+from spectune.model.network import Autoencoder, Sdxl
 from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 
@@ -80,7 +79,7 @@ def _most_exact(model: Sdxl, pixels: int, notify: Notify) -> Sdxl:
     return replace(half, vae_tiles=True)
 
 
-def in_bfloat16(vae: AutoencoderKL) -> AutoencoderKL:
+def in_bfloat16(vae: Autoencoder) -> Autoencoder:
     """Return a copy of an autoencoder in bfloat16, on the same device."""
     copied = copy.deepcopy(vae)
     # the `to` of diffusers would warn

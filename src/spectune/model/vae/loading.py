@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
-from spectune.checkpoints.diffusers_folder.config import read_config
-from spectune.checkpoints.diffusers_folder.keys import STEMS, state_key
-from spectune.checkpoints.diffusers_folder.subfolder import missing_weights
-from spectune.checkpoints.plain_weights import with_plain_weights
-from spectune.errors import InputError, counted, some_of
+from spectune.errors import InputError
 from spectune.files.provenance import Padding
-from spectune.files.reader import open_file
-from spectune.files.source import WeightSource
-from spectune.model.network import Sdxl, fill, new_vae, no_vae
-from spectune.model.vae.convention import CONFIG, VaeConvention, vae_folder
-from spectune.sdxl.inference import ShapeProbe, vae_layout
-from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, VaeLayout, read_hints
-from spectune.sdxl.names import TensorView, vae_modules
-from spectune.sdxl.state_dicts import views_of
-
-_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# The name of the first convolution of the encoder, which identifies the spelling of the keys.
-_SGM = "encoder.down.0.block.0.conv1.weight"
-_DIFFUSERS = "encoder.down_blocks.0.resnets.0.conv1.weight"
-_NOT_A_VAE = "spectune reads Stable Diffusion's AutoencoderKL, with sgm or diffusers key names"
+from spectune.model.network import Autoencoder, Sdxl, fill, new_vae, no_vae
+from spectune.model.vae.convention import CONFIG, VaeConvention
+from spectune.model.vae.known import KNOWN_VAES
+from spectune.model.vae.vae_file import NOT_A_VAE, VaeFile, open_vae
+from spectune.sdxl.layout import VaeLayout
 
 
 @dataclass(frozen=True)
 class LoadedVae:
     """An autoencoder in memory, frozen and in eval mode. `layout` holds scale and shift."""
 
-    module: AutoencoderKL
+    module: Autoencoder
     layout: VaeLayout
-    padding: Padding
+    convention: VaeConvention
     label: str  # file or folder name, for messages
 
 
@@ -48,37 +33,86 @@ def load_vae(
     path: Path,
     convention: VaeConvention,
     *,
+    unet_channels: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedVae:
     """Load an autoencoder from a safetensors file, a diffusers folder or a complete checkpoint.
 
-    The default dtype is float32 because SDXL's own VAE overflows in float16.
+    The default dtype is float32 because SDXL's own VAE overflows in float16. The UNet takes latents with
+    `unet_channels`. If they are four times the channels of z, the z of FLUX.2 is packed.
 
     Raises:
-        InputError: The file is a pickle, lacks the encoder or decoder, or contains no AutoencoderKL.
+        InputError: The file is a pickle, lacks the encoder or decoder, or contains another autoencoder.
     """
-    with open_file(_weights_file(path), label=path.name) as file:
-        source = with_plain_weights(file)
-        weights = _VaeWeights(source)
-        layout = weights.layout(convention, _norm_groups(path, source))
-        state = {key: tensor.to(device, dtype) for key, tensor in weights.state(layout).items()}
-    with init_empty_weights(include_buffers=False):
-        module = new_vae(layout)
-    fill(module, state, label=path.name, architecture="SDXL's VAE", hint=_NOT_A_VAE)
+    with open_vae(path) as file:
+        layout = file.layout(convention, unet_channels)
+        module = _new_module(file, layout)
+        # an integer is the batch counter of a norm
+        state = {
+            key: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            for key, tensor in file.state(layout).items()
+        }
+        is_deep = file.kind == "AutoencoderDC"
+        hint = f"pass the diffusers folder of the VAE, with its {CONFIG}" if is_deep else NOT_A_VAE
+        fill(
+            module,
+            state,
+            label=path.name,
+            architecture="Sana's AutoencoderDC or its config.json" if is_deep else "SDXL's VAE",
+            hint=hint,
+        )
     pad_convolutions(module, convention.padding)
-    return LoadedVae(module, layout, convention.padding, path.name)
+    return LoadedVae(module, layout, convention, path.name)
+
+
+def _new_module(file: VaeFile, layout: VaeLayout) -> Autoencoder:
+    try:
+        with init_empty_weights(include_buffers=False):
+            return new_vae(layout)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
+        if file.kind != "AutoencoderDC":
+            raise
+        raise InputError(
+            f"diffusers cannot build the AutoencoderDC of {file.label}: {error}",
+            hint=f"check its {CONFIG}",
+        ) from None
 
 
 def with_vae(model: Sdxl, vae: LoadedVae) -> Sdxl:
-    """Return the model with another autoencoder; raise InputError if its latents do not fit the UNet."""
-    expected, found = model.layout.unet.in_channels, vae.layout.latent_channels
+    """Return the model with another autoencoder.
+
+    Raises:
+        InputError: Its latents do not fit the UNet or the name of its convention, or nothing declares their
+            scale.
+    """
+    _check_latents(vae, model.layout.unet.in_channels)
+    return replace(model, vae=vae.module, layout=replace(model.layout, vae=vae.layout))
+
+
+def _check_latents(vae: LoadedVae, expected: int) -> None:
+    found, name = vae.layout.unet_channels, vae.convention.name
     if found != expected:
         raise InputError(
             f"{vae.label} makes latents of {found} channels, but the UNet takes {expected}",
-            hint="the VAE is for another family of models: use one made for SDXL",
+            hint="use a VAE with the channels of the UNet, or give the UNet other channels with "
+            f"`spectune convert MODEL --latent-channels {found} --vae FILE`",
         )
-    return replace(model, vae=vae.module, layout=replace(model.layout, vae=vae.layout))
+    if name is not None:
+        known, is_deep = KNOWN_VAES[name], vae.layout.deep_config is not None
+        if known.channels != expected or (known.kind == "AutoencoderDC") != is_deep:
+            raise InputError(
+                f"{vae.label} is not the VAE {name!r}: that one is an {known.kind} with latents of "
+                f"{known.channels} channels",
+                hint="set the name of this VAE, or its scale and shift",
+            )
+    # SDXL's scale and shift are wrong for every other latent space
+    if vae.convention.is_assumed and expected != 4 and vae.layout.packed is None:
+        raise InputError(
+            f"neither a name nor a file declares the scale and shift of the {expected}-channel latents of "
+            f"{vae.label}",
+            hint="set the name of the VAE, or its scale and shift (docs/reference/vae.md lists known ones)",
+        )
 
 
 def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
@@ -94,7 +128,7 @@ def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:
     module = copy.deepcopy(model.vae, shared)
     pad_convolutions(module, convention.padding)
     layout = replace(model.layout.vae, scale=convention.scale, shift=convention.shift)
-    return with_vae(model, LoadedVae(module, layout, convention.padding, "the checkpoint's VAE"))
+    return with_vae(model, LoadedVae(module, layout, convention, "the checkpoint's VAE"))
 
 
 def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdxl:
@@ -102,7 +136,9 @@ def choose_vae(model: Sdxl, path: Path | None, convention: VaeConvention) -> Sdx
     if path is None:
         return with_convention(model, convention)
     dtype = torch.float32 if model.vae is None else model.vae.dtype
-    return with_vae(model, load_vae(path, convention, device=model.device, dtype=dtype))
+    channels = model.layout.unet.in_channels
+    vae = load_vae(path, convention, unet_channels=channels, device=model.device, dtype=dtype)
+    return with_vae(model, vae)
 
 
 def pad_convolutions(vae: nn.Module, padding: Padding) -> None:
@@ -113,106 +149,3 @@ def pad_convolutions(vae: nn.Module, padding: Padding) -> None:
     for module in vae.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and any(module.padding):
             module.padding_mode = padding
-
-
-def _weights_file(path: Path) -> Path:
-    """Return the safetensors file at `path`: `path` itself, or the file in its folder.
-
-    The folder may be that of an AutoencoderKL or of a pipeline.
-
-    Raises:
-        InputError: The folder has no weights, or several files of which none has the standard name.
-    """
-    if not path.is_dir():
-        return path
-    folder = vae_folder(path)
-    found = sorted(folder.glob("*.safetensors"))
-    standard = folder / f"{STEMS['vae']}.safetensors"
-    if standard in found:
-        return standard
-    if not found:
-        raise missing_weights(folder, "vae", hint="pass the folder of the VAE, or its file")
-    if len(found) > 1:
-        raise InputError(
-            f"{folder} contains {len(found)} weight files: {some_of([file.name for file in found])}",
-            hint="pass one of these files instead of the folder",
-        )
-    return found[0]
-
-
-class _VaeWeights:
-    """The tensors of an autoencoder in a file, which may be a complete checkpoint."""
-
-    def __init__(self, source: WeightSource) -> None:
-        root = VAE_ROOT if any(name.startswith(VAE_ROOT) for name in source.tensors) else ""
-        inside = (name.removeprefix(root) for name in source.tensors if name.startswith(root))
-        self.source, self.root = source, root
-        self.names = frozenset(name for name in inside if name.startswith(_PREFIXES))
-        self._check_halves()
-        self.is_sgm = _SGM in self.names
-        if not self.is_sgm and _DIFFUSERS not in self.names:
-            raise self._unexpected(f"neither {_SGM} nor {_DIFFUSERS}")
-
-    def layout(self, convention: VaeConvention, norm_groups: int) -> VaeLayout:
-        """Infer the layout from the shapes; raise InputError if a width is no multiple of `norm_groups`."""
-        probe = ShapeProbe(
-            self.source.tensors, self.source.label, root=self.root, kind="'s VAE", hint=_NOT_A_VAE
-        )
-        layout = vae_layout(
-            probe,
-            sgm=self.is_sgm,
-            norm_groups=norm_groups,
-            scale=convention.scale,
-            shift=convention.shift,
-        )
-        if any(width % norm_groups for width in layout.channels):
-            raise InputError(
-                f"{self.source.label}: widths {layout.channels} are no multiples of the {norm_groups} norm "
-                "groups",
-                hint=f"pass the diffusers folder of the VAE, whose {CONFIG} gives norm_num_groups",
-            )
-        return layout
-
-    def state(self, layout: VaeLayout) -> dict[str, Tensor]:
-        """Read the state dict of the module; raise InputError if tensors are missing or unknown."""
-        views = views_of(vae_modules(layout))
-        names = self._names_by_key(views)
-        missing = sorted(key for key in views if names.get(key) not in self.names)
-        unknown = sorted(self.names - {names[key] for key in views if key in names})
-        if missing or unknown:
-            raise self._unexpected(
-                f"{counted(len(missing), 'tensor')} missing and {len(unknown)} unknown: "
-                f"{some_of(missing + unknown)}"
-            )
-        return {key: view.read(self.source.load(self.root + names[key])) for key, view in views.items()}
-
-    def _names_by_key(self, views: Mapping[str, TensorView]) -> dict[str, str]:
-        """Return the tensor name in the file for each state dict key."""
-        if self.is_sgm:
-            return {key: view.tensor.removeprefix(VAE_ROOT) for key, view in views.items()}
-        return {state_key("vae", name): name for name in self.names}
-
-    def _check_halves(self) -> None:
-        missing = [
-            half
-            for half in ("encoder", "decoder")
-            if not any(name.startswith(f"{half}.") for name in self.names)
-        ]
-        if len(missing) == 2:
-            found = some_of(sorted(self.source.tensors)) or "no tensors"
-            raise InputError(f"{self.source.label} contains no VAE: found {found}", hint=_NOT_A_VAE)
-        if missing:
-            raise InputError(
-                f"{self.source.label} has no {missing[0]}", hint="use a file with the complete VAE"
-            )
-
-    def _unexpected(self, what: str) -> InputError:
-        return InputError(f"{self.source.label} is not laid out like SDXL's VAE: {what}", hint=_NOT_A_VAE)
-
-
-def _norm_groups(path: Path, source: WeightSource) -> int:
-    config = read_config(vae_folder(path) / CONFIG) if path.is_dir() else {}
-    found = config.get("norm_num_groups", read_hints(source.metadata).get("vae_norm_groups", NORM_GROUPS))
-    if type(found) is not int or found < 1:
-        raise InputError(f"{path / CONFIG}: norm_num_groups is {found!r}, expected a positive integer")
-    return found

@@ -1,13 +1,13 @@
 """Run an autoencoder on overlapping tiles of a picture, for pictures that do not fit into memory at once.
 
-The tiles overlap by a quarter or more and are blended there. Normalized with its own statistics, each tile
-would have another brightness. Therefore all tiles use the statistics of a small copy of the picture.
+The tiles overlap by about a quarter or more and are blended there. Normalized with its own statistics, each
+tile would have another brightness. Therefore all tiles use the statistics of a small copy of the picture.
 Attention is limited to a tile. The result is close to that of the complete picture, but not equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -19,7 +19,9 @@ TILE_PX = 512  # the edge of a tile
 _OVERLAP = 4  # a tile overlaps the next one by at least its edge divided by this
 
 
-def in_tiles(run: Callable[[Tensor], Tensor], whole: Tensor, *, edge: int, network: nn.Module) -> Tensor:
+def in_tiles(
+    run: Callable[[Tensor], Tensor], whole: Tensor, *, edge: int, network: nn.Module, step: int = 1
+) -> Tensor:
     """Return `run(whole)`, computed on tiles of `edge` rows and columns of one picture at a time.
 
     Args:
@@ -28,18 +30,22 @@ def in_tiles(run: Callable[[Tensor], Tensor], whole: Tensor, *, edge: int, netwo
             in one piece.
         edge: The edge of a tile, in rows of `whole`.
         network: The module that `run` calls.
+        step: The rows and columns of `whole` that one row or column of the result is made from.
     """
     if len(whole) > 1:
-        return torch.cat([in_tiles(run, row[None], edge=edge, network=network) for row in whole])
+        return torch.cat([in_tiles(run, row[None], edge=edge, network=network, step=step) for row in whole])
     if max(whole.shape[-2:]) <= edge:
         return run(whole)
-    with _normalized_like(network, run, _small_copy(whole, edge)):
-        return _blended(run, whole, edge)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    if not norms:  # an AutoencoderDC normalizes each position by itself
+        return _blended(run, whole, edge, step)
+    with _normalized_like(norms, run, _small_copy(whole, edge)):
+        return _blended(run, whole, edge, step)
 
 
-def _blended(run: Callable[[Tensor], Tensor], whole: Tensor, edge: int) -> Tensor:
+def _blended(run: Callable[[Tensor], Tensor], whole: Tensor, edge: int, step: int) -> Tensor:
     height, width = whole.shape[-2:]
-    tops, lefts = _starts(height, edge), _starts(width, edge)
+    tops, lefts = _starts(height, edge, step), _starts(width, edge, step)
     total = weights = torch.zeros(())
     ratio = 1.0
     for top in tops:
@@ -60,12 +66,15 @@ def _blended(run: Callable[[Tensor], Tensor], whole: Tensor, edge: int) -> Tenso
     return total / weights
 
 
-def _starts(length: int, edge: int) -> list[int]:
-    """Return the first row or column of each tile: as few evenly spaced tiles as cover `length`."""
+def _starts(length: int, edge: int, step: int) -> list[int]:
+    """Return the first row or column of each tile: as few evenly spaced tiles as cover `length`.
+
+    All are multiples of `step`. Between two of them, a tile would be placed beside its row of the result.
+    """
     if length <= edge:
         return [0]
     count = 1 - (-(length - edge) // (edge - edge // _OVERLAP))
-    return [round(index * (length - edge) / (count - 1)) for index in range(count)]
+    return [round(index * (length - edge) / (count - 1) / step) * step for index in range(count)]
 
 
 def _weight(tile: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ def _weight(tile: Tensor) -> Tensor:
 
     def ramp(length: int) -> Tensor:
         distance = torch.arange(1, length + 1, device=tile.device)
-        return torch.minimum(distance, distance.flip(0)).clamp(max=length // _OVERLAP).float()
+        return torch.minimum(distance, distance.flip(0)).clamp(max=max(1, length // _OVERLAP)).float()
 
     return ramp(tile.shape[-2])[:, None] * ramp(tile.shape[-1])
 
@@ -94,9 +103,10 @@ def _small_copy(whole: Tensor, edge: int) -> Tensor:
 
 
 @contextmanager
-def _normalized_like(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor) -> Iterator[None]:
-    """Make the group norms of a network use their statistics of `run(sample)` inside the block."""
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+def _normalized_like(
+    norms: Sequence[nn.GroupNorm], run: Callable[[Tensor], Tensor], sample: Tensor
+) -> Iterator[None]:
+    """Make group norms use their statistics of `run(sample)` inside the block."""
     affine: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def record(norm: nn.GroupNorm, arguments: tuple[Tensor]) -> None:

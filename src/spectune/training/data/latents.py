@@ -8,12 +8,11 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from spectune.errors import InputError
 from spectune.files.weights_hash import WeightsHasher
-from spectune.model.network import Sdxl, no_vae
+from spectune.model.network import Autoencoder, Sdxl, no_vae
 from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
@@ -107,7 +106,7 @@ def images_per_call(size: Size) -> int:
     return min(ENCODE_BATCH, max(1, ENCODE_PIXELS // (size.width * size.height)))
 
 
-def _vae_of(model: Sdxl) -> tuple[AutoencoderKL, VaeLayout]:
+def _vae_of(model: Sdxl) -> tuple[Autoencoder, VaeLayout]:
     if model.vae is None or model.layout.vae is None:
         raise no_vae()
     return model.vae, model.layout.vae
@@ -131,6 +130,8 @@ def vae_key(model: Sdxl) -> str:
         hasher.add(name, tensor.cpu())
     paddings = [module.padding_mode for module in vae.modules() if isinstance(module, nn.Conv2d)]
     described = repr((hasher.hexdigest(), layout.scale, layout.shift, paddings))
+    if layout.packed is not None or layout.deep_config is not None:
+        described += repr((layout.packed, layout.deep_config))
     if model.vae_tiles:
         described += f" in tiles of {TILE_PX} px"
     return hashlib.sha256(described.encode()).hexdigest()
@@ -187,4 +188,4 @@ def _encoded(model: Sdxl, pictures: Pictures, views: Sequence[View]) -> dict[Vie
 
 def _posterior_shape(model: Sdxl, size: Size) -> tuple[int, int, int]:
     step, (_, layout) = model.pixels_per_latent, _vae_of(model)
-    return 2 * layout.latent_channels, size.height // step, size.width // step
+    return 2 * layout.unet_channels, size.height // step, size.width // step
