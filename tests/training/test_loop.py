@@ -418,7 +418,7 @@ def test_a_finished_run_resumes_with_more_steps_and_its_frames(
     def another_rounding(*args: Any) -> Any:
         raise AssertionError("the base was split again")
 
-    monkeypatch.setattr(trainable_model, "_make_frames", another_rounding)
+    monkeypatch.setattr(trainable_model, "make_frames", another_rounding)
     report = train(make_recipe(run={"steps": 2}))
     assert (report.first_step, report.steps) == (1, 2)
 

@@ -164,6 +164,29 @@ class AdaptedLayer(nn.Module):
         self.joined_versions = None
 
     @torch.no_grad()
+    def fold(self, weight: Tensor, frame: LowRank) -> None:
+        """Set the weight and the frame, and the trained change to zero, in the delta form.
+
+        The trainable tensors stay the same objects. The frame must have the rank of the current one.
+        """
+        assert self.form == "delta"
+        assert frame.alpha == self.alpha
+        self.set_weight(weight)
+        self.frame_down.copy_(frame.down)
+        self.frame_up.copy_(frame.up)
+        self.down.zero_()
+        self.up.zero_()
+        self.joined_versions = None
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Set the weight of the frozen layer."""
+        streamed = getattr(self.base, "streamed", None)
+        if streamed is not None:
+            streamed.overwrite(weight)
+        else:  # a new tensor: the old one may be memory-mapped from the checkpoint
+            self.base.weight.data = weight.to(self.base.weight)
+
+    @torch.no_grad()
     def load(self, delta: Delta) -> None:
         """Load a trained change; raise InputError if it belongs to another frame."""
         frame = delta.frame

@@ -39,6 +39,9 @@ class Transfers:
     def before_copy(self, used: Event) -> None:
         """Make further copies wait for a use."""
 
+    def finish(self) -> None:
+        """Wait on the host until all copies are made."""
+
 
 class CudaTransfers(Transfers):
     """Copies on a stream of their own, while the current stream computes."""
@@ -64,6 +67,10 @@ class CudaTransfers(Transfers):
         """Make the stream of the copies wait."""
         self._stream.wait_event(used)
 
+    def finish(self) -> None:
+        """Wait for the stream of the copies."""
+        self._stream.synchronize()
+
 
 @dataclass(frozen=True)
 class StreamedTensor:
@@ -86,6 +93,11 @@ class StreamedTensor:
             yield copy.tensor
         finally:
             self.stream.release(copy)
+
+    def overwrite(self, values: Tensor) -> None:
+        """Replace the values, between two uses."""
+        self.stream.forget_copies()
+        self.stored.copy_(values)
 
 
 @dataclass
@@ -185,6 +197,11 @@ class WeightStream:
         self._transfers.before_use(copy.copied)
         self._copy_ahead()
         return copy
+
+    def forget_copies(self) -> None:
+        """Drop the copies that were made ahead, when none is still being made."""
+        self._forget_ahead()
+        self._transfers.finish()
 
     def release(self, copy: Copy) -> None:
         """Note that all uses of a copy are issued to the current stream."""

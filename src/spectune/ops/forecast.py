@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.reader import open_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
+from spectune.files.dtypes import parse_dtype
 from spectune.files.source import WeightSource
 from spectune.model.device import cpu_warnings, describe_device, parse_device, total_memory
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.selection import select_layers
 from spectune.training import output
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_sizes
@@ -114,6 +117,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
         label, layout = base.label, infer_layout(base)
         setup = setup_of(recipe, _rank(recipe, base))
         meter = MemoryMeter(layout, build_catalogue(base))
+        refreshed = _refreshed_bytes(recipe, base)
     _check_vae(recipe)
     check_sizes(layout, training_sizes(recipe.data))
     memory = meter.measure(setup)
@@ -121,7 +125,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
     first_step = output.step_of(claim.states[-1]) if claim.states else 0
     schedule = _schedule(recipe, plan, first_step, validates=validation is not None)
-    saves = _saves(recipe, memory, schedule.saves)
+    saves = _saves(recipe, memory, schedule.saves, refreshed)
     return TrainForecast(
         recipe=recipe,
         chosen=described_defaults(requested, recipe),
@@ -219,13 +223,29 @@ def _memory(memory: Memory, device: str) -> Space:
     return Space(required, psutil.virtual_memory().available)
 
 
-def _saves(recipe: Recipe, memory: Memory, saves: int) -> SavePlan:
+def _refreshed_bytes(recipe: Recipe, base: WeightSource) -> int:
+    """Return the bytes of the weights that a refresh changes; 0 without one."""
+    section = recipe.model
+    if section.refresh_every_steps is None:
+        return 0
+    assert recipe.run.precision is not None, "the defaults are not filled in"
+    layers = select_layers(build_catalogue(base, all_layers=True), section.layers)
+    numel = sum(math.prod(layer.shape) for layer in layers if layer.part.value in section.parts)
+    return numel * parse_dtype(recipe.run.precision).itemsize
+
+
+def _saves(recipe: Recipe, memory: Memory, saves: int, refreshed: int) -> SavePlan:
     """Return the saves that a run keeps, with bytes that the account of its memory gives."""
     fixed, run = memory.fixed, recipe.run
     frames = fixed.frame if recipe.model.rank is not None else 0
     return SavePlan.of(
         run,
         saves,
-        adapter_bytes=fixed.frame + fixed.trained,
-        state_bytes=fixed.trained + memory.optimizer + memory.average + frames,
+        adapter_bytes=refreshed or fixed.frame + fixed.trained,
+        # the weights, and the rests of their rounding to 16 bits
+        state_bytes=fixed.trained
+        + memory.optimizer
+        + memory.average
+        + frames
+        + refreshed * (1 if run.precision == "fp32" else 2),
     )

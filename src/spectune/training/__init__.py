@@ -3,6 +3,7 @@
 * recipe/, data/, optim/, memory/: the recipe, the images, the optimizers, the memory estimate
 * callbacks/:      what a run reports: progress bar, TensorBoard
 * objective/:      what the network predicts, losses and weightings
+* frames/:         compute frames, and take them anew
 * eps_to_flow/:    convert an EPS model to a flow model
 * loop:            `train` and the main loop
 * train_step:      one forward and backward pass, one optimizer step
@@ -10,7 +11,6 @@
 * run:             the records of a run: its setup and its progress
 * trainable_model: build a model with trainable changes from files
 * tuned_start:     start from the deltas of a tuned adapter
-* aligned_frames:  compute frames from the first batches
 * denoiser:        the trained networks as one module
 * validation:      the loss on validation images
 * ema:             the moving average of the trained tensors

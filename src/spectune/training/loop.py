@@ -182,6 +182,7 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         progress.losses[info.step] = info.loss
         if is_logged:
             run.callbacks.on_step(info)
+        _refresh(run, progress)
         requests = _requests(run, stop)
         stops, saves = agreed(run.accelerator, stop="stop" in requests, save=clock.is_due)
         if not stops:
@@ -192,6 +193,17 @@ def _train_steps(run: Run, progress: Progress, stop: StopRequest) -> None:
         if stops:
             break
         started = time.perf_counter()
+
+
+def _refresh(run: Run, progress: Progress) -> None:
+    """Fold the changes into the weights and take new frames, if that is due after this step."""
+    if run.refresher is None or not run.refresher.is_due(progress.step, run.steps):
+        return
+    progress.in_step = True  # an error in between leaves layers of two kinds
+    with stage(run.callbacks, "taking new frames") as progressed:
+        run.refresher.refresh(progress.step, run.optimization.optimizer, progressed)
+    run.model.injection.joined_factors.refresh()
+    progress.in_step = False
 
 
 def _requests(run: Run, stop: StopRequest) -> frozenset[Request]:

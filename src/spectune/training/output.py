@@ -203,8 +203,9 @@ def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
         noise_schedule=_noise_schedule(run),
     )
     with run.finished_weights(), stage(run.callbacks, "saving the adapter"):
-        deltas = run.model.injection.deltas()
-        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.replaced)
+        # a sum of changes in several frames is saved as complete tensors
+        deltas = run.model.injection.deltas() if run.refresher is None else {}
+        tuned = TunedAdapter(layers=deltas, metadata={}, label=path.name, replaced=run.complete_tensors)
         save_tuned(path, tuned, provenance, force=True)
     progress.files.append(path)
     run.callbacks.on_save(progress.step, path)

@@ -24,6 +24,8 @@ from spectune.training.data.dataset import Batch, Pictures
 from spectune.training.data.plan import BatchPlan, PlannedBatches
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
+from spectune.training.frames.making import hash_of_frames
+from spectune.training.frames.refresh import Refresher
 from spectune.training.objective.edm2 import WeightingTrainer
 from spectune.training.objective.objective import Objective
 from spectune.training.optim.modes import finished_weights
@@ -101,6 +103,7 @@ class Run:
     optimization: Optimization
     steps: int  # in total, including those before a resume
     warnings: WarningLog
+    refresher: Refresher | None = None
 
     @property
     def batches_per_step(self) -> int:
@@ -117,6 +120,18 @@ class Run:
         """The tensors that replace tensors of the base, by their names in a checkpoint."""
         conversion = self.objective.conversion
         return {} if conversion is None else conversion.swapped.tensors
+
+    @property
+    def complete_tensors(self) -> Mapping[str, Tensor]:
+        """The tensors that an adapter of this run stores completely, by their names in a checkpoint."""
+        return self.replaced if self.refresher is None else self.refresher.tensors(self.replaced)
+
+    @property
+    def frame_hash(self) -> str:
+        """The hash of the current frames."""
+        if self.refresher is None:
+            return self.model.trainable.frame_hash
+        return hash_of_frames(self.model.injection.frames())
 
     @property
     def preview_model(self) -> StagedModel:
@@ -158,7 +173,7 @@ class Run:
             position=progress.position,
             recipe=self.recipe.model_dump(mode="json"),
             base_hash=self.model.trainable.provenance.base_hash,
-            frame_hash=self.model.trainable.frame_hash,
+            frame_hash=self.frame_hash,
             data_hash=self.data.hash,
             images=len(self.data.pictures),
             validation_before=progress.validation_before,
@@ -171,6 +186,8 @@ class Run:
         extras: dict[str, Any] = {}
         if self.replaced:
             extras["replaced"] = dict(self.replaced)
+        if self.refresher is not None and self.refresher.has_folded:
+            extras["refresh"] = self.refresher.state()
         average, weighting = self.optimization.average, self.optimization.weighting
         if average is not None:
             extras["ema"] = {"average": average.average, "steps": average.steps}

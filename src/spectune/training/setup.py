@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
@@ -21,7 +19,6 @@ from spectune.model.prediction import Flow, Prediction, make_prediction
 from spectune.model.streamed_layers import stream_weights
 from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
-from spectune.training.aligned_frames import align
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_buckets, training_sizes
 from spectune.training.data.dataset import Batch, Pictures, Variation
@@ -40,6 +37,9 @@ from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
+from spectune.training.frames.aligned import align
+from spectune.training.frames.making import hash_of_frames
+from spectune.training.frames.refresh import build_refresher, from_main
 from spectune.training.objective.cost import Cost
 from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
 from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold
@@ -61,7 +61,6 @@ from spectune.training.trainable_model import (
     SavedFrames,
     TrainableModel,
     build_trainable,
-    hash_of_frames,
     model_warnings,
     quantize,
     with_chosen_vae,
@@ -113,6 +112,7 @@ def assemble(
         optimization=_build_optimization(recipe, accelerator, model, weighting),
         steps=total_steps(recipe, data.plan, accelerator.num_processes),
         warnings=warnings,
+        refresher=build_refresher(recipe.model, recipe.run.seed, model.injection),
     )
 
 
@@ -130,6 +130,8 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
         group["lr"] = rate  # of this recipe; the state has the rate of the saved one
     if conversion is not None and "replaced" in saved.extras:
         conversion.swapped.put(run.model.sdxl, saved.extras["replaced"])
+    if run.refresher is not None and "refresh" in saved.extras:
+        run.refresher.restore(saved.extras["refresh"])
     if optimization.average is not None:
         optimization.average.restore(**saved.extras["ema"])
     if optimization.weighting is not None:
@@ -340,7 +342,7 @@ def _share_swapped_tensors(objective: Objective, device: torch.device) -> None:
     """Copy the tensors of the first process to all others, because GPUs may round differently."""
     assert objective.conversion is not None
     swapped = objective.conversion.swapped
-    tensors = {name: _from_main(tensor, device).cpu() for name, tensor in swapped.tensors.items()}
+    tensors = {name: from_main(tensor, device).cpu() for name, tensor in swapped.tensors.items()}
     swapped.put(objective.denoiser.model, tensors)
 
 
@@ -364,7 +366,7 @@ def _align_frames(
     for name, layer in layers.items():
         frame = alignment.frames.get(name, layer.frame)
         # GPUs may round differently: all processes use the frames of the first one
-        down, up = (_from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
+        down, up = (from_main(tensor, layer.down.device) for tensor in (frame.down, frame.up))
         layer.reframe(LowRank(down, up, frame.alpha))
         frames[name] = LowRank(down.cpu(), up.cpu(), frame.alpha)
     warnings.add(alignment.warnings)
@@ -381,10 +383,6 @@ def _first_losses(
     for batch in batches:
         _, costs = objective.image_costs(objective.denoiser, batch, step=0)
         yield costs.mean() * (scale * len(batch) / full)
-
-
-def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
-    return cast("Tensor", broadcast(tensor.to(device).contiguous()))
 
 
 # ---------------------------------------------------------------- optimization

@@ -87,6 +87,8 @@ def _set_learning_rates(run: Run, step: int) -> None:
     if settings.traits.schedule_free:
         return
     factor = settings.rate_factor(step, run.steps)
+    if run.refresher is not None:
+        factor *= run.refresher.rate_factor(step)
     for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
         group["lr"] = rate * factor
 

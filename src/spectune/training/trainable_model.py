@@ -14,20 +14,11 @@ from spectune.adapters.detect import is_adapter
 from spectune.adapters.reader import open_adapter
 from spectune.adapters.writer import adapter_hash
 from spectune.checkpoints.open import open_checkpoint
-from spectune.core.frames import (
-    minor_frame,
-    normalized,
-    plain_frame,
-    principal_frame,
-    rank_stabilized,
-    svd_down_frame,
-)
 from spectune.core.low_rank import LowRank, product
-from spectune.core.rank import FixedRank
 from spectune.errors import InputError, PairingError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import WeightSource, declared_prediction
-from spectune.files.weights_hash import WeightsHasher, weights_hash
+from spectune.files.weights_hash import weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantize_layers
@@ -48,13 +39,12 @@ from spectune.pairs.rules import (
     short_hash,
 )
 from spectune.sdxl.inference import infer_parts
-from spectune.sdxl.layers import Catalogue, build_catalogue, layer_weight
+from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
-from spectune.sdxl.selection import select_layers
+from spectune.training.frames.making import hash_of_frames, make_frames
 from spectune.training.recipe.defaults import start_provenance
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
-from spectune.training.seeds import derived_generator
 from spectune.training.tuned_start import open_start
 
 Log = Callable[[str], None]
@@ -161,7 +151,7 @@ def build_trainable(
         section: The [model] section of a recipe.
         saved: Frames of a saved state. They are used instead of new ones if their base hash matches.
         seed: The seed of plain frames. Runs with gradient or data frames start from plain frames too, until
-            aligned_frames replaces them.
+            frames from the first batches replace them.
         dtype: The dtype of the frozen model.
         trained_dtype: The dtype of the trained tensors.
         log: Receives progress messages.
@@ -191,7 +181,7 @@ def build_trainable(
         else:
             verb = "splitting" if section.uses_weights else "computing frames for"
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
-            frames = _make_frames(base, catalogue, section, seed)
+            frames = make_frames(base, catalogue, section, seed)
         chosen = _choose(section, catalogue, frames)
         sdxl = build_model(base, dtype=dtype)
     if section.residual is not None or declared.role is Role.RESIDUAL:
@@ -292,49 +282,7 @@ def _check_pair(section: ModelSection, base: WeightSource, base_hash: str, adapt
         )
 
 
-# ---------------------------------------------------------------- frames
-
-
-def _make_frames(
-    base: WeightSource, catalogue: Catalogue, section: ModelSection, seed: int
-) -> dict[str, LowRank]:
-    """Compute the frames of the chosen layers from the base."""
-    layers = [
-        layer for layer in select_layers(catalogue, section.layers) if layer.part.value in section.parts
-    ]
-    return {
-        layer.name: make_frame(
-            layer_weight(base, layer), layer.name, section, derived_generator(seed, "frame", layer.name)
-        )
-        for layer in layers
-    }
-
-
-def make_frame(weight: Tensor, name: str, section: ModelSection, generator: torch.Generator) -> LowRank:
-    """Compute the frame of a layer on the device of its weight; `generator` is for plain frames."""
-    assert section.rank is not None
-    shape = tuple(weight.shape)
-    rank = FixedRank(section.rank, section.conv_rank).requested(shape)
-    if section.uses_weights:
-        frame = _OF_WEIGHTS[section.frame](weight, rank=rank, name=name)
-    else:
-        frame = plain_frame(shape, rank=rank, generator=generator)
-    if section.frame_norm is not None:
-        frame = normalized(frame, section.frame_norm)
-    return rank_stabilized(frame) if section.scaling == "rank_stabilized" else frame
-
-
-_OF_WEIGHTS = {"principal": principal_frame, "minor": minor_frame, "svd-down": svd_down_frame}
-
-
-def hash_of_frames(frames: Mapping[str, LowRank]) -> str:
-    """Return a hash of frames, whose tensors must be on the CPU."""
-    hasher = WeightsHasher()
-    for name, frame in frames.items():
-        hasher.add(f"{name}.down", frame.down)
-        hasher.add(f"{name}.up", frame.up)
-        hasher.add(f"{name}.alpha", torch.tensor(frame.alpha))
-    return hasher.hexdigest()
+# ---------------------------------------------------------------- products of frames in the weights
 
 
 def _add_products(sdxl: Sdxl, frames: Mapping[str, LowRank]) -> None:

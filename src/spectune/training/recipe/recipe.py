@@ -31,7 +31,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*self._objective_problems(), *self._optimizer_problems(), *self._cache_problems()]
+        problems = [
+            *self._objective_problems(),
+            *self._optimizer_problems(),
+            *self._refresh_problems(),
+            *self._cache_problems(),
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -80,6 +85,27 @@ class Recipe(Section):
                 'run.trained_precision = "bf16" needs an optimizer with stochastic rounding, because plain '
                 f"rounding loses small updates; {name} with these options has none, use "
                 f"{', '.join(stochastic)}"
+            )
+
+    def _refresh_problems(self) -> Iterator[str]:
+        if self.model.refresh_every_steps is None:
+            return
+        name, traits = self.optimizer.name, self.optimizer.traits
+        if traits.schedule_free or traits.fixed_learning_rate is not None:
+            does = "averages its steps" if traits.schedule_free else "finds its own step size"
+            yield (
+                f"model.refresh_every_steps restarts the optimizer, but {name} {does} since the start: use "
+                "adamw, adamw8bit, lion or adafactor without relative steps"
+            )
+        if self.run.ema_decay is not None:
+            yield (
+                "run.ema_decay averages the trained tensors, whose meaning changes with "
+                "model.refresh_every_steps: remove one of them"
+            )
+        if self.objective.teacher != "none":
+            yield (
+                f'objective.teacher = "{self.objective.teacher}" needs the weights of the base, which '
+                "model.refresh_every_steps changes: remove one of them"
             )
 
     def _cache_problems(self) -> Iterator[str]:

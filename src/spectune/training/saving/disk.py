@@ -84,6 +84,8 @@ def free_disk(folder: Path) -> int:
 
 
 def _adapter_bytes(run: Run) -> int:
+    if run.refresher is not None:
+        return sum(info.nbytes for info in run.refresher.tensors(run.replaced).infos.values())
     trained = run.optimization.parameters.values()
     return _frame_bytes(run) + _FLOAT32 * (_numel(trained) + _numel(run.replaced.values()))
 
@@ -97,7 +99,8 @@ def _state_bytes(run: Run) -> int:
         trained,
         from_zero=run.recipe.model.form == "delta" and run.recipe.model.start is None,
     )
-    return _nbytes(trained) + optimizer + frames + average + _nbytes(run.replaced.values())
+    whole = _nbytes(run.replaced.values()) + (0 if run.refresher is None else run.refresher.state_bytes)
+    return _nbytes(trained) + optimizer + frames + average + whole
 
 
 def _frame_bytes(run: Run) -> int:

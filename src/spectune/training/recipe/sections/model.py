@@ -10,7 +10,16 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.files.provenance import FrameKind
 from spectune.model.vae.known import KNOWN_VAES
 from spectune.model.vae.ways import EncodeWay
-from spectune.training.recipe.sections.base import Count, Number, OneOf, Positive, Rank, Section
+from spectune.training.recipe.sections.base import (
+    MOST_STEPS,
+    Count,
+    Number,
+    OneOf,
+    Positive,
+    Rank,
+    Section,
+    Steps,
+)
 
 PartName = Literal["unet", "te1", "te2"]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -68,6 +77,17 @@ class ModelSection(Section):
         description="`delta` keeps the original weights and trains dA and dB. "
         "`residual` keeps the residual and trains A and B.",
     )
+    refresh_every_steps: Steps | None = Field(
+        default=None,
+        description="Steps after which the change is added to the weights and a new frame is computed, so "
+        "that the rank does not limit the whole change. None: never.",
+    )
+    refresh_warmup_steps: int = Field(
+        default=5,
+        ge=0,
+        le=MOST_STEPS,
+        description="Steps after each refresh over which the learning rate rises to its full value.",
+    )
     parts: tuple[PartName, ...] = Field(default=ALL_PARTS, description="Parts of the model to train.")
     quantize: Quantization = Field(
         default="none",
@@ -92,6 +112,7 @@ class ModelSection(Section):
         if self.conv_rank is not None and self.rank is None:
             raise ValueError("`conv_rank` needs `rank`: a principal file already has its ranks")
         self._check_frame()
+        self._check_refresh()
         if self.quantize != "none" and self.form != "residual":
             raise ValueError(
                 '`quantize` needs `form = "residual"`: quantizing the residual causes the smallest error'
@@ -119,6 +140,26 @@ class ModelSection(Section):
             )
         if not self.aligned and self.differs("frame_batches"):
             raise ValueError('`frame_batches` does nothing without `frame = "gradient"` or "data"')
+
+    def _check_refresh(self) -> None:
+        if self.refresh_every_steps is None:
+            if self.differs("refresh_warmup_steps"):
+                raise ValueError("`refresh_warmup_steps` does nothing without `refresh_every_steps`")
+            return
+        if self.rank is None:
+            raise ValueError(
+                "`refresh_every_steps` needs `rank`: it computes new frames, which a file in `principal` or "
+                "`start` cannot have"
+            )
+        if self.form != "delta":
+            raise ValueError(
+                '`refresh_every_steps` needs `form = "delta"`: the residual form does not keep the weights'
+            )
+        if self.aligned:
+            raise ValueError(
+                f'`refresh_every_steps` cannot be combined with `frame = "{self.frame}"`, which is computed '
+                "from the first batches: use principal, minor, plain or svd-down"
+            )
 
     @property
     def aligned(self) -> bool:

@@ -24,9 +24,9 @@ from spectune.model.network import build_model
 from spectune.ops.inspect.summary import describe_adapter
 from spectune.ops.rebuild import rebuild
 from spectune.training import setup, state, trainable_model
-from spectune.training.aligned_frames import Gradients, Inputs, align, range_of
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
+from spectune.training.frames.aligned import Gradients, Inputs, align, range_of
 from spectune.training.loop import train
 from spectune.training.run import Run
 from spectune.training.setup import assemble, restore
@@ -304,7 +304,7 @@ def test_a_resumed_run_takes_its_frames_from_the_state(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_recipe(model=model, run={"output": whole, "steps": 3}))
     train(make_recipe(model=model, run={"output": parts, "steps": 2}))
-    for module, name in ((setup, "align"), (trainable_model, "_make_frames")):
+    for module, name in ((setup, "align"), (trainable_model, "make_frames")):
         monkeypatch.setattr(module, name, None)  # computing a frame again would fail
     train(make_recipe(model=model, run={"output": parts, "steps": 3}))
     one, two = load_file(whole / "t.safetensors"), load_file(parts / "t.safetensors")
