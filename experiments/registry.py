@@ -12,6 +12,7 @@ from experiments.large_data import LARGE_DATA
 from experiments.latent_space import LATENT_SPACE
 from experiments.near_full import NEAR_FULL
 from experiments.quantised import QUANTISED
+from experiments.read_through import READ_THROUGH
 from experiments.sensitivity import SENSITIVITY
 from experiments.tenth import TENTH
 from experiments.to_flow import TO_FLOW
@@ -35,5 +36,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         TENTH,
         LARGE_DATA,
         WIDE,
+        READ_THROUGH,
     )
 }

@@ -50,9 +50,9 @@ def _alphas_cumprod_on(device: torch.device, zero_terminal_snr: bool) -> Tensor:
     return _alphas_cumprod(zero_terminal_snr).to(device)
 
 
-def alphas_cumprod() -> Tensor:
+def alphas_cumprod(*, zero_terminal_snr: bool = False) -> Tensor:
     """Return alpha^2 of SDXL's timesteps 0..999, float64."""
-    return _alphas_cumprod(False)
+    return _alphas_cumprod(zero_terminal_snr)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

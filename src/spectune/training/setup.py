@@ -35,6 +35,7 @@ from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
+from spectune.training.eps_to_flow.bridge import Bridge
 from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
 from spectune.training.frames.aligned import align
@@ -256,9 +257,11 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
     if section.converts:
         conversion = Conversion(has_teacher=section.teacher != "none", bridge_steps=section.bridge_steps)
     prediction, way = _prediction(recipe), recipe.vae.encode
-    training = prediction
+    training, bridge = prediction, None
     if isinstance(prediction, Flow):
         training = replace(prediction, timesteps=section.flow_timestep)
+    elif section.read_through == "bridge":
+        training, bridge = section.flow, Bridge(prediction)
     assert way != "auto", "the images are not encoded"
     return Objective(
         denoiser=model.denoiser,
@@ -266,10 +269,11 @@ def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTraine
         prediction=prediction,
         training_prediction=training,
         noise=NoiseOptions(section.noise_offset, section.input_perturbation, section.flow_pairing),
-        cost=_cost(recipe, prediction, None if weighting is None else weighting.weighting),
+        cost=_cost(recipe, training, None if weighting is None else weighting.weighting),
         seed=recipe.run.seed,
         encoder=model.sdxl if recipe.caches_latents else encoder_of(model.sdxl, way),
         conversion=conversion,
+        bridge=bridge,
     )
 
 

@@ -1,4 +1,4 @@
-"""The bridge: use an EPS model as a flow model, by exact algebra and without training.
+"""The bridge: use an EPS or v model as a flow model, by exact algebra and without training.
 
 Let x_flow = (1-s) x0 + s n and x_ddpm = alpha x0 + sigma n with alpha^2 + sigma^2 = 1. At
 s = sigma/(alpha+sigma), both are the same image up to a factor: x_ddpm = (alpha+sigma) x_flow. The network
@@ -6,9 +6,16 @@ gives eps_hat = net(x_ddpm, t) and x0_hat = (x_ddpm - sigma eps_hat)/alpha. The 
 
     v_hat = eps_hat - x0_hat = (eps_hat - x_flow)/(1-s),       because alpha/(alpha+sigma) = 1-s.
 
-SDXL's schedule covers s from 0.0283 to 0.936. Outside of this range, the network gets the first or the last
-timestep. Above it, x_flow is almost pure noise, and the velocity is computed as (x_flow - x0_hat)/s, which
-stays finite.
+A v model gives n_hat = sigma x_ddpm + alpha net and x0_hat = alpha x_ddpm - sigma net, so
+
+    v_hat = (alpha+sigma) net(x_ddpm, t) + (sigma-alpha) x_ddpm.
+
+The error of the velocity is c_out times the error of the network: 1/(1-s) for EPS, alpha+sigma for v.
+
+SDXL's schedule covers s from 0.0283 to 0.936, with zero terminal SNR to 1. Outside of this range, an EPS
+network gets the first or the last timestep. Above it, x_flow is almost pure noise, and the velocity is
+computed as (x_flow - x0_hat)/s, which stays finite. Between two timesteps, t is interpolated: networks accept
+fractions.
 
 Diff2Flow (arXiv 2506.02221) aligns timesteps and inputs of diffusion and flow models in the same way.
 """
@@ -21,7 +28,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spectune.model.prediction import TRAIN_STEPS, alphas_cumprod
+from spectune.model.prediction import TRAIN_STEPS, Ddpm, alphas_cumprod
+
+EPS = Ddpm("eps")
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,15 @@ class Preconditioning:
 
 @dataclass(frozen=True)
 class Bridge:
-    """The preconditioning of an EPS model with SDXL's schedule."""
+    """The preconditioning of an EPS or v model with its noise schedule. v needs levels that it covers."""
+
+    prediction: Ddpm = EPS
 
     @cached_property
     def levels(self) -> Tensor:
         """The noise level s of each timestep 0..999, increasing, float64."""
-        alpha, sigma = alphas_cumprod().sqrt(), (1 - alphas_cumprod()).sqrt()
+        alpha_squared = alphas_cumprod(zero_terminal_snr=self.prediction.zero_terminal_snr)
+        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         return sigma / (alpha + sigma)
 
     @property
@@ -79,12 +91,17 @@ class Bridge:
         covered = s.clamp(self.lowest, self.highest)
         size = ((1 - covered).square() + covered.square()).sqrt()  # 1/(alpha + sigma)
         alpha, sigma = (1 - covered) / size, covered / size
+        if self.prediction.name == "v":
+            return self._preconditioning(levels, 1 / size, alpha + sigma, sigma.square() - alpha.square())
         beyond = s > self.highest
         c_out = torch.where(
             beyond, sigma / (alpha * s.clamp(min=self.highest)), 1 / (1 - s.clamp(max=self.highest))
         )
         c_skip = torch.where(beyond, (1 - 1 / (size * alpha)) / s.clamp(min=self.highest), -c_out)
-        c_in, c_out, c_skip = (c.to(levels.device, torch.float32) for c in (1 / size, c_out, c_skip))
+        return self._preconditioning(levels, 1 / size, c_out, c_skip)
+
+    def _preconditioning(self, levels: Tensor, *coefficients: Tensor) -> Preconditioning:
+        c_in, c_out, c_skip = (c.to(levels.device, torch.float32) for c in coefficients)
         return Preconditioning(c_in, self.timestep(levels), c_out, c_skip)
 
 

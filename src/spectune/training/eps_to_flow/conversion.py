@@ -100,7 +100,7 @@ class Conversion:
 
     def predict(self, network: Network, noised: NoisedBatch, batch: Batch, *, step: int) -> Tensor:
         """Return the velocity (batch, channels, h, w) after `step` finished steps."""
-        return _velocity(network, noised, batch, self.preconditioning(noised, step))
+        return velocity_of(network, noised, batch, self.preconditioning(noised, step))
 
     def with_teacher(
         self, noised: NoisedBatch, batch: Batch, network: Network, injection: Injection
@@ -108,7 +108,7 @@ class Conversion:
         """Mix the teacher's velocity into the target, by `teacher_share` at each noise level."""
         share = self.teacher_share(noised.times).to(noised.target).view(-1, 1, 1, 1)
         with torch.no_grad(), self.base_weights(injection):
-            velocity = _velocity(network, noised, batch, self.bridge.at(noised.times))
+            velocity = velocity_of(network, noised, batch, self.bridge.at(noised.times))
         return replace(noised, target=torch.lerp(noised.target, velocity, share))
 
     def teacher_share(self, levels: Tensor) -> Tensor:
@@ -123,7 +123,8 @@ class Conversion:
             yield
 
 
-def _velocity(network: Network, noised: NoisedBatch, batch: Batch, coefficients: Preconditioning) -> Tensor:
+def velocity_of(network: Network, noised: NoisedBatch, batch: Batch, coefficients: Preconditioning) -> Tensor:
+    """Return the velocity that the network predicts with a preconditioning, (batch, channels, h, w)."""
     inputs = coefficients.network_input(noised.latents)
     output = network(inputs, coefficients.timestep, batch.captions, batch.time_ids)
     return coefficients.velocity(output, noised.latents)

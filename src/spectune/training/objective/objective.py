@@ -12,7 +12,8 @@ from spectune.model.prediction import Prediction
 from spectune.training.data.dataset import Batch
 from spectune.training.data.latents import encode_drawn
 from spectune.training.denoiser import Denoiser
-from spectune.training.eps_to_flow.conversion import Conversion, Network
+from spectune.training.eps_to_flow.bridge import Bridge
+from spectune.training.eps_to_flow.conversion import Conversion, Network, velocity_of
 from spectune.training.objective.cost import Cost
 from spectune.training.objective.noising import NoisedBatch, NoiseOptions, noise_at_random
 from spectune.training.seeds import derived_generator
@@ -35,6 +36,7 @@ class Objective:
     seed: int
     encoder: Sdxl  # encodes the pixels of batches without cached latents
     conversion: Conversion | None = None  # if the run converts an EPS base to flow
+    bridge: Bridge | None = None  # if an EPS or v model is trained with the loss of flow
 
     def noised(self, batch: Batch) -> NoisedBatch:
         """Add noise to a batch. With a teacher, the target is the teacher's velocity."""
@@ -60,6 +62,8 @@ class Objective:
 
     def predict(self, network: Network, noised: NoisedBatch, batch: Batch, *, step: int) -> Tensor:
         """Return the prediction after `step` finished steps, (batch, channels, h, w) float32."""
+        if self.bridge is not None:
+            return velocity_of(network, noised, batch, self.bridge.at(noised.times))
         if self.conversion is None:
             return network(noised.latents, noised.timestep, batch.captions, batch.time_ids)
         return self.conversion.predict(network, noised, batch, step=step)

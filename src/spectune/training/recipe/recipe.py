@@ -43,7 +43,7 @@ class Recipe(Section):
 
     def _objective_problems(self) -> Iterator[str]:
         kind = self.objective.kind
-        if kind == "flow" and self.loss.weighting not in ("none", "edm2"):
+        if self.objective.has_flow_loss and self.loss.weighting not in ("none", "edm2"):
             yield f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow'
         if self.objective.converts and self.model.form != "delta":
             yield (
@@ -58,13 +58,15 @@ class Recipe(Section):
         yield from self._batch_problems()
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             yield f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"'
+        elif self.objective.has_flow_loss and self.loss.scale_v_like_noise:
+            yield "loss.scale_v_like_noise is not for the loss of flow: remove objective.read_through"
 
     def _batch_problems(self) -> Iterator[str]:
         pairs, contrasts = self.objective.differs("flow_pairing"), bool(self.loss.contrastive_weight)
         for name, used in (("objective.flow_pairing", pairs), ("loss.contrastive_weight", contrasts)):
             if used and self.run.batch == 1:
                 yield f"{name} uses several images of a batch, but run.batch is 1: raise run.batch"
-        if contrasts and self.objective.kind not in (None, "flow"):
+        if contrasts and self.objective.kind is not None and not self.objective.has_flow_loss:
             yield f'loss.contrastive_weight needs objective.kind = "flow", not "{self.objective.kind}"'
         if contrasts and self.objective.teacher != "none":
             yield (

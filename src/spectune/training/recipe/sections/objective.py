@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -10,7 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 from spectune.errors import InputError
 from spectune.files.provenance import PredictionName
 from spectune.model.noise_levels import DISTRIBUTIONS, make_levels
-from spectune.model.prediction import Flow, Timesteps
+from spectune.model.prediction import Ddpm, Flow, Timesteps
+from spectune.training.eps_to_flow.bridge import Bridge
 from spectune.training.objective.losses import HUBER_C, HUBER_LOSSES, LOSSES
 from spectune.training.objective.noising import Pairing
 from spectune.training.objective.weightings import GAMMA_WEIGHTINGS, WEIGHTINGS
@@ -80,6 +82,11 @@ class ObjectiveSection(Section):
         description="`optimal_transport`: assign the noises of a batch to its images by the smallest sum of "
         "squared distances; flow only.",
     )
+    read_through: Literal["direct", "bridge"] = Field(
+        default="direct",
+        description="`bridge`: train an eps or v model with the loss of flow and the `flow_` keys, by exact "
+        "algebra. The file stays an eps or v model.",
+    )
     start: Literal["raw", "warm"] = Field(
         default="raw",
         description="`warm`: before the training, refit the layers of an EPS base that depend on the noise "
@@ -112,7 +119,9 @@ class ObjectiveSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = sorted(key for key in self.model_fields_set.intersection(FLOW_KEYS) if self.differs(key))
-        if given and self.kind not in (None, "flow"):
+        if self.read_through == "bridge":
+            self._check_bridge(given)
+        elif given and self.kind not in (None, "flow"):
             raise ValueError(f'`{given[0]}` needs `kind = "flow"`, not "{self.kind}"')
         if isinstance(self.flow_shift, float | int) and not 0 < self.flow_shift < math.inf:
             raise ValueError(f'`flow_shift` is {self.flow_shift}: expected a positive number or "resolution"')
@@ -128,6 +137,42 @@ class ObjectiveSection(Section):
         if self.kind == "flow" and self.input_perturbation:
             raise ValueError("`input_perturbation` is for eps and v only")
         return self
+
+    def _check_bridge(self, flow_keys: Iterable[str]) -> None:
+        """Raise ValueError for keys that do not fit `read_through = "bridge"`."""
+        if self.kind == "flow":
+            raise ValueError('`read_through = "bridge"` is for eps and v: a flow model needs no bridge')
+        for key in flow_keys:
+            if key in CONVERSION_KEYS:
+                raise ValueError(
+                    f'`{key}` converts the model to flow, but `read_through = "bridge"` keeps its type'
+                )
+        if self.differs("flow_timestep"):
+            raise ValueError('`flow_timestep` does nothing with `read_through = "bridge"`')
+        if self.input_perturbation:
+            raise ValueError('`input_perturbation` is not for flow, and not for `read_through = "bridge"`')
+        if self.kind == "eps" and self.zero_terminal_snr:
+            raise ValueError(
+                '`read_through = "bridge"` with eps needs a schedule without zero terminal SNR: at its '
+                "end, eps does not determine the velocity"
+            )
+        if self.zero_terminal_snr is None:
+            return  # the base decides; the complete recipe is checked again
+        lowest, highest = self._covered
+        for key, value in (("flow_times_min", self.flow_times_min), ("flow_times_max", self.flow_times_max)):
+            if self.differs(key) and not lowest <= value <= highest:
+                raise ValueError(
+                    f"`{key}` is {value:g}: the noise schedule of the model covers {lowest:.4f} to "
+                    f"{highest:.4f}"
+                )
+
+    @property
+    def _covered(self) -> tuple[float, float]:
+        """The noise levels that the loss may use: with the bridge, those of the model's schedule."""
+        if self.read_through == "direct":
+            return 0.0, 1.0
+        bridge = Bridge(Ddpm("v", bool(self.zero_terminal_snr)))  # eps and v have the same levels
+        return bridge.lowest, bridge.highest
 
     def _check_times(self) -> None:
         for name, keys in TIMES_KEYS.items():
@@ -148,9 +193,8 @@ class ObjectiveSection(Section):
                 f"`flow_times_min` is {self.flow_times_min:g} and `flow_times_max` {self.flow_times_max:g}: "
                 "expected a smaller minimum"
             )
-        if self.flow_shift != "resolution" and (
-            self.differs("flow_times_min") or self.differs("flow_times_max")
-        ):
+        is_complete = self.read_through == "direct" or self.zero_terminal_snr is not None
+        if self.flow_shift != "resolution" and is_complete:
             try:
                 self.flow.shares_of_limits()
             except InputError as error:
@@ -162,7 +206,18 @@ class ObjectiveSection(Section):
         parameters = {name: getattr(self, key) for name, key in TIMES_KEYS[self.flow_times].items()}
         levels = make_levels(self.flow_times, parameters, uniform_share=self.flow_times_uniform_share)
         shift = 1.0 if self.flow_shift is None else self.flow_shift
-        return Flow(shift, levels, lowest=self.flow_times_min, highest=self.flow_times_max)
+        lowest, highest = self._covered
+        return Flow(
+            shift,
+            levels,
+            lowest=max(self.flow_times_min, lowest),
+            highest=min(self.flow_times_max, highest),
+        )
+
+    @property
+    def has_flow_loss(self) -> bool:
+        """Whether the loss is that of flow, for a flow model or through the bridge."""
+        return self.kind == "flow" or self.read_through == "bridge"
 
     @property
     def converts(self) -> bool:
