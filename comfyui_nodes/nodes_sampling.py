@@ -1,4 +1,4 @@
-"""Flow Sampling From File: set the prediction type and shift that a file declares."""
+"""Flow Sampling From File: set the prediction type, the shift and the latents that a file declares."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ from typing import Any, cast
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
-from spectune.files.provenance import PredictionName
+from spectune.files.provenance import PredictionName, Provenance
 from spectune.files.source import declared_prediction, declared_zero_snr
 
 from .library import library
 from .places import listed_of_both, path_of_both, stamp
-from .sampling import sampled_as, with_discrete, with_flow
+from .sampling import sampled_as, with_discrete, with_flow, with_latents
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class DeclaredSampling:
-    """The prediction type, shift and SNR setting that a file declares."""
+    """The prediction type, shift, SNR setting and latents that a file declares."""
 
     label: str
     prediction: PredictionName | None
     shift: float | None
     zero_snr: bool
+    provenance: Provenance  # scale and shift of the latents
 
 
 class SpectuneSampling:
-    """Set flow or v prediction if a file declares it. Leave eps unchanged."""
+    """Set flow or v prediction and the latents if a file declares them. Leave eps unchanged."""
 
     CATEGORY = "spectune"
-    DESCRIPTION = "Sets the prediction type that a file declares: eps, v, or flow with its shift."
+    DESCRIPTION = (
+        "Sets the prediction type that a file declares: eps, v, or flow with its shift. Also sets the "
+        "channels, scale and shift of its latents if they are not SDXL's."
+    )
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "sampling")
     FUNCTION = "set"
@@ -76,16 +80,20 @@ class SpectuneSampling:
                     f"{declared.label} does not declare its prediction type",
                     hint="set prediction to the type of the training: eps, v or flow",
                 )
+            moved, latents = with_latents(model, declared.provenance)
             if chosen_type == "flow":
-                return _flow(model, declared, shift)
-            return _discrete(model, chosen_type, zero_snr=declared.zero_snr)
+                sampled, text = _flow(moved, declared, shift)
+            else:
+                sampled, text = _discrete(moved, chosen_type, zero_snr=declared.zero_snr)
+            return sampled, f"{text}; {latents}" if latents else text
 
 
 def declared_sampling(path: Path) -> DeclaredSampling:
     """Read the declared sampling from the header of a file."""
     with open_checkpoint(path) as source:
-        shift = source.provenance.flow_shift
-        return DeclaredSampling(source.label, declared_prediction(source), shift, declared_zero_snr(source))
+        declared = source.provenance
+        prediction, zero_snr = declared_prediction(source), declared_zero_snr(source)
+        return DeclaredSampling(source.label, prediction, declared.flow_shift, zero_snr, declared)
 
 
 def _flow(model: Any, declared: DeclaredSampling, shift: float) -> tuple[Any, str]:

@@ -1,14 +1,18 @@
-"""Read and set the prediction type that ComfyUI samples a model with: eps, v or flow."""
+"""Read and set how ComfyUI samples a model: its prediction type (eps, v or flow) and its latents."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from comfy import model_sampling
+from comfy import latent_formats, model_sampling
 
-from spectune.files.provenance import PredictionName
+from spectune.files.provenance import PredictionName, Provenance
+from spectune.sdxl.layout import SDXL, SDXL_VAE_SCALE, SDXL_VAE_SHIFT
 
 FLOW_MULTIPLIER = 1000  # the timestep input is 1000 times the noise level, as in training
+
+_FIRST_WEIGHT = "diffusion_model.input_blocks.0.0.weight"
+_INPAINTING_CHANNELS = 9
 
 
 def sampled_as(model: Any) -> PredictionName | None:
@@ -48,6 +52,36 @@ def with_discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> 
         pass
 
     return _with(model, Discrete(model.model.model_config, zsnr=zero_snr))
+
+
+def with_latents(model: Any, declared: Provenance) -> tuple[Any, str]:
+    """Return a copy with the latents of a file, and their description; `model` and "" for those of SDXL.
+
+    ComfyUI takes an SDXL with more than 4 channels for an inpainting model: the copy adds no mask.
+    """
+    weight = model.model.state_dict().get(_FIRST_WEIGHT)
+    channels = SDXL.unet.in_channels if weight is None else weight.shape[1]
+    scale = SDXL_VAE_SCALE if declared.vae_scale is None else declared.vae_scale
+    shift = SDXL_VAE_SHIFT if declared.vae_shift is None else declared.vae_shift
+    has_usual_channels = channels in (SDXL.unet.in_channels, _INPAINTING_CHANNELS)
+    if has_usual_channels and (scale, shift) == (SDXL_VAE_SCALE, SDXL_VAE_SHIFT):
+        return model, ""
+    # the usual class also has the colors of previews
+    base: Any = latent_formats.SDXL if has_usual_channels else latent_formats.LatentFormat
+
+    class Latents(base):
+        def process_in(self, latent: Any) -> Any:
+            return (latent - shift) * scale
+
+        def process_out(self, latent: Any) -> Any:
+            return latent / scale + shift
+
+    latents, copy = Latents(), model.clone()
+    if not has_usual_channels:
+        latents.latent_channels = channels
+        copy.add_object_patch("concat_keys", ())
+    copy.add_object_patch("latent_format", latents)
+    return copy, f"{latents.latent_channels} latent channels, scale {scale:g}, shift {shift:g}"
 
 
 def _with(model: Any, sampling: Any) -> Any:

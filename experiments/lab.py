@@ -165,7 +165,7 @@ def full_step(
     run.objective.cost.images(predicted, noised).mean().backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = run.optimization.base_rates[0] * min(1.0, step / max(settings.warmup_steps, 1))
+        group["lr"] = run.optimization.base_rates[0] * settings.rate_factor(step - 1, run.steps)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -201,7 +201,7 @@ class DistanceRecorder(Recorder):
 
 
 def strip_file(trial: Trial, step: int) -> Path:
-    return RESULTS / NAME / "pictures" / f"{trial.key}-{step}.png"
+    return RESULTS / trial.experiment / "pictures" / f"{trial.key}-{step}.png"
 
 
 def save_strip(trial: Trial, step: int, image: Image.Image) -> None:

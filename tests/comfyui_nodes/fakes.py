@@ -38,6 +38,12 @@ class LoRAAdapter:
         return weight + strength * (alpha / down.shape[0]) * product.reshape(weight.shape)
 
 
+class LatentFormat:
+    """ComfyUI's base class of latent formats."""
+
+    latent_channels = 4
+
+
 class Patcher:
     """A ModelPatcher. Clones share the weights, and patches for unknown names are ignored."""
 
@@ -233,6 +239,9 @@ class Comfy:
                 "comfy.sd",
                 load_checkpoint_guess_config=self.load_file,
                 load_state_dict_guess_config=self.load_state,
+            ),
+            "comfy.latent_formats": _module(
+                "comfy.latent_formats", LatentFormat=LatentFormat, SDXL=type("SDXL", (LatentFormat,), {})
             ),
             "comfy.model_sampling": _module(
                 "comfy.model_sampling",

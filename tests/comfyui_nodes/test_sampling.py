@@ -94,3 +94,18 @@ def test_other_sampling_types_are_not_recognized(comfy: Comfy) -> None:
     assert sampled_as(Patcher({}, SampledV())) == "v"
     assert sampled_as(Patcher({}, EDM())) is None
     assert sampled_as(Patcher({}, object())) is None
+
+
+def test_the_latents_of_a_file_are_set(comfy: Comfy) -> None:
+    file = declaring_file(comfy, prediction="flow", flow_shift=2.5, vae_scale=0.5, vae_shift=0.1)
+    model = Patcher({"diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 16, 3, 3)}, SampledEps())
+    patched, text = comfy.run("SpectuneSampling", model=model, file=file)
+    assert text == "flow, shift 2.5; 16 latent channels, scale 0.5, shift 0.1"
+    latents: Any = patched.object_patches["latent_format"]
+    assert (latents.latent_channels, patched.object_patches["concat_keys"]) == (16, ())
+    assert latents.process_in(torch.tensor(1.1)).item() == pytest.approx(0.5)
+    assert latents.process_out(torch.tensor(0.5)).item() == pytest.approx(1.1)
+    usual = declaring_file(comfy, prediction="eps", vae_scale=0.1406, vae_shift=-0.4743)
+    patched, text = comfy.run("SpectuneSampling", model=Patcher({}, SampledEps()), file=usual)
+    assert text == "eps (unchanged); 4 latent channels, scale 0.1406, shift -0.4743"
+    assert patched.object_patches.keys() == {"latent_format"}

@@ -284,6 +284,10 @@ def _has_sign(stem: str, sign: str) -> bool:
     return stem.startswith(sign) if sign == "transformer." else sign in stem
 
 
+# The axis of the latents in the shapes of the first and the last convolution of the UNet.
+_LATENT_AXES: Mapping[str, int] = {"unet.input_blocks.0.0": 1, "unet.out.2": 0}
+
+
 @dataclass(frozen=True)
 class _Reader:
     """A reader of the factors of a file, layer by layer."""
@@ -338,6 +342,13 @@ class _Reader:
             self._misfit(layer, ALPHA, ())
 
     def _misfit(self, layer: Layer, suffix: str, expected: tuple[int, ...]) -> None:
+        axis, shape = _LATENT_AXES.get(layer.name), self.shape(layer, suffix)
+        if axis is not None and axis < min(len(shape), len(expected)) and shape[axis] != expected[axis]:
+            raise InputError(
+                f"{self.source.label} was made for latents of {shape[axis]} channels, the model has latents "
+                f"of {expected[axis]}",
+                hint="pass the model that the adapter was made for",
+            )
         raise InputError(
             f"{self.key(layer, suffix)} of {self.source.label} does not fit the layer {layer.name} "
             f"{layer.shape}: expected {expected}, got {self.shape(layer, suffix)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -77,12 +77,14 @@ def open_writer(
     infos: Sequence[TensorInfo],
     *,
     template: Path | None = None,
+    renewed: Collection[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **options: Unpack[WriterOptions],
 ) -> TensorWriter:
     """Open a writer: `x.safetensors` is a file, `x.safetensors.index.json` shards, any other name a folder.
 
-    A diffusers folder takes its small files from the folder `template`. `max_shard_bytes` applies to shards.
+    A diffusers folder takes its small files from the folder `template`, except those in `renewed`, which
+    are made anew. `max_shard_bytes` applies to shards.
     Raises InputError for names of other kinds of files, such as `.ckpt`.
     """
     path = Path(path)
@@ -97,4 +99,4 @@ def open_writer(
             "or the name of a folder",
             hint="choose another name in `out`",
         )
-    return FolderWriter(path, infos, template=template, **options)
+    return FolderWriter(path, infos, template=template, renewed=renewed, **options)

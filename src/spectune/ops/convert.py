@@ -32,6 +32,7 @@ from spectune.files.dtypes import parse_dtype
 from spectune.files.pipeline import report_progress, run_pipeline
 from spectune.files.provenance import spectune_version
 from spectune.operation import operation
+from spectune.ops.latent_space.records import MovedLatents
 from spectune.ops.options.adapter_files import ConvertOptions
 from spectune.ops.other_kinds import check_no_options, copy_tensors, difference_of_drop, is_other_kind
 from spectune.ops.shared import (
@@ -62,6 +63,7 @@ class ConvertReport:
     dropped: tuple[str, ...]  # keys that matched `drop`, or of moving averages
     count: int  # layers of an adapter, tensors of a checkpoint
     warnings: tuple[str, ...] = ()
+    latents: MovedLatents | None = None  # with `latent_channels`
 
     @property
     def error(self) -> float:
@@ -79,11 +81,12 @@ def convert(options: ConvertOptions) -> ConvertReport:
 
     A tensor is dropped only if its key matches `drop`. With `principal`, a principal that was trained by
     another program is converted to trained deltas, spectune's own format. With `ema`, the moving averages of
-    a checkpoint become its UNet.
+    a checkpoint become its UNet. With `latent_channels`, a checkpoint moves to another latent space.
     """
     if not is_checkpoint(options.source):
-        if options.ema:
-            raise InputError(f"{options.source.name} is an adapter: `ema` applies to checkpoints")
+        for name in ("ema", "latent_channels"):
+            if getattr(options, name):
+                raise InputError(f"{options.source.name} is an adapter: `{name}` applies to checkpoints")
         return _convert_adapter(options)
     default = ConvertOptions(options.source, options.out)
     names = ("dtype", "principal", "base", "even_alphas", "drop", "keys")
@@ -93,7 +96,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
             hint="leave out the other options; the file name in `out` sets the layout: x.safetensors, "
             "x.safetensors.index.json, or a folder",
         )
-    return _convert_checkpoint(options)
+    return _convert_checkpoint(options) if options.latent_channels is None else _move(options)
 
 
 def _convert_adapter(options: ConvertOptions) -> ConvertReport:
@@ -235,3 +238,11 @@ def _convert_checkpoint(options: ConvertOptions) -> ConvertReport:
         ) as writer:
             write_all(source, writer, options.progress)
     return ConvertReport(out, writer.hash, (), dropped, len(infos))
+
+
+def _move(options: ConvertOptions) -> ConvertReport:
+    """Move a checkpoint to another latent space. Progress counts tensors."""
+    from spectune.ops.latent_space.move import move  # it loads diffusers
+
+    moved = move(options)
+    return ConvertReport(options.out, moved.hash, (), moved.dropped, moved.tensors, latents=moved.latents)

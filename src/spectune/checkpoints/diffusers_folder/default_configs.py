@@ -92,7 +92,8 @@ def _text_config(text: TextLayout, kind: str) -> dict[str, Any]:
 
 def _vae_config(vae: VaeLayout) -> dict[str, Any]:
     levels = len(vae.channels)
-    return {
+    without = {} if vae.quant_convs else {"use_quant_conv": False, "use_post_quant_conv": False}
+    return without | {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": DIFFUSERS_VERSION,
         "act_fn": "silu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,10 @@ _FORMAT = {"format": "pt"}  # transformers refuses a file without this entry
 class FolderWriter(MultiFileWriter):
     """A writer of a folder that StableDiffusionXLPipeline loads, from the tensors of a single file.
 
-    The small files come from the diffusers folder `template` or are new (`small_files`). The UNet's file gets
-    the metadata. Tensors that belong to no module go into `single_file_extras.safetensors`, unless a reader
-    derives the same values. So the folder reads back bit for bit. The folder gets its name when it is
-    complete; with `force`, the previous folder is then deleted.
+    The small files come from the diffusers folder `template` or are new (`small_files`); those in `renewed`
+    are always new. The UNet's file gets the metadata. Tensors that belong to no module go into
+    `single_file_extras.safetensors`, unless a reader derives the same values. So the folder reads back bit
+    for bit. The folder gets its name when it is complete; with `force`, the previous folder is then deleted.
     Raises InputError before any work if the tensors are not those of an SDXL, the template belongs to another
     model, the target exists without `force` or must not be replaced, or the disk has too little space.
     """
@@ -59,12 +59,14 @@ class FolderWriter(MultiFileWriter):
         force: bool = False,
         hold: bool = False,
         template: Path | None = None,
+        renewed: Collection[str] = (),
     ) -> None:
         # resolve: the temporary folder is named after the target, and `.` has no name
         super().__init__(Path(path).resolve(), infos, metadata=metadata, hold=hold)
         _check_folder(self.path, sum(info.nbytes for info in infos), force=force)
         self._force = force
-        self._template = None if template is None else read_template(template)
+        files = {} if template is None else read_template(template)
+        self._template = {name: raw for name, raw in files.items() if name not in renewed}
         source = self._announced()
         layout = infer_layout(source)
         self._small_files()  # to raise its errors before any work

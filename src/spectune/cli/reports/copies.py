@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from spectune.checkpoints.ema import EMA_ROOT
-from spectune.cli.console import say
+from spectune.cli.console import print_hint, print_warning, say
 from spectune.cli.report_parts import percent, written
-from spectune.errors import some_of
+from spectune.errors import counted, quoted, some_of
 from spectune.ops.convert import ConvertReport
+from spectune.ops.latent_space.records import MovedLatents
 from spectune.ops.null import NullReport
 from spectune.ops.options.adapter_files import ConvertOptions
 from spectune.ops.options.model_files import NullOptions
@@ -32,6 +33,10 @@ def show(result: ConvertReport | NullReport, options: ConvertOptions | NullOptio
         if result.kept:
             say(f"copied unchanged: {', '.join(result.kept)}")
         return
+    if result.latents is not None:
+        assert isinstance(options, ConvertOptions)
+        _show_move(result, result.latents, options)
+        return
     if isinstance(options, ConvertOptions) and options.ema:
         say(f"the moving averages are the UNet; {len(result.dropped)} keys {EMA_ROOT}* are gone")
     elif result.dropped:
@@ -43,3 +48,34 @@ def show(result: ConvertReport | NullReport, options: ConvertOptions | NullOptio
         )
     else:
         say(f"{result.count} layers or tensors, none was rounded")
+
+
+_INITIAL = {
+    "zeros": "the first channels kept their weights, further ones have zero weights",
+    "copy": "the weights of the old channels repeat",
+    "fit": "least squares on pictures",
+}
+
+
+def _show_move(result: ConvertReport, latents: MovedLatents, options: ConvertOptions) -> None:
+    """Print what is new in a model in another latent space, and what to do next."""
+    say(
+        f"the UNet takes latents of {latents.channels} channels instead of {latents.channels_before}; "
+        f"conv_in and conv_out are new: {_INITIAL[latents.init]}"
+    )
+    if latents.error is not None:
+        say(
+            f"fitted to {counted(latents.pictures, 'picture')}: error of conv_in {latents.first_error:.2f}, "
+            f"of the prediction {latents.error:.2f} (copies: {latents.before_error:.2f}), relative squares"
+        )
+    vae = f"the autoencoder of {latents.vae}" if latents.has_vae else "no autoencoder"
+    if latents.vae is None and latents.has_vae:
+        vae = "its old autoencoder"
+    gone = f"; left out: {counted(len(result.dropped), 'tensor')} of the old autoencoder or of averages"
+    say(f"the file has {vae}{gone if result.dropped else ''}")
+    print_warning("the model cannot draw before it is trained on the new latents")
+    set_vae = "" if latents.has_vae else ", and vae.path to the autoencoder"
+    print_hint(
+        f'`spectune new {quoted(result.path)} PICTURES` writes a recipe; set model.layers = ["all"] in it, '
+        f"which includes conv_in and conv_out{set_vae}"
+    )

@@ -10,11 +10,13 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from spectune.errors import InputError
+from spectune.model.vae.known import KNOWN_VAES
 from spectune.operation import OperationOptions, argument, option, record
 from spectune.ops.options.values import (
     BASE_HELP,
     CARD_HELP,
     DEVICE_HELP,
+    DRAWING_DEVICE_HELP,
     FORCE_HELP,
     KEYS_HELP,
     LAYERS_HELP,
@@ -25,7 +27,9 @@ from spectune.ops.options.values import (
     WeightDtype,
     check_one_rank,
 )
-from spectune.training.recipe.sections.base import MOST_RANK
+from spectune.training.recipe.sections.base import MOST_PX, MOST_RANK
+
+MOST_LATENT_CHANNELS = 256
 
 
 @record
@@ -169,5 +173,59 @@ class ConvertOptions(OperationOptions):
         default=False,
         help="For a checkpoint: write the moving averages that it contains (`model_ema.*`) as its UNet.",
     )
+    latent_channels: int | None = option(
+        default=None,
+        ge=1,
+        le=MOST_LATENT_CHANNELS,
+        help="For a checkpoint: move it to latents with this number of channels. conv_in and conv_out of the "
+        "UNet are new, and the model must be trained before it draws.",
+    )
+    vae: Path | None = option(
+        default=None,
+        help="With `latent_channels`: the autoencoder to put into the checkpoint, a .safetensors file or a "
+        "diffusers folder. Default: leave the autoencoder out if it does not fit.",
+    )
+    vae_name: str | None = option(
+        default=None,
+        help=f"With `vae`: the name of its scale and shift: {', '.join(KNOWN_VAES)}. Default: as the file "
+        "declares.",
+    )
+    vae_scale: float | None = option(
+        default=None, help="With `vae`: its scale, latents = (z - shift) * scale."
+    )
+    vae_shift: float | None = option(default=None, help="With `vae`: its shift.")
+    init: Literal["zeros", "copy", "fit"] | None = option(
+        default=None,
+        help="With `latent_channels`: the new weights. zeros (the first channels keep their weights), copy "
+        "(the old channels repeat), fit (least squares on `pictures`). Default: fit with `pictures`, "
+        "otherwise copy.",
+    )
+    pictures: Path | None = option(
+        default=None, help="With `init` fit: a folder of pictures with captions; up to 64 are used."
+    )
+    size: int = option(
+        default=1024, ge=16, le=MOST_PX, help="With `init` fit: the side of the square pictures, in pixels."
+    )
+    device: str = option(default="auto", help=f"With `init` fit. {DRAWING_DEVICE_HELP}")
     base: ModelPath | None = option(default=None, help=BASE_HELP)
     force: bool = option(default=False, help=FORCE_HELP)
+
+    @model_validator(mode="after")
+    def _check_move(self) -> Self:
+        if self.latent_channels is None:
+            names = ("vae", "vae_name", "vae_scale", "vae_shift", "init", "pictures")
+            passed = [name for name in names if getattr(self, name) is not None]
+            if passed:
+                raise InputError(f"`{passed[0]}` requires `latent_channels`")
+        if self.vae is None and (self.vae_name, self.vae_scale, self.vae_shift) != (None, None, None):
+            raise InputError("`vae_name`, `vae_scale` and `vae_shift` require `vae`")
+        if self.init == "fit" and (self.pictures is None or self.vae is None):
+            raise InputError(
+                "`init` fit requires `pictures` and `vae`",
+                hint="set `pictures` to a folder of pictures and `vae` to the new autoencoder",
+            )
+        if self.pictures is not None and self.init in ("zeros", "copy"):
+            raise InputError(f"`init` {self.init} uses no `pictures`", hint="leave out one of the two")
+        if self.pictures is not None and self.vae is None:
+            raise InputError("`pictures` requires `vae`: both autoencoders encode them")
+        return self

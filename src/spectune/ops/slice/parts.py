@@ -25,6 +25,7 @@ from spectune.ops.options.values import Slice
 from spectune.ops.shared import STALE, refuse_overwriting, template_of, write_all
 from spectune.ops.slice.plan import slices_metadata
 from spectune.pairs.rules import check_whole_model
+from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import PARTS, part_of
 
@@ -96,12 +97,25 @@ def swap_parts(options: SliceOptions) -> SwapReport:
             raise InputError(f"{label} has no {missing[0]}", hint="take this part from another file")
         # raises InputError if the encoders do not have the width that the UNet was built for
         build_catalogue(model)
+        _check_latents(model)
         infos = list(model.tensors.values())
         template = template_of(opened[chosen["unet"]])
         metadata = _metadata(model, slices, title=out.name.removesuffix(".safetensors"))
         with open_writer(out, infos, metadata=metadata, force=options.force, template=template) as writer:
             write_all(model, writer, options.progress)
     return SwapReport(out, writer.hash, {part: chosen[part].name for part in PARTS}, len(infos))
+
+
+def _check_latents(model: Swapped) -> None:
+    """Raise InputError if the VAE makes latents of another number of channels than the UNet predicts."""
+    parts, unet, vae = infer_parts(model), model.sources["unet"], model.sources["vae"]
+    if parts.vae is not None and parts.vae.unet_channels != parts.unet.out_channels:
+        raise InputError(
+            f"the VAE of {vae.label} makes latents of {parts.vae.unet_channels} channels, but the UNet of "
+            f"{unet.label} takes {parts.unet.out_channels}",
+            hint="take the VAE from the file of the UNet; `spectune convert --latent-channels` moves a UNet "
+            "to the latents of another VAE",
+        )
 
 
 def _chosen(slices: Sequence[Slice]) -> dict[str, Path]:

@@ -121,24 +121,39 @@ def refit_output(model: Sdxl, pairs: Iterable[tuple[Callable[[], Tensor], Tensor
     """
     layer = base_module(model, "conv_out")
     assert isinstance(layer, nn.Conv2d)
-    weight, bias = _weight_and_bias(layer)
-    gram = torch.zeros(weight[0].numel() + 1, weight[0].numel() + 1, dtype=torch.float64)
-    cross = torch.zeros(len(gram), len(weight), dtype=torch.float64)
     features: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, args: features.append(args[0].detach().float()))
-    try:
+
+    def maps_and_outputs() -> Iterator[tuple[Tensor, Tensor]]:
         for predict, target in pairs:
             features.clear()
             predict()
-            for maps, velocity in zip(features[-1], target, strict=True):
-                rows = _with_ones(_patches(maps, layer))  # (h*w, in*kh*kw + 1)
-                gram += (rows.T @ rows).cpu().double()
-                cross += (rows.T @ velocity.flatten(1).T.to(rows)).cpu().double()
+            yield from zip(features[-1], target, strict=True)
+
+    hook = layer.register_forward_pre_hook(lambda module, args: features.append(args[0].detach()))
+    try:
+        fitted = fitted_convolution(layer, maps_and_outputs(), ridge=OUTPUT_RIDGE)
     finally:
         hook.remove()
+    return _named(model, {"conv_out": fitted})
+
+
+def fitted_convolution(
+    layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias near those of `layer` that map inputs (in, h, w) to outputs (out, h, w).
+
+    `ridge` is relative to the mean squared input. The results are float64, on the CPU.
+    """
+    weight, bias = _weight_and_bias(layer)
+    gram = torch.zeros(weight[0].numel() + 1, weight[0].numel() + 1, dtype=torch.float64)
+    cross = torch.zeros(len(gram), len(weight), dtype=torch.float64)
+    for maps, output in pairs:
+        rows = _with_ones(_patches(maps.float(), layer))  # (h*w, in*kh*kw + 1)
+        gram += (rows.T @ rows).cpu().double()
+        cross += (rows.T @ output.flatten(1).T.to(rows)).cpu().double()
     before = torch.cat([weight.flatten(1), bias[:, None]], dim=1).T  # (in*kh*kw + 1, out)
-    fitted = (before + _ridge(gram, cross - gram @ before, OUTPUT_RIDGE)).T
-    return _named(model, {"conv_out": (fitted[:, :-1].reshape(weight.shape), fitted[:, -1])})
+    fitted = (before + _ridge(gram, cross - gram @ before, ridge)).T
+    return fitted[:, :-1].reshape(weight.shape), fitted[:, -1]
 
 
 def _refit(inputs: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
