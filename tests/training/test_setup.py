@@ -42,6 +42,20 @@ def test_the_recipe_determines_the_prediction(
     assert run.objective.cost.options.prediction == prediction.name
 
 
+def test_batches_of_one_image_are_reported_if_the_loss_uses_other_images(make_recipe: MakeRecipe) -> None:
+    flow = {"kind": "flow", "flow_pairing": "optimal_transport"}
+    found = {}
+    for batch in (11, 12):  # of 12 draws
+        recipe = make_recipe(objective=flow, model={"parts": ["unet"]}, run={"batch": batch})
+        run = assemble(recipe, Accelerator(cpu=True), Callbacks())
+        found[batch] = [text for text in run.warnings.entries if "one image" in text]
+    assert found[12] == []
+    assert found[11] == [
+        "each epoch has 1 batch with one image: objective.flow_pairing and loss.contrastive_weight do "
+        "nothing there"
+    ]
+
+
 def test_the_setup_is_immutable(make_recipe: MakeRecipe) -> None:
     run = assemble(make_recipe(), Accelerator(cpu=True), Callbacks())
     for record, field in (

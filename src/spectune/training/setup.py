@@ -25,6 +25,7 @@ from spectune.training.data.dataset import Batch, Pictures, Variation
 from spectune.training.data.encoding import encode_images, with_saved_way, with_way
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
+    batch_warnings,
     cache_captions,
     check_sizes,
     data_hash,
@@ -97,6 +98,7 @@ def assemble(
     model = RunModel(trainable, _build_denoiser(recipe, trainable), offloaded)
     recipe, data = _encode(recipe, model, device, pictures, validation, warnings)
     model.sdxl.unet.to(device)  # last: the encoding needs memory that the UNet would take
+    warnings.add(batch_warnings(recipe, data.plan))
     weighting = _build_weighting(recipe, accelerator.device)
     objective = _build_objective(recipe, model, weighting)
     if saved is None:

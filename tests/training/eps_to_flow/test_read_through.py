@@ -166,7 +166,10 @@ def test_the_file_stays_an_eps_model(make_recipe: MakeRecipe, picture_folder: Pa
         ({"objective": {"input_perturbation": 0.1}}, "`input_perturbation` is not for flow"),
         ({"objective": {"zero_terminal_snr": True}}, "needs a schedule without zero terminal SNR"),
         ({"objective": {"flow_times_max": 0.99}}, "`flow_times_max` is 0.99: .* covers 0.0283 to 0.9360"),
-        ({"loss": {"weighting": "min_snr"}}, "use none or edm2 for flow"),
+        (
+            {"loss": {"weighting": "min_snr"}},
+            "use none or edm2 for objective.read_through = .bridge., which has the loss",
+        ),
         ({"objective": {"kind": "v"}, "loss": {"scale_v_like_noise": True}}, "is not for the loss of flow"),
     ],
 )

@@ -13,6 +13,7 @@ from spectune.training.callbacks import Callbacks, stage
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_pictures, vae_key
+from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
 from spectune.training.data.store import LatentStore
 from spectune.training.denoiser import Denoiser, encode_captions
@@ -132,3 +133,14 @@ def data_hash(pictures: Pictures) -> str:
         for image, target in zip(pictures.images, pictures.targets, strict=True)
     ]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+
+def batch_warnings(recipe: Recipe, plan: BatchPlan) -> list[str]:
+    """Return a warning if batches of one image meet options that use the other images of a batch."""
+    uses_others = recipe.objective.flow_pairing != "random" or recipe.loss.contrastive_weight
+    if not uses_others or not plan.batches_of_one:
+        return []
+    return [
+        f"each epoch has {counted(plan.batches_of_one, 'batch', 'batches')} with one image: "
+        "objective.flow_pairing and loss.contrastive_weight do nothing there"
+    ]

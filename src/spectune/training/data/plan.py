@@ -50,6 +50,11 @@ class BatchPlan:
         ]
         self.batches_per_epoch = sum(-(-len(draws) // batch) for draws in self._draws)
 
+    @property
+    def batches_of_one(self) -> int:
+        """The number of batches of an epoch that have one image."""
+        return sum(len(draws) % self.batch == 1 for draws in self._draws)
+
     def epoch(self, number: int) -> list[list[Draw]]:
         """Return the batches of epoch `number`, counted from 0."""
         generator = derived_generator(self.seed, "order", number)

@@ -44,7 +44,10 @@ class Recipe(Section):
     def _objective_problems(self) -> Iterator[str]:
         kind = self.objective.kind
         if self.objective.has_flow_loss and self.loss.weighting not in ("none", "edm2"):
-            yield f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for flow'
+            used = (
+                "flow" if kind == "flow" else 'objective.read_through = "bridge", which has the loss of flow'
+            )
+            yield f'loss.weighting = "{self.loss.weighting}" is for eps and v: use none or edm2 for {used}'
         if self.objective.converts and self.model.form != "delta":
             yield (
                 'objective.start, teacher and bridge_steps need model.form = "delta", which keeps the base '
