@@ -16,7 +16,6 @@ from spectune.errors import InputError
 from spectune.files.dtypes import parse_dtype
 from spectune.files.source import WeightSource
 from spectune.model.device import cpu_warnings, describe_device, parse_device, total_memory
-from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.selection import select_layers
 from spectune.training import output
@@ -26,7 +25,7 @@ from spectune.training.data.gather import check_sizes
 from spectune.training.data.plan import BatchPlan
 from spectune.training.memory.account import Memory, Setup
 from spectune.training.memory.meter import MemoryMeter
-from spectune.training.recipe.defaults import described_defaults, with_defaults
+from spectune.training.recipe.defaults import described_defaults, run_layout, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.saving.disk import SavePlan, free_disk
 from spectune.training.saving.intervals import Task, is_due, previews_at_end
@@ -114,11 +113,10 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     warnings.add(model_warnings(requested))
     pictures, validation = find_images(recipe, warnings)
     with open_checkpoint(recipe.model.checkpoint) as base:
-        label, layout = base.label, infer_layout(base)
+        label, layout = base.label, run_layout(base, recipe.vae)
         setup = setup_of(recipe, _rank(recipe, base))
         meter = MemoryMeter(layout, build_catalogue(base))
         refreshed = _refreshed_bytes(recipe, base)
-    _check_vae(recipe)
     check_sizes(layout, training_sizes(recipe.data))
     memory = meter.measure(setup)
     warnings.add(cpu_warnings(device, memory.fixed.unet // 2))
@@ -181,15 +179,6 @@ def _rank(recipe: Recipe, base: WeightSource) -> int:
                 hint="set model.principal to a file that `spectune split` wrote",
             )
         return max((principal.rank(name) for name in principal.layers), default=1)
-
-
-def _check_vae(recipe: Recipe) -> None:
-    """Raise InputError if the autoencoder of the recipe cannot be opened."""
-    path = recipe.vae.path
-    if path is None or path.is_dir():
-        return
-    with open_checkpoint(path):
-        pass
 
 
 def _schedule(recipe: Recipe, plan: BatchPlan, first_step: int, *, validates: bool) -> RunSchedule:

@@ -22,14 +22,9 @@ from spectune.files.weights_hash import weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantize_layers
-from spectune.model.vae.convention import (
-    ASSUMED,
-    VaeConvention,
-    declare_vae,
-    merge_conventions,
-    resolve_convention,
-)
+from spectune.model.vae.convention import declare_vae, merge_conventions, own_convention
 from spectune.model.vae.loading import choose_vae
+from spectune.model.vae.vae_file import check_latents
 from spectune.pairs.rules import (
     BaseKind,
     check_frame,
@@ -42,7 +37,7 @@ from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
 from spectune.training.frames.making import hash_of_frames, make_frames
-from spectune.training.recipe.defaults import start_provenance
+from spectune.training.recipe.defaults import section_convention, start_provenance
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
 from spectune.training.tuned_start import open_start
@@ -119,6 +114,9 @@ def check_channels(base: WeightSource, section: VaeSection) -> None:
             f"but the UNet takes {expected}",
             hint="set [vae] `path` to the VAE that this UNet was trained with",
         )
+    if section.path is None and parts.vae is not None:
+        default = merge_conventions(base.provenance, default=own_convention(parts.vae, expected))
+        check_latents(parts.vae, section_convention(section, default), expected, base.label)
 
 
 def check_trainable(source: WeightSource, *, hint: str = "pass the original model") -> None:
@@ -351,18 +349,9 @@ def quantize(
 
 def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> TrainableModel:
     """Return the model with the autoencoder of the recipe, also recorded in its provenance."""
-    own = trainable.sdxl.layout.vae
-    provenance = trainable.provenance
-    usual = ASSUMED if own is None else VaeConvention(own.scale, own.shift, "zeros")
-    declared = merge_conventions(provenance, default=usual)
-    convention = resolve_convention(
-        section.path,
-        name=section.name,
-        scale=section.scale,
-        shift=section.shift,
-        padding=section.padding,
-        default=declared,
-    )
+    layout, provenance = trainable.sdxl.layout, trainable.provenance
+    usual = own_convention(layout.vae, layout.unet.in_channels)
+    convention = section_convention(section, merge_conventions(provenance, default=usual))
     if section.path is None and convention == usual:
         return trainable
     sdxl = choose_vae(trainable.sdxl, section.path, convention)

@@ -8,22 +8,27 @@ from typing import Any
 from spectune.cli.console import megabytes, print_hint, print_warning, say, table
 from spectune.cli.report_parts import loading_json, loading_table
 from spectune.errors import counted, some_of
+from spectune.ops.inspect.autoencoder import VaeSummary
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary
 from spectune.ops.options.model_files import InspectOptions
 from spectune.pairs.spectrum_report import GroupSpectrum, LayerSpectrum, SpectrumReport
 from spectune.sdxl.inference import adding_parts, missing_parts
 from spectune.sdxl.layers import RANKS
 
+Summary = ModelSummary | AdapterSummary | VaeSummary | SpectrumReport
 _AT_RANKS = tuple(f"r{rank}" for rank in RANKS)
 
 
 def show(
-    summary: ModelSummary | AdapterSummary | SpectrumReport, options: InspectOptions, seconds: float
+    summary: Summary,
+    options: InspectOptions,
+    seconds: float,
 ) -> None:
     if isinstance(summary, SpectrumReport):
         _show_spectrum(summary, options, seconds)
-        return
-    if isinstance(summary, AdapterSummary):
+    elif isinstance(summary, VaeSummary):
+        _print_vae(summary)
+    elif isinstance(summary, AdapterSummary):
         _print_adapter(summary)
         if summary.programs:
             loading_table("what other programs load", summary.programs)
@@ -40,10 +45,14 @@ def show(
 
 
 def as_json(
-    summary: ModelSummary | AdapterSummary | SpectrumReport, options: InspectOptions, seconds: float
+    summary: Summary,
+    options: InspectOptions,
+    seconds: float,
 ) -> dict[str, Any]:
     if isinstance(summary, SpectrumReport):
         return _spectrum_json(summary, options, seconds)
+    if isinstance(summary, VaeSummary):
+        return asdict(summary)
     return asdict(summary) | {"programs": loading_json(summary.programs)}
 
 
@@ -86,6 +95,23 @@ def _print_model(summary: ModelSummary) -> None:
         costs,
         left=0,
     )
+
+
+def _print_vae(summary: VaeSummary) -> None:
+    say(f"{summary.label}: an autoencoder ({summary.kind}), {summary.keys} key names")
+    quant = "" if summary.quant_convs else ", without quant convolutions"
+    edge = summary.pixels_per_latent
+    say(f"  latents       {summary.channels} channels, {edge} pixels per latent{quant}")
+    if summary.packed_channels is not None:
+        say(f"  packed        {summary.packed_channels} channels, {2 * edge} pixels per latent")
+    found = summary.convention
+    if found is not None:
+        source = "assumed: the file does not declare them" if found.is_assumed else "declared"
+        say(f"  scale, shift  {found.scale:g}, {found.shift:g} ({source})")
+    else:
+        say("  scale, shift  unknown: the file does not declare them")
+    if summary.names:
+        say(f"  names         {', '.join(summary.names)} (the form fits; the weights are not compared)")
 
 
 def _print_adapter(summary: AdapterSummary) -> None:

@@ -11,7 +11,7 @@ from spectune.errors import InputError, did_you_mean
 from spectune.files.provenance import Padding, Provenance
 from spectune.files.reader import MODEL_INDEX, open_file
 from spectune.model.vae.known import KNOWN_VAES
-from spectune.sdxl.layout import SDXL_VAE_SCALE, SDXL_VAE_SHIFT
+from spectune.sdxl.layout import SDXL, SDXL_VAE_SCALE, SDXL_VAE_SHIFT, VaeLayout
 
 CONFIG = "config.json"
 
@@ -84,6 +84,17 @@ def merge_conventions(*declared: Provenance, default: VaeConvention = ASSUMED) -
         padding=first("vae_padding", default.padding),
         is_assumed=default.is_assumed and all(record.vae_scale is None for record in declared),
     )
+
+
+def own_convention(own: VaeLayout | None, unet_channels: int) -> VaeConvention:
+    """Return the convention of a checkpoint's own autoencoder.
+
+    It is assumed if the checkpoint has none for the latents of its UNet, or does not declare their scale.
+    """
+    if own is None or own.unet_channels != unet_channels:
+        return ASSUMED
+    values = VaeConvention(own.scale, own.shift, "zeros")
+    return replace(values, is_assumed=values == ASSUMED and unet_channels != SDXL.unet.in_channels)
 
 
 def declares_vae(provenance: Provenance) -> bool:

@@ -14,8 +14,7 @@ from spectune.errors import InputError
 from spectune.files.provenance import Padding
 from spectune.model.network import Autoencoder, Sdxl, fill, new_vae, no_vae
 from spectune.model.vae.convention import CONFIG, VaeConvention
-from spectune.model.vae.known import KNOWN_VAES
-from spectune.model.vae.vae_file import NOT_A_VAE, VaeFile, open_vae
+from spectune.model.vae.vae_file import NOT_A_VAE, VaeFile, check_latents, open_vae
 from spectune.sdxl.layout import VaeLayout
 
 
@@ -86,33 +85,8 @@ def with_vae(model: Sdxl, vae: LoadedVae) -> Sdxl:
         InputError: Its latents do not fit the UNet or the name of its convention, or nothing declares their
             scale.
     """
-    _check_latents(vae, model.layout.unet.in_channels)
+    check_latents(vae.layout, vae.convention, model.layout.unet.in_channels, vae.label)
     return replace(model, vae=vae.module, layout=replace(model.layout, vae=vae.layout))
-
-
-def _check_latents(vae: LoadedVae, expected: int) -> None:
-    found, name = vae.layout.unet_channels, vae.convention.name
-    if found != expected:
-        raise InputError(
-            f"{vae.label} makes latents of {found} channels, but the UNet takes {expected}",
-            hint="use a VAE with the channels of the UNet, or give the UNet other channels with "
-            f"`spectune convert MODEL --latent-channels {found} --vae FILE`",
-        )
-    if name is not None:
-        known, is_deep = KNOWN_VAES[name], vae.layout.deep_config is not None
-        if known.channels != expected or (known.kind == "AutoencoderDC") != is_deep:
-            raise InputError(
-                f"{vae.label} is not the VAE {name!r}: that one is an {known.kind} with latents of "
-                f"{known.channels} channels",
-                hint="set the name of this VAE, or its scale and shift",
-            )
-    # SDXL's scale and shift are wrong for every other latent space
-    if vae.convention.is_assumed and expected != 4 and vae.layout.packed is None:
-        raise InputError(
-            f"neither a name nor a file declares the scale and shift of the {expected}-channel latents of "
-            f"{vae.label}",
-            hint="set the name of the VAE, or its scale and shift (docs/reference/vae.md lists known ones)",
-        )
 
 
 def with_convention(model: Sdxl, convention: VaeConvention) -> Sdxl:

@@ -35,7 +35,7 @@ from spectune.files.source import TensorInfo, WeightSource
 from spectune.model.vae.convention import CONFIG, VaeConvention, vae_folder
 from spectune.model.vae.known import KNOWN_VAES, VaeKind
 from spectune.sdxl.inference import ShapeProbe, vae_layout
-from spectune.sdxl.layout import NORM_GROUPS, VAE_ROOT, LatentStatistics, VaeLayout, read_hints
+from spectune.sdxl.layout import NORM_GROUPS, SDXL, VAE_ROOT, LatentStatistics, VaeLayout, read_hints
 from spectune.sdxl.names import TensorView, vae_modules
 from spectune.sdxl.state_dicts import views_of
 
@@ -284,6 +284,35 @@ class VaeFile:
 
     def _unexpected(self, what: str) -> InputError:
         return InputError(f"{self.label} is not laid out like SDXL's VAE: {what}", hint=NOT_A_VAE)
+
+
+def check_latents(layout: VaeLayout, convention: VaeConvention, unet_channels: int, label: str) -> None:
+    """Raise InputError if the latents of an autoencoder do not fit the UNet, or have no declared scale.
+
+    The name of the convention must also fit.
+    """
+    found, name = layout.unet_channels, convention.name
+    if found != unet_channels:
+        raise InputError(
+            f"{label} makes latents of {found} channels, but the UNet takes {unet_channels}",
+            hint="use a VAE with the channels of the UNet, or give the UNet other channels with "
+            f"`spectune convert MODEL --latent-channels {found} --vae FILE`",
+        )
+    if name is not None:
+        known, is_deep = KNOWN_VAES[name], layout.deep_config is not None
+        if known.channels != unet_channels or (known.kind == "AutoencoderDC") != is_deep:
+            raise InputError(
+                f"{label} is not the VAE {name!r}: that one is an {known.kind} with latents of "
+                f"{known.channels} channels",
+                hint="set the name of this VAE, or its scale and shift",
+            )
+    # SDXL's scale and shift are wrong for every other latent space
+    if convention.is_assumed and unet_channels != SDXL.unet.in_channels and layout.packed is None:
+        raise InputError(
+            f"neither a name nor a file declares the scale and shift of {label}, whose latents have "
+            f"{unet_channels} channels",
+            hint="set the name of the VAE, or its scale and shift (docs/reference/vae.md lists known ones)",
+        )
 
 
 def _usual(name: str) -> str:

@@ -9,6 +9,7 @@ from spectune.checkpoints.open import open_checkpoint
 from spectune.errors import InputError
 from spectune.files.writer import check_target
 from spectune.operation import operation
+from spectune.ops.inspect.autoencoder import VaeSummary, describe_vae, is_vae_file, is_vae_folder
 from spectune.ops.inspect.summary import AdapterSummary, ModelSummary, describe_adapter, describe_model
 from spectune.ops.options.model_files import InspectOptions
 from spectune.pairs.spectrum_report import SpectrumReport, measure_spectra
@@ -17,14 +18,18 @@ from spectune.sdxl.selection import select_layers
 
 
 @operation(InspectOptions)
-def inspect(options: InspectOptions) -> ModelSummary | AdapterSummary | SpectrumReport:
+def inspect(options: InspectOptions) -> ModelSummary | AdapterSummary | VaeSummary | SpectrumReport:
     """Describe a file from its header. With `spectrum`, measure the energy that each rank holds instead.
 
-    Raises InputError if the file is neither a model nor an adapter.
+    Raises InputError if the file is neither a model nor an adapter nor an autoencoder.
     """
     if options.measures:
         return _spectrum(options)
+    if is_vae_folder(options.model):
+        return describe_vae(options.model)
     with open_checkpoint(options.model) as source:
+        if is_vae_file(source.tensors):
+            return describe_vae(options.model)
         return describe_adapter(source) if is_adapter(source) else describe_model(source)
 
 

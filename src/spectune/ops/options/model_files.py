@@ -28,7 +28,7 @@ from spectune.training.recipe.sections.base import MOST_RANK
 class InspectOptions(OperationOptions):
     """Show the content of a file: parts, sizes, prediction type, factored layers and cost of each rank."""
 
-    model: ModelPath = argument(help="A checkpoint, diffusers folder or adapter.")
+    model: ModelPath = argument(help="A checkpoint, diffusers folder, adapter or autoencoder.")
     _: KW_ONLY
     spectrum: bool = option(
         default=False, help="Measure the energy that each rank holds, by part and block (takes minutes)."

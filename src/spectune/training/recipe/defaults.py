@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,18 @@ from spectune.errors import InputError
 from spectune.files.provenance import Provenance
 from spectune.files.source import WeightSource, declared_prediction, declared_zero_snr
 from spectune.model.device import drawing_dtype
+from spectune.model.vae.convention import (
+    VaeConvention,
+    merge_conventions,
+    own_convention,
+    resolve_convention,
+)
+from spectune.model.vae.vae_file import check_latents, open_vae
 from spectune.sdxl.inference import infer_layout
 from spectune.sdxl.layout import SDXL, Layout
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, DataSection
+from spectune.training.recipe.sections.model import VaeSection
 from spectune.training.recipe.sections.objective import ObjectiveSection
 
 Keys = dict[str, Any]
@@ -34,11 +43,41 @@ def with_defaults(recipe: Recipe, device: torch.device | str) -> Recipe:
         objective = _objective(recipe.objective, base, start_provenance(recipe.model.start))
         data["objective"] |= objective
         if _missing(recipe):
-            layout = infer_layout(base)
+            layout = run_layout(base, recipe.vae)
             is_large = is_full_size(layout)
             data["run"] |= _run(recipe, torch.device(device), is_large=is_large)
             data["data"]["bucket"] |= bucket_defaults(recipe.data, layout)
         return parse_recipe(data, label=f"recipe, trained as {objective['kind']} for {base.label}")
+
+
+def run_layout(base: WeightSource, section: VaeSection) -> Layout:
+    """Return the layout of a base with the autoencoder of [vae], from the headers of the files.
+
+    Raises:
+        InputError: The file is no autoencoder, or its latents do not fit the UNet or the name in [vae].
+    """
+    layout = infer_layout(base)
+    if section.path is None:
+        return layout
+    channels = layout.unet.in_channels
+    default = merge_conventions(base.provenance, default=own_convention(layout.vae, channels))
+    convention = section_convention(section, default)
+    with open_vae(section.path) as file:
+        vae = file.layout(convention, channels)
+        check_latents(vae, convention, channels, file.label)
+    return replace(layout, vae=vae)
+
+
+def section_convention(section: VaeSection, default: VaeConvention) -> VaeConvention:
+    """Return the convention of [vae]; `default` is that of the checkpoint."""
+    return resolve_convention(
+        section.path,
+        name=section.name,
+        scale=section.scale,
+        shift=section.shift,
+        padding=section.padding,
+        default=default,
+    )
 
 
 def is_full_size(layout: Layout) -> bool:
@@ -118,6 +157,6 @@ def bucket_defaults(data: DataSection, layout: Layout) -> Keys:
     if step is None:
         # at lower resolutions, steps of 64 px would crop away more
         allowed = layout.size_step
-        step = min(DEFAULT_STEP_PX, max(allowed, smallest // 16 // allowed * allowed))
+        step = max(allowed, min(DEFAULT_STEP_PX, smallest // 16) // allowed * allowed)
     enabled = smallest >= step if bucket.enabled is None else bucket.enabled
     return {"enabled": enabled, "step_px": step}
