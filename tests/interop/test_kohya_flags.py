@@ -165,11 +165,23 @@ def test_notes_name_missing_values() -> None:
     assert unset == ("vae.path contains a variable that the text does not set: %VAE%",)
 
 
-def test_full_training_is_imported_with_rank_64() -> None:
+def test_full_training_stays_full_training() -> None:
     script = "sdxl_train.py --pretrained_model_name_or_path m.safetensors --train_data_dir d --output_dir o"
-    assert recipe(script=script)["model"] == {"base": "m.safetensors", "rank": 64, "parts": ["unet"]}
+    assert recipe(script=script)["model"] == {"base": "m.safetensors", "rank": "full", "parts": ["unet"]}
     data = recipe("--train_text_encoder --learning_rate=1e-5 --learning_rate_te2=0", script=script)
     assert data["model"]["parts"] == ["unet", "te1"]
+    fused = "--fused_backward_pass --full_bf16 --mixed_precision bf16 --optimizer_type adafactor "
+    adafactor = fused + "--optimizer_args scale_parameter=False relative_step=False warmup_init=False"
+    data = recipe(f"{adafactor} --learning_rate=4e-7", script=script)
+    assert data["run"]["trained_precision"] == "bf16"
+    assert "precision" not in data["run"]
+    assert (data["optimizer"]["step_in_backward"], data["optimizer"]["max_grad_norm"]) == (True, 0)
+    data = recipe(f"{adafactor} --gradient_accumulation_steps=2 --max_grad_norm=1", script=script)
+    assert ("step_in_backward" in data["optimizer"], data["optimizer"]["max_grad_norm"]) == (False, 1)
+    data = recipe("--mixed_precision bf16", script=script)
+    assert not data["run"].keys() & {"precision", "trained_precision"}
+    principal = recipe("--network_weights p.safetensors", script=script)
+    assert "rank" not in principal["model"]
 
 
 def test_pickles_and_hub_names_are_reported() -> None:

@@ -74,9 +74,7 @@ class TunedAdapter(_Layers[Delta]):
     @property
     def replaced_infos(self) -> Mapping[str, TensorInfo]:
         """The shapes and dtypes of `replaced`, without reading it from a file."""
-        if isinstance(self.replaced, LazyTensors):
-            return self.replaced.infos
-        return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in self.replaced.items()}
+        return tensor_infos(self.replaced)
 
     def rank(self, name: str) -> int:
         """Return the rank of a layer's frame without reading it."""
@@ -147,3 +145,10 @@ class LazyTensors(LazyMapping[Tensor]):
     def __init__(self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
         super().__init__(infos, read)
         self.infos = dict(infos)
+
+
+def tensor_infos(tensors: Mapping[str, Tensor]) -> Mapping[str, TensorInfo]:
+    """Return shapes and dtypes; a lazy mapping is not read."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.infos
+    return {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()}

@@ -46,6 +46,17 @@ def round_into(result: Tensor, exact: Tensor, name: str, *, hint: str = STORE_WI
         )
 
 
+def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Return float32 as bfloat16, rounded up or down with probabilities that keep the mean.
+
+    Random bits are added to the 16 that are cut off. Infinity stays; NaN must not occur.
+    """
+    noise = torch.randint(
+        0, 1 << 16, tuple(exact.shape), dtype=torch.int32, device=exact.device, generator=generator
+    )
+    return noise.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
+
+
 def check_dtype(dtype: torch.dtype, name: str, *, residual: bool = False) -> None:
     """Raise InputError if `dtype` is not a dtype of weights; a residual may also be float64."""
     if dtype not in WEIGHT_DTYPES and not (residual and dtype == torch.float64):

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -143,7 +144,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     )
 
 
-def setup_of(recipe: Recipe, rank: int) -> Setup:
+def setup_of(recipe: Recipe, rank: int | Literal["full"]) -> Setup:
     """Return the settings of a complete recipe that determine its memory."""
     run = recipe.run
     assert run.precision is not None, "the defaults are not filled in"
@@ -162,10 +163,11 @@ def setup_of(recipe: Recipe, rank: int) -> Setup:
         stream=run.stream,
         optimizer=recipe.optimizer.name,
         ema=run.ema_decay is not None,
+        step_in_backward=not recipe.backward_obstacle and recipe.optimizer.step_in_backward is not False,
     )
 
 
-def _rank(recipe: Recipe, base: WeightSource) -> int:
+def _rank(recipe: Recipe, base: WeightSource) -> int | Literal["full"]:
     """Return the rank of the recipe, or the largest rank in the principal file."""
     if recipe.model.rank is not None:
         return recipe.model.rank
@@ -226,7 +228,7 @@ def _refreshed_bytes(recipe: Recipe, base: WeightSource) -> int:
 def _saves(recipe: Recipe, memory: Memory, saves: int, refreshed: int) -> SavePlan:
     """Return the saves that a run keeps, with bytes that the account of its memory gives."""
     fixed, run = memory.fixed, recipe.run
-    frames = fixed.frame if recipe.model.rank is not None else 0
+    frames = fixed.frame if recipe.model.frame_rank is not None else 0
     return SavePlan.of(
         run,
         saves,

@@ -73,13 +73,18 @@ def plan(options: PlanOptions) -> PlanReport:
     """
     nbytes = _vram(options.vram)
     requested = Setup(
-        rank=options.rank,
+        rank="full" if options.full else options.rank,
         parts=parse_parts(options.parts),
         resolution_px=options.resolution,
         batch=options.batch,
         optimizer=_known_optimizer(options.optimizer),
         ema=options.ema,
     )
+    if options.full:  # steps in float32 copies of tensors, or with the optimizer's own stochastic rounding
+        kind = OPTIMIZERS[requested.optimizer]
+        requested = replace(requested, step_in_backward=kind.tensorwise, trained_precision="bf16")
+        if not (kind.tensorwise or kind.rounds_stochastically):
+            requested = replace(requested, precision="fp32", trained_precision="fp32")
     with open_checkpoint(options.model) as source:
         check_trainable(
             source,

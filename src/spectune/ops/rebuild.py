@@ -132,7 +132,7 @@ def _adapters_entry(metadata: Mapping[str, str], path: Path, adapter: AnyAdapter
 def _coverage(adapter: AnyAdapter, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """Return (layers in the adapter, all default layers) of each part."""
     counts = Counter(layer.part.value for layer in catalogue if layer.default)
-    replaced = adapter.replaced_infos if isinstance(adapter, TunedAdapter) else {}
+    replaced = set(adapter.replaced) if isinstance(adapter, TunedAdapter) else set[str]()
     covered = Counter(
         layer.part.value
         for layer in catalogue

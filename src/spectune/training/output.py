@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.writer import save_tuned
@@ -188,8 +189,11 @@ def save_state(run: Run, progress: Progress) -> None:
 
 
 def _check_finite(run: Run, progress: Progress) -> None:
+    whole = run.model.trainable.whole
     with run.finished_weights():
         _check_deltas(run.model.injection.deltas(), progress.step)
+        if whole is not None:
+            _check_whole(whole.parameters, progress.step)
 
 
 def _save_adapter(run: Run, progress: Progress, path: Path) -> None:
@@ -223,6 +227,15 @@ def _noise_schedule(run: Run) -> NoiseSchedule | None:
     if isinstance(run.objective.prediction, Flow):
         return None
     return "zero_terminal_snr" if run.recipe.objective.zero_terminal_snr else "sdxl"
+
+
+def _check_whole(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    broken = [name for name, tensor in parameters.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise NotFinite(
+            f"after step {step}, {counted(len(broken), 'trained tensor')} are not finite: {some_of(broken)}; "
+            "the file was not saved",
+        )
 
 
 def _check_deltas(deltas: Mapping[str, Delta], step: int) -> None:

@@ -26,9 +26,11 @@ from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
 from spectune.training.frames.making import hash_of_frames
 from spectune.training.frames.refresh import Refresher
+from spectune.training.full.whole_tensors import without_trained
 from spectune.training.objective.edm2 import WeightingTrainer
 from spectune.training.objective.objective import Objective
 from spectune.training.optim.modes import finished_weights
+from spectune.training.optim.tensorwise import TensorSteps
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.trainable_model import TrainableModel
 from spectune.training.validation import ValidationImages
@@ -88,6 +90,7 @@ class Optimization:
     scaler: GradScaler  # of the loss; disabled unless the precision is fp16
     average: MovingAverage | None = None
     weighting: WeightingTrainer | None = None  # a learned weighting of noise levels
+    tensor_steps: TensorSteps | None = None  # of a full fine-tuning, one tensor at a time
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,16 @@ class Run:
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
-        """The tensors that replace tensors of the base, by their names in a checkpoint."""
+        """The tensors that replace tensors of the base, by their names in a checkpoint; read on access."""
+        whole = self.model.trainable.whole
+        return self.swapped if whole is None else whole.values(self.swapped)
+
+    @property
+    def swapped(self) -> Mapping[str, Tensor]:
+        """The tensors of a warm start that are not trained, by their names in a checkpoint."""
         conversion = self.objective.conversion
-        return {} if conversion is None else conversion.swapped.tensors
+        tensors = {} if conversion is None else conversion.swapped.tensors
+        return without_trained(tensors, self.model.trainable.whole)
 
     @property
     def complete_tensors(self) -> Mapping[str, Tensor]:
@@ -145,7 +155,7 @@ class Run:
 
     def frames(self) -> dict[str, LowRank] | None:
         """Return the frame of each layer, or None if the frames come from a principal file."""
-        return self.model.injection.frames() if self.recipe.model.rank is not None else None
+        return self.model.injection.frames() if self.recipe.model.frame_rank is not None else None
 
     @contextmanager
     def finished_weights(self) -> Iterator[None]:
@@ -184,10 +194,10 @@ class Run:
     def state_extras(self) -> dict[str, Any]:
         """Return the data of a saved state that is not in its trained tensors, optimizer or frames."""
         extras: dict[str, Any] = {}
-        if self.replaced:
-            extras["replaced"] = dict(self.replaced)
         if self.refresher is not None and self.refresher.has_folded:
             extras["refresh"] = self.refresher.state()
+        if self.swapped:
+            extras["replaced"] = dict(self.swapped)
         average, weighting = self.optimization.average, self.optimization.weighting
         if average is not None:
             extras["ema"] = {"average": average.average, "steps": average.steps}

@@ -42,6 +42,7 @@ from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_star
 from spectune.training.frames.aligned import align
 from spectune.training.frames.making import hash_of_frames
 from spectune.training.frames.refresh import build_refresher, from_main
+from spectune.training.full.steps import tensor_steps
 from spectune.training.objective.cost import Cost
 from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
 from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold
@@ -112,7 +113,7 @@ def assemble(
         data=data,
         model=model,
         objective=objective,
-        optimization=_build_optimization(recipe, accelerator, model, weighting),
+        optimization=_build_optimization(recipe, accelerator, model, weighting, callbacks),
         steps=total_steps(recipe, data.plan, accelerator.num_processes),
         warnings=warnings,
         refresher=build_refresher(recipe.model, recipe.run.seed, model.injection),
@@ -132,7 +133,7 @@ def restore(run: Run, saved: state.SavedState) -> Progress:
     for group, rate in zip(optimization.optimizer.param_groups, optimization.base_rates, strict=True):
         group["lr"] = rate  # of this recipe; the state has the rate of the saved one
     if conversion is not None and "replaced" in saved.extras:
-        conversion.swapped.put(run.model.sdxl, saved.extras["replaced"])
+        conversion.swapped.put(run.model.sdxl, saved.extras["replaced"])  # without the trained tensors
     if run.refresher is not None and "refresh" in saved.extras:
         run.refresher.restore(saved.extras["refresh"])
     if optimization.average is not None:
@@ -395,10 +396,14 @@ def _first_losses(
 
 
 def _build_optimization(
-    recipe: Recipe, accelerator: Accelerator, model: RunModel, weighting: WeightingTrainer | None
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model: RunModel,
+    weighting: WeightingTrainer | None,
+    callbacks: Callbacks,
 ) -> Optimization:
     settings, decay = recipe.optimizer, recipe.run.ema_decay
-    parameters = state.trained_tensors(model.injection.named_deltas())
+    parameters = model.trainable.trained
     optimizer = build_optimizer(
         settings.name,
         groups_by_part(parameters),
@@ -406,9 +411,10 @@ def _build_optimization(
         part_learning_rates={str(part): rate for part, rate in settings.part_learning_rates.items()},
         options=settings.options,
     )
-    factors = model.injection.joined_factors
-    factors.prepare(model.sdxl.unet.dtype)
-    optimizer.register_step_post_hook(lambda *_: factors.refresh())  # some optimizers write through `.data`
+    if model.injection.layers:
+        factors = model.injection.joined_factors
+        factors.prepare(model.sdxl.unet.dtype)
+        optimizer.register_step_post_hook(lambda *_: factors.refresh())  # some write through `.data`
     # The model is already on its device. The optimizer refers to its tensors, so they must not be replaced.
     network, stepper = accelerator.prepare(model.denoiser, optimizer, device_placement=[False, True])
     return Optimization(
@@ -420,6 +426,7 @@ def _build_optimization(
         scaler=GradScaler(accelerator.device.type, enabled=recipe.run.precision == "fp16"),
         average=None if decay is None else MovingAverage(parameters, decay),
         weighting=weighting,
+        tensor_steps=tensor_steps(recipe, optimizer, parameters, accelerator, callbacks),
     )
 
 

@@ -37,10 +37,12 @@ def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Ten
     share = len(batch) / run.data.plan.batch
     with accelerator.accumulate(optimization.network), tf32_products(accelerator.device):
         noised, costs = run.objective.image_costs(optimization.network, batch, step=step)
-        accelerator.backward(
-            optimization.scaler.scale(run.objective.cost.of_batch(noised, costs, share=share))
-        )
-        if accelerator.sync_gradients:
+        cost = optimization.scaler.scale(run.objective.cost.of_batch(noised, costs, share=share))
+        if optimization.tensor_steps is not None and optimization.tensor_steps.in_backward:
+            grad_norm = _step_in_backward(run, cost, progress)
+        else:
+            accelerator.backward(cost)
+        if accelerator.sync_gradients and grad_norm is None:
             optimization.scaler.unscale_(optimization.optimizer)
             grad_norm = _clip_gradients(run)
             _set_learning_rates(run, step)
@@ -48,8 +50,12 @@ def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Ten
             # "optimiser" is hashed into the seed: another spelling would change every run.
             torch.manual_seed(derived_seed(seed, "optimiser", step))
             progress.in_step = True  # an error from here on leaves weights that belong to no step
-            # With a scaler, gradients that are not finite skip the step.
-            optimization.scaler.step(optimization.optimizer)
+            if optimization.tensor_steps is not None:
+                optimization.tensor_steps.begin(step)
+                optimization.tensor_steps.step_all()
+            else:
+                # With a scaler, gradients that are not finite skip the step.
+                optimization.scaler.step(optimization.optimizer)
         optimization.stepper.zero_grad()
     if accelerator.sync_gradients:
         if optimization.weighting is not None:
@@ -59,6 +65,17 @@ def train_batch(run: Run, batch: Batch, progress: Progress) -> tuple[Tensor, Ten
     # The reported loss excludes a learned weighting, which changes during the run.
     loss = costs.detach().float().mean()
     return torch.stack([loss, torch.full_like(loss, share)]), grad_norm
+
+
+def _step_in_backward(run: Run, cost: Tensor, progress: Progress) -> Tensor:
+    """Run the backward pass, in which each tensor is stepped; return the gradient norm."""
+    steps = run.optimization.tensor_steps
+    assert steps is not None
+    _set_learning_rates(run, progress.step)
+    steps.begin(progress.step)
+    progress.in_step = True  # an error from here on leaves weights that belong to no step
+    run.accelerator.backward(cost)
+    return steps.norm()
 
 
 def _mean_loss(run: Run, losses: Tensor) -> Tensor:

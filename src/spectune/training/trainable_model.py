@@ -37,9 +37,11 @@ from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import Catalogue, build_catalogue
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
 from spectune.training.frames.making import hash_of_frames, make_frames
+from spectune.training.full.whole_tensors import WholeTensors, chosen_tensors, train_whole
 from spectune.training.recipe.defaults import section_convention, start_provenance
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
+from spectune.training.state import trained_tensors
 from spectune.training.tuned_start import open_start
 
 Log = Callable[[str], None]
@@ -53,6 +55,14 @@ class TrainableModel:
     injection: Injection
     provenance: Provenance  # base and principal hashes
     frame_hash: str
+    whole: WholeTensors | None = None  # of a full fine-tuning, which has no injected layers
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by name, in the order of the optimizer."""
+        if self.whole is not None:
+            return dict(self.whole.parameters)
+        return trained_tensors(self.injection.named_deltas())
 
 
 @dataclass(frozen=True)
@@ -174,13 +184,15 @@ def build_trainable(
             adapter = _open_principal(section, catalogue)
             _check_pair(section, base, base_hash, adapter)
             frames, principal_hash = adapter.layers, adapter_hash(adapter)
+        elif section.is_full:
+            frames = {}
         elif saved is not None and saved.base_hash == base_hash:
             frames = saved.layers
         else:
             verb = "splitting" if section.uses_weights else "computing frames for"
             log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
             frames = make_frames(base, catalogue, section, seed)
-        chosen = _choose(section, catalogue, frames)
+        chosen = {} if section.is_full else _choose(section, catalogue, frames)
         sdxl = build_model(base, dtype=dtype)
     if section.residual is not None or declared.role is Role.RESIDUAL:
         # layers that are not trained get their principal added back
@@ -195,7 +207,10 @@ def build_trainable(
     if start is not None:
         start.load_into(injection)
         provenance = start.recorded(provenance)
-    return TrainableModel(sdxl, injection, provenance, hash_of_frames(chosen))
+    whole = None
+    if section.is_full:
+        whole = train_whole(sdxl, chosen_tensors(section, sdxl.layout, catalogue))
+    return TrainableModel(sdxl, injection, provenance, hash_of_frames(chosen), whole)
 
 
 def _choose(section: ModelSection, catalogue: Catalogue, frames: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -224,7 +239,7 @@ def _provenance(
         base_hash=original_hash,
         base_name=declared.base_name if is_residual else section.checkpoint.name,
         principal_hash=principal_hash,
-        frame=section.frame if section.rank is not None else None,
+        frame=section.frame if section.frame_rank is not None else None,
         vae_scale=declared.vae_scale,
         vae_shift=declared.vae_shift,
         vae_padding=declared.vae_padding,

@@ -317,3 +317,19 @@ def test_quantized_bytes_are_those_of_real_weights(kind: Literal["nf4", "int8"])
         packed = pack(weight, kind)
         assert quantized_bytes(weight, kind) == packed.codes.nbytes + packed.scales.nbytes
     assert quantized_bytes(weight, "none") == 4 * 48 * 40
+
+
+def test_a_step_in_the_backward_pass_has_no_gradients(meters: dict[str, MemoryMeter]) -> None:
+    meter = meters["tiny"]
+    setup = Setup(
+        rank="full", max_tokens=75, resolution_px=64, parts=("unet",), precision="bf16",
+        trained_precision="bf16", optimizer="lion", step_in_backward=True,
+    )  # fmt: skip
+    memory, after = meter.measure(setup), meter.measure(replace(setup, step_in_backward=False))
+    numbers = memory.fixed.trained // 2
+    assert memory.gradients == 0
+    assert after.gradients == 2 * numbers
+    assert memory.optimizer == after.optimizer == 4 * numbers  # of float32 copies
+    assert memory.fixed.frame == memory.fixed.joined == 0
+    assert memory.allocated < after.allocated
+    assert memory.fixed.unet < 0.01 * memory.fixed.trained

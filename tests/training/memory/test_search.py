@@ -139,3 +139,20 @@ def test_the_recipe_has_the_planned_setup(index: int) -> None:
         stream=run.stream,
         optimizer=recipe.optimizer.name,
     )
+
+
+def test_full_fine_tuning_has_a_ladder_of_its_own() -> None:
+    requested = Setup(rank="full", optimizer="adafactor", trained_precision="bf16", step_in_backward=True)
+    setups = list(ladder(requested))
+    assert [described(setup) for setup in setups] == [
+        "full, unet+te1+te2, step in backward, bf16 base",
+        "full, unet+te1+te2, step in backward, bf16 base, checkpointing",
+        "full, unet+te1+te2, step in backward, bf16 base, checkpointing, vae offloaded",
+        "full, unet, step in backward, bf16 base, checkpointing, text+vae offloaded",
+    ]
+    recipe = tomllib.loads(recipe_text(setups[-1], "base.safetensors"))
+    assert recipe["model"] == {"base": "base.safetensors", "rank": "full", "parts": ["unet"]}
+    assert recipe["optimizer"] == {"name": "adafactor", "max_grad_norm": 0, "step_in_backward": True}
+    assert "all gradients" not in described(setups[0])
+    after = replace(requested, step_in_backward=False)
+    assert "step after backward" in described(after)

@@ -43,7 +43,8 @@ def test_every_key_has_a_help_text_of_complete_sentences(section: type[BaseModel
 def test_rows_have_type_range_default_and_help() -> None:
     page = recipe_reference()
     assert (
-        "| `rank` | integer 1 to 16,384 | none | Split the base at this rank when the run starts. |" in page
+        "| `rank` | integer 1 to 16,384 or `full` | none | Split the base at this rank when the run starts. "
+        in page
     )
     assert "| `flip_probability` | number 0 to 1 | `0` | Probability that an image is mirrored. |" in page
     assert "| `padding` | `zeros` or `reflect` | none |" in page

@@ -52,7 +52,7 @@ def _rows(memory: Memory, vram: int) -> list[tuple[str, int, str]]:
         ("VAE", fixed.vae, "float32"),
         ("frame", fixed.frame, "A0, B0 of the split"),
         ("joined factors", fixed.joined, "in the dtype of the activations, made once per step"),
-        ("trained tensors", fixed.trained, "dA, dB, or A, B in the residual form"),
+        ("trained tensors", fixed.trained, "dA, dB, or A, B in the residual form; or complete tensors"),
         ("gradients", memory.gradients, ""),
         ("optimizer state", memory.optimizer, ""),
         ("moving average", memory.average, ""),

@@ -31,6 +31,8 @@ OPTIMIZER_NAMES: Mapping[str, str] = {
     "dadaptadampreprint": "dadapt_adam",
 }
 
+FULL = "full"  # the value of --network_dim that stands for sdxl_train.py, which has no rank
+
 
 def objective_of(command: Command) -> Objective:
     if command.has("flow_matching") or command.has("flow_model"):
@@ -120,6 +122,22 @@ def _rates(values: tuple[str, ...]) -> list[float]:
 
 def _first(*candidates: list[float]) -> float | None:
     return next((rates[0] for rates in candidates if rates), None)
+
+
+def is_full(command: Command) -> bool:
+    """Return whether a command trains complete tensors."""
+    return command.script == "sdxl_train.py" and not command.has("network_weights")
+
+
+def steps_in_backward(command: Command) -> bool:
+    """Return whether sd-scripts and spectune can step in the backward pass of a full fine-tuning."""
+    accumulation = command.value("gradient_accumulation_steps") or "1"
+    return (
+        is_full(command)
+        and command.has("fused_backward_pass")
+        and accumulation == "1"
+        and traits(command).tensorwise
+    )
 
 
 def parts_of(command: Command) -> tuple[PartName, ...]:

@@ -21,7 +21,6 @@ from spectune.training.recipe.sections.model import ALL_PARTS
 
 # A learning rate this small changes no weight. Step 3 of the guide uses 1e-24.
 TRAINS_NOTHING = 1e-12
-RANK_OF_FULL_TRAINING = "64"  # for sdxl_train.py, which has no rank
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def with_defaults(command: Command) -> Command:
     if command.has("network_weights"):
         del values["network_dim"]
     elif command.script == "sdxl_train.py":
-        values["network_dim"] = RANK_OF_FULL_TRAINING
+        values["network_dim"] = derived.FULL
     rates = derived.rates_of(command)
     if derived.traits(command).fixed_learning_rate is not None or all(
         rates[part] is not None for part in derived.parts_of(command)

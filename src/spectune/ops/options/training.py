@@ -81,6 +81,7 @@ class PlanOptions(OperationOptions):
         "Default: this machine's card, less 7 % for the desktop.",
     )
     rank: int = option(default=64, ge=1, le=MOST_RANK, help="Singular directions trained per layer.")
+    full: bool = option(default=False, help='Plan full fine-tuning (`rank = "full"`) instead of a rank.')
     parts: str = option(default="unet,te1,te2", help="The parts to train, separated by commas.")
     resolution: int = option(default=1024, ge=16, le=MOST_PX, help="Side of a square picture in pixels.")
     batch: int = option(default=1, ge=1, le=MOST_IMAGES, help="Pictures per forward pass.")

@@ -73,10 +73,12 @@ def _shape(
 ) -> dict[str, Any]:
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rpartition("/")[2]]
-    branches = [branch for branch in schema.get("anyOf", ()) if branch.get("type") != "null"]
+    members = schema.get("anyOf", schema.get("oneOf", ()))
+    branches = [branch for branch in members if branch.get("type") != "null"]
     if branches:
         first, *others = (_shape(branch, definitions, field) for branch in branches)
-        null = len(branches) < len(schema["anyOf"])
+        others += first.pop("other", [])
+        null = len(branches) < len(members)
         return {**first, "optional": null, **({"other": others} if others else {})}
     shape: dict[str, Any] = {"optional": False, "kind": schema.get("type", "any")}
     shape |= {name: schema[key] for key, name in _LIMITS.items() if key in schema}

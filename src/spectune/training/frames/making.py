@@ -44,9 +44,9 @@ def make_frames(
 
 def make_frame(weight: Tensor, name: str, section: ModelSection, generator: torch.Generator) -> LowRank:
     """Compute the frame of a layer on the device of its weight; `generator` is for plain frames."""
-    assert section.rank is not None
+    assert section.frame_rank is not None
     shape = tuple(weight.shape)
-    rank = FixedRank(section.rank, section.conv_rank).requested(shape)
+    rank = FixedRank(section.frame_rank, section.conv_rank).requested(shape)
     if section.uses_weights:
         frame = _OF_WEIGHTS[section.frame](weight, rank=rank, name=name)
     else:

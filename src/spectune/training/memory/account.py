@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from spectune.model.inject import Form
 from spectune.sdxl.vocabulary import MAX_TOKENS
@@ -20,7 +21,7 @@ FRAGMENTED_SHARE = 0.05
 class Setup:
     """The settings of a run that determine its memory, named as in a recipe."""
 
-    rank: int
+    rank: int | Literal["full"]
     parts: tuple[PartName, ...] = ALL_PARTS
     resolution_px: int = 1024
     batch: int = 1
@@ -34,6 +35,7 @@ class Setup:
     optimizer: str = "adamw"
     ema: bool = False
     max_tokens: int = MAX_TOKENS  # of the longest captions
+    step_in_backward: bool = False  # gradients of complete tensors do not exist all at once
 
     @property
     def trains_text(self) -> bool:
@@ -50,7 +52,7 @@ class Fixed:
     vae: int
     frame: int  # A0 and B0
     joined: int  # the joined factors, in the dtype of the activations
-    trained: int  # dA and dB, or A and B
+    trained: int  # dA and dB, or A and B, or complete tensors
     stream: int = 0  # the ring that streamed weights pass through
 
     @property

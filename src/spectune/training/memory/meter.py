@@ -23,10 +23,12 @@ from spectune.model.vae.ways import ENCODE_WAYS
 from spectune.model.weight_stream import ring_size
 from spectune.sdxl.layers import Layer
 from spectune.sdxl.layout import Layout
+from spectune.training.full.whole_tensors import train_whole, used_tensors
 from spectune.training.memory.account import Fixed, Memory, Setup
 from spectune.training.memory.meta_model import empty_frame, empty_model
 from spectune.training.memory.optimizer_state import optimizer_bytes
 from spectune.training.memory.step import StepBytes, encoding_bytes, measure_step
+from spectune.training.optim.kinds import OPTIMIZERS
 from spectune.training.recipe.sections.model import Quantization
 from spectune.training.state import trained_tensors
 
@@ -52,6 +54,19 @@ class Inventory:
     frame: int  # bytes
     joined: int  # bytes
     trained: Mapping[str, nn.Parameter]  # on the meta device
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model on the meta device, and its trained tensors."""
+
+    model: Sdxl
+    injection: Injection
+    trained: Mapping[str, nn.Parameter]
+
+    @property
+    def joined(self) -> list[Tensor]:
+        return self.injection.joined_factors.tensors()
 
 
 class MemoryMeter:
@@ -83,7 +98,7 @@ class MemoryMeter:
         """Return the tensors of a setup."""
         key = replace(_step_key(setup), resolution_px=1024, batch=1, gradient_checkpointing=False)
         if key not in self._inventories:
-            self._inventories[key] = _inventory(*self._built(setup))
+            self._inventories[key] = _inventory(self._built(setup))
         return self._inventories[key]
 
     def _without_step(self, setup: Setup, reached: frozenset[str]) -> Memory:
@@ -103,14 +118,18 @@ class MemoryMeter:
             trained=_bytes(inventory.trained.values()),
             stream=weights.ring if setup.stream else 0,
         )
-        optimizer = optimizer_bytes(setup.optimizer, updated, from_zero=setup.form == "delta")
+        stepped = updated
+        if setup.rank == "full" and OPTIMIZERS[setup.optimizer].tensorwise:
+            stepped = [tensor.float() for tensor in updated]  # the state belongs to float32 copies
+        from_zero = setup.form == "delta" and setup.rank != "full"
+        optimizer = optimizer_bytes(setup.optimizer, stepped, from_zero=from_zero)
         average = sum(4 * tensor.numel() for tensor in inventory.trained.values()) if setup.ema else 0
         # between two steps, without gradients
         resident = fixed.total + optimizer + average + weights.unpacked
         sampling, decoding = _preview_bytes(self._layout, setup)
         return Memory(
             fixed=fixed,
-            gradients=_bytes(updated),
+            gradients=0 if setup.step_in_backward else _bytes(updated),
             optimizer=optimizer,
             average=average,
             kept=0,
@@ -125,9 +144,12 @@ class MemoryMeter:
             streamed=weights.unet_streamed + weights.encoders_streamed if setup.stream else 0,
         )
 
-    def _built(self, setup: Setup) -> tuple[Sdxl, Injection]:
-        rule = FixedRank(setup.rank)
+    def _built(self, setup: Setup) -> _Built:
         model = empty_model(self._layout, parse_dtype(setup.precision))
+        if setup.rank == "full":
+            names = used_tensors(self._layout, setup.parts)
+            return _Built(model, inject(model, {}), dict(train_whole(model, names).parameters))
+        rule = FixedRank(setup.rank)
         frames = {
             layer.name: empty_frame(layer, rule.requested(layer.shape))
             for layer in self._layers
@@ -136,21 +158,13 @@ class MemoryMeter:
         dtype = parse_dtype(setup.trained_precision)
         injection = inject(model, frames, form=setup.form, dtype=dtype)
         injection.joined_factors.prepare(model.unet.dtype)
-        return model, injection
+        return _Built(model, injection, trained_tensors(injection.named_deltas()))
 
     def _step(self, setup: Setup) -> StepBytes:
         key = _step_key(setup)
         if key not in self._steps:
-            model, injection = self._built(setup)
-            self._steps[key] = measure_step(
-                model,
-                trained_tensors(injection.named_deltas()),
-                injection.joined_factors.tensors(),
-                checkpointing=setup.gradient_checkpointing,
-                batch=setup.batch,
-                resolution_px=setup.resolution_px,
-                max_tokens=setup.max_tokens,
-            )
+            built = self._built(setup)
+            self._steps[key] = measure_step(built.model, built.trained, built.joined, setup)
         return self._steps[key]
 
     def _encoding(self, setup: Setup) -> dict[str, int]:
@@ -192,15 +206,16 @@ def _step_key(setup: Setup) -> Setup:
     return replace(setup, quantize="none", offload=(), stream=False, optimizer="adamw", ema=False)
 
 
-def _inventory(model: Sdxl, injection: Injection) -> Inventory:
-    frames = [tensor for layer in injection.layers.values() for tensor in layer.buffers(recurse=False)]
-    separate = {id(tensor) for tensor in (*frames, *injection.parameters())}
+def _inventory(built: _Built) -> Inventory:
+    model, layers = built.model, built.injection.layers
+    frames = [tensor for layer in layers.values() for tensor in layer.buffers(recurse=False)]
+    separate = {id(tensor) for tensor in (*frames, *built.trained.values())}
     kinds: tuple[Quantization, ...] = get_args(Quantization)
     return Inventory(
         weights={kind: _weights(model, separate, kind) for kind in kinds},
         frame=_bytes(frames),
-        joined=_bytes(injection.joined_factors.tensors()),
-        trained=trained_tensors(injection.named_deltas()),
+        joined=_bytes(built.joined),
+        trained=built.trained,
     )
 
 

@@ -71,7 +71,7 @@ def remedies(recipe: Recipe) -> tuple[str, ...]:
     found = [text for row in CHANGES if (text := _first_valid(recipe, row))]
     if recipe.data.resolution_px > SMALLEST_RESOLUTION_PX:
         found.append("a smaller data.resolution_px")
-    if recipe.model.rank is not None:
+    if recipe.model.frame_rank is not None:
         found.append("a smaller model.rank")
     return (*found, f"`spectune plan {quoted(recipe.model.checkpoint)}` finds settings that fit this card")
 

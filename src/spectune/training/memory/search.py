@@ -58,11 +58,22 @@ def ladder(requested: Setup) -> Iterator[Setup]:
     if not requested.gradient_checkpointing:
         yield requested
     rank = requested.rank
+    if rank == "full":
+        yield from _full(replace(requested, gradient_checkpointing=True))
+        return
     while True:
         yield from _at_rank(replace(requested, rank=rank, gradient_checkpointing=True))
         if rank <= LOWEST_RANK:
             return
         rank = max(rank // 2, LOWEST_RANK)
+
+
+def _full(setup: Setup) -> Iterator[Setup]:
+    yield setup
+    lean = replace(setup, offload=("vae",) if setup.trains_text else ("text", "vae"))
+    yield lean
+    if setup.trains_text and "unet" in setup.parts:
+        yield replace(setup, parts=("unet",), offload=("text", "vae"))
 
 
 def _at_rank(setup: Setup) -> Iterator[Setup]:
@@ -123,13 +134,16 @@ def _nothing_fits(meter: MemoryMeter, setup: Setup, vram: int) -> InputError:
 
 def described(setup: Setup) -> str:
     """Return a short description of a setup."""
+    form: str = setup.form
+    if setup.rank == "full":
+        form = "step in backward" if setup.step_in_backward else "step after backward"
     words = [
-        f"rank {setup.rank}",
+        "full" if setup.rank == "full" else f"rank {setup.rank}",
         "+".join(setup.parts),
-        setup.form,
+        form,
         f"{setup.precision if setup.quantize == 'none' else setup.quantize} base",
     ]
-    if setup.trained_precision != "fp32":
+    if setup.trained_precision != "fp32" and setup.rank != "full":
         words.append(f"{setup.trained_precision} trained")
     if setup.gradient_checkpointing:
         words.append("checkpointing")
@@ -142,13 +156,8 @@ def described(setup: Setup) -> str:
 
 def recipe_text(setup: Setup, base: str) -> str:
     """Return the keys of a recipe with this setup, as TOML."""
-    model = {
-        "base": base,
-        "rank": setup.rank,
-        "form": setup.form,
-        "parts": list(setup.parts),
-        "quantize": setup.quantize,
-    }
+    of_factors = {} if setup.rank == "full" else {"form": setup.form, "quantize": setup.quantize}
+    model = {"base": base, "rank": setup.rank, "parts": list(setup.parts), **of_factors}
     run = {
         "batch": setup.batch,
         "precision": setup.precision,
@@ -160,7 +169,10 @@ def recipe_text(setup: Setup, base: str) -> str:
     sections = {
         "model": model,
         "data": {"resolution_px": setup.resolution_px},
-        "optimizer": {"name": setup.optimizer},
+        "optimizer": {
+            "name": setup.optimizer,
+            **({"max_grad_norm": 0, "step_in_backward": True} if setup.step_in_backward else {}),
+        },
         "run": run,
     }
     return tomlkit.dumps(sections).rstrip()

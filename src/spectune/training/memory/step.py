@@ -6,7 +6,7 @@ shapes, dtypes and lifetimes of a real step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from spectune.model.network import Sdxl, TextStates
 from spectune.model.text import TokenIds
 from spectune.sdxl.vocabulary import CHUNK_TOKENS
 from spectune.training.denoiser import Denoiser
+from spectune.training.memory.account import Setup
 from spectune.training.memory.live_bytes import LiveBytes, attention_of_gpus
 from spectune.training.memory.meta_model import META
 
@@ -34,24 +35,23 @@ def measure_step(
     model: Sdxl,
     trained: Mapping[str, nn.Parameter],
     joined: Sequence[Tensor],
-    *,
-    checkpointing: bool,
-    batch: int,
-    resolution_px: int,
-    max_tokens: int,
+    setup: Setup,
 ) -> StepBytes:
-    """Measure a step on square images with captions of `max_tokens` tokens.
+    """Measure a step of a setup on square images with captions of `max_tokens` tokens.
 
     `model` stays in training mode, with checkpointing if it is set. `joined` are the joined factors, which
     exist before the step.
     """
     trains_text = any(tensor.requires_grad for part in (model.te1, model.te2) for tensor in part.parameters())
     denoiser = Denoiser(model, trains_text=trains_text)
-    if checkpointing:
+    if setup.gradient_checkpointing:
         denoiser.checkpoint_gradients()
     denoiser.train()
-    for tensor in trained.values():
-        tensor.grad = torch.zeros_like(tensor)
+    reached: set[str] = set()
+    for name, tensor in trained.items():
+        tensor.register_post_accumulate_grad_hook(_reaching(name, reached, frees=setup.step_in_backward))
+        if not setup.step_in_backward:
+            tensor.grad = torch.zeros_like(tensor)
     existing = [
         *denoiser.parameters(),
         *denoiser.buffers(),
@@ -59,14 +59,28 @@ def measure_step(
         *(tensor.grad for tensor in trained.values() if tensor.grad is not None),
     ]
     with attention_of_gpus(), LiveBytes(existing) as counter:
-        loss = _loss(model, batch, resolution_px, max_tokens // CHUNK_TOKENS, trains_text=trains_text)
+        chunks = setup.max_tokens // CHUNK_TOKENS
+        loss = _loss(model, setup.batch, setup.resolution_px, chunks, trains_text=trains_text)
         kept = counter.live
         loss.backward()
-    # adding to a gradient increases its version
-    reached = {name for name, tensor in trained.items() if tensor.grad is not None and tensor.grad._version}
     for tensor in trained.values():
         tensor.grad = None
     return StepBytes(kept=kept, peak=counter.peak, reached=frozenset(reached))
+
+
+def _reaching(name: str, reached: set[str], *, frees: bool) -> Callable[[Tensor], None]:
+    """Return a hook that notes that a tensor got its gradient, and may step as `TensorSteps` does."""
+
+    def hook(tensor: Tensor) -> None:
+        reached.add(name)
+        if frees:
+            assert tensor.grad is not None
+            # float32 copies of tensor and gradient, and two more that an optimizer needs at its peak
+            copies = [torch.empty_like(tensor, dtype=torch.float32) for _ in range(4)]
+            del copies
+            tensor.grad = None
+
+    return hook
 
 
 def encoding_bytes(model: Sdxl, resolution_px: int) -> int:

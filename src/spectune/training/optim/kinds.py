@@ -62,6 +62,7 @@ class OptimizerKind:
     fixed_learning_rate: float | None = None  # the only one that works; None: any
     schedule_free: bool = False
     rounds_stochastically: bool = False  # updates of bf16 parameters are not lost in rounding
+    tensorwise: bool = False  # the step of a tensor depends on no other tensor; see tensorwise.py
     elementwise: bool = False  # the library's loop works on stacks of tensors as it is; see stacks.py
 
     def build(self, groups: Groups, learning_rate: float, options: Mapping[str, Any]) -> Optimizer:
@@ -91,12 +92,15 @@ def _print_to_stderr(message: str) -> None:
 # more state and has no `slice_p`), 3e-6 for D-Adaptation, and 1.5e-3 for schedule-free AdamW (which adds
 # 1e-15 under the root).
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(AdamWOptions, "torch.optim:AdamW", learning_rate=3e-4, arguments=_fused),
+    "adamw": OptimizerKind(
+        AdamWOptions, "torch.optim:AdamW", learning_rate=3e-4, arguments=_fused, tensorwise=True
+    ),
     "adamw8bit": OptimizerKind(
         AdamW8bitOptions,
         "spectune.training.optim.eight_bit:PlainStateAdamW8bit",
         learning_rate=3e-4,
         distribution="bitsandbytes",
+        tensorwise=True,
     ),
     "adafactor": OptimizerKind(
         AdafactorOptions,
@@ -104,6 +108,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         learning_rate=3e-4,
         distribution="transformers",
         arguments=_own_rate,
+        tensorwise=True,
     ),
     # Chen et al. 2023, section 5: a learning rate 3 to 10 times smaller than that of AdamW
     "lion": OptimizerKind(
@@ -111,6 +116,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         "lion_pytorch:Lion",
         learning_rate=5e-5,
         distribution="lion-pytorch",
+        tensorwise=True,
         elementwise=True,
     ),
     "dadapt_adam": OptimizerKind(

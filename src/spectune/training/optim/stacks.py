@@ -104,6 +104,11 @@ class StackedOptimizer(Optimizer):
             for group, own in zip(self.param_groups, tensors, strict=True):
                 group["params"] = own
 
+    def release(self) -> None:
+        """Give all tensors their state back and forget the stacks."""
+        self._unstack_state()
+        self._members, self._stack_state = {}, defaultdict(dict)
+
     def _is_current(self) -> bool:
         """Return whether the stacks hold all tensors to step on, where these are now."""
         stacked = {member for members in self._members.values() for member in members}

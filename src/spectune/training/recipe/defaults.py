@@ -88,7 +88,7 @@ def is_full_size(layout: Layout) -> bool:
 def described_defaults(requested: Recipe, complete: Recipe) -> str:
     """Return the settings that `with_defaults` chose for a large base; empty for a small one."""
     chosen: list[str] = []
-    if requested.run.precision is None and complete.run.precision != "fp32":
+    if requested.run.precision is None and complete.run.precision != "fp32" and not complete.model.is_full:
         chosen.append(f"run.precision = {complete.run.precision}")
     if requested.run.gradient_checkpointing is None and complete.run.gradient_checkpointing:
         chosen.append("run.gradient_checkpointing = true")
@@ -139,8 +139,8 @@ def _run(recipe: Recipe, device: torch.device, *, is_large: bool) -> Keys:
     precision, checkpointing = recipe.run.precision, recipe.run.gradient_checkpointing
     minutes = recipe.run.save_every_minutes
     if precision is None:
-        precision = "fp32"
-        if is_large:
+        precision = recipe.run.trained_precision if recipe.model.is_full else "fp32"
+        if is_large and not recipe.model.is_full:
             has_bf16 = device.type != "cuda" or drawing_dtype(str(device)) == torch.bfloat16
             precision = "bf16" if has_bf16 else "fp16"
     return {

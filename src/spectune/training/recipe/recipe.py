@@ -35,6 +35,7 @@ class Recipe(Section):
             *self._objective_problems(),
             *self._optimizer_problems(),
             *self._refresh_problems(),
+            *self._full_problems(),
             *self._cache_problems(),
         ]
         if problems:
@@ -59,6 +60,11 @@ class Recipe(Section):
                 "a tuned adapter: remove these keys"
             )
         yield from self._batch_problems()
+        if self.model.is_full and self.objective.teacher != "none":
+            yield (
+                'objective.teacher needs the weights of the base, which model.rank = "full" changes: '
+                "a second copy would take as much memory as the model; remove it, or train a rank"
+            )
         if kind in ("eps", "flow") and self.loss.scale_v_like_noise:
             yield f'loss.scale_v_like_noise needs objective.kind = "v", not "{kind}"'
         elif self.objective.has_flow_loss and self.loss.scale_v_like_noise:
@@ -84,8 +90,13 @@ class Recipe(Section):
             yield f"optimizer.part_learning_rates names {frozen[0]}, which model.parts does not train"
         if self.run.ema_decay is not None and traits.schedule_free:
             yield f"run.ema_decay: {name} already averages its steps; remove run.ema_decay"
-        if self.run.trained_precision == "bf16" and not traits.rounds_stochastically:
-            stochastic = [other for other, kind in OPTIMIZERS.items() if kind.rounds_stochastically]
+        rounds = traits.rounds_stochastically or (self.model.is_full and traits.tensorwise)
+        if self.run.trained_precision == "bf16" and not rounds:
+            stochastic = [
+                other
+                for other, kind in OPTIMIZERS.items()
+                if kind.rounds_stochastically or (self.model.is_full and kind.tensorwise)
+            ]
             yield (
                 'run.trained_precision = "bf16" needs an optimizer with stochastic rounding, because plain '
                 f"rounding loses small updates; {name} with these options has none, use "
@@ -112,6 +123,43 @@ class Recipe(Section):
                 f'objective.teacher = "{self.objective.teacher}" needs the weights of the base, which '
                 "model.refresh_every_steps changes: remove one of them"
             )
+
+    def _full_problems(self) -> Iterator[str]:
+        if self.optimizer.step_in_backward and self.backward_obstacle:
+            yield f"optimizer.step_in_backward = true does not work with {self.backward_obstacle}"
+        if not self.model.is_full:
+            return
+        if self.optimizer.learning_rate is None and self.optimizer.traits.fixed_learning_rate is None:
+            yield (
+                'model.rank = "full" needs optimizer.learning_rate, because the default is for factors: '
+                "start with 1e-5"
+            )
+        if self.run.precision not in (None, self.run.trained_precision):
+            yield (
+                'model.rank = "full" trains the weights of the model themselves: run.precision = '
+                f'"{self.run.precision}" and run.trained_precision = "{self.run.trained_precision}" must be '
+                'equal; set both to "bf16", which halves the memory, or to "fp32"'
+            )
+        if self.run.stream:
+            yield 'run.stream is for frozen weights, and model.rank = "full" has none: remove it'
+
+    @property
+    def backward_obstacle(self) -> str:
+        """What excludes a step in the backward pass; empty if nothing does."""
+        run, optimizer = self.run, self.optimizer
+        if not self.model.is_full:
+            return 'a rank: only model.rank = "full" has so many gradients'
+        if not optimizer.traits.tensorwise:
+            able = [name for name, kind in OPTIMIZERS.items() if kind.tensorwise]
+            return f"{optimizer.name}, whose step needs all gradients: use {', '.join(able)}"
+        if run.accumulation > 1:
+            return f"run.accumulation = {run.accumulation}, which adds up gradients: use 1"
+        if optimizer.max_grad_norm:
+            return (
+                f"optimizer.max_grad_norm = {optimizer.max_grad_norm:g}, which needs the norm of all "
+                "gradients: 0 turns clipping off"
+            )
+        return ""
 
     def _cache_problems(self) -> Iterator[str]:
         if "text" in self.run.offload and not self.caches_text:
@@ -164,6 +212,8 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 def problem_of(details: dict[str, Any]) -> str:
     """Return the message for one error of pydantic, with its section and key."""
     location = [str(part) for part in details["loc"]]
+    if location[-2:] in (["rank", "rank"], ["rank", "full"]):  # pydantic adds the tag of RankOrFull
+        location.pop()
     where = f"[{'.'.join(location[:-1])}] " if len(location) > 1 else ""
     key = location[-1] if location else ""
     message = f"{details['msg'][:1].lower()}{details['msg'][1:]}"

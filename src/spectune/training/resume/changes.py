@@ -32,6 +32,7 @@ FREE = (
     "optimizer.power",
     "optimizer.final_share",
     "optimizer.max_grad_norm",
+    "optimizer.step_in_backward",
     "run.output",
     "run.steps",
     "run.epochs",

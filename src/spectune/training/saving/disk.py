@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from spectune.adapters.adapter import tensor_infos
 from spectune.errors import counted
 from spectune.training.memory.optimizer_state import optimizer_bytes
 from spectune.training.recipe.sections.run import RunSection
 from spectune.training.run import Progress, Run
 from spectune.training.saving.intervals import is_due
 
-_FLOAT32 = 4  # bytes; adapters hold trained and replaced tensors in float32
+_FLOAT32 = 4  # bytes; adapters hold deltas in float32
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,28 @@ def free_disk(folder: Path) -> int:
 def _adapter_bytes(run: Run) -> int:
     if run.refresher is not None:
         return sum(info.nbytes for info in run.refresher.tensors(run.replaced).infos.values())
-    trained = run.optimization.parameters.values()
-    return _frame_bytes(run) + _FLOAT32 * (_numel(trained) + _numel(run.replaced.values()))
+    deltas = _FLOAT32 * _numel(run.model.injection.parameters())
+    return _frame_bytes(run) + deltas + sum(info.nbytes for info in tensor_infos(run.replaced).values())
 
 
 def _state_bytes(run: Run) -> int:
     trained = list(run.optimization.parameters.values())
-    frames = _frame_bytes(run) if run.recipe.model.rank is not None else 0
+    frames = _frame_bytes(run) if run.recipe.model.frame_rank is not None else 0
     average = 0 if run.optimization.average is None else _nbytes(run.optimization.average.average.values())
+    model = run.recipe.model
+    # a state belongs to float32 copies of tensors that are stepped one by one
+    stepped = trained if run.optimization.tensor_steps is None else [_as_float32(p) for p in trained]
     optimizer = optimizer_bytes(
         run.recipe.optimizer.name,
-        trained,
-        from_zero=run.recipe.model.form == "delta" and run.recipe.model.start is None,
+        stepped,
+        from_zero=model.form == "delta" and model.start is None and not model.is_full,
     )
-    whole = _nbytes(run.replaced.values()) + (0 if run.refresher is None else run.refresher.state_bytes)
+    whole = _nbytes(run.swapped.values()) + (0 if run.refresher is None else run.refresher.state_bytes)
     return _nbytes(trained) + optimizer + frames + average + whole
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, device="meta")
 
 
 def _frame_bytes(run: Run) -> int:

@@ -64,6 +64,8 @@ def effective(forecast: TrainForecast) -> dict[str, Any]:
 
 def _trained(forecast: TrainForecast) -> str:
     model, run = forecast.recipe.model, forecast.recipe.run
+    if model.is_full:
+        return f"complete tensors of {', '.join(model.parts)}, {run.precision} model"
     file = "start" if model.start else "principal"
     rank = f"ranks of the {file}" if model.rank is None else f"rank {model.rank}"
     return f"{', '.join(model.parts)} at {rank}, {model.form} form, {run.precision} model"

@@ -51,12 +51,13 @@ def network_weights(flag: Flag, command: Command) -> Results:
 def network_dim(flag: Flag, command: Command) -> Results:
     if command.has("network_weights"):
         return ignored(flag, "the principal file has its own ranks")
-    return taken(flag, {"model.rank": whole_number(only_value(flag))})
+    value = only_value(flag)
+    return taken(flag, {"model.rank": value if value == derived.FULL else whole_number(value)})
 
 
 def network_alpha(flag: Flag, command: Command) -> Results:
     alpha, rank = number(only_value(flag)), command.value("network_dim")
-    if rank is None or alpha == number(rank):
+    if rank in (None, derived.FULL) or alpha == number(rank):
         return ignored(flag, "alpha always equals the rank")
     return ignored(flag, f"alpha always equals the rank; sd-scripts scales by {alpha:g}/{rank}")
 

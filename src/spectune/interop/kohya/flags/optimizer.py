@@ -22,7 +22,6 @@ from spectune.interop.kohya.rules import (
     only_value,
     refuses,
     taken,
-    takes,
     unsupported,
     whole_number,
 )
@@ -152,6 +151,20 @@ def schedule_setting(key: str, schedule: str, parse: Callable[[str], float] = nu
     return custom(f"`optimizer.{key}`, for {schedule}", convert)
 
 
+def max_grad_norm(flag: Flag, command: Command) -> Results:
+    if derived.steps_in_backward(command):
+        return ignored(flag, "--fused_backward_pass has no norm of all gradients")
+    return taken(flag, {"optimizer.max_grad_norm": number(only_value(flag))})
+
+
+def fused_backward_pass(flag: Flag, command: Command) -> Results:
+    if not derived.steps_in_backward(command):
+        return ignored(flag, MEMORY)
+    clips = number(command.value("max_grad_norm") or "1") != 0
+    note = "sd-scripts clips each tensor by itself here, spectune clips none" if clips else ""
+    return taken(flag, {"optimizer.step_in_backward": True, "optimizer.max_grad_norm": 0.0}, note)
+
+
 OPTIMIZER: Mapping[str, FlagRule] = {
     "optimizer_type": custom("`optimizer.name`, see the table below", optimizer_type),
     "use_8bit_adam": custom_switch('`optimizer.name = "adamw8bit"`', optimizer_type),
@@ -176,8 +189,10 @@ OPTIMIZER: Mapping[str, FlagRule] = {
     "lr_decay_steps": refuses("a schedule ends with the run", unless=("0",)),
     "lr_scheduler_timescale": ignores("it belongs to inverse_sqrt"),
     **each("lr_scheduler_type lr_scheduler_args", refuses("`optimizer.schedule` names the schedule")),
-    "max_grad_norm": takes("optimizer.max_grad_norm", number),
-    "fused_backward_pass": ignores(MEMORY),
+    "max_grad_norm": custom("`optimizer.max_grad_norm`", max_grad_norm),
+    "fused_backward_pass": custom_switch(
+        "`optimizer.step_in_backward`, for sdxl_train.py; otherwise ignored", fused_backward_pass
+    ),
     "use_sga": refuses("gradients are accumulated in fp32"),
     "no_sga": ignores("gradients are accumulated in fp32"),
     "fused_optimizer_groups": ignores(MEMORY),

@@ -43,6 +43,11 @@ def run_length(flag: Flag, command: Command) -> Results:
 
 
 def mixed_precision(flag: Flag, command: Command) -> Results:
+    if derived.is_full(command):
+        if command.has("full_bf16"):
+            return ignored(flag, "--full_bf16 sets the dtype of the weights")
+        if only_value(flag) != "no":
+            return ignored(flag, "the weights are fp32, as in sd-scripts; here the activations are fp32 too")
     match only_value(flag):
         case "no":
             return taken(flag, {"run.precision": "fp32"})
@@ -55,6 +60,9 @@ def mixed_precision(flag: Flag, command: Command) -> Results:
 
 
 def full_bf16(flag: Flag, command: Command) -> Results:
+    if derived.is_full(command) and derived.traits(command).tensorwise:
+        note = "spectune rounds stochastically, so that small updates are not lost"
+        return taken(flag, {"run.trained_precision": "bf16"}, note)
     if not derived.traits(command).rounds_stochastically:
         return ignored(flag, "this optimizer would lose small updates; trained parameters stay in fp32")
     return taken(flag, {"run.trained_precision": "bf16"})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from spectune.errors import did_you_mean
@@ -23,6 +23,11 @@ Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Count = Annotated[int, Field(ge=1, le=MOST_IMAGES)]  # of images or batches
 Rank = Annotated[int, Field(ge=1, le=MOST_RANK)]
+# a tagged union, so that an error is about the member that was meant
+RankOrFull = Annotated[
+    Annotated[Rank, Tag("rank")] | Annotated[Literal["full"], Tag("full")],
+    Discriminator(lambda value: "full" if value == "full" else "rank"),
+]
 Share = Annotated[float, Field(ge=0, le=1)]  # or a probability
 Positive = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]

@@ -17,6 +17,7 @@ from spectune.training.recipe.sections.base import (
     OneOf,
     Positive,
     Rank,
+    RankOrFull,
     Section,
     Steps,
 )
@@ -49,13 +50,19 @@ class ModelSection(Section):
         description="A tuned adapter to continue from, with new optimizer states: the result of an earlier "
         "run, or of `spectune export --form tuned`. It contains its frame.",
     )
-    rank: Rank | None = Field(default=None, description="Split the base at this rank when the run starts.")
+    rank: RankOrFull | None = Field(
+        default=None,
+        description='Split the base at this rank when the run starts. `"full"` trains complete tensors '
+        "instead: full fine-tuning.",
+    )
     conv_rank: Rank | None = Field(
         default=None, description="Rank of 3x3 convolutions. None: the same as `rank`."
     )
     layers: tuple[str, ...] = Field(
         default=("default",),
-        description="Layers that `rank` applies to, named as in `spectune split --layers`.",
+        description="Layers that `rank` applies to, named as in `spectune split --layers`. With `rank = "
+        '"full"`, `default` means every tensor of the parts, also biases and norms; other names mean weights '
+        "and biases of these layers.",
     )
     frame: FrameKind = Field(
         default="principal", description="Directions that are trained, if `rank` is set."
@@ -113,6 +120,8 @@ class ModelSection(Section):
             raise ValueError("`conv_rank` needs `rank`: a principal file already has its ranks")
         self._check_frame()
         self._check_refresh()
+        if self.is_full:
+            self._check_full()
         if self.quantize != "none" and self.form != "residual":
             raise ValueError(
                 '`quantize` needs `form = "residual"`: quantizing the residual causes the smallest error'
@@ -160,6 +169,32 @@ class ModelSection(Section):
                 f'`refresh_every_steps` cannot be combined with `frame = "{self.frame}"`, which is computed '
                 "from the first batches: use principal, minor, plain or svd-down"
             )
+
+    def _check_full(self) -> None:
+        for key in (
+            "refresh_every_steps",
+            "conv_rank",
+            "frame",
+            "frame_norm",
+            "scaling",
+            "form",
+            "quantize",
+            "dropout_probability",
+        ):
+            if self.differs(key):
+                raise ValueError(
+                    f'`{key}` belongs to factors, and `rank = "full"` trains complete tensors: remove `{key}`'
+                )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether complete tensors are trained."""
+        return self.rank == "full"
+
+    @property
+    def frame_rank(self) -> int | None:
+        """The rank that the run splits the base at."""
+        return None if self.rank == "full" else self.rank
 
     @property
     def aligned(self) -> bool:

@@ -68,6 +68,11 @@ class OptimizerSection(Section):
     max_grad_norm: NotNegative = Field(
         default=1.0, description="Gradients are clipped to this total norm; 0 turns clipping off."
     )
+    step_in_backward: bool | None = Field(
+        default=None,
+        description='Step on each tensor in the backward pass and free its gradient, with `rank = "full"`. '
+        "None: if the optimizer, `max_grad_norm = 0` and `accumulation = 1` allow it.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the optimizer, listed below for each optimizer."
     )
