@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "emoji3d_flow": ("flow", "fft", "none", UNET + ENCODERS),
     "emoji3d_flow_bigasp": ("flow", "mse", "none", UNET),
     "emoji3d_flow_noobai": ("flow", "mse", "none", UNET),
+    "emoji3d_full": ("eps", "mse", "min_snr", UNET),
     "emoji3d_gpus": ("eps", "mse", "min_snr", UNET + ENCODERS),
     "emoji3d_to_flow": ("flow", "mse", "none", UNET),
     "emoji3d_unet": ("eps", "mse", "min_snr", UNET),
@@ -116,6 +117,8 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert recipes["emoji3d_to_flow"].objective.start == "warm"
     assert recipes["emoji3d_to_flow"].objective.teacher == "eps"
     assert recipes["emoji3d_flow_noobai"].objective.flow_pairing == "optimal_transport"
+    assert recipes["emoji3d_full"].model.is_full
+    assert recipes["emoji3d_full"].optimizer.step_in_backward
     assert recipes["emoji3d_vae"].vae.name == "eq-anzhc"
     assert recipes["emoji3d_8gb"].model.quantize == "nf4"
     launch = "accelerate launch --num_processes 2 -m spectune train recipes/emoji3d_gpus.toml"
