@@ -17,6 +17,7 @@ from experiments.sensitivity import SENSITIVITY
 from experiments.tenth import TENTH
 from experiments.to_flow import TO_FLOW
 from experiments.wide import WIDE
+from experiments.wide_latents import WIDE_LATENTS
 
 __all__ = ["EXPERIMENTS", "Experiment"]
 
@@ -37,5 +38,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         LARGE_DATA,
         WIDE,
         READ_THROUGH,
+        WIDE_LATENTS,
     )
 }

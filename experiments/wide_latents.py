@@ -1,4 +1,4 @@
-"""10. The base moves to 16 latent channels and to flow. Flat images, shift 2.5, one seed."""
+"""14. The base moves to 16 latent channels and to flow. Flat images, shift 2.5, one seed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments import wide_vae
+from experiments import figures, wide_vae
+from experiments.experiment import Experiment, best_of_each, rate_text, steps_text, steps_to, table
 from experiments.flow_pictures import as_flow, captions_of, strip
 from experiments.lab import BASE, Recorder, picture_folder, train_full, train_recipe
-from experiments.to_flow import save_strip
-from experiments.trial import RESULTS, Outcome, Trial, save
+from experiments.to_flow import save_strip, strip_file
+from experiments.trial import RESULTS, Outcome, Trial, load, save
 from spectune.model.offload import StagedModel
 from spectune.ops.convert import convert
 
 NAME = "wide_latents"
-STEPS, BATCH = 80, 8
+STEPS = 200
+CLOSE = 1.05  # times the final loss of full fine-tuning
 INITS = ("zeros", "copy", "fit")
 LORA, PRINCIPAL, FULL = "LoRA r16", "principal r16", "full fine-tuning"
-DEFAULT = "LoRA r16, default layers"
 DECAY = {"schedule": "polynomial", "power": 0.5}
 
 
@@ -43,21 +44,15 @@ def moved(label: str, rate: float, init: str, *, full: bool = False, **model: An
             "model": {"layers": ("all",), **model},
             "objective": {"kind": "flow", "flow_shift": 2.5},
             "optimizer": DECAY,
-            "run": {"batch": BATCH},
         },
     )
 
 
 def sweep() -> list[Trial]:
     return [
-        moved(LORA, 6e-3, "fit", frame="plain"),
-        moved(FULL, 1e-3, "fit", full=True),
-        moved(LORA, 6e-3, "copy", frame="plain"),
-        moved(FULL, 1e-3, "copy", full=True),
-        moved(LORA, 6e-3, "zeros", frame="plain"),
-        moved(PRINCIPAL, 1e-3, "fit", frame="principal"),
-        moved(FULL, 1e-3, "zeros", full=True),
-        moved(DEFAULT, 6e-3, "fit", frame="plain", layers=("default",)),
+        *(moved(FULL, rate, init, full=True) for init in INITS for rate in (5e-4, 1e-3)),
+        *(moved(LORA, rate, init, frame="plain") for init in INITS for rate in (3e-3, 6e-3)),
+        *(moved(PRINCIPAL, rate, "fit", frame="principal") for rate in (5e-4, 1e-3)),
     ]
 
 
@@ -80,7 +75,7 @@ def prepare(work: Path) -> None:
             device="cpu",
             **pictures,
         )
-        if init == "fit":
+        if init == "fit" and report.latents is not None:
             facts = json.dumps(asdict(report.latents), indent=1)
             (folder / "fit.facts").write_text(facts + "\n", encoding="utf-8")
 
@@ -103,7 +98,50 @@ def run(trial: Trial, work: Path) -> Outcome:
     if trial.method == "full":
         outcome = train_full(trial, work, recorder=recorder)
     else:
-        more = {**trial.overrides, "run": {"batch": BATCH, "preview_every_steps": trial.steps}}
+        more = {**trial.overrides, "run": {"preview_every_steps": trial.steps}}
         outcome = train_recipe(trial, work, more, recorder=recorder)
     save(trial, outcome)
     return outcome
+
+
+def page_values() -> dict[str, str]:
+    trials = list(best_of_each(sweep()).values())
+    outcomes = {trial.label: load(trial) for trial in trials}
+    full = min(load(trial).final for trial in trials if trial.method == "full")
+    fit = json.loads((RESULTS / NAME / "fit.facts").read_text(encoding="utf-8"))
+    facts = json.loads((RESULTS / NAME / "autoencoder.facts").read_text(encoding="utf-8"))
+    rows = [
+        [
+            trial.label,
+            rate_text(trial, sweep()),
+            f"{outcome.before:.3f}",
+            f"{dict(outcome.curve)[STEPS // 5]:.3f}",
+            f"{outcome.final:.3f}",
+            steps_text(steps_to([outcome], [CLOSE * full])),
+        ]
+        for trial, outcome in ((trial, outcomes[trial.label]) for trial in trials)
+    ]
+    heading = ["method, start", "rate", "before", f"after {STEPS // 5}", f"after {STEPS}"]
+    plot = figures.curves(
+        "evidence_wide_latents.png",
+        "To 16 latent channels and to flow, one seed",
+        {label: [outcome] for label, outcome in outcomes.items()},
+        y_label="flow validation loss",
+    )
+    strips = {trial.label: strip_file(trial, STEPS) for trial in trials}
+    return {
+        "plot": plot,
+        "sheet": figures.strips("evidence_wide_latents_pictures.png", strips),
+        "table": table([*heading, "steps to the loss of full + 5 %"], rows),
+        "steps": str(STEPS),
+        "psnr": f"{facts['psnr']:.1f}",
+        "scale": f"{facts['scale']:.3f}",
+        "shift": f"{facts['shift']:.3f}",
+        "pictures": str(fit["pictures"]),
+        "first_error": f"{fit['first_error']:.2f}",
+        "before_error": f"{fit['before_error']:.2f}",
+        "error": f"{fit['error']:.2f}",
+    }
+
+
+WIDE_LATENTS = Experiment(NAME, (sweep,), page_values, prepare=prepare, runner=run)

@@ -30,8 +30,8 @@ CHANNELS = 16
 LAYOUT = VaeLayout(
     channels=(8, 16, 32), resnets=1, latent_channels=CHANNELS, norm_groups=4, scale=1.0, shift=0.0
 )
-STEPS, RATE = 400, 4e-3
-CROP_PX, CROPS, WHOLE = 32, 8, 2  # batches of crops, and of whole images in the last fifth of the steps
+STEPS, RATE = 1500, 2e-3
+CROP_PX, CROPS, WHOLE = 32, 16, 8  # batches of crops, and of whole images in the last fifth of the steps
 FILE, FACTS = "wide_vae.safetensors", "wide_vae.json"
 
 
@@ -85,7 +85,9 @@ def make(work: Path) -> None:
     torch.manual_seed(0)
     with open_checkpoint(BASE) as source:
         base = infer_layout(source)
-    vae = new_vae(LAYOUT).to(memory_format=torch.channels_last).train()
+    vae = cast("AutoencoderKL", new_vae(LAYOUT))
+    cast("Any", vae).to(memory_format=torch.channels_last)
+    vae.train()
     folders = [picture_folder(pictures, work) for pictures in ("flat", "three_d")]
     pixels = torch.cat([pixels_of(folder / "train") for folder in folders])
     train(vae, pixels)

@@ -165,3 +165,15 @@ def test_diffusers_agrees_with_the_table(
     else:
         with pytest.raises(NotImplementedError, match="meta tensor"):
             UNet2DConditionModel.from_single_file(unet, config=str(tmp_path), local_files_only=True)
+
+
+def test_other_latents_are_reported(full: dict[str, torch.Tensor]) -> None:
+    wide = full | {
+        f"{UNET_ROOT}input_blocks.0.0.weight": torch.empty(320, 16, 3, 3, device="meta"),
+        f"{UNET_ROOT}out.2.weight": torch.empty(16, 320, 3, 3, device="meta"),
+        f"{UNET_ROOT}out.2.bias": torch.empty(16, device="meta"),
+    }
+    loadings = loadings_of(wide)
+    assert loadings[SD_SCRIPTS].refuses[0].reason == "its UNet has 4 latent channels"
+    assert "inpainting model" in loadings[COMFYUI].notes[0].reason
+    assert loadings[DIFFUSERS].complete

@@ -255,6 +255,8 @@ def _tensors(source: WeightSource) -> Iterator[Item]:
         yield Item(name, {Feature.MISSING}, counted=False)
     if not _has_sdxl_sizes(layout):
         yield Item(WHOLE_FILE, {Feature.OTHER_SIZE}, counted=False)
+    elif layout.unet.out_channels != SDXL.unet.out_channels:
+        yield Item(WHOLE_FILE, {Feature.OTHER_LATENTS}, counted=False)
 
 
 def _whole_file(source: WeightSource) -> Item:

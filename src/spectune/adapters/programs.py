@@ -173,6 +173,13 @@ class Feature(Enum):
         _refuses("loads only SDXL's widths and depths", COMFYUI, SD_SCRIPTS),
         _loads("needs a folder of configurations with these sizes", DIFFUSERS),
     )
+    OTHER_LATENTS = (  # another number of channels, but not the mask of an inpainting model
+        _loads(
+            "takes it for an inpainting model with SDXL's latents: add the node Flow Sampling From File",
+            COMFYUI,
+        ),
+        _refuses("its UNet has 4 latent channels", SD_SCRIPTS),
+    )
     RESIDUAL = (_loads("a residual works only with its principal, at strength 1", *CHECKPOINT_PROGRAMS),)
     FLOW = (
         _loads("a file cannot declare flow: add ModelSamplingSD3 with its shift", COMFYUI),
