@@ -31,7 +31,7 @@ def test_folders(tmp_path, capfd):
         "flux2: an autoencoder (AutoencoderKLFlux2), diffusers key names",
         "  latents       32 channels, 8 pixels per latent",
         "  packed        128 channels, 16 pixels per latent",
-        "  scale, shift  unknown: the file does not declare them",
+        "  scale, shift  unknown: the file does not declare them; packed latents need none",
         "  names         flux2, flux2-packed (the form fits; the weights are not compared)",
     ]
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from spectune.checkpoints.open import open_checkpoint
 from spectune.cli.app import run as spectune
+from spectune.cli.reports.train import commands_after_training
 from spectune.errors import InputError
 from spectune.model.vae.known import KNOWN_VAES
 from spectune.ops.forecast import forecast
@@ -23,6 +24,7 @@ from spectune.training.loop import train
 from spectune.training.objective import noising, objective
 from spectune.training.recipe.defaults import bucket_defaults
 from spectune.training.recipe.sections.data import DataSection
+from spectune.training.trainable_model import build_trainable, with_chosen_vae
 from tests.training.conftest import MakeRecipe
 
 CONV_IN, CONV_OUT = f"{UNET_ROOT}input_blocks.0.0.weight", f"{UNET_ROOT}out.2"
@@ -95,7 +97,7 @@ def test_a_run_in_another_latent_space(
     mask.save(picture.with_name("a.mask.png"))
     recipe = make_recipe(
         model={"base": base, "parts": ["unet"]},
-        vae={"path": tmp_path / "vae", "name": name},
+        vae={"path": tmp_path / "vae", **({} if name == "flux2-packed" else {"name": name})},
         data={
             "folders": [picture.parent],
             "resolution_px": 2 * step,
@@ -160,3 +162,24 @@ def test_the_forecast_refuses_an_autoencoder_that_does_not_fit(
     config.write_text(text.replace("0.18215", "null"))
     with pytest.raises(InputError, match="neither a name nor a file declares the scale and shift of vae"):
         forecast(make_recipe(model={"base": base}, vae={"path": tmp_path / "vae"}), force=False)
+
+
+def test_packed_latents_have_no_other_scale(
+    make_recipe: MakeRecipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = widened(tiny_checkpoint, tmp_path / "base.safetensors", 128)
+    autoencoder("flux2-packed").save_pretrained(tmp_path / "vae")
+    recipe = make_recipe(
+        model={"base": base, "parts": ["unet"]}, vae={"path": tmp_path / "vae", "scale": 0.5}
+    )
+    trainable = build_trainable(recipe.model, seed=0)
+    with pytest.raises(InputError, match="packed latents are normalized by the statistics in the file"):
+        with_chosen_vae(trainable, recipe.vae)
+    plain = recipe.vae.model_copy(update={"scale": None})
+    declared = with_chosen_vae(trainable, plain).provenance
+    assert (declared.vae_scale, declared.vae_shift, declared.vae_name) == (1.0, 0.0, "vae")
+
+
+def test_the_commands_after_a_run_name_its_autoencoder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(vae={"path": tmp_path / "vae"})
+    assert commands_after_training(recipe, folder=tmp_path)[-1].endswith("--vae vae -o out/t-pictures")

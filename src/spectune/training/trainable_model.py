@@ -370,4 +370,13 @@ def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> Trainable
     if section.path is None and convention == usual:
         return trainable
     sdxl = choose_vae(trainable.sdxl, section.path, convention)
+    chosen = sdxl.layout.vae
+    if chosen is not None and chosen.packed is not None:
+        if (section.scale, section.shift) != (None, None):
+            raise InputError(
+                "`vae.scale` and `vae.shift` do not apply: packed latents are normalized by the statistics in the file",
+                hint="remove these keys",
+            )
+        # the values with which other programs leave packed latents as they are
+        convention = replace(convention, scale=1.0, shift=0.0)
     return replace(trainable, sdxl=sdxl, provenance=declare_vae(provenance, convention, section.path))

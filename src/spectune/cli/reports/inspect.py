@@ -109,7 +109,8 @@ def _print_vae(summary: VaeSummary) -> None:
         source = "assumed: the file does not declare them" if found.is_assumed else "declared"
         say(f"  scale, shift  {found.scale:g}, {found.shift:g} ({source})")
     else:
-        say("  scale, shift  unknown: the file does not declare them")
+        without = "; packed latents need none" if summary.packed_channels else ""
+        say(f"  scale, shift  unknown: the file does not declare them{without}")
     if summary.names:
         say(f"  names         {', '.join(summary.names)} (the form fits; the weights are not compared)")
 

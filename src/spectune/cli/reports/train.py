@@ -82,11 +82,13 @@ def commands_after_training(recipe: Recipe, *, folder: Path | None = None) -> li
             output / f"{name}-pictures",
         )
     )
-    size = recipe.data.resolution_px
+    size, vae = recipe.data.resolution_px, ""
+    if recipe.vae.path is not None:
+        vae = f" --vae {quoted(_from(recipe.vae.path, folder or Path.cwd()))}"
     return [
         f"spectune rebuild {base} {tuned} -o {checkpoint}",
         f"spectune export {base} {tuned} -o {lora}",
-        f'spectune sample {base} {tuned} -c "a picture" --size {size} -o {pictures}',
+        f'spectune sample {base} {tuned} -c "a picture" --size {size}{vae} -o {pictures}',
     ]
 
 
