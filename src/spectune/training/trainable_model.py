@@ -374,7 +374,8 @@ def with_chosen_vae(trainable: TrainableModel, section: VaeSection) -> Trainable
     if chosen is not None and chosen.packed is not None:
         if (section.scale, section.shift) != (None, None):
             raise InputError(
-                "`vae.scale` and `vae.shift` do not apply: packed latents are normalized by the statistics in the file",
+                "`vae.scale` and `vae.shift` do not apply: packed latents are normalized by "
+                "the statistics in the file",
                 hint="remove these keys",
             )
         # the values with which other programs leave packed latents as they are
