@@ -19,6 +19,7 @@ class SpectuneError(Exception):
     """A failure that the user can act on: `what` happened, and a `hint` on what to do."""
 
     exit_code = 2
+    is_reported = False  # another process of the same training prints it
 
     def __init__(self, what: str, *, hint: str | None = None) -> None:
         self.what = one_line(what)

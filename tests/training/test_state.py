@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError, SpectuneError
+from spectune.files.rename import remove_leftovers_of
 from spectune.training import output, state
 from spectune.training.optim.groups import build_optimizer
 from spectune.training.optim.kinds import OPTIMIZERS
@@ -130,6 +131,38 @@ def test_a_failed_save_keeps_the_old_state(tmp_path: Path) -> None:
         state.save_state(folder, header(4), trained, optimizer)
     assert state.load_state(folder).header.step == 3
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_state_is_replaced_by_one_of_the_same_step(tmp_path: Path) -> None:
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "t.state"
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            next(iter(trained.values())).fill_(value)
+        state.save_state(folder, header(), trained, optimizer)
+    assert float(next(iter(state.load_state(folder).trained.values())).max()) == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["t.state"]
+
+
+def test_a_killed_replacement_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, optimizer = trained_pair("adamw")
+    folder = tmp_path / "t.state"
+    state.save_state(folder, header(), trained, optimizer)
+    renames: list[Path] = []
+
+    def killed(source: Path, target: Path) -> None:
+        if renames:
+            raise SystemExit
+        renames.append(source.replace(target))
+
+    monkeypatch.setattr(state, "rename", killed)
+    with pytest.raises(SystemExit):
+        state.save_state(folder, header(), trained, optimizer)
+    assert not folder.exists()
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    remove_leftovers_of(tmp_path, r"t\..*")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.state"]
+    state.load_state(folder)
 
 
 def test_errors_name_damaged_states(tmp_path: Path) -> None:

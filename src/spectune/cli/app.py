@@ -74,6 +74,8 @@ def run(arguments: list[str] | None = None) -> int:
         shown = _usage_error(error) if isinstance(error, TyperException) else user_error(error)
         if shown is None:
             raise
+        if shown.is_reported:
+            return shown.exit_code
         print_error(shown)
         if "--json" in words:
             print_json({"error": {"what": shown.what, "hint": shown.hint}})

@@ -16,7 +16,7 @@ import psutil
 from spectune.errors import InputError
 
 _TRIES, _PAUSE_SECONDS = 6, 0.3
-_PARTIAL, _OLD = ".partial", ".old"
+_PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _appeared(target: Path) -> InputError:
 def remove_whole(path: Path) -> None:
     """Remove a file or a folder. A crash never leaves a part of a folder under its name."""
     if path.is_dir():
-        doomed = partial_path(path)
+        doomed = partial_path(path, _REMOVED)
         shutil.rmtree(doomed, ignore_errors=True)
         rename(path, doomed)
         shutil.rmtree(doomed)
@@ -134,7 +134,7 @@ def remove_leftovers(path: Path) -> None:
 
 def remove_leftovers_of(folder: Path, names: str) -> None:
     """Do the same for all targets in `folder` whose names match a pattern."""
-    for suffix in (_OLD, _PARTIAL):
+    for suffix in (_OLD, _PARTIAL, _REMOVED):
         for leftover, name in leftovers(folder, names, suffix):
             if suffix == _OLD and not (folder / name).exists():
                 rename(leftover, folder / name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectune.model.network import Sdxl, TextStates, stack_states
 from spectune.model.text import tokenize
 from spectune.sdxl.vocabulary import MAX_TOKENS
+from spectune.training.processes.sharing import shared
 
 ENCODE_BATCH = 8  # captions
 
@@ -60,13 +61,19 @@ def encode_captions(
 ) -> dict[str, TextStates]:
     """Return the output of the text encoders for each caption, on the CPU; context is (tokens, width)."""
     distinct = sorted(set(captions))
-    states: dict[str, TextStates] = {}
-    for start in range(0, len(distinct), ENCODE_BATCH):
-        batch = distinct[start : start + ENCODE_BATCH]
+    batches = [distinct[start : start + ENCODE_BATCH] for start in range(0, len(distinct), ENCODE_BATCH)]
+
+    def encoded(batch: Sequence[str]) -> dict[str, TextStates]:
         ids = tokenize(batch, model.layout.te1.context, max_tokens=max_tokens)
-        encoded = model.encode_text(ids).to("cpu")
+        text = model.encode_text(ids).to("cpu")
+        states: dict[str, TextStates] = {}
         for row, caption in enumerate(batch):
             tokens = ids.te1.shape[1] * (1 if ids.chunks is None else ids.chunks[row])
-            states[caption] = TextStates(encoded.context[row, :tokens].clone(), encoded.pooled[row].clone())
+            states[caption] = TextStates(text.context[row, :tokens].clone(), text.pooled[row].clone())
+        return states
+
+    states: dict[str, TextStates] = {}
+    for rows in shared(batches, encoded):
+        states |= rows
         progress(len(states), len(distinct))
     return states

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -31,6 +29,8 @@ from spectune.training.callbacks.trackers import TrackerLog, check_trackers, ten
 from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts
+from spectune.training.processes.agreement import on_all, on_main
+from spectune.training.processes.engine import described_processes, make_accelerator, unused_gpus
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.divergence import NotFinite, divergence_hint, sound_states
@@ -40,6 +40,7 @@ from spectune.training.run import RECENT_STEPS, Progress, Run
 from spectune.training.saving.disk import disk_warnings, plan_saves
 from spectune.training.saving.intervals import SaveClock, agreed, is_due, previews_at_end
 from spectune.training.setup import assemble, restore
+from spectune.training.state import DamagedState, SavedState
 from spectune.training.train_step import step_info, train_batch
 from spectune.training.validation import validation_loss
 
@@ -61,7 +62,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
     check_trackers(recipe)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     main = accelerator.is_main_process
     observers = CallbackList(_main_callbacks(recipe, callbacks) if main else [])
     warnings = WarningLog(observers)
@@ -73,31 +74,31 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         observers.on_message(f"chosen for a base of SDXL's size: {chosen}")
     if "tensorboard" in recipe.run.all_trackers:
         observers.on_message(f"to watch the run: {tensorboard_line(recipe)}")
-    folder = recipe.run.output
-    with locked_output(folder, recipe.run.name, lambda text: warnings.add([text])) if main else nullcontext():
-        claim = output.claim_output(recipe, force=force)
-        saved, damaged = load_newest(claim.states)
+    if line := described_processes(accelerator, recipe):
+        observers.on_message(line)
+    warnings.add(unused_gpus(accelerator, recipe))
+    with ExitStack() as stack:
+        claim, saved, damaged = on_main(
+            accelerator, lambda: _claimed(recipe, stack, force=force, warn=lambda text: warnings.add([text]))
+        )
         warnings.add(fallback_warnings(damaged, saved))
         run = assemble(recipe, accelerator, observers, saved)
-        progress = Progress() if saved is None else restore(run, saved)
+        progress = Progress() if saved is None else on_all(accelerator, lambda: restore(run, saved))
         run.warnings.entries[:0] = warnings.entries
-        accelerator.wait_for_everyone()  # every process must read the folder before it changes
         if main:
             output.prepare_output(recipe, claim)
             set_aside([state for state in claim.states if saved and state > saved.folder])
         return _run(run, progress)
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    return Accelerator(
-        cpu=recipe.run.device == "cpu",
-        # The model has the precision of the recipe; accelerate's own configuration must not add autocast.
-        mixed_precision="no",
-        gradient_accumulation_steps=recipe.run.accumulation,
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
-        # The UNet does not use the last layer of the first text encoder, so its adapters get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="te1" in recipe.model.parts)],
-    )
+def _claimed(
+    recipe: Recipe, stack: ExitStack, *, force: bool, warn: Callable[[str], None]
+) -> tuple[output.Claim, SavedState | None, list[DamagedState]]:
+    """Lock the output folder until `stack` ends; return the claim on it and the state to resume from."""
+    stack.enter_context(locked_output(recipe.run.output, recipe.run.name, warn))
+    output.restore_leftovers(recipe)  # a state that was being replaced
+    claim = output.claim_output(recipe, force=force)
+    return claim, *load_newest(claim.states)
 
 
 def _main_callbacks(recipe: Recipe, callbacks: Sequence[Callbacks]) -> list[Callbacks]:

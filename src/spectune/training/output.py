@@ -93,6 +93,11 @@ class Claim:
     replaced: tuple[Path, ...] = ()  # results to remove before the run
 
 
+def restore_leftovers(recipe: Recipe) -> None:
+    """Restore what a killed process was replacing, and remove its temporary files."""
+    remove_leftovers_of(recipe.run.output, rf"{re.escape(recipe.run.name)}[.-].*")
+
+
 def claim_output(recipe: Recipe, *, force: bool) -> Claim:
     """Decide whether to resume from earlier results or to replace them. Change no file.
 
@@ -131,7 +136,6 @@ def _check_inputs_stay(recipe: Recipe, existing: Sequence[Path]) -> None:
 
 def prepare_output(recipe: Recipe, claim: Claim) -> None:
     """Remove the results to replace and create the output folder."""
-    remove_leftovers_of(recipe.run.output, rf"{re.escape(recipe.run.name)}[.-].*")
     for path in claim.replaced:
         remove_whole(path)
     recipe.run.output.mkdir(parents=True, exist_ok=True)
@@ -141,10 +145,11 @@ def prepare_output(recipe: Recipe, claim: Claim) -> None:
 
 
 def save_step(run: Run, progress: Progress) -> None:
-    """Save the adapter and the state of this step."""
+    """Save the adapter, and the state of this step unless it exists."""
     settings = run.recipe.run
     _check_finite(run, progress)
-    save_state(run, progress)  # first: an adapter without a state would stop the next run
+    if not has_saved(run, progress):
+        save_state(run, progress)  # first: an adapter without a state would stop the next run
     _save_adapter(run, progress, adapter_file(settings.output, settings.name, progress.step))
     if run.accelerator.is_main_process and settings.keep_last_adapters is not None:
         adapters = step_files(settings.output, settings.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,7 @@ from spectune.training.objective.noising import NoiseOptions
 from spectune.training.objective.objective import Objective
 from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
 from spectune.training.optim.groups import build_optimizer, groups_by_part
+from spectune.training.processes.agreement import check_equal, on_all, without_paths
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.changes import (
@@ -86,11 +88,12 @@ def assemble(
     if saved is not None:
         recipe = with_saved_way(recipe, saved.header.recipe)
         check_recipe(saved, recipe.model_dump(mode="json"))
-    pictures, validation = find_images(recipe, warnings)
+    pictures, validation = on_all(accelerator, lambda: find_images(recipe, warnings))
     for line in described_epoch(pictures, recipe.run, accelerator.num_processes).split("\n"):
         callbacks.on_message(line)
     device = accelerator.device
-    trainable = _build_model(recipe, device, saved, callbacks)
+    trainable = on_all(accelerator, lambda: _build_model(recipe, device, saved, callbacks))
+    check_equal(accelerator, lambda: _inputs(recipe, trainable, pictures, validation))
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
     warnings.add(cpu_warnings(device, parameters))
     if recipe.run.stream:
@@ -118,6 +121,19 @@ def assemble(
         warnings=warnings,
         refresher=build_refresher(recipe.model, recipe.run.seed, model.injection),
     )
+
+
+def _inputs(
+    recipe: Recipe, trainable: TrainableModel, pictures: Pictures, validation: Scan | None
+) -> dict[str, Any]:
+    """Return what must be equal on all processes. Paths need not: hosts may mount a folder elsewhere."""
+    return {
+        "the recipe": repr(without_paths(recipe.model_dump())),
+        "the base": trainable.provenance.base_hash,
+        "the frame": trainable.frame_hash,
+        "the images or captions": data_hash(pictures),
+        "the validation images": validation and [(one.path.name, one.caption) for one in validation.images],
+    }
 
 
 def restore(run: Run, saved: state.SavedState) -> Progress:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from spectune.core.low_rank import LowRank
 from spectune.errors import InputError, SpectuneError, counted
-from spectune.files.rename import partial_path, remove_whole, rename
+from spectune.files.rename import old_path, partial_path, rename
 from spectune.files.text import load_json
 from spectune.training.optim.kinds import OPTIMIZERS
 
@@ -153,9 +153,7 @@ def save_state(
         for file in partial.iterdir():
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
-        if folder.exists():
-            remove_whole(folder)
-        rename(partial, folder)
+        _replace(partial, folder)
     except (OSError, SafetensorError) as error:
         raise SpectuneError(
             f"cannot write {folder}: {_reason(error, folder)}",
@@ -163,6 +161,18 @@ def save_state(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Rename a finished state. A state of this name is restored if the program is killed in between."""
+    if not folder.exists():
+        rename(partial, folder)
+        return
+    old = old_path(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    rename(folder, old)
+    rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _reason(error: Exception, folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.objective.losses import mse, per_image
 from spectune.training.objective.noising import noise_latents
+from spectune.training.processes.sharing import shared
 from spectune.training.seeds import derived_generator
 
 VALIDATION_SEED = 0  # the same in all runs, so that their validation losses can be compared
@@ -71,29 +73,35 @@ def validation_loss(
     finished predictions and their total.
     """
     denoiser.eval()
-    costs: list[Tensor] = []
-    done, total = 0, times * sum(len(group.names) for group in images)
+    work: list[_Predictions] = []
     for group in images:
         height, width = group.latents.shape[-2:]
         levels = prediction.even_times(times, pixels=height * width * denoiser.model.pixels_per_latent**2)
         rows = [(image, level) for image in range(len(group.names)) for level in range(times)]
-        for start in range(0, len(rows), batch):
-            chunk = rows[start : start + batch]
-            costs.append(_costs(denoiser, group, prediction, levels, chunk))
-            done += len(chunk)
-            progress(done, total)
+        work += [
+            _Predictions(group, levels, rows[start : start + batch]) for start in range(0, len(rows), batch)
+        ]
+    costs: list[Tensor] = []
+    done, total = 0, times * sum(len(group.names) for group in images)
+    for one in shared(work, partial(_costs, denoiser, prediction)):
+        costs.append(one)
+        done += len(one)
+        progress(done, total)
     return float(torch.cat(costs).double().mean())
 
 
-def _costs(
-    denoiser: Denoiser,
-    group: ValidationImages,
-    prediction: Prediction,
-    levels: Tensor,
-    rows: list[tuple[int, int]],
-) -> Tensor:
-    """Return the costs (rows,) of pairs (image, noise level)."""
-    device = denoiser.model.device
+@dataclass(frozen=True)
+class _Predictions:
+    """Pairs (image, noise level) of one size that are predicted at once."""
+
+    images: ValidationImages
+    levels: Tensor
+    rows: list[tuple[int, int]]
+
+
+def _costs(denoiser: Denoiser, prediction: Prediction, work: _Predictions) -> Tensor:
+    """Return the cost of each prediction, (rows,) on the CPU."""
+    device, group, levels, rows = denoiser.model.device, work.images, work.levels, work.rows
     images = [image for image, _ in rows]
     noise = torch.stack([_noise(group, image, level) for image, level in rows]).to(device)
     times = levels[[level for _, level in rows]].to(device)

@@ -180,6 +180,6 @@ def literal(text: str) -> Any:
     """Parse a value of an `*_args` flag as sd-scripts does: as a Python literal, otherwise as text."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: deeply nested brackets
         return text
     return list(value) if isinstance(value, tuple) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import CacheKey, Pictures, View
 from spectune.training.data.store import LatentStore
+from spectune.training.processes.sharing import on_any_process, shared, writes_files
 from spectune.training.seeds import derived_generator
 
 # Pixels per call of the encoder, which needs 2.7 GB per million pixels in float32.
@@ -166,12 +168,13 @@ def _posteriors(
             stored = store.load(files[image], [view.pixels_name for view in members], shape)
             yield from ((view, stored[view.pixels_name]) for view in members if view.pixels_name in stored)
             missing += [view for view in members if view.pixels_name not in stored]
-    size = pictures.targets[views[0].image]
-    count = images_per_call(size)
-    for start in range(0, len(missing), count):
-        chunk = missing[start : start + count]
-        rows = _encoded(model, pictures, chunk)
-        if store is not None:
+    # a view that another host lacks is encoded again
+    absent = set(missing)
+    missing = [views[i] for i in on_any_process(i for i, view in enumerate(views) if view in absent)]
+    count = images_per_call(pictures.targets[views[0].image])
+    chunks = [missing[start : start + count] for start in range(0, len(missing), count)]
+    for chunk, rows in zip(chunks, shared(chunks, partial(_encoded, model, pictures)), strict=True):
+        if store is not None and writes_files():
             for image, group in groupby(chunk, key=lambda view: view.image):
                 store.add(files[image], {view.pixels_name: rows[view] for view in group})
         yield from rows.items()

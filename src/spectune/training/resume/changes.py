@@ -38,6 +38,7 @@ FREE = (
     "run.epochs",
     "run.validation_times",
     "run.device",
+    "run.timeout_minutes",
     "run.gradient_checkpointing",
     "run.compile",
     "run.offload",

@@ -140,6 +140,12 @@ class RunSection(Section):
     epochs: Epochs | None = Field(default=None, description="Number of passes over all images.")
     batch: Count = Field(default=1, description="Images per process and forward pass.")
     accumulation: Count = Field(default=1, description="Forward passes per optimizer step.")
+    timeout_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="Time that the processes of a run on several GPUs wait for each other before they end.",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",

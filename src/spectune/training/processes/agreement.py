@@ -1,0 +1,111 @@
+"""All processes of a run have the same input, or all of them stop with the same message.
+
+An error on one process alone would leave the others waiting for it until the timeout, and a host with other
+pictures, or without the saved state, would train something else without any error.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from spectune.errors import InputError, SpectuneError
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """Return on all processes what `make` returns on the main one; it is called there only.
+
+    The result is sent to the other processes, which need not see the same files.
+
+    Raises:
+        SpectuneError: `make` raised it.
+    """
+    if accelerator.num_processes == 1:
+        return make()
+    sent: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            sent[0] = make()
+        except SpectuneError as error:
+            sent[1] = error
+    broadcast_object_list(sent)
+    result, failure = sent
+    if failure is not None:
+        raise _reported_by_main(accelerator, failure)
+    return cast("T", result)
+
+
+def on_all(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """Return what `make` returns on this process, unless it raises an error on any process.
+
+    `make` must not communicate.
+
+    Raises:
+        SpectuneError: `make` raised it on this process or on another one, which the message then names.
+    """
+    if accelerator.num_processes == 1:
+        return make()
+    result: T | None = None
+    failure: SpectuneError | None = None
+    try:
+        result = make()
+    except SpectuneError as error:
+        failure = error
+    failures = cast("list[tuple[str, SpectuneError | None]]", gather_object([(_name(accelerator), failure)]))
+    failed = [(name, error) for name, error in failures if error is not None]
+    if not failed:
+        return cast("T", result)
+    name, error = failed[0]
+    if len(failed) < len(failures):
+        error = type(error)(f"{name}: {error.what}", hint=error.hint)
+    raise _reported_by_main(accelerator, error)
+
+
+def check_equal(accelerator: Accelerator, inputs: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise InputError on all processes if a value of `inputs` differs between them.
+
+    Args:
+        accelerator: The connection of all processes.
+        inputs: Returns values by their names in the message, such as "the base".
+    """
+    if accelerator.num_processes == 1:
+        return
+    gathered = cast("list[tuple[str, dict[str, Any]]]", gather_object([(_name(accelerator), dict(inputs()))]))
+    first_name, first = gathered[0]
+    for key in first:
+        others = [name for name, values in gathered if values[key] != first[key]]
+        if others:
+            error = InputError(
+                f"{key} of {first_name} and of {', '.join(others)} differ: all processes must have the same",
+                hint="copy the same files to all hosts, or use a folder that all of them share",
+            )
+            raise _reported_by_main(accelerator, error)
+
+
+def without_paths(value: Any) -> Any:
+    """Return nested values with paths replaced by their last names."""
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {key: without_paths(item) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in cast("Sequence[Any]", value)]
+    return value
+
+
+def _name(accelerator: Accelerator) -> str:
+    return f"process {accelerator.process_index} on {socket.gethostname()}"
+
+
+def _reported_by_main(accelerator: Accelerator, error: SpectuneError) -> SpectuneError:
+    """Return the error; only the main process prints it."""
+    error.is_reported = not accelerator.is_main_process
+    return error
