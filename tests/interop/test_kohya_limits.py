@@ -12,6 +12,7 @@ from spectune.errors import InputError
 from spectune.interop.kohya.command_line import LONGEST_TEXT, MOST_WORDS, parse_command
 from spectune.interop.kohya.gui import parse_gui_json
 from spectune.interop.kohya.importer import import_command
+from spectune.interop.kohya.rules import literal
 from tests.interop.kohya_commands import SHORT, result_of
 
 DOUBLING = "set V=0123456789\n" + "set V=%V%%V%\n" * 40 + f"{SHORT} --output_name=%V%"
@@ -77,6 +78,11 @@ def test_files_that_are_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[str
     (tmp_path / "x.json").write_text("[" * 100_000)
     assert run(["recipe", "import", str(tmp_path / "x.json")]) == 2
     assert "x.json is not valid JSON: it is nested too deeply" in capfd.readouterr().err
+
+
+def test_deeply_nested_arguments_stay_text() -> None:
+    assert literal("(" * 15_000) == "(" * 15_000
+    assert literal("(0.9, 0.99)") == [0.9, 0.99]
 
 
 @pytest.mark.parametrize("value", ["1e308", "9" * 400, "1e17", "nan"])

@@ -102,6 +102,12 @@ def run(recipe: Recipe, folder: Path, processes: int, **options: Any) -> tuple[i
     return started.returncode, errors
 
 
+def train_in_two_processes(recipe: Recipe, folder: Path) -> None:
+    """Train in two processes; the test fails if they do."""
+    code, errors = run(recipe, folder / "counts", 2)
+    assert code == 0, errors[-3000:]
+
+
 def counts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
 

@@ -121,7 +121,7 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert recipes["emoji3d_full"].optimizer.step_in_backward
     assert recipes["emoji3d_vae"].vae.name == "eq-anzhc"
     assert recipes["emoji3d_8gb"].model.quantize == "nf4"
-    launch = "accelerate launch --num_processes 2 -m spectune train recipes/emoji3d_gpus.toml"
+    launch = "torchrun --nproc_per_node 2 -m spectune train recipes/emoji3d_gpus.toml"
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 

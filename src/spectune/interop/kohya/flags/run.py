@@ -106,7 +106,7 @@ def log_with(flag: Flag, command: Command) -> Results:
 
 
 _METADATA = "every file has metadata about its origin"
-_DEVICES = "for several GPUs: accelerate launch -m spectune train"
+_DEVICES = "for several GPUs: torchrun --nproc_per_node N -m spectune train"
 _OWN_STATE = "a run resumes from its own state only"
 
 RUN: Mapping[str, FlagRule] = {
