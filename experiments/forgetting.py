@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from experiments import figures
-from experiments.experiment import LENGTH, Experiment, on_seeds, spread, table
+from experiments.experiment import LENGTH, Experiment, spread, table
 from experiments.lab import Recorder, recipe_of, train_full, train_recipe, validation_loss
 from experiments.trial import Outcome, Trial, load, save
 from spectune.model.offload import StagedModel
@@ -22,43 +22,38 @@ from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.setup import assemble
 
 NAME = "forgetting"
-STEPS, EVERY = 60, 20
-SHARE = 0.9  # of the gain of full fine-tuning with the same seed, at which forgetting is compared
+LONG, STEPS, EVERY = 60, 40, 20  # the first seed runs longer; all seeds are compared after STEPS
+GAIN = 0.033  # at which forgetting is compared: nine tenths of the gain of full fine-tuning in near_full
 
-Sections = Mapping[str, Mapping[str, Any]]
 Point = tuple[float, float]  # gain on 3D, rise of the loss on flat images
 
 FULL = "full"
 EQUAL: Mapping[str, Any] = {"frame_norm": LENGTH}  # directions as long as those of plain LoRA
-METHODS: Mapping[str, Mapping[str, Any]] = {  # the model section of each method at rank 16
-    "LoRA": {"frame": "plain"},
-    "principal": {"frame": "principal"},
-    "principal, equal lengths": {"frame": "principal", **EQUAL},
-    "minor, equal lengths": {"frame": "minor", **EQUAL},
-    "svd-down": {"frame": "svd-down"},
+METHODS: Mapping[str, tuple[Mapping[str, Any], float]] = {  # the model section and the rate
+    FULL: ({}, 2e-4),
+    "LoRA r16": ({"frame": "plain"}, 2e-3),
+    "principal r16": ({"frame": "principal"}, 4e-4),
+    "minor r16, equal lengths": ({"frame": "minor", **EQUAL}, 1e-3),
+    "svd-down r16": ({"frame": "svd-down"}, 2e-3),
+    "LoRA r4": ({"frame": "plain", "rank": 4}, 4e-3),
+    "principal r4": ({"frame": "principal", "rank": 4}, 8e-4),
 }
-RATES: Mapping[tuple[str, int], tuple[float, ...]] = {  # the first one has three seeds
-    ("LoRA", 16): (2e-3, 1e-3),
-    ("principal", 16): (4e-4, 2e-4),
-    ("principal, equal lengths", 16): (1e-3,),
-    ("minor, equal lengths", 16): (1e-3,),
-    ("svd-down", 16): (2e-3, 1e-3),
-    ("LoRA", 4): (4e-3,),
-    ("principal", 4): (8e-4,),
-    ("LoRA", 64): (7e-4,),
-    ("principal", 64): (1.5e-4,),
-}
-FULL_RATES = (2e-4, 1e-4)
+# the methods and the seeds that were run; the other methods are not measured yet
+SEEDS_OF: Mapping[str, tuple[int, ...]] = {FULL: (1, 2), "LoRA r16": (1, 2), "principal r16": (1, 2)}
 
 
-def full(rate: float) -> Trial:
-    return Trial(NAME, FULL, rate, method="full", steps=STEPS, validate_every=EVERY)
-
-
-def tuned(method: str, rank: int, rate: float) -> Trial:
-    model = {**METHODS[method], "rank": rank}
-    label = f"{method} r{rank}"
-    return Trial(NAME, label, rate, steps=STEPS, validate_every=EVERY, overrides={"model": model})
+def trial(label: str, seed: int) -> Trial:
+    model, rate = METHODS[label]
+    return Trial(
+        NAME,
+        label,
+        rate,
+        seed=seed,
+        method="full" if label == FULL else "recipe",
+        steps=LONG if seed == 1 else STEPS,
+        validate_every=EVERY,
+        overrides={} if label == FULL else {"model": {"rank": 16, **model}},
+    )
 
 
 def base() -> Trial:
@@ -66,24 +61,12 @@ def base() -> Trial:
     return Trial(NAME, "base", 1e-4, pictures="flat", steps=1)
 
 
-def main() -> list[Trial]:
-    """Return each method of rank 16 at its rate, with seed 1."""
-    return [full(FULL_RATES[0]), *(tuned(m, r, rates[0]) for (m, r), rates in RATES.items() if r == 16)]
-
-
-def ranks() -> list[Trial]:
-    """Return the other ranks, with one seed."""
-    return [tuned(m, r, rates[0]) for (m, r), rates in RATES.items() if r != 16]
-
-
-def rates() -> list[Trial]:
-    """Return the methods at more rates, with one seed."""
-    others = [tuned(m, r, rate) for (m, r), rates in RATES.items() for rate in rates[1:]]
-    return [*(full(rate) for rate in FULL_RATES[1:]), *others]
+def tuned() -> dict[str, list[Trial]]:
+    return {label: [trial(label, seed) for seed in seeds] for label, seeds in SEEDS_OF.items()}
 
 
 def everything() -> list[Trial]:
-    return [base(), *on_seeds(main()), *ranks(), *rates()]
+    return [base(), *(one for trials in tuned().values() for one in trials)]
 
 
 class FlatRecorder(Recorder):
@@ -152,81 +135,48 @@ def rise_at(curve: Sequence[Point], gain: float) -> float | None:
     return None
 
 
-def of_seeds(trial: Trial) -> Iterator[tuple[int, Outcome]]:
-    """Load the outcomes of a trial that are finished, by seed."""
-    for one in on_seeds([trial]):
-        if one.done:
-            yield one.seed, load(one)
+def at_equal_gain(curves: Sequence[Sequence[Point]]) -> str:
+    """Return the rise at GAIN, over the seeds."""
+    reached = [rise for curve in curves if (rise := rise_at(curve, GAIN)) is not None]
+    if len(reached) < len(curves):
+        return f"in {len(reached)} of {len(curves)} seeds"
+    return f"{spread(reached)}"
 
 
-def equal_gain(trial: Trial) -> list[float | None]:
-    """Return, for each seed, the rise at SHARE of the gain of full fine-tuning."""
-    reference = {seed: outcome.before - outcome.final for seed, outcome in of_seeds(main()[0])}
-    return [
-        rise_at(points(outcome), SHARE * reference[seed])
-        for seed, outcome in of_seeds(trial)
-        if seed in reference
-    ]
-
-
-def equal_gain_text(rises: Sequence[float | None]) -> str:
-    reached = [rise for rise in rises if rise is not None]
-    if len(reached) == len(rises):
-        return f"{spread(reached)}"
-    return f"in {len(reached)} of {len(rises)} seeds" if reached else "not reached"
-
-
-def rows(trials: Sequence[Trial]) -> list[list[str]]:
+def rows() -> list[list[str]]:
     table_rows: list[list[str]] = []
-    for trial in trials:
-        ends = [points(outcome)[-1] for _, outcome in of_seeds(trial)]
-        gain, rise = (spread(values) for values in zip(*ends, strict=True))
+    for label, trials in tuned().items():
+        curves = [points(load(one)) for one in trials]
+        gain, rise = (spread(values) for values in zip(*(c[STEPS // EVERY] for c in curves), strict=True))
         table_rows.append(
-            [trial.label, f"{trial.rate:g}", f"{gain}", f"{rise}", equal_gain_text(equal_gain(trial))]
+            [label, f"{trials[0].rate:g}", str(len(trials)), f"{gain}", f"{rise}", at_equal_gain(curves)]
         )
     return table_rows
 
 
-HEADER = ("method", "rate", "gain on 3D", "rise on flat", f"rise at {SHARE:.0%} of full's gain")
-
-
-def mean_points(trial: Trial) -> list[Point]:
-    """Return the mean curve over the finished seeds."""
-    curves = [points(outcome) for _, outcome in of_seeds(trial)]
-    return [
-        (spread(gain for gain, _ in at).mean, spread(rise for _, rise in at).mean)
-        for at in zip(*curves, strict=True)
-    ]
-
-
-def groups(trials: Sequence[Trial]) -> dict[str, list[list[Point]]]:
-    """Return the curves of each label, one per rate."""
-    curves: dict[str, list[list[Point]]] = {}
-    for trial in trials:
-        curves.setdefault(trial.label, []).append(mean_points(trial))
-    return curves
-
-
-def plot(name: str, title: str, trials: Sequence[Trial]) -> str:
-    return figures.paths(
-        name, title, groups(trials), "gain: fall of the loss on 3D images", "rise of the loss on flat images"
-    )
-
-
 def page_values() -> dict[str, str]:
-    other = [one for one in (*main(), *ranks()) if one.label.startswith(("full", "LoRA", "principal r"))]
+    after = [f"gain after {STEPS}", f"rise after {STEPS}"]
+    header = ["method", "rate", "seeds", *after, f"rise at gain {GAIN:g}"]
+    plot = figures.paths(
+        "evidence_forgetting.png",
+        f"Tuned on 3D: the base, then every {EVERY} steps; dashed: the other seeds",
+        {label: [points(load(one)) for one in trials] for label, trials in tuned().items()},
+        "gain: fall of the loss on 3D images",
+        "forgetting: rise of the loss on flat images",
+    )
+    first = {label: points(load(trials[0])) for label, trials in tuned().items()}
     return {
-        "frames_plot": plot(
-            "evidence_forgetting.png",
-            f"Rank 16, along {STEPS} steps, at one or two constant rates",
-            [*main(), *rates()],
-        ),
-        "ranks_plot": plot("evidence_forgetting_ranks.png", f"Ranks, along {STEPS} steps", other),
-        "frames": table(HEADER, rows(main())),
-        "others": table(HEADER, rows([*ranks(), *rates()])),
-        "flat_before": f"{load(base()).final:.4f}",
+        "plot": plot,
+        "table": table(header, rows()),
+        "before": f"{load(base()).final:.4f}",
+        "gain": f"{GAIN:g}",
         "steps": str(STEPS),
-        "share": f"{SHARE:.0%}",
+        "long": str(LONG),
+        **{
+            f"{name}_{step}": f"{first[label][step // EVERY][1]:.4f}"
+            for name, label in (("full", FULL), ("lora", "LoRA r16"), ("principal", "principal r16"))
+            for step in (EVERY, LONG)
+        },
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,27 @@ from experiments.experiment import (
     best_of_each,
     finals,
     on_seeds,
-    rate_text,
     spread,
     steps_text,
     steps_to,
     table,
 )
 from experiments.lab import train_recipe
-from experiments.to_flow import BOTH, PLAIN_STEPS, TARGET, DistanceRecorder
+from experiments.to_flow import BOTH, FAST_STEPS, PLAIN_STEPS, TARGET, DistanceRecorder
 from experiments.trial import Outcome, Trial, save
 
 NAME = "tenth"
 STEPS = PLAIN_STEPS // 10
 ALL_LAYERS = "plain, all layers"  # the best plain way
-BASIS = "warm + teacher"
 
 Sections = Mapping[str, Mapping[str, Any]]
 SHORT_WARMUP: Sections = {"optimizer": {"warmup_steps": 1}}
-VARIANTS: Mapping[str, tuple[Sections, tuple[float, ...]]] = {  # changes to BASIS, and the rates searched
-    BASIS: ({}, (4.5e-3,)),
+PAIRED: Sections = {**SHORT_WARMUP, "objective": {"flow_pairing": "optimal_transport"}}
+VARIANTS: Mapping[str, tuple[Sections, tuple[float, ...]]] = {  # changes to warm + teacher; rates searched
     "short warm-up": (SHORT_WARMUP, (4.5e-3,)),
-    "short warm-up, rank 64": ({**SHORT_WARMUP, "model": {"rank": 64}}, (2e-3,)),
+    "short warm-up, optimal transport": (PAIRED, (4.5e-3,)),
 }
-REPEATED = ("short warm-up",)
+REPEATED: tuple[str, ...] = ()  # variants with three seeds; the others have one
 
 
 def variant(label: str, rate: float) -> Trial:
@@ -63,52 +61,39 @@ def run(trial: Trial, work: Path) -> Outcome:
     return outcome
 
 
-def outcomes() -> dict[str, list[Outcome]]:
-    """Return the outcomes of each variant at its best rate: of three seeds, or of one."""
-    single = finals(best_of_each(sweep()).values())
-    return {**single, **finals(repeats())}
+def losses() -> dict[str, list[float]]:
+    """Return the losses after STEPS: of the methods of `to_flow` in runs of 40 steps, and of the variants."""
+    older = finals(to_flow.repeats())
+    found = {
+        f"{label}, step {STEPS} of {FAST_STEPS}": [dict(one.curve)[STEPS] for one in older[label]]
+        for label in to_flow.METHODS
+    }
+    variants = {**finals(best_of_each(sweep()).values()), **finals(repeats())}
+    return {**found, **{label: [one.final for one in seeds] for label, seeds in variants.items()}}
 
 
-def rows(plain: Sequence[Outcome]) -> list[list[str]]:
-    """Return a row for each variant; `plain` are the outcomes of the best plain way, by seed."""
-    chosen = best_of_each(sweep())
+def rows() -> list[list[str]]:
+    """Return, for each method, its loss after STEPS, and the steps of plain conversion to this loss."""
+    older = finals(to_flow.repeats())
     table_rows: list[list[str]] = []
-    for label, seeds in outcomes().items():
-        same = steps_to(plain, (outcome.final for outcome in seeds))
-        table_rows.append(
-            [
-                label,
-                rate_text(chosen[label], sweep()),
-                f"{spread(outcome.final for outcome in seeds):.3f}",
-                to_flow.distance_text(seeds),
-                steps_text(same[: len(seeds)]),
-            ]
-        )
+    for label, values in losses().items():
+        same = (steps_text(steps_to(older[plain], values)) for plain in (TARGET, ALL_LAYERS))
+        table_rows.append([label, str(len(values)), f"{spread(values):.3f}", *same])
     return table_rows
 
 
 def page_values() -> dict[str, str]:
     older = finals(to_flow.repeats())
-    plain, lora = older[ALL_LAYERS], older[TARGET]
-    best = outcomes()[REPEATED[0]]
-    header = [
-        "method",
-        "rate",
-        f"loss after {STEPS}",
-        "image distance",
-        f"steps of *{ALL_LAYERS}* to this loss",
-    ]
+    header = ["method", "seeds", f"loss after {STEPS}", "steps of plain LoRA", "steps of plain, all layers"]
+    ends = {name: spread(one.final for one in older[label]) for name, label in _PLAIN.items()}
     return {
-        "table": table(header, rows(plain)),
+        "table": table(header, rows()),
         "steps": str(STEPS),
         "plain_steps": str(PLAIN_STEPS),
-        "lora": f"{spread(outcome.final for outcome in lora):.3f}",
-        "plain": f"{spread(outcome.final for outcome in plain):.3f}",
-        "best": f"{spread(outcome.final for outcome in best):.3f}",
-        "same_lora": steps_text(steps_to(lora, (outcome.final for outcome in best))),
-        "same_plain": steps_text(steps_to(plain, (outcome.final for outcome in best))),
-        "before": f"{spread(outcome.before for outcome in best):.3f}",
+        **{name: f"{end:.3f}" for name, end in ends.items()},
     }
 
+
+_PLAIN = {"lora": TARGET, "all": ALL_LAYERS}
 
 TENTH = Experiment(NAME, (sweep, repeats), page_values, runner=run, needs=("to_flow",))
