@@ -128,6 +128,7 @@ def page_values() -> dict[str, str]:
         "table": table(["method", *MEASURES], rows),
         "steps": str(STEPS),
         "rate": f"{RATE:g}",
+        "levels": str(LEVELS),
         "weight_low": f"{1 / float(1 - Bridge().levels[0]) ** 2:.2f}",
         "weight_high": f"{1 / float(1 - Bridge().levels[-1]) ** 2:.0f}",
     }
