@@ -75,7 +75,8 @@ def drawing_bytes(source: WeightSource, settings: SampleSettings, dtype: torch.d
         info.numel * (4 if name.startswith(VAE_ROOT) else dtype.itemsize)
         for name, info in source.tensors.items()
     )
-    edge = 1 if layout.vae is None else layout.vae.pixels_per_latent
+    # a separate autoencoder has at least as many pixels per latent as SDXL's
+    edge = 8 if layout.vae is None else layout.vae.pixels_per_latent
     pixels = settings.width * settings.height
     rows = settings.batch * (1 if settings.cfg == 1.0 else 2)
     denoising = denoising_bytes(layout.unet, rows * pixels // edge**2, dtype.itemsize)
