@@ -158,9 +158,10 @@ def test_the_schema_has_limits_choices_and_registries() -> None:
     schema = questions.reply("recipe_schema", {}, [])
     fields = {field["key"]: field for section in schema["sections"] for field in section["fields"]}
     assert fields["model.rank"] == {
-        "key": "model.rank", "name": "rank", "help": "Split the base at this rank when the run starts.",
+        "key": "model.rank", "name": "rank", "help": "Split the base at this rank when the run starts. "
+        '`"full"` trains complete tensors instead: full fine-tuning.',
         "required": False, "default": None, "optional": True, "kind": "integer", "minimum": 1,
-        "maximum": 16384,
+        "maximum": 16384, "other": [{"optional": False, "kind": "choice", "choices": ["full"]}],
     }  # fmt: skip
     assert "huber" in fields["loss.kind"]["choices"]
     assert fields["data.folders"]["items"]["kind"] == "path"

@@ -15,6 +15,7 @@ from spectune.adapters.adapter import TunedAdapter
 from spectune.adapters.reader import open_any_adapter
 from spectune.checkpoints.open import open_checkpoint
 from spectune.sdxl.layers import build_catalogue
+from spectune.sdxl.layout import part_of
 from spectune.training.callbacks import Callbacks, StepInfo
 from spectune.training.loop import train
 from spectune.training.output import adapter_file
@@ -156,5 +157,7 @@ def assert_trained(path: Path, recipe: Recipe) -> None:
         assert isinstance(tuned, TunedAdapter)
         parts = {name.partition(".")[0] for name in tuned.layers}
         changed = {name.partition(".")[0] for name, delta in tuned.layers.items() if bool(delta.up.any())}
+        if recipe.model.is_full:
+            parts = changed = {part_of(name) for name in tuned.replaced}
         assert parts == changed == set(recipe.model.parts)
         assert tuned.provenance.prediction == recipe.objective.kind
