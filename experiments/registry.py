@@ -13,6 +13,7 @@ from experiments.latent_space import LATENT_SPACE
 from experiments.near_full import NEAR_FULL
 from experiments.quantised import QUANTISED
 from experiments.read_through import READ_THROUGH
+from experiments.refresh import REFRESH
 from experiments.sensitivity import SENSITIVITY
 from experiments.tenth import TENTH
 from experiments.to_flow import TO_FLOW
@@ -39,5 +40,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         WIDE,
         READ_THROUGH,
         WIDE_LATENTS,
+        REFRESH,
     )
 }

@@ -86,6 +86,11 @@ def model_warnings(recipe: Recipe) -> list[str]:
             "in the residual form, model.dropout_probability also drops directions of the base model; "
             'model.form = "delta" drops directions of the trained change only'
         )
+    if recipe.model.refresh_every_steps is not None and recipe.model.frame == "principal":
+        warnings.append(
+            "model.refresh_every_steps hardly changes the principal frame, because the largest directions of "
+            'the weights stay almost the same: model.frame = "plain" takes new directions'
+        )
     with open_checkpoint(recipe.model.checkpoint) as base:
         check_prediction(base)
         check_channels(base, recipe.vae)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments.refresh_matrix import left_over
 from spectune.adapters.adapter import REPLACED
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.frames import principal_frame
@@ -63,6 +64,7 @@ def test_rebuild_gives_the_trained_weights_bit_for_bit(
 ) -> None:
     recipe = refreshed(make_recipe, run={"steps": 3, "precision": precision})
     report = train(recipe)
+    assert any("refresh_every_steps hardly changes the principal frame" in line for line in report.warnings)
     (run,) = runs
     trained = weights_of(run)
     assert not any(tensor.any() for tensor in run.optimization.parameters.values()), "not folded at the end"
@@ -114,7 +116,7 @@ def test_the_rank_of_a_frame_does_not_limit_the_change(
     ranks: dict[bool, int] = {}
     for refreshes in (False, True):
         model: dict[str, Any] = {"parts": ["unet"], "layers": ["unet.*attn2.to_k"]}
-        more = {} if refreshes else {"refresh_every_steps": None, "refresh_warmup_steps": 5}
+        more = {} if refreshes else {"refresh_every_steps": None, "refresh_warmup_steps": 2}
         run = {"steps": 6, "resume": False, "name": f"t{refreshes}"}
         train(refreshed(make_recipe, model={**model, **more}, run=run))
         name, weight = next(iter(weights_of(runs[-1]).items()))
@@ -129,6 +131,14 @@ def test_the_rank_of_a_frame_does_not_limit_the_change(
         ranks[refreshes] = int((s > 1e-5 * s[0]).sum())
     assert ranks[False] <= 2 * 2
     assert ranks[True] > 2 * 2
+
+
+def test_a_refresh_learns_a_change_of_full_rank_except_in_the_principal_frame() -> None:
+    """The largest directions hardly change when a small change is added to their weight."""
+    assert 0.7 < left_over(1, 1e-1, "plain") < 0.9
+    assert left_over(1, 1e-1, "plain", every=20) < 0.3
+    assert left_over(1, 3e-3, "principal", every=20) > 0.8
+    assert left_over(1, 1e-1, "plain", every=20, keep=True) > 0.3  # the averages of the old directions
 
 
 def adapted(dtype: torch.dtype) -> tuple[AdaptedLayer, Refresher]:

@@ -90,7 +90,7 @@ class ModelSection(Section):
         "that the rank does not limit the whole change. None: never.",
     )
     refresh_warmup_steps: int = Field(
-        default=5,
+        default=2,
         ge=0,
         le=MOST_STEPS,
         description="Steps after each refresh over which the learning rate rises to its full value.",
