@@ -186,6 +186,7 @@ class Run:
             frame_hash=self.frame_hash,
             data_hash=self.data.hash,
             images=len(self.data.pictures),
+            batches_per_step=self.batches_per_step,
             validation_before=progress.validation_before,
             optimizer_package=state.package_of(self.recipe.optimizer.name),
             changes=progress.changes,

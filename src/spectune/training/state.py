@@ -58,6 +58,7 @@ class StateHeader:
     validation_before: float | None
     optimizer_package: str
     images: int | None = None  # number of images that are trained on
+    batches_per_step: int | None = None  # on all processes
     changes: tuple[Mapping[str, Any], ...] = ()  # of the recipe, at each resume: step, key, before, after
     format: int = FORMAT
 

@@ -22,6 +22,11 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 
     assert changes.check_continues(saved, header(recipe={"run": {"batch": 2, "steps": 99}})) == []
     assert "their order changes from here on" in changes.check_continues(saved, header(data_hash="x"))[0]
+    state.save_state(tmp_path / "t.state", header(batches_per_step=4), trained, optimizer)
+    of_four = state.load_state(tmp_path / "t.state")
+    (warning,) = changes.check_continues(of_four, header(batches_per_step=2))
+    assert warning.startswith("an optimizer step had 4 batches and now has 2: run.accumulation times")
+    assert changes.check_continues(of_four, header(batches_per_step=4)) == []
     with pytest.raises(InputError, match=r"run\.batch was 2 and is now 4"):
         changes.check_continues(saved, header(recipe={"run": {"batch": 4, "steps": 10}}))
     with pytest.raises(InputError, match="base was bbbbbbbbbbbbbbbb and is now 0000000000000000"):

@@ -33,6 +33,7 @@ FREE = (
     "optimizer.final_share",
     "optimizer.max_grad_norm",
     "optimizer.step_in_backward",
+    "run.accumulation",  # with another number of processes
     "run.output",
     "run.steps",
     "run.epochs",
@@ -109,6 +110,12 @@ def check_continues(saved: SavedState, now: StateHeader) -> list[str]:
         warnings.append(
             f"the run had {counted(was.steps, 'step')} and now has {now.steps}: its {schedule} schedule "
             "covers the new length, so the learning rate jumps"
+        )
+    if was.batches_per_step not in (None, now.batches_per_step):
+        warnings.append(
+            f"an optimizer step had {counted(was.batches_per_step or 0, 'batch', 'batches')} and now has "
+            f"{now.batches_per_step}: run.accumulation times the number of processes changed; the order of "
+            "the images continues"
         )
     if was.data_hash != now.data_hash:
         warnings.append(
