@@ -156,7 +156,7 @@ def test_wrong_inputs_name_what_to_change(tiny_checkpoint: Path, tmp_path: Path)
     silent = saved_vae(tmp_path / "silent.safetensors", 16, declares=False)
     cases = [
         ({"latent_channels": 16, "vae": eight}, "makes latents of 8 channels, but `latent_channels` is 16"),
-        ({"latent_channels": 16, "vae": silent}, "does not declare the scale of its latents"),
+        ({"latent_channels": 16, "vae": silent}, "declares the scale and shift of silent.safetensors"),
         ({"vae": eight}, "`vae` requires `latent_channels`"),
         ({"latent_channels": 16, "init": "fit", "vae": eight}, "requires `pictures` and `vae`"),
         ({"latent_channels": 16, "init": "copy", "pictures": tmp_path, "vae": eight}, "no `pictures`"),

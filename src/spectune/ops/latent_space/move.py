@@ -25,8 +25,7 @@ from spectune.files.provenance import (
 from spectune.files.reader import Checkpoint
 from spectune.files.source import RenamedFiles, RenamedTensor, TensorInfo, declared_prediction
 from spectune.model.vae.convention import VaeConvention, declare_vae, resolve_convention
-from spectune.model.vae.known import KNOWN_VAES
-from spectune.model.vae.vae_file import open_vae
+from spectune.model.vae.vae_file import check_latents, open_vae
 from spectune.ops.latent_space.initial import first_convolution, last_convolution
 from spectune.ops.latent_space.pictures import fit_to_pictures
 from spectune.ops.latent_space.records import MovedLatents
@@ -37,7 +36,6 @@ from spectune.sdxl.inference import infer_parts
 from spectune.sdxl.layers import build_catalogue
 from spectune.sdxl.layout import (
     NORM_GROUPS,
-    SDXL,
     UNET_ROOT,
     VAE_ROOT,
     PartLayouts,
@@ -81,7 +79,10 @@ def move(options: ConvertOptions) -> MoveReport:
         build_catalogue(source)  # raises InputError if the file is not SDXL
         parts = infer_parts(source)
         _check_unet(parts, source.label)
-        convention = None if options.vae is None else _convention(options)
+        convention = None
+        if options.vae is not None:
+            scale, shift = options.vae_scale, options.vae_shift
+            convention = resolve_convention(options.vae, name=options.vae_name, scale=scale, shift=shift)
         vae, layout = _read_vae(options, convention)
         convolutions, latents = _new_convolutions(source, parts, options, convention)
         fits = parts.vae is not None and parts.vae.unet_channels == options.latent_channels
@@ -92,17 +93,22 @@ def move(options: ConvertOptions) -> MoveReport:
         model = _with_tensors(source, {**convolutions, **vae}, dropped)
         stored = parts.vae if keeps_vae else layout if vae else None
         metadata = _metadata(source, options, convention if vae else None, stored)
-        infos = list(model.tensors.values())
-        with open_writer(
-            options.out,
-            infos,
-            metadata=metadata,
-            force=options.force,
-            template=template_of(source),
-            renewed=(UNET, VAE),
-        ) as writer:
-            write_all(model, writer, options.progress)
-    return MoveReport(writer.hash, len(infos), latents, tuple(dropped))
+        written = _write(model, metadata, options)
+    return MoveReport(written, len(model.tensors), latents, tuple(dropped))
+
+
+def _write(model: Checkpoint, metadata: Mapping[str, str], options: ConvertOptions) -> str:
+    """Write the model and return its hash. A folder gets new configurations of UNet and autoencoder."""
+    with open_writer(
+        options.out,
+        list(model.tensors.values()),
+        metadata=metadata,
+        force=options.force,
+        template=template_of(model),
+        renewed=(UNET, VAE),
+    ) as writer:
+        write_all(model, writer, options.progress)
+    return writer.hash
 
 
 def _check_unet(parts: PartLayouts, label: str) -> None:
@@ -123,8 +129,10 @@ def _read_vae(
     A checkpoint can hold only an AutoencoderKL: there are no tensors for a packed or a deep one.
 
     Raises:
-        InputError: It makes latents of another number of channels.
+        InputError: It makes latents of another number of channels, does not fit the name of its convention,
+            or has no declared scale.
     """
+    assert options.latent_channels is not None
     if options.vae is None or convention is None:
         return {}, None
     with open_vae(options.vae) as file:
@@ -135,30 +143,12 @@ def _read_vae(
                 f"is {options.latent_channels}",
                 hint=f"set `latent_channels` to {layout.unet_channels}, or pass another autoencoder as `vae`",
             )
+        check_latents(layout, convention, options.latent_channels, options.vae.name)
         if layout.packed is not None or layout.deep_config is not None:
             return {}, layout
         state = {key: tensor.clone() for key, tensor in file.state(layout).items()}
     pieces = pieces_by_tensor("vae", views_of(vae_modules(layout)))
     return {name: joined(rows, [state[row.key] for row in rows]) for name, rows in pieces.items()}, layout
-
-
-def _convention(options: ConvertOptions) -> VaeConvention:
-    """Return scale, shift and padding; with 4 channels, SDXL's are the default.
-
-    Raises:
-        InputError: Nothing declares the scale, and the number of channels is not that of SDXL.
-    """
-    assert options.vae is not None
-    convention = resolve_convention(
-        options.vae, name=options.vae_name, scale=options.vae_scale, shift=options.vae_shift
-    )
-    if not convention.is_assumed or options.latent_channels == SDXL.unet.in_channels:
-        return convention
-    raise InputError(
-        f"{options.vae.name} does not declare the scale of its latents",
-        hint=f"set `vae_name` to one of {', '.join(KNOWN_VAES)}, or `vae_scale` and `vae_shift`; or pass the "
-        "diffusers folder, whose config.json declares them",
-    )
 
 
 def _new_convolutions(
