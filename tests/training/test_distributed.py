@@ -177,7 +177,6 @@ def test_four_processes_continue_with_two_after_a_kill(recipe_for: Any, tmp_path
     started.communicate()
     code, errors = run(recipe, tmp_path / "c", 2)
     assert code == 0, errors[-3000:]
-    assert "4 images per step" in errors or "images per" in errors
     assert (
         largest_difference(tmp_path / "one" / "one.safetensors", tmp_path / "two" / "two.safetensors") <= 1e-6
     )

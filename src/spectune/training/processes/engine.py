@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -42,6 +43,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 "little to divide among processes",
                 hint=f"start the training without that configuration: {LAUNCH.format(count='N')} RECIPE",
             )
+    # torch 2.13 renames the option; accelerate 1.15 does not know the new names
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     return Accelerator(
         cpu=recipe.run.device == "cpu",
         # The model has the precision of the recipe. Without these three, accelerate's environment decides.
