@@ -70,9 +70,9 @@ def test_the_product_of_a_sum_is_the_sum_of_products(
     assert result.low_rank.rank == (sum(ranks) if len(ranks) == 1 else min(sum(ranks), full))
     assert result.low_rank.down.shape[1:] == shape[1:]
     assert not unit_scale or result.low_rank.scale == 1
-    # mutation: a weight off by 1%
-    nudged = expected + 0.01 * parts[0]
-    assert error(result.low_rank, nudged, size) > 1e-5
+    # mutation: the weight of the largest part off by 1 %
+    nudged = expected + 0.01 * max(parts, key=lambda part: float(part.norm()))
+    assert error(result.low_rank, nudged, size) > 1e-3
 
 
 @given(shape=shapes, rank=st.integers(1, 20), dtype=st.sampled_from(DTYPES), alpha=st.floats(0.1, 50))

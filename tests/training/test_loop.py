@@ -402,8 +402,10 @@ def test_deltas_that_are_not_finite_are_not_saved(
             next(iter(trained.values())).data.fill_(torch.nan)
 
     trained: dict[str, torch.nn.Parameter] = {}
-    named = state.trained_tensors
-    monkeypatch.setattr(state, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained)  # pyright: ignore
+    named = trainable_model.trained_tensors
+    monkeypatch.setattr(
+        trainable_model, "trained_tensors", lambda deltas: trained.update(named(deltas)) or trained
+    )  # pyright: ignore
     with pytest.raises(SpectuneError, match=r"after step 1, the trained changes of 1 layer are not finite"):
         train(make_recipe(run={"steps": 1}), callbacks=[Break()])
     assert not (tmp_path / "out").exists()  # nor is an empty folder left

@@ -16,9 +16,7 @@ from spectune.core.low_rank import LowRank
 from spectune.files.dtypes import parse_dtype
 from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
-from spectune.model.prediction import Flow, Prediction, make_prediction
 from spectune.model.streamed_layers import stream_weights
-from spectune.model.vae.encoding import encoder_of
 from spectune.training import state
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_buckets, training_sizes
@@ -37,19 +35,14 @@ from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser
 from spectune.training.ema import MovingAverage
-from spectune.training.eps_to_flow.bridge import Bridge
-from spectune.training.eps_to_flow.conversion import Conversion
 from spectune.training.eps_to_flow.warm_start import FirstBatches, fit_warm_start
 from spectune.training.frames.aligned import align
 from spectune.training.frames.making import hash_of_frames
 from spectune.training.frames.refresh import build_refresher, from_main
 from spectune.training.full.steps import tensor_steps
-from spectune.training.objective.cost import Cost
-from spectune.training.objective.edm2 import LearnedWeighting, WeightingTrainer, weighting_optimizer
-from spectune.training.objective.losses import HUBER_C, LOSSES, HuberThreshold
-from spectune.training.objective.noising import NoiseOptions
+from spectune.training.objective.building import build_objective, build_weighting
+from spectune.training.objective.edm2 import WeightingTrainer
 from spectune.training.objective.objective import Objective
-from spectune.training.objective.weightings import WEIGHTINGS, WeightingOptions
 from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.processes.agreement import check_equal, on_all, without_paths
 from spectune.training.recipe.defaults import with_defaults
@@ -103,8 +96,8 @@ def assemble(
     recipe, data = _encode(recipe, model, device, pictures, validation, warnings)
     model.sdxl.unet.to(device)  # last: the encoding needs memory that the UNet would take
     warnings.add(batch_warnings(recipe, data.plan))
-    weighting = _build_weighting(recipe, accelerator.device)
-    objective = _build_objective(recipe, model, weighting)
+    weighting = build_weighting(recipe, accelerator.device)
+    objective = build_objective(recipe, model, weighting)
     if saved is None:
         model = _fit_to_first_batches(recipe, accelerator, data, model, objective, warnings)
     if recipe.run.compile:
@@ -265,69 +258,6 @@ def _build_denoiser(recipe: Recipe, trainable: TrainableModel) -> Denoiser:
     if recipe.run.gradient_checkpointing:
         denoiser.checkpoint_gradients()
     return denoiser
-
-
-# ---------------------------------------------------------------- objective
-
-
-def _build_objective(recipe: Recipe, model: RunModel, weighting: WeightingTrainer | None) -> Objective:
-    section = recipe.objective
-    conversion = None
-    if section.converts:
-        conversion = Conversion(has_teacher=section.teacher != "none", bridge_steps=section.bridge_steps)
-    prediction, way = _prediction(recipe), recipe.vae.encode
-    training, bridge = prediction, None
-    if isinstance(prediction, Flow):
-        training = replace(prediction, timesteps=section.flow_timestep)
-    elif section.read_through == "bridge":
-        training, bridge = section.flow, Bridge(prediction)
-    assert way != "auto", "the images are not encoded"
-    return Objective(
-        denoiser=model.denoiser,
-        injection=model.injection,
-        prediction=prediction,
-        training_prediction=training,
-        noise=NoiseOptions(section.noise_offset, section.input_perturbation, section.flow_pairing),
-        cost=_cost(recipe, training, None if weighting is None else weighting.weighting),
-        seed=recipe.run.seed,
-        encoder=model.sdxl if recipe.caches_latents else encoder_of(model.sdxl, way),
-        conversion=conversion,
-        bridge=bridge,
-    )
-
-
-def _prediction(recipe: Recipe) -> Prediction:
-    """Return the prediction type of the file: flow models are sampled with continuous timesteps."""
-    section = recipe.objective
-    assert section.kind is not None, "the objective is not resolved"
-    if section.kind == "flow":
-        return section.flow
-    return make_prediction(section.kind, zero_terminal_snr=bool(section.zero_terminal_snr))
-
-
-def _cost(recipe: Recipe, prediction: Prediction, learned: LearnedWeighting | None) -> Cost:
-    section = recipe.loss
-    options = WeightingOptions(prediction.name, scale_v_like_noise=section.scale_v_like_noise)
-    if section.min_snr_gamma is not None:
-        options = replace(options, min_snr_gamma=section.min_snr_gamma)
-    huber_c = HUBER_C if section.huber_c is None else section.huber_c
-    return Cost(
-        loss=LOSSES[section.kind],
-        weighting=WEIGHTINGS[section.weighting],
-        options=options,
-        threshold=HuberThreshold(huber_c, section.huber_schedule),
-        learned=learned,
-        contrastive_weight=section.contrastive_weight,
-    )
-
-
-def _build_weighting(recipe: Recipe, device: torch.device) -> WeightingTrainer | None:
-    if recipe.loss.weighting != "edm2":
-        return None
-    settings = recipe.loss.edm2
-    weighting = LearnedWeighting(settings.fourier_features, importance_gamma=settings.importance_gamma)
-    weighting = weighting.to(device)
-    return WeightingTrainer(weighting, weighting_optimizer(weighting, learning_rate=settings.learning_rate))
 
 
 # ---------------------------------------------------------------- warm start and aligned frames

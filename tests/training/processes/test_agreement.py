@@ -28,7 +28,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the list of what the other processes send; they come after this one."""
     sent: list[Any] = []
     monkeypatch.setattr(agreement, "gather_object", lambda mine: [*mine, *sent])
-    monkeypatch.setattr(agreement.socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(agreement.platform, "node", lambda: "here")
     return sent
 
 

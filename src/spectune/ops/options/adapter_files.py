@@ -27,7 +27,7 @@ from spectune.ops.options.values import (
     WeightDtype,
     check_one_rank,
 )
-from spectune.training.recipe.sections.base import MOST_PX, MOST_RANK
+from spectune.training.recipe.sections.base import LARGEST_FACTOR, MOST_PX, MOST_RANK
 
 MOST_LATENT_CHANNELS = 256
 
@@ -191,9 +191,14 @@ class ConvertOptions(OperationOptions):
         "declares.",
     )
     vae_scale: float | None = option(
-        default=None, help="With `vae`: its scale, latents = (z - shift) * scale."
+        default=None,
+        ge=1e-6,
+        le=LARGEST_FACTOR,
+        help="With `vae`: its scale, latents = (z - shift) * scale.",
     )
-    vae_shift: float | None = option(default=None, help="With `vae`: its shift.")
+    vae_shift: float | None = option(
+        default=None, ge=-LARGEST_FACTOR, le=LARGEST_FACTOR, help="With `vae`: its shift."
+    )
     init: Literal["zeros", "copy", "fit"] | None = option(
         default=None,
         help="With `latent_channels`: the new weights. zeros (the first channels keep their weights), copy "

@@ -6,4 +6,5 @@
 * noising:    noised latents and their targets
 * cost:       the product of loss, mask, image weight and noise level weight
 * objective:  all of the above for the batches of one run
+* building:   the objective of a recipe
 """

@@ -6,7 +6,7 @@ pictures, or without the saved state, would train something else without any err
 
 from __future__ import annotations
 
-import socket
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -102,7 +102,7 @@ def without_paths(value: Any) -> Any:
 
 
 def _name(accelerator: Accelerator) -> str:
-    return f"process {accelerator.process_index} on {socket.gethostname()}"
+    return f"process {accelerator.process_index} on {platform.node()}"
 
 
 def _reported_by_main(accelerator: Accelerator, error: SpectuneError) -> SpectuneError:
