@@ -156,7 +156,7 @@ def _new_convolutions(
 ) -> tuple[dict[str, Tensor], MovedLatents]:
     """Return both convolutions in the dtypes of the file."""
     assert options.latent_channels is not None
-    init = options.init or ("copy" if options.pictures is None else "fit")
+    init = options.init or ("zeros" if options.pictures is None else "fit")
     names = [f"{stem}.{kind}" for stem in (CONV_IN, CONV_OUT) for kind in ("weight", "bias")]
     old = {name: source.load(name) for name in names}
     repeat, channels = init != "zeros", options.latent_channels

@@ -203,7 +203,7 @@ class ConvertOptions(OperationOptions):
         default=None,
         help="With `latent_channels`: the new weights. zeros (the first channels keep their weights), copy "
         "(the old channels repeat), fit (least squares on `pictures`). Default: fit with `pictures`, "
-        "otherwise copy.",
+        "otherwise zeros.",
     )
     pictures: Path | None = option(
         default=None, help="With `init` fit: a folder of pictures with captions; up to 64 are used."
