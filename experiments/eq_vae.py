@@ -87,7 +87,7 @@ def make(work: Path) -> None:
     torch.manual_seed(0)
     with open_checkpoint(BASE) as source:
         vae, layout = build_model(source).vae, hints_metadata(infer_layout(source))
-    assert vae is not None
+    assert isinstance(vae, AutoencoderKL)
     folders = [picture_folder(pictures, work) for pictures in ("flat", "three_d")]
     pixels = torch.cat([pixels_of(folder / "train") for folder in folders])
     validation = torch.cat([pixels_of(folder / "held_out") for folder in folders])
