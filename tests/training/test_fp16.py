@@ -14,6 +14,7 @@ from spectune.errors import SpectuneError
 from spectune.training import setup
 from spectune.training.callbacks import Callbacks, StepInfo
 from spectune.training.loop import train
+from spectune.training.objective.cost import Cost
 from tests.training.conftest import MakeRecipe
 
 FP16 = {"precision": "fp16"}
@@ -82,7 +83,7 @@ def test_gradients_that_overflow_without_a_scale_end_the_run(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled_by(monkeypatch, 1.0)
-    monkeypatch.setattr(setup.Cost, "of_batch", lambda self, noised, costs, **_: costs.mean() * 1e30)  # pyright: ignore
+    monkeypatch.setattr(Cost, "of_batch", lambda self, noised, costs, **_: costs.mean() * 1e30)  # pyright: ignore
     with pytest.raises(SpectuneError, match="the gradients of step 1 overflow in fp16 even without") as error:
         train(make_recipe(run=FP16))
     assert error.value.hint == 'set run.precision = "bf16" or "fp32"'

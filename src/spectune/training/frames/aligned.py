@@ -91,9 +91,8 @@ def align(
             v, _, pt = thin_svd(core.T)  # the transpose is several times faster for wide matrices
             u, vh, rank = bases.pop(name).double() @ pt.T, v.T, ranks[name]
             if kind == "gradient":
-                frame = aligned_frame(
-                    u, vh, shapes[name], rank=rank, length=length or UNIT_LENGTH
-                )  # gradients define no length
+                # gradients define no length
+                frame = aligned_frame(u, vh, shapes[name], rank=rank, length=length or UNIT_LENGTH)
             else:
                 frame = projected_frame(layer.base.weight, u[:, :rank])
                 frame = frame if length is None else normalized(frame, length)
