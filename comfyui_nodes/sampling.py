@@ -55,9 +55,10 @@ def with_discrete(model: Any, prediction: PredictionName, *, zero_snr: bool) -> 
 
 
 def with_latents(model: Any, declared: Provenance) -> tuple[Any, str]:
-    """Return a copy with the latents of a file, and their description; `model` and "" for those of SDXL.
+    """Return a copy of `model` whose latents have the channels, scale and shift of a file, and a description.
 
-    ComfyUI takes an SDXL with more than 4 channels for an inpainting model: the copy adds no mask.
+    If these are the values of SDXL, the result is `model` itself and an empty text. ComfyUI treats an SDXL
+    with more than 4 channels as an inpainting model and adds a mask to its inputs. The copy adds none.
     """
     weight = model.model.state_dict().get(_FIRST_WEIGHT)
     channels = SDXL.unet.in_channels if weight is None else weight.shape[1]

@@ -107,3 +107,14 @@ def test_files_that_cannot_be_read_are_replaced(
 def test_a_folder_that_cannot_be_created(picture: Path) -> None:
     with pytest.raises(InputError, match=r"data\.cache_folder cannot be created: .*cat\.png"):
         LatentStore(picture / "cache", "vae")
+
+
+def test_an_autoencoder_without_deviations_is_cached(tmp_path: Path, picture: Path) -> None:
+    exact = LatentStore(tmp_path / "cache", "vae", has_deviations=False)
+    without = posterior().index_fill(0, torch.tensor([2, 3]), 0.0)
+    file = exact.file_of(picture)
+    exact.add(file, {"good": without, "bad": posterior()})
+    assert exact.load(file, ["good"], SHAPE).keys() == {"good"}
+    assert exact.damaged == set()
+    assert exact.load(file, ["good", "bad"], SHAPE).keys() == {"good"}
+    assert exact.damaged == {file}

@@ -125,12 +125,12 @@ def _first(*candidates: list[float]) -> float | None:
 
 
 def is_full(command: Command) -> bool:
-    """Return whether a command trains complete tensors."""
+    """Return whether a command is a full fine-tuning: sdxl_train.py without a file of factors."""
     return command.script == "sdxl_train.py" and not command.has("network_weights")
 
 
 def steps_in_backward(command: Command) -> bool:
-    """Return whether sd-scripts and spectune can step in the backward pass of a full fine-tuning."""
+    """Return whether sd-scripts and spectune both can run the optimizer inside of the backward pass."""
     accumulation = command.value("gradient_accumulation_steps") or "1"
     return (
         is_full(command)

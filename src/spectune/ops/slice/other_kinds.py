@@ -9,7 +9,7 @@ from pathlib import Path
 from spectune.adapters.adapter import AnyAdapter, GeneralAdapter
 from spectune.adapters.reader import AS_PLAIN_LORA, open_any_adapter
 from spectune.adapters.traits import TraitRule, read_traits, trait_layers
-from spectune.errors import InputError, counted, some_of
+from spectune.errors import InputError
 from spectune.files.provenance import Role
 from spectune.files.reader import Checkpoint
 from spectune.ops.options.adapter_files import SliceOptions
@@ -17,7 +17,7 @@ from spectune.ops.options.values import Slice
 from spectune.ops.other_kinds import check_no_options, copy_tensors
 from spectune.ops.shared import catalogue_of, refuse_overwriting
 from spectune.ops.slice.adapters import SliceReport
-from spectune.ops.slice.plan import SliceResult, slices_metadata
+from spectune.ops.slice.plan import SliceResult, add_places, slices_metadata
 
 
 def slice_other_kinds(options: SliceOptions) -> SliceReport:
@@ -43,15 +43,9 @@ def slice_other_kinds(options: SliceOptions) -> SliceReport:
         for piece in slices:
             adapter = opened[piece.path]
             result, keys = _selected(piece, adapter, traits)
-            twice = [key for key in keys if key in places]
-            if twice:
-                raise InputError(
-                    f"{counted(len(twice), 'tensor')} in more than one slice cannot be summed: "
-                    f"{some_of(twice)}",
-                    hint="choose traits that do not overlap, or sum plain LoRAs of `spectune export`",
-                )
             assert adapter.file is not None
-            places |= dict.fromkeys(keys, adapter.file)
+            hint = "choose traits that do not overlap, or sum plain LoRAs of `spectune export`"
+            add_places(places, keys, adapter.file, hint=hint)
             results.append(result)
         metadata = {**opened[slices[0].path].metadata, **slices_metadata(slices)}
         written = copy_tensors(out, places, metadata, force=options.force, progress=options.progress)

@@ -11,8 +11,9 @@ from pathlib import Path
 from spectune.adapters.adapter import Adapter, TunedAdapter
 from spectune.adapters.traits import TraitRule, trait_layers
 from spectune.adapters.writer import adapter_hash
-from spectune.errors import InputError, PairingError
+from spectune.errors import InputError, PairingError, counted, some_of
 from spectune.files.provenance import SLICES_KEY, Provenance, Role
+from spectune.files.reader import Checkpoint
 from spectune.ops.options.values import Slice
 from spectune.pairs.rules import AdapterKind, short_hash
 from spectune.sdxl.layers import Catalogue, Layer, squeezed
@@ -173,3 +174,13 @@ def slices_metadata(slices: Sequence[Slice]) -> dict[str, str]:
     """Return the metadata entry that lists the slices."""
     entries = [{"file": piece.path.name, "trait": piece.trait, "weight": piece.weight} for piece in slices]
     return {SLICES_KEY: json.dumps(entries)}
+
+
+def add_places(places: dict[str, Checkpoint], keys: Sequence[str], source: Checkpoint, *, hint: str) -> None:
+    """Note that `keys` are copied from `source`. Raises InputError if an earlier slice has one of them."""
+    if twice := [key for key in keys if key in places]:
+        raise InputError(
+            f"{counted(len(twice), 'tensor')} in more than one slice cannot be summed: {some_of(twice)}",
+            hint=hint,
+        )
+    places |= dict.fromkeys(keys, source)

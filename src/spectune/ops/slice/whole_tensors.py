@@ -8,7 +8,7 @@ from pathlib import Path
 from spectune.adapters.adapter import REPLACED
 from spectune.adapters.spellings import adapter_part
 from spectune.checkpoints.open import open_checkpoint
-from spectune.errors import InputError, counted, some_of
+from spectune.errors import InputError
 from spectune.files.provenance import Role
 from spectune.files.reader import Checkpoint
 from spectune.ops.options.adapter_files import SliceOptions
@@ -16,7 +16,7 @@ from spectune.ops.options.values import Slice
 from spectune.ops.other_kinds import check_no_options, copy_tensors
 from spectune.ops.shared import refuse_overwriting
 from spectune.ops.slice.adapters import SliceReport
-from spectune.ops.slice.plan import SliceResult, slices_metadata
+from spectune.ops.slice.plan import SliceResult, add_places, slices_metadata
 from spectune.pairs.rules import short_hash
 from spectune.sdxl.layout import part_of
 
@@ -43,14 +43,7 @@ def slice_whole_tensors(options: SliceOptions) -> SliceReport:
         for piece in slices:
             source = opened[piece.path]
             kept = _selected(piece, source)
-            twice = [key for key in kept if key in places]
-            if twice:
-                raise InputError(
-                    f"{counted(len(twice), 'tensor')} in more than one slice cannot be summed: "
-                    f"{some_of(twice)}",
-                    hint="choose parts that do not overlap",
-                )
-            places |= dict.fromkeys(kept, source)
+            add_places(places, kept, source, hint="choose parts that do not overlap")
             removed = [key for key in source.tensors if key not in kept]
             results.append(SliceResult(piece, _names(kept), _names(removed)))
         metadata = {**opened[slices[0].path].metadata, **slices_metadata(slices)}

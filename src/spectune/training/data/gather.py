@@ -83,7 +83,11 @@ def cache_latents(
         return []
     callbacks.on_message(f"encoding {counted(len(pictures), 'image')}: {described_way(way)}")
     folder = recipe.data.cache_folder
-    store = None if folder is None else LatentStore(folder, vae_key(model))
+    store = None
+    if folder is not None:
+        assert model.layout.vae is not None
+        # an AutoencoderDC has no deviations
+        store = LatentStore(folder, vae_key(model), has_deviations=model.layout.vae.deep_config is None)
     with stage(callbacks, "encoding images") as progressed:
         pictures.latents = encode_pictures(
             model,

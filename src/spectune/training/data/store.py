@@ -27,15 +27,20 @@ class LatentStore:
     added to `damaged` and its view is encoded again.
     """
 
-    def __init__(self, folder: Path, vae_key: str) -> None:
-        """Open the store; `vae_key` identifies the autoencoder's weights, scale, shift and padding.
+    def __init__(self, folder: Path, vae_key: str, *, has_deviations: bool = True) -> None:
+        """Open the store.
+
+        Args:
+            folder: The folder, which is created.
+            vae_key: Identifies the autoencoder's weights, scale, shift and padding.
+            has_deviations: False for an autoencoder that encodes without randomness: its deviations are 0.
 
         Raises:
             InputError: The folder cannot be created.
         """
         self.folder = folder
         self.damaged: set[Path] = set()
-        self._vae_key = vae_key
+        self._vae_key, self._has_deviations = vae_key, has_deviations
         self._vae = hashlib.sha256(f"{_FORMAT} {vae_key}".encode()).hexdigest()[:16]
         _create(folder)
 
@@ -49,7 +54,7 @@ class LatentStore:
         """Return the valid posteriors in a file that are in `names`. The file need not exist."""
         stored = self._read(file)
         present = {name: stored[name] for name in names if name in stored}
-        valid = {name: tensor for name, tensor in present.items() if _is_posterior(tensor, shape)}
+        valid = {name: tensor for name, tensor in present.items() if self._is_valid(tensor, shape)}
         if len(valid) < len(present):
             self.damaged.add(file)
         return valid
@@ -67,6 +72,13 @@ class LatentStore:
         names = some_of(sorted(file.name for file in self.damaged))
         return [f"{counted(len(self.damaged), 'damaged file')} in the latent cache, encoded again: {names}"]
 
+    def _is_valid(self, tensor: Tensor, shape: tuple[int, ...]) -> bool:
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            return False
+        deviation = tensor[shape[0] // 2 :]
+        is_possible = deviation > 0 if self._has_deviations else deviation == 0
+        return bool(torch.isfinite(tensor).all() and is_possible.all())
+
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
             # Not memory-mapped: Windows cannot replace a mapped file.
@@ -76,13 +88,6 @@ class LatentStore:
         except (OSError, SafetensorError, ValueError):
             self.damaged.add(file)
             return {}
-
-
-def _is_posterior(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-        return False
-    deviation = tensor[shape[0] // 2 :]
-    return bool(torch.isfinite(tensor).all() and (deviation > 0).all())
 
 
 def _create(folder: Path) -> None:

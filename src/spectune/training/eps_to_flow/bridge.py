@@ -56,7 +56,10 @@ class Preconditioning:
 
 @dataclass(frozen=True)
 class Bridge:
-    """The preconditioning of an EPS or v model with its noise schedule. v needs levels that it covers."""
+    """The bridge for an EPS or v model with the noise schedule of `prediction`.
+
+    For v, noise levels must be between `lowest` and `highest`; for EPS, others are extrapolated.
+    """
 
     prediction: Ddpm = EPS
 

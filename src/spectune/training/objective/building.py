@@ -1,4 +1,4 @@
-"""Build the objective of a run from its recipe."""
+"""Create the training objective (noise, target and loss) that a recipe describes."""
 
 from __future__ import annotations
 
