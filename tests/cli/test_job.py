@@ -206,12 +206,16 @@ def test_a_second_command_appends_after_an_incomplete_line(tmp_path: Path) -> No
     assert json.loads(lines[2])["event"] == "end"
 
 
-def test_only_the_first_of_several_processes_writes(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_the_first_of_several_processes_writes_and_prints(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run(["inspect", str(tiny_checkpoint), "--job", str(tmp_path / "job")]) == 0
     assert not (tmp_path / "job").exists()
+    assert "".join(capfd.readouterr()) == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run(["inspect", str(tiny_checkpoint)]) == 0
+    assert "parameters" in "".join(capfd.readouterr())
 
 
 def test_a_full_disk_does_not_end_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from spectune.cli.console import Report, file_notes, print_json, print_note, print_warning, progress
-from spectune.cli.job import Job, recorded
+from spectune.cli.job import Job, is_first_process, recorded
 from spectune.errors import InputError, SpectuneError, counted
 from spectune.extras import extras_named
 from spectune.operation import OperationOptions, OptionField, flags_of, option_fields, run_operation
@@ -119,6 +119,9 @@ def _run(command: CommandSpec, values: Mapping[str, Any], flags: Flags, job: Job
             options = getattr(reports, "events", lambda options, job: options)(options, job)
         result = run_operation(getattr(operations, command.function), options)
     seconds = time.perf_counter() - started
+    exit_code = getattr(reports, "exit_code", lambda result: 0)(result)
+    if not is_first_process():  # the first one prints the result
+        return exit_code
     for text in getattr(result, "warnings", ()):
         if text not in shown:
             warn(text)
@@ -129,8 +132,7 @@ def _run(command: CommandSpec, values: Mapping[str, Any], flags: Flags, job: Job
         print_json(as_json(result, options, seconds))
     else:
         reports.show(result, options, seconds)
-    exit_code = getattr(reports, "exit_code", None)
-    return 0 if exit_code is None else exit_code(result)
+    return exit_code
 
 
 def _watched(show: Report | None, job: Job) -> Report | None:

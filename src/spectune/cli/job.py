@@ -100,13 +100,18 @@ class Job:
             self._file.close()
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the only one, or the first that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def recorded(folder: Path | None, command: str, arguments: Sequence[str]) -> Iterator[Job]:
     """Write the first and the last event of a command, and its error.
 
     Of several processes that accelerate has started, only the first one writes.
     """
-    job = Job(folder if os.environ.get("RANK", "0") == "0" else None)
+    job = Job(folder if is_first_process() else None)
     if job.folder is not None:
         from spectune.files.provenance import spectune_version  # imports torch
 
