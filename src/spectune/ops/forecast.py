@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -121,7 +120,8 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     check_sizes(layout, training_sizes(recipe.data))
     memory = meter.measure(setup)
     warnings.add(cpu_warnings(device, memory.fixed.unet // 2))
-    plan = BatchPlan(pictures.buckets(), batch=recipe.run.batch, seed=recipe.run.seed)
+    buckets = pictures.buckets()
+    plan = BatchPlan(buckets, batch=recipe.run.batch, seed=recipe.run.seed)
     first_step = output.step_of(claim.states[-1]) if claim.states else 0
     schedule = _schedule(recipe, plan, first_step, validates=validation is not None)
     saves = _saves(recipe, memory, schedule.saves, refreshed)
@@ -133,8 +133,11 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
         pictures=PictureCounts(
             training=len(pictures),
             validation=0 if validation is None else len(validation.images),
-            draws_per_epoch=sum(image.repeats for image in pictures.images),
-            sizes={f"{size.width}x{size.height}": n for size, n in Counter(pictures.targets).most_common()},
+            draws_per_epoch=sum(members.draws for members in buckets.values()),
+            sizes={
+                f"{size.width}x{size.height}": len(members)
+                for size, members in sorted(buckets.items(), key=lambda one: -len(one[1]))
+            },
         ),
         schedule=schedule,
         memory=_memory(memory, device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from spectune.training.recipe.recipe import Recipe
 from spectune.training.trainable_model import TrainableModel
 from spectune.training.validation import ValidationImages
 
+LISTED_CAPTIONS = 1_000  # of the training images, for previews
 RECENT_STEPS = 20  # for the mean loss in the report
 
 
@@ -49,9 +51,10 @@ class RunData:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The different captions of the validation images, or else of the training images."""
+        """The different captions of the validation images, or else of the first training images."""
         validation = [caption for group in self.validation for caption in group.captions]
-        return tuple(dict.fromkeys(validation or [image.caption for image in self.pictures.images]))
+        first = islice(self.pictures.images, LISTED_CAPTIONS)
+        return tuple(dict.fromkeys(validation or [image.caption for image in first]))
 
     def first_batches(self, count: int, device: torch.device) -> Iterator[Batch]:
         """Yield the first `count` batches of the run."""

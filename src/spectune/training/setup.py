@@ -192,7 +192,7 @@ def _encode(
     Networks that are not offloaded stay there. The recipe is returned with the way of encoding.
     """
     pictures.pixels_per_latent = model.sdxl.pixels_per_latent
-    check_sizes(model.sdxl.layout, {*pictures.targets, *training_sizes(recipe.data)})
+    check_sizes(model.sdxl.layout, {*pictures.placements.by_target(), *training_sizes(recipe.data)})
     model.offload.park()
     _place(model, "vae", device)
     with model.offload.at_work("vae"):
@@ -276,7 +276,7 @@ def _fit_to_first_batches(
     if recipe.objective.start == "warm":
         images = recipe.objective.warm_images
         warnings.callbacks.on_message(f"fitting the warm start on {images} images")
-        size = data.pictures.targets[0]
+        size = data.pictures.placements[0].target
         line = fit_warm_start(
             objective, first_batches, batches=-(-images // data.plan.batch), pixels=size.width * size.height
         )

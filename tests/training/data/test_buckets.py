@@ -37,6 +37,18 @@ def test_the_nearest_bucket() -> None:
     assert nearest_bucket(Size(832, 1216), buckets) == Size(832, 1216)
 
 
+@given(
+    st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(64, 8, 8), (1024, 512, 64), (96, 16, 32)])
+)
+def test_the_search_by_aspect_finds_the_nearest_bucket(
+    width: int, height: int, settings: tuple[int, int, int]
+) -> None:
+    resolution, minimum, step = settings
+    sizes = bucket_sizes(resolution, minimum=minimum, maximum=2 * resolution, step=step)
+    original = Size(width, height)
+    assert Buckets(sizes).fit(original).target == nearest_bucket(original, sizes)
+
+
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
 def test_a_placement_lies_inside_its_image(original: Size, target: Size, flipped: bool, seed: int) -> None:
     for random in (None, Random(seed)):

@@ -88,9 +88,10 @@ def test_shapes_and_time_ids(pictures: Pictures) -> None:
 
 
 def test_buckets_follow_the_aspect(pictures: Pictures) -> None:
-    assert pictures.targets[0] == pictures.targets[3] == Size(32, 32)
-    assert pictures.targets[1].width > pictures.targets[1].height
-    assert pictures.targets[2].width < pictures.targets[2].height
+    targets = [placement.target for placement in pictures.placements]
+    assert targets[0] == targets[3] == Size(32, 32)
+    assert targets[1].width > targets[1].height
+    assert targets[2].width < targets[2].height
 
 
 def test_cached_latents_replace_pixels(pictures: Pictures, tmp_path: Path) -> None:

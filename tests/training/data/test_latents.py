@@ -85,7 +85,7 @@ def test_cached_and_uncached_runs_get_the_same_latents(model: Sdxl, folder: Path
     cached.latents = encode_pictures(model, cached, flips=FLIPS.flips, seed=3)
     plan = BatchPlan(cached.buckets(), batch=2, seed=3)
     shapes = set()
-    for draws in plan.epoch(0) + plan.epoch(1):
+    for draws in [*plan.epoch(0), *plan.epoch(1)]:
         one, two = cached.__getitems__(draws), uncached.__getitems__(draws)
         assert one.latents is not None
         assert two.pixels is not None

@@ -33,7 +33,7 @@ class RunStart:
     first_step: int  # finished steps at the start, above 0 after a resume
     images: int
     trained_parameters: int
-    captions: tuple[str, ...] = ()  # different ones, of the validation images or else of the training images
+    captions: tuple[str, ...] = ()  # different ones, of validation or else training images
     output: Path = Path()  # folder of the results
 
 

@@ -9,6 +9,7 @@ captions: read captions, and vary them between draws.
 buckets: the training sizes of a recipe, and the placement of an image in one of them.
 color: random changes of color.
 plan: the images of each batch.
+tables: many images in arrays and files instead of one object each.
 dataset: batches, and the view of an image in one draw: its crop, orientation and color.
 latents, store: encode images, and keep latents on disk.
 encoding: encode all images of a run in the way of its recipe, or as exactly as the memory allows.

@@ -6,8 +6,10 @@ This module loads no network library: `dataset` and `new` use it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 
 from spectune.training.recipe.sections.data import DEFAULT_STEP_PX, BucketSection, DataSection
@@ -24,6 +26,9 @@ class Size:
     def aspect(self) -> float:
         """Width divided by height."""
         return self.width / self.height
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.width, self.height))
 
 
 def bucket_sizes(resolution: int, *, minimum: int, maximum: int, step: int) -> tuple[Size, ...]:
@@ -117,7 +122,7 @@ class Buckets:
     def fit(self, original: Size) -> Placement:
         """Return the placement of an image in its training size, cropped at the center."""
         if self.kept_area is None:
-            return covering(original, nearest_bucket(original, self.sizes))
+            return covering(original, nearest_bucket(original, self._near(original.aspect)))
         resized = original
         if original.width * original.height > self.kept_area:
             resized = self._shrunk(original)
@@ -125,6 +130,17 @@ class Buckets:
         if target.width > resized.width or target.height > resized.height:  # a side is shorter than a step
             return covering(original, target)
         return _centered(original, resized, target)
+
+    def _near(self, aspect: float) -> Sequence[Size]:
+        """Return the sizes with the next smaller and the next larger aspect."""
+        position = bisect_left(self._by_aspect, aspect, key=lambda size: size.aspect)
+        return self._by_aspect[max(0, position - 1) : position + 1]
+
+    @cached_property
+    def _by_aspect(self) -> list[Size]:
+        """The sizes by aspect, of each aspect the smallest."""
+        smallest = {size.aspect: size for size in sorted(self.sizes, reverse=True)}
+        return [smallest[aspect] for aspect in sorted(smallest)]
 
     def _shrunk(self, original: Size) -> Size:
         """Return a size of about `kept_area` pixels with the aspect of an image.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,6 +24,8 @@ from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.pictures.formats import UnusableImage
 from spectune.training.data.plan import Draw
 from spectune.training.data.scan import CaptionedImage
+from spectune.training.data.tables.placements import Members, Placements
+from spectune.training.data.tables.sequences import Chain
 from spectune.training.recipe.sections.captions import CaptionSection
 from spectune.training.recipe.sections.data import DataSection, MaskSource
 from spectune.training.seeds import derived_random
@@ -129,10 +131,11 @@ class Pictures(Dataset[Batch]):
         pixels_per_latent: int = 8,
     ) -> None:
         """Assign each image to a training size in each of `buckets`, one for each resolution."""
-        self.images = tuple(image for _ in buckets for image in images)
-        # cropped at the center and not mirrored
-        self.placements = tuple(sizes.fit(image.size) for sizes in buckets for image in images)
-        self.targets = tuple(placement.target for placement in self.placements)
+        self.files = len(images)
+        self.images = images if len(buckets) == 1 else Chain([images] * len(buckets))
+        facts = np.array([(*image.size, image.repeats) for image in images], dtype=np.int32).reshape(-1, 3)
+        self.repeats = facts[:, 2]  # of each file, int32
+        self.placements = Placements(facts[:, :2], buckets)
         self.variation = variation
         self.seed = seed
         self.masks: MaskSource = masks
@@ -144,22 +147,16 @@ class Pictures(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def buckets(self) -> dict[Size, list[tuple[int, int]]]:
+    def buckets(self) -> dict[Size, Members]:
         """Return the (image, repeats) of each size, the input of the batch plan."""
-        buckets: dict[Size, list[tuple[int, int]]] = defaultdict(list)
-        for index, (image, target) in enumerate(zip(self.images, self.targets, strict=True)):
-            buckets[target].append((index, image.repeats))
-        return dict(buckets)
+        return {
+            target: Members(images, self.repeats[images % self.files])
+            for target, images in self.placements.by_target().items()
+        }
 
-    def enlarged(self) -> list[CaptionedImage]:
-        """Return the images that are enlarged to a training size."""
-        return list(
-            {
-                image.path: image
-                for image, placed in zip(self.images, self.placements, strict=True)
-                if image.size.width < placed.resized.width or image.size.height < placed.resized.height
-            }.values()
-        )
+    def enlarged(self) -> int:
+        """Return the number of files that are enlarged to a training size."""
+        return int(self.placements.enlarged.reshape(-1, self.files).any(axis=0).sum())
 
     def pixels(self, view: View) -> Tensor:
         """Return the pixels of a view, float32 (3, height, width) in -1..1."""

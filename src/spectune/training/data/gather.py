@@ -50,16 +50,16 @@ def data_warnings(
                 "the validation loss does not tell how well the model predicts new images"
             )
     if enlarged := pictures.enlarged():
-        warnings.append(f"{counted(len(enlarged), 'image')} enlarged to the training size")
+        warnings.append(f"{counted(enlarged, 'image')} enlarged to the training size")
     return [*warnings, *crop_warnings(pictures, has_buckets=has_buckets)]
 
 
 def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
     """Return a line if crops remove more than MOST_AREA_LOST of the images."""
-    lost = [placement.cropped_share for placement in pictures.placements]
-    if not lost or (mean := sum(lost) / len(lost)) <= MOST_AREA_LOST:
+    lost = pictures.placements.cropped_shares
+    if not len(lost) or (mean := lost.mean()) <= MOST_AREA_LOST:
         return []
-    worst = max(range(len(lost)), key=lost.__getitem__)
+    worst = int(lost.argmax())
     remedy = (
         "a lower data.bucket.step_px or min_px, or a higher max_px, keeps more"
         if has_buckets
@@ -130,11 +130,11 @@ def data_hash(pictures: Pictures) -> str:
             image.text,
             image.repeats,
             image.size,
-            target,
+            placement.target,
             image.weight,
             image.mask and image.mask.name,
         )
-        for image, target in zip(pictures.images, pictures.targets, strict=True)
+        for image, placement in zip(pictures.images, pictures.placements, strict=True)
     ]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 

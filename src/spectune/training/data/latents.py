@@ -161,7 +161,7 @@ def _posteriors(
     files: dict[int, Path] = {}
     if store is not None:
         missing = []
-        shape = _posterior_shape(model, pictures.targets[views[0].image])
+        shape = _posterior_shape(model, views[0].placement.target)
         for image, group in groupby(views, key=lambda view: view.image):
             members = list(group)
             files[image] = store.file_of(pictures.images[image].path)
@@ -171,7 +171,7 @@ def _posteriors(
     # a view that another host lacks is encoded again
     absent = set(missing)
     missing = [views[i] for i in on_any_process(i for i, view in enumerate(views) if view in absent)]
-    count = images_per_call(pictures.targets[views[0].image])
+    count = images_per_call(views[0].placement.target)
     chunks = [missing[start : start + count] for start in range(0, len(missing), count)]
     for chunk, rows in zip(chunks, shared(chunks, partial(_encoded, model, pictures)), strict=True):
         if store is not None and writes_files():

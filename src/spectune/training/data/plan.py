@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from spectune.errors import InputError
 from spectune.training.data.buckets import Size
+from spectune.training.data.tables.placements import Members
 from spectune.training.seeds import derived_generator
 
-MOST_DRAWS = 5_000_000  # of an epoch; they take 1 GB
+MOST_DRAWS = 200_000_000  # of an epoch; their order takes 0.8 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Draw:
 class BatchPlan:
     """A plan of batches of one size each. Every epoch shuffles images and batches again.
 
-    The last batch of a bucket may be smaller: no image is dropped or repeated to fill it.
+    The last batch of a bucket may be smaller: no image is dropped or repeated to fill it. An image takes 12
+    bytes.
     """
 
     def __init__(self, buckets: Mapping[Size, Sequence[tuple[int, int]]], *, batch: int, seed: int) -> None:
@@ -38,39 +43,71 @@ class BatchPlan:
             InputError: An epoch has more than MOST_DRAWS draws.
         """
         self.batch, self.seed = batch, seed
-        count = sum(repeats for images in buckets.values() for _, repeats in images)
-        if count > MOST_DRAWS:
+        members = [_members(buckets[size]) for size in sorted(buckets)]
+        self._draws = [one.draws for one in members]
+        if sum(self._draws) > MOST_DRAWS:
             raise InputError(
-                f"an epoch has {count:,} draws: at most {MOST_DRAWS:,}, because they are kept in memory",
+                f"an epoch has {sum(self._draws):,} draws: at most {MOST_DRAWS:,}, because their order is in "
+                "memory",
                 hint="use fewer repeats and more epochs: raise run.epochs or run.steps",
             )
-        self._draws = [
-            [(image, repeat) for image, repeats in buckets[size] for repeat in range(repeats)]
-            for size in sorted(buckets)
-        ]
-        self.batches_per_epoch = sum(-(-len(draws) // batch) for draws in self._draws)
+        # draw d is of image self._images[k] for the k with self._first[k] <= d < self._first[k + 1]
+        self._images = np.concatenate([one.images for one in members])
+        repeats = np.concatenate([one.repeats for one in members])
+        self._first = np.concatenate([[0], np.cumsum(repeats, dtype=np.int64)])
+        self.batches_per_epoch = sum(-(-draws // batch) for draws in self._draws)
 
     @property
     def batches_of_one(self) -> int:
         """The number of batches of an epoch that have one image."""
-        return sum(len(draws) % self.batch == 1 for draws in self._draws)
+        return sum(draws % self.batch == 1 for draws in self._draws)
 
-    def epoch(self, number: int) -> list[list[Draw]]:
+    def epoch(self, number: int) -> Epoch:
         """Return the batches of epoch `number`, counted from 0."""
         generator = derived_generator(self.seed, "order", number)
-        batches: list[list[tuple[int, int]]] = []
+        order = np.empty(sum(self._draws), dtype=np.int32)
+        starts = np.empty(self.batches_per_epoch + 1, dtype=np.int64)
+        begin = batches = 0
         for draws in self._draws:
-            order = torch.randperm(len(draws), generator=generator).tolist()
-            batches += [
-                [draws[index] for index in order[start : start + self.batch]]
-                for start in range(0, len(order), self.batch)
-            ]
-        first = number * self.batches_per_epoch
-        mixed = torch.randperm(len(batches), generator=generator).tolist()
-        return [
-            [Draw(image, number, repeat, first + offset) for image, repeat in batches[index]]
-            for offset, index in enumerate(mixed)
-        ]
+            order[begin : begin + draws] = torch.randperm(draws, generator=generator).numpy()
+            order[begin : begin + draws] += begin
+            own = np.arange(begin, begin + draws, self.batch)
+            starts[batches : batches + len(own)] = own
+            begin, batches = begin + draws, batches + len(own)
+        starts[batches] = begin
+        mixed = torch.randperm(batches, generator=generator).numpy()
+        return Epoch(self, number, order, starts, mixed)
+
+    def drawn(self, draws: NDArray[Any]) -> list[tuple[int, int]]:
+        """Return the (image, repeat) of draws, which are counted over the buckets of an epoch."""
+        rows = np.searchsorted(self._first, draws, side="right") - 1
+        return list(zip(self._images[rows].tolist(), (draws - self._first[rows]).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence[list[Draw]]):
+    """The batches of one epoch, made when they are read."""
+
+    plan: BatchPlan
+    number: int
+    order: NDArray[np.int32]  # of all draws; those of a batch are side by side
+    starts: NDArray[np.int64]  # of the batches in `order`, and its end
+    mixed: NDArray[np.int64]  # of the batches
+
+    def __len__(self) -> int:
+        return len(self.mixed)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Draw]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Draw]]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(len(self))[index]]
+        batch = self.mixed[index]
+        position = self.number * len(self) + index
+        drawn = self.plan.drawn(self.order[self.starts[batch] : self.starts[batch + 1]])
+        return [Draw(image, self.number, repeat, position) for image, repeat in drawn]
 
 
 class PlannedBatches(Sampler[list[Draw]]):
@@ -86,10 +123,16 @@ class PlannedBatches(Sampler[list[Draw]]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch: list[list[Draw]] = []
-        number = -1
+        epoch: Epoch | None = None
         for position in range(self.start, self.stop):
-            if position // self.plan.batches_per_epoch != number:
-                number = position // self.plan.batches_per_epoch
+            number, index = divmod(position, self.plan.batches_per_epoch)
+            if epoch is None or epoch.number != number:
                 epoch = self.plan.epoch(number)
-            yield epoch[position % self.plan.batches_per_epoch]
+            yield epoch[index]
+
+
+def _members(images: Sequence[tuple[int, int]]) -> Members:
+    if isinstance(images, Members):
+        return images
+    rows = np.array(images, dtype=np.int32).reshape(-1, 2)
+    return Members(rows[:, 0], rows[:, 1])

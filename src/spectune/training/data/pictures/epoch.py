@@ -14,17 +14,16 @@ SHOWN_SIZES = 8
 def described_epoch(pictures: Pictures, run: RunSection, processes: int) -> str:
     """Return how many images, draws, batches and steps an epoch has; with several sizes, also a table."""
     rows = [
-        (f"{size.width}x{size.height}", len(images), sum(repeats for _, repeats in images))
-        for size, images in pictures.buckets().items()
+        (f"{size.width}x{size.height}", len(members), members.draws)
+        for size, members in pictures.buckets().items()
     ]
     counts = [(name, images, draws, -(-draws // run.batch)) for name, images, draws in rows]
     counts.sort(key=lambda row: -row[2])
     batches = sum(row[3] for row in counts)
     steps = round(batches / (run.accumulation * processes), 1)
-    files = len({image.path for image in pictures.images})
     sizes = f"at {counts[0][0]}" if len(counts) == 1 else f"in {len(counts)} sizes"
     total = (
-        f"an epoch: {counted(files, 'image')} {sizes}, "
+        f"an epoch: {counted(pictures.files, 'image')} {sizes}, "
         f"{counted(sum(row[2] for row in counts), 'draw')}, {counted(batches, 'batch', 'batches')}, "
         f"{steps:g} optimizer {'step' if steps == 1 else 'steps'}"
     )
