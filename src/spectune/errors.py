@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import shlex
+import signal
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,17 @@ class InputError(SpectuneError):
 
 class PairingError(SpectuneError):
     """Files do not belong together; the message has both hashes."""
+
+
+class Stopped(SystemExit):
+    """A signal ended this process, or another one of the same training; `code` is 128 plus its number."""
+
+    is_reported = False  # another process of the same training prints it
+    hint: str | None = None
+
+    def __init__(self, code: int) -> None:
+        self.what = f"stopped by {signal.Signals(code - 128).name}"
+        super().__init__(code)
 
 
 class FileNote(UserWarning):

@@ -2,217 +2,236 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from spectune.training.data import latents
-from spectune.training.loop import train
-from spectune.training.recipe.recipe import Recipe
-from tests.training.conftest import MakeRecipe
-
-# Counts encoded images and the bytes of the gradients that DDP sends, and changes the input of one process.
-PROGRAM = """
-import json, os, shutil, sys
-from pathlib import Path
-import torch
-from spectune.cli.console import print_error
-from spectune.errors import SpectuneError
 from spectune.model.network import Sdxl
 from spectune.training import loop
-from spectune.training.data import latents
-from spectune.training.recipe.recipe import parse_recipe
-
-rank, task = os.environ["RANK"], json.loads(sys.argv[1])
-images, sent = [], []
-latents.ENCODE_BATCH = 1  # few images are divided among the processes
-encode, connect = Sdxl.encode_posteriors, loop.make_accelerator
-Sdxl.encode_posteriors = lambda model, pixels: images.append(len(pixels)) or encode(model, pixels)
-if rank == "1":
-    for section, keys in task["second"].items():
-        task["recipe"][section] = {**task["recipe"].get(section, {}), **keys}
-
-def hook(state, bucket):
-    sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
-    return torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(None, bucket)
-
-def connected(recipe):
-    accelerator = connect(recipe)
-    prepare = accelerator.prepare
-
-    def prepared(*things, **options):
-        made = prepare(*things, **options)
-        if len(things) == 2:  # the network and its optimizer
-            made[0].register_comm_hook(None, hook)
-        return made
-
-    accelerator.prepare = prepared
-    return accelerator
-
-loop.make_accelerator = connected
-try:
-    report = loop.train(parse_recipe(task["recipe"]))
-except SpectuneError as error:
-    if not error.is_reported:
-        print_error(error)
-    sys.exit(error.exit_code)
-counts = {"images": sum(images), "sent": sum(sent), "interrupted": report.interrupted}
-Path(task["counts"], f"{rank}.json").write_text(json.dumps(counts))
-"""
+from spectune.training.data import folders, latents
+from spectune.training.frames import making
+from spectune.training.loop import train
+from spectune.training.output import step_of
+from spectune.training.recipe.recipe import Recipe, parse_recipe
+from spectune.training.state import load_state
+from tests.training.ranks import Ended, Ranks, deltas, errors, largest_difference, write_recipe
 
 
-def start(
-    recipe: Recipe, folder: Path, processes: int, second: Mapping[str, Any] | None = None
-) -> subprocess.Popen[str]:
-    """Start a training in several processes; `second` changes sections of the second process' recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    task = {"recipe": recipe.model_dump(mode="json"), "counts": str(folder), "second": second or {}}
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        "--master_port=0",
-        "--standalone",
-    ]
-    # one thread each; the CPU even if there is a GPU, because gloo transfers the gradients
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launch, str(program), json.dumps(task)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+class Counts(dict[str, int]):
+    """Work that a process does: encoded images, split layers, bytes of gradients that DDP sends."""
+
+    def __init__(self) -> None:
+        super().__init__(images=0, layers=0, sent=0)
+
+    def calls(self, key: str, function: Any, amount: Any = lambda *args: 1) -> Any:
+        """Return a function that counts its calls."""
+
+        def counted(*args: Any) -> Any:
+            self[key] += amount(*args)
+            return function(*args)
+
+        return counted
+
+    def sum_gradients(self, bucket: Any) -> Any:
+        self["sent"] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return allreduce_hook(None, bucket)  # pyright: ignore[reportArgumentType]
 
 
-def run(recipe: Recipe, folder: Path, processes: int, **options: Any) -> tuple[int, str]:
-    """Train in several processes; return the exit code and stderr."""
-    started = start(recipe, folder, processes, **options)
-    _, errors = started.communicate(timeout=240)
-    return started.returncode, errors
+def count_work(rank: int) -> Counts:
+    """Count what this process does. Few images are divided among the processes."""
+    counts = Counts()
+    latents.ENCODE_BATCH = 1
+    made, connect = making.make_frame, loop.make_accelerator
+    encode = counts.calls("images", Sdxl.encode_posteriors, lambda model, pixels: len(pixels))
+    Sdxl.encode_posteriors = encode  # pyright: ignore[reportAttributeAccessIssue]
+    making.make_frame = counts.calls("layers", made)
+
+    def connected(recipe: Recipe) -> Any:
+        accelerator = connect(recipe)
+        prepare: Any = accelerator.prepare
+
+        def prepared(*things: Any, **options: Any) -> Any:
+            made = prepare(*things, **options)
+            if len(things) == 2:  # the network and its optimizer
+                made[0].register_comm_hook(None, lambda state, bucket: counts.sum_gradients(bucket))
+            return made
+
+        accelerator.prepare = prepared
+        return accelerator
+
+    loop.make_accelerator = connected
+    return counts
 
 
-def train_in_two_processes(recipe: Recipe, folder: Path) -> None:
-    """Train in two processes; the test fails if they do."""
-    code, errors = run(recipe, folder / "counts", 2)
-    assert code == 0, errors[-3000:]
+def run(folder: Path, recipe: Recipe, processes: int, *, second: Recipe | None = None) -> list[Ended]:
+    """Train in several processes; `second` is the recipe of the second process."""
+    commands = [["train", str(write_recipe(recipe, folder / "recipe.toml"))] for _ in range(processes)]
+    if second is not None:
+        commands[1][1] = str(write_recipe(second, folder / "second" / "recipe.toml"))
+    return Ranks(folder, commands, prepare=count_work).wait()
 
 
-def counts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
-
-
-def deltas(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in load_file(path).items() if "delta_" in name}
-
-
-def largest_difference(first: Path, second: Path) -> float:
-    one, two = deltas(first), deltas(second)
-    assert one.keys() == two.keys()
-    assert max(float(tensor.abs().max()) for tensor in one.values()) > 1e-4  # something was trained
-    return max(float((one[name] - two[name]).abs().max()) for name in one)
-
-
-@pytest.fixture
-def recipe_for(make_recipe: MakeRecipe, tmp_path: Path) -> Any:
-    """Return a function that makes the recipe of a run; runs of equal images per step train the same."""
-
-    def make(name: str, accumulation: int, **sections: Any) -> Recipe:
-        run = {"name": name, "output": tmp_path / name, "steps": 3, "batch": 2, "accumulation": accumulation}
-        # AdamW's first steps are lr * g/(|g| + eps): a small eps would amplify rounding errors of g
-        optimizer = {"learning_rate": 1e-3, "options": {"eps": 1e-2}}
-        data = {"random_crop": True, "flip_probability": 0.5, **sections.pop("data", {})}
-        return make_recipe(data=data, run={**run, **sections.pop("run", {})}, optimizer=optimizer, **sections)
-
-    return make
+def trained(folder: Path, recipe: Recipe, processes: int) -> list[Ended]:
+    """Train in several processes; the test fails if they do."""
+    ended = run(folder, recipe, processes)
+    for one in ended:
+        assert one.code == 0, one.said[-3000:]
+    return ended
 
 
 EDM2 = pytest.param({"weighting": "edm2"}, marks=pytest.mark.slow, id="edm2")
 
 
 @pytest.mark.parametrize("loss", [pytest.param({}, id="plain"), EDM2])
-def test_two_processes_equal_one_with_accumulation_2(
-    recipe_for: Any,
-    picture_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    loss: dict[str, Any],
+def test_two_and_four_processes_equal_one_with_accumulation(
+    recipe_for: Any, picture_folder: Path, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(latents, "ENCODE_BATCH", 1)
     data = {"random_crop": False, "validation_folder": picture_folder / "held_out"}
-    one = train(recipe_for("one", 2, loss=loss, data=data))
-    code, errors = run(recipe_for("two", 1, loss=loss, data=data), tmp_path / "counts", 2)
-    assert code == 0, errors[-3000:]
-    files = tmp_path / "one" / "one.safetensors", tmp_path / "two" / "two.safetensors"
-    assert largest_difference(*files) <= 1e-6
-    first, second = counts(tmp_path / "counts")
-    views = 2 * 6 + 2  # of training, also mirrored, and of validation
-    assert first["images"] == second["images"] == views / 2
-    if not loss:
-        trained = sum(tensor.numel() for tensor in deltas(files[0]).values())
-        assert first["sent"] == second["sent"] == 3 * 4 * trained  # steps, bytes of float32
-    assert one.validation_after is not None
+    train(recipe_for("1", 4, loss=loss, data=data))
+    one = tmp_path / "1" / "t.safetensors"
+    for processes in (2, 4):
+        name = str(processes)
+        ended = trained(
+            tmp_path / "logs" / name, recipe_for(name, 4 // processes, loss=loss, data=data), processes
+        )
+        assert largest_difference(one, tmp_path / name / "t.safetensors") <= 1e-6
+        for key, total in (("images", 2 * 6 + 2), ("layers", len(deltas(one)) // 2)):
+            # pictures for training, also mirrored, and for validation; each is encoded once
+            counts = [process.counts[key] for process in ended]
+            assert sum(counts) == total
+            assert max(counts) - min(counts) <= 1
+        if not loss:
+            numbers = sum(tensor.numel() for tensor in deltas(one).values())
+            sent = {process.counts["sent"] for process in ended}
+            assert sent == {2 * 4 * numbers}  # steps, bytes of float32
+
+
+def test_a_run_continues_with_half_of_the_processes_and_says_what_changes(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    """The order of the images stays the same: that of one process with as many images per step."""
+    train(recipe_for("one", 4, run={"steps": 1}))
+    train(recipe_for("one", 2))
+    trained(tmp_path / "logs" / "4", recipe_for("many", 1, run={"steps": 1}), 4)
+    main, other = trained(tmp_path / "logs" / "2", recipe_for("many", 1), 2)
+    assert largest_difference(*(tmp_path / name / "t.safetensors" for name in ("one", "many"))) <= 1e-6
+    said = " ".join(main.said.split())
+    assert "an optimizer step had 4 batches and now has 2" in said
+    assert "the order of the images continues" in said
+    assert "warning" not in other.said
 
 
 @pytest.mark.slow
-def test_four_processes_continue_with_two_after_a_kill(recipe_for: Any, tmp_path: Path) -> None:
-    train(recipe_for("one", 4, run={"steps": 4}))
-    saving = {"save_every_steps": 2}
-    code, errors = run(recipe_for("two", 1, run={"steps": 2, **saving}), tmp_path / "a", 4)
-    assert code == 0, errors[-3000:]
-    recipe = recipe_for("two", 2, run={"steps": 4, **saving})
-    started = start(recipe, tmp_path / "b", 2)
-    time.sleep(1)
-    started.kill()
-    started.communicate()
-    code, errors = run(recipe, tmp_path / "c", 2)
-    assert code == 0, errors[-3000:]
-    assert (
-        largest_difference(tmp_path / "one" / "one.safetensors", tmp_path / "two" / "two.safetensors") <= 1e-6
-    )
+def test_two_processes_continue_after_four_were_killed(recipe_for: Any, tmp_path: Path) -> None:
+    saving = {"steps": 100_000, "save_every_steps": 1}
+    recipe = write_recipe(recipe_for("many", 1, run=saving), tmp_path / "recipe.toml")
+    ranks = Ranks(tmp_path / "killed", [["train", str(recipe)]] * 4)
+    ranks.wait_for_files(tmp_path / "many", "*.state")
+    for process in ranks.processes:
+        process.kill()
+    ranks.wait()
+    last = {"steps": max(step_of(path) for path in (tmp_path / "many").glob("*.state")) + 1}
+    trained(tmp_path / "logs", recipe_for("many", 2, run=last), 2)
+    train(recipe_for("one", 4, run=last))
+    assert largest_difference(*(tmp_path / name / "t.safetensors" for name in ("one", "many"))) <= 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (
+        pytest.param(
             {"optimizer": {"learning_rate": 2e-3}},
             "the recipe of process 0 on .* and of process 1 on .* differ",
+            id="another recipe",
         ),
-        ({"data": {"folders": ["/nowhere"]}}, "process 1 on .*: .*/nowhere"),
+        pytest.param(
+            {"data": {"folders": ["/nowhere"]}},
+            "process 1 on .*: .*nowhere",
+            id="missing pictures",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["another recipe", "missing pictures"],
 )
 def test_different_inputs_stop_all_processes_with_one_message(
     recipe_for: Any, tmp_path: Path, second: dict[str, Any], message: str
 ) -> None:
-    started = time.monotonic()
-    code, errors = run(recipe_for("two", 1), tmp_path / "counts", 2, second=second)
-    assert code != 0
-    assert time.monotonic() - started < 120  # far below the timeout: no process waits for another
-    assert len(re.findall("^error: ", errors, re.MULTILINE)) == 1
-    assert re.search(rf"^error: {message}", errors, re.MULTILINE), errors[-3000:]
-    assert not list((tmp_path / "two").glob("*.safetensors"))
+    sections: dict[str, Any] = recipe_for("two", 1).model_dump(exclude_unset=True)
+    for section, keys in second.items():
+        sections[section] |= keys
+    ended = run(tmp_path / "logs", recipe_for("two", 1), 2, second=parse_recipe(sections))
+    assert [one.code for one in ended] == [2, 2]
+    assert [re.match(message, error) is not None for error in errors(ended)] == [True]
+    assert not (tmp_path / "two").exists()
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_launcher_saves(recipe_for: Any, tmp_path: Path) -> None:
-    recipe = recipe_for("two", 1, run={"steps": 100_000, "save_every_steps": 1_000_000})
-    started = start(recipe, tmp_path / "counts", 2)
-    assert started.stderr is not None
-    time.sleep(45)  # until steps are taken
-    started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=60)
-    (state,) = (tmp_path / "two").glob("*.state")
-    assert (state / "state.json").is_file()
+def test_an_error_before_the_processes_connect_is_printed_once(tmp_path: Path) -> None:
+    ended = Ranks(tmp_path / "logs", [["train", str(tmp_path / "missing.toml")]] * 2).wait()
+    assert [one.code for one in ended] == [2, 2]
+    assert ["missing.toml does not exist" in error for error in errors(ended)] == [True]
+
+
+# The place in the code where process 1 gets a signal in its second call, by stage.
+PLACES: dict[str, tuple[Any, str]] = {
+    "scanning": (folders, "scan_folder"),
+    "splitting": (making, "make_frame"),
+    "encoding": (Sdxl, "encode_posteriors"),
+    "training": (loop, "train_batch"),
+}
+
+
+def send_in_stage(stage: str, number: int, rank: int) -> None:
+    """Let process 1 get a signal in the second call of a stage."""
+    latents.ENCODE_BATCH = 1
+    owner, name = PLACES[stage]
+    function, calls = getattr(owner, name), count(1)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if rank == 1 and next(calls) == 2:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+
+    setattr(owner, name, call)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        pytest.param("scanning", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("splitting", "SIGUSR1", marks=pytest.mark.slow),
+        ("encoding", "SIGTERM"),
+        ("training", "SIGUSR1"),
+    ],
+)
+def test_a_signal_to_one_process_ends_all(
+    recipe_for: Any, picture_folder: Path, tmp_path: Path, stage: str, name: str
+) -> None:
+    number, cache = int(signal.Signals[name]), tmp_path / "cache"
+    data = {"validation_folder": picture_folder / "held_out", "cache_folder": cache, "random_crop": False}
+    recipe = recipe_for("two", 1, data=data, run={"steps": 1000})
+    path = write_recipe(recipe, tmp_path / "recipe.toml")
+    ended = Ranks(
+        tmp_path / "logs", [["train", str(path)]] * 2, prepare=partial(send_in_stage, stage, number)
+    ).wait()
+    said = "".join(one.said for one in ended)
+    assert "Traceback" not in said, said
+    if stage == "training":
+        assert [one.code for one in ended] == [130, 130]
+        assert said.count("to continue from this step, run the same command again") == 1
+        (state,) = (tmp_path / "two").glob("*.state")
+        assert load_state(state).header.step == 2
+        return
+    assert [one.code for one in ended] == [128 + number] * 2
+    assert len(re.findall(f"stopped by {name}", said)) == 1
+    assert not (tmp_path / "two").exists()
+    files = [file for file in cache.rglob("*") if file.is_file()] if cache.exists() else []
+    assert all(load_file(file) for file in files)  # complete, and no temporary file
+    assert bool(files) == (stage == "encoding")

@@ -26,7 +26,7 @@ from spectune.files.provenance import Role
 from spectune.files.writer import write_tensors
 from spectune.model.offload import StagedModel
 from spectune.sdxl.layers import build_catalogue
-from spectune.training import state, trainable_model
+from spectune.training import base_file, state, trainable_model
 from spectune.training.callbacks import Callbacks, StepInfo
 from spectune.training.callbacks.console import ConsoleProgress
 from spectune.training.loop import train
@@ -420,7 +420,7 @@ def test_a_finished_run_resumes_with_more_steps_and_its_frames(
     def another_rounding(*args: Any) -> Any:
         raise AssertionError("the base was split again")
 
-    monkeypatch.setattr(trainable_model, "make_frames", another_rounding)
+    monkeypatch.setattr(base_file, "make_frames", another_rounding)
     report = train(make_recipe(run={"steps": 2}))
     assert (report.first_step, report.steps) == (1, 2)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from typer.exceptions import TyperException
 
 from spectune.cli.allocators import set_allocators
 from spectune.cli.commands import make_app
-from spectune.cli.console import print_error, print_json, user_error
-from spectune.errors import SpectuneError
+from spectune.cli.console import print_error, print_hint, print_json, say, user_error
+from spectune.errors import SpectuneError, Stopped
+
+_PRINTED_WITHIN = 5  # seconds, by another process of the same training
 
 app = make_app()
 
@@ -42,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    raise Stopped(128 + number)
 
 
 def _stop_cleanly() -> None:
@@ -50,7 +55,7 @@ def _stop_cleanly() -> None:
 
     A training replaces these handlers by ones that save.
     """
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # Started by nohup, a command ignores the closed terminal.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -66,6 +71,13 @@ def run(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         return app(args=arguments, prog_name="spectune", obj=words, standalone_mode=False) or 0
+    except Stopped as stopped:
+        if not _is_reported(stopped):
+            with suppress(OSError):  # the terminal is closed
+                say(stopped.what)
+                if stopped.hint:
+                    print_hint(stopped.hint)
+        return cast("int", stopped.code)
     except SystemExit as finished:  # of typer, if the program that reads a pipe has ended
         return finished.code if isinstance(finished.code, int) else 0
     except Exception as error:
@@ -74,12 +86,33 @@ def run(arguments: list[str] | None = None) -> int:
         shown = _usage_error(error) if isinstance(error, TyperException) else user_error(error)
         if shown is None:
             raise
-        if shown.is_reported:
+        if _is_reported(shown):
             return shown.exit_code
         print_error(shown)
         if "--json" in words:
             print_json({"error": {"what": shown.what, "hint": shown.hint}})
         return shown.exit_code
+
+
+def _is_reported(error: SpectuneError | Stopped) -> bool:
+    """Return whether another process of the same training prints a message.
+
+    Before the processes are connected, the first one of each host prints. Its launcher ends it when another
+    process has ended, so the others wait until it has printed. It ignores the launcher meanwhile.
+    """
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    if error.is_reported or not (is_first_here or _is_connected()):
+        with suppress(Stopped):
+            time.sleep(_PRINTED_WITHIN)
+        return True
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return False
+
+
+def _is_connected() -> bool:
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _usage_error(error: TyperException) -> SpectuneError:

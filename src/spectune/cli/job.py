@@ -16,7 +16,7 @@ from time import monotonic, time
 from typing import Any, BinaryIO, Literal, cast
 
 from spectune.cli.console import print_warning, user_error
-from spectune.errors import InputError, one_line
+from spectune.errors import InputError, Stopped, one_line
 
 EVENTS = "events.jsonl"
 FLAGS: tuple[Literal["stop", "save", "preview"], ...] = ("stop", "save", "preview")
@@ -130,6 +130,8 @@ def _exit_code(error: BaseException, job: Job) -> int:
     """Write the event of an error, and return the exit code of the process."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, Stopped):
+        return cast("int", error.code)
     shown = user_error(error)
     if shown is None:
         job.write("error", what=one_line(f"{type(error).__name__}: {error}"), hint=None)

@@ -90,7 +90,7 @@ def describe_device(device: torch.device | str) -> str:
         name = torch.cuda.get_device_name(device)
         return f"{name} ({device}), {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {build}"
     memory = psutil.virtual_memory()
-    return f"{device}, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free, {build}"
+    return f"{device.type}, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free, {build}"
 
 
 def build_warning() -> str | None:

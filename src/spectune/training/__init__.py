@@ -9,6 +9,7 @@
 * train_step:      one forward and backward pass, one optimizer step
 * setup:           build a run from a recipe
 * run:             the records of a run: its setup and its progress
+* base_file:       the base of a run: its hash, its checks, its frames
 * trainable_model: build a model with trainable changes from files
 * tuned_start:     start from the deltas of a tuned adapter
 * denoiser:        the trained networks as one module

@@ -1,4 +1,4 @@
-"""Stop after the current step on Ctrl-C, SIGTERM or a closed terminal."""
+"""Stop after the current step on Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from typing import Any, Self
 
 # SIGHUP: the terminal or the ssh session was closed. SIGBREAK: the same for a console window on Windows.
 _CLOSED = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
+# SIGUSR1: SLURM sends it before the time of a job ends. Windows does not have it.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def handled_signals() -> list[int]:
+    """Return the signals that end a training. There are none in another thread than the first.
+
+    Python allows signal handlers in the main thread only. A user interface may train in another thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    # a program that nohup has started ignores some
+    return [number for number in (*_ENDING, *_CLOSED) if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -29,12 +42,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python allows signal handlers in the main thread only. A user interface may train in another thread.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, *_CLOSED):
-                if signal.getsignal(number) is signal.SIG_IGN:  # started by nohup
-                    continue
-                self._before[number] = signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in handled_signals()}
         return self
 
     def __exit__(
@@ -65,8 +73,10 @@ def _drop_output() -> None:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Let a data worker ignore Ctrl-C, which a terminal sends to all processes.
+    """Let a data worker ignore Ctrl-C and SIGUSR1, which a terminal and SLURM send to all processes.
 
     The training process stops its workers after it has saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

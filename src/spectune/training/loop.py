@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -30,7 +30,13 @@ from spectune.training.data.dataset import Batch, keep_batch
 from spectune.training.data.plan import PlannedBatches
 from spectune.training.interrupt import StopRequest, ignore_interrupts
 from spectune.training.processes.agreement import on_all, on_main
-from spectune.training.processes.engine import described_processes, make_accelerator, unused_gpus
+from spectune.training.processes.engine import (
+    described_processes,
+    lost_connection_explained,
+    make_accelerator,
+    unused_gpus,
+)
+from spectune.training.processes.stopping import held_signals
 from spectune.training.recipe.defaults import described_defaults, with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.divergence import NotFinite, divergence_hint, sound_states
@@ -50,8 +56,8 @@ RESIDUAL_NORM_STEPS = 50  # steps between logs of the size of the change in the 
 def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = False) -> TrainReport:
     """Train as the recipe describes; resume from the newest state in its output folder, if there is one.
 
-    Ctrl-C, SIGTERM and a closed terminal stop after the current step and save a state. The report then has
-    `interrupted` set.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal stop after the current step and save a state. The report
+    then has `interrupted` set. One process that gets a signal stops all.
 
     Raises:
         InputError: Before any work: a file is missing, does not fit, or would be overwritten without `force`.
@@ -78,6 +84,9 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         observers.on_message(line)
     warnings.add(unused_gpus(accelerator, recipe))
     with ExitStack() as stack:
+        if accelerator.num_processes > 1:
+            stack.enter_context(lost_connection_explained(accelerator, recipe))
+            stack.enter_context(held_signals())
         claim, saved, damaged = on_main(
             accelerator, lambda: _claimed(recipe, stack, force=force, warn=lambda text: warnings.add([text]))
         )
@@ -85,10 +94,15 @@ def train(recipe: Recipe, *, callbacks: Sequence[Callbacks] = (), force: bool = 
         run = assemble(recipe, accelerator, observers, saved)
         progress = Progress() if saved is None else on_all(accelerator, lambda: restore(run, saved))
         run.warnings.entries[:0] = warnings.entries
+        on_all(accelerator, lambda: None)  # a signal before the first step
         if main:
             output.prepare_output(recipe, claim)
             set_aside([state for state in claim.states if saved and state > saved.folder])
-        return _run(run, progress)
+        report = _run(run, progress)
+        # A launcher would end the main process, which saves, if another one ended first.
+        with suppress(RuntimeError) if main else nullcontext():
+            accelerator.wait_for_everyone()
+        return report
 
 
 def _claimed(

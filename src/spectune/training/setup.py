@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from spectune.model.device import cpu_warnings
 from spectune.model.offload import Network, modules_of, offload
 from spectune.model.streamed_layers import stream_weights
 from spectune.training import state
+from spectune.training.base_file import Log, ReadBase, SavedFrames, frames_of, read_base
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_buckets, training_sizes
 from spectune.training.data.dataset import Batch, Pictures, Variation
@@ -56,7 +57,6 @@ from spectune.training.resume.changes import (
 )
 from spectune.training.run import Optimization, Progress, Run, RunData, RunModel
 from spectune.training.trainable_model import (
-    SavedFrames,
     TrainableModel,
     build_trainable,
     model_warnings,
@@ -84,9 +84,12 @@ def assemble(
     pictures, validation = on_all(accelerator, lambda: find_images(recipe, warnings))
     for line in described_epoch(pictures, recipe.run, accelerator.num_processes).split("\n"):
         callbacks.on_message(line)
-    device = accelerator.device
-    trainable = on_all(accelerator, lambda: _build_model(recipe, device, saved, callbacks))
-    check_equal(accelerator, lambda: _inputs(recipe, trainable, pictures, validation))
+    device, log = accelerator.device, callbacks.on_message
+    base = on_all(accelerator, lambda: read_base(recipe.model, saved=_saved_frames(saved), log=log))
+    check_equal(accelerator, lambda: _inputs(recipe, base, pictures, validation))
+    frames = frames_of(base, recipe.model, recipe.run.seed, log=log)
+    trainable = on_all(accelerator, lambda: _build_model(recipe, device, base, frames, log))
+    check_equal(accelerator, lambda: {"the frame": trainable.frame_hash})
     parameters = sum(parameter.numel() for parameter in trainable.sdxl.unet.parameters())
     warnings.add(cpu_warnings(device, parameters))
     if recipe.run.stream:
@@ -116,14 +119,11 @@ def assemble(
     )
 
 
-def _inputs(
-    recipe: Recipe, trainable: TrainableModel, pictures: Pictures, validation: Scan | None
-) -> dict[str, Any]:
+def _inputs(recipe: Recipe, base: ReadBase, pictures: Pictures, validation: Scan | None) -> dict[str, Any]:
     """Return what must be equal on all processes. Paths need not: hosts may mount a folder elsewhere."""
     return {
         "the recipe": repr(without_paths(recipe.model_dump())),
-        "the base": trainable.provenance.base_hash,
-        "the frame": trainable.frame_hash,
+        "the base": base.hash,
         "the images or captions": data_hash(pictures),
         "the validation images": validation and [(one.path.name, one.caption) for one in validation.images],
     }
@@ -218,23 +218,26 @@ def _place(model: RunModel, network: Network, device: torch.device) -> None:
 # ---------------------------------------------------------------- model
 
 
+def _saved_frames(saved: state.SavedState | None) -> SavedFrames | None:
+    if saved is None or saved.frames is None:
+        return None
+    return SavedFrames(saved.header.base_hash, saved.frames)
+
+
 def _build_model(
-    recipe: Recipe, device: torch.device, saved: state.SavedState | None, callbacks: Callbacks
+    recipe: Recipe, device: torch.device, base: ReadBase, frames: Mapping[str, LowRank], log: Log
 ) -> TrainableModel:
-    frames = None
-    if saved is not None and saved.frames is not None:
-        frames = SavedFrames(saved.header.base_hash, saved.frames)
     assert recipe.run.precision is not None, "the defaults are not filled in"
     trainable = build_trainable(  # in main memory
         recipe.model,
-        saved=frames,
-        seed=recipe.run.seed,
+        base=base,
+        frames=frames,
         dtype=parse_dtype(recipe.run.precision),
         trained_dtype=parse_dtype(recipe.run.trained_precision),
-        log=callbacks.on_message,
+        log=log,
     )
     if recipe.model.quantize != "none":
-        quantize(trainable, recipe.model.quantize, device, log=callbacks.on_message)
+        quantize(trainable, recipe.model.quantize, device, log=log)
     return with_chosen_vae(trainable, recipe.vae)
 
 

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectune.adapters.adapter import Adapter
 from spectune.adapters.detect import is_adapter
-from spectune.adapters.reader import open_adapter
-from spectune.adapters.writer import adapter_hash
 from spectune.checkpoints.open import open_checkpoint
 from spectune.core.low_rank import LowRank, product
-from spectune.errors import InputError, PairingError
+from spectune.errors import InputError
 from spectune.files.provenance import Provenance, Role
 from spectune.files.source import WeightSource, declared_prediction
-from spectune.files.weights_hash import weights_hash
 from spectune.model.inject import Injection, inject
 from spectune.model.network import Sdxl, build_model
 from spectune.model.quantize import quantize_layers
 from spectune.model.vae.convention import declare_vae, merge_conventions, own_convention
 from spectune.model.vae.loading import choose_vae
 from spectune.model.vae.vae_file import check_latents
-from spectune.pairs.rules import (
-    BaseKind,
-    check_frame,
-    check_residual_pair,
-    check_whole_model,
-    foreign_residual_hash,
-    short_hash,
-)
+from spectune.pairs.rules import check_whole_model, foreign_residual_hash
 from spectune.sdxl.inference import infer_parts
-from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.layers import Catalogue
 from spectune.sdxl.prediction_type import assumed_prediction, check_prediction
-from spectune.training.frames.making import hash_of_frames, make_frames
+from spectune.training.base_file import Log, ReadBase, frames_of, read_base
+from spectune.training.frames.making import hash_of_frames
 from spectune.training.full.whole_tensors import WholeTensors, chosen_tensors, train_whole
 from spectune.training.recipe.defaults import section_convention, start_provenance
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.recipe.sections.model import ModelSection, VaeSection
 from spectune.training.state import trained_tensors
-from spectune.training.tuned_start import open_start
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,14 +50,6 @@ class TrainableModel:
         if self.whole is not None:
             return dict(self.whole.parameters)
         return trained_tensors(self.injection.named_deltas())
-
-
-@dataclass(frozen=True)
-class SavedFrames:
-    """Frames that the run computed from its base before it was interrupted."""
-
-    base_hash: str | None
-    layers: Mapping[str, LowRank]
 
 
 def model_warnings(recipe: Recipe) -> list[str]:
@@ -152,7 +131,8 @@ def check_trainable(source: WeightSource, *, hint: str = "pass the original mode
 def build_trainable(
     section: ModelSection,
     *,
-    saved: SavedFrames | None = None,
+    base: ReadBase | None = None,
+    frames: Mapping[str, LowRank] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     trained_dtype: torch.dtype = torch.float32,
@@ -162,7 +142,8 @@ def build_trainable(
 
     Args:
         section: The [model] section of a recipe.
-        saved: Frames of a saved state. They are used instead of new ones if their base hash matches.
+        base: What `read_base` returned. None: it is read here.
+        frames: The frames of `frames_of`. None: they are computed here.
         seed: The seed of plain frames. Runs with gradient or data frames start from plain frames too, until
             frames from the first batches replace them.
         dtype: The dtype of the frozen model.
@@ -173,33 +154,12 @@ def build_trainable(
         InputError: A file is of the wrong kind.
         PairingError: The files do not belong together.
     """
-    with open_checkpoint(section.checkpoint) as base:
-        declared = base.provenance
-        _check_role(section, declared)
-        log(f"reading {section.checkpoint.name}")
-        base_hash = weights_hash(base)
-        catalogue = build_catalogue(base, all_layers=True)
-        frames: Mapping[str, LowRank]
-        principal_hash, start = None, None
-        if section.start is not None:
-            start = open_start(section, catalogue, base_hash, base.label)
-            log(f"starting from {section.start.name}")
-            frames = {name: delta.frame for name, delta in start.deltas.items()}
-        elif section.principal is not None:
-            adapter = _open_principal(section, catalogue)
-            _check_pair(section, base, base_hash, adapter)
-            frames, principal_hash = adapter.layers, adapter_hash(adapter)
-        elif section.is_full:
-            frames = {}
-        elif saved is not None and saved.base_hash == base_hash:
-            frames = saved.layers
-        else:
-            verb = "splitting" if section.uses_weights else "computing frames for"
-            log(f"{verb} {section.checkpoint.name} at rank {section.rank}")
-            frames = make_frames(base, catalogue, section, seed)
-        chosen = {} if section.is_full else _choose(section, catalogue, frames)
-        sdxl = build_model(base, dtype=dtype)
-    if section.residual is not None or declared.role is Role.RESIDUAL:
+    base = base or read_base(section, log=log)
+    frames = frames_of(base, section, seed, log=log) if frames is None else frames
+    chosen = {} if section.is_full else _choose(section, base.catalogue, frames)
+    with open_checkpoint(section.checkpoint) as source:
+        sdxl = build_model(source, dtype=dtype)
+    if section.residual is not None or base.provenance.role is Role.RESIDUAL:
         # layers that are not trained get their principal added back
         _add_products(sdxl, {name: frames[name] for name in frames if name not in chosen})
         if section.form == "residual":
@@ -208,13 +168,13 @@ def build_trainable(
         chosen = _subtract_frames(sdxl, chosen, trained_dtype)
     dropout = section.dropout_probability
     injection = inject(sdxl, chosen, form=section.form, dtype=trained_dtype, dropout=dropout)
-    provenance = _provenance(section, declared, base_hash, principal_hash)
-    if start is not None:
-        start.load_into(injection)
-        provenance = start.recorded(provenance)
+    provenance = _provenance(section, base)
+    if base.start is not None:
+        base.start.load_into(injection)
+        provenance = base.start.recorded(provenance)
     whole = None
     if section.is_full:
-        whole = train_whole(sdxl, chosen_tensors(section, sdxl.layout, catalogue))
+        whole = train_whole(sdxl, chosen_tensors(section, sdxl.layout, base.catalogue))
     return TrainableModel(sdxl, injection, provenance, hash_of_frames(chosen), whole)
 
 
@@ -230,9 +190,8 @@ def _choose(section: ModelSection, catalogue: Catalogue, frames: Mapping[str, Lo
     return {name: frames[name] for name in names}
 
 
-def _provenance(
-    section: ModelSection, declared: Provenance, base_hash: str, principal_hash: str | None
-) -> Provenance:
+def _provenance(section: ModelSection, base: ReadBase) -> Provenance:
+    declared, base_hash, principal_hash = base.provenance, base.hash, base.principal_hash
     is_residual = declared.role is Role.RESIDUAL
     if is_residual:
         original_hash = declared.base_hash
@@ -250,54 +209,6 @@ def _provenance(
         vae_padding=declared.vae_padding,
         vae_name=declared.vae_name,
     )
-
-
-# ---------------------------------------------------------------- checks of the files
-
-
-def _check_role(section: ModelSection, declared: Provenance) -> None:
-    path = section.checkpoint
-    if declared.role is not None and declared.role not in (Role.MODEL, Role.RESIDUAL):
-        raise InputError(
-            f"{path} is a {declared.role.value} file: expected a checkpoint",
-            hint="set model.base to the checkpoint, and model.principal to the adapter that `spectune split` "
-            "made from it",
-        )
-    if section.residual is not None and declared.role is Role.MODEL:
-        raise InputError(
-            f"{path} is a complete model: model.residual must be a model without its principal",
-            hint="set model.base to this file instead",
-        )
-    if declared.role is Role.RESIDUAL and section.form == "delta":
-        raise InputError(
-            f"{path} is a residual: the delta form trains on the original weights",
-            hint='set model.base to the original checkpoint, or set model.form = "residual"',
-        )
-    if declared.role is Role.RESIDUAL and section.principal is None:
-        raise InputError(
-            f"{path} is a residual: it can only be trained with its principal",
-            hint="remove model.rank and set model.principal to the principal of this residual",
-        )
-
-
-def _open_principal(section: ModelSection, catalogue: Catalogue) -> Adapter:
-    assert section.principal is not None
-    adapter = open_adapter(section.principal, catalogue)
-    check_frame(adapter)
-    assert isinstance(adapter, Adapter)
-    return adapter
-
-
-def _check_pair(section: ModelSection, base: WeightSource, base_hash: str, adapter: Adapter) -> None:
-    declared = adapter.provenance
-    if BaseKind.of(base) is BaseKind.RESIDUAL:
-        check_residual_pair(base, adapter)
-    elif section.residual is None and declared.base_hash not in (None, base_hash):
-        raise PairingError(
-            f"{adapter.label} was split from base {short_hash(declared.base_hash)}, but "
-            f"{base.label} is {short_hash(base_hash)}",
-            hint="set model.base to the model that it was split from, or split this one",
-        )
 
 
 # ---------------------------------------------------------------- products of frames in the weights

@@ -23,7 +23,7 @@ from spectune.model.inject import AdaptedLayer, Injection
 from spectune.model.network import build_model
 from spectune.ops.inspect.summary import describe_adapter
 from spectune.ops.rebuild import rebuild
-from spectune.training import setup, state, trainable_model
+from spectune.training import base_file, setup, state
 from spectune.training.callbacks import Callbacks
 from spectune.training.denoiser import Denoiser
 from spectune.training.frames.aligned import Gradients, Inputs, align, range_of
@@ -124,7 +124,7 @@ def test_power_rounds_reduce_the_error_of_the_range() -> None:
     generator = torch.Generator().manual_seed(0)
     u, _, vh = thin_svd(torch.randn(120, 90, generator=generator).double())
     values = 1 / torch.arange(1, 91).double()
-    products = Dense((u * values) @ vh)
+    products: Any = Dense((u * values) @ vh)
     errors: list[float] = []
     for rounds in (0, 1, 2):
         basis, core = range_of(products, {"a": (120, 90)}, {"a": 20}, seed=0, power_rounds=rounds)
@@ -275,7 +275,7 @@ def test_every_frame_trains_and_is_rebuilt_from_its_file(
     trained = assemble(recipe, Accelerator(cpu=True), Callbacks(), saved)
     restore(trained, saved)
     tuned, whole = tmp_path / "out" / "t.safetensors", tmp_path / "whole.safetensors"
-    rebuild(tiny_checkpoint, tuned, whole, dtype=torch.float32)
+    rebuild(tiny_checkpoint, tuned, whole, dtype="float32")
     with open_checkpoint(whole) as file:
         rebuilt = Denoiser(build_model(file), trains_text=False)
         assert file.provenance.frame is None
@@ -304,7 +304,7 @@ def test_a_resumed_run_takes_its_frames_from_the_state(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_recipe(model=model, run={"output": whole, "steps": 3}))
     train(make_recipe(model=model, run={"output": parts, "steps": 2}))
-    for module, name in ((setup, "align"), (trainable_model, "make_frames")):
+    for module, name in ((setup, "align"), (base_file, "make_frames")):
         monkeypatch.setattr(module, name, None)  # computing a frame again would fail
     train(make_recipe(model=model, run={"output": parts, "steps": 3}))
     one, two = load_file(whole / "t.safetensors"), load_file(parts / "t.safetensors")

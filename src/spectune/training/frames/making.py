@@ -19,8 +19,9 @@ from spectune.core.low_rank import LowRank
 from spectune.core.rank import FixedRank
 from spectune.files.source import WeightSource
 from spectune.files.weights_hash import WeightsHasher
-from spectune.sdxl.layers import Catalogue, layer_weight
+from spectune.sdxl.layers import Catalogue, Layer, layer_weight
 from spectune.sdxl.selection import select_layers
+from spectune.training.processes.sharing import shared
 from spectune.training.recipe.sections.model import ModelSection
 from spectune.training.seeds import derived_generator
 
@@ -30,16 +31,16 @@ _OF_WEIGHTS = {"principal": principal_frame, "minor": minor_frame, "svd-down": s
 def make_frames(
     base: WeightSource, catalogue: Catalogue, section: ModelSection, seed: int
 ) -> dict[str, LowRank]:
-    """Compute the frames of the chosen layers from the base."""
+    """Compute the frames of the chosen layers from the base. The processes of a run divide the layers."""
     layers = [
         layer for layer in select_layers(catalogue, section.layers) if layer.part.value in section.parts
     ]
-    return {
-        layer.name: make_frame(
-            layer_weight(base, layer), layer.name, section, derived_generator(seed, "frame", layer.name)
-        )
-        for layer in layers
-    }
+
+    def make(layer: Layer) -> LowRank:
+        generator = derived_generator(seed, "frame", layer.name)
+        return make_frame(layer_weight(base, layer), layer.name, section, generator)
+
+    return {layer.name: frame for layer, frame in zip(layers, shared(layers, make), strict=True)}
 
 
 def make_frame(weight: Tensor, name: str, section: ModelSection, generator: torch.Generator) -> LowRank:

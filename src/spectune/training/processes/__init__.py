@@ -2,5 +2,6 @@
 
 engine: starts the processes' communication; refuses engines that would train something else
 agreement: all processes have the same input, or all of them stop with the same message
-sharing: images, captions and validation are divided among the processes
+sharing: layers to split, images, captions and validation are divided among the processes
+stopping: a signal that reaches one process ends all of them
 """

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from spectune.errors import InputError, SpectuneError
+from spectune.errors import InputError, SpectuneError, Stopped
+from spectune.training.processes.stopping import own_work
 
 T = TypeVar("T")
 
@@ -26,14 +27,16 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
     Raises:
         SpectuneError: `make` raised it.
+        Stopped: A signal arrived there meanwhile.
     """
     if accelerator.num_processes == 1:
         return make()
     sent: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            sent[0] = make()
-        except SpectuneError as error:
+            with own_work():
+                sent[0] = make()
+        except (SpectuneError, Stopped) as error:
             sent[1] = error
     broadcast_object_list(sent)
     result, failure = sent
@@ -49,22 +52,25 @@ def on_all(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
     Raises:
         SpectuneError: `make` raised it on this process or on another one, which the message then names.
+        Stopped: A signal arrived on any process, meanwhile or before.
     """
     if accelerator.num_processes == 1:
         return make()
     result: T | None = None
-    failure: SpectuneError | None = None
+    failure: SpectuneError | Stopped | None = None
     try:
-        result = make()
-    except SpectuneError as error:
+        with own_work():
+            result = make()
+    except (SpectuneError, Stopped) as error:
         failure = error
-    failures = cast("list[tuple[str, SpectuneError | None]]", gather_object([(_name(accelerator), failure)]))
+    gathered = gather_object([(process_name(accelerator), failure)])
+    failures = cast("list[tuple[str, SpectuneError | Stopped | None]]", gathered)
     failed = [(name, error) for name, error in failures if error is not None]
     if not failed:
         return cast("T", result)
     name, error = failed[0]
     if len(failed) < len(failures):
-        error = type(error)(f"{name}: {error.what}", hint=error.hint)
+        error.what = f"{name}: {error.what}"
     raise _reported_by_main(accelerator, error)
 
 
@@ -77,7 +83,9 @@ def check_equal(accelerator: Accelerator, inputs: Callable[[], Mapping[str, Any]
     """
     if accelerator.num_processes == 1:
         return
-    gathered = cast("list[tuple[str, dict[str, Any]]]", gather_object([(_name(accelerator), dict(inputs()))]))
+    gathered = cast(
+        "list[tuple[str, dict[str, Any]]]", gather_object([(process_name(accelerator), dict(inputs()))])
+    )
     first_name, first = gathered[0]
     for key in first:
         others = [name for name, values in gathered if values[key] != first[key]]
@@ -101,11 +109,12 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def _name(accelerator: Accelerator) -> str:
+def process_name(accelerator: Accelerator) -> str:
+    """Return the number and the host of this process for messages."""
     return f"process {accelerator.process_index} on {platform.node()}"
 
 
-def _reported_by_main(accelerator: Accelerator, error: SpectuneError) -> SpectuneError:
+def _reported_by_main(accelerator: Accelerator, error: SpectuneError | Stopped) -> SpectuneError | Stopped:
     """Return the error; only the main process prints it."""
     error.is_reported = not accelerator.is_main_process
     return error

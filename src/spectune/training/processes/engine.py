@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,8 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 
-from spectune.errors import InputError, counted
+from spectune.errors import InputError, SpectuneError, counted
+from spectune.training.processes.agreement import process_name
 from spectune.training.recipe.recipe import Recipe
 
 # Set by `accelerate launch` from its configuration file. They divide the tensors of a model among processes.
@@ -92,3 +94,30 @@ def unused_gpus(accelerator: Accelerator, recipe: Recipe) -> Iterator[str]:
             f"{visible} GPUs are visible, but this training uses {used}: to use all of them, start it with "
             f"{LAUNCH.format(count=visible)} RECIPE"
         )
+
+
+@contextmanager
+def lost_connection_explained(accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
+    """Turn the error of a collective operation into a SpectuneError; one process of each host prints it.
+
+    The other hosts may be out of reach, so each host has its own message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_of_connection(error):
+            raise
+        waited = f"for run.timeout_minutes = {recipe.run.timeout_minutes:g}"
+        cause = f"no answer {waited}" if "timed out" in str(error).lower() else "one of them has ended"
+        explained = SpectuneError(
+            f"{process_name(accelerator)} has lost the other processes: {cause}",
+            hint="look at the messages of the other hosts, and at the network; the same command on all hosts "
+            "continues from the last save",
+        )
+        explained.is_reported = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise explained from error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    # gloo raises a plain RuntimeError with the place in its source
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

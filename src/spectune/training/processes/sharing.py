@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 from accelerate.utils import gather_object
 from torch import distributed
 
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, Stopped
+from spectune.training.processes.stopping import own_work
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,6 +23,7 @@ def shared(items: Sequence[T], function: Callable[[T], R]) -> Iterator[R]:
 
     Raises:
         SpectuneError: `function` raised it, on any process.
+        Stopped: A signal arrived, on any process.
     """
     if not _are_several():
         yield from map(function, items)
@@ -29,7 +31,7 @@ def shared(items: Sequence[T], function: Callable[[T], R]) -> Iterator[R]:
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     for start in range(0, len(items), processes):
         mine = [_tried(function, item) for item in items[start + rank : start + rank + 1]]
-        for result, error in cast("list[tuple[R, SpectuneError | None]]", gather_object(mine)):
+        for result, error in cast("list[tuple[R, SpectuneError | Stopped | None]]", gather_object(mine)):
             if error is not None:
                 error.is_reported = rank != 0
                 raise error
@@ -52,8 +54,9 @@ def _are_several() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _tried(function: Callable[[T], R], item: T) -> tuple[R | None, SpectuneError | None]:
+def _tried(function: Callable[[T], R], item: T) -> tuple[R | None, SpectuneError | Stopped | None]:
     try:
-        return function(item), None
-    except SpectuneError as error:
+        with own_work():
+            return function(item), None
+    except (SpectuneError, Stopped) as error:
         return None, error
