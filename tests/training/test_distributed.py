@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from spectune.model.network import Sdxl
 from spectune.training import loop
 from spectune.training.data import folders, latents
+from spectune.training.data.cache import filling
 from spectune.training.frames import making
 from spectune.training.loop import train
 from spectune.training.output import step_of
@@ -112,6 +113,19 @@ def test_two_and_four_processes_equal_one_with_accumulation(
             numbers = sum(tensor.numel() for tensor in deltas(one).values())
             sent = {process.counts["sent"] for process in ended}
             assert sent == {2 * 4 * numbers}  # steps, bytes of float32
+
+
+@pytest.mark.slow
+def test_one_process_writes_the_cache_of_all(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, once = {"random_crop": False, "cache_folder": tmp_path / "cache"}, {"steps": 1}
+    ended = trained(tmp_path / "logs", recipe_for("two", 1, data=data, run=once), 2)
+    assert [process.counts["images"] for process in ended] == [6, 6]
+    assert len(list((tmp_path / "cache").rglob("[0-9]*.safetensors"))) == 1
+    monkeypatch.setattr(filling, "encode_views", lambda *_: pytest.fail("encoded twice"))
+    train(recipe_for("one", 2, data=data, run=once))
+    assert largest_difference(*(tmp_path / name / "t.safetensors" for name in ("one", "two"))) <= 1e-6
 
 
 def test_a_run_continues_with_half_of_the_processes_and_says_what_changes(

@@ -89,6 +89,10 @@ class SafetensorsFile:
         check_unchanged(self._file, self._version, self.path)
         return data.view(info.dtype).view(info.shape)
 
+    def offset_of(self, name: str) -> int:
+        """Return the position in the file where a tensor begins, in bytes."""
+        return self._offsets[name]
+
     def close(self) -> None:
         self._file.close()
 

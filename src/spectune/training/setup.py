@@ -21,12 +21,12 @@ from spectune.training import state
 from spectune.training.base_file import Log, ReadBase, SavedFrames, frames_of, read_base
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_buckets, training_sizes
+from spectune.training.data.cache.caches import cache_captions
 from spectune.training.data.dataset import Batch, Pictures, Variation
 from spectune.training.data.encoding import encode_images, with_saved_way, with_way
 from spectune.training.data.folders import scan_training, scan_validation
 from spectune.training.data.gather import (
     batch_warnings,
-    cache_captions,
     check_sizes,
     data_hash,
     data_warnings,

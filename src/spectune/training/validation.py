@@ -46,7 +46,7 @@ def encode_validation(
     latents = encode_pictures(model, pictures, seed=None, progress=progress)
     return [
         ValidationImages(
-            latents=torch.stack([latents[image, False] for image, _ in members]),
+            latents=torch.stack([latents.tensors[image] for image, _ in members]),
             captions=tuple(scan.images[image].caption for image, _ in members),
             time_ids=torch.tensor(
                 [pictures.placements[image].time_ids for image, _ in members], dtype=torch.float32

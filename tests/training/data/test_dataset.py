@@ -14,6 +14,7 @@ from spectune.training.data.buckets import Buckets, Size, bucket_sizes
 from spectune.training.data.dataset import Batch, Pictures, Variation, keep_batch
 from spectune.training.data.folders import scan_training
 from spectune.training.data.images import open_image, render
+from spectune.training.data.latents import LatentsInMemory
 from spectune.training.data.plan import BatchPlan, PlannedBatches
 from spectune.training.recipe.sections.data import CaptionSection, DataSection, ImageSetSection, MaskSource
 from tests.training.conftest import draw
@@ -96,15 +97,23 @@ def test_buckets_follow_the_aspect(pictures: Pictures) -> None:
 
 def test_cached_latents_replace_pixels(pictures: Pictures, tmp_path: Path) -> None:
     cached = Pictures(pictures.images, [SQUARE], Variation(flip_probability=0.5), seed=3)
-    cached.latents = {
-        (i, flip): torch.full((4, 8, 8), 10.0 * i + flip) for i in range(4) for flip in (False, True)
-    }
+    cached.latents = LatentsInMemory({number: torch.full((4, 8, 8), 10.0 * number) for number in range(8)})
     seen = set()
     for batch in batches(cached):
         assert batch.pixels is None
         assert batch.latents is not None
         seen |= set(batch.latents[:, 0, 0, 0].tolist())
     assert len(seen) > 4  # both orientations are drawn
+
+
+def test_views_have_numbers(pictures: Pictures) -> None:
+    several = Variation(flip_probability=0.5, random_crop=True, cached_variants=3)
+    for variation, count in ((Variation(), 4), (Variation(flip_probability=1.0), 4), (several, 24)):
+        cached = Pictures(pictures.images, [SQUARE], variation, seed=3)
+        views = [cached.view_numbered(number) for number in range(count)]
+        assert len(set(views)) == count == len(cached) * cached.views_per_image
+        assert [cached.number_of(view) for view in views] == list(range(count))
+        assert [view.image for view in views] == sorted(view.image for view in views)
 
 
 def test_orientations_that_are_cached() -> None:
@@ -204,11 +213,14 @@ def test_a_draw_picks_one_of_the_cached_variants(
     several = Variation(flip_probability=0.5, random_crop=True, color_probability=0.5, cached_variants=3)
     cached = masked_pictures(masked_folder, "alpha", several)
     # the channels of each view encode its image, orientation and variant
-    cached.latents = {
-        (image, flip): torch.arange(3).repeat_interleave(2)[:, None, None] + 10.0 * image + 100 * flip
-        for image in range(4)
-        for flip in (False, True)
-    }
+    cached.latents = LatentsInMemory(
+        {
+            image * 6 + flip * 3 + variant: torch.full((2, 1, 1), variant + 10.0 * image + 100 * flip)
+            for image in range(4)
+            for flip in (False, True)
+            for variant in range(3)
+        }
+    )
     opened: list[Path] = []
     load = dataset.load_image
     monkeypatch.setattr(dataset, "load_image", lambda path: opened.append(path) or load(path))

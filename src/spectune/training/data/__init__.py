@@ -11,7 +11,8 @@ color: random changes of color.
 plan: the images of each batch.
 tables: many images in arrays and files instead of one object each.
 dataset: batches, and the view of an image in one draw: its crop, orientation and color.
-latents, store: encode images, and keep latents on disk.
+latents: encode images.
+cache: latents on disk, and what a run encodes before the training.
 encoding: encode all images of a run in the way of its recipe, or as exactly as the memory allows.
-gather: checks, warnings and caches for the images of a run.
+gather: checks and warnings for the images of a run.
 """

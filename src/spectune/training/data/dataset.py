@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from spectune.training.data.tables.sequences import Chain
 from spectune.training.recipe.sections.captions import CaptionSection
 from spectune.training.recipe.sections.data import DataSection, MaskSource
 from spectune.training.seeds import derived_random
-
-CacheKey = tuple[int, bool]  # image, flipped
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,19 @@ class Variation:
         return (True,) if self.flip_probability == 1 else (False, True)
 
 
+class CachedLatents(Protocol):
+    """The latents of the cached views of a run."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether few views are cached, so that their masks fit in memory too."""
+        ...
+
+    def of(self, view: View, number: int) -> Tensor:
+        """Return the latents of a cached view, (channels, h, w) float32; `number` is that of the view."""
+        ...
+
+
 class Pictures(Dataset[Batch]):
     """The images of a run, each at every resolution. Indexing with a list of draws returns their batch.
 
@@ -140,8 +151,7 @@ class Pictures(Dataset[Batch]):
         self.seed = seed
         self.masks: MaskSource = masks
         self.pixels_per_latent = pixels_per_latent
-        # (variants * channels, h, w): the variants are concatenated
-        self.latents: Mapping[CacheKey, Tensor] | None = None
+        self.latents: CachedLatents | None = None
         self._cached_masks: dict[tuple[int, Placement], Tensor] = {}
 
     def __len__(self) -> int:
@@ -188,9 +198,27 @@ class Pictures(Dataset[Batch]):
 
         Its crop and color depend only on seed, file name, orientation and variant, not on other images.
         """
+        if not self.variation.random_crop and self.variation.color_probability == 0:
+            return View(image, self.placements[image].varied(flipped=flipped), None, variant)
         name = self.images[image].path.name
         random = derived_random(self.seed, "view", name, flipped, variant)
         return replace(self._view(image, flipped, random), variant=variant)
+
+    @property
+    def views_per_image(self) -> int:
+        """The number of cached views of an image."""
+        return len(self.variation.flips) * self.variation.cached_variants
+
+    def view_numbered(self, number: int) -> View:
+        """Return a cached view. Those of an image have successive numbers, from its index on."""
+        image, rest = divmod(number, self.views_per_image)
+        flip, variant = divmod(rest, self.variation.cached_variants)
+        return self.cached_view(image, flipped=self.variation.flips[flip], variant=variant)
+
+    def number_of(self, view: View) -> int:
+        """Return the number of a cached view."""
+        flip = self.variation.flips.index(view.placement.flipped)
+        return view.image * self.views_per_image + flip * self.variation.cached_variants + view.variant
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         random = [derived_random(self.seed, "draw", draw.epoch, draw.image, draw.repeat) for draw in draws]
@@ -228,13 +256,11 @@ class Pictures(Dataset[Batch]):
 
     def _cached_latents(self, view: View) -> Tensor:
         assert self.latents is not None
-        variants = self.latents[view.image, view.placement.flipped]
-        return variants.chunk(self.variation.cached_variants)[view.variant]
+        return self.latents.of(view, self.number_of(view))
 
     def _drawn_mask(self, view: View) -> Tensor:
-        if self.latents is None:
+        if self.latents is None or not self.latents.in_memory:
             return self.mask(view)
-        # A cache has few views, so their masks fit in memory and no file is opened again.
         key = (view.image, view.placement)
         if key not in self._cached_masks:
             self._cached_masks[key] = self.mask(view)

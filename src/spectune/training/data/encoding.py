@@ -13,8 +13,8 @@ from spectune.model.vae.encoding import ENCODE_WAYS, encoder_of, encoding_bytes,
 from spectune.model.vae.ways import ENCODE_ERRORS, EncodeWay
 from spectune.training.callbacks import WarningLog, stage
 from spectune.training.data.buckets import training_buckets, training_sizes
+from spectune.training.data.cache.caches import cache_latents
 from spectune.training.data.dataset import Pictures
-from spectune.training.data.gather import cache_latents
 from spectune.training.data.latents import LatentsNotFiniteError, images_per_call
 from spectune.training.data.scan import Scan
 from spectune.training.recipe.recipe import Recipe, parse_recipe

@@ -1,24 +1,18 @@
-"""The images of a run: their sizes, warnings about them, and the caches that are filled before training."""
+"""The images of a run: checks of their sizes, warnings about them, and their hash."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from spectune.errors import InputError, counted
-from spectune.model.network import Sdxl, no_vae
-from spectune.model.vae.ways import ENCODE_ERRORS, EncodeWay
+from spectune.model.network import no_vae
 from spectune.sdxl.layout import Layout
-from spectune.training.callbacks import Callbacks, stage
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
-from spectune.training.data.latents import encode_pictures, vae_key
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
-from spectune.training.data.store import LatentStore
-from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.validation import ValidationImages
 
 MOST_AREA_LOST = 0.05  # mean share that is cropped away without a warning
 
@@ -69,57 +63,6 @@ def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
         f"crops remove {100 * mean:.0f} % of the area of the images on average, {100 * lost[worst]:.0f} % of "
         f"{pictures.images[worst].path.name}; {remedy}"
     ]
-
-
-def cache_latents(
-    recipe: Recipe, model: Sdxl, way: EncodeWay, pictures: Pictures, callbacks: Callbacks
-) -> list[str]:
-    """Encode the images if the recipe caches latents; return warnings. `model` encodes in the given way.
-
-    Raises:
-        LatentsNotFiniteError: Latents are not finite.
-    """
-    if not recipe.caches_latents:
-        return []
-    callbacks.on_message(f"encoding {counted(len(pictures), 'image')}: {described_way(way)}")
-    folder = recipe.data.cache_folder
-    store = None
-    if folder is not None:
-        assert model.layout.vae is not None
-        # an AutoencoderDC has no deviations
-        store = LatentStore(folder, vae_key(model), has_deviations=model.layout.vae.deep_config is None)
-    with stage(callbacks, "encoding images") as progressed:
-        pictures.latents = encode_pictures(
-            model,
-            pictures,
-            flips=pictures.variation.flips,
-            seed=recipe.run.seed,
-            progress=progressed,
-            store=store,
-        )
-    return [] if store is None else store.warnings()
-
-
-def described_way(way: EncodeWay) -> str:
-    """Return a way to encode with its error."""
-    return f"{'in tiles' if way == 'tiles' else way} ({ENCODE_ERRORS[way]})"
-
-
-def cache_captions(
-    recipe: Recipe,
-    denoiser: Denoiser,
-    pictures: Pictures,
-    validation: Sequence[ValidationImages],
-    callbacks: Callbacks,
-) -> None:
-    """Encode the captions if the recipe caches them."""
-    if recipe.caches_text:
-        captions = {image.caption for image in pictures.images} | {""}
-        captions = captions.union(*(group.captions for group in validation))
-        with stage(callbacks, "encoding captions") as progressed:
-            denoiser.text = encode_captions(
-                denoiser.model, captions, max_tokens=denoiser.max_tokens, progress=progressed
-            )
 
 
 def data_hash(pictures: Pictures) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,8 @@ from spectune.model.network import Autoencoder, Sdxl, no_vae
 from spectune.model.vae.tiles import TILE_PX
 from spectune.sdxl.layout import VaeLayout
 from spectune.training.data.buckets import Size
-from spectune.training.data.dataset import CacheKey, Pictures, View
-from spectune.training.data.store import LatentStore
-from spectune.training.processes.sharing import on_any_process, shared, writes_files
+from spectune.training.data.dataset import Pictures, View
+from spectune.training.processes.sharing import shared
 from spectune.training.seeds import derived_generator
 
 # Pixels per call of the encoder, which needs 2.7 GB per million pixels in float32.
@@ -31,50 +29,64 @@ class LatentsNotFiniteError(InputError):
     """Latents contain infinity or NaN."""
 
 
+@dataclass(frozen=True)
+class LatentsInMemory:
+    """The latents of views by their numbers, (channels, h, w) float32 on the CPU."""
+
+    tensors: Mapping[int, Tensor]
+    in_memory = True
+
+    def of(self, view: View, number: int) -> Tensor:
+        """Return the latents of a view, (channels, h, w)."""
+        return self.tensors[number]
+
+
 @torch.no_grad()
 def encode_pictures(
     model: Sdxl,
     pictures: Pictures,
     *,
-    flips: Sequence[bool] = (False,),
     seed: int | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    store: LatentStore | None = None,
-) -> dict[CacheKey, Tensor]:
-    """Return the latents of the cached views of all images, (variants * channels, h, w) float32 on the CPU.
+) -> LatentsInMemory:
+    """Return the latents of the cached views of all images.
 
     Args:
         model: A model with an autoencoder.
         pictures: The images.
-        flips: The orientations to encode.
         seed: The seed for a sample of each posterior, whose noise depends on the view only; None takes the
             mode.
         progress: Called with the number of encoded views and their total.
-        store: A cache on disk. Only views that are missing there are encoded.
 
     Raises:
         InputError: Latents are not finite.
     """
-    latents: dict[CacheKey, Tensor] = {}
-    variants = range(pictures.variation.cached_variants)
-    done, total = 0, len(pictures) * len(flips) * len(variants)
-    for members in pictures.buckets().values():
-        views = [
-            pictures.cached_view(image, flipped=flipped, variant=variant)
-            for image, _ in members
-            for flipped in flips
-            for variant in variants
-        ]
-        encoded: dict[View, Tensor] = {}
-        for view, posterior in _posteriors(model, pictures, views, store):
-            encoded[view] = _sample(posterior, view, seed)
-            done += 1
-            progress(done, total)
-        for key, group in groupby(views, key=lambda view: (view.image, view.placement.flipped)):
-            # pop: each variant must be in memory only once
-            rows = [encoded.pop(view) for view in group]
-            latents[key] = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return latents
+    latents: dict[int, Tensor] = {}
+    per_image = pictures.views_per_image
+    for size, members in pictures.buckets().items():
+        numbers = [image * per_image + offset for image, _ in members for offset in range(per_image)]
+        views = [pictures.view_numbered(number) for number in numbers]
+        encoded = encode_views(model, pictures, views, size)
+        for number, view, posterior in zip(numbers, views, encoded, strict=True):
+            latents[number] = sample_posterior(posterior, view, seed)
+            progress(len(latents), len(pictures) * per_image)
+    return LatentsInMemory(latents)
+
+
+def encode_views(
+    model: Sdxl, pictures: Pictures, views: Sequence[View], size: Size, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """Yield the posterior of each view on the CPU, (2 * channels, h, w), in the order of the views.
+
+    The processes of a run divide the work. All must have the same views, which have one size.
+
+    Raises:
+        InputError: Latents are not finite.
+    """
+    count = images_per_call(size)
+    chunks = [views[start : start + count] for start in range(0, len(views), count)]
+    for rows in shared(chunks, partial(_encoded, model, pictures, dtype)):
+        yield from rows
 
 
 @torch.no_grad()
@@ -87,7 +99,9 @@ def encode_drawn(model: Sdxl, pixels: Tensor, views: Sequence[View], *, seed: in
         InputError: Latents are not finite.
     """
     posteriors = checked_latents(encode_posteriors(model, pixels), "a batch").to(pixels.device)
-    return torch.stack([_sample(row, view, seed) for row, view in zip(posteriors, views, strict=True)])
+    return torch.stack(
+        [sample_posterior(row, view, seed) for row, view in zip(posteriors, views, strict=True)]
+    )
 
 
 def encode_posteriors(model: Sdxl, pixels: Tensor) -> Tensor:
@@ -139,8 +153,14 @@ def vae_key(model: Sdxl) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _sample(posterior: Tensor, view: View, seed: int | None) -> Tensor:
-    """Return the latents of a view, (channels, h, w): the mode, or a sample whose noise the view seeds."""
+def sample_posterior(posterior: Tensor, view: View, seed: int | None) -> Tensor:
+    """Return the latents of a view, (channels, h, w): the mode, or a sample whose noise the view seeds.
+
+    Args:
+        posterior: Mean and standard deviation, (2 * channels, h, w) float32.
+        view: The view.
+        seed: The seed of the run; None takes the mode.
+    """
     mean, deviation = posterior.chunk(2)
     if seed is None:
         return mean.clone()
@@ -150,45 +170,17 @@ def _sample(posterior: Tensor, view: View, seed: int | None) -> Tensor:
     return mean + deviation * noise
 
 
-def _posteriors(
-    model: Sdxl, pictures: Pictures, views: Sequence[View], store: LatentStore | None
-) -> Iterator[tuple[View, Tensor]]:
-    """Yield the posterior (2 * channels, h, w) of each view, from the store or the encoder.
-
-    All views must have the same size.
-    """
-    missing: list[View] = list(views)
-    files: dict[int, Path] = {}
-    if store is not None:
-        missing = []
-        shape = _posterior_shape(model, views[0].placement.target)
-        for image, group in groupby(views, key=lambda view: view.image):
-            members = list(group)
-            files[image] = store.file_of(pictures.images[image].path)
-            stored = store.load(files[image], [view.pixels_name for view in members], shape)
-            yield from ((view, stored[view.pixels_name]) for view in members if view.pixels_name in stored)
-            missing += [view for view in members if view.pixels_name not in stored]
-    # a view that another host lacks is encoded again
-    absent = set(missing)
-    missing = [views[i] for i in on_any_process(i for i, view in enumerate(views) if view in absent)]
-    count = images_per_call(views[0].placement.target)
-    chunks = [missing[start : start + count] for start in range(0, len(missing), count)]
-    for chunk, rows in zip(chunks, shared(chunks, partial(_encoded, model, pictures)), strict=True):
-        if store is not None and writes_files():
-            for image, group in groupby(chunk, key=lambda view: view.image):
-                store.add(files[image], {view.pixels_name: rows[view] for view in group})
-        yield from rows.items()
-
-
-def _encoded(model: Sdxl, pictures: Pictures, views: Sequence[View]) -> dict[View, Tensor]:
-    pixels = torch.stack([pictures.pixels(view) for view in views])
-    posteriors = encode_posteriors(model, pixels).cpu()
-    return {
-        view: checked_latents(row, pictures.images[view.image].path.name).clone()
-        for view, row in zip(views, posteriors, strict=True)
-    }
-
-
-def _posterior_shape(model: Sdxl, size: Size) -> tuple[int, int, int]:
+def posterior_shape(model: Sdxl, size: Size) -> tuple[int, int, int]:
+    """Return the shape of the posterior of an image of a size in pixels."""
     step, (_, layout) = model.pixels_per_latent, _vae_of(model)
     return 2 * layout.unet_channels, size.height // step, size.width // step
+
+
+@torch.no_grad()
+def _encoded(model: Sdxl, pictures: Pictures, dtype: torch.dtype, views: Sequence[View]) -> list[Tensor]:
+    pixels = torch.stack([pictures.pixels(view) for view in views])
+    posteriors = encode_posteriors(model, pixels).cpu()
+    return [
+        checked_latents(row, pictures.images[view.image].path.name).to(dtype).clone()
+        for view, row in zip(views, posteriors, strict=True)
+    ]

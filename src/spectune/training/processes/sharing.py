@@ -44,6 +44,16 @@ def on_any_process(numbers: Iterable[int]) -> list[int]:
     return sorted(set(cast("list[int]", gather_object(found)) if _are_several() else found))
 
 
+def on_every_process(function: Callable[[], None]) -> None:
+    """Call `function` on each process.
+
+    Raises:
+        SpectuneError: `function` raised it, on any process.
+    """
+    for _ in shared(range(distributed.get_world_size() if _are_several() else 1), lambda _: function()):
+        pass
+
+
 def writes_files() -> bool:
     """Return whether this process writes what all processes of its host have."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -131,12 +131,14 @@ class DataSection(Section):
         description="Number of crops and colors of each image and orientation in the cache.",
     )
     cache_folder: Path | None = Field(
-        default=None, description="Folder that keeps latents between runs. None: keep them in memory only."
+        default=None,
+        description="Folder that keeps latents between runs, rounded to bfloat16. None: keep them in memory, "
+        "or above 4 GB in a folder beside the adapter.",
     )
     cache_text: bool | None = Field(
         default=None,
         description="Encode each caption once, before the training. "
-        "None: on if the text encoders are frozen and the captions fixed.",
+        "None: on if the text encoders are frozen, the captions fixed, and encoded take at most 4 GB.",
     )
     validation_folder: Path | None = Field(
         default=None,
