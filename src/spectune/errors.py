@@ -40,7 +40,6 @@ class Stopped(SystemExit):
     """A signal ended this process, or another one of the same training; `code` is 128 plus its number."""
 
     is_reported = False  # another process of the same training prints it
-    hint: str | None = None
 
     def __init__(self, code: int) -> None:
         self.what = f"stopped by {signal.Signals(code - 128).name}"

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from spectune.training.recipe.commented import toml_item
 from spectune.training.recipe.recipe import Recipe
+from spectune.training.state import STATE
 
 # Called in each process with its rank before it runs; what it returns is written to counts.json.
 Prepare = Callable[[int], Any]
@@ -117,6 +119,45 @@ class Ranks:
             loaded = json.loads(counts.read_text()) if counts.exists() else None
             ended.append(Ended(process.exitcode, self.said(rank), loaded))
         return ended
+
+
+def launch(
+    recipe: Path, log: Path, *options: str, within: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
+    """Start torchrun with `options`, within the command `within`; stderr is written to a file."""
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200",  # seconds to save
+        **variables,
+    }
+    command = ["-m", "torch.distributed.run", *options, "-m", "spectune", "train", str(recipe)]
+    with log.open("w") as stderr:
+        return subprocess.Popen([*within, sys.executable, *command], env=environment, stderr=stderr)
+
+
+def stop_when_saved(
+    launchers: Sequence[subprocess.Popen[bytes]], folder: Path, log: Path, seconds: float = 240
+) -> None:
+    """Send SIGTERM to the last launcher when a state is saved, and wait for all; the run must save again."""
+    ends = time.monotonic() + seconds
+    try:
+        while not list(folder.glob("*.state")):
+            assert all(launcher.poll() is None for launcher in launchers), log.read_text()
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.1)
+        launchers[-1].send_signal(signal.SIGTERM)
+        for launcher in launchers:
+            launcher.wait(seconds)
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    said = log.read_text()
+    stopped = re.search(r"stopped at step (\d+)", said)
+    assert stopped is not None, said
+    assert (folder / f"t-step{int(stopped[1]):08d}.state" / STATE).is_file()
+    assert "to continue from this step, run the same command again" in said
 
 
 def errors(ended: Sequence[Ended]) -> list[str]:

@@ -23,7 +23,16 @@ from spectune.training.loop import train
 from spectune.training.output import step_of
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 from spectune.training.state import load_state
-from tests.training.ranks import Ended, Ranks, deltas, errors, largest_difference, write_recipe
+from tests.training.ranks import (
+    Ended,
+    Ranks,
+    deltas,
+    errors,
+    largest_difference,
+    launch,
+    stop_when_saved,
+    write_recipe,
+)
 
 
 class Counts(dict[str, int]):
@@ -192,7 +201,18 @@ def test_an_error_before_the_processes_connect_is_printed_once(tmp_path: Path) -
     assert ["missing.toml does not exist" in error for error in errors(ended)] == [True]
 
 
-# The place in the code where process 1 gets a signal in its second call, by stage.
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="torchrun ends its processes without a signal on Windows")
+def test_sigterm_to_torchrun_saves(recipe_for: Any, tmp_path: Path) -> None:
+    run = {"steps": 100_000, "save_every_steps": 3}
+    recipe = recipe_for("run", 1, run=run, data={"workers": 1})
+    log = tmp_path / "log.txt"
+    path = write_recipe(recipe, tmp_path / "recipe.toml")
+    launcher = launch(path, log, "--standalone", "--nproc_per_node", "2")
+    stop_when_saved([launcher], tmp_path / "run", log)
+
+
+# The place in the code where process 1 and its data workers get a signal in its second call, by stage.
 PLACES: dict[str, tuple[Any, str]] = {
     "scanning": (folders, "scan_folder"),
     "splitting": (making, "make_frame"),
@@ -204,12 +224,13 @@ PLACES: dict[str, tuple[Any, str]] = {
 def send_in_stage(stage: str, number: int, rank: int) -> None:
     """Let process 1 get a signal in the second call of a stage."""
     latents.ENCODE_BATCH = 1
+    os.setpgrp()  # without the process that runs the tests
     owner, name = PLACES[stage]
     function, calls = getattr(owner, name), count(1)
 
     def call(*args: Any, **options: Any) -> Any:
         if rank == 1 and next(calls) == 2:
-            os.kill(os.getpid(), number)
+            os.killpg(os.getpgrp(), number)
         return function(*args, **options)
 
     setattr(owner, name, call)
@@ -230,6 +251,7 @@ def test_a_signal_to_one_process_ends_all(
 ) -> None:
     number, cache = int(signal.Signals[name]), tmp_path / "cache"
     data = {"validation_folder": picture_folder / "held_out", "cache_folder": cache, "random_crop": False}
+    data["workers"] = int(stage == "training")
     recipe = recipe_for("two", 1, data=data, run={"steps": 1000})
     path = write_recipe(recipe, tmp_path / "recipe.toml")
     ended = Ranks(
@@ -238,6 +260,7 @@ def test_a_signal_to_one_process_ends_all(
     said = "".join(one.said for one in ended)
     assert "Traceback" not in said, said
     if stage == "training":
+        # data workers, which are in the group, do not end
         assert [one.code for one in ended] == [130, 130]
         assert said.count("to continue from this step, run the same command again") == 1
         (state,) = (tmp_path / "two").glob("*.state")

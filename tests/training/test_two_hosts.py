@@ -6,10 +6,8 @@ import ctypes
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,16 @@ import pytest
 from spectune.training.loop import train
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.state import load_state
-from tests.training.ranks import Ended, Ranks, errors, free_port, largest_difference, write_recipe
+from tests.training.ranks import (
+    Ended,
+    Ranks,
+    errors,
+    free_port,
+    largest_difference,
+    launch,
+    stop_when_saved,
+    write_recipe,
+)
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 CABLE = "cable0"  # the name of the network interface of each host
@@ -173,33 +180,18 @@ def test_sigterm_to_one_launcher_saves_and_ends_both_hosts(
     network: Network,
     tmp_path: Path,
 ) -> None:
-    run = {"steps": 100_000, "save_every_steps": 1_000_000}
-    recipe = write_recipe(recipe_for("a/run", 1, run=run), tmp_path / "recipe.toml")
-    port, launchers = free_port(), []
-    for host, name in enumerate(network.names):
-        launch = f"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank {host}".split()
-        launch += f"--master_addr {ADDRESSES[0]} --master_port {port} -m spectune train".split()
-        variables = {"GLOO_SOCKET_IFNAME": CABLE, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{host}.txt").open("w") as log:
-            launchers.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", name, sys.executable, *launch, str(recipe)],
-                    env={**os.environ, **variables},
-                    stderr=log,
-                )
-            )
-    ends = time.monotonic() + 300
-    try:
-        while "saves: " not in (tmp_path / "0.txt").read_text() and time.monotonic() < ends:
-            time.sleep(0.2)
-        time.sleep(5)
-        launchers[1].send_signal(signal.SIGTERM)
-        for launcher in launchers:
-            launcher.wait(30)
-    finally:
-        for launcher in launchers:
-            launcher.kill()
-    (state,) = (tmp_path / "a" / "run").glob("*.state")
-    assert load_state(state).header.step > 0
-    said = (tmp_path / "0.txt").read_text()
-    assert "to continue from this step, run the same command again" in said, said
+    run = {"steps": 100_000, "save_every_steps": 3}
+    recipe = write_recipe(recipe_for("run", 1, run=run), tmp_path / "recipe.toml")
+    log, port = tmp_path / "0.txt", free_port()
+    launchers = [
+        launch(
+            recipe,
+            tmp_path / f"{host}.txt",
+            *f"--nnodes 2 --nproc_per_node 1 --node_rank {host}".split(),
+            *f"--master_addr {ADDRESSES[0]} --master_port {port}".split(),
+            within=["ip", "netns", "exec", name],
+            GLOO_SOCKET_IFNAME=CABLE,
+        )
+        for host, name in enumerate(network.names)
+    ]
+    stop_when_saved(launchers, tmp_path / "run", log)

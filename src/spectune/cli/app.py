@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typer.exceptions import TyperException
 
 from spectune.cli.allocators import set_allocators
 from spectune.cli.commands import make_app
-from spectune.cli.console import print_error, print_hint, print_json, say, user_error
+from spectune.cli.console import print_error, print_json, say, user_error
 from spectune.errors import SpectuneError, Stopped
 
 _PRINTED_WITHIN = 5  # seconds, by another process of the same training
@@ -43,7 +44,9 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit. An error that a user can fix prints a message and exits with code 2."""
     _stop_cleanly()
-    sys.exit(run(arguments))
+    code = run(arguments)
+    gc.freeze()  # with torch, the garbage collections at the exit take seconds
+    sys.exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -75,8 +78,6 @@ def run(arguments: list[str] | None = None) -> int:
         if not _is_reported(stopped):
             with suppress(OSError):  # the terminal is closed
                 say(stopped.what)
-                if stopped.hint:
-                    print_hint(stopped.hint)
         return cast("int", stopped.code)
     except SystemExit as finished:  # of typer, if the program that reads a pipe has ended
         return finished.code if isinstance(finished.code, int) else 0

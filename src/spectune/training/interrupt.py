@@ -73,10 +73,12 @@ def _drop_output() -> None:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Let a data worker ignore Ctrl-C and SIGUSR1, which a terminal and SLURM send to all processes.
+    """Keep signals from a data worker. The training process stops its workers after it has saved.
 
-    The training process stops its workers after it has saved.
+    A terminal and torchrun send a signal to all processes of a group, SLURM sends SIGUSR1 to all of a job.
     """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
