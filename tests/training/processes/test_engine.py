@@ -9,9 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spectune.errors import InputError
+from spectune.errors import InputError, SpectuneError
 from spectune.training.processes import engine
-from spectune.training.processes.engine import described_processes, make_accelerator, unused_gpus
+from spectune.training.processes.engine import (
+    described_processes,
+    lost_connection_explained,
+    make_accelerator,
+    unused_gpus,
+)
 from tests.training.conftest import MakeRecipe
 
 
@@ -66,3 +71,31 @@ def test_unused_gpus_are_a_warning(
     found = list(unused_gpus(on_gpu, make_recipe(run={"device": device})))
     assert bool(found) == warned
     assert all("torchrun --nproc_per_node 4" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 12000ms", "no answer for .* = 0.2$"),
+        ("[gloo/transport/tcp/pair.cc:538] Connection closed by peer", "one of them has ended$"),
+    ],
+)
+def test_a_lost_connection_is_explained_once_on_each_host(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, what: str, cause: str
+) -> None:
+    two = cast("Accelerator", SimpleNamespace(num_processes=2, process_index=1))
+    recipe = make_recipe(run={"timeout_minutes": 0.2})
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with (
+            pytest.raises(SpectuneError, match=f"process 1 .* lost the other processes: {cause}") as caught,
+            lost_connection_explained(two, recipe),
+        ):
+            raise RuntimeError(what)
+        assert caught.value.is_reported == (rank == "1")
+
+
+def test_another_error_is_not_explained_as_a_lost_connection(make_recipe: MakeRecipe) -> None:
+    two = cast("Accelerator", SimpleNamespace(num_processes=2, process_index=1))
+    with pytest.raises(RuntimeError, match="shapes"), lost_connection_explained(two, make_recipe()):
+        raise RuntimeError("shapes differ")

@@ -71,6 +71,8 @@ def on_all(accelerator: Accelerator, make: Callable[[], T]) -> T:
     name, error = failed[0]
     if len(failed) < len(failures):
         error.what = f"{name}: {error.what}"
+        if isinstance(error, SpectuneError):
+            error.args = (error.what,)
     raise _reported_by_main(accelerator, error)
 
 
