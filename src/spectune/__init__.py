@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectune.ops.compare import compare
     from spectune.ops.convert import convert
     from spectune.ops.dataset import dataset
+    from spectune.ops.dataset.indexing import dataset_index
     from spectune.ops.doctor import doctor
     from spectune.ops.export import export
     from spectune.ops.inspect import inspect
@@ -49,6 +50,7 @@ __all__ = [
     "compare",
     "convert",
     "dataset",
+    "dataset_index",
     "doctor",
     "export",
     "inspect",
@@ -65,7 +67,11 @@ __all__ = [
     "verify",
 ]
 
-_CLASSES = {"Callbacks": "spectune.training.callbacks", "Recipe": "spectune.training.recipe.recipe"}
+_ELSEWHERE = {
+    "Callbacks": "spectune.training.callbacks",
+    "Recipe": "spectune.training.recipe.recipe",
+    "dataset_index": "spectune.ops.dataset.indexing",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -75,7 +81,7 @@ def __getattr__(name: str) -> object:
 
     module = "spectune.errors" if name.endswith("Error") else f"spectune.ops.{name}"
     with extras_named():
-        return getattr(import_module(_CLASSES.get(name, module)), name)
+        return getattr(import_module(_ELSEWHERE.get(name, module)), name)
 
 
 def __dir__() -> list[str]:

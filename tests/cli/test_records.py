@@ -26,6 +26,8 @@ SHARED_FLAGS = {"json", "dry_run", "job"}
 
 def click_command(command: CommandSpec) -> Any:
     group: Any = typer.main.get_command(app)
+    if command.name in group.commands:
+        return group.commands[command.name]
     for word in command.name.split():
         group = group.commands[word]
     return group

@@ -55,8 +55,11 @@ class Flags:
     job: Path | None = None
 
 
-def add_command(app: typer.Typer, command: CommandSpec) -> None:
-    """Register a command. Torch and the operation are imported when it runs, not for `--help`."""
+def add_command(app: typer.Typer, command: CommandSpec, *, group: str = "") -> None:
+    """Register a command, in a group without the word of the group.
+
+    Torch and the operation are imported when it runs, not for `--help`.
+    """
     fields = option_fields(command.options)
 
     def run(context: typer.Context, **values: Any) -> None:
@@ -72,7 +75,7 @@ def add_command(app: typer.Typer, command: CommandSpec) -> None:
     made.__signature__ = inspect.Signature(parameters)
     made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     text = with_flags(command, inspect.cleandoc(command.options.__doc__ or ""))
-    word = command.name.rpartition(" ")[2]
+    word = command.name.removeprefix(f"{group} ")
     app.command(word, help=text, epilog=f"**Example:** `{command.example}`", rich_help_panel=command.panel)(
         run
     )

@@ -5,11 +5,14 @@ A new command needs a row here, options in ops/options, an operation in ops and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from spectune.cli.command import CommandSpec, add_command
 from spectune.ops.options.adapter_files import ConvertOptions, ExportOptions, RebuildOptions, SliceOptions
-from spectune.ops.options.dataset import DatasetOptions
+from spectune.ops.options.dataset import DatasetOptions, IndexOptions
 from spectune.ops.options.model_files import (
     InspectOptions,
     MergeOptions,
@@ -29,6 +32,7 @@ from spectune.ops.options.training import (
 )
 
 START, TRAIN, FILES, PICTURES = "Start here", "Train", "Files", "Pictures"
+_OPERATIONS = {"dataset index": "spectune.ops.dataset.indexing"}  # elsewhere than their name
 # Commands whose operation and output are one module, outside of `ops`.
 _OWN_MODULES = {"demo": "spectune.cli.demo", "studio": "spectune.studio.serve"}
 
@@ -37,7 +41,8 @@ def _command(
     name: str, options: type, panel: str, example: str, *, report: str | None = None, **more: object
 ) -> CommandSpec:
     word = name.replace(" ", "_")
-    operation, report = f"spectune.ops.{word}", f"spectune.cli.reports.{report or word}"
+    operation = _OPERATIONS.get(name, f"spectune.ops.{word}")
+    report = f"spectune.cli.reports.{report or word}"
     if module := _OWN_MODULES.get(name):
         operation = report = module
     return CommandSpec(name, options, operation, report, panel, example, **more)  # pyright: ignore[reportArgumentType]
@@ -56,7 +61,20 @@ COMMANDS = (
         report="starting.new",
         bar=False,
     ),
-    _command("dataset", DatasetOptions, TRAIN, "spectune dataset pictures/ --sheet sheet.png"),
+    _command(
+        "dataset",
+        DatasetOptions,
+        TRAIN,
+        "spectune dataset pictures/ --sheet sheet.png",
+        report="datasets.dataset",
+    ),
+    _command(
+        "dataset index",
+        IndexOptions,
+        TRAIN,
+        "spectune dataset index pictures/",
+        report="datasets.dataset_index",
+    ),
     _command("plan", PlanOptions, TRAIN, "spectune plan model.safetensors --vram 12GB", bar=False),
     _command(
         "train",
@@ -143,16 +161,27 @@ def make_app() -> typer.Typer:
     app = _typer("Fine-tune a full SDXL checkpoint by training only its principal spectrum.", name="spectune")
     groups = {"recipe": _typer("Recipes for training.")}
     for command in COMMANDS:
-        group = command.name.rpartition(" ")[0]
-        add_command(groups[group] if group else app, command)
+        word = command.name.partition(" ")[0]
+        add_command(groups.get(word, app), command, group=word if word in groups else "")
     for name, group in groups.items():
         app.add_typer(group, name=name, rich_help_panel=TRAIN)
     return app
 
 
+class _Commands(TyperGroup):
+    """The commands, of which `dataset index` has two words but is not in a group: `dataset` is a command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        if words in self.commands:
+            return words, self.commands[words], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 def _typer(text: str, name: str | None = None) -> typer.Typer:
     return typer.Typer(
         name=name,
+        cls=_Commands,
         help=text,
         no_args_is_help=True,
         rich_markup_mode="markdown",

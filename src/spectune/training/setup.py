@@ -46,6 +46,7 @@ from spectune.training.objective.edm2 import WeightingTrainer
 from spectune.training.objective.objective import Objective
 from spectune.training.optim.groups import build_optimizer, groups_by_part
 from spectune.training.processes.agreement import check_equal, on_all, without_paths
+from spectune.training.processes.sharing import writes_files
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.recipe import Recipe
 from spectune.training.resume.changes import (
@@ -81,7 +82,9 @@ def assemble(
     if saved is not None:
         recipe = with_saved_way(recipe, saved.header.recipe)
         check_recipe(saved, recipe.model_dump(mode="json"))
-    pictures, validation = on_all(accelerator, lambda: find_images(recipe, warnings))
+    # One process of each host updates the indexes of folders before the others read them.
+    first = on_all(accelerator, lambda: find_images(recipe, warnings) if writes_files() else None)
+    pictures, validation = on_all(accelerator, lambda: first or find_images(recipe, warnings))
     for line in described_epoch(pictures, recipe.run, accelerator.num_processes).split("\n"):
         callbacks.on_message(line)
     device, log = accelerator.device, callbacks.on_message

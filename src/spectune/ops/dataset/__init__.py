@@ -1,6 +1,7 @@
 """Report on a dataset before training.
 
 * measures: sharpness and hash of each picture, while it is decoded.
+* indexing: the operation that writes indexes.
 * near_duplicates: pictures that look almost the same.
 * problems: what may be a mistake.
 * records: the report.

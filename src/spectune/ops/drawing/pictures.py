@@ -121,4 +121,5 @@ def caption_notes(captions: Sequence[str], options: DrawingOptions) -> list[str]
     """Return warnings about captions that are cut, and about weights in captions."""
     named = [(Path(f"caption {number}"), (caption,)) for number, caption in enumerate(captions, start=1)]
     named.append((Path("the negative prompt"), (options.negative,)))
-    return finding_warnings(content_findings(named, max_tokens=options.max_tokens, wildcards=True))
+    found = content_findings(named, max_tokens=options.max_tokens, wildcards=True)
+    return finding_warnings([finding for findings in found for finding in findings])

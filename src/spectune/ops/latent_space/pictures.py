@@ -22,7 +22,7 @@ from spectune.ops.options.adapter_files import ConvertOptions
 from spectune.training.data.buckets import Size, covering
 from spectune.training.data.folders import scan_training
 from spectune.training.data.images import open_image, render
-from spectune.training.data.scan import CaptionedImage
+from spectune.training.data.tables.images import CaptionedImage
 from spectune.training.recipe.sections.data import DataSection
 
 MOST_PICTURES = 64

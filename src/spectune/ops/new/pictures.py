@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from spectune.errors import InputError, counted
 from spectune.ops.new.answers import Answers
 from spectune.sdxl.layout import Layout
 from spectune.training.data.folders import scan_training, scan_validation
-from spectune.training.data.scan import CaptionedImage
+from spectune.training.data.tables.images import CaptionedImage
 from spectune.training.recipe.defaults import is_full_size
 from spectune.training.recipe.sections.data import DataSection
 
@@ -28,7 +29,7 @@ class FoundPictures:
     folder: Path
     is_flat: bool  # the pictures are directly in the folder
     caption: str  # of pictures without a caption, in a flat folder
-    images: tuple[CaptionedImage, ...]
+    images: Sequence[CaptionedImage]
     validation: Path | None
     resolution_px: int
     warnings: tuple[str, ...]
@@ -90,7 +91,7 @@ def _has_pictures(folder: Path) -> bool:
         return False
 
 
-def _resolution(images: tuple[CaptionedImage, ...], full: bool) -> int:
+def _resolution(images: Sequence[CaptionedImage], full: bool) -> int:
     """Return 1024 for SDXL. A smaller base was trained on small pictures."""
     if full:
         return FULL_SIZE_PX

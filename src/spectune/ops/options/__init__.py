@@ -6,6 +6,6 @@ Nothing here imports torch: interfaces can show help texts and check values with
     model_files       inspect, merge, null, split, verify
     adapter_files     rebuild, export, slice, convert
     pictures          sample, compare
-    dataset           dataset
+    dataset           dataset, dataset index
     training          new, train, plan, recipe import, demo, doctor
 """

@@ -40,3 +40,24 @@ class DatasetOptions(OperationOptions):
         help="Also write a contact sheet: the parts that training crops away are darkened. Worst first.",
     )
     force: bool = option(default=False, help=FORCE_HELP)
+
+
+@record
+class IndexOptions(OperationOptions):
+    """Write an index of folders of pictures, through which a training starts without reading them again.
+
+    An existing index is updated: only new and changed files are read. Pictures in tar files in WebDataset's
+    layout are used through an index only.
+    """
+
+    folders: tuple[Path, ...] = argument(
+        metavar="FOLDER...", help="Folders of pictures, or parents of `N_name` folders, as in data.folders."
+    )
+    _: KW_ONLY
+    recursive: bool = option(
+        default=False, help="Index the pictures in all nested folders too, as with data.recursive."
+    )
+    check: bool = option(
+        default=False,
+        help="Decode each picture completely, which finds damaged files. Else only its header is read.",
+    )

@@ -22,7 +22,7 @@ from spectune.training.data.captions.text import LARGEST_CAPTION
 from spectune.training.data.folders import find_folders
 from spectune.training.data.pictures.formats import open_picture
 from spectune.training.data.pictures.walk import pictures_in
-from spectune.training.data.scan import ImageFolder
+from spectune.training.data.tables.images import ImageFolder
 from spectune.training.recipe.defaults import bucket_defaults
 from spectune.training.recipe.sections.captions import CaptionSection
 from spectune.training.recipe.sections.data import BucketSection, DataSection

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Protocol, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,7 +22,7 @@ from spectune.training.data.images import alpha_of, load_image, open_image, rend
 from spectune.training.data.masks import open_mask, render_mask
 from spectune.training.data.pictures.formats import UnusableImage
 from spectune.training.data.plan import Draw
-from spectune.training.data.scan import CaptionedImage
+from spectune.training.data.tables.images import CaptionedImage, sizes_and_repeats
 from spectune.training.data.tables.placements import Members, Placements
 from spectune.training.data.tables.sequences import Chain
 from spectune.training.recipe.sections.captions import CaptionSection
@@ -144,9 +143,8 @@ class Pictures(Dataset[Batch]):
         """Assign each image to a training size in each of `buckets`, one for each resolution."""
         self.files = len(images)
         self.images = images if len(buckets) == 1 else Chain([images] * len(buckets))
-        facts = np.array([(*image.size, image.repeats) for image in images], dtype=np.int32).reshape(-1, 3)
-        self.repeats = facts[:, 2]  # of each file, int32
-        self.placements = Placements(facts[:, :2], buckets)
+        sizes, self.repeats = sizes_and_repeats(images)  # repeats of each file, int32
+        self.placements = Placements(sizes, buckets)
         self.variation = variation
         self.seed = seed
         self.masks: MaskSource = masks
@@ -221,10 +219,11 @@ class Pictures(Dataset[Batch]):
         return view.image * self.views_per_image + flip * self.variation.cached_variants + view.variant
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
+        images = [self.images[draw.image] for draw in draws]
         random = [derived_random(self.seed, "draw", draw.epoch, draw.image, draw.repeat) for draw in draws]
         captions = tuple(
-            draw_caption(self.images[draw.image].text, self.variation.captions, choices)
-            for draw, choices in zip(draws, random, strict=True)
+            draw_caption(image.text, self.variation.captions, choices)
+            for image, choices in zip(images, random, strict=True)
         )
         views = tuple(
             self._drawn_view(draw.image, choices) for draw, choices in zip(draws, random, strict=True)
@@ -235,7 +234,7 @@ class Pictures(Dataset[Batch]):
             latents=torch.stack([self._cached_latents(view) for view in views]) if cached else None,
             captions=captions,
             time_ids=torch.tensor([view.placement.time_ids for view in views], dtype=torch.float32),
-            weights=torch.tensor([self.images[view.image].weight for view in views], dtype=torch.float32),
+            weights=torch.tensor([image.weight for image in images], dtype=torch.float32),
             masks=None if self.masks == "none" else torch.stack([self._drawn_mask(view) for view in views]),
             views=views,
             position=draws[0].position,

@@ -9,8 +9,18 @@ from pathlib import Path
 
 from spectune.errors import InputError, some_of
 from spectune.training.data.captions.findings import check_readable
-from spectune.training.data.pictures.walk import folders_below, folders_in, pictures_below, pictures_in
-from spectune.training.data.scan import ImageFolder, Look, Scan, scan_folder
+from spectune.training.data.facts import Look
+from spectune.training.data.pictures.walk import (
+    folders_below,
+    folders_in,
+    has_pictures,
+    pictures_below,
+    pictures_in,
+)
+from spectune.training.data.scan import Scan, scan_folder
+from spectune.training.data.tables.images import ImageFolder
+from spectune.training.data.tables.index_file import INDEX_NAME
+from spectune.training.data.tables.indexing import scan_indexed
 from spectune.training.recipe.sections.data import MOST_REPEATS, DataSection, ImageSetSection
 
 _NAME = re.compile(r"(\d+)_(.*)")
@@ -32,10 +42,16 @@ class Found:
     loose: tuple[Path, ...] = ()  # images beside `N_name` folders
     below: tuple[Path, ...] = ()  # images in nested folders
 
-    def scan(self, data: DataSection, look: Look | None = None) -> Scan:
-        """Scan the folders."""
+    def scan(self, data: DataSection, look: Look | None = None, *, weight: float = 1.0) -> Scan:
+        """Scan the folders, whose images get another weight of the loss."""
         unused = Scan((), ignored_folders=self.ignored, loose=self.loose, below=self.below)
-        return Scan.joined([unused, *(scan_folder(folder, data, look) for folder in self.folders)])
+        folders = [replace(folder, weight=folder.weight * weight) for folder in self.folders]
+        return Scan.joined([unused, *(_scan(folder, data, look) for folder in folders)])
+
+
+def _scan(folder: ImageFolder, data: DataSection, look: Look | None) -> Scan:
+    has_index = look is None and (folder.path / INDEX_NAME).is_file()
+    return scan_indexed(folder, data) if has_index else scan_folder(folder, data, look)
 
 
 def scan_training(data: DataSection, look: Look | None = None) -> Scan:
@@ -53,9 +69,8 @@ def scan_training(data: DataSection, look: Look | None = None) -> Scan:
         scans.append(_scan_parents(data.folders, data, look, key="data.folders"))
     scans += [_scan_set(image_set, data, look) for image_set in data.sets]
     if data.regularisation_folders:
-        scan = _scan_parents(data.regularisation_folders, data, look, key="data.regularisation_folders")
-        weighted = tuple(replace(image, weight=data.regularisation_weight) for image in scan.images)
-        scans.append(replace(scan, images=weighted))
+        weight, key = data.regularisation_weight, "data.regularisation_folders"
+        scans.append(_scan_parents(data.regularisation_folders, data, look, key=key, weight=weight))
     joined = Scan.joined(scans)
     if look is None:
         check_readable(joined.captions)
@@ -96,12 +111,11 @@ def find_folders(parent: Path, *, recursive: bool = False) -> Found:
     inside = {path: _named(path) for path in folders_in(parent)}
     named = tuple(folder for folder in inside.values() if folder is not None)
     ignored = tuple(path for path, folder in inside.items() if folder is None)
-    images = tuple(pictures_in(parent))
-    if named or not images:
+    if named or not has_pictures(parent):
         nested = [path for path in inside if not _is_off(path)]
         below = [image for path in ignored if path in nested for image in pictures_in(path)]
         below += [image for path in nested for image in pictures_below(path)]
-        return Found(named, ignored, loose=images, below=tuple(below))
+        return Found(named, ignored, loose=tuple(pictures_in(parent)), below=tuple(below))
     return Found((_itself(parent),), ignored, below=tuple(pictures_below(parent)))
 
 
@@ -113,7 +127,7 @@ def _find_nested(parent: Path) -> Found:
             ignored.append(path)
         elif path.parent in settings:
             settings[path] = _named(path) or replace(settings[path.parent], path=path)
-    return Found(tuple(folder for folder in settings.values() if pictures_in(folder.path)), tuple(ignored))
+    return Found(tuple(folder for folder in settings.values() if has_pictures(folder.path)), tuple(ignored))
 
 
 def _itself(parent: Path) -> ImageFolder:
@@ -141,8 +155,11 @@ def _is_off(path: Path) -> bool:
     return bool(match) and int(match[1]) == 0
 
 
-def _scan_parents(parents: Sequence[Path], data: DataSection, look: Look | None, *, key: str) -> Scan:
-    scans = [find_folders(parent, recursive=data.recursive).scan(data, look) for parent in parents]
+def _scan_parents(
+    parents: Sequence[Path], data: DataSection, look: Look | None, *, key: str, weight: float = 1.0
+) -> Scan:
+    found = [find_folders(parent, recursive=data.recursive) for parent in parents]
+    scans = [one.scan(data, look, weight=weight) for one in found]
     return _not_empty(Scan.joined(scans), parents, hint=_PARENT_HINT.format(key))
 
 
@@ -157,7 +174,7 @@ def _scan_set(image_set: ImageSetSection, data: DataSection, look: Look | None) 
         found = Found((folder,), below=tuple(pictures_below(image_set.path)))
     else:
         nested = (replace(folder, path=path) for path in folders_below(image_set.path))
-        found = Found((folder, *(one for one in nested if pictures_in(one.path))))
+        found = Found((folder, *(one for one in nested if has_pictures(one.path))))
     return _not_empty(found.scan(data, look), [image_set.path], hint=_SET_HINT)
 
 

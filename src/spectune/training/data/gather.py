@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from spectune.errors import InputError, counted
 from spectune.model.network import no_vae
 from spectune.sdxl.layout import Layout
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
+from spectune.training.data.pictures.shards import file_of, member_of
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
+from spectune.training.data.tables.images import CaptionedImage, digest, sizes_and_repeats
 from spectune.training.recipe.recipe import Recipe
 
 MOST_AREA_LOST = 0.05  # mean share that is cropped away without a warning
@@ -37,15 +42,33 @@ def data_warnings(
     warnings = scan.warnings()
     if validation is not None:
         warnings += [f"validation: {warning}" for warning in validation.warnings()]
-        trained, validated = ({image.path.resolve() for image in one.images} for one in (scan, validation))
-        if shared := trained & validated:
+        if shared := _shared_files(scan.images, validation.images):
             warnings.append(
-                f"{counted(len(shared), 'validation image')} also used for training: "
+                f"{counted(shared, 'validation image')} also used for training: "
                 "the validation loss does not tell how well the model predicts new images"
             )
     if enlarged := pictures.enlarged():
         warnings.append(f"{counted(enlarged, 'image')} enlarged to the training size")
     return [*warnings, *crop_warnings(pictures, has_buckets=has_buckets)]
+
+
+def _shared_files(images: Sequence[CaptionedImage], validation: Sequence[CaptionedImage]) -> int:
+    """Return the number of validation files that are training files too, also under other names."""
+    both = (sizes_and_repeats(one)[0].astype(np.int64) for one in (images, validation))
+    keys = [sizes[:, 0] << 32 | sizes[:, 1] for sizes in both]
+    same_size = np.flatnonzero(np.isin(keys[0], keys[1])).tolist()
+    trained = {_identity(images[index].path) for index in same_size}
+    return len(trained & {_identity(image.path) for image in validation})
+
+
+def _identity(path: Path) -> tuple[int, int, int] | Path:
+    """Return the device and the number of a file, and the offset of a member of a tar file."""
+    member = member_of(path)
+    try:
+        status = file_of(path).stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino, 0 if member is None else member.offset
 
 
 def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
@@ -66,20 +89,8 @@ def crop_warnings(pictures: Pictures, *, has_buckets: bool) -> list[str]:
 
 
 def data_hash(pictures: Pictures) -> str:
-    """Return a hash of the images' names, captions, repeats, sizes, weights and masks."""
-    listed = [
-        (
-            image.path.name,
-            image.text,
-            image.repeats,
-            image.size,
-            placement.target,
-            image.weight,
-            image.mask and image.mask.name,
-        )
-        for image, placement in zip(pictures.images, pictures.placements, strict=True)
-    ]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
+    """Return a hash of the images' names, captions, repeats, sizes, crops, weights and masks."""
+    return hashlib.sha256(f"{digest(pictures.images)} {pictures.placements.digest()}".encode()).hexdigest()
 
 
 def batch_warnings(recipe: Recipe, plan: BatchPlan) -> list[str]:

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from spectune.errors import printable
-from spectune.training.data.buckets import Placement
+from spectune.training.data.buckets import Placement, Size
 from spectune.training.data.color import ColorChange, recolor
 from spectune.training.data.pictures.formats import UnusableImage, open_picture
-from spectune.training.data.pictures.profiles import profile_kind, to_srgb
+from spectune.training.data.pictures.png import has_late_text
+from spectune.training.data.pictures.profiles import ProfileKind, profile_kind, to_srgb
 
 # sd-scripts averages areas to shrink images, which is a little softer, and enlarges with Lanczos too.
 RESAMPLING = Image.Resampling.LANCZOS
@@ -29,12 +30,20 @@ _DECODER_ERRORS = (
 )
 
 
+# In these formats, the header tells size, rotation and transparency.
+_PLAIN_FORMATS = ("AVIF", "BMP", "JPEG", "MPO", "PNG", "WEBP")
+_TURNED = (5, 6, 7, 8)  # orientations of EXIF with width and height exchanged
+
+
 @dataclass(frozen=True)
 class Header:
     """The facts about an image file that are known without decoding it."""
 
     pixels: int
     has_more_frames: bool  # animations, and files with several pages
+    upright: Size | None  # after the EXIF rotation; None: only decoding tells this and what follows
+    has_alpha: bool = False
+    profile: ProfileKind = ProfileKind.NONE
 
 
 def read_header(path: Path) -> Header:
@@ -46,7 +55,13 @@ def read_header(path: Path) -> Header:
     with _reasons(), open_picture(path) as image:
         # MPO is a JPEG with more frames: the first is the image, others are previews or a second view
         several = bool(getattr(image, "is_animated", False)) and image.format not in ("MPO", "HEIF")
-        return Header(image.width * image.height, several)
+        pixels = image.width * image.height
+        if image.format not in _PLAIN_FORMATS or (image.format == "PNG" and has_late_text(path)):
+            return Header(pixels, several, None)
+        # of Image: the method of a PNG decodes it, because text may follow the pixels
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _TURNED
+        upright = Size(image.height, image.width) if turned else Size(image.width, image.height)
+        return Header(pixels, several, upright, has_alpha(image), profile_kind(image))
 
 
 def open_image(path: Path) -> Image.Image:

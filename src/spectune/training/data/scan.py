@@ -4,76 +4,34 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import Any
-
-from PIL import Image
 
 from spectune.errors import counted, some_of
 from spectune.extras import install_line
-from spectune.training.data.buckets import Size
 from spectune.training.data.captions.findings import CaptionFinding, finding_warnings
 from spectune.training.data.captions.reading import read_captions
-from spectune.training.data.images import Header, as_rgb, has_alpha, load_image, read_header
+from spectune.training.data.facts import Facts, Look, read_facts
 from spectune.training.data.masks import is_mask, mask_file, open_mask
-from spectune.training.data.pictures.formats import (
-    HEIF_SUFFIXES,
-    UnusableImage,
-    is_picture,
-    is_unread_picture,
-)
-from spectune.training.data.pictures.profiles import ProfileKind, profile_kind
+from spectune.training.data.pictures.formats import HEIF_SUFFIXES, is_picture, is_unread_picture
+from spectune.training.data.pictures.profiles import ProfileKind
+from spectune.training.data.pictures.walk import file_names, is_shard
+from spectune.training.data.tables.images import CaptionedImage, Columns, FolderImages, ImageFolder
+from spectune.training.data.tables.sequences import Chain, Mapped
 from spectune.training.recipe.sections.data import DataSection
 
-# A strip 1 pixel wide would take gigabytes when it is resized to cover its bucket.
-LONGEST_ASPECT = 32
-LARGE_PIXELS = 16_000_000  # images above this are decoded one at a time: each needs up to 1 GB
-_LARGE = Lock()
-
-# Called with the path and the upright RGB image of each usable file, from several threads at once.
-Look = Callable[[Path, Image.Image], None]
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder of images with the settings that its images share."""
-
-    path: Path
-    repeats: int
-    caption: str  # of images without a caption
-    weight: float = 1.0  # of the loss
-    caption_is_name: bool = True  # `caption` is from the folder's name, not from the recipe
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    """A usable image."""
-
-    path: Path
-    caption: str  # without variation
-    size: Size  # after the EXIF rotation
-    repeats: int = 1
-    weight: float = 1.0  # of its loss
-    mask: Path | None = None  # a gray image in the same folder
-    template: str | None = None  # the text that draws vary; None: the caption
-
-    @property
-    def text(self) -> str:
-        """The text that captions of draws are made from."""
-        return self.caption if self.template is None else self.template
+MOST_WITHOUT_INDEX = 50_000  # images of a folder
 
 
 @dataclass(frozen=True)
 class DataFinding:
     """A possible mistake in the folders."""
 
-    names: tuple[str, ...]  # of the files or folders, some with a reason
+    names: Sequence[str]  # of the files or folders, some with a reason
     noun: str  # of one of them
     text: str  # what is the matter, and how to change it
 
@@ -86,30 +44,34 @@ class DataFinding:
 class Scan:
     """The images of some folders, and possible mistakes in them."""
 
-    images: tuple[CaptionedImage, ...]
-    ignored_folders: tuple[Path, ...] = ()
-    loose: tuple[Path, ...] = ()  # images beside `N_name` folders
-    below: tuple[Path, ...] = ()  # images in nested folders
-    unread: tuple[Path, ...] = ()  # in formats that this installation does not read
-    skipped: tuple[tuple[Path, str], ...] = ()  # image, reason
-    several_frames: tuple[Path, ...] = ()
-    converted: tuple[Path, ...] = ()  # from their color profile
-    unusable_profile: tuple[Path, ...] = ()
-    shared_files: tuple[Path, ...] = ()  # images that share a caption file or a mask with another image
-    without_caption: tuple[Path, ...] = ()  # captioned with the name of their folder
-    empty_caption: tuple[Path, ...] = ()
-    without_image: tuple[str, ...] = ()  # entries of sidecars
-    without_mask: tuple[Path, ...] = ()  # if the recipe uses masks
-    unused_masks: tuple[Path, ...] = ()
-    captions: tuple[CaptionFinding, ...] = ()
+    images: Sequence[CaptionedImage]
+    ignored_folders: Sequence[Path] = ()
+    loose: Sequence[Path] = ()  # images beside `N_name` folders
+    below: Sequence[Path] = ()  # images in nested folders
+    unread: Sequence[Path] = ()  # in formats that this installation does not read
+    skipped: Sequence[tuple[Path, str]] = ()  # image, reason
+    several_frames: Sequence[Path] = ()
+    converted: Sequence[Path] = ()  # from their color profile
+    unusable_profile: Sequence[Path] = ()
+    shared_files: Sequence[Path] = ()  # images that share a caption file or a mask with another image
+    without_caption: Sequence[Path] = ()  # captioned with the name of their folder
+    empty_caption: Sequence[Path] = ()
+    without_image: Sequence[str] = ()  # entries of sidecars
+    without_mask: Sequence[Path] = ()  # if the recipe uses masks
+    unused_masks: Sequence[Path] = ()
+    captions: Sequence[CaptionFinding] = ()
+    unindexed_shards: Sequence[Path] = ()  # tar files in a folder without an index
+    large_folders: Sequence[Path] = ()  # with many images and without an index
+    unwritable: Sequence[Path] = ()  # indexes that could not be updated
 
     @classmethod
     def joined(cls, scans: Sequence[Scan]) -> Scan:
         """Return one scan of all folders, in order."""
-        parts: dict[str, Any] = {
-            field.name: tuple(chain.from_iterable(getattr(scan, field.name) for scan in scans))
-            for field in fields(cls)
-        }
+        parts: dict[str, Any] = {}
+        for field in fields(cls):
+            found = [getattr(scan, field.name) for scan in scans]
+            is_plain = all(isinstance(one, tuple) for one in found)
+            parts[field.name] = tuple(chain.from_iterable(found)) if is_plain else Chain(found)
         return cls(**parts)
 
     def findings(self) -> list[DataFinding]:
@@ -140,9 +102,25 @@ class Scan:
             (self.without_image, "caption", "in sidecars without an image"),
             (self.without_mask, "image", "without a mask; the loss covers the complete image"),
             (self.unused_masks, "mask file", "not used"),
+            (
+                self.unindexed_shards,
+                "tar file",
+                "not used: `spectune dataset index FOLDER` makes an index, through which it is read",
+            ),
+            (
+                self.large_folders,
+                "folder",
+                f"with more than {MOST_WITHOUT_INDEX:,} images, which each start of a training decodes; "
+                "`spectune dataset index FOLDER` makes starts fast",
+            ),
+            (
+                self.unwritable,
+                "index",
+                "that cannot be updated, so each start reads again what changed; make its folder writable",
+            ),
         ]
         return [
-            DataFinding(tuple(one.name if isinstance(one, Path) else one for one in names), noun, text)
+            DataFinding(Mapped(names, lambda one: one.name if isinstance(one, Path) else one), noun, text)
             for names, noun, text in found
             if names
         ]
@@ -153,20 +131,26 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class _Facts:
-    size: Size
-    has_mask: bool
-    has_more_frames: bool
-    profile: ProfileKind
-
-
-@dataclass(frozen=True)
-class _Files:
+class Files:
     """The files of a folder, by name."""
 
-    images: list[Path]
-    masks: list[Path]
-    unread: list[Path]
+    images: Sequence[Path]
+    masks: Sequence[Path]
+    unread: Sequence[Path]
+    shards: Sequence[Path]
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str], mask_suffix: str) -> Files:
+        """Sort the files of a folder by their kind."""
+        paths = sorted(folder / name for name in names)
+        masks = [path for path in paths if is_mask(path, mask_suffix)]
+        taken = set(masks)
+        return cls(
+            images=[path for path in paths if is_picture(path) and path not in taken],
+            masks=masks,
+            unread=[path for path in paths if is_unread_picture(path)],
+            shards=[path for path in paths if is_shard(path)],
+        )
 
 
 def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None) -> Scan:
@@ -175,63 +159,56 @@ def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None
     Raises:
         InputError: A sidecar or a mask is damaged.
     """
-    files = _files_in(folder.path, data.mask_suffix)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    files = Files.of(folder.path, file_names(folder.path), data.mask_suffix)
+
+    def facts_of(path: Path) -> tuple[Facts, bool] | str:
         # Decode each image completely, to find truncated files now and not after an hour of training.
-        results = list(pool.map(lambda path: _facts_or_reason(path, data, look), files.images))
+        facts = read_facts(path, look)
+        return facts if isinstance(facts, str) else (facts, has_mask(path, facts, data))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        results = list(pool.map(facts_of, files.images))
     pairs = list(zip(files.images, results, strict=True))
-    usable = [(path, facts) for path, facts in pairs if isinstance(facts, _Facts)]
-    read = read_captions(
-        folder.path, [path for path, _ in usable], data.caption, default=folder.caption, files=files.images
-    )
-    images = tuple(
+    usable = [(path, *one) for path, one in pairs if not isinstance(one, str)]
+    paths = [path for path, *_ in usable]
+    read = read_captions(folder.path, paths, data.caption, default=folder.caption, files=files.images)
+    images = [
         CaptionedImage(
             path,
             caption=caption.fixed,
             template=None if caption.template == caption.fixed else caption.template,
             size=facts.size,
-            repeats=folder.repeats,
-            weight=folder.weight,
-            mask=mask_file(path, data.mask_suffix) if data.mask == "file" and facts.has_mask else None,
+            mask=mask_file(path, data.mask_suffix) if data.mask == "file" and masked else None,
         )
-        for (path, facts), caption in zip(usable, read.captions, strict=True)
-    )
+        for (path, facts, masked), caption in zip(usable, read.captions, strict=True)
+    ]
     named = {
         path
-        for (path, _), caption in zip(usable, read.captions, strict=True)
+        for path, caption in zip(paths, read.captions, strict=True)
         if not caption.is_own and folder.caption_is_name
     }
-    empty = {path for (path, _), caption in zip(usable, read.captions, strict=True) if caption.is_empty}
+    empty = {path for path, caption in zip(paths, read.captions, strict=True) if caption.is_empty}
     used_masks = {image.mask for image in images}
     return Scan(
-        images=images,
+        images=FolderImages(Columns.of(images), folder, data.mask_suffix),
         unread=tuple(files.unread),
         skipped=tuple((path, reason) for path, reason in pairs if isinstance(reason, str)),
-        several_frames=tuple(path for path, facts in usable if facts.has_more_frames),
-        converted=tuple(path for path, facts in usable if facts.profile is ProfileKind.OTHER),
-        unusable_profile=tuple(path for path, facts in usable if facts.profile is ProfileKind.UNUSABLE),
-        shared_files=_sharing(files.images, data),
-        without_caption=tuple(path for path, _ in usable if path in named),
-        empty_caption=tuple(path for path, _ in usable if path in empty - named),
+        several_frames=tuple(path for path, facts, _ in usable if facts.has_more_frames),
+        converted=tuple(path for path, facts, _ in usable if facts.profile is ProfileKind.OTHER),
+        unusable_profile=tuple(path for path, facts, _ in usable if facts.profile is ProfileKind.UNUSABLE),
+        shared_files=sharing(files.images, data),
+        without_caption=tuple(path for path in paths if path in named),
+        empty_caption=tuple(path for path in paths if path in empty - named),
         without_image=read.without_image,
-        without_mask=tuple(path for path, facts in usable if data.mask != "none" and not facts.has_mask),
+        without_mask=tuple(path for path, _, masked in usable if data.mask != "none" and not masked),
         unused_masks=tuple(path for path in files.masks if path not in used_masks),
         captions=read.findings,
+        unindexed_shards=tuple(files.shards),
+        large_folders=(folder.path,) if len(files.images) > MOST_WITHOUT_INDEX else (),
     )
 
 
-def _files_in(folder: Path, mask_suffix: str) -> _Files:
-    paths = sorted(path for path in folder.iterdir() if not path.is_dir())
-    masks = [path for path in paths if is_mask(path, mask_suffix)]
-    taken = set(masks)
-    return _Files(
-        images=[path for path in paths if is_picture(path) and path not in taken],
-        masks=masks,
-        unread=[path for path in paths if is_unread_picture(path)],
-    )
-
-
-def _sharing(images: Sequence[Path], data: DataSection) -> tuple[Path, ...]:
+def sharing(images: Sequence[Path], data: DataSection) -> tuple[Path, ...]:
     """Return the images that share a caption file or a mask with another image."""
     counts = Counter(path.stem for path in images)
     return tuple(
@@ -245,38 +222,16 @@ def _sharing(images: Sequence[Path], data: DataSection) -> tuple[Path, ...]:
     )
 
 
-def _facts_or_reason(path: Path, data: DataSection, look: Look | None) -> _Facts | str:
-    """Return the properties of a usable image, or the reason to skip it."""
-    try:
-        if path.is_file() and not path.stat().st_size:
-            return "is an empty file"
-        header = read_header(path)
-        with _one_at_a_time(header.pixels > LARGE_PIXELS):
-            return _look_closely(path, header, data, look)
-    except UnusableImage as error:
-        return str(error)
+def has_mask(path: Path, facts: Facts, data: DataSection) -> bool:
+    """Return whether an image has a mask of the kind that the recipe uses.
 
-
-def _look_closely(path: Path, header: Header, data: DataSection, look: Look | None) -> _Facts | str:
-    """Decode an image and return its properties, or the reason to skip it."""
-    loaded = load_image(path)
-    image = as_rgb(loaded)
-    size = Size(*image.size)
-    if max(size.aspect, 1 / size.aspect) > LONGEST_ASPECT:
-        return f"is {size.width}x{size.height}, longer than {LONGEST_ASPECT} times its shorter side"
+    Raises:
+        InputError: A mask file is damaged, or does not fit the image.
+    """
+    if data.mask != "file":
+        return data.mask == "alpha" and facts.has_alpha
     mask = mask_file(path, data.mask_suffix)
-    has_mask = has_alpha(loaded) if data.mask == "alpha" else data.mask == "file" and mask.is_file()
-    if has_mask and data.mask == "file":
-        open_mask(mask, size)
-    if look is not None:
-        look(path, image)
-    return _Facts(size, has_mask, header.has_more_frames, profile_kind(loaded))
-
-
-@contextmanager
-def _one_at_a_time(is_large: bool) -> Iterator[None]:
-    if not is_large:
-        yield
-        return
-    with _LARGE:
-        yield
+    if mask.is_file():
+        open_mask(mask, facts.size)
+        return True
+    return False

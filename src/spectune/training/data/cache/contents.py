@@ -16,6 +16,7 @@ from spectune.errors import InputError
 from spectune.files.reader import SafetensorsFile
 from spectune.files.writer import write_tensors
 from spectune.training.data.cache.keys import KEY_BYTES, Keys, RowsByKey, key_of
+from spectune.training.data.pictures.shards import file_of, open_bytes
 
 _SAVED_AT_ONCE = 65_536  # pictures in one file; an interruption loses at most so many hashes
 _SETTLED_SECONDS = 2.0  # FAT stores times in steps of 2 s: a later change within a step would be missed
@@ -79,7 +80,7 @@ def stamp_of(path: Path) -> tuple[bytes, bool]:
         InputError: The file is missing.
     """
     try:
-        status = path.stat()
+        status = file_of(path).stat()
     except OSError as error:
         raise _unreadable(path, error) from error
     stamp = key_of(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}")
@@ -95,7 +96,7 @@ def hash_files(paths: Sequence[Path]) -> bytes:
     digests: list[bytes] = []
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_bytes(path) as file:
                 digests.append(hashlib.file_digest(file, "sha256").digest()[:KEY_BYTES])
         except OSError as error:
             raise _unreadable(path, error) from error

@@ -57,28 +57,23 @@ class CaptionFinding:
 
 def content_findings(
     captions: Sequence[tuple[Path, Sequence[str]]], *, max_tokens: int, wildcards: bool
-) -> list[CaptionFinding]:
-    """Return the findings about the texts of captions, each with the file to name.
+) -> list[list[CaptionFinding]]:
+    """Return the findings about the texts of each caption, which comes with the file to name.
 
     `wildcards`: they are drawn, so they are no finding.
     """
-    found = [
-        CaptionFinding(FindingKind.WEIGHTS, source)
-        for source, texts in captions
-        if any(map(has_weights, texts))
-    ]
-    if not wildcards:
-        found += [
-            CaptionFinding(FindingKind.WILDCARDS, source)
-            for source, texts in captions
-            if any(map(has_wildcard, texts))
-        ]
     distinct = list(dict.fromkeys(text for _, texts in captions for text in texts))
     tokens = dict(zip(distinct, count_tokens(distinct), strict=True))
+    found: list[list[CaptionFinding]] = []
     for source, texts in captions:
-        longest = max(tokens[text] for text in texts)
-        if longest > max_tokens:
-            found.append(CaptionFinding(FindingKind.CUT, source, str(max_tokens), longest))
+        own: list[CaptionFinding] = []
+        if any(map(has_weights, texts)):
+            own.append(CaptionFinding(FindingKind.WEIGHTS, source))
+        if not wildcards and any(map(has_wildcard, texts)):
+            own.append(CaptionFinding(FindingKind.WILDCARDS, source))
+        if (longest := max(tokens[text] for text in texts)) > max_tokens:
+            own.append(CaptionFinding(FindingKind.CUT, source, str(max_tokens), longest))
+        found.append(own)
     return found
 
 

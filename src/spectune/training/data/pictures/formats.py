@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, features
+
+from spectune.training.data.pictures.shards import member_of
 
 # By Pillow's names. Pillow has more decoders; some start other programs, like Ghostscript for EPS.
 _SUFFIXES = {
@@ -78,7 +81,9 @@ def open_picture(path: Path) -> Image.Image:
         UnusableImage: The image has more than MOST_PIXELS pixels.
         Others: Whatever Pillow raises for files that it cannot read.
     """
-    image = Image.open(path, formats=formats())
+    member = member_of(path)
+    source = path if member is None else BytesIO(member.read())
+    image = Image.open(source, formats=formats())
     width, height = image.size
     if width * height > MOST_PIXELS:
         image.close()

@@ -1,5 +1,10 @@
 """Many images in arrays and files instead of one object each.
 
-sequences: sequences that are made of others without a copy.
+sequences, strings: sequences without an object for each item.
+images: the usable images of a folder in columns.
 placements: the placements of all images of a run.
+index_file: the columns of a folder in a file, the index.
+states: sizes and times of files, which tell what changed since.
+update: read what is new or changed.
+indexing: scan a folder through its index.
 """

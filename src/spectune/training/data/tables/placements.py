@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -57,6 +58,10 @@ class Placements(Sequence[Placement]):
     def enlarged(self) -> NDArray[np.bool_]:
         """Whether each image is enlarged to its training size."""
         return np.any(self._kinds[:, 0:2] < self._kinds[:, 2:4], axis=1)[self._kind_of]
+
+    def digest(self) -> str:
+        """Return a hash of all placements, in their order."""
+        return hashlib.sha256(self._kinds.tobytes() + self._kind_of.tobytes()).hexdigest()
 
     def by_target(self) -> dict[Size, Ints]:
         """Return the indices of the images of each training size, in order of the first image."""
