@@ -15,6 +15,7 @@ from spectune.cli.reports.starting import dry_run
 from spectune.ops.forecast import Space, TrainForecast, setup_of
 from spectune.ops.options.training import TrainOptions
 from spectune.ops.train import plan_train
+from spectune.training.data.cache import caches
 from spectune.training.recipe.defaults import with_defaults
 from spectune.training.recipe.file import load_recipe
 
@@ -91,6 +92,20 @@ def test_too_little_memory_or_disk_is_a_problem(
     shown = " ".join(capfd.readouterr().err.split())
     assert "not enough memory: the run needs about 9.00 GB, and" in shown
     assert "not enough disk space: the run needs about 2.00 GB, and the disk of run.output" in shown
+
+
+def test_latents_on_disk_are_planned(
+    planned: TrainForecast, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert planned.latents == "0.0 MB in the main memory of each process"
+    monkeypatch.setattr(caches, "MOST_LATENT_BYTES", 0)
+    above = plan_train(TrainOptions(recipe=recipe))
+    folder = planned.recipe.run.output / "t.latents"
+    assert above.latents == f"0.0 MB in {folder}"
+    written = above.disk.required - planned.disk.required
+    sides = [(int(side) // 4 for side in size.split("x")) for size in planned.pictures.sizes]  # in latents
+    counts = planned.pictures.sizes.values()
+    assert written == sum(4 * 4 * w * h * count for (w, h), count in zip(sides, counts, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,20 @@ from spectune.files.dtypes import parse_dtype
 from spectune.files.source import WeightSource
 from spectune.model.device import cpu_warnings, describe_device, parse_device, total_memory
 from spectune.sdxl.layers import Catalogue, build_catalogue
+from spectune.sdxl.layout import Layout
 from spectune.sdxl.selection import select_layers
 from spectune.training import output
 from spectune.training.callbacks import Callbacks, WarningLog
 from spectune.training.data.buckets import training_sizes
+from spectune.training.data.cache.caches import latent_bytes, latent_folder
+from spectune.training.data.dataset import Pictures
 from spectune.training.data.gather import check_sizes
 from spectune.training.data.plan import BatchPlan
 from spectune.training.memory.account import Memory, Setup
 from spectune.training.memory.meter import MemoryMeter
 from spectune.training.recipe.defaults import described_defaults, run_layout, with_defaults
 from spectune.training.recipe.recipe import Recipe
-from spectune.training.saving.disk import SavePlan, free_disk
+from spectune.training.saving.disk import SavePlan, free_disk, shown_size
 from spectune.training.saving.intervals import Task, is_due, previews_at_end
 from spectune.training.setup import find_images, total_steps
 from spectune.training.trainable_model import model_warnings
@@ -84,6 +87,7 @@ class TrainForecast:
     pictures: PictureCounts
     schedule: RunSchedule
     memory: Space  # of the GPU, or main memory without one
+    latents: str  # where they are kept
     saves: str  # that the run keeps, with their sizes
     disk: Space
     warnings: tuple[str, ...]
@@ -125,6 +129,7 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
     first_step = output.step_of(claim.states[-1]) if claim.states else 0
     schedule = _schedule(recipe, plan, first_step, validates=validation is not None)
     saves = _saves(recipe, memory, schedule.saves, refreshed)
+    latents, written = _latents(recipe, pictures, layout)
     return TrainForecast(
         recipe=recipe,
         chosen=described_defaults(requested, recipe),
@@ -141,8 +146,9 @@ def forecast(requested: Recipe, *, force: bool) -> TrainForecast:
         ),
         schedule=schedule,
         memory=_memory(memory, device),
+        latents=latents,
         saves=str(saves),
-        disk=Space(saves.nbytes, free_disk(recipe.run.output)),
+        disk=Space(saves.nbytes + written, free_disk(recipe.run.output)),
         warnings=tuple(warnings.entries),
     )
 
@@ -215,6 +221,18 @@ def _memory(memory: Memory, device: str) -> Space:
     # without the context of CUDA, which the reserve contains
     required = max(memory.allocated, memory.encoding["float32"], memory.encoding_text)
     return Space(required, psutil.virtual_memory().available)
+
+
+def _latents(recipe: Recipe, pictures: Pictures, layout: Layout) -> tuple[str, int]:
+    """Return where a run keeps its latents, and the bytes that it will write into its output folder."""
+    if not recipe.caches_latents:
+        return "encoded at each draw", 0
+    nbytes, folder = latent_bytes(pictures, layout), latent_folder(recipe, pictures, layout)
+    size = shown_size(nbytes)
+    if folder is None:
+        return f"{size} in the main memory of each process", 0
+    is_own = recipe.data.cache_folder is None
+    return f"{size} in {folder}", nbytes if is_own and not folder.exists() else 0
 
 
 def _refreshed_bytes(recipe: Recipe, base: WeightSource) -> int:

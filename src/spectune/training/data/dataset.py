@@ -103,6 +103,11 @@ class Variation:
         )
 
     @property
+    def varies_views(self) -> bool:
+        """Whether crops or colors are random."""
+        return self.random_crop or self.color_probability > 0
+
+    @property
     def flips(self) -> tuple[bool, ...]:
         """The orientations that can be drawn."""
         if self.flip_probability == 0:
@@ -196,7 +201,7 @@ class Pictures(Dataset[Batch]):
 
         Its crop and color depend only on seed, file name, orientation and variant, not on other images.
         """
-        if not self.variation.random_crop and self.variation.color_probability == 0:
+        if not self.variation.varies_views:
             return View(image, self.placements[image].varied(flipped=flipped), None, variant)
         name = self.images[image].path.name
         random = derived_random(self.seed, "view", name, flipped, variant)

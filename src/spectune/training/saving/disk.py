@@ -46,9 +46,9 @@ class SavePlan:
     def __str__(self) -> str:
         states = counted(self.states, "state")
         return (
-            f"{counted(self.adapters, 'adapter')} of {_size(self.adapter_bytes)} and "
-            f"{'up to ' if self.states > 1 else ''}{states} of {_size(self.state_bytes)}, "
-            f"together {_size(self.nbytes)}"
+            f"{counted(self.adapters, 'adapter')} of {shown_size(self.adapter_bytes)} and "
+            f"{'up to ' if self.states > 1 else ''}{states} of {shown_size(self.state_bytes)}, "
+            f"together {shown_size(self.nbytes)}"
         )
 
 
@@ -75,8 +75,8 @@ def disk_warnings(plan: SavePlan, output: Path) -> list[str]:
     if plan.nbytes <= free:
         return []
     return [
-        f"the saves need {_size(plan.nbytes)}, but the disk of {output} has {_size(free)} free: save less "
-        "often, or set run.keep_last_adapters"
+        f"the saves need {shown_size(plan.nbytes)}, but the disk of {output} has {shown_size(free)} free: "
+        "save less often, or set run.keep_last_adapters"
     ]
 
 
@@ -125,5 +125,6 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _size(nbytes: int) -> str:
+def shown_size(nbytes: int) -> str:
+    """Return a number of bytes in MB or GB."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

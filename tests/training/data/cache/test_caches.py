@@ -16,6 +16,7 @@ from spectune.training.data.cache.caches import cache_captions, latent_bytes, te
 from spectune.training.data.latents import LatentsInMemory, encode_pictures
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.loop import train
+from spectune.training.saving.disk import shown_size
 from tests.training.conftest import MakeRecipe
 from tests.training.data.conftest import VARIED, pictures_in
 
@@ -56,7 +57,7 @@ def test_latents_above_the_limit_are_kept_on_disk(
     parts, whole, messages = tmp_path / "parts", tmp_path / "whole", Messages()
     train(make_recipe(data=data, run={"steps": 3, "output": whole}), callbacks=[messages])
     assert [text for text in messages.texts if "kept on disk" in text or "are encoded and" in text] == [
-        f"the latents take 0.0 GB: above 0 GB they are kept on disk, in {whole / 't.latents'}; delete it "
+        f"the latents take 0.0 MB: above 0 GB they are kept on disk, in {whole / 't.latents'}; delete it "
         "after the training",
         f"latents: 12 of 12 views are encoded and take 0.0 MB in {next((whole / 't.latents').glob('*/'))}",
     ]
@@ -86,7 +87,7 @@ def test_captions_above_the_limit_are_encoded_at_each_step(
     assert denoiser.text is None
     count = 40_000 // text_bytes(denoiser, [""]) + 1  # the first number above the limit
     assert 1 < count < 5
-    size = f"{text_bytes(denoiser, captions[:count]) / 1e9:.2g} GB"
+    size = shown_size(text_bytes(denoiser, captions[:count]))
     assert messages == [
         f"{count} captions take {size} or more when they are encoded: above 4e-05 GB, each step encodes its "
         "own; data.cache_text = true keeps them"

@@ -57,11 +57,14 @@ def test_a_second_run_encodes_nothing(
     assert same(first, second)
 
 
-def test_latents_are_samples_of_the_rounded_posteriors(model: Sdxl, folder: Path, tmp_path: Path) -> None:
-    pictures = pictures_in(folder, VARIED)
-    latents = fill(model, folder, tmp_path / "cache", VARIED)
+@pytest.mark.parametrize("variation", [FLIPS, VARIED], ids=["fixed", "varied"])
+def test_latents_are_samples_of_the_rounded_posteriors(
+    model: Sdxl, folder: Path, tmp_path: Path, variation: Variation
+) -> None:
+    pictures = pictures_in(folder, variation)
+    latents = fill(model, folder, tmp_path / "cache", variation)
     exact = encode_pictures(model, pictures, seed=3)
-    for number in range(0, 30, 7):
+    for number in list(latents)[:: variation.cached_variants]:
         view = pictures.view_numbered(number)
         with torch.no_grad():
             posterior = encode_posteriors(model, pictures.pixels(view)[None])[0]
@@ -190,7 +193,7 @@ def test_a_disk_that_is_too_small_is_refused(
     model: Sdxl, folder: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filling, "free_disk", lambda folder: 600)
-    with pytest.raises(InputError, match=r"the latents need 0\.00 GB in .*, whose disk has 0\.00 GB free"):
+    with pytest.raises(InputError, match=r"the latents need 0\.0 MB in .*, whose disk has 0\.0 MB free"):
         fill(model, folder, tmp_path / "cache")
     assert encoded == []
 

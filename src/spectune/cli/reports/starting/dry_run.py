@@ -30,6 +30,7 @@ def show(forecast: TrainForecast) -> None:
         ("steps", _steps(schedule)),
         ("on the way", _between(schedule)),
         ("memory", _space(forecast.memory)),
+        ("latents", forecast.latents),
         ("saves", forecast.saves),
         ("disk", _space(forecast.disk)),
         ("result", f"{forecast.recipe.run.output / forecast.recipe.run.name}.safetensors"),

@@ -22,6 +22,7 @@ from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_pictures, vae_key
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.recipe import Recipe
+from spectune.training.saving.disk import shown_size
 from spectune.training.validation import ValidationImages
 
 # Above these, latents are kept on disk, and captions are encoded at each step. Every process has both.
@@ -48,7 +49,7 @@ def cache_latents(
         return []
     if recipe.data.cache_folder is None:
         callbacks.on_message(
-            f"the latents take {latent_bytes(pictures, model.layout) / 1e9:.1f} GB: above "
+            f"the latents take {shown_size(latent_bytes(pictures, model.layout))}: above "
             f"{MOST_LATENT_BYTES / 1e9:g} GB they are kept on disk, in {folder}; delete it after the training"
         )
     store = LatentStore(folder, vae_key(model))
@@ -105,7 +106,7 @@ def cache_captions(
     nbytes = text_bytes(denoiser, captions)
     if nbytes > MOST_TEXT_BYTES:
         more = " or more" if is_limited else ""
-        size = f"{counted(len(captions), 'caption')} take {nbytes / 1e9:.2g} GB{more} when they are encoded"
+        size = f"{counted(len(captions), 'caption')} take {shown_size(nbytes)}{more} when they are encoded"
         limit = f"above {MOST_TEXT_BYTES / 1e9:g} GB"
         if is_limited and "text" in recipe.run.offload:
             raise InputError(

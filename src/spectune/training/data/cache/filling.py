@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from spectune.training.data.cache.store import LatentStore, RowPlaces, StoredLat
 from spectune.training.data.dataset import Pictures
 from spectune.training.data.latents import encode_views, posterior_shape
 from spectune.training.processes.sharing import on_any_process, on_every_process, shared, writes_files
-from spectune.training.saving.disk import free_disk
+from spectune.training.saving.disk import free_disk, shown_size
 
 _BLOCK = 4096  # views or images whose Python objects exist at the same time
 _HASHED_AT_ONCE = 16  # images
@@ -62,7 +61,7 @@ def fill_cache(
         on_every_process(lambda: _check_disk(store.folder, nbytes) if is_writer else None)
         callbacks.on_message(
             f"latents: {len(missing):,} of {counted(len(places.shards), 'view')} are encoded and take "
-            f"{nbytes / 1e6:,.1f} MB in {store.folder}"
+            f"{shown_size(nbytes)} in {store.folder}"
         )
         with stage(callbacks, "encoding images") as progressed:
             done = 0
@@ -152,13 +151,14 @@ def _keys(pictures: Pictures, identities: Identities) -> Iterator[tuple[int, Key
 
 def _keys_of(pictures: Pictures, identities: Identities, numbers: NDArray[np.int64]) -> Keys:
     """Return the keys of views: the hash of the file, combined with that of size, crop, flip and color."""
-    names = as_keys(_name_key(pictures.view_numbered(number).pixels_name) for number in numbers.tolist())
-    return names ^ identities.contents[numbers // pictures.views_per_image % pictures.files]
-
-
-@lru_cache(maxsize=100_000)
-def _name_key(name: str) -> bytes:
-    return key_of(name)
+    images, offsets = np.divmod(numbers, pictures.views_per_image)
+    named, name_of = numbers, np.arange(len(numbers))
+    if not pictures.variation.varies_views:  # images of one size have views with the same names
+        kinds = pictures.placements.kind_of[images].astype(np.int64) * pictures.views_per_image + offsets
+        _, first, name_of = np.unique(kinds, return_index=True, return_inverse=True)
+        named = numbers[first]
+    names = as_keys(key_of(pictures.view_numbered(number).pixels_name) for number in named.tolist())
+    return names[name_of] ^ identities.contents[images % pictures.files]
 
 
 def _by_size(pictures: Pictures, numbers: NDArray[np.int64]) -> dict[Size, NDArray[np.int64]]:
@@ -208,7 +208,7 @@ def _check_disk(folder: Path, nbytes: int) -> None:
     free = free_disk(folder)
     if nbytes > free:
         raise InputError(
-            f"the latents need {nbytes / 1e9:.2f} GB in {folder}, whose disk has {free / 1e9:.2f} GB free",
+            f"the latents need {shown_size(nbytes)} in {folder}, whose disk has {shown_size(free)} free",
             hint="set data.cache_folder to a folder on another disk",
         )
 

@@ -30,12 +30,13 @@ class Placements(Sequence[Placement]):
         placed = [fitting.fit(original) for fitting in buckets for original in originals]
         # width and height of original, resized and target; left, top
         self._kinds = np.array([_row(one) for one in placed], dtype=np.int32).reshape(-1, 8)
-        self._kind_of = np.concatenate(
+        # of each image: images with equal numbers have equal placements
+        self.kind_of = np.concatenate(
             [kind_of.astype(np.int32) + number * len(different) for number in range(len(buckets))]
         )
 
     def __len__(self) -> int:
-        return len(self._kind_of)
+        return len(self.kind_of)
 
     @overload
     def __getitem__(self, index: int) -> Placement: ...
@@ -44,7 +45,7 @@ class Placements(Sequence[Placement]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[one] for one in range(len(self))[index])
-        numbers = self._kinds[self._kind_of[index]].tolist()
+        numbers = self._kinds[self.kind_of[index]].tolist()
         original, resized, target = (Size(*numbers[start : start + 2]) for start in (0, 2, 4))
         return Placement(original, resized, target, *numbers[6:])
 
@@ -52,12 +53,12 @@ class Placements(Sequence[Placement]):
     def cropped_shares(self) -> NDArray[np.float64]:
         """The share of the area of each image that is cropped away, in 0..1."""
         resized, target = (self._kinds[:, start : start + 2].astype(np.float64) for start in (2, 4))
-        return (1 - target.prod(axis=1) / resized.prod(axis=1))[self._kind_of]
+        return (1 - target.prod(axis=1) / resized.prod(axis=1))[self.kind_of]
 
     @property
     def enlarged(self) -> NDArray[np.bool_]:
         """Whether each image is enlarged to its training size."""
-        return np.any(self._kinds[:, 0:2] < self._kinds[:, 2:4], axis=1)[self._kind_of]
+        return np.any(self._kinds[:, 0:2] < self._kinds[:, 2:4], axis=1)[self.kind_of]
 
     def digest(self) -> str:
         """Return a hash of all placements, in their order."""
@@ -66,7 +67,7 @@ class Placements(Sequence[Placement]):
     def by_target(self) -> dict[Size, Ints]:
         """Return the indices of the images of each training size, in order of the first image."""
         targets, of_kind = np.unique(self._kinds[:, 4:6], axis=0, return_inverse=True)
-        target_of = of_kind.reshape(-1).astype(np.int32)[self._kind_of]
+        target_of = of_kind.reshape(-1).astype(np.int32)[self.kind_of]
         order = np.argsort(target_of, kind="stable").astype(np.int32)
         parts = np.split(order, np.cumsum(np.bincount(target_of, minlength=len(targets)))[:-1])
         found = [(Size(*target), part) for target, part in zip(targets.tolist(), parts, strict=True)]
