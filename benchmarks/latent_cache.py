@@ -44,6 +44,7 @@ def timed(work: Callable[[], object]) -> float:
 def pictures_in(folder: Path, count: int) -> Pictures:
     """Make a folder of hard links, and the pictures of a run at 1024 px."""
     images: list[CaptionedImage] = []
+    original = folder
     for number in range(count):
         path = folder / f"{number:07d}.png"
         if number % MOST_LINKS == 0:
