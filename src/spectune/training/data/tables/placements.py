@@ -62,7 +62,7 @@ class Placements(Sequence[Placement]):
 
     def digest(self) -> str:
         """Return a hash of all placements, in their order."""
-        return hashlib.sha256(self._kinds.tobytes() + self._kind_of.tobytes()).hexdigest()
+        return hashlib.sha256(self._kinds.tobytes() + self.kind_of.tobytes()).hexdigest()
 
     def by_target(self) -> dict[Size, Ints]:
         """Return the indices of the images of each training size, in order of the first image."""
