@@ -27,14 +27,12 @@ STEPS = PLAIN_STEPS // 10
 ALL_LAYERS = "plain, all layers"  # the best plain way
 
 Sections = Mapping[str, Mapping[str, Any]]
-PAIRED: Sections = {
-    "optimizer": {"warmup_steps": 1},
-    "objective": {"flow_pairing": "optimal_transport"},
-}
+SHORT: Sections = {"optimizer": {"warmup_steps": 1}}
+PAIRED: Sections = {**SHORT, "objective": {"flow_pairing": "optimal_transport"}}
 VARIANTS: Mapping[str, tuple[Sections, tuple[float, ...]]] = {  # changes to warm + teacher; rates searched
+    "short warm-up": (SHORT, (4.5e-3,)),
     "short warm-up, optimal transport": (PAIRED, (4.5e-3,)),
 }
-REPEATED: tuple[str, ...] = ()  # variants with three seeds; the others have one
 
 
 def variant(label: str, rate: float) -> Trial:
@@ -50,8 +48,7 @@ def sweep() -> list[Trial]:
 
 
 def repeats() -> list[Trial]:
-    chosen = best_of_each(sweep())
-    return on_seeds([chosen[label] for label in REPEATED])
+    return on_seeds(best_of_each(sweep()).values())
 
 
 def run(trial: Trial, work: Path) -> Outcome:
@@ -69,8 +66,7 @@ def losses() -> dict[str, list[float]]:
         f"{label}, step {STEPS} of {FAST_STEPS}": [dict(one.curve)[STEPS] for one in older[label]]
         for label in to_flow.METHODS
     }
-    variants = {**finals(best_of_each(sweep()).values()), **finals(repeats())}
-    return {**found, **{label: [one.final for one in seeds] for label, seeds in variants.items()}}
+    return {**found, **{label: [one.final for one in seeds] for label, seeds in finals(repeats()).items()}}
 
 
 def rows() -> list[list[str]]:

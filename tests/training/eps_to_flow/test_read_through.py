@@ -192,7 +192,8 @@ def test_a_v_model_with_zero_terminal_snr_is_covered_to_the_end(make_recipe: Mak
 def test_the_rebuilt_checkpoint_draws_what_it_learned_as_an_eps_model(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    folder, picture = tmp_path / "1_one", DEMO / "images" / "10_emoji3d" / "a_button_blood_type"
+    # eight repeats: a batch has eight noises
+    folder, picture = tmp_path / "8_one", DEMO / "images" / "10_emoji3d" / "a_button_blood_type"
     folder.mkdir()
     for suffix in (".webp", ".txt"):
         shutil.copy(picture.with_suffix(suffix), folder)
@@ -200,14 +201,14 @@ def test_the_rebuilt_checkpoint_draws_what_it_learned_as_an_eps_model(
         model={"base": DEMO / "base.safetensors", "rank": 16, "parts": ["unet"], "layers": ["unet.*"]},
         data={"folders": [tmp_path], "validation_folder": tmp_path, "resolution_px": 64},
         objective=BRIDGED,
-        optimizer={"learning_rate": 1e-3},
-        run={"steps": 40, "batch": 4},
+        optimizer={"learning_rate": 5e-4},
+        run={"steps": 60, "batch": 8},
     )
     report = train(recipe)
     before, after = report.validation_before, report.validation_after
     assert before is not None
     assert after is not None
-    assert after < 0.8 * before  # the EPS loss, measured without the bridge
+    assert after < 0.3 * before  # the EPS loss, measured without the bridge
     tuned, rebuilt = adapter_file(recipe.run.output, "t"), tmp_path / "rebuilt.safetensors"
     rebuild(recipe.model.checkpoint, tuned, rebuilt, dtype="float32")
     caption = picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
@@ -221,4 +222,4 @@ def test_the_rebuilt_checkpoint_draws_what_it_learned_as_an_eps_model(
         latents = sample_latents(model, [Request(caption, seed) for seed in range(4)], settings)
         learned = model.encode_images(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
         distances.append(float((latents - learned).square().mean()))
-    assert distances[1] < 0.85 * distances[0], distances
+    assert distances[1] < 0.3 * distances[0], distances

@@ -27,7 +27,7 @@ from spectune.training.recipe.sections.model import ModelSection
 from spectune.training.run import Run
 from spectune.training.saving.disk import plan_saves
 from tests.training.conftest import FEW_LAYERS, MakeRecipe
-from tests.training.test_distributed import train_in_two_processes
+from tests.training.test_distributed import trained
 from tests.training.test_loop import same_tensors
 
 # one of the three layers of a joined tensor, and all three
@@ -194,6 +194,7 @@ def test_the_optimizer_starts_anew(make_recipe: MakeRecipe, runs: list[Run], nam
     assert runs[0].optimization.optimizer.state_dict()["state"] == {}
 
 
+@pytest.mark.slow
 def test_streamed_weights_are_refreshed_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     def file(name: str, **run: Any) -> bytes:
         settings = {"output": tmp_path / name, "precision": "bf16", **run}
@@ -209,7 +210,7 @@ def test_two_processes_refresh_like_one(make_recipe: MakeRecipe, tmp_path: Path)
         return refreshed(make_recipe, run=run, optimizer={"learning_rate": 1e-3, "options": {"eps": 1e-2}})
 
     one = load_file(train(recipe("one", 2)).files[-1])
-    train_in_two_processes(recipe("two", 1), tmp_path)
+    trained(tmp_path / "ranks", recipe("two", 1), 2)
     two = load_file(tmp_path / "two" / "two.safetensors")
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-6

@@ -97,6 +97,7 @@ def test_three_steps_equal_a_plain_loop_of_torch(
     assert checked > 0.95 * len(saved)
 
 
+@pytest.mark.slow
 def test_an_independent_rate_differs(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """The comparison above fails for a rate that is off by 1 %."""
     one = make_recipe(model=FULL | FEW, optimizer=RATE, run={"output": tmp_path / "one"})

@@ -143,7 +143,7 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     ("demo", replace(DEMO_STEP, form="residual", optimizer="prodigy", parts=("unet", "te1"))),
-    ("demo", replace(DEMO_STEP, parts=("unet",), max_tokens=225)),
+    pytest.param("demo", replace(DEMO_STEP, parts=("unet",), max_tokens=225), marks=pytest.mark.slow),
 ]
 
 

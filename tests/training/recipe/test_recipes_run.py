@@ -126,7 +126,7 @@ def test_there_is_a_recipe_for_every_case() -> None:
     assert launch in (ROOT / "recipes" / "emoji3d_gpus.toml").read_text(encoding="utf-8")
 
 
-QUICK = ("emoji3d_eps", "emoji3d_flow", "emoji3d_encoders", "emoji3d_edm2")
+QUICK = ("emoji3d_flow", "emoji3d_encoders", "emoji3d_edm2")
 
 
 @pytest.mark.parametrize(
