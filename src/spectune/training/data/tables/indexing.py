@@ -104,11 +104,7 @@ def update_index(
     path = folder.path / INDEX_NAME
     head = Head(_settings(folder, data), folder_hash(folder.path), sidecar_hash(folder.path, data))
     old = Index.load(path) if path.is_file() and not anew else None
-    if (
-        old is not None
-        and _is_current(old, head)
-        and (not check or bool((old.flags & ImageBit.CHECKED).all()))
-    ):
+    if old is not None and _is_current(old, head) and (not check or _is_checked(old)):
         return Indexed(old, FileChanges(), is_written=True)
     if old is not None:
         old = Index.load(path, mapped=False)  # Windows cannot replace a file that is mapped
