@@ -37,7 +37,10 @@ class PairingError(SpectuneError):
 
 
 class Stopped(SystemExit):
-    """A signal ended this process, or another one of the same training; `code` is 128 plus its number."""
+    """Raised when a signal such as SIGTERM ends a command; `code` is the exit code, 128 plus its number.
+
+    If one process of a training gets a signal, all of them raise it.
+    """
 
     is_reported = False  # another process of the same training prints it
 

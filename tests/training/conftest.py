@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spectune.checkpoints.open import open_checkpoint
+from spectune.model.network import Sdxl, build_model
 from spectune.training.recipe.recipe import Recipe, parse_recipe
 
 
@@ -33,6 +35,13 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw(path, seed=100 + index)
         path.with_suffix(".txt").write_text(f"shape {index}")
     return parent
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Sdxl:
+    """Return the tiny SDXL."""
+    with open_checkpoint(tiny_checkpoint) as source:
+        return build_model(source)
 
 
 MakeRecipe = Callable[..., Recipe]

@@ -8,20 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectune.checkpoints.open import open_checkpoint
-from spectune.model.network import Sdxl, build_model
+from spectune.model.network import Sdxl
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.loop import train
 from tests.training.conftest import MakeRecipe, draw
 
 LONG = ", ".join(f"detail {number}" for number in range(30))  # 89 tokens, two chunks
 CAPTIONS = ("a cat", LONG, "dog " * 200)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Sdxl:
-    with open_checkpoint(tiny_checkpoint) as source:
-        return build_model(source)
 
 
 def test_cached_captions_of_different_lengths_are_those_of_the_encoders(model: Sdxl) -> None:

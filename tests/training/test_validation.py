@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.checkpoints.open import open_checkpoint
-from spectune.model.network import Sdxl, build_model
+from spectune.model.network import Sdxl
 from spectune.model.prediction import Ddpm, Flow, Prediction
 from spectune.training.data.buckets import Buckets, Size
 from spectune.training.data.folders import scan_validation
@@ -14,12 +13,6 @@ from spectune.training.data.scan import Scan
 from spectune.training.denoiser import Denoiser, encode_captions
 from spectune.training.recipe.sections.data import DataSection
 from spectune.training.validation import encode_validation, validation_loss
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Sdxl:
-    with open_checkpoint(tiny_checkpoint) as source:
-        return build_model(source)
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ class Job:
 
 
 def is_first_process() -> bool:
-    """Return whether this process is the only one, or the first that torchrun or accelerate started."""
+    """Return whether this is the first process of a command. Without torchrun or accelerate, it is."""
     return os.environ.get("RANK", "0") == "0"
 
 

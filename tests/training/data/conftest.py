@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from spectune.checkpoints.open import open_checkpoint
-from spectune.model.network import Sdxl, build_model
+from spectune.model.network import Sdxl
 from spectune.training.data.buckets import Buckets, Size
 from spectune.training.data.dataset import Pictures, Variation
 from spectune.training.data.folders import scan_training
@@ -20,12 +19,6 @@ from tests.training.conftest import draw
 FLIPS = Variation(flip_probability=0.5)
 VARIED = Variation(flip_probability=0.5, random_crop=True, color_probability=0.5, cached_variants=3)
 SIZES = (Buckets((Size(32, 32), Size(48, 32))),)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Sdxl:
-    with open_checkpoint(tiny_checkpoint) as source:
-        return build_model(source)
 
 
 @pytest.fixture

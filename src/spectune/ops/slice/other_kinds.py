@@ -17,7 +17,7 @@ from spectune.ops.options.values import Slice
 from spectune.ops.other_kinds import check_no_options, copy_tensors
 from spectune.ops.shared import catalogue_of, refuse_overwriting
 from spectune.ops.slice.adapters import SliceReport
-from spectune.ops.slice.plan import SliceResult, add_places, slices_metadata
+from spectune.ops.slice.plan import SliceResult, record_source, slices_metadata
 
 
 def slice_other_kinds(options: SliceOptions) -> SliceReport:
@@ -38,17 +38,17 @@ def slice_other_kinds(options: SliceOptions) -> SliceReport:
             if piece.path not in opened:
                 opened[piece.path] = stack.enter_context(open_any_adapter(piece.path, catalogue))
         refuse_overwriting(out, list(opened.values()))
-        places: dict[str, Checkpoint] = {}
+        source_of: dict[str, Checkpoint] = {}
         results: list[SliceResult] = []
         for piece in slices:
             adapter = opened[piece.path]
             result, keys = _selected(piece, adapter, traits)
             assert adapter.file is not None
             hint = "choose traits that do not overlap, or sum plain LoRAs of `spectune export`"
-            add_places(places, keys, adapter.file, hint=hint)
+            record_source(source_of, keys, adapter.file, hint=hint)
             results.append(result)
         metadata = {**opened[slices[0].path].metadata, **slices_metadata(slices)}
-        written = copy_tensors(out, places, metadata, force=options.force, progress=options.progress)
+        written = copy_tensors(out, source_of, metadata, force=options.force, progress=options.progress)
         warnings = tuple(text for adapter in opened.values() for text in adapter.warnings)
     return SliceReport(out, written, Role.LORA, tuple(results), (), (), warnings)
 

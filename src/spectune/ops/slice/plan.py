@@ -176,11 +176,17 @@ def slices_metadata(slices: Sequence[Slice]) -> dict[str, str]:
     return {SLICES_KEY: json.dumps(entries)}
 
 
-def add_places(places: dict[str, Checkpoint], keys: Sequence[str], source: Checkpoint, *, hint: str) -> None:
-    """Note that `keys` are copied from `source`. Raises InputError if an earlier slice has one of them."""
-    if twice := [key for key in keys if key in places]:
+def record_source(
+    source_of: dict[str, Checkpoint], keys: Sequence[str], source: Checkpoint, *, hint: str
+) -> None:
+    """Record that the tensors `keys` are copied from `source`.
+
+    Raises:
+        InputError: An earlier slice has one of these tensors.
+    """
+    if twice := [key for key in keys if key in source_of]:
         raise InputError(
             f"{counted(len(twice), 'tensor')} in more than one slice cannot be summed: {some_of(twice)}",
             hint=hint,
         )
-    places |= dict.fromkeys(keys, source)
+    source_of |= dict.fromkeys(keys, source)

@@ -16,7 +16,7 @@ from spectune.ops.options.values import Slice
 from spectune.ops.other_kinds import check_no_options, copy_tensors
 from spectune.ops.shared import refuse_overwriting
 from spectune.ops.slice.adapters import SliceReport
-from spectune.ops.slice.plan import SliceResult, add_places, slices_metadata
+from spectune.ops.slice.plan import SliceResult, record_source, slices_metadata
 from spectune.pairs.rules import short_hash
 from spectune.sdxl.layout import part_of
 
@@ -38,16 +38,16 @@ def slice_whole_tensors(options: SliceOptions) -> SliceReport:
                 opened[piece.path] = stack.enter_context(open_checkpoint(piece.path))
         refuse_overwriting(out, list(opened.values()))
         _check_files(list(opened.values()))
-        places: dict[str, Checkpoint] = {}
+        source_of: dict[str, Checkpoint] = {}
         results: list[SliceResult] = []
         for piece in slices:
             source = opened[piece.path]
             kept = _selected(piece, source)
-            add_places(places, kept, source, hint="choose parts that do not overlap")
+            record_source(source_of, kept, source, hint="choose parts that do not overlap")
             removed = [key for key in source.tensors if key not in kept]
             results.append(SliceResult(piece, _names(kept), _names(removed)))
         metadata = {**opened[slices[0].path].metadata, **slices_metadata(slices)}
-        written = copy_tensors(out, places, metadata, force=options.force, progress=options.progress)
+        written = copy_tensors(out, source_of, metadata, force=options.force, progress=options.progress)
     return SliceReport(out, written, Role.TUNED, tuple(results), (), ())
 
 

@@ -33,7 +33,7 @@ class RunStart:
     first_step: int  # finished steps at the start, above 0 after a resume
     images: int
     trained_parameters: int
-    captions: tuple[str, ...] = ()  # different ones, of validation or else training images
+    captions: tuple[str, ...] = ()  # of the validation images, or of the first 1,000 training images
     output: Path = Path()  # folder of the results
 
 

@@ -193,7 +193,8 @@ class Pictures(Dataset[Batch]):
             yield path
         except UnusableImage as error:
             raise InputError(
-                f"{path} {error}", hint="the file was valid when the run started: restore it and resume"
+                f"{path} {error}",
+                hint="restore or replace the file, and run the same command again",
             ) from error
 
     def cached_view(self, image: int, *, flipped: bool = False, variant: int = 0) -> View:

@@ -13,7 +13,7 @@ from spectune.model.network import no_vae
 from spectune.sdxl.layout import Layout
 from spectune.training.data.buckets import Size
 from spectune.training.data.dataset import Pictures
-from spectune.training.data.pictures.shards import file_of, member_of
+from spectune.training.data.pictures.tar_files import file_of, member_of
 from spectune.training.data.plan import BatchPlan
 from spectune.training.data.scan import Scan
 from spectune.training.data.tables.images import CaptionedImage, digest, sizes_and_repeats
@@ -68,6 +68,8 @@ def _identity(path: Path) -> tuple[int, int, int] | Path:
         status = file_of(path).stat()
     except OSError:
         return path
+    if not status.st_ino:  # of file systems without numbers, on Windows
+        return path.resolve()
     return status.st_dev, status.st_ino, 0 if member is None else member.offset
 
 

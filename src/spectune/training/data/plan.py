@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.data.tables.placements import Members
+from spectune.training.data.tables.sequences import LazySequence
 from spectune.training.seeds import derived_generator
 
 MOST_DRAWS = 200_000_000  # of an epoch; their order takes 0.8 GB
@@ -85,7 +86,7 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Epoch(Sequence[list[Draw]]):
+class Epoch(LazySequence[list[Draw]]):
     """The batches of one epoch, made when they are read."""
 
     plan: BatchPlan
@@ -97,13 +98,7 @@ class Epoch(Sequence[list[Draw]]):
     def __len__(self) -> int:
         return len(self.mixed)
 
-    @overload
-    def __getitem__(self, index: int) -> list[Draw]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Draw]]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[one] for one in range(len(self))[index]]
+    def item(self, index: int) -> list[Draw]:
         batch = self.mixed[index]
         position = self.number * len(self) + index
         drawn = self.plan.drawn(self.order[self.starts[batch] : self.starts[batch + 1]])

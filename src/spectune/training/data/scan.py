@@ -19,7 +19,7 @@ from spectune.training.data.facts import Facts, Look, read_facts
 from spectune.training.data.masks import is_mask, mask_file, open_mask
 from spectune.training.data.pictures.formats import HEIF_SUFFIXES, is_picture, is_unread_picture
 from spectune.training.data.pictures.profiles import ProfileKind
-from spectune.training.data.pictures.walk import file_names, is_shard
+from spectune.training.data.pictures.walk import file_names, is_tar
 from spectune.training.data.tables.images import CaptionedImage, Columns, FolderImages, ImageFolder
 from spectune.training.data.tables.sequences import Chain, Mapped
 from spectune.training.recipe.sections.data import DataSection
@@ -60,7 +60,7 @@ class Scan:
     without_mask: Sequence[Path] = ()  # if the recipe uses masks
     unused_masks: Sequence[Path] = ()
     captions: Sequence[CaptionFinding] = ()
-    unindexed_shards: Sequence[Path] = ()  # tar files in a folder without an index
+    unindexed_tars: Sequence[Path] = ()  # tar files in a folder without an index
     large_folders: Sequence[Path] = ()  # with many images and without an index
     unwritable: Sequence[Path] = ()  # indexes that could not be updated
 
@@ -103,7 +103,7 @@ class Scan:
             (self.without_mask, "image", "without a mask; the loss covers the complete image"),
             (self.unused_masks, "mask file", "not used"),
             (
-                self.unindexed_shards,
+                self.unindexed_tars,
                 "tar file",
                 "not used: `spectune dataset index FOLDER` makes an index, through which it is read",
             ),
@@ -137,7 +137,7 @@ class Files:
     images: Sequence[Path]
     masks: Sequence[Path]
     unread: Sequence[Path]
-    shards: Sequence[Path]
+    tars: Sequence[Path]
 
     @classmethod
     def of(cls, folder: Path, names: Iterable[str], mask_suffix: str) -> Files:
@@ -149,7 +149,7 @@ class Files:
             images=[path for path in paths if is_picture(path) and path not in taken],
             masks=masks,
             unread=[path for path in paths if is_unread_picture(path)],
-            shards=[path for path in paths if is_shard(path)],
+            tars=[path for path in paths if is_tar(path)],
         )
 
 
@@ -203,7 +203,7 @@ def scan_folder(folder: ImageFolder, data: DataSection, look: Look | None = None
         without_mask=tuple(path for path, _, masked in usable if data.mask != "none" and not masked),
         unused_masks=tuple(path for path in files.masks if path not in used_masks),
         captions=read.findings,
-        unindexed_shards=tuple(files.shards),
+        unindexed_tars=tuple(files.tars),
         large_folders=(folder.path,) if len(files.images) > MOST_WITHOUT_INDEX else (),
     )
 

@@ -1,4 +1,4 @@
-"""Create the training objective (noise, target and loss) that a recipe describes."""
+"""Build the objective of a training from its recipe: the noise, what is predicted, and the loss."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def without_paths(value: Any) -> Any:
 
 
 def process_name(accelerator: Accelerator) -> str:
-    """Return the number and the host of this process for messages."""
+    """Return how messages name this process, such as `process 2 on node17`."""
     return f"process {accelerator.process_index} on {platform.node()}"
 
 

@@ -20,3 +20,5 @@ def show(report: IndexReport, options: IndexOptions, seconds: float) -> None:
                 say(f"    {word}: {printable(name)}")
             if len(names) > LISTED:
                 say(f"    {word}: ... {len(names) - LISTED:,} more")
+    if not options.check:
+        say("only the headers of new pictures were read: --check decodes all, which finds damaged ones")

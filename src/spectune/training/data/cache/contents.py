@@ -16,7 +16,7 @@ from spectune.errors import InputError
 from spectune.files.reader import SafetensorsFile
 from spectune.files.writer import write_tensors
 from spectune.training.data.cache.keys import KEY_BYTES, Keys, RowsByKey, key_of
-from spectune.training.data.pictures.shards import file_of, open_bytes
+from spectune.training.data.pictures.tar_files import file_of, open_bytes
 
 _SAVED_AT_ONCE = 65_536  # pictures in one file; an interruption loses at most so many hashes
 _SETTLED_SECONDS = 2.0  # FAT stores times in steps of 2 s: a later change within a step would be missed
@@ -72,9 +72,9 @@ class ContentHashes:
 
 
 def stamp_of(path: Path) -> tuple[bytes, bool]:
-    """Return a key of a file's path, size and time of the last change, and whether that time is over.
+    """Return a key of a file's path, size and time of the last change, and whether the key is reliable.
 
-    A file that was changed a moment ago may change again without another time.
+    It is not if the file was changed a moment ago: it may change again within the same time stamp.
 
     Raises:
         InputError: The file is missing.
@@ -105,7 +105,7 @@ def hash_files(paths: Sequence[Path]) -> bytes:
 
 def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(
-        f"cannot read {path}: {error.strerror}", hint="it was valid when the run started: restore the file"
+        f"cannot read {path}: {error.strerror}", hint="restore the file, and run the same command again"
     )
 
 

@@ -150,7 +150,10 @@ def _keys(pictures: Pictures, identities: Identities) -> Iterator[tuple[int, Key
 
 
 def _keys_of(pictures: Pictures, identities: Identities, numbers: NDArray[np.int64]) -> Keys:
-    """Return the keys of views: the hash of the file, combined with that of size, crop, flip and color."""
+    """Return the keys of views: each is the hash of the image file XOR the hash of the view's name.
+
+    The name says size, crop, orientation and color, see `View.pixels_name`.
+    """
     images, offsets = np.divmod(numbers, pictures.views_per_image)
     named, name_of = numbers, np.arange(len(numbers))
     if not pictures.variation.varies_views:  # images of one size have views with the same names

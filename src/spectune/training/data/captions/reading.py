@@ -13,7 +13,7 @@ from spectune.training.data.captions.findings import CaptionFinding, FindingKind
 from spectune.training.data.captions.formats import caption_of, parse_json
 from spectune.training.data.captions.sidecars import Sidecar, read_sidecar
 from spectune.training.data.captions.text import LARGEST_CAPTION, has_more_lines, used_lines
-from spectune.training.data.pictures.shards import member_of
+from spectune.training.data.pictures.tar_files import member_of
 from spectune.training.recipe.sections.captions import CaptionSection
 
 

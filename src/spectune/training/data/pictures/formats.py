@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from spectune.training.data.pictures.shards import member_of
+from spectune.training.data.pictures.tar_files import member_of
 
 # By Pillow's names. Pillow has more decoders; some start other programs, like Ghostscript for EPS.
 _SUFFIXES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from spectune.training.data.pictures.shards import open_bytes
+from spectune.training.data.pictures.tar_files import open_bytes
 
 _TEXT = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 _MOST_CHUNKS = 100_000

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spectune.errors import InputError
 from spectune.training.data.pictures.formats import is_picture
-from spectune.training.data.pictures.shards import SUFFIX as SHARD_SUFFIX
+from spectune.training.data.pictures.tar_files import SUFFIX as TAR_SUFFIX
 
 MOST_LOOKED_AT = 100_000  # entries, when images that are not used are counted
 
@@ -22,12 +22,12 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def has_pictures(folder: Path) -> bool:
     """Return whether a file directly in a folder looks like an image, or is a tar file."""
-    return any(is_picture(path := Path(name)) or is_shard(path) for name in file_names(folder))
+    return any(is_picture(path := Path(name)) or is_tar(path) for name in file_names(folder))
 
 
-def is_shard(path: Path) -> bool:
+def is_tar(path: Path) -> bool:
     """Return whether the name of a file is that of a tar file, which may hold images."""
-    return path.suffix.lower() == SHARD_SUFFIX
+    return path.suffix.lower() == TAR_SUFFIX
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from spectune.errors import InputError
 from spectune.training.data.buckets import Size
 from spectune.training.data.masks import mask_file
-from spectune.training.data.tables.sequences import Chain
+from spectune.training.data.tables.sequences import Chain, LazySequence
 from spectune.training.data.tables.strings import Strings
 
 
@@ -73,7 +73,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class FolderImages(Sequence[CaptionedImage]):
+class FolderImages(LazySequence[CaptionedImage]):
     """The images of a folder, made from columns when they are read."""
 
     columns: Columns
@@ -83,13 +83,7 @@ class FolderImages(Sequence[CaptionedImage]):
     def __len__(self) -> int:
         return len(self.columns)
 
-    @overload
-    def __getitem__(self, index: int) -> CaptionedImage: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[CaptionedImage, ...]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[one] for one in range(len(self))[index])
+    def item(self, index: int) -> CaptionedImage:
         columns = self.columns
         path = self.folder.path / columns.names[index]
         if ".." in path.parts or not path.is_relative_to(self.folder.path):  # of an index from a stranger

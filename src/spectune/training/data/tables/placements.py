@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spectune.training.data.buckets import Buckets, Placement, Size
+from spectune.training.data.tables.sequences import LazySequence
 
 Ints = NDArray[np.int32]
 
 
-class Placements(Sequence[Placement]):
-    """The placement of each image at each of some resolutions, cropped at the center and not mirrored.
+class Placements(LazySequence[Placement]):
+    """How each image is scaled and cropped to its training size: at the center, and not mirrored.
 
-    The placements of all images at the first resolution come first. Images of one size share a placement, so
-    an image takes 4 bytes for each resolution.
+    A run may have several resolutions. First come the placements of all images at the first resolution, then
+    those at the second. Images of one size share a placement, so an image takes 4 bytes for each resolution.
     """
 
     def __init__(self, sizes: Ints, buckets: Sequence[Buckets]) -> None:
@@ -38,13 +38,7 @@ class Placements(Sequence[Placement]):
     def __len__(self) -> int:
         return len(self.kind_of)
 
-    @overload
-    def __getitem__(self, index: int) -> Placement: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Placement, ...]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[one] for one in range(len(self))[index])
+    def item(self, index: int) -> Placement:
         numbers = self._kinds[self.kind_of[index]].tolist()
         original, resized, target = (Size(*numbers[start : start + 2]) for start in (0, 2, 4))
         return Placement(original, resized, target, *numbers[6:])
@@ -75,7 +69,7 @@ class Placements(Sequence[Placement]):
 
 
 @dataclass(frozen=True)
-class Members(Sequence[tuple[int, int]]):
+class Members(LazySequence[tuple[int, int]]):
     """The (image, repeats) of one training size."""
 
     images: Ints
@@ -84,13 +78,7 @@ class Members(Sequence[tuple[int, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[int, int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[tuple[int, int], ...]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[one] for one in range(len(self))[index])
+    def item(self, index: int) -> tuple[int, int]:
         return int(self.images[index]), int(self.repeats[index])
 
     @property

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spectune.training.data.tables.sequences import LazySequence
 
 _ERRORS = "surrogateescape"  # file names on Linux need not be Unicode
 
 
 @dataclass(frozen=True)
-class Strings(Sequence[str]):
+class Strings(LazySequence[str]):
     """Texts in two arrays, which can be mapped from a file. A text takes 8 bytes and its UTF-8."""
 
     data: NDArray[np.uint8]  # one text after the other
@@ -30,14 +31,7 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[one] for one in range(len(self))[index])
-        index = range(len(self))[index]
+    def item(self, index: int) -> str:
         begin = self.ends[index - 1] if index else 0
         return self.data[begin : self.ends[index]].tobytes().decode("utf-8", _ERRORS)
 

@@ -21,8 +21,8 @@ from spectune.training.data.captions.reading import ImageCaption, read_captions
 from spectune.training.data.facts import Facts, read_facts
 from spectune.training.data.pictures.formats import is_picture
 from spectune.training.data.pictures.profiles import ProfileKind
-from spectune.training.data.pictures.shards import SUFFIX as SHARD_SUFFIX
-from spectune.training.data.pictures.shards import member_of, read_shard
+from spectune.training.data.pictures.tar_files import SUFFIX as TAR_SUFFIX
+from spectune.training.data.pictures.tar_files import member_of, read_tar
 from spectune.training.data.scan import Files, has_mask, sharing
 from spectune.training.data.tables.images import ImageFolder
 from spectune.training.data.tables.index_file import Head, ImageBit, Index
@@ -106,15 +106,15 @@ class IndexUpdate:
         )
         self._members_of: dict[str, list[str]] = defaultdict(list)
         for name in (*self._rows, *self._skipped):
-            if (shard := name.partition("/")[0]).lower().endswith(SHARD_SUFFIX):
-                self._members_of[shard].append(name)
+            if (tar := name.partition("/")[0]).lower().endswith(TAR_SUFFIX):
+                self._members_of[tar].append(name)
         self.skipped: list[_Looked] = []
 
     def run(self) -> Index:
         """Return the new index."""
         states = dict(file_states(self.folder.path))
         files = Files.of(self.folder.path, states, self.data.mask_suffix)
-        if files.shards and self.data.mask == "file":
+        if files.tars and self.data.mask == "file":
             raise InputError(
                 f"{self.folder.path} has tar files, in which masks are not read",
                 hint='set data.mask to "alpha" or "none", or unpack the tar files',
@@ -123,8 +123,8 @@ class IndexUpdate:
             _Source(path.name, states[path.name], text_state(path.name, states, self.data))
             for path in files.images
         ]
-        for shard in files.shards:
-            sources += self._members(shard, states[shard.name])
+        for tar in files.tars:
+            sources += self._members(tar, states[tar.name])
         looked = list(self._look_at(sources))
         self.skipped += [one for one in looked if isinstance(one.facts, str)]
         usable = [one for one in looked if not isinstance(one.facts, str)]
@@ -142,8 +142,8 @@ class IndexUpdate:
         ]
         self.changes.removed = [name for name in (*self._rows, *self._skipped) if name not in now]
 
-    def _members(self, shard: Path, state: State) -> Iterator[_Source]:
-        known = self._members_of[shard.name] if self._keeps_texts else []
+    def _members(self, tar: Path, state: State) -> Iterator[_Source]:
+        known = self._members_of[tar.name] if self._keeps_texts else []
         if known and self._old_state(known[0]) == state:  # do not read the headers of the members again
             for name in known:
                 if name in self._rows or member_of(self.folder.path / name) is not None:
@@ -153,7 +153,7 @@ class IndexUpdate:
                     reason = self.old.reasons[self._skipped[name]]
                     self.skipped.append(_Looked(_Source(name, state, 0), reason, True, False))
             return
-        samples, skipped = read_shard(shard)
+        samples, skipped = read_tar(tar)
         self.skipped += [_Looked(_Source(name, state, 0), reason, True, True) for name, reason in skipped]
         for sample in samples:
             texts = [sample.names[one[1:]] for one in self.data.caption.extensions if one[1:] in sample.names]
@@ -216,7 +216,7 @@ class IndexUpdate:
         return [self._row(one, captions.get(one.source.name)) for one in usable]
 
     def _keeps_text(self, source: _Source) -> bool:
-        """Return whether the caption and the mask in the old index are still right."""
+        """Return whether the old index has the caption and mask of an image: their files are unchanged."""
         if not self._keeps_texts or self.old is None or self._old_state(source.name) != source.state:
             return False
         row = self._rows.get(source.name)

@@ -62,7 +62,7 @@ def open_bytes(path: Path) -> io.BufferedReader | io.BytesIO:
     return path.open("rb") if member is None else io.BytesIO(member.read())
 
 
-def read_shard(tar: Path) -> tuple[list[TarSample], list[tuple[str, str]]]:
+def read_tar(tar: Path) -> tuple[list[TarSample], list[tuple[str, str]]]:
     """Return the samples of a tar file, and the (name, reason) of what is skipped.
 
     Names of members are paths below the folder of the tar file.
